@@ -1,0 +1,33 @@
+# Each target makes .venv and installs what it needs; nothing is done again until pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+# two test processes: each launches two ranks, and small machines have two cores
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all lint bench
+
+demo: $(READY)
+	$(VENV)/bin/vimscale launch vim_digits_cpu
+	$(VENV)/bin/vimscale evaluate vim_digits_cpu
+	$(VENV)/bin/vimscale export vim_digits_cpu --to safetensors
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "not gpu"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)
+	$(VENV)/bin/python -m benchmarks.startup
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("vimscale needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@

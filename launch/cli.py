@@ -1,0 +1,265 @@
+"""The command line: `vimscale …`. Everything slow is imported by the command that needs it."""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vimscale import recipe as recipes
+from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
+
+_STARTED = time.perf_counter()
+
+app = typer.Typer(
+    name="vimscale",
+    help="Distributed large-scale pretraining of Vision Mamba.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data = typer.Typer(help="Make and look at data sets of tar shards.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it: section.key=value.", metavar="[A.B=C]...")]
+RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
+StepOption = Annotated[int | None, typer.Option(help="Take the checkpoint of this step, not the newest.")]
+RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not their moving average.")]
+
+
+def main() -> None:
+    """Entry point: run a command; a UserError ends in one message and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except (UserError, RunFailed) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+@app.command(name="recipes")
+def list_recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, path in recipes.shipped().items():
+        table.add_row(name, path.read_text().splitlines()[0].removeprefix("# "))
+    Console().print(table)
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Ranks to reckon with.")] = 1,
+) -> None:
+    """Print the resolved recipe and what follows from it; run nothing."""
+    import torch
+
+    from vimscale.data.shards import Dataset
+    from vimscale.errors import DataError
+    from vimscale.model.vim import VisionMamba, flops
+
+    chosen = recipes.load(recipe, overrides or ())
+    micro, accumulation = chosen.micro_batch(workers)
+    try:
+        manifest = Dataset.open(chosen.data.train).manifest
+        classes, samples, about = len(manifest.classes), manifest.samples, f"{manifest.samples:,} images"
+    except DataError as error:
+        classes, samples, about = 1000, 0, f"not readable from here, 1,000 classes assumed ({error})"
+    config = chosen.model.shape(classes)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VisionMamba(config).parameters())
+    print(chosen.to_yaml())
+    length = f"{chosen.length(samples):,} steps" if samples or chosen.steps else f"{chosen.epochs} epochs"
+    # fp32 weights, gradients and two moments; a ZeRO stage shards the moments, then gradients, then weights
+    shard = [16, 8 + 8 / workers, 4 + 12 / workers, 16 / workers][chosen.parallel.zero]
+    rows = {
+        "parameters": f"{parameters:,}",
+        "tokens an image": f"{config.tokens:,}",
+        "forward an image": f"{flops(config) / 1e9:.3f} GFLOPs",
+        "a training step": f"{3 * chosen.batch * flops(config) / 1e12:.3f} TFLOPs (backward as two forwards)",
+        "training set": about,
+        "length": length,
+        "a rank's micro-batch": f"{micro} images x {accumulation} micro-steps on {workers} ranks",
+        "states a rank": f"{parameters * shard / 1e6:,.1f} MB (weights, gradients, AdamW; activations not counted)",
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    print(json.dumps(recipes.Recipe.model_json_schema(), indent=1))
+
+
+@app.command()
+def launch(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Ranks; absent: one a GPU, or two on CPUs.")] = None,
+    no_ray: Annotated[
+        bool, typer.Option("--no-ray", help="Start the ranks as plain processes on this machine.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray that exists, or auto; absent: start one.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Where runs' folders are; all ranks must see it.")] = Path("runs"),
+) -> None:
+    """Train a recipe; go on where an interrupted run of its name stopped."""
+    from vimscale.data.shards import Dataset
+    from vimscale.run_folder import RunFolder
+
+    from . import on_local, supervisor
+    from .progress import Progress
+
+    if no_ray and address is not None:
+        raise LaunchError("--no-ray and --address exclude each other; leave one out")
+    chosen = recipes.load(recipe, overrides or ())
+    if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
+        for source in (chosen.data.train, chosen.data.val):
+            if source is not None:
+                Dataset.open(source)
+    folder = RunFolder(runs / chosen.name)
+    folder.claim(chosen)
+    console = Console(stderr=False)
+    if (result := folder.result()) is not None:
+        console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
+        console.print("  to train again, choose another name= or remove the folder", highlight=False)
+        return
+
+    progress = Progress(console)
+    progress.phase("command", time.perf_counter() - _STARTED)
+    stop = supervisor.StopSignal()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.installed())
+        if no_ray:
+            world = on_local.workers(workers, on_local.cpus(), on_local.gpus(), "this machine")
+            where = "as processes of this machine"
+            chosen.micro_batch(world)
+
+            def make_group() -> supervisor.Group:
+                return on_local.LocalGroup(chosen, folder.path, world)
+        else:
+            from . import on_ray
+
+            if address is None:
+                on_local.workers(workers, on_local.cpus(), on_local.gpus(), "this machine")
+            ray = on_ray.Ray(address)
+            stack.callback(ray.close)
+            progress.phase("Ray")
+            cpus, gpus = ray.resources()
+            world = on_local.workers(workers, cpus, gpus, "the Ray cluster")
+            where = f"on the Ray at {address}" if address else "on a Ray of this machine"
+            chosen.micro_batch(world)
+
+            def make_group() -> supervisor.Group:
+                return on_ray.RayGroup(chosen, folder.path, world, gpu=gpus > 0)
+
+        stack.callback(progress.close)
+        progress.note(
+            "info", f"{chosen.name}: {world} ranks {where}, ZeRO-{chosen.parallel.zero}, {chosen.parallel.precision}"
+        )
+        code = supervisor.supervise(make_group, folder, stop, progress)
+    if code == 0:
+        result = folder.result()
+        assert result is not None
+        console.print(f"finished: {_summary(result)}", style="green", highlight=False, soft_wrap=True)
+        console.print(
+            f"  everything is in {folder.path}; next: vimscale evaluate {folder.path}", highlight=False, soft_wrap=True
+        )
+        console.print(f"  or: vimscale export {folder.path} --to safetensors", highlight=False, soft_wrap=True)
+    else:
+        console.print("stopped on request, with a checkpoint; the same command goes on from there", highlight=False)
+    raise typer.Exit(code)
+
+
+def _summary(result: dict) -> str:
+    from .progress import figures
+
+    return f"{result['steps']:,} steps" + (f", {figures(result)}" if "top1" in result else "")
+
+
+@app.command()
+def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) -> None:
+    """Evaluate a run's newest checkpoint on its validation set."""
+    import torch
+
+    from vimscale.data.shards import Dataset
+    from vimscale.evaluate import evaluate, restore
+    from vimscale.run_folder import RunFolder
+
+    from .progress import figures
+
+    model, recipe, manifest, at = restore(RunFolder.of(run), raw=raw, step=step)
+    if recipe.data.val is None:
+        raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set to evaluate on"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
+        row = evaluate(
+            model, Dataset.open(recipe.data.val), manifest, size=model.config.image_size, batch=64, device=device
+        )
+    Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Literal["safetensors"], typer.Option(help="The format.")] = "safetensors",
+    output: Annotated[Path | None, typer.Option(help="Folder to write; absent: export/ in the run's.")] = None,
+    step: StepOption = None,
+    raw: RawOption = False,
+) -> None:
+    """Write a run's weights for others to use, load them again, and compare logits."""
+    import torch
+
+    from vimscale.evaluate import restore
+    from vimscale.export import safetensors
+    from vimscale.run_folder import RunFolder
+
+    folder = RunFolder.of(run)
+    model, recipe, manifest, at = restore(folder, raw=raw, step=step)
+    target = output or folder.path / "export"
+    safetensors.write(target, model, manifest, {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"})
+    side = model.config.image_size
+    images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+    difference = safetensors.largest_difference(target, model, images)
+    if difference != 0:
+        raise RunFailed(f"{target}: loaded again, its logits differ by up to {difference:.1e}; do not use it")
+    Console().print(
+        f"{target}: step {at:,}; loaded again, it gives the same logits on 8 images", highlight=False, soft_wrap=True
+    )
+
+
+@data.command()
+def digits(
+    folder: Annotated[Path, typer.Argument(help="A new folder; train/ and val/ are written below it.")],
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+) -> None:
+    """Write the embedded set, 1,797 scans of digits, as webdataset shards."""
+    from vimscale.data import digits
+
+    for split, manifest in digits.write(folder, seed).items():
+        print(f"{folder / split}: {manifest.samples:,} images in {len(manifest.shards)} shards")
+
+
+@app.command()
+def doctor(
+    runs: Annotated[Path, typer.Option(help="Where runs' folders are to be.")] = Path("runs"),
+) -> None:
+    """Say what this machine has, what will therefore run, and how to mend what will not."""
+    from . import doctor
+
+    raise typer.Exit(doctor.show(doctor.examine(runs), Console()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tar shards to batches: shards -> plan -> stream; decode and augment per image."""

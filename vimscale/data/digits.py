@@ -1,0 +1,92 @@
+"""The embedded data set: 1,797 scans of handwritten digits, 8 x 8 pixels, 16 grey levels, 10 classes.
+
+The table is the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine
+Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn distributes it: a line an image, 64
+pixels and the class.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vimscale.data import shards
+from vimscale.errors import DataError
+
+SPLITS = ("train", "val")
+_SIDE = 32
+_SOURCE = "UCI Optical Recognition of Handwritten Digits, https://doi.org/10.24432/C50P49"
+
+
+def write(folder: Path, seed: int = 0) -> dict[str, shards.Manifest]:
+    """Write train/ (four fifths of each class) and val/ (the rest) below `folder` as shards of 32 x 32 PNGs.
+
+    Raises:
+        DataError: one of the two exists already.
+    """
+    pixels, labels = _table()
+    grey = pixels[_split(labels, seed)["train"]] / 16  # of the training images alone
+    mean, std = round(float(grey.mean()), 4), round(float(grey.std()), 4)
+    written = {}
+    for split, rows in _split(labels, seed).items():
+        written[split] = shards.write(
+            folder / split,
+            _samples(pixels, labels, rows),
+            per_shard=180,
+            name=f"digits-{split}",
+            classes=tuple(str(digit) for digit in range(10)),
+            mean=(mean, mean, mean),
+            std=(std, std, std),
+            source=_SOURCE,
+            licence="CC BY 4.0",
+        )
+    return written
+
+
+def cached() -> Path:
+    """The set in this user's cache folder, written there on first use. The bytes are the same on every machine."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "vimscale" / f"digits-{shards.FORMAT}"
+    for split in SPLITS:
+        if not (folder / split / "manifest.json").exists():
+            break
+    else:
+        return folder
+    try:
+        write(folder)
+    except (DataError, OSError):
+        # another rank of this machine was faster; whoever was, the data set is whole or it is not there
+        if not all((folder / split / "manifest.json").exists() for split in SPLITS):
+            raise
+    return folder
+
+
+def _table() -> tuple[np.ndarray, np.ndarray]:
+    """pixels (1797, 8, 8) in 0..16, labels (1797)."""
+    with resources.as_file(resources.files("vimscale.data") / "digits.csv.gz") as path:
+        table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)
+
+
+def _split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Rows of each split, shuffled; every class gives a fifth of its images to val."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    train, val = [], []
+    for digit in range(10):
+        rows = rng.permutation(np.flatnonzero(labels == digit))
+        held_out = round(len(rows) / 5)
+        val.append(rows[:held_out])
+        train.append(rows[held_out:])
+    return {"train": rng.permutation(np.concatenate(train)), "val": rng.permutation(np.concatenate(val))}
+
+
+def _samples(pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Iterator[dict]:
+    for row in rows:
+        grey = Image.fromarray((pixels[row] * 15.9375).astype(np.uint8))
+        png = io.BytesIO()
+        grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(png, "PNG")
+        yield {"__key__": f"{row:04d}", "png": png.getvalue(), "cls": int(labels[row])}

@@ -1,0 +1,123 @@
+"""Positions to batches. Batch t is a pure function of (manifest, seed, t, augment); ranks take contiguous slices of it.
+
+Step t owns positions [t B, (t + 1) B) of the plan, rank r of W its r-th W-th, cut into micro-batches. No rank, worker
+or restart enters into what a batch holds, so the only state of the stream is the number of steps done.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vimscale.data import augment, decode
+from vimscale.data.plan import Plan, generator
+from vimscale.data.shards import Dataset
+from vimscale.recipe import Recipe
+
+_PER_SAMPLE = 1 << 63
+"""Keeps the generators of samples apart from the plan's, which count epochs from 0."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank."""
+
+    images: Tensor
+    """uint8 (b, 3, h, w)"""
+    labels: Tensor
+    """int64 (b)"""
+    weights: Tensor
+    """fp32 (b): 0 for the images that only fill up the last batch of an evaluation"""
+    keys: list[str]
+
+    def pin_memory(self) -> "Batch":
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.weights.pin_memory(), self.keys)
+
+
+def training(
+    recipe: Recipe, dataset: Dataset, *, rank: int, world: int, start: int, steps: int, size: int, pin: bool = False
+) -> Iterator[Batch]:
+    """The micro-batches of this rank for steps [start, steps), in order."""
+    micro, accumulation = recipe.micro_batch(world)
+    plan = _Micro(recipe, dataset, size, rank * micro * accumulation, micro, accumulation, start, steps)
+    return iter(_loader(plan, recipe.data.workers, pin))
+
+
+def evaluation(
+    dataset: Dataset, *, rank: int, world: int, batch: int, size: int, workers: int = 0, pin: bool = False
+) -> Iterator[Batch]:
+    """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size."""
+    return iter(_loader(_Once(dataset, size, rank, world, batch), workers, pin))
+
+
+def _loader(source: IterableDataset, workers: int, pin: bool) -> DataLoader:
+    # forkserver: a process with Ray's and gloo's threads must not be forked
+    context = "forkserver" if workers else None
+    return DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context)
+
+
+class _Micro(IterableDataset):
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        size: int,
+        offset: int,
+        micro: int,
+        accumulation: int,
+        start: int,
+        steps: int,
+    ):
+        self.recipe, self.size = recipe, size
+        self.offset, self.micro, self.accumulation = offset, micro, accumulation
+        self.start, self.steps = start, steps
+        self.source = dataset
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan = Plan(self.source.counts, self.recipe.seed)
+        for k in _share(range(self.start * self.accumulation, self.steps * self.accumulation)):
+            step, part = divmod(k, self.accumulation)
+            first = step * self.recipe.batch + self.offset + part * self.micro
+            yield self._collate([self._sample(plan, position) for position in range(first, first + self.micro)])
+
+    def _sample(self, plan: Plan, position: int) -> tuple[Tensor, int, str]:
+        shard, i = plan.locate(position)
+        raw = self.source.read(shard, i)
+        image, label = decode.decode(raw, str(self.source.folder / self.source.manifest.shards[shard].name))
+        rng = generator(self.recipe.seed, _PER_SAMPLE, position)
+        return augment.for_training(image, self.size, self.recipe.augment, rng), label, raw["__key__"]
+
+    @staticmethod
+    def _collate(samples: list[tuple[Tensor, int, str]]) -> Batch:
+        images, labels, keys = zip(*samples, strict=True)
+        return Batch(torch.stack(images), torch.tensor(labels), torch.ones(len(labels)), list(keys))
+
+
+class _Once(IterableDataset):
+    def __init__(self, dataset: Dataset, size: int, rank: int, world: int, batch: int):
+        self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        places = [(shard, i) for shard, count in enumerate(self.source.counts) for i in range(count)]
+        rounds = -(-len(places) // (self.batch * self.world))
+        for k in _share(range(rounds)):
+            first = (k * self.world + self.rank) * self.batch
+            mine = places[first : first + self.batch]
+            fill = self.batch - len(mine)
+            images, labels, keys = [], [], []
+            for shard, i in mine + [places[0]] * fill:
+                raw = self.source.read(shard, i)
+                image, label = decode.decode(raw, str(self.source.folder / self.source.manifest.shards[shard].name))
+                images.append(augment.for_evaluation(image, self.size))
+                labels.append(label)
+                keys.append(raw["__key__"])
+            weights = torch.tensor([1.0] * len(mine) + [0.0] * fill)
+            yield Batch(torch.stack(images), torch.tensor(labels), weights, keys)
+
+
+def _share(turns: range) -> range:
+    """This worker's turns: a DataLoader takes batches from its workers in rotation."""
+    info = get_worker_info()
+    return turns if info is None else turns[info.id :: info.num_workers]

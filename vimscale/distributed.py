@@ -1,0 +1,126 @@
+"""The ranks of one run: what each is told, how they meet, and how they agree."""
+
+import datetime
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vimscale.recipe import Recipe
+
+_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """All that one rank is told: the same on every rank but for its own numbers."""
+
+    recipe: Recipe
+    folder: Path
+    """The run's folder, the same for all ranks."""
+    rank: int
+    world: int
+    device: str
+    """cpu, or cuda:N with N as this process sees its devices."""
+    threads: int
+    """CPU threads of this rank."""
+    rendezvous: str
+    """Where the ranks meet: file://PATH on one machine, tcp://HOST:PORT across machines."""
+    interface: str
+    """Network interface for gloo: the one of the address that other ranks reach this one at."""
+
+
+def prepare(spec: RankSpec) -> None:
+    """Set this process up before DeepSpeed is imported: it reads its surroundings then."""
+    device = torch.device(spec.device)
+    os.environ.update(
+        DS_ACCELERATOR=device.type,
+        GLOO_SOCKET_IFNAME=spec.interface,
+        # DeepSpeed wants all five, though it adopts the process group it finds
+        RANK=str(spec.rank),
+        WORLD_SIZE=str(spec.world),
+        LOCAL_RANK=str(device.index or 0),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
+    # JIT builds look for ninja on PATH; it is installed beside the interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed)\b")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.set_num_threads(spec.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def join(spec: RankSpec, store: dist.Store | None = None) -> None:
+    """Meet the other ranks. `store`: rank 0's own end of a tcp rendezvous, if it has opened one already."""
+    if store is None:
+        if spec.rendezvous.startswith("file://"):
+            store = dist.FileStore(spec.rendezvous.removeprefix("file://"), spec.world)
+        else:
+            host, port = spec.rendezvous.removeprefix("tcp://").rsplit(":", 1)
+            store = dist.TCPStore(host, int(port), spec.world, is_master=False, timeout=_TIMEOUT)
+    device = torch.device(spec.device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("ranks", store),
+        rank=spec.rank,
+        world_size=spec.world,
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Agreement:
+    """A wish that any rank may have, granted on all of them in the same step.
+
+    The flags travel over gloo, on the host, while the step computes: what is asked for during step t is known to all
+    after step t + 1, and no step waits for a device.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def __call__(self, wish: bool) -> bool:
+        """To be called once a step by every rank; True on all of them or on none."""
+        agreed = False
+        if self._pending is not None:
+            self._pending.wait()
+            agreed = bool(self._flag.item())
+        self._flag.fill_(int(wish))
+        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def close(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over all ranks, the same on each."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def draws(seed: int, step: int, batch: int, width: int) -> Tensor:
+    """Uniform numbers (batch, width) in [0, 1) for the images of one global batch: what drop-path decides by.
+
+    A function of seed and step alone, so that another number of ranks, or a restart, drops the same layers.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, (1 << 62) + step]))
+    return torch.from_numpy(rng.random((batch, width), dtype=np.float32))

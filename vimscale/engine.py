@@ -1,0 +1,183 @@
+"""DeepSpeed: the only file that imports it.
+
+Whatever the ZeRO stage, the engine shows each rank's share of the training state as *fragments*: stretches of single
+parameters, with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints and the moving average are
+written in terms of fragments, which is why they know neither stage nor world size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vimscale import optim
+from vimscale.model import VisionMamba
+from vimscale.recipe import Recipe
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def ds_config(recipe: Recipe, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for this recipe on that many ranks. What is not named here is not used."""
+    micro, accumulation = recipe.micro_batch(world)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optim.clip or 0.0,  # absent would mean 1.0
+        "zero_optimization": {"stage": recipe.parallel.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if recipe.parallel.precision == "bf16":
+        # fp32 parameters with bf16 compute; DeepSpeed's "bf16" engine would cast the parameters themselves
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of the flattened parameter `name`, held by this rank."""
+
+    name: str
+    start: int
+    numel: int
+    owned: bool
+    """Whether this rank is the one that saves it: at stage 0 all ranks hold everything."""
+    weight: Tensor
+    """fp32 (numel), a view of what the optimizer updates"""
+    flat: Tensor
+    """The tensor that the optimizer knows, and where in it this fragment lies."""
+    offset: int
+
+
+class Engine:
+    """A model under training: forward, backward, update, and its state as fragments."""
+
+    def __init__(self, model: VisionMamba, recipe: Recipe, device: torch.device):
+        world = dist.get_world_size()
+        # Built at every start otherwise, 40 s, and with ninja only; gloo does its work. No public switch.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.stage = recipe.parallel.zero
+        self.device = device
+        adamw = optim.optimizer(model, model.no_decay(), recipe.optim, fused=device.type == "cuda")
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(device), optimizer=adamw, config=ds_config(recipe, world), dist_init_required=False
+        )
+        self._adamw: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._parameters = dict(self._engine.module.named_parameters())
+        self.fragments = list(self._fragments())
+
+    @property
+    def module(self) -> VisionMamba:
+        return self._engine.module
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Logits (b, classes)."""
+        return self._engine(images, draws)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """To be called after every micro-batch; updates the weights after the last one of a step."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        if self.stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+            self._norm: Any = torch.nn.utils.get_total_norm(grads)
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping. Waits for the device."""
+        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm)
+
+    # ---- state
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.ds_shape if self.stage == 3 else p.shape) for name, p in self._parameters.items()}
+
+    def _fragments(self) -> Iterator[Fragment]:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        zero = self._engine.optimizer
+        for number, (name, p) in enumerate(self._parameters.items()):
+            if self.stage == 0:
+                yield Fragment(name, 0, p.numel(), number % world == rank, p.data.view(-1), p, 0)
+                continue
+            if self.stage < 3:
+                mapping = p._hp_mapping
+                if mapping is None:  # all of it lies on other ranks
+                    continue
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                offset = mapping.hp_fragment_address.start
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            else:
+                group, offset, size = zero.grad_position[zero.get_param_id(p)]
+                flat = zero.fp32_partitioned_groups_flat[group]
+                start = rank * size
+                numel = min(size, p.ds_numel - start)  # the last rank's share is padded
+                if numel <= 0:
+                    continue
+            yield Fragment(name, start, numel, True, flat.detach()[offset : offset + numel], flat, offset)
+
+    def moment(self, fragment: Fragment, key: str) -> Tensor | None:
+        """The optimizer's `key` for a fragment, a view; None before the first step."""
+        state = self._adamw.state.get(fragment.flat, {})
+        return state[key].view(-1)[fragment.offset : fragment.offset + fragment.numel] if key in state else None
+
+    @property
+    def updates(self) -> int:
+        """How many updates the optimizer has made, which its bias correction counts."""
+        return next((int(state["step"]) for state in self._adamw.state.values() if "step" in state), 0)
+
+    def restore_moments(self, updates: int) -> None:
+        """Make room for moments that are about to be filled in: as many updates are taken to have been made."""
+        for group in self._adamw.param_groups:
+            for flat in group["params"]:
+                step = torch.tensor(float(updates), device=flat.device if group["fused"] else "cpu")
+                self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+
+    def publish(self, values: list[Tensor]) -> None:
+        """Make the model compute with `values`, one a fragment (numel); the optimizer's own weights stay."""
+        if self.stage == 0:
+            for fragment, value in zip(self.fragments, values, strict=True):
+                fragment.weight.copy_(value)
+            return
+        if self.stage == 3:
+            for fragment, value in zip(self.fragments, values, strict=True):
+                self._parameters[fragment.name].ds_tensor.data[: fragment.numel].copy_(value)
+            kept = self._engine.optimizer.persistent_parameters  # small ones, gathered on every rank for good
+            if kept:
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+            return
+        shares = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
+        for name, p in self._parameters.items():
+            whole = torch.zeros_like(p.data).view(-1)
+            if name in shares:
+                fragment, value = shares[name]
+                whole[fragment.start : fragment.start + fragment.numel].copy_(value)
+            dist.all_reduce(whole)  # every element is one rank's and zero elsewhere: the sum is exact
+            p.data.copy_(whole.view(p.shape))
+
+    @contextmanager
+    def weights(self, values: list[Tensor] | None) -> Iterator[None]:
+        """Compute with `values` for a while, as `publish`; None leaves the weights as they are."""
+        if values is None:
+            yield
+            return
+        kept = [fragment.weight.clone() for fragment in self.fragments] if self.stage == 0 else None
+        self.publish(values)
+        try:
+            yield
+        finally:
+            self.publish(kept if kept is not None else [fragment.weight for fragment in self.fragments])

@@ -1,0 +1,34 @@
+"""What can be said to a user in one message. Anything else that is raised is a bug, and shows its traceback."""
+
+
+class UserError(Exception):
+    """The user's input is wrong: the message names the value, the rule and the way out. Exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """Every fault of a recipe at once, one a line."""
+
+    def __init__(self, title: str, faults: list[str]):
+        self.faults = faults
+        count = f"{len(faults)} faults" if len(faults) > 1 else "a fault"
+        super().__init__(f"{title} has {count}\n" + "\n".join("  " + fault.replace("\n", "\n  ") for fault in faults))
+
+
+class DataError(UserError):
+    """A data set that is not there, not whole, or not what its manifest says."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there, damaged, or of another model."""
+
+
+class LaunchError(UserError):
+    """Workers, addresses or folders that cannot be had."""
+
+
+class RunFailed(Exception):
+    """The run itself failed, for the reason the message gives first. Exit code 1."""
+
+    exit_code = 1

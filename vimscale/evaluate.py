@@ -1,0 +1,57 @@
+"""A model's figures on a data set: every image once, over however many ranks there are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vimscale import checkpoint, distributed
+from vimscale.data import stream
+from vimscale.data.augment import normalise
+from vimscale.data.shards import Dataset, Manifest
+from vimscale.model import VisionMamba
+from vimscale.objectives import classification
+from vimscale.recipe import Recipe
+from vimscale.run_folder import RunFolder
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    manifest: Manifest,
+    *,
+    size: int,
+    batch: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Top-1, top-5 and mean cross entropy of logits = forward(images). `manifest`: the training set's, for its mean
+    and std. All ranks call `forward` as often as each other, so it may communicate.
+    """
+    mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for part in stream.evaluation(dataset, rank=rank, world=world, batch=batch, size=size, workers=workers):
+            logits = forward(normalise(part.images.to(device), mean, std))
+            sums += classification.sums(logits, part.labels.to(device), part.weights.to(device))
+    return classification.figures(distributed.total(sums))
+
+
+def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba, Recipe, Manifest, int]:
+    """The model of a run's checkpoint on the CPU, ready to evaluate: (model, recipe, training manifest, step).
+
+    The moving average is taken where there is one, unless `raw`.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        DataError: the training set's manifest cannot be read.
+    """
+    recipe = run.recipe()
+    folder = run.newest_checkpoint(step)
+    manifest = Dataset.open(recipe.data.train).manifest
+    trainer = checkpoint.read_trainer(folder)
+    model = VisionMamba(recipe.model.shape(len(manifest.classes)))
+    model.load_state_dict(checkpoint.consolidated(folder, "ema" if trainer.ema and not raw else "weight"))
+    return model.eval(), recipe, manifest, trainer.step

@@ -1,0 +1,1 @@
+"""Trained models as files for others to use, one module a format."""

@@ -1,0 +1,28 @@
+"""Supervised classification: cross entropy with label smoothing; top-1 and top-5.
+
+Axes: b images, c classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimscale.recipe import Objective
+
+
+def loss(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """Mean cross entropy of logits (b, c) and labels (b), with the recipe's smoothing (arXiv:1512.00567)."""
+    return F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
+
+
+def sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """(4): images, hits of the first guess, hits among the first five, cross entropy, each weighted by weights (b)."""
+    order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (b, 5)
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    rows = torch.stack([torch.ones_like(weights), order[:, 0], order.any(dim=1), nll])  # (4, b)
+    return (rows * weights).sum(dim=1, dtype=torch.float64)
+
+
+def figures(sums: Tensor) -> dict[str, float]:
+    images, top1, top5, nll = sums.tolist()
+    return {"images": int(images), "top1": top1 / images, "top5": top5 / images, "loss": nll / images}

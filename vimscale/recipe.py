@@ -1,0 +1,378 @@
+"""What to train: the typed recipe, and the loader that reports every fault of one at once."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from vimscale.errors import RecipeError
+from vimscale.model import schedule
+from vimscale.model.presets import PRESETS, VimConfig
+
+Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+"""An integer that may be written 1e6."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(_Section):
+    """A preset, and what is changed of it."""
+
+    preset: str = "vim_small"
+    image_size: Whole | None = None
+    """Side of the square image the model sees, in pixels; a multiple of patch_size."""
+    patch_size: Whole | None = None
+    d_model: Whole | None = None
+    depth: Whole | None = None
+    d_state: Whole | None = None
+    d_conv: Whole | None = None
+    expand: Whole | None = None
+    directions: str | None = None
+    """Which way each layer scans: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12". Follows `depth` where absent."""
+    fuse: Literal["mean", "sum"] | None = None
+    """How the two paths of a bidirectional layer meet."""
+    cls_token: Literal["none", "first", "middle"] | None = None
+    drop_path: float | None = None
+    init: Literal["fixed", "published"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Model":
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r} is not known{_suggest(self.preset, PRESETS)}")
+        self.shape(classes=1)
+        return self
+
+    def shape(self, classes: int) -> VimConfig:
+        """The model's shape, for that many classes."""
+        changes = self.model_dump(exclude={"preset"}, exclude_none=True)
+        if self.depth is not None and self.directions is None:
+            changes["directions"] = f"bi*{self.depth}"
+        if self.directions is not None and self.depth is None:
+            changes["depth"] = len(schedule.parse(self.directions))
+        return dataclasses.replace(PRESETS[self.preset], num_classes=classes, **changes)
+
+
+class Data(_Section):
+    """Two data sets of tar shards: folders with a manifest.json, or an embedded set (digits:train, digits:val)."""
+
+    train: str
+    val: str | None = None
+    workers: Annotated[Whole, Field(ge=0)] = 0
+    """Processes a rank that read and decode ahead; 0 reads between steps, in the rank itself."""
+
+
+class Augment(_Section):
+    crop_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Least share of the image's area that a random crop keeps; 1 switches cropping off."""
+    aspect_max: Annotated[float, Field(ge=1)] = 4 / 3
+    """Crops are stretched by at most this factor, in either direction."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Chance of a horizontal flip."""
+
+
+class Objective(_Section):
+    kind: Literal["classification"] = "classification"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+class Optim(_Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate, at `batch` images a step."""
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    warmup: Annotated[Whole, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient over all parameters; null does not clip."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the moving average of the weights, approached as (1 + step) / (10 + step); null keeps none."""
+
+
+class Parallel(_Section):
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    micro_batch: Annotated[Whole, Field(ge=1)] | None = None
+    """Images a rank computes at once; accumulation follows from it. Absent: all of a rank's share."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: fp32 parameters, states and scans, bf16 matrix products (autocast)."""
+
+
+class Checkpoint(_Section):
+    every: Annotated[Whole, Field(ge=1)] = 1_000
+    """Steps between checkpoints; one is also written at the end and on request."""
+    keep: Annotated[Whole, Field(ge=1)] = 3
+    """How many of the newest to keep."""
+
+
+class Evaluate(_Section):
+    every: Annotated[Whole, Field(ge=0)] = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+
+
+class Log(_Section):
+    every: Annotated[Whole, Field(ge=1)] = 20
+    """Steps between lines of progress. The loss of every step is kept in any case."""
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            f"{name!r} cannot name a folder: use letters, digits, '.', '_', '-', and a letter or digit first"
+        )
+    return name
+
+
+class Recipe(_Section):
+    """What to train. Names no machine."""
+
+    name: Annotated[str, AfterValidator(_check_name)]
+    """The run's folder under runs/."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    steps: Annotated[Whole, Field(ge=1)] | None = None
+    """Length of the run in optimizer steps; or give `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the training set, rounded to whole steps."""
+    batch: Annotated[Whole, Field(ge=1)] = 1024
+    """Images a step over all ranks; gradient accumulation is derived from it."""
+    model: Model = Model()
+    data: Data
+    augment: Augment = Augment()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        faults = []
+        if (self.steps is None) == (self.epochs is None):
+            given = "both are given" if self.steps else "neither is given"
+            faults.append(f"give the length as steps or as epochs; {given}")
+        if self.steps is not None and self.optim.warmup >= self.steps:
+            faults.append(f"optim.warmup {self.optim.warmup:,} must be below steps {self.steps:,}")
+        if self.optim.min_lr > self.optim.lr:
+            faults.append(f"optim.min_lr {self.optim.min_lr:g} is above optim.lr {self.optim.lr:g}")
+        micro = self.parallel.micro_batch
+        if micro is not None and self.batch % micro:
+            near = max(self.batch // micro, 1) * micro
+            faults.append(f"batch {self.batch} is not a multiple of parallel.micro_batch {micro}; use batch={near}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def length(self, samples: int) -> int:
+        """Optimizer steps of the whole run on a training set of that many samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(round(self.epochs * samples / self.batch), 1)
+
+    def micro_batch(self, world: int) -> tuple[int, int]:
+        """(images a rank computes at once, such micro-steps a step) on `world` ranks.
+
+        Raises:
+            RecipeError: the batch cannot be divided among them.
+        """
+        micro = self.parallel.micro_batch
+        unit = world if micro is None else world * micro
+        if self.batch % unit:
+            near = max(round(self.batch / unit), 1) * unit
+            sizes = f"{world} ranks" if micro is None else f"{world} ranks x parallel.micro_batch {micro}"
+            way_out = (
+                f"use batch={near}" + (", another micro_batch" if micro else "") + " or another number of --workers"
+            )
+            raise RecipeError(f"recipe {self.name}", [f"batch {self.batch} is not a multiple of {sizes}; {way_out}"])
+        share = self.batch // world
+        return (share, 1) if micro is None else (micro, share // micro)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `source`, a YAML file or the name of a shipped one, with `a.b=c` overrides put on top.
+
+    Raises:
+        RecipeError: with every fault that was found.
+    """
+    path = find(str(source))
+    faults: list[str] = []
+    changes: dict = {}
+    for text in overrides:
+        _override(changes, text, faults)
+    tree = _lay_over(_read(path, ()), changes)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += [line for fault in error.errors() for line in _explain(fault)]
+    if faults:
+        raise RecipeError(f"recipe {path.stem}", faults)
+    return recipe
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("vimscale") / "recipes"))
+    if not folder.exists():  # a source tree: recipes/ stands beside the package
+        folder = Path(__file__).resolve().parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(source: str) -> Path:
+    if source in shipped():
+        return shipped()[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    near = _suggest(source, shipped())
+    raise RecipeError(f"recipe {source}", [f"there is no such file, and no shipped recipe of that name{near}"])
+
+
+# ---- reading YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict:
+    """The file's tree, laid over the tree of its `base`."""
+    path = path.resolve()
+    title = f"recipe {path.stem}"
+    if path in above:
+        chain = " -> ".join(p.stem for p in (*above, path))
+        raise RecipeError(title, [f"base: the recipes build on each other in a circle: {chain}"])
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(title, [f"{path}, line {line}: {error.problem}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(title, [f"{path} cannot be read: {error}"]) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(title, [f"{path} holds {type(tree).__name__}, not sections and keys"])
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
+    return _lay_over(_read(beside if beside.is_file() else find(str(base)), (*above, path)), tree)
+
+
+def _lay_over(base: dict, top: dict) -> dict:
+    """`top` over `base`, section by section. A length given as steps replaces one given as epochs, and vice versa."""
+    merged = dict(base)
+    if ("steps" in top) != ("epochs" in top):
+        merged.pop("epochs" if "steps" in top else "steps", None)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _lay_over(merged[key], value) if both else value
+    return merged
+
+
+def _override(tree: dict, text: str, faults: list[str]) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        faults.append(f"{text!r} is no override; write section.key=value")
+        return
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        if not isinstance(node.setdefault(parent, {}), dict):
+            faults.append(f"{key}: {parent} is a value, not a section")
+            return
+        node = node[parent]
+    try:
+        node[leaf] = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        faults.append(f"{key}: {value!r} is not a YAML value; quote it")
+
+
+# ---- explaining faults
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "string_type": "text (quote it if it looks like a number)",
+    "bool_type": "true or false",
+    "model_type": "a section of keys",
+    "dict_type": "a section of keys",
+}
+_BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below")}
+_BOUNDS |= {"less_than_equal": ("le", "at most")}
+
+
+def _explain(fault: Any) -> list[str]:
+    """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
+    key = ".".join(str(part) for part in fault["loc"] if isinstance(part, str))
+    kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
+    if kind == "value_error":
+        broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
+        return [f"{key}: {rule}" if key else rule for rule in broken]
+    if kind == "extra_forbidden":
+        section = _section(fault["loc"][:-1])
+        return [f"{key}: no such key{_suggest(str(fault['loc'][-1]), section.model_fields)}"]
+    if kind == "missing":
+        field: FieldInfo = _section(fault["loc"][:-1]).model_fields[fault["loc"][-1]]
+        about = f": {field.description}" if field.description else ""
+        return [f"{key}: missing, and it has no default{about}"]
+    if kind == "literal_error":
+        return [f"{key}: {value!r} is not one of {context['expected']}"]
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return [f"{key}: {value!r} must be {words} {context[name]}"]
+    return [f"{key}: {value!r} is not {_WANTED.get(kind, fault['msg'])}"]
+
+
+def _section(location: Iterable[str | int]) -> type[BaseModel]:
+    """The section that a location in the recipe's tree lies in."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        if get_origin(annotation) is Union:
+            annotation = get_args(annotation)[0]
+        assert isinstance(annotation, type)
+        section = annotation
+    return section

@@ -1,0 +1,135 @@
+"""A run's folder: what is where in runs/NAME, and whether it may be used."""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vimscale import checkpoint
+from vimscale.errors import CheckpointError, LaunchError
+from vimscale.recipe import Recipe
+
+_MAY_CHANGE = ("parallel", "checkpoint", "evaluate", "log", "data.workers")
+"""Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.errors = path / "errors.txt"
+        self._recipe = path / "recipe.yaml"
+        self._result = path / "result.json"
+
+    @classmethod
+    def of(cls, run: str) -> "RunFolder":
+        """The folder of an existing run, given by path or by name under runs/.
+
+        Raises:
+            CheckpointError: there is no such run.
+        """
+        for path in (Path(run), Path("runs") / run):
+            if (path / "recipe.yaml").is_file():
+                return cls(path)
+        known = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
+        here = f"runs here: {', '.join(known)}" if known else "there are no runs under ./runs"
+        raise CheckpointError(f"run {run}: no recipe.yaml in it; {here}")
+
+    def recipe(self) -> Recipe:
+        return Recipe.model_validate(yaml.safe_load(self._recipe.read_text()))
+
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended; None while it has not."""
+        return json.loads(self._result.read_text()) if self._result.is_file() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        partial = self._result.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.rename(self._result)
+
+    def newest_checkpoint(self, step: int | None = None) -> Path:
+        """The newest checkpoint that is whole, or the one of `step`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        candidates = checkpoint.found(self.checkpoints)
+        if step is not None:
+            candidates = [path for path in candidates if path.name == checkpoint.name_of(step)]
+        faults = []
+        for path in candidates:
+            fault = checkpoint.damage(path)
+            if fault is None:
+                return path
+            faults.append(f"{path.name}: {fault}")
+        if faults:
+            raise CheckpointError(f"run {self.path}: no checkpoint is whole\n  " + "\n  ".join(faults))
+        others = ", ".join(path.name for path in checkpoint.found(self.checkpoints)) or "none"
+        wanted = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
+        raise CheckpointError(f"run {self.path}: {wanted}; there are: {others}")
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this run's, for as long as the process lives; write down what runs and where.
+
+        Raises:
+            LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise LaunchError(
+                f"run folder {self.path} cannot be written: {error.strerror}; choose another with --runs"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LaunchError(
+                f"run folder {self.path} is in use by another launch; end that one, or choose another name="
+            ) from None
+        if self._recipe.exists():
+            changed = _differences(self.recipe().model_dump(), recipe.model_dump())
+            if changed:
+                raise LaunchError(
+                    f"run folder {self.path} holds a run of another recipe; changed are\n  "
+                    + "\n  ".join(changed)
+                    + "\nchoose another name=, or remove the folder"
+                )
+        self._recipe.write_text(recipe.to_yaml())
+        (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    lines = []
+    for key in old.keys() | new.keys():
+        name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if name in _MAY_CHANGE or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{name}.")
+        else:
+            lines.append(f"{name}: {before} -> {after}")
+    return sorted(lines)
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("vimscale", "torch", "triton", "deepspeed", "ray", "webdataset", "numpy")
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages if name in installed},
+    }

@@ -1,0 +1,242 @@
+"""The training loop: one rank's life, top to bottom."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vimscale import checkpoint, distributed, optim
+from vimscale.checkpoint import Trainer
+from vimscale.data import stream
+from vimscale.data.augment import normalise
+from vimscale.data.shards import Dataset
+from vimscale.distributed import RankSpec
+from vimscale.engine import MOMENTS, Engine
+from vimscale.errors import DataError, RunFailed
+from vimscale.evaluate import evaluate
+from vimscale.metrics import Meter, Metrics
+from vimscale.model import VisionMamba
+from vimscale.objectives import classification
+from vimscale.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+"""What rank 0 tells the launcher: a kind (step, eval, checkpoint, started), and the figures."""
+
+
+def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool]) -> dict[str, Any]:
+    """Train until the recipe's last step, or until some rank's `stop()` turns true; returns how it ended.
+
+    The process group is up; the run's folder exists. Resumes from the newest whole checkpoint in it.
+
+    Raises:
+        UserError: data or checkpoints are not what the recipe needs.
+        RunFailed: the loss is not finite, or a checkpoint cannot be written.
+    """
+    recipe, rank, world = spec.recipe, spec.rank, spec.world
+    device = torch.device(spec.device)
+    folder = RunFolder(spec.folder)
+    micro, accumulation = recipe.micro_batch(world)
+
+    # ---- data and model
+
+    train_set = Dataset.open(recipe.data.train)
+    val_set = Dataset.open(recipe.data.val) if recipe.data.val else None
+    manifest = train_set.manifest
+    steps = recipe.length(manifest.samples)
+    config = recipe.model.shape(len(manifest.classes))
+    mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
+    torch.manual_seed(recipe.seed)  # the same weights on every rank
+    engine = Engine(VisionMamba(config), recipe, device)
+    ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
+
+    # ---- where to start
+
+    step = 0
+    newest = checkpoint.newest(folder.checkpoints)
+    if newest is not None:
+        trainer = checkpoint.read_trainer(newest)
+        if trainer.fingerprint != manifest.fingerprint:
+            raise DataError(
+                f"data {recipe.data.train} is not the set that {newest} was trained on (manifests differ);"
+                " give that set back, or choose another name="
+            )
+        _restore(engine, ema, checkpoint.Reader(newest), trainer)
+        step = trainer.step
+        if rank == 0:
+            log.info("resumed from %s", newest)
+    metrics = Metrics(folder, step) if rank == 0 else None
+    agree = distributed.Agreement()
+    emit({"kind": "started", "step": step, "steps": steps})
+
+    def evaluation() -> dict[str, float]:
+        assert val_set is not None
+        engine.module.eval()
+        with engine.weights(ema):
+            figures = evaluate(
+                engine.forward,
+                val_set,
+                manifest,
+                size=config.image_size,
+                batch=micro,
+                device=device,
+                rank=rank,
+                world=world,
+            )
+        engine.module.train()
+        if metrics is not None:
+            metrics.write({"kind": "eval", "step": step, **figures})
+        emit({"kind": "eval", "step": step, **figures})
+        meter.restart()
+        return figures
+
+    # ---- the loop
+
+    batches = stream.training(
+        recipe,
+        train_set,
+        rank=rank,
+        world=world,
+        start=step,
+        steps=steps,
+        size=config.image_size,
+        pin=device.type == "cuda",
+    )
+    meter = Meter()
+    losses: list[torch.Tensor] = []  # of the steps since the last line, on the device
+    rates: list[float] = []
+    first = step + 1
+    stopping = False
+    while step < steps and not stopping:
+        rate = optim.learning_rate(recipe.optim, step, steps)
+        draws = None
+        if config.drop_path > 0:
+            draws = distributed.draws(recipe.seed, step, recipe.batch, config.depth)
+        loss = torch.zeros((), device=device)
+        for part in range(accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            meter.waited += time.perf_counter() - asked
+            images = normalise(batch.images.to(device, non_blocking=True), mean, std)
+            labels = batch.labels.to(device, non_blocking=True)
+            mine = None
+            if draws is not None:
+                at = (rank * accumulation + part) * micro
+                mine = draws[at : at + micro].to(device, non_blocking=True)
+            part_loss = classification.loss(engine.forward(images, mine), labels, recipe.objective)
+            engine.backward(part_loss)
+            engine.step(rate)
+            loss += part_loss.detach() / accumulation
+        if ema is not None and recipe.optim.ema is not None:
+            decay = optim.ema_decay(recipe.optim.ema, step)
+            torch._foreach_lerp_(ema, [fragment.weight for fragment in engine.fragments], 1 - decay)
+        step += 1
+        losses.append(loss)
+        rates.append(rate)
+        meter.add(recipe.batch)
+        stopping = agree(stop())
+
+        last = step == steps
+        saving = last or stopping or step % recipe.checkpoint.every == 0
+        every = recipe.evaluate.every
+        evaluating = val_set is not None and every > 0 and step % every == 0 and not (last or stopping)
+        if saving or evaluating or step % recipe.log.every == 0 or step == first:
+            row = _log(metrics, meter, losses, rates, step, engine.grad_norm(), world)
+            row["epoch"] = step * recipe.batch / manifest.samples
+            emit({"kind": "step", "steps": steps, **row})
+            losses, rates = [], []
+        if evaluating:
+            evaluation()
+        if saving:
+            trainer = Trainer(
+                step=step,
+                samples=step * recipe.batch,
+                updates=engine.updates,
+                fingerprint=manifest.fingerprint,
+                shapes=engine.shapes,
+                world=world,
+                zero=recipe.parallel.zero,
+                ema=ema is not None,
+            )
+            path = checkpoint.save(folder.checkpoints, _state(engine, ema), trainer, recipe.checkpoint.keep)
+            emit({"kind": "checkpoint", "step": step, "path": str(path)})
+            meter.restart()
+
+    agree.close()
+    finished = step == steps
+    result: dict[str, Any] = {"status": "done" if finished else "stopped", "step": step, "steps": steps}
+    if finished and val_set is not None:
+        result |= evaluation()
+    if rank == 0:
+        assert metrics is not None
+        metrics.close()
+        if finished:
+            folder.finish(result)
+    dist.barrier()
+    return result
+
+
+def _log(
+    metrics: Metrics | None,
+    meter: Meter,
+    losses: list[torch.Tensor],
+    rates: list[float],
+    step: int,
+    grad_norm: float,
+    world: int,
+) -> dict[str, Any]:
+    """Bring the losses of all steps since the last line to the host, averaged over ranks, and write them down.
+
+    Raises:
+        RunFailed: on all ranks alike, if one of them is not finite.
+    """
+    means = (distributed.total(torch.stack(losses)) / world).tolist()
+    first = step - len(means) + 1
+    rows: list[dict[str, Any]] = [
+        {"kind": "train", "step": first + i, "loss": loss, "lr": rate}
+        for i, (loss, rate) in enumerate(zip(means, rates, strict=True))
+    ]
+    rows[-1] |= {"grad_norm": grad_norm, **meter.read()}
+    if metrics is not None:
+        for row in rows:
+            metrics.write(row)
+    for row in rows:
+        if not math.isfinite(row["loss"] + row.get("grad_norm", 0.0)):
+            raise RunFailed(
+                f"step {row['step']}: loss {row['loss']}, gradient norm {row.get('grad_norm', 'not looked at')};"
+                " nothing was saved since the last checkpoint. Lower optim.lr, raise optim.warmup or set optim.clip"
+            )
+    return {key: value for key, value in rows[-1].items() if key != "kind"}
+
+
+def _state(engine: Engine, ema: list[torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """What this rank has to save, by the names that `checkpoint.Reader` knows."""
+    tensors = {}
+    for i, fragment in enumerate(engine.fragments):
+        if not fragment.owned:
+            continue
+        kinds = {"weight": fragment.weight} | {key: engine.moment(fragment, key) for key in MOMENTS}
+        if ema is not None:
+            kinds["ema"] = ema[i]
+        for kind, tensor in kinds.items():
+            if tensor is not None:
+                tensors[f"{kind}/{fragment.name}@{fragment.start}"] = tensor
+    return tensors
+
+
+def _restore(engine: Engine, ema: list[torch.Tensor] | None, reader: checkpoint.Reader, trainer: Trainer) -> None:
+    engine.restore_moments(trainer.updates)
+    for i, fragment in enumerate(engine.fragments):
+        kinds: dict[str, torch.Tensor | None] = {"weight": fragment.weight}
+        kinds |= {key: engine.moment(fragment, key) for key in MOMENTS}
+        if ema is not None:
+            kinds["ema"] = ema[i]
+        for kind, tensor in kinds.items():
+            assert tensor is not None
+            tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+    engine.publish([fragment.weight for fragment in engine.fragments])
