@@ -164,8 +164,9 @@ def launch(
                 return on_ray.RayGroup(chosen, folder.path, world, gpu=gpus > 0)
 
         stack.callback(progress.close)
+        ranks = f"{world} ranks" if world > 1 else "1 rank"
         progress.note(
-            "info", f"{chosen.name}: {world} ranks {where}, ZeRO-{chosen.parallel.zero}, {chosen.parallel.precision}"
+            "info", f"{chosen.name}: {ranks} {where}, ZeRO-{chosen.parallel.zero}, {chosen.parallel.precision}"
         )
         code = supervisor.supervise(make_group, folder, stop, progress)
     if code == 0:

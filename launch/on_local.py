@@ -1,8 +1,11 @@
 """Ranks as child processes of the launcher: one machine, no Ray."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from multiprocessing.connection import Connection, wait
@@ -19,7 +22,14 @@ if TYPE_CHECKING:
 
 
 def cpus() -> int:
-    return len(os.sched_getaffinity(0))
+    """CPUs that this process may use: its affinity, and the quota of its container."""
+    usable = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        granted, period = quota.read_text().split()
+        if granted != "max":
+            usable = min(usable, max(1, int(granted) // int(period)))
+    return usable
 
 
 def gpus() -> int:
@@ -51,38 +61,32 @@ class LocalGroup:
     def __init__(self, recipe: "Recipe", folder: Path, world: int):
         self.size = world
         self._recipe, self._folder = recipe, folder
-        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._processes: list[subprocess.Popen] = []
         self._pipes: dict[Connection, int] = {}
         self._meeting = tempfile.TemporaryDirectory(prefix="vimscale-")
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        # Children inherit the disposition: a Ctrl-C in the terminal reaches them too, but the launcher decides.
-        before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            for number in range(self.size):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_main, args=(self._arguments(number), theirs), name=f"rank {number}")
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._pipes[ours] = number
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _arguments(self, number: int) -> dict:
-        device = f"cuda:{number}" if gpus() else "cpu"
-        return {
-            "recipe": self._recipe,
-            "folder": self._folder.absolute(),
-            "rank": number,
-            "world": self.size,
-            "device": device,
-            "threads": max(1, cpus() // self.size),
-            "rendezvous": f"file://{self._meeting.name}/store",
-            "interface": "lo",
-        }
+        on_gpus = gpus() > 0
+        for number in range(self.size):
+            ours, theirs = multiprocessing.Pipe()
+            # a session of its own: a Ctrl-C in the terminal reaches the launcher alone, which then asks the ranks
+            code = f"from vimscale.launch import on_local; on_local.child({theirs.fileno()})"
+            command = [sys.executable, "-c", code]
+            self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True))
+            theirs.close()
+            self._pipes[ours] = number
+            ours.send(
+                {
+                    "recipe": self._recipe,
+                    "folder": self._folder.absolute(),
+                    "rank": number,
+                    "world": self.size,
+                    "device": f"cuda:{number}" if on_gpus else "cpu",
+                    "threads": max(1, cpus() // self.size),
+                    "rendezvous": f"file://{self._meeting.name}/store",
+                    "interface": "lo",
+                }
+            )
 
     def poll(self, timeout: float) -> list[Event | Ending]:
         reports: list[Event | Ending] = []
@@ -102,30 +106,31 @@ class LocalGroup:
 
     def _died(self, number: int) -> Ending:
         process = self._processes[number]
-        process.join()
-        code = process.exitcode or 0
+        code = process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return Ending(number, "failed", cause="died", message=f"process {process.pid} {how}")
 
     def request_stop(self) -> None:
         for pipe in self._pipes:
-            pipe.send("stop")
+            with contextlib.suppress(BrokenPipeError):  # that it died is for poll to say
+                pipe.send("stop")
 
     def kill(self) -> None:
         for process in self._processes:
-            # after its ending was received a rank only has to exit; it is not given long
-            process.join(timeout=5 if not self._pipes else 0)
-            if process.is_alive():
-                process.kill()
-            process.join()
+            process.kill()
+            process.wait()
+        for pipe in self._pipes:
+            pipe.close()
         self._processes, self._pipes = [], {}
         self._meeting.cleanup()
 
 
-def _main(arguments: dict, pipe: Connection) -> None:
-    """A child's life: train, and listen to the launcher in a thread; without a launcher it ends."""
+def child(descriptor: int) -> None:
+    """A rank's process: train, and listen to the launcher in a thread; without a launcher it ends."""
     from vimscale.distributed import RankSpec
 
+    pipe = Connection(descriptor)
+    spec = RankSpec(**pipe.recv())
     stop = threading.Event()
     sending = threading.Lock()
 
@@ -133,7 +138,7 @@ def _main(arguments: dict, pipe: Connection) -> None:
         try:
             while pipe.recv() == "stop":
                 stop.set()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             os._exit(1)
 
     def emit(report: Event | Ending) -> None:
@@ -141,5 +146,5 @@ def _main(arguments: dict, pipe: Connection) -> None:
             pipe.send(report)
 
     threading.Thread(target=listen, daemon=True).start()
-    emit(rank.run(RankSpec(**arguments), emit, stop.is_set))
+    emit(rank.run(spec, emit, stop.is_set))
     os._exit(0)  # nothing is left to do, and what libraries do at exit may wait for peers that are gone

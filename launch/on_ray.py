@@ -52,7 +52,6 @@ class Ray:
             "include_dashboard": False,
             "object_store_memory": 100 << 20,
             "_temp_dir": self._temporary,
-            "_node_ip_address": "127.0.0.1",
         }
         chosen = local if address is None else {"address": address}
         try:

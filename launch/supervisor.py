@@ -42,10 +42,14 @@ class Group(Protocol):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for a checkpoint and an end; the second time, for an end at once."""
+    """SIGINT and SIGTERM ask for a checkpoint and an end; a second later, for an end at once.
+
+    What comes within that second is the same wish: timeout(1) and Slurm signal a process and its group.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self._last = -1.0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -61,7 +65,10 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        now = time.monotonic()
+        if now - self._last > 1.0:
+            self.count += 1
+        self._last = now
 
 
 def supervise(make_group: Callable[[], Group], folder: RunFolder, stop: StopSignal, progress: Progress) -> int:

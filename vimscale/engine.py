@@ -141,10 +141,10 @@ class Engine:
 
     def restore_moments(self, updates: int) -> None:
         """Make room for moments that are about to be filled in: as many updates are taken to have been made."""
-        for group in self._adamw.param_groups:
-            for flat in group["params"]:
-                step = torch.tensor(float(updates), device=flat.device if group["fused"] else "cpu")
-                self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+        # stage 3 shows its optimizer each flat tensor only while it updates it, so the groups are no list of them
+        for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
+            step = torch.tensor(float(updates), device=flat.device if self._adamw.defaults["fused"] else "cpu")
+            self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
 
     def publish(self, values: list[Tensor]) -> None:
         """Make the model compute with `values`, one a fragment (numel); the optimizer's own weights stay."""

@@ -31,7 +31,8 @@ def decode(sample: dict, where: str) -> tuple[Tensor, int]:
         raise DataError(f"{where}: no whole number in a member .cls, the label") from None
     try:
         return _pixels(data), label
-    except (ValueError, OSError, SyntaxError) as error:  # what Pillow and simplejpeg raise on damaged files
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # what Pillow and simplejpeg raise on damaged files
         raise DataError(f"{where}: the image cannot be decoded: {error}") from None
 
 

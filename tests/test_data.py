@@ -1,0 +1,378 @@
+"""Shards, the order of samples, and batches as a pure function of manifest, seed and step."""
+
+import dataclasses
+import io
+import json
+import shutil
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from vimscale import recipe
+from vimscale.data import augment, decode, digits, shards
+from vimscale.data.plan import Plan, generator
+from vimscale.data.shards import Dataset
+from vimscale.data.stream import Batch, evaluation, training
+from vimscale.errors import DataError
+from vimscale.recipe import Augment, Recipe
+
+
+def _recipe(*changes: str) -> Recipe:
+    return recipe.load("vim_digits_cpu", ["batch=24", *changes])
+
+
+def _global(
+    dataset: Dataset, chosen: Recipe, world: int, start: int, stop: int
+) -> list[tuple[list[str], torch.Tensor]]:
+    """Keys and pixels of global batches [start, stop), put together from all ranks' micro-batches."""
+    accumulation = chosen.micro_batch(world)[1]
+    ranks = [
+        list(training(chosen, dataset, rank=r, world=world, start=start, steps=stop, size=32)) for r in range(world)
+    ]
+    batches = []
+    for step in range(stop - start):
+        parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
+        batches.append(([key for part in parts for key in part.keys], torch.cat([part.images for part in parts])))
+    return batches
+
+
+def _same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        keys == others and torch.equal(x, y) for (keys, x), (others, y) in zip(a, b, strict=True)
+    )
+
+
+# ---- the embedded set
+
+
+def test_the_split_is_stratified_and_complete(digits: Path) -> None:
+    labels, keys = {}, {}
+    for split in ("train", "val"):
+        batches = list(evaluation(Dataset.open(str(digits / split)), rank=0, world=1, batch=1, size=32))
+        labels[split] = np.bincount([int(b.labels) for b in batches])
+        keys[split] = {b.keys[0] for b in batches}
+    assert len(keys["train"] | keys["val"]) == 1797
+    assert not keys["train"] & keys["val"]
+    share = labels["val"] / (labels["train"] + labels["val"])
+    assert (abs(share - 0.2) < 0.01).all()
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, digits: Path) -> None:
+    from vimscale.data import digits as embedded
+
+    again = embedded.write(tmp_path / "again")
+    other = embedded.write(tmp_path / "other", seed=1)
+    assert again["train"] == Dataset.open(str(digits / "train")).manifest
+    assert again["train"].fingerprint != other["train"].fingerprint
+
+
+def test_images_are_the_scans_of_the_table(digits: Path) -> None:
+    table = np.loadtxt(Path(shards.__file__).parent / "digits.csv.gz", delimiter=",")
+    for batch in evaluation(Dataset.open(str(digits / "val")), rank=0, world=1, batch=1, size=32):
+        row = table[int(batch.keys[0])]
+        small = (
+            Image.fromarray(batch.images[0].permute(1, 2, 0).numpy()).convert("L").resize((8, 8), Image.Resampling.BOX)
+        )
+        off = np.abs(np.asarray(small, dtype=float) / 15.9375 - row[:64].reshape(8, 8)).mean()
+        assert int(batch.labels) == int(row[64])
+        assert off < 1.5, "bicubic enlargement and box reduction come back to the scan, within 1.5 of 16 grey levels"
+
+
+def test_an_existing_set_is_not_written_over(digits: Path) -> None:
+    from vimscale.data import digits as embedded
+
+    with pytest.raises(DataError, match="not empty"):
+        embedded.write(digits)
+
+
+# ---- shards
+
+
+def test_shards_are_plain_webdataset(digits: Path) -> None:
+    files = sorted(str(path) for path in (digits / "train").glob("*.tar"))
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(files, shardshuffle=False)]
+    assert len(set(keys)) == len(keys) == Dataset.open(str(digits / "train")).manifest.samples
+
+
+def test_the_index_points_at_the_headers_of_the_tar(digits: Path) -> None:
+    for path in (digits / "train").glob("*.tar"):
+        offsets = np.fromfile(f"{path}.idx", "<u8").tolist()
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            end = tar.offset
+        first = {}
+        for member in members:
+            first.setdefault(member.name.split(".")[0], member.offset)
+        assert offsets == [*first.values(), end]
+
+
+def test_any_sample_can_be_read_alone(digits: Path) -> None:
+    dataset = Dataset.open(str(digits / "val"))
+    sequential = list(webdataset.WebDataset(str(digits / "val" / "00001.tar"), shardshuffle=False))
+    for i in (0, 17, len(sequential) - 1):
+        assert dataset.read(1, i)["png"] == sequential[i]["png"]
+
+
+@pytest.fixture
+def copy(tmp_path: Path, digits: Path) -> Path:
+    shutil.copytree(digits / "val", tmp_path / "val")
+    return tmp_path / "val"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _rewrite_index(path: Path) -> None:
+    path.write_bytes(struct.pack("<3Q", 0, 512, 1024))
+
+
+DAMAGE = {
+    "a shard is missing": ("00001.tar", Path.unlink, "00001.tar is missing"),
+    "a shard is cut": ("00000.tar", _cut, "00000.tar has 1,000 bytes, the manifest says 460,800"),
+    "an index is missing": ("00000.tar.idx", Path.unlink, "00000.tar.idx is missing"),
+    "an index is of something else": ("00001.tar.idx", _rewrite_index, "does not index 179 samples"),
+    "the manifest is missing": ("manifest.json", Path.unlink, "has no manifest.json"),
+    "the manifest is cut": (
+        "manifest.json",
+        lambda p: p.write_text(p.read_text()[:50]),
+        "manifest.json cannot be read",
+    ),
+    "the manifest is of a later format": (
+        "manifest.json",
+        lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"format": 9})),
+        "manifest format 9, this version reads 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_found_before_anything_is_trained(copy: Path, case: str) -> None:
+    name, harm, expected = DAMAGE[case]
+    harm(copy / name)
+    with pytest.raises(DataError, match=expected):
+        Dataset.open(str(copy))
+
+
+def test_bytes_that_are_no_sample_name_shard_and_offset(copy: Path) -> None:
+    dataset = Dataset.open(str(copy))
+    offset = int(np.fromfile(copy / "00000.tar.idx", "<u8")[3])
+    with (copy / "00000.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 512)
+    with pytest.raises(DataError, match=rf"00000.tar, offset {offset}: no sample there"):
+        dataset.read(0, 3)
+    assert dataset.read(0, 4)["__key__"]
+
+
+def test_a_remote_address_is_refused_with_a_way_out() -> None:
+    with pytest.raises(DataError, match="copy the shards to a disk"):
+        Dataset.open("s3://bucket/train")
+
+
+# ---- order
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another() -> None:
+    counts = np.array([5, 1, 9, 4, 7, 3])
+    plan = Plan(counts, seed=3, window=2)
+    epochs = [[plan.locate(p) for p in range(e * 29, (e + 1) * 29)] for e in range(3)]
+    everything = {(shard, i) for shard, count in enumerate(counts) for i in range(count)}
+    assert all(set(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_window_mixes_only_its_own_shards() -> None:
+    plan = Plan(np.full(8, 10), seed=0, window=2)
+    for window in range(4):
+        assert len({plan.locate(p)[0] for p in range(window * 20, (window + 1) * 20)}) == 2
+
+
+def test_any_position_is_found_without_those_before_it() -> None:
+    counts = np.full(1_000_000, 1000)
+    far = 7 * 10**9 + 12345
+    fresh = Plan(counts, seed=1)
+    walked = Plan(counts, seed=1)
+    before = [walked.locate(far - k) for k in (5_000_000, 3, 2, 1)]
+    assert fresh.locate(far) == walked.locate(far)
+    assert len(set(before)) == 4
+
+
+def test_generators_of_different_purposes_differ() -> None:
+    drawn = {generator(0, stream, counter).random() for stream in (0, 1, 1 << 63) for counter in range(5)}
+    assert len(drawn) == 15
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(digits: Path, world: int) -> None:
+    dataset = Dataset.open(str(digits / "train"))
+    alone = _global(dataset, _recipe(), 1, 55, 65)  # an epoch ends in step 59
+    assert _same(_global(dataset, _recipe(), world, 55, 65), alone)
+
+
+def test_nor_on_accumulation_or_where_one_starts(digits: Path) -> None:
+    dataset = Dataset.open(str(digits / "train"))
+    alone = _global(dataset, _recipe(), 1, 55, 65)
+    assert _same(_global(dataset, _recipe("parallel.micro_batch=4"), 2, 55, 65), alone)
+    assert _same(_global(dataset, _recipe(), 2, 60, 65), alone[5:])
+
+
+def test_nor_on_worker_processes(digits: Path) -> None:
+    dataset = Dataset.open(str(digits / "train"))
+    assert _same(
+        _global(dataset, _recipe("data.workers=2", "parallel.micro_batch=12"), 1, 0, 5),
+        _global(dataset, _recipe(), 1, 0, 5),
+    )
+
+
+def test_another_seed_gives_other_batches(digits: Path) -> None:
+    dataset = Dataset.open(str(digits / "train"))
+    (keys, _), (others, _) = (_global(dataset, _recipe(f"seed={seed}"), 1, 0, 1)[0] for seed in (0, 1))
+    assert keys != others
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 64), (2, 64), (3, 50), (4, 359)])
+def test_an_evaluation_sees_every_image_once_in_equally_many_batches(digits: Path, world: int, batch: int) -> None:
+    dataset = Dataset.open(str(digits / "val"))
+    ranks: list[list[Batch]] = [
+        list(evaluation(dataset, rank=r, world=world, batch=batch, size=32)) for r in range(world)
+    ]
+    seen = [key for parts in ranks for part in parts for key, w in zip(part.keys, part.weights, strict=True) if w > 0]
+    assert len(seen) == len(set(seen)) == 359
+    assert len({len(parts) for parts in ranks}) == 1
+    assert {part.images.shape[0] for parts in ranks for part in parts} == {batch}
+
+
+# ---- images
+
+
+def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+RED = Image.new("RGB", (20, 10), (200, 30, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("jpg", _encoded(RED, "JPEG", quality=95)),
+        ("jpg", _encoded(RED.convert("CMYK"), "JPEG", quality=95)),
+        ("png", _encoded(RED, "PNG")),
+        ("png", _encoded(RED.convert("RGBA"), "PNG")),
+        ("png", _encoded(RED.convert("P"), "PNG")),
+        ("webp", _encoded(RED, "WEBP", lossless=True)),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(name: str, data: bytes) -> None:
+    image, label = decode.decode({"__key__": "k", name: data, "cls": b"7"}, "shard")
+    assert (image.shape, image.dtype, label) == ((3, 10, 20), torch.uint8, 7)
+    off = (image.float().mean((1, 2)) - torch.tensor([200.0, 30, 40])).abs().max()
+    assert off < 12, "JPEG and CMYK round colours by a few of 255"
+
+
+def test_a_rotated_photograph_is_set_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _encoded(RED, "JPEG", exif=exif.tobytes())
+    assert decode.decode({"__key__": "k", "jpg": data, "cls": b"0"}, "shard")[0].shape == (3, 20, 10)
+
+
+def test_transparent_pixels_are_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image, _ = decode.decode({"__key__": "k", "png": _encoded(clear, "PNG"), "cls": b"0"}, "shard")
+    assert (image == 255).all()
+
+
+def _huge_png(side: int) -> bytes:
+    """A header that claims side x side pixels, in a hundred bytes."""
+    data = bytearray(_encoded(RED, "PNG"))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        ({"png": _huge_png(9000), "cls": b"1"}, "9000 x 9000 pixels; at most 64,000,000 are read"),
+        ({"png": _huge_png(65500), "cls": b"1"}, "4290250000 pixels"),
+        ({"jpg": _encoded(RED, "JPEG")[:200], "cls": b"1"}, "cannot be decoded"),
+        ({"png": b"<html>not found</html>", "cls": b"1"}, "cannot be decoded"),
+        ({"png": _encoded(RED, "PNG")}, "member .cls"),
+        ({"png": _encoded(RED, "PNG"), "cls": b"cat"}, "member .cls"),
+        ({"pyd": b"cbuiltins\neval\n.", "cls": b"1"}, "no image among its members"),
+    ],
+)
+def test_a_bad_sample_is_named_with_its_shard_and_key(sample: dict, expected: str) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        decode.decode({"__key__": "n0123", **sample}, "train/00007.tar")
+    assert "train/00007.tar, sample n0123" in str(caught.value)
+
+
+def test_crops_keep_at_least_the_area_they_are_told_to() -> None:
+    ramp = torch.arange(100, dtype=torch.uint8).repeat(100, 1).expand(3, 100, 100)
+    spans = []
+    for i in range(200):
+        crop = augment.for_training(ramp, 50, Augment(crop_min=0.25, aspect_max=1.0, flip=0.0), generator(0, 1, i))
+        assert crop.shape == (3, 50, 50)
+        spans.append(int(crop[0, 25].max()) - int(crop[0, 25].min()) + 1)
+    assert 48 <= min(spans) <= 60, "a quarter of the area is half of the side"
+    assert max(spans) >= 95
+
+
+def test_flips_come_as_often_as_asked_and_from_the_samples_generator() -> None:
+    ramp = torch.arange(32, dtype=torch.uint8).repeat(32, 1).expand(3, 32, 32)
+    options = Augment(crop_min=1.0, flip=0.5)
+    first = [bool(augment.for_training(ramp, 32, options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
+    again = [bool(augment.for_training(ramp, 32, options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
+    assert first == again
+    assert 150 < sum(first) < 250
+
+
+@pytest.mark.parametrize("size", [(40, 60), (60, 40), (20, 20), (48, 48)])
+def test_evaluation_takes_the_central_square(size: tuple[int, int]) -> None:
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    image[:, size[0] // 2 - 4 : size[0] // 2 + 4, size[1] // 2 - 4 : size[1] // 2 + 4] = 255
+    square = augment.for_evaluation(image, 48)
+    assert square.shape == (3, 48, 48)
+    rows, columns = (square[0] > 127).nonzero().float().mean(0).tolist()
+    assert abs(rows - 23.5) < 1
+    assert abs(columns - 23.5) < 1
+
+
+def test_normalising_gives_mean_zero_and_deviation_one(digits: Path) -> None:
+    dataset = Dataset.open(str(digits / "train"))
+    (batch,) = evaluation(dataset, rank=0, world=1, batch=1438, size=32)
+    mean, std = (torch.tensor(v) for v in (dataset.manifest.mean, dataset.manifest.std))
+    pixels = augment.normalise(batch.images, mean, std)
+    # the manifest's figures are of the scans before they were enlarged
+    assert abs(pixels.mean()) < 0.02
+    assert 0.8 < pixels.std() < 1.1
+
+
+def test_the_manifest_is_what_the_fingerprint_is_of(digits: Path) -> None:
+    manifest = Dataset.open(str(digits / "train")).manifest
+    renamed = dataclasses.replace(manifest, name="other")
+    assert renamed.fingerprint != manifest.fingerprint
+    assert digits.joinpath("train", "manifest.json").read_text() == manifest.to_json()
+
+
+def test_the_cached_set_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = digits.cached()
+    before = (folder / "train" / "00000.tar").stat().st_mtime_ns
+    assert digits.cached() == folder
+    assert (folder / "train" / "00000.tar").stat().st_mtime_ns == before

@@ -1,0 +1,249 @@
+"""The main job as its user runs it: real processes, real Ray, real DeepSpeed, real kills."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.shell import Shell
+from vimscale import checkpoint
+from vimscale.launch.rank import Ending
+from vimscale.launch.supervisor import first_cause
+
+RAY = ("--workers", "2")
+PROCESSES = ("--workers", "2", "--no-ray")
+
+
+def _relative(ours: list[float], theirs: list[float]) -> float:
+    assert len(ours) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _weights(shell: Shell, name: str) -> dict[str, torch.Tensor]:
+    """Weights and moving average of a run's newest checkpoint."""
+    newest = checkpoint.found(shell.folder / "runs" / name / "checkpoints")[0]
+    assert checkpoint.damage(newest) is None
+    return {
+        f"{kind}/{key}": value
+        for kind in ("weight", "ema")
+        for key, value in checkpoint.consolidated(newest, kind).items()
+    }
+
+
+def _same_weights(shell: Shell, a: str, b: str) -> bool:
+    ours, theirs = _weights(shell, a), _weights(shell, b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def _reaches(shell: Shell, process: subprocess.Popen, name: str, step: int) -> None:
+    """Wait until the run has written down that step."""
+    while len(shell.rows(name)) < step:
+        assert process.poll() is None, f"{name} ended before step {step}: {process.communicate()}"
+        time.sleep(0.01)
+
+
+def _process_of(shell: Shell, name: str, rank: int) -> int:
+    """The newest process of a rank, as it wrote down itself."""
+    text = (shell.folder / "runs" / name / "logs" / f"rank_{rank:05d}.txt").read_text()
+    return int(re.findall(r"process (\d+) on", text)[-1])
+
+
+@pytest.mark.timeout(600)
+def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell) -> None:
+    def losses(zero: int, world: int) -> list[float]:
+        name = f"zero{zero}x{world}"
+        shell.run("launch", "small.yaml", f"name={name}", f"parallel.zero={zero}", "--no-ray", "--workers", str(world))
+        return shell.losses(name)
+
+    plain = losses(0, 1)
+    assert plain[-1] < plain[0] * 0.9
+    for zero, world in [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]:
+        assert _relative(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
+
+
+def test_ray_and_plain_processes_give_the_same_bits(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "name=ray", *RAY)
+    shell.run("launch", "small.yaml", "name=processes", *PROCESSES)
+    assert shell.losses("ray") == shell.losses("processes")
+    assert _same_weights(shell, "ray", "processes")
+
+
+def test_accumulation_changes_nothing_but_the_order_of_sums(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "name=whole", *PROCESSES)
+    shell.run("launch", "small.yaml", "name=parts", "parallel.micro_batch=4", *PROCESSES)
+    assert _relative(shell.losses("parts"), shell.losses("whole")) < 1e-5
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bf16_trains_with_fp32_parameters(shell: Shell, zero: int) -> None:
+    shell.run("launch", "small.yaml", "name=exact", f"parallel.zero={zero}", *PROCESSES)
+    shell.run("launch", "small.yaml", "name=bf16", f"parallel.zero={zero}", "parallel.precision=bf16", *PROCESSES)
+    off = _relative(shell.losses("bf16"), shell.losses("exact"))
+    assert 0 < off < 0.05, "rounding shows, and stays small over 50 steps"
+    assert {value.dtype for value in _weights(shell, "bf16").values()} == {torch.float32}
+
+
+LONG = ("steps=300", "checkpoint.every=60", "log.every=10")
+
+
+@pytest.mark.parametrize("how", [RAY, PROCESSES], ids=["ray", "processes"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, how: tuple[str, ...], rank: int) -> None:
+    shell.run("launch", "small.yaml", "name=calm", *LONG, *how)
+    process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
+    _reaches(shell, process, "hit", 100)
+    os.kill(_process_of(shell, "hit", rank), signal.SIGKILL)
+    output = shell.finish(process)
+    assert re.search(rf"rank {rank}: process \d+ (was killed by SIGKILL|died); starting again from the last", output)
+    assert "Traceback" not in output
+    assert shell.losses("hit") == shell.losses("calm")
+    assert _same_weights(shell, "hit", "calm")
+
+
+@pytest.mark.parametrize("how", [RAY, PROCESSES], ids=["ray", "processes"])
+def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, how: tuple[str, ...]) -> None:
+    shell.run("launch", "small.yaml", "name=calm", *LONG, *how)
+    process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
+    _reaches(shell, process, "hit", 100)
+    os.killpg(process.pid, signal.SIGINT)  # a Ctrl-C reaches the whole group
+    output = shell.finish(process, expect=3)
+    assert "stopped on request, with a checkpoint" in output
+    stopped = len(shell.rows("hit"))
+    assert 100 <= stopped < 300
+    assert checkpoint.found(shell.folder / "runs/hit/checkpoints")[0].name == checkpoint.name_of(stopped)
+
+    output = shell.run("launch", "small.yaml", "name=hit", *LONG, *how)
+    assert f"resumed from {shell.folder}/runs/hit/checkpoints/{checkpoint.name_of(stopped)}" in output
+    assert shell.losses("hit") == shell.losses("calm")
+    assert _same_weights(shell, "hit", "calm")
+
+    output = shell.run("launch", "small.yaml", "name=hit", *LONG, *how)
+    assert "runs/hit is finished: 300 steps, top-1" in output
+
+
+def test_a_killed_launcher_leaves_nothing_running_and_the_command_goes_on(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "name=calm", *LONG, *PROCESSES)
+    process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *PROCESSES)
+    _reaches(shell, process, "hit", 100)
+    ranks = [_process_of(shell, "hit", rank) for rank in (0, 1)]
+    process.kill()
+    process.communicate()
+    while any(_runs(pid) for pid in ranks):
+        time.sleep(0.01)
+    shell.run("launch", "small.yaml", "name=hit", *LONG, *PROCESSES)
+    assert shell.losses("hit") == shell.losses("calm")
+    assert _same_weights(shell, "hit", "calm")
+
+
+def _runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell) -> None:
+    options = ("steps=90", "checkpoint.every=30", "log.every=10")
+    shell.run("launch", "small.yaml", "name=calm", *options, *PROCESSES)
+    layouts = [(1, "2"), (3, "1"), (2, "2"), (0, "1"), (1, "1")]
+    for number, (zero, world) in enumerate(layouts):
+        process = shell.popen(
+            "launch", "small.yaml", "name=moved", *options, f"parallel.zero={zero}", "--no-ray", "--workers", world
+        )
+        if number < len(layouts) - 1:
+            _reaches(shell, process, "moved", 15 * (number + 1))
+            process.send_signal(signal.SIGTERM)
+            shell.finish(process, expect=3)
+            assert len(shell.rows("moved")) < 90
+        else:
+            shell.finish(process)
+    assert _relative(shell.losses("moved"), shell.losses("calm")) < 1e-5
+    ours, theirs = (shell.rows(name, "eval")[-1] for name in ("moved", "calm"))
+    assert ours["top1"] == theirs["top1"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, zero: int) -> None:
+    shell.run("launch", "small.yaml", f"parallel.zero={zero}", "evaluate.every=20", *PROCESSES)
+    during = shell.rows("small", "eval")
+    assert [row["step"] for row in during] == [20, 40, 50]
+    output = shell.run("evaluate", "small")
+    assert f"step 50: top-1 {during[-1]['top1']:.2%}" in output
+    assert f"loss {during[-1]['loss']:.4f}" in output
+    raw = shell.run("evaluate", "small", "--raw")
+    assert f"loss {during[-1]['loss']:.4f}" not in raw, "the moving average is not the weights"
+
+    output = shell.run("export", "small", "--to", "safetensors")
+    assert "loaded again, it gives the same logits" in output
+    from vimscale.export import safetensors
+
+    model = safetensors.load(shell.folder / "runs/small/export")
+    kept = {k.removeprefix("ema/"): v for k, v in _weights(shell, "small").items() if k.startswith("ema/")}
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    config = json.loads((shell.folder / "runs/small/export/config.json").read_text())
+    assert (config["about"]["step"], config["classes"]) == (50, [str(i) for i in range(10)])
+
+
+def test_only_the_newest_checkpoints_are_kept_and_each_is_whole(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "checkpoint.every=10", "checkpoint.keep=2", *PROCESSES)
+    left = checkpoint.found(shell.folder / "runs/small/checkpoints")
+    assert [path.name for path in left] == ["step_00000050", "step_00000040"]
+    assert [checkpoint.damage(path) for path in left] == [None, None]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "name=calm", *PROCESSES)
+    shell.run("launch", "small.yaml", "name=hit", *PROCESSES)
+    folder = shell.folder / "runs/hit"
+    (folder / "result.json").unlink()
+    _flip_a_bit(next((folder / "checkpoints/step_00000050").glob("*.safetensors")))
+    output = shell.run("launch", "small.yaml", "name=hit", *PROCESSES)
+    assert "step_00000050 is damaged and set aside as damaged_step_00000050" in output
+    assert "resumed from" in output
+    assert "step_00000040" in output
+    assert (folder / "checkpoints/damaged_step_00000050").is_dir()
+    assert shell.losses("hit") == shell.losses("calm")
+    assert _same_weights(shell, "hit", "calm")
+
+
+def test_a_run_without_any_whole_checkpoint_stops_and_loses_nothing(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "checkpoint.every=50", *PROCESSES)
+    folder = shell.folder / "runs/small"
+    (folder / "result.json").unlink()
+    _flip_a_bit(folder / "checkpoints/step_00000050/trainer.json")
+    output = shell.run("evaluate", "small", expect=2)
+    assert "no checkpoint is whole" in output
+    output = shell.run("launch", "small.yaml", "checkpoint.every=50", *PROCESSES, expect=2)
+    assert "trainer.json does not have the sha256 it was written with" in output
+    assert "Traceback" not in output
+    assert (folder / "checkpoints/damaged_step_00000050/trainer.json").exists()
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(shell: Shell) -> None:
+    changes = ("optim.lr=1e30", "optim.warmup=0", "optim.clip=null", "checkpoint.every=1000")
+    output = shell.run("launch", "small.yaml", *changes, *PROCESSES, expect=1)
+    assert re.search(r"step \d+: loss (nan|inf)|gradient norm (nan|inf)", output)
+    assert "Lower optim.lr" in output
+    assert "Traceback" not in output
+    assert checkpoint.found(shell.folder / "runs/small/checkpoints") == []
+
+
+def test_the_first_cause_is_told_not_the_last() -> None:
+    lost = Ending(0, "failed", cause="lost", message="Connection closed by peer", time=1.0)
+    bug = Ending(1, "failed", cause="error", message="ValueError: 3", time=2.0)
+    late_bug = Ending(2, "failed", cause="error", message="ValueError: 4", time=3.0)
+    died = Ending(3, "failed", cause="died", message="killed", time=4.0)
+    assert first_cause([lost, late_bug, bug]) is bug
+    assert first_cause([lost, bug, died]) is died

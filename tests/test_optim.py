@@ -1,0 +1,63 @@
+"""Learning rate, parameter groups, and DeepSpeed's configuration, as functions."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vimscale import optim, recipe
+from vimscale.distributed import draws
+from vimscale.engine import ds_config
+from vimscale.model import PRESETS, VisionMamba
+from vimscale.recipe import Optim
+
+
+def test_the_rate_warms_up_and_follows_a_cosine_to_its_minimum() -> None:
+    settings = Optim(lr=1.0, min_lr=0.1, warmup=10)
+    rates = [optim.learning_rate(settings, step, 110) for step in range(110)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_a_constant_schedule_stays_at_the_peak() -> None:
+    assert optim.learning_rate(Optim(lr=0.5, schedule="constant", warmup=2), 99, 100) == 0.5
+
+
+def test_the_average_follows_closely_at_first() -> None:
+    assert optim.ema_decay(0.999, 0) == 0.1
+    assert optim.ema_decay(0.999, 10**6) == 0.999
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    model = VisionMamba(dataclasses.replace(PRESETS["vim_digits"], depth=1, directions="bi"))
+    adamw = optim.optimizer(model, model.no_decay(), Optim(weight_decay=0.3), fused=False)
+    decayed, spared = adamw.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert all(p.ndim > 1 for p in decayed["params"])
+
+
+def test_deepspeed_is_told_what_the_recipe_says() -> None:
+    chosen = recipe.load("vim_digits_cpu", ["parallel.micro_batch=8", "parallel.zero=2", "parallel.precision=bf16"])
+    config = ds_config(chosen, world=4)
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 4 == chosen.batch
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["torch_autocast"]["enabled"]
+    assert "bf16" not in config, "that engine casts the parameters themselves"
+
+
+def test_no_clipping_is_said_out_loud() -> None:
+    """DeepSpeed clips to 1.0 where the key is absent."""
+    assert ds_config(recipe.load("vim_digits_cpu", ["optim.clip=null"]), 1)["gradient_clipping"] == 0.0
+
+
+def test_draws_are_uniform_and_belong_to_seed_and_step() -> None:
+    drawn = draws(0, 7, 1000, 10)
+    assert drawn.shape == (1000, 10)
+    assert abs(drawn.mean() - 0.5) < 0.02
+    assert torch.equal(drawn, draws(0, 7, 1000, 10))
+    assert not torch.equal(drawn, draws(0, 8, 1000, 10))
+    assert not torch.equal(drawn, draws(1, 7, 1000, 10))
