@@ -1,10 +1,23 @@
-"""The command line as a user runs it, in a folder of its own."""
+"""The command line as a user runs it, in a folder of its own with a small recipe."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+SMALL = """\
+name: small
+steps: 50
+batch: 32
+model: {preset: vim_digits, d_model: 32, depth: 2, drop_path: 0.1}
+data: {train: "digits:train", val: "digits:val"}
+augment: {crop_min: 0.7, flip: 0.0}
+optim: {lr: 1e-3, warmup: 5, ema: 0.9}
+checkpoint: {every: 20}
+log: {every: 5}
+"""
 
 
 @dataclass
@@ -14,8 +27,11 @@ class Shell:
     folder: Path
     env: dict[str, str]
 
-    def popen(self, *arguments: str) -> subprocess.Popen:
+    def popen(self, *arguments: str, file_limit: int | None = None) -> subprocess.Popen:
+        """`file_limit`: no file may grow beyond that many KB."""
         command = [sys.executable, "-m", "vimscale.launch.cli", *arguments]
+        if file_limit is not None:
+            command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "limited", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.folder, env=self.env, start_new_session=True, **pipes)
 
@@ -44,3 +60,8 @@ class Shell:
         rows = self.rows(name)
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a step is missing or there twice"
         return [row["loss"] for row in rows]
+
+
+def new_shell(folder: Path, cache: Path) -> Shell:
+    (folder / "small.yaml").write_text(SMALL)
+    return Shell(folder, os.environ | {"XDG_CACHE_HOME": str(cache)})

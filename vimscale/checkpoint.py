@@ -6,12 +6,12 @@ A state file holds one rank's fragments as flat fp32 tensors named KIND/PARAMETE
 of the optimizer's moments. Loading puts together whatever stretches the new layout asks for: no conversion, no pickle.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vimscale import manifest, run_folder
 from vimscale.errors import CheckpointError, RunFailed
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,6 @@ class Trainer:
     world: int
     zero: int
     ema: bool
-    format: int = FORMAT
-
-
-def name_of(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def found(folder: Path) -> list[Path]:
-    """Checkpoints under `folder` that have a manifest, newest first. Whether they are whole, `damage` tells."""
-    return sorted((path.parent for path in folder.glob("step_*/manifest.json")), reverse=True)
 
 
 # ---- writing
@@ -67,97 +56,70 @@ def save(folder: Path, tensors: dict[str, Tensor], trainer: Trainer, keep: int) 
         RunFailed: on all ranks, if one of them could not write; the checkpoints there were are untouched.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    target = folder / name_of(trainer.step)
-    partial = folder / f".{target.name}.partial"
-    problem: str | None = None
-    if rank == 0:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-    _agree_on(problem, target)
+    target = folder / run_folder.checkpoint_name(trainer.step)
+    unfinished = folder / f".{target.name}.partial"
 
-    entry: dict[str, Any] = {}
-    try:
-        path = partial / f"state-{rank:05d}-of-{world:05d}.safetensors"
+    def prepare() -> None:
+        for leftover in folder.glob(".step_*"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        path = unfinished / f"state-{rank:05d}-of-{world:05d}.safetensors"
         save_file({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}, path)
-        entry = _sealed(path)
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    _agree_on(problem, target)
-    entries: list[Any] = [None] * world
-    dist.all_gather_object(entries, entry)
+        return manifest.seal(path)
 
-    if rank == 0:
-        try:
-            trainer_file = partial / "trainer.json"
-            trainer_file.write_text(json.dumps(asdict(trainer), indent=1) + "\n")
-            manifest = partial / "manifest.json"
-            manifest.write_text(
-                json.dumps({"format": FORMAT, "files": [*entries, _sealed(trainer_file)]}, indent=1) + "\n"
-            )
-            _sync(manifest)
-            _sync(partial)
-            if target.exists():  # the same step again, after a restart: the new one is as good
-                shutil.rmtree(target)
-            partial.rename(target)
-            _sync(folder)
-            for old in found(folder)[keep:]:
-                shutil.rmtree(old)
-        except OSError as error:
-            problem = str(error)
-    _agree_on(problem, target)
+    def finish() -> None:
+        trainer_file = unfinished / "trainer.json"
+        trainer_file.write_text(json.dumps(asdict(trainer), indent=1) + "\n")
+        manifest.write(unfinished, [*entries, manifest.seal(trainer_file)])
+        if target.exists():
+            _remove(target)
+        unfinished.rename(target)
+        manifest.sync(folder)
+        for old in run_folder.checkpoints(folder)[keep:]:
+            _remove(old)
+
+    try:
+        _together(prepare if rank == 0 else None)
+        entries = _together(write)
+        _together(finish if rank == 0 else None)
+    except OSError as error:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(
+            f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
+        ) from None
     return target
 
 
-def _sealed(path: Path) -> dict[str, Any]:
-    _sync(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+def _together(action: Callable[[], Any] | None) -> list[Any]:
+    """Run `action`, None on ranks that have none; what each rank's returned, or the first one's error on all ranks.
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises:
+        OSError: on every rank alike.
+    """
+    problem, result = None, None
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        result = action() if action is not None else None
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (problem, result))
+    for problem, _ in outcomes:
+        if problem is not None:
+            raise OSError(problem)
+    return [result for _, result in outcomes]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _agree_on(problem: str | None, target: Path) -> None:
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p is not None), None)
-    if first is not None:
-        raise RunFailed(f"checkpoint {target} could not be written: {first}; earlier checkpoints are untouched")
+def _remove(checkpoint: Path) -> None:
+    """In two steps, so that a crash leaves no half checkpoint under a checkpoint's name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 # ---- reading
-
-
-def damage(checkpoint: Path, part: int = 0, of: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Of its files, every `of`-th from `part` on is read."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        files = [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')}, this version reads {FORMAT}"
-    for name, size, sha256 in files[part::of]:
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
-        if _sha256(path) != sha256:
-            return f"{name} does not have the sha256 it was written with"
-    return None
 
 
 def newest(folder: Path) -> Path | None:
@@ -169,14 +131,13 @@ def newest(folder: Path) -> Path | None:
         CheckpointError: there are checkpoints, and all are damaged: going on would silently start from nothing.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    listing: list[Any] = [[path.name for path in found(folder)] if rank == 0 else None]
+    listing: list[Any] = [[path.name for path in run_folder.checkpoints(folder)] if rank == 0 else None]
     dist.broadcast_object_list(listing)
     faults = []
     for name in listing[0]:
         checkpoint = folder / name
-        results: list[Any] = [None] * world
-        dist.all_gather_object(results, damage(checkpoint, rank, world))
-        fault = next((result for result in results if result is not None), None)
+        found = _together(partial(manifest.damage, checkpoint, rank, world))
+        fault = next((fault for fault in found if fault is not None), None)
         if fault is None:
             return checkpoint
         faults.append(f"{name}: {fault}")

@@ -12,12 +12,21 @@ from typing import Any
 
 import yaml
 
-from vimscale import checkpoint
+from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
 from vimscale.recipe import Recipe
 
 _MAY_CHANGE = ("parallel", "checkpoint", "evaluate", "log", "data.workers")
 """Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints under `folder` that have a manifest, newest first; `manifest.damage` tells which are whole."""
+    return sorted((path.parent for path in folder.glob(f"step_*/{manifest.NAME}")), reverse=True)
 
 
 class RunFolder:
@@ -62,18 +71,18 @@ class RunFolder:
         Raises:
             CheckpointError: there is none.
         """
-        candidates = checkpoint.found(self.checkpoints)
+        candidates = checkpoints(self.checkpoints)
         if step is not None:
-            candidates = [path for path in candidates if path.name == checkpoint.name_of(step)]
+            candidates = [path for path in candidates if path.name == checkpoint_name(step)]
         faults = []
         for path in candidates:
-            fault = checkpoint.damage(path)
+            fault = manifest.damage(path)
             if fault is None:
                 return path
             faults.append(f"{path.name}: {fault}")
         if faults:
             raise CheckpointError(f"run {self.path}: no checkpoint is whole\n  " + "\n  ".join(faults))
-        others = ", ".join(path.name for path in checkpoint.found(self.checkpoints)) or "none"
+        others = ", ".join(path.name for path in checkpoints(self.checkpoints)) or "none"
         wanted = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
         raise CheckpointError(f"run {self.path}: {wanted}; there are: {others}")
 
