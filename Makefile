@@ -11,6 +11,9 @@ demo: $(READY)
 	$(VENV)/bin/vimscale launch vim_digits_cpu
 	$(VENV)/bin/vimscale evaluate vim_digits_cpu
 	$(VENV)/bin/vimscale export vim_digits_cpu --to safetensors
+	@echo
+	@echo "The run is in runs/vim_digits_cpu: metrics.jsonl, checkpoints/, export/model.safetensors."
+	@echo "Next: source $(VENV)/bin/activate, then vimscale --help; docs/one-image.md shows how it works."
 
 test: lint
 	$(PYTEST)
@@ -27,7 +30,8 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.startup
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("vimscale needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit("vimscale needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV), a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
