@@ -206,7 +206,13 @@ def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) 
     model.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
         row = evaluate(
-            model, Dataset.open(recipe.data.val), manifest, size=model.config.image_size, batch=64, device=device
+            model,
+            Dataset.open(recipe.data.val),
+            manifest,
+            size=model.config.image_size,
+            batch=64,
+            device=device,
+            workers=recipe.data.workers,
         )
     Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
 

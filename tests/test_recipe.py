@@ -40,6 +40,11 @@ def test_a_length_in_steps_replaces_one_in_epochs() -> None:
     assert recipe.load("vim_digits_cpu", ["epochs=2", "optim.warmup=0"]).length(1438) == 45
 
 
+def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
+    with pytest.raises(RecipeError, match="50 must be below the 45 steps that 2 epochs are"):
+        recipe.load("vim_digits_cpu", ["epochs=2"]).length(1438)
+
+
 def test_all_faults_are_reported_at_once_each_with_a_way_out() -> None:
     faults = _faults(
         "vim_digits_cpu",

@@ -177,11 +177,21 @@ class Recipe(_Section):
         return self
 
     def length(self, samples: int) -> int:
-        """Optimizer steps of the whole run on a training set of that many samples."""
+        """Optimizer steps of the whole run on a training set of that many samples.
+
+        Raises:
+            RecipeError: the warm-up would outlast it.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(round(self.epochs * samples / self.batch), 1)
+        steps = max(round(self.epochs * samples / self.batch), 1)
+        if self.optim.warmup >= steps:
+            fault = (
+                f"optim.warmup {self.optim.warmup:,} must be below the {steps:,} steps that {self.epochs:g} epochs are"
+            )
+            raise RecipeError(f"recipe {self.name}", [fault])
+        return steps
 
     def micro_batch(self, world: int) -> tuple[int, int]:
         """(images a rank computes at once, such micro-steps a step) on `world` ranks.

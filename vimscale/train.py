@@ -87,6 +87,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 device=device,
                 rank=rank,
                 world=world,
+                workers=recipe.data.workers,
             )
         engine.module.train()
         if metrics is not None:

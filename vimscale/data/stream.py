@@ -39,17 +39,14 @@ class Batch:
 def training(
     recipe: Recipe, dataset: Dataset, *, rank: int, world: int, start: int, steps: int, size: int, pin: bool = False
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank for steps [start, steps), in order."""
-    micro, accumulation = recipe.micro_batch(world)
-    plan = _Micro(recipe, dataset, size, rank * micro * accumulation, micro, accumulation, start, steps)
-    return iter(_loader(plan, recipe.data.workers, pin))
+    """The micro-batches of this rank for steps [start, steps), in order; images are (3, size, size)."""
+    source = _Training(recipe, dataset, size, rank, world, range(start, steps))
+    return iter(_loader(source, recipe.data.workers, pin))
 
 
-def evaluation(
-    dataset: Dataset, *, rank: int, world: int, batch: int, size: int, workers: int = 0, pin: bool = False
-) -> Iterator[Batch]:
+def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: int, workers: int = 0) -> Iterator[Batch]:
     """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size."""
-    return iter(_loader(_Once(dataset, size, rank, world, batch), workers, pin))
+    return iter(_loader(_Evaluation(dataset, size, rank, world, batch), workers, pin=False))
 
 
 def _loader(source: IterableDataset, workers: int, pin: bool) -> DataLoader:
@@ -58,44 +55,27 @@ def _loader(source: IterableDataset, workers: int, pin: bool) -> DataLoader:
     return DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context)
 
 
-class _Micro(IterableDataset):
-    def __init__(
-        self,
-        recipe: Recipe,
-        dataset: Dataset,
-        size: int,
-        offset: int,
-        micro: int,
-        accumulation: int,
-        start: int,
-        steps: int,
-    ):
-        self.recipe, self.size = recipe, size
-        self.offset, self.micro, self.accumulation = offset, micro, accumulation
-        self.start, self.steps = start, steps
-        self.source = dataset
+class _Training(IterableDataset):
+    def __init__(self, recipe: Recipe, dataset: Dataset, size: int, rank: int, world: int, steps: range):
+        self.recipe, self.source, self.size, self.steps = recipe, dataset, size, steps
+        self.micro, self.accumulation = recipe.micro_batch(world)
+        self.first = rank * self.micro * self.accumulation  # of this rank, in a global batch
 
     def __iter__(self) -> Iterator[Batch]:
         plan = Plan(self.source.counts, self.recipe.seed)
-        for k in _share(range(self.start * self.accumulation, self.steps * self.accumulation)):
+        for k in _share(range(self.steps.start * self.accumulation, self.steps.stop * self.accumulation)):
             step, part = divmod(k, self.accumulation)
-            first = step * self.recipe.batch + self.offset + part * self.micro
-            yield self._collate([self._sample(plan, position) for position in range(first, first + self.micro)])
+            begin = step * self.recipe.batch + self.first + part * self.micro
+            samples = [self._sample(plan, position) for position in range(begin, begin + self.micro)]
+            yield _collate(samples, torch.ones(self.micro))
 
     def _sample(self, plan: Plan, position: int) -> tuple[Tensor, int, str]:
-        shard, i = plan.locate(position)
-        raw = self.source.read(shard, i)
-        image, label = decode.decode(raw, str(self.source.folder / self.source.manifest.shards[shard].name))
+        image, label, key = _read(self.source, *plan.locate(position))
         rng = generator(self.recipe.seed, _PER_SAMPLE, position)
-        return augment.for_training(image, self.size, self.recipe.augment, rng), label, raw["__key__"]
-
-    @staticmethod
-    def _collate(samples: list[tuple[Tensor, int, str]]) -> Batch:
-        images, labels, keys = zip(*samples, strict=True)
-        return Batch(torch.stack(images), torch.tensor(labels), torch.ones(len(labels)), list(keys))
+        return augment.for_training(image, self.size, self.recipe.augment, rng), label, key
 
 
-class _Once(IterableDataset):
+class _Evaluation(IterableDataset):
     def __init__(self, dataset: Dataset, size: int, rank: int, world: int, batch: int):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
 
@@ -103,18 +83,27 @@ class _Once(IterableDataset):
         places = [(shard, i) for shard, count in enumerate(self.source.counts) for i in range(count)]
         rounds = -(-len(places) // (self.batch * self.world))
         for k in _share(range(rounds)):
-            first = (k * self.world + self.rank) * self.batch
-            mine = places[first : first + self.batch]
+            begin = (k * self.world + self.rank) * self.batch
+            mine = places[begin : begin + self.batch]
             fill = self.batch - len(mine)
-            images, labels, keys = [], [], []
-            for shard, i in mine + [places[0]] * fill:
-                raw = self.source.read(shard, i)
-                image, label = decode.decode(raw, str(self.source.folder / self.source.manifest.shards[shard].name))
-                images.append(augment.for_evaluation(image, self.size))
-                labels.append(label)
-                keys.append(raw["__key__"])
-            weights = torch.tensor([1.0] * len(mine) + [0.0] * fill)
-            yield Batch(torch.stack(images), torch.tensor(labels), weights, keys)
+            samples = [self._sample(*place) for place in mine + [places[0]] * fill]
+            yield _collate(samples, torch.tensor([1.0] * len(mine) + [0.0] * fill))
+
+    def _sample(self, shard: int, i: int) -> tuple[Tensor, int, str]:
+        image, label, key = _read(self.source, shard, i)
+        return augment.for_evaluation(image, self.size), label, key
+
+
+def _read(dataset: Dataset, shard: int, i: int) -> tuple[Tensor, int, str]:
+    """(image, label, key) of a sample."""
+    raw = dataset.read(shard, i)
+    image, label = decode.decode(raw, str(dataset.folder / dataset.manifest.shards[shard].name))
+    return image, label, raw["__key__"]
+
+
+def _collate(samples: list[tuple[Tensor, int, str]], weights: Tensor) -> Batch:
+    images, labels, keys = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), weights, list(keys))
 
 
 def _share(turns: range) -> range:
