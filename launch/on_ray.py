@@ -80,19 +80,27 @@ class Ray:
 
 def _check_reachable(address: str) -> None:
     """Ray itself retries for minutes before it says that nobody answers."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    way_out = "check it with `ray status --address`, or leave --address out to start Ray on this machine"
     try:
         with socket.create_connection((host, int(port)), timeout=5):
-            return
+            pass
     except ValueError:
-        raise LaunchError(
-            f"--address {address}: write HOST:PORT, or auto for the cluster this machine is part of"
-        ) from None
+        message = f"--address {address}: write HOST:PORT, or auto for the cluster this machine is part of"
+        raise LaunchError(message) from None
     except OSError as error:
-        way_out = "check it with `ray status`, or leave --address out to start Ray on this machine"
         raise LaunchError(f"--address {address}: nobody answers there ({error}); {way_out}") from None
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return
+    import grpc  # Ray speaks it, and brings it
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=5)
+        except grpc.FutureTimeoutError:
+            raise LaunchError(f"--address {address}: what answers there is no Ray; {way_out}") from None
 
 
 class _Rank:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 
@@ -80,9 +81,21 @@ def test_wrong_input_gets_one_message_and_code_2(shell: Shell, case: str) -> Non
     assert after == before, "what was there was touched"
 
 
+def test_an_address_of_something_else_than_ray_is_refused(shell: Shell) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        output = shell.run("launch", "small.yaml", "--address", address, expect=2, timeout=60)
+    assert "what answers there is no Ray" in output
+
+
 def test_an_existing_data_set_is_not_written_over(shell: Shell) -> None:
     shell.run("data", "digits", "set")
     assert "not empty; give a new one" in shell.run("data", "digits", "set", expect=2)
+
+
+def test_a_cache_that_cannot_be_written_is_named(shell: Shell) -> None:
+    shell.env["XDG_CACHE_HOME"] = "/proc/1"
+    assert "set XDG_CACHE_HOME to a folder" in shell.run(*LAUNCH, expect=2)
 
 
 def test_a_folder_in_use_is_refused(shell: Shell) -> None:

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -376,3 +379,11 @@ def test_the_cached_set_is_written_once(tmp_path: Path, monkeypatch: pytest.Monk
     before = (folder / "train" / "00000.tar").stat().st_mtime_ns
     assert digits.cached() == folder
     assert (folder / "train" / "00000.tar").stat().st_mtime_ns == before
+
+
+def test_ranks_that_write_the_cached_set_at_once_all_find_it_whole(tmp_path: Path) -> None:
+    code = "from vimscale.data.shards import Dataset; print(Dataset.open('digits:val').manifest.samples)"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(4)]
+    assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == [b"359"] * 4
+    assert [path.name for path in (tmp_path / "vimscale").iterdir()] == ["digits-1"]

@@ -7,6 +7,7 @@ pixels and the class.
 
 import io
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from vimscale.data import shards
-from vimscale.errors import DataError
 
 SPLITS = ("train", "val")
 _SIDE = 32
@@ -51,17 +51,16 @@ def cached() -> Path:
     """The set in this user's cache folder, written there on first use. The bytes are the same on every machine."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "vimscale" / f"digits-{shards.FORMAT}"
-    for split in SPLITS:
-        if not (folder / split / "manifest.json").exists():
-            break
-    else:
-        return folder
-    try:
-        write(folder)
-    except (DataError, OSError):
-        # another rank of this machine was faster; whoever was, the data set is whole or it is not there
-        if not all((folder / split / "manifest.json").exists() for split in SPLITS):
-            raise
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".digits-") as unfinished:
+            write(Path(unfinished) / "set")
+            try:
+                (Path(unfinished) / "set").rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                # another rank was faster; its set has the same bytes, and is as whole
     return folder
 
 

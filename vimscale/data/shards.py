@@ -81,7 +81,11 @@ class Dataset:
         if source.startswith("digits:"):
             from vimscale.data import digits
 
-            folder = digits.cached() / source.removeprefix("digits:")
+            try:
+                folder = digits.cached() / source.removeprefix("digits:")
+            except OSError as error:
+                way_out = "set XDG_CACHE_HOME to a folder that can be written"
+                raise DataError(f"data {source}: the embedded set cannot be unpacked ({error}); {way_out}") from None
         elif "://" in source:
             raise DataError(
                 f"data {source}: only folders can be streamed so far; copy the shards to a disk all ranks see"
