@@ -27,6 +27,7 @@ def _another_recipe(shell: Shell) -> None:
 
     changed = recipe.load(shell.folder / "small.yaml", ["optim.lr=5e-4"])
     (folder.parent / "recipe.yaml").write_text(changed.to_yaml())
+    (folder.parent / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 2.0}\n')
 
 
 WRONG = {
@@ -96,6 +97,12 @@ def test_an_existing_data_set_is_not_written_over(shell: Shell) -> None:
 def test_a_cache_that_cannot_be_written_is_named(shell: Shell) -> None:
     shell.env["XDG_CACHE_HOME"] = "/proc/1"
     assert "set XDG_CACHE_HOME to a folder" in shell.run(*LAUNCH, expect=2)
+
+
+def test_a_launch_that_was_refused_does_not_bind_the_next_one(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=33", expect=2)
+    shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=16", "steps=10")
+    assert len(shell.losses("small")) == 10
 
 
 def test_a_folder_in_use_is_refused(shell: Shell) -> None:

@@ -105,7 +105,8 @@ class RunFolder:
             raise LaunchError(
                 f"run folder {self.path} is in use by another launch; end that one, or choose another name="
             ) from None
-        if self._recipe.exists():
+        trained = self.metrics.exists() or checkpoints(self.checkpoints)
+        if self._recipe.exists() and trained:  # a launch that never came so far leaves nothing to protect
             changed = _differences(self.recipe().model_dump(), recipe.model_dump())
             if changed:
                 raise LaunchError(
