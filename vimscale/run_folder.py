@@ -10,11 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
-from vimscale.recipe import Recipe
+from vimscale.recipe import Recipe, load
 
 _MAY_CHANGE = ("parallel", "checkpoint", "evaluate", "log", "data.workers")
 """Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
@@ -54,7 +52,7 @@ class RunFolder:
         raise CheckpointError(f"run {run}: no recipe.yaml in it; {here}")
 
     def recipe(self) -> Recipe:
-        return Recipe.model_validate(yaml.safe_load(self._recipe.read_text()))
+        return load(self._recipe)
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended; None while it has not."""
