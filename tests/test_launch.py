@@ -59,15 +59,17 @@ def _process_of(shell: Shell, name: str, rank: int) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell) -> None:
+@pytest.mark.parametrize("how", [("--no-ray",), pytest.param((), marks=pytest.mark.slow)], ids=["processes", "ray"])
+def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell, how: tuple[str, ...]) -> None:
     def losses(zero: int, world: int) -> list[float]:
         name = f"zero{zero}x{world}"
-        shell.run("launch", "small.yaml", f"name={name}", f"parallel.zero={zero}", "--no-ray", "--workers", str(world))
+        shell.run("launch", "small.yaml", f"name={name}", f"parallel.zero={zero}", "--workers", str(world), *how)
         return shell.losses(name)
 
     plain = losses(0, 1)
     assert plain[-1] < plain[0] * 0.9
     for zero, world in [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]:
+        # fp32 sums in another order
         assert _relative(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
 
 
@@ -149,15 +151,17 @@ def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: 
     assert "runs/hit is finished: 200 steps, top-1" in output
 
 
-def test_a_killed_launcher_leaves_nothing_running_and_the_command_goes_on(shell: Shell, calm: Shell) -> None:
-    process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *PROCESSES)
+@pytest.mark.parametrize("how", [PROCESSES, pytest.param(RAY, marks=pytest.mark.slow)], ids=["processes", "ray"])
+def test_a_killed_launcher_leaves_no_rank_running_and_the_command_goes_on(
+    shell: Shell, calm: Shell, how: tuple[str, ...]
+) -> None:
+    process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
     _reaches(shell, process, "hit", 100)
     ranks = [_process_of(shell, "hit", rank) for rank in (0, 1)]
     process.kill()
-    process.communicate()
     while any(_runs(pid) for pid in ranks):
         time.sleep(0.01)
-    shell.run("launch", "small.yaml", "name=hit", *LONG, *PROCESSES)
+    assert "resumed from" in shell.run("launch", "small.yaml", "name=hit", *LONG, *how)
     assert _as_if_nothing_had_been(shell, "hit", calm)
 
 
