@@ -1,13 +1,154 @@
-"""Depthwise causal convolution over tokens, in either direction, channel last.
+"""Depthwise causal convolution over tokens, in one direction or both from one read, channel last.
 
-Axes: b images, l tokens, e inner channels, k taps.
+Axes: b images, l tokens, e inner channels, k taps; a leading axis of weights and outputs counts directions.
 """
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .backend import Backend, choose
+from .checks import check_tensors, images_of, wide
+
+Activation = Literal["silu"] | None
+
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+# In any dtype. The sequence is padded by k - 1 tokens on both sides, so that every tap is a slice.
+
+
+def reference_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool
+) -> Tensor:
+    """x (b, l, e), weight (directions, e, k), bias (directions, e), image (b, l) numbers -> y (directions, b, l, e)."""
+    parameters = zip(weight, bias, reverse, strict=True)
+    y = torch.stack([_pre_activation(_seen(x, image, w, r), w, c) for w, c, r in parameters])
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def reference_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (b, l, e), summed over the directions, dweight and dbias."""
+    (_, length, _), k = x.shape, weight.shape[-1]
+    dpadded = _pad(torch.zeros_like(x, dtype=weight.dtype), k)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    for i, r in enumerate(reverse):
+        seen = _seen(x, image, weight[i], r)
+        dpre = dy[i].to(weight.dtype)
+        if silu:
+            pre = _pre_activation(seen, weight[i], bias[i])
+            gate = pre.sigmoid()
+            dpre = dpre * gate * (1 + pre * (1 - gate))
+        dbias[i] = dpre.sum((0, 1))
+        for j, tap in enumerate(_taps(length, k, r)):
+            dweight[i, :, j] = (dpre * seen[j]).sum((0, 1))
+            dpadded[:, tap] += _within_image(dpre * weight[i, :, j], image, k, tap)
+    return dpadded[:, k - 1 : k - 1 + length].to(x.dtype, copy=True), dweight, dbias
+
+
+def _pre_activation(seen: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    y = bias.expand_as(seen[0])
+    for j, x in enumerate(seen):
+        y = y + weight[:, j] * x
+    return y
+
+
+def _seen(x: Tensor, image: Tensor | None, weight: Tensor, reverse: bool) -> list[Tensor]:
+    """What each tap sees from every token, (b, l, e) each."""
+    k = weight.shape[-1]
+    padded = _pad(x.to(weight.dtype), k)
+    return [_within_image(padded[:, tap], image, k, tap) for tap in _taps(x.shape[1], k, reverse)]
+
+
+def _taps(length: int, k: int, reverse: bool) -> list[slice]:
+    """For each tap, where it lies in the padded sequence as the token that sees goes from 0 to length - 1."""
+    starts = range(2 * (k - 1), k - 2, -1) if reverse else range(k)
+    return [slice(start, start + length) for start in starts]
+
+
+def _within_image(values: Tensor, image: Tensor | None, k: int, tap: slice) -> Tensor:
+    """values (b, l, e), zero where the token and its `tap` belong to different images."""
+    if image is None:
+        return values
+    same = _pad(image.unsqueeze(-1), k)[:, tap] == image.unsqueeze(-1)  # (b, l, 1); the padding is zero in any image
+    return torch.where(same, values, 0)
+
+
+def _pad(values: Tensor, k: int) -> Tensor:
+    return F.pad(values, (0, 0, k - 1, k - 1))
+
+
+# -- ops ---------------------------------------------------------------------------------------------------------------
+# One of three implementations, each a pair (forward, backward) with the signatures of the reference.
+
+
+def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    if backend == "cpu":
+        from .causal_conv1d_cpu import backward, forward
+    elif backend == "triton":
+        from .causal_conv1d_triton import backward, forward
+    else:
+        return reference_forward, reference_backward
+    return forward, backward
+
+
+@torch.library.custom_op("vimscale::causal_conv1d", mutates_args=())
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool, backend: str
+) -> Tensor:
+    forward, _ = _implementation(backend)
+    return forward(_dense(x), weight.contiguous(), bias.contiguous(), image, reverse, silu)
+
+
+@torch.library.custom_op("vimscale::causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor | None,
+    dy: Tensor,
+    reverse: Sequence[bool],
+    silu: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, backward = _implementation(backend)
+    return backward(_dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with channels side by side; the half of a (b, l, 2e) projection, the usual x, is not copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@_conv.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(len(weight), *x.shape)
+
+
+@_conv_backward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, image, ctx.reverse, ctx.silu, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias, image)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, image = ctx.saved_tensors
+    dx, dweight, dbias = _conv_backward(x, weight, bias, image, dy, ctx.reverse, ctx.silu, ctx.backend)
+    return dx, dweight, dbias, None, None, None, None
+
+
+_conv.register_autograd(_gradients, setup_context=_setup_context)
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
 
 
 def causal_conv1d(
@@ -16,25 +157,58 @@ def causal_conv1d(
     bias: Tensor,
     *,
     reverse: bool = False,
-    activation: Literal["silu"] | None = None,
+    activation: Activation = None,
+    reset: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """y_t = bias + sum_j weight[:, j] x_{t - (k-1) + j}: token t sees itself and the k - 1 tokens before it.
 
-    x (b, l, e), weight (e, k), bias (e); returns (b, l, e) in x's dtype. With `reverse` it sees the k - 1 tokens
+    x (b, l, e), weight (e, k), bias (e); returns (b, l, e) in x's dtype. With `reverse` a token sees the k - 1 tokens
     *after* it, the tap weight[:, k-1] staying on the token itself: the same as flipping, convolving and flipping back.
+
+    `reset` (b, l) bool marks the first token, in token order, of each image of a packed sequence: tokens of other
+    images are then not seen, in either direction. Sums are fp32 (fp64 where x is), under autocast too. `backend` is
+    chosen by x's device where it is None (kernels/backend.py). Every floating argument gets a gradient, once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, an empty tensor, or an unknown activation.
     """
-    if x.ndim != 3 or weight.shape[0] != x.shape[-1] or bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"causal_conv1d: x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)};"
-            " they must be (b, l, e), (e, k), (e)"
-        )
-    taps = weight.shape[1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        # (b, l, e) -> (b, e, l) for torch's own depthwise convolution, one-sided padding for the direction
-        signal = F.pad(x.to(wide).transpose(1, 2), (0, taps - 1) if reverse else (taps - 1, 0))
-        kernel = weight.flip(1) if reverse else weight
-        y = F.conv1d(signal, kernel.to(wide).unsqueeze(1), bias.to(wide), groups=len(weight)).transpose(1, 2)
-        if activation == "silu":
-            y = F.silu(y)
-    return y.to(x.dtype)
+    tensors = {"x": (x, "b l e"), "weight": (weight, "e k"), "bias": (bias, "e")}
+    check_tensors("causal_conv1d", tensors, {"reset": (reset, "b l")})
+    y = _convolve("causal_conv1d", x, weight[None], bias[None], [reverse], activation, reset, backend)
+    return y.squeeze(0)
+
+
+def bidirectional_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: Activation = None,
+    reset: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`causal_conv1d` forwards with weight[0], bias[0] and in reverse with weight[1], bias[1], from one read of x.
+
+    x (b, l, e), weight (2, e, k), bias (2, e); returns (2, b, l, e), both in token order. The rest is as there.
+    """
+    tensors = {"x": (x, "b l e"), "weight": (weight, "2 e k"), "bias": (bias, "2 e")}
+    check_tensors("bidirectional_conv1d", tensors, {"reset": (reset, "b l")})
+    return _convolve("bidirectional_conv1d", x, weight, bias, [False, True], activation, reset, backend)
+
+
+def _convolve(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    reverse: list[bool],
+    activation: Activation,
+    reset: Tensor | None,
+    backend: Backend | None,
+) -> Tensor:
+    if activation not in (None, "silu"):
+        raise ValueError(f"{op}: activation {activation!r} is neither None nor 'silu'")
+    return _conv(
+        x, wide(weight, x), wide(bias, x), images_of(reset), reverse, activation == "silu", choose(backend, op, x)
+    )  # (directions, b, l, e)

@@ -1,10 +1,14 @@
 """What several tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.shell import Shell, new_shell
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
 
 @pytest.fixture(scope="session")

@@ -35,25 +35,36 @@ def _config(published: dict) -> VimConfig:
     )
 
 
-def _our_name(key: str) -> str:
-    for theirs, ours in {
-        "patch_embed.proj": "patch_embed",
-        "norm_f": "norm",
-        "layers.": "blocks.",
-        "A_b_log": "backward_path.A_log",
-        "D_b": "backward_path.D",
-        "conv1d_b.": "backward_path.conv_",
-        "x_proj_b.": "backward_path.x_proj.",
-        "dt_proj_b.": "backward_path.dt_proj.",
-        "mixer.A_log": "mixer.forward_path.A_log",
-        "mixer.D": "mixer.forward_path.D",
-        "mixer.conv1d.": "mixer.forward_path.conv_",
-        "mixer.x_proj.": "mixer.forward_path.x_proj.",
-        "mixer.dt_proj.": "mixer.forward_path.dt_proj.",
-    }.items():
-        if theirs in key and "backward_path" not in key:
-            key = key.replace(theirs, ours)
-    return key
+def _place(key: str) -> tuple[str, int | None]:
+    """Where a published tensor belongs: our parameter, and which direction of it, None where it has no such axis."""
+    key = key.replace("patch_embed.proj", "patch_embed").replace("norm_f", "norm").replace("layers.", "blocks.")
+    inside = {
+        "A_log": "A_log",
+        "D": "D",
+        "conv1d.weight": "conv_weight",
+        "conv1d.bias": "conv_bias",
+        "x_proj.weight": "x_proj",
+        "dt_proj.weight": "dt_proj",
+        "dt_proj.bias": "dt_bias",
+    }
+    block, mixer, name = key.partition(".mixer.")
+    for theirs, ours in inside.items():
+        stem, dot, kind = theirs.partition(".")
+        backward = "A_b_log" if theirs == "A_log" else f"{stem}_b{dot}{kind}"
+        if name in (theirs, backward):
+            return block + mixer + ours, int(name == backward)
+    return key, None
+
+
+def _ours(published: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Published tensors under our names and in our shapes: directions are joined."""
+    found = {}
+    for key, value in published.items():
+        name, direction = _place(key)
+        ours = found.setdefault(name, torch.full(shapes[name], torch.nan))
+        part = ours if direction is None else ours[direction]
+        part.copy_(value.reshape(part.shape))
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,8 +77,8 @@ def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
         tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118  safe_open is no dict
     model = VisionMamba(_config(published))
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    state = {_our_name(k.removeprefix("state/")): v for k, v in tensors.items() if k.startswith("state/")}
-    model.load_state_dict({name: value.reshape(shapes[name]) for name, value in state.items()})
+    state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+    model.load_state_dict(_ours(state, shapes))
 
     logits = model(tensors["image"])
     F.cross_entropy(logits, tensors["target"]).backward()
@@ -78,7 +89,7 @@ def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
         assert off < 1e-4, f"{what} is off by {off:.1e} of its largest value"
 
     close(logits.detach(), tensors["logits"], "logits")
-    gradients = {_our_name(k.removeprefix("grad/")): v for k, v in tensors.items() if k.startswith("grad/")}
+    gradients = _ours({k.removeprefix("grad/"): v for k, v in tensors.items() if k.startswith("grad/")}, shapes)
     assert gradients.keys() == shapes.keys()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -93,5 +104,7 @@ def test_every_published_parameter_has_its_place(preset: str) -> None:
     published = next(v for k, v in json.loads(path.read_text()).items() if k.startswith(f"{preset}_patch16_224"))
     with torch.device("meta"):
         ours = {name: p.numel() for name, p in VisionMamba(PRESETS[preset]).named_parameters()}
-    theirs = {_our_name(key): torch.Size(shape).numel() for key, shape in published["state_dict"].items()}
+    theirs = dict.fromkeys(ours, 0)
+    for key, shape in published["state_dict"].items():
+        theirs[_place(key)[0]] += torch.Size(shape).numel()
     assert ours == theirs

@@ -4,11 +4,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kernels.add_norm import add_norm
-    from kernels.causal_conv1d import causal_conv1d
-    from kernels.selective_scan import selective_scan
+    from kernels.bimamba_inner import bimamba_inner
+    from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+    from kernels.selective_scan import bidirectional_scan, selective_scan
 else:
     from vimscale.kernels.add_norm import add_norm
-    from vimscale.kernels.causal_conv1d import causal_conv1d
-    from vimscale.kernels.selective_scan import selective_scan
+    from vimscale.kernels.bimamba_inner import bimamba_inner
+    from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+    from vimscale.kernels.selective_scan import bidirectional_scan, selective_scan
 
-__all__ = ["add_norm", "causal_conv1d", "selective_scan"]
+__all__ = [
+    "add_norm",
+    "bidirectional_conv1d",
+    "bidirectional_scan",
+    "bimamba_inner",
+    "causal_conv1d",
+    "selective_scan",
+]

@@ -59,7 +59,7 @@ class VisionMamba(nn.Module):
                     e=config.d_inner,
                     n=config.d_state,
                     r=config.dt_rank,
-                    k=config.d_conv,
+                    w=config.d_conv,
                     direction=direction,
                     fuse=config.fuse,
                     init=config.init,
@@ -72,7 +72,7 @@ class VisionMamba(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Everything but a ScanPath's own, as published: out_proj shrunk with depth, embeddings N(0, 0.02^2)."""
+        """Everything but a scan's own, as published: out_proj shrunk with depth, embeddings N(0, 0.02^2)."""
         # LeCun normal cut at two sigmas, which shrinks the standard deviation by 0.8796
         std = self.patch_embed.weight[0].numel() ** -0.5 / 0.8796
         nn.init.trunc_normal_(self.patch_embed.weight, std=std, a=-2 * std, b=2 * std)
@@ -123,9 +123,9 @@ class VisionMamba(nn.Module):
         return x.mean(dim=1) if config.cls_index is None else x[:, config.cls_index]
 
     def no_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: vectors, embeddings, and the scan's A, D, dt bias."""
-        names = {name for name, parameter in self.named_parameters() if parameter.ndim == 1 or name.endswith("A_log")}
-        return names | {"pos_embed"}
+        """Names of the parameters that weight decay leaves alone: vectors, embeddings, the scan's A, D and biases."""
+        spared = ("pos_embed", "A_log", "D", "conv_bias", "dt_bias")
+        return {name for name, p in self.named_parameters() if p.ndim == 1 or name.rpartition(".")[2] in spared}
 
 
 def flops(config: VimConfig) -> int:

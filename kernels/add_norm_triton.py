@@ -1,0 +1,167 @@
+"""Residual add and norm in Triton: a row is read once, forwards by a program of its own.
+
+Axes: m rows, d model width.
+"""
+# Triton's own language, which mypy takes for Python:
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compile_case import TRITON_TYPE, CompileCase
+
+# The backward's programs: enough for 15 warps on each of 132 multiprocessors at once, and as few partial sums of the
+# weight's gradient as that allows.
+PROGRAMS = 2048
+# A warp takes 512 elements of a row, 16 a lane: the sums of a narrower row are shuffles, without barriers. With 32 a
+# lane the backward needs 249 registers at d = 768, and half as many warps fit.
+WARP_ELEMENTS = 512
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (m, d), residual (m, d), weight and bias (d) fp32, all contiguous -> normed (m, d) in x's dtype, total (m, d)
+    fp32, stats (m, 2) fp32: the mean that is subtracted (0 for RMS) and what the rest is multiplied by.
+    """
+    m, d = x.shape
+    normed = x.new_empty(m, d)
+    total = weight.new_empty(m, d)
+    stats = weight.new_empty(m, 2)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(m,)](x, residual, weight, bias, normed, total, stats, d, eps, kind == "layer", **_launch(d))
+    return normed, total, stats
+
+
+def backward(
+    total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx in dnormed's dtype (empty where that is fp32: it is dresidual), dresidual (m, d), dweight (d), dbias (d) or
+    empty, these in fp32.
+    """
+    m, d = total.shape
+    rows = triton.cdiv(m, PROGRAMS)
+    programs = triton.cdiv(m, rows)
+    dx = None if dnormed.dtype == torch.float32 else dnormed.new_empty(m, d)
+    dresidual = total.new_empty(m, d)
+    dweight = weight.new_empty(programs, d)
+    dbias = weight.new_empty(programs, d) if has_bias else None
+    with torch.cuda.device_of(total):
+        _backward_kernel[(programs,)](
+            total, weight, stats, dnormed, dtotal, dx, dresidual, dweight, dbias, m, d, rows, kind == "layer",
+            **_launch(d),
+        )  # fmt: skip
+    return (
+        dnormed.new_empty(0) if dx is None else dx,
+        dresidual,
+        dweight.sum(0),
+        weight.new_empty(0) if dbias is None else dbias.sum(0),
+    )
+
+
+def _launch(d: int) -> dict[str, int | bool]:
+    width = triton.next_power_of_2(d)
+    return {"WIDTH": width, "num_warps": min(max(width // WARP_ELEMENTS, 1), 16), "enable_fp_fusion": True}
+
+
+@triton.jit
+def _forward_kernel(
+    x, residual, weight, bias, normed, total, stats, d, eps, LAYER: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < d
+    sum_ = tl.load(x + row * d + column, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        sum_ += tl.load(residual + row * d + column, mask=inside, other=0.0)
+    tl.store(total + row * d + column, sum_, mask=inside)
+
+    mean = 0.0
+    if LAYER:
+        mean = tl.sum(sum_) / d
+    centred = tl.where(inside, sum_ - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred) / d + eps)
+    out = centred * scale * tl.load(weight + column, mask=inside, other=0.0)
+    if bias is not None:
+        out += tl.load(bias + column, mask=inside, other=0.0)
+    tl.store(normed + row * d + column, out.to(normed.dtype.element_ty), mask=inside)
+    tl.store(stats + row * 2, mean)
+    tl.store(stats + row * 2 + 1, scale)
+
+
+@triton.jit(do_not_specialize=["m", "rows"])
+def _backward_kernel(
+    total, weight, stats, dnormed, dtotal, dx, dresidual, dweight, dbias, m, d, rows,
+    LAYER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`rows` rows a program, so that weight and the program's share of its gradient stay in registers."""
+    first = tl.program_id(0) * rows
+    column = tl.arange(0, WIDTH)
+    inside = column < d
+    scale_by = tl.load(weight + column, mask=inside, other=0.0)
+    dweight_sum = tl.zeros((WIDTH,), tl.float32)
+    dbias_sum = tl.zeros((WIDTH,), tl.float32)
+    stats += first.to(tl.int64) * 2
+    start = first.to(tl.int64) * d
+    for row in range(tl.minimum(rows, m - first)):
+        at = start + row * d + column
+        mean = tl.load(stats + row * 2)
+        scale = tl.load(stats + row * 2 + 1)
+        unit = (tl.load(total + at, mask=inside, other=0.0) - mean) * scale
+        dout = tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
+        dunit = dout * scale_by
+        dcentred = dunit - unit * (tl.sum(dunit * unit) / d)
+        if LAYER:
+            dcentred -= tl.sum(dunit) / d
+        dtotal_all = dcentred * scale
+        if dtotal is not None:
+            dtotal_all += tl.load(dtotal + at, mask=inside, other=0.0)
+        tl.store(dresidual + at, dtotal_all, mask=inside)
+        if dx is not None:
+            tl.store(dx + at, dtotal_all.to(dx.dtype.element_ty), mask=inside)
+        dweight_sum += dout * unit
+        if dbias is not None:
+            dbias_sum += dout
+    partial = tl.program_id(0).to(tl.int64) * d + column
+    tl.store(dweight + partial, dweight_sum, mask=inside)
+    if dbias is not None:
+        tl.store(dbias + partial, dbias_sum, mask=inside)
+
+
+def compile_cases(dtype: torch.dtype, d: int, target: str) -> list[CompileCase]:
+    """RMSNorm without a bias, as the models launch it, and LayerNorm with one; both add to a residual stream."""
+    activation = dict.fromkeys(("x", "normed", "dnormed", "dx"), TRITON_TYPE[dtype])
+    integers = dict.fromkeys(("m", "d", "rows"), "i32")
+    options = _launch(d)
+    width = options.pop("WIDTH")
+    with_dx = dtype != torch.float32
+    cases = []
+    # bytes: x, normed and fp32 residual, total; then dnormed, dx (but in fp32) and fp32 total, dtotal, dresidual
+    for kernel, name, size in (
+        (_forward_kernel, "norm_forward", 2 * dtype.itemsize + 8),
+        (_backward_kernel, "norm_backward", (1 + with_dx) * dtype.itemsize + 12),
+    ):
+        for kind in ("rms", "layer"):
+            absent = {"bias", "dbias"} if kind == "rms" else set()
+            absent |= set() if with_dx else {"dx"}
+            constants: dict[str, Any] = {"LAYER": kind == "layer", "WIDTH": width} | dict.fromkeys(absent)
+            constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
+            types = activation | integers | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
+            cases.append(
+                CompileCase(
+                    name=f"{name}_{kind}",
+                    kernel=kernel,
+                    signature={argument: types.get(argument, "*fp32") for argument in kernel.arg_names},
+                    constexprs=constants,
+                    options=options,
+                    tokens=1,
+                    channels=d,
+                    bytes=size,
+                    loose=frozenset({"m", "rows"} | ({"d"} if d % 16 else set())),
+                )
+            )
+    return cases

@@ -1,0 +1,264 @@
+"""Compiles every Triton kernel for GPUs that are not here, and reads from the machine code what it will cost.
+
+    python -m vimscale.kernels.aot --target sm_90 --dtype bfloat16 --json rows.json
+
+One row a kernel, dtype, preset width and target: registers, spills, shared memory, the instructions of the main loop
+and a roofline. Instructions are those a 32-lane warp issues for one token of 32 channels; the times are clocks of one
+multiprocessor for the same. Not for a process that interprets kernels: Triton chooses at its first import.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import PRESET_WIDTHS
+from .compile_case import CompileCase
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A compilation target and what one of its multiprocessors does in a clock."""
+
+    backend: str
+    arch: int | str
+    lanes: int
+    """Lanes of a warp."""
+    issue: int
+    """Lanes that may start an instruction."""
+    memory: float
+    """Bytes to and from device memory: bandwidth / (multiprocessors x clock)."""
+    exponentials: int = 16
+
+
+# A100 80 GB 2.0 TB/s; H200 4.8 TB/s; B200 8 TB/s; MI300X 5.3 TB/s (four 16-lane units a compute unit)
+DEVICES = {
+    "sm_80": Device("cuda", 80, lanes=32, issue=128, memory=2.0e12 / (108 * 1.41e9)),
+    "sm_90": Device("cuda", 90, lanes=32, issue=128, memory=4.8e12 / (132 * 1.755e9)),
+    "sm_100": Device("cuda", 100, lanes=32, issue=128, memory=8.0e12 / (148 * 1.85e9)),
+    "gfx942": Device("hip", "gfx942", lanes=64, issue=64, memory=5.3e12 / (304 * 2.1e9)),
+}
+
+# what an instruction is called in the table; SASS first, then GCN
+_KINDS = {
+    "exponential": r"MUFU|v_(exp|log|rcp|rsq|sqrt)",
+    "arithmetic": r"F(FMA|MUL|ADD)2?$|v_(pk_)?(fma|fmac|mul|add|sub)_f32",
+    "shuffle": r"SHFL|ds_(bpermute|swizzle|permute)|v_permlane",
+    "global": r"LDG|STG|(global|flat|buffer)_(load|store)",
+    "shared": r"LDSM?$|STSM?$|ds_(read|write)",
+    "spill": r"LDL|STL|scratch_(load|store)",
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the compiler made of a kernel. `spilled` is in bytes a lane, `loop` counts the main loop's instructions."""
+
+    registers: int
+    spilled: int
+    shared: int
+    loop: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel on a target. Instructions and clocks are for one token of 32 channels, in one direction."""
+
+    target: str
+    kernel: str
+    dtype: str
+    width: int
+    registers: int
+    spilled: int
+    shared: int
+    issued: float
+    mix: dict[str, float]
+    exponential_clocks: float
+    issue_clocks: float
+    memory_clocks: float
+    floor_clocks: float
+    """What the exponentials that the mathematics needs take; 0 where it needs none."""
+    bound: str
+    ratio: float | None
+    """Issue clocks over the floor."""
+
+
+def examine(case: CompileCase, target: str, dtype: torch.dtype, width: int) -> Row:
+    """Compile one case for one target, and count."""
+    device = DEVICES[target]
+    anatomy = _anatomy(_Source(case), target)
+    warps = case.options["num_warps"]
+    share = warps * 32 / (case.tokens * case.channels)
+    mix = {kind: round(count * share, 2) for kind, count in anatomy.loop.items()}
+    issued = sum(anatomy.loop.values()) * share
+    clocks = {
+        "exponential": anatomy.loop["exponential"] * share * device.lanes / device.exponentials,
+        "issue": issued * device.lanes / device.issue,
+        "memory": case.bytes * 32 / device.memory,
+    }
+    floor = case.exponentials * 32 / device.exponentials
+    return Row(
+        target=target, kernel=case.name, dtype=str(dtype).removeprefix("torch."), width=width,
+        registers=anatomy.registers, spilled=anatomy.spilled, shared=anatomy.shared, issued=round(issued, 1), mix=mix,
+        exponential_clocks=round(clocks["exponential"], 1), issue_clocks=round(clocks["issue"], 1),
+        memory_clocks=round(clocks["memory"], 1), floor_clocks=floor, bound=max(clocks, key=lambda name: clocks[name]),
+        ratio=round(clocks["issue"] / floor, 2) if floor else None,
+    )  # fmt: skip
+
+
+def cases(dtype: torch.dtype, width: int, target: str) -> list[CompileCase]:
+    """What the *_triton modules beside this one launch on `target` for a model of inner width `width`."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*_triton.py"))
+    modules = [importlib.import_module(f".{name}", __package__) for name in names]
+    return [case for module in modules for case in module.compile_cases(dtype, width, target)]
+
+
+class _Source:
+    """A case as far as the compiler sees it: widths that compile to the same code are compiled once."""
+
+    def __init__(self, case: CompileCase):
+        self.case = case
+        self._key = (
+            case.kernel, tuple(case.signature.items()), tuple(case.constexprs.items()), tuple(case.options.items()),
+            case.loose,
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Source) and self._key == other._key
+
+
+@functools.cache
+def _anatomy(source: _Source, target: str) -> Anatomy:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted in this process; compile in one without it")
+    case, device = source.case, DEVICES[target]
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(case.signature.items())
+        if kind.startswith(("*", "i")) and name not in case.loose
+    }
+    code = triton.compile(
+        ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=aligned),
+        target=GPUTarget(device.backend, device.arch, device.lanes),
+        options=case.options,
+    )
+    return _of_gcn(code) if device.backend == "hip" else _of_sass(code)
+
+
+def _of_sass(code: Any) -> Anatomy:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(code.asm["cubin"])
+        cubin.flush()
+
+        def dump(what: str) -> str:
+            return subprocess.run([tool, what, cubin.name], capture_output=True, text=True, check=True).stdout
+
+        usage, listing = dump("--dump-resource-usage"), dump("--dump-sass")
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    # /*0a30*/  @!P0 FFMA.FTZ R1, R2, R3, R4 ;
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([^;]*);", listing)
+    addresses = [int(address, 16) for address, _, _ in found]
+    jumps = [
+        (int(goal[1], 16), address)
+        for address, (_, name, rest) in zip(addresses, found, strict=True)
+        if name == "BRA" and (goal := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    first, last = _longest_loop(jumps, addresses[-1])
+    body = [name for address, (_, name, _) in zip(addresses, found, strict=True) if first <= address <= last]
+    return Anatomy(registers, stack + local, code.metadata.shared, _count(name for name in body if name != "NOP"))
+
+
+def _of_gcn(code: Any) -> Anatomy:
+    listing = code.asm["amdgcn"]
+
+    def fact(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", listing)[1])  # type: ignore[index]
+
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, int]] = []
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\t([svdgbf]\w*_\w+)(?:\s+(\.LBB\w+))?", line):
+            if instruction[2] in labels:
+                jumps.append((labels[instruction[2]], len(instructions)))
+            instructions.append(instruction[1])
+    first, last = _longest_loop(jumps, len(instructions) - 1)
+    spilled = 4 * (fact("vgpr_spill_count") + fact("sgpr_spill_count"))
+    return Anatomy(fact("vgpr_count"), spilled, code.metadata.shared, _count(instructions[first : last + 1]))
+
+
+def _longest_loop(jumps: list[tuple[int, int]], end: int) -> tuple[int, int]:
+    """The widest (goal, place) of the backward jumps; the whole program where there is none."""
+    backward = [(goal, place) for goal, place in jumps if goal < place]
+    return max(backward, key=lambda jump: jump[1] - jump[0], default=(0, end))
+
+
+def _count(instructions: Any) -> dict[str, int]:
+    counts = Counter(
+        next((kind for kind, pattern in _KINDS.items() if re.match(pattern, name)), "rest") for name in instructions
+    )
+    return {kind: counts[kind] for kind in (*_KINDS, "rest")}
+
+
+def _line(row: Row) -> str:
+    mix = " ".join(f"{row.mix[kind]:6.1f}" for kind in (*_KINDS, "rest"))
+    ratio = "   -" if row.ratio is None else f"{row.ratio:4.2f}"
+    return (
+        f"{row.target:7}{row.kernel:22}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
+        f" {row.issued:7.1f} {mix} {row.exponential_clocks:6.1f} {row.issue_clocks:6.1f} {row.memory_clocks:6.1f}"
+        f" {row.bound:12}{ratio}"
+    )
+
+
+def main() -> None:
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    parser = argparse.ArgumentParser(prog="python -m vimscale.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=list(DEVICES), help="default: all of them")
+    parser.add_argument("--dtype", action="append", choices=list(names), help="default: all of them")
+    parser.add_argument("--width", action="append", type=int, help="inner width; default: those of the presets")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    asked = parser.parse_args()
+
+    kinds = " ".join(f"{kind[:6]:>6}" for kind in (*_KINDS, "rest"))
+    print(
+        "instructions a warp issues, and clocks of a multiprocessor, for one token of 32 channels; spills in bytes\n"
+        f"{'target':7}{'kernel':22}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
+        f" {'exp':>6} {'issue':>6} {'memory':>6} {'bound':12}issue/floor"
+    )
+    rows = []
+    for target in asked.target or DEVICES:
+        for dtype in asked.dtype or names:
+            for width in asked.width or PRESET_WIDTHS.values():
+                for case in cases(names[dtype], width, target):
+                    rows.append(examine(case, target, names[dtype], width))
+                    print(_line(rows[-1]), flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

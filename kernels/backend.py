@@ -1,0 +1,52 @@
+"""Which implementation of an op runs: plain torch, numba on a CPU, Triton on a GPU."""
+
+import os
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "cpu", "triton"]
+
+SETTING = "VIMSCALE_BACKEND"
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
+    """The backend for `x`: the one asked for, else the one named by the environment variable VIMSCALE_BACKEND, else
+    the fused one of x's device; the reference where that cannot run (fp64, another kind of device, no numba).
+
+    Raises:
+        ValueError: the backend asked for is unknown or cannot run on x, with the reason.
+    """
+    name, source = (asked, "backend") if asked is not None else (os.environ.get(SETTING), SETTING)
+    if not name:
+        preferred: Backend = "cpu" if x.device.type == "cpu" else "triton"
+        return "reference" if _obstacle(preferred, x) else preferred
+    if name not in get_args(Backend):
+        raise ValueError(f"{op}: {source} {name!r} is not one of {', '.join(get_args(Backend))}")
+    if reason := _obstacle(name, x):
+        raise ValueError(f"{op}: {source} {name} cannot run here: {reason}; leave it out, or use reference")
+    return name  # type: ignore[return-value]
+
+
+def _obstacle(backend: str, x: Tensor) -> str | None:
+    """Why `backend` cannot run on x, None if it can."""
+    if backend == "reference":
+        return None
+    if x.dtype not in _FUSED_DTYPES:
+        return f"x is {_name(x.dtype)}, and it knows {', '.join(map(_name, _FUSED_DTYPES))}"
+    if backend == "cpu":
+        if x.device.type not in ("cpu", "meta"):
+            return f"x is on {x.device}"
+        return None if find_spec("numba") else "numba is not installed"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "x is on cpu (TRITON_INTERPRET=1, set before the first import, interprets kernels there)"
+    return None if x.device.type in ("cpu", "cuda", "meta") else f"x is on {x.device}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

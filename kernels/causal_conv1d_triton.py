@@ -1,0 +1,296 @@
+"""The causal convolution in Triton: every direction from one read of x, forwards and backwards.
+
+Axes: b images, l tokens, e inner channels, k taps; a leading axis of weights and outputs counts directions.
+
+A window of k consecutive rows x_p .. x_{p+k-1} slides over the sequence, its position p going from -(k-1) to l-1. What
+the window holds is what two tokens ask for: its last one, p + k - 1, forwards, and its first one, p, in reverse. So a
+direction is only an order of the taps and the token that its output goes to. A program slides over a tile of positions
+with the window in registers: each row is read once, but for the k - 1 that two tiles share.
+"""
+# Triton's own language, which mypy takes for Python:
+# mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compile_case import TRITON_TYPE, CompileCase
+
+# Channels of a program, which is one warp; they divide the inner widths of all presets. Forwards 4 a lane (of NVIDIA's
+# 32): loads of 8 bytes in 16 bits, of 16 in fp32, 80-130 registers. Backwards 2 a lane, 96-146 registers: with 4, the
+# window, its gradient, the taps and theirs took all 255, and spilt where there are image numbers.
+FORWARD_CHANNELS = 128
+BACKWARD_CHANNELS = 64
+# Most positions of a program: the rows that two tiles share are then 1/20 of what is read, and the benchmarks have 9 or
+# more programs for each of 132 multiprocessors.
+POSITIONS = 64
+# Rows whose loads are in flight together.
+ROWS = 4
+LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool
+) -> Tensor:
+    """x (b, l, e), channels side by side, weight (directions, e, k) and bias (directions, e) fp32, image (b, l) int32
+    numbers -> y (directions, b, l, e) in x's dtype.
+    """
+    b, length, e = x.shape
+    directions, _, k = weight.shape
+    y = x.new_empty(directions, b, length, e)
+    tiles, tile = _tiles(length + k - 1)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(triton.cdiv(e, FORWARD_CHANNELS), tiles, b)](
+            x, weight, bias, image, y, length, e, tile, *x.stride()[:2],
+            *_constants(reverse, k, silu, FORWARD_CHANNELS), **LAUNCH,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over the directions, dweight and dbias fp32."""
+    b, length, e = x.shape
+    directions, _, k = weight.shape
+    tiles, tile = _tiles(length)
+    dx = x.new_empty(x.shape)
+    dweight_parts = weight.new_empty(b * tiles, directions, k, e)
+    dbias_parts = bias.new_empty(b * tiles, directions, e)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(triton.cdiv(e, BACKWARD_CHANNELS), tiles, b)](
+            x, weight, bias, image, dy, dx, dweight_parts, dbias_parts, length, e, tile, *x.stride()[:2],
+            *_constants(reverse, k, silu, BACKWARD_CHANNELS), **LAUNCH,
+        )  # fmt: skip
+    dweight = torch.empty_like(weight)
+    torch.sum(dweight_parts, 0, out=dweight.transpose(1, 2))
+    return dx, dweight, dbias_parts.sum(0)
+
+
+def _tiles(positions: int) -> tuple[int, int]:
+    """How many tiles, and the positions of each: as even as whole batches of rows allow."""
+    tiles = triton.cdiv(positions, POSITIONS)
+    return tiles, triton.cdiv(triton.cdiv(positions, tiles), ROWS) * ROWS
+
+
+def _constants(reverse: Sequence[bool], k: int, silu: bool, channels: int) -> tuple[int, int, int, bool, int, int]:
+    """The kernels' compile-time arguments; REVERSED has bit i set where direction i is in reverse."""
+    return len(reverse), sum(bool(r) << i for i, r in enumerate(reverse)), k, silu, channels, ROWS
+
+
+@triton.jit
+def _load_rows(rows, first, length, stride, channel, e, COUNT: tl.constexpr):
+    """COUNT rows from `first` on in fp32, zero outside the sequence."""
+    loaded = ()
+    for i in tl.static_range(COUNT):
+        row = first + i
+        inside = (channel < e) & (row >= 0) & (row < length)
+        loaded += (tl.load(rows + row * stride + channel, mask=inside, other=0.0).to(tl.float32),)
+    return loaded
+
+
+@triton.jit
+def _load_numbers(image, first, length, COUNT: tl.constexpr):
+    """The image numbers of COUNT rows, -1 outside the sequence; unused where `image` is None."""
+    loaded = ()
+    for i in tl.static_range(COUNT):
+        if image is None:
+            loaded += (0,)
+        else:
+            inside = (first + i >= 0) & (first + i < length)
+            loaded += (tl.load(image + first + i, mask=inside, other=-1),)
+    return loaded
+
+
+@triton.jit
+def _within_image(value, image, numbers, j: tl.constexpr, REVERSE: tl.constexpr):
+    """`value` at row j of the window, zero where the token that looks through the window is of another image."""
+    if image is None:
+        return value
+    else:
+        looking = numbers[0] if REVERSE else numbers[len(numbers) - 1]
+        return tl.where(numbers[j] == looking, value, 0.0)
+
+
+@triton.jit
+def _sigmoid(x):
+    """By exp2, which is one instruction; tl.sigmoid's exp guards against denormals that the 1 + swallows."""
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def _load_taps(weight, channel, e, DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr):
+    """The taps of each direction in the order of the window's rows, K a direction."""
+    taps = ()
+    for d in tl.static_range(DIRECTIONS):
+        for j in tl.static_range(K):
+            tap = (d * e + channel) * K + (K - 1 - j if (REVERSED >> d) & 1 else j)
+            taps += (tl.load(weight + tap, mask=channel < e, other=0.0),)
+    return taps
+
+
+@triton.jit
+def _load_bias(bias, channel, e, DIRECTIONS: tl.constexpr):
+    loaded = ()
+    for d in tl.static_range(DIRECTIONS):
+        loaded += (tl.load(bias + d * e + channel, mask=channel < e, other=0.0),)
+    return loaded
+
+
+@triton.jit(do_not_specialize=["length", "tile"])
+def _forward_kernel(
+    x, weight, bias, image, y, length, e, tile, x_b_stride, x_l_stride,
+    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    x += b * x_b_stride
+    if image is not None:
+        image += b * length
+
+    taps = _load_taps(weight, channel, e, DIRECTIONS, REVERSED, K)
+    biases = _load_bias(bias, channel, e, DIRECTIONS)
+
+    first = tl.program_id(1) * tile - (K - 1)
+    last = tl.minimum(first + tile, length)
+    window = _load_rows(x, first, length, x_l_stride, channel, e, K - 1)
+    numbers = _load_numbers(image, first, length, K - 1)
+    for start in range(first, last, ROWS):
+        rows = _load_rows(x, start + K - 1, length, x_l_stride, channel, e, ROWS)
+        row_numbers = _load_numbers(image, start + K - 1, length, ROWS)
+        for i in tl.static_range(ROWS):
+            window += (rows[i],)
+            numbers += (row_numbers[i],)
+            for d in tl.static_range(DIRECTIONS):
+                out = biases[d]
+                for j in tl.static_range(K):
+                    out += taps[d * K + j] * _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
+                if SILU:
+                    out *= _sigmoid(out)
+                token = start + i + (0 if (REVERSED >> d) & 1 else K - 1)
+                y_row = y + ((d * tl.num_programs(2) + b) * length + token) * e
+                inside = (channel < e) & (token >= 0) & (token < length)
+                tl.store(y_row + channel, out.to(y.dtype.element_ty), mask=inside)
+            window = window[1:]
+            numbers = numbers[1:]
+
+
+@triton.jit(do_not_specialize=["length", "tile"])
+def _backward_kernel(
+    x, weight, bias, image, dy, dx, dweight, dbias, length, e, tile, x_b_stride, x_l_stride,
+    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of `tile` rows of dx. A row is complete when the window has left it, so positions start k - 1 before the
+    tile; their share of dweight and dbias belongs to the tile before, but for the first tile's.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    x += b * x_b_stride
+    dx += b * length * e
+    if image is not None:
+        image += b * length
+
+    taps = _load_taps(weight, channel, e, DIRECTIONS, REVERSED, K)
+    biases = _load_bias(bias, channel, e, DIRECTIONS)
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    dtaps = ()
+    for _ in tl.static_range(DIRECTIONS * K):
+        dtaps += (zero,)
+    dbiases = ()
+    for _ in tl.static_range(DIRECTIONS):
+        dbiases += (zero,)
+
+    begin = tl.program_id(1) * tile
+    end = tl.minimum(begin + tile, length)
+    first = begin - (K - 1)
+    first_owned = tl.where(begin == 0, first, begin)
+    window = _load_rows(x, first, length, x_l_stride, channel, e, K - 1)
+    numbers = _load_numbers(image, first, length, K - 1)
+    dwindow = ()
+    for _ in tl.static_range(K - 1):
+        dwindow += (zero,)
+    for start in range(first, end, ROWS):
+        rows = _load_rows(x, start + K - 1, length, x_l_stride, channel, e, ROWS)
+        row_numbers = _load_numbers(image, start + K - 1, length, ROWS)
+        dy_rows = ()
+        for d in tl.static_range(DIRECTIONS):
+            dy_first = start if (REVERSED >> d) & 1 else start + K - 1
+            dy_direction = dy + (d * tl.num_programs(2) + b) * length * e
+            dy_rows += _load_rows(dy_direction, dy_first, length, e, channel, e, ROWS)
+        for i in tl.static_range(ROWS):
+            window += (rows[i],)
+            numbers += (row_numbers[i],)
+            dwindow += (zero,)
+            position = start + i
+            owned = (position >= first_owned) & (position < end)
+            dtaps_so_far, dtaps = dtaps, ()
+            dbiases_so_far, dbiases = dbiases, ()
+            for d in tl.static_range(DIRECTIONS):
+                dpre = dy_rows[d * ROWS + i]
+                if SILU:
+                    pre = biases[d]
+                    for j in tl.static_range(K):
+                        pre += taps[d * K + j] * _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
+                    gate = _sigmoid(pre)
+                    dpre *= gate * (1 + pre * (1 - gate))
+                dpre_owned = tl.where(owned, dpre, 0.0)
+                dbiases += (dbiases_so_far[d] + dpre_owned,)
+                dwindow_so_far, dwindow = dwindow, ()
+                for j in tl.static_range(K):
+                    seen = _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
+                    dseen = _within_image(taps[d * K + j] * dpre, image, numbers, j, (REVERSED >> d) & 1)
+                    dtaps += (dtaps_so_far[d * K + j] + dpre_owned * seen,)
+                    dwindow += (dwindow_so_far[j] + dseen,)
+            inside = (channel < e) & (position >= begin) & (position < end)
+            tl.store(dx + position * e + channel, dwindow[0].to(dx.dtype.element_ty), mask=inside)
+            window = window[1:]
+            numbers = numbers[1:]
+            dwindow = dwindow[1:]
+
+    program = b * tl.num_programs(1) + tl.program_id(1)
+    dweight += program * DIRECTIONS * e * K
+    dbias += program * DIRECTIONS * e
+    for d in tl.static_range(DIRECTIONS):
+        tl.store(dbias + d * e + channel, dbiases[d], mask=channel < e)
+        for j in tl.static_range(K):
+            tap = d * K + (K - 1 - j if (REVERSED >> d) & 1 else j)
+            tl.store(dweight + tap * e + channel, dtaps[d * K + j], mask=channel < e)
+
+
+def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
+    """Both directions, four taps and SiLU, as the mixer launches them; "packed" with image numbers."""
+    activation = dict.fromkeys(("x", "y", "dy", "dx"), TRITON_TYPE[dtype])
+    parameter = dict.fromkeys(("weight", "bias", "dweight", "dbias"), "*fp32")
+    loose = {"length", "tile"} | ({"e", "x_b_stride", "x_l_stride"} if e % 16 else set())
+    cases = []
+    # a program does both directions, so bytes and exponentials are those of both: x and two y; then x, dx and two dy
+    for kernel, name, channels, tensors in (
+        (_forward_kernel, "conv_forward", FORWARD_CHANNELS, 3),
+        (_backward_kernel, "conv_backward", BACKWARD_CHANNELS, 4),
+    ):
+        for packed in (False, True):
+            names = ("DIRECTIONS", "REVERSED", "K", "SILU", "CHANNELS", "ROWS")
+            constants: dict[str, Any] = dict(zip(names, _constants((False, True), 4, True, channels), strict=True))
+            constants |= {} if packed else {"image": None}
+            types = activation | parameter | {"image": "*i32"} | dict.fromkeys(constants, "constexpr")
+            cases.append(
+                CompileCase(
+                    name=f"{name}_packed" if packed else name,
+                    kernel=kernel,
+                    signature={argument: types.get(argument, "i32") for argument in kernel.arg_names},
+                    constexprs=constants,
+                    options=LAUNCH,
+                    tokens=ROWS,
+                    channels=channels,
+                    bytes=tensors * dtype.itemsize,
+                    exponentials=2,
+                    loose=frozenset(loose),
+                )
+            )
+    return cases

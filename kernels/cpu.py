@@ -1,0 +1,99 @@
+"""What the CPU kernels share: how numba compiles them, how they run on threads, and their elementary functions."""
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numba as nb
+import numpy as np
+import torch
+from torch import Tensor
+
+# NaN and infinity must reach the outputs, so the two flags that assume them away stay off. numpy's error model divides
+# without a check for zero: with one, a loop does not become vector instructions.
+_FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+kernel = nb.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")
+inline = nb.njit(inline="always", fastmath=_FASTMATH, error_model="numpy")
+
+LOG2E = np.float32(1.4426950408889634)
+
+
+@inline
+def exp2(t):  # type: ignore[no-untyped-def]
+    """2^t to 2e-7, between 2^-126 and 2^127: an integer power by the exponent's bits, the rest by a polynomial.
+
+    The polynomial is exactly 1 at 0: a decay near one is multiplied over thousands of tokens, and a bias would add up.
+    """
+    t = np.float32(-126) if t < np.float32(-126) else t
+    t = np.float32(127) if t > np.float32(127) else t
+    whole = np.rint(t)
+    f = t - whole
+    p = np.float32(1.3264727e-3)
+    p = p * f + np.float32(9.6715128e-3)
+    p = p * f + np.float32(5.5507337e-2)
+    p = p * f + np.float32(2.4022242e-1)
+    p = p * f + np.float32(6.9314698e-1)
+    p = p * f + np.float32(1)
+    return p * np.int32((whole + np.float32(127)) * np.float32(1 << 23)).view(np.float32)
+
+
+@inline
+def softplus(v, u):  # type: ignore[no-untyped-def]
+    """log(1 + e^v) from v and u = e^-|v|: max(v, 0) + log(1 + u), the logarithm by a polynomial to 3e-8 relative."""
+    p = np.float32(5.23269324e-3)
+    p = p * u + np.float32(-2.95052401e-2)
+    p = p * u + np.float32(7.82259678e-2)
+    p = p * u + np.float32(-1.36632473e-1)
+    p = p * u + np.float32(1.91060079e-1)
+    p = p * u + np.float32(-2.48429827e-1)
+    p = p * u + np.float32(3.33190969e-1)
+    p = p * u + np.float32(-4.99994931e-1)
+    p = p * u + np.float32(9.99999970e-1)
+    return (v if v > np.float32(0) else np.float32(0)) + p * u
+
+
+@inline
+def sigmoid(v, u):  # type: ignore[no-untyped-def]
+    """1 / (1 + e^-v) from v and u = e^-|v|, which cannot overflow."""
+    return (np.float32(1) if v > np.float32(0) else u) / (np.float32(1) + u)
+
+
+def array(t: Tensor | None, axes: int) -> np.ndarray:
+    """The tensor as a contiguous fp32 array; an absent one as an empty array of as many axes."""
+    if t is None:
+        return np.empty((0,) * axes, np.float32)
+    return t.detach().float().contiguous().numpy()
+
+
+def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
+    """kernel(first, last, *arguments) over consecutive ranges that cover [0, items), on as many threads as torch uses.
+
+    The kernels release the GIL and share nothing, so plain Python threads do: numba's own threading layers abort when
+    two threads enter at once (workqueue) or need an OpenMP library that the machine may not have. What an item computes
+    must not depend on the range it is in: results are then the same for any number of threads.
+    """
+    threads = min(torch.get_num_threads(), items)
+    if threads <= 1:
+        kernel(0, items, *arguments)
+        return
+    parts = min(items, 4 * threads)  # a few for each thread, so that none waits long for the slowest
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (part := next(numbers)) < parts:
+            kernel(items * part // parts, items * (part + 1) // parts, *arguments)
+
+    helpers = [_pool(threads - 1, os.getpid()).submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():  # it has begun, or is done
+            helper.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    """One pool for the process: threads do not survive a fork, hence the pid."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="vimscale-cpu")

@@ -1,0 +1,126 @@
+"""What follows the scans of a mixer: the sum over directions under their common gate, and its gradient.
+
+Axes: k directions, b images, l tokens, e inner channels.
+"""
+# Triton's own language, which the tools take for Python:
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compile_case import TRITON_TYPE, CompileCase
+
+# (tokens, channels) of a program: rows of whole 128-byte lines in the 16-bit types, sixteen elements a lane
+TILE = (32, 64)
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _combine(
+    s, z, y, length, e, scale, s_k, z_b, z_l,
+    K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    b = tl.program_id(2).to(tl.int64)
+    inside = (token < length) & (channel < e)
+    cell = token * e + channel
+
+    total = tl.load(s + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(1, K):
+        total += tl.load(s + k * s_k + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
+    total *= scale
+    if z is not None:
+        gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
+        total *= gate / (1.0 + tl.exp2(gate * -_LOG2_E))
+    tl.store(y + b * length * e + cell, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _combine_backward(
+    dy, s, z, ds, dz, length, e, scale, dy_b, dy_l, s_k, z_b, z_l,
+    K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    b = tl.program_id(2).to(tl.int64)
+    inside = (token < length) & (channel < e)
+    cell = token * e + channel
+
+    grad = tl.load(dy + b * dy_b + token * dy_l + channel, mask=inside, other=0.0).to(tl.float32) * scale
+    if z is not None:
+        gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(s + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(1, K):
+            total += tl.load(s + k * s_k + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp2(gate * -_LOG2_E))
+        dgate = grad * total * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(dz + b * length * e + cell, dgate.to(dz.dtype.element_ty), mask=inside)
+        grad *= gate * sigmoid
+    tl.store(ds + b * length * e + cell, grad.to(ds.dtype.element_ty), mask=inside)
+
+
+def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
+    """y (b, l, e) = scale * silu(z) * sum of s (k, b, l, e) over its directions; without z there is no gate."""
+    k, b, length, e = s.shape
+    y = s.new_empty(b, length, e)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    with torch.cuda.device_of(s):
+        _combine[_grid(b, length, e)](
+            s,
+            z,
+            y,
+            length,
+            e,
+            scale,
+            s.stride(0),
+            *z_strides,
+            K=k,
+            TOKENS=TILE[0],
+            CHANNELS=TILE[1],
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """ds (b, l, e), the same for every direction, and dz (b, l, e), empty without z."""
+    k, b, length, e = s.shape
+    ds = s.new_empty(b, length, e)
+    dz = s.new_empty(0) if z is None else z.new_empty(b, length, e)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    with torch.cuda.device_of(s):
+        _combine_backward[_grid(b, length, e)](
+            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *z_strides,
+            K=k, TOKENS=TILE[0], CHANNELS=TILE[1], enable_fp_fusion=True,
+        )  # fmt: skip
+    return ds, dz
+
+
+def _grid(b: int, length: int, e: int) -> tuple[int, int, int]:
+    return triton.cdiv(e, TILE[1]), triton.cdiv(length, TILE[0]), b
+
+
+def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
+    """Two directions and a gate, for `kernels.aot`."""
+    constants = {"K": 2, "TOKENS": TILE[0], "CHANNELS": TILE[1]}
+    types = dict.fromkeys(["s", "z", "y", "dy", "ds", "dz"], TRITON_TYPE[dtype]) | {"scale": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    return [
+        CompileCase(
+            name=name,
+            kernel=kernel,
+            signature={argument: types.get(argument, "i32") for argument in kernel.arg_names},
+            constexprs=constants,
+            options={"num_warps": 4, "enable_fp_fusion": True},
+            tokens=TILE[0],
+            channels=TILE[1],
+            # tensors of the activation's size that are read or written, s counted twice
+            bytes=tensors * dtype.itemsize,
+            loose=frozenset({"length"}),
+        )
+        for name, kernel, tensors in (("combine", _combine, 4), ("combine_backward", _combine_backward, 6))
+    ]

@@ -1,0 +1,556 @@
+"""The selective scan on a GPU: both directions of a mixer in one launch, states in registers.
+
+Axes: k directions, b images, l tokens, e inner channels, n states a channel.
+
+A program owns CHANNELS channels of one image and one direction and walks its tokens in scan order, CHUNK at a time. Its
+state is a tile (channels, n) over the lanes: four lanes share a channel and hold n/4 states each, so that B and C cost
+a lane one vector load and sums over n and over channels are both short. Whatever concerns a (token, channel) and not a
+state (softplus, conversions, loads, stores) is done on (CHUNK, channels) tiles with one lane a value; `_rows` and
+`_stack` carry values between the two arrangements, once a chunk, through shared memory.
+
+Sums across lanes are taken for CHUNK tokens at once: `_fold` splits the axis to be summed, which makes the compiler
+bring it into one lane, in exchange for the tokens. That is a fifth of the instructions of one butterfly a token.
+
+The backward needs every state. The forward keeps one in CHUNK tokens (64 / CHUNK bytes a token and channel at n = 16);
+the backward walks the chunks from the last to the first and rebuilds the states of a chunk, and their decays, in
+registers. Sixteen channels a warp is what 255 registers hold for CHUNK = 8, with every second state built once more.
+"""
+# Triton's own language, which the tools take for Python; its tuples grow by + only:
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compile_case import TRITON_TYPE, CompileCase, target_of
+from .scan_gate_triton import combine, combine_backward
+
+__all__ = ["CHUNK", "backward", "combine", "combine_backward", "compile_cases", "forward"]
+
+CHUNK = 8
+"""Tokens between kept states, and tokens a pass of the kernels' loops: `_rows` and `_stack` are written for eight."""
+
+# Sixteen channels a warp: see above. Four warps write a quarter of the partial sums of dB and dC that one would.
+CHANNELS, WARPS = 64, 4
+# What the backward takes where sixteen channels a warp do not fit into 255 registers: it issues 12 % more then.
+FEWER_CHANNELS = 32
+# tokens of a program of _pack
+ROWS = 32
+
+_COMMON = {"enable_fp_fusion": True}
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)) and its derivative. Relative error: 2e-7, and 6e-8 |v| below 0, as exp's argument is rounded.
+
+    = max(v, 0) + log1p(u) with u = exp(-|v|), and log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3; the polynomial is the
+    Chebyshev fit of 2 atanh(s) / s in s^2 (4e-9). Above 20 the second term is below half a unit of the first.
+    """
+    u = tl.exp2(tl.abs(v) * -_LOG2_E)
+    s = u / (2.0 + u)
+    q = s * s
+    series = 2.0000000078777496 + q * (
+        0.6666631593507945 + q * (0.4002485372355047 + q * (0.2796141883337849 + q * 0.28174657270581904))
+    )
+    return tl.maximum(v, 0.0) + s * series, tl.where(v < 0, u, 1.0) / (1.0 + u)
+
+
+@triton.jit
+def _restart(starts, slot, h):
+    """h, or zero where a new image begins at the slot (never, without `starts`); a NaN does not get across either."""
+    if starts is not None:
+        h = tl.where(tl.load(starts + slot) != 0, 0.0, h)
+    return h
+
+
+@triton.jit
+def _rows(tile):
+    """The eight rows of a tile (8, c, m), each (c, m), with the lanes arranged as for states."""
+    bits = tl.reshape(tl.permute(tile, (1, 2, 0)), (tile.shape[1], tile.shape[2], 2, 2, 2))
+    even, odd = tl.split(bits)
+    even0, even2 = tl.split(even)
+    odd1, odd3 = tl.split(odd)
+    r0, r4 = tl.split(even0)
+    r1, r5 = tl.split(odd1)
+    r2, r6 = tl.split(even2)
+    r3, r7 = tl.split(odd3)
+    return r0, r1, r2, r3, r4, r5, r6, r7
+
+
+@triton.jit
+def _row_pairs(a, b):
+    """The eight rows of tile a (8, c), and those of b. In one exchange; and the layout pass of Triton 3.6, which would
+    rather convert 16-bit inputs and then take every softplus on four lanes, leaves a pair alone (forward 189 -> 124).
+    """
+    pairs = _rows(tl.join(a, b))
+    a_rows = ()
+    b_rows = ()
+    for i in tl.static_range(8):
+        a_row, b_row = tl.split(pairs[i])
+        a_rows = a_rows + (a_row,)
+        b_rows = b_rows + (b_row,)
+    return a_rows, b_rows
+
+
+@triton.jit
+def _stack(r):
+    """Eight tensors (a, b) as one (8, a, b)."""
+    even = tl.join(tl.join(r[0], r[4]), tl.join(r[2], r[6]))
+    odd = tl.join(tl.join(r[1], r[5]), tl.join(r[3], r[7]))
+    return tl.permute(tl.reshape(tl.join(even, odd), (r[0].shape[0], r[0].shape[1], 8)), (2, 0, 1))
+
+
+@triton.jit
+def _fold(x, HALVINGS: tl.constexpr):
+    """Sum over the last axis, of 2 ** HALVINGS values; see the module's docstring."""
+    for _ in tl.static_range(HALVINGS - 1):
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+        x = even + odd
+    even, odd = tl.split(x)
+    return even + odd
+
+
+@triton.jit
+def _sum_states(parts):
+    """Eight (c, 4) partial sums as one tile (8, c)."""
+    return _fold(_stack(parts), 2)
+
+
+@triton.jit
+def _sum_channels(parts, HALVINGS: tl.constexpr):
+    """Eight (2 ** HALVINGS, n) partial sums as one tile (8, n)."""
+    return _fold(tl.permute(_stack(parts), (0, 2, 1)), HALVINGS)
+
+
+@triton.jit(do_not_specialize=["length", "slots", "backwards"])
+def _pack(
+    B, C, image, packed, starts, length, slots, backwards,
+    B_k, B_b, B_l, C_k, C_b, C_l,
+    n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """B and C of one direction as fp32 rows (slots, 2, N) in scan order, zero where there is no token or state; and,
+    with `image`, whether the state starts anew at each: the scans then read both at constant offsets."""
+    b, k = tl.program_id(1), tl.program_id(2)
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    backward = (backwards >> k) & 1
+    token = tl.where(backward == 1, length - 1 - slot, slot)
+    valid = slot < length
+    state = tl.arange(0, N)
+    cell = valid[:, None] & (state < n)[None, :]
+    row = (k * tl.num_programs(1) + b).to(tl.int64) * slots
+
+    B += k.to(tl.int64) * B_k + b.to(tl.int64) * B_b
+    C += k.to(tl.int64) * C_k + b.to(tl.int64) * C_b
+    B_rows = tl.load(B + token[:, None] * B_l + state[None, :], mask=cell, other=0.0).to(tl.float32)
+    C_rows = tl.load(C + token[:, None] * C_l + state[None, :], mask=cell, other=0.0).to(tl.float32)
+    packed += (row + slot)[:, None] * (2 * N) + state[None, :]
+    tl.store(packed, B_rows, mask=(slot < slots)[:, None])
+    tl.store(packed + N, C_rows, mask=(slot < slots)[:, None])
+
+    if image is not None:
+        image += b.to(tl.int64) * length
+        number = tl.load(image + token, mask=valid, other=0)
+        # the first token in scan order: forwards its predecessor counts as image 0, in reverse as its own
+        first = slot == 0
+        before = tl.load(image + token - 1 + 2 * backward, mask=valid & (slot > 0), other=0)
+        before = tl.where(first & (backward == 1), number, before)
+        tl.store(starts + row + slot, (number != before).to(tl.int32), mask=slot < slots)
+
+
+@triton.jit(do_not_specialize=["length", "blocks", "backwards"])
+def _unpack(
+    partial, dB, dC, length, blocks, backwards,
+    n: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dB and dC in token order: the sum of the channel blocks' partial sums, in the order of the blocks."""
+    T: tl.constexpr = 8
+    chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    chunks, images = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
+    state = tl.arange(0, N)
+    cell = tl.arange(0, T)[:, None] * (2 * N) + state[None, :]
+
+    partial += ((k * blocks * images + b) * chunks + chunk) * T * (2 * N)
+    dB_rows = tl.zeros((T, N), tl.float32)
+    dC_rows = tl.zeros((T, N), tl.float32)
+    for _ in range(blocks):
+        dB_rows += tl.load(partial + cell)
+        dC_rows += tl.load(partial + N + cell)
+        partial += images * chunks * T * (2 * N)
+
+    slot = chunk * T + tl.arange(0, T)
+    token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)
+    row = (k * images + b).to(tl.int64) * length
+    out = (row + token)[:, None] * n + state[None, :]
+    inside = (slot < length)[:, None] & (state < n)[None, :]
+    tl.store(dB + out, dB_rows.to(dB.dtype.element_ty), mask=inside)
+    tl.store(dC + out, dC_rows.to(dC.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "backwards"])
+def _forward(
+    x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, backwards,
+    x_k, x_b, x_l, dt_k, dt_b, dt_l,
+    n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """s and the last state; with KEEP also the state before each chunk. WHOLE: no channel and no state is padding."""
+    T: tl.constexpr = 8
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b, k = tl.program_id(1), tl.program_id(2)
+    row = (k * tl.num_programs(1) + b).to(tl.int64)
+    chunks = tl.cdiv(length, T)
+    state = tl.arange(0, N)
+    if WHOLE:
+        here = tl.full((CHANNELS,), True, tl.int1)
+        cell_here = tl.full((CHANNELS, N), True, tl.int1)
+    else:
+        here = channel < e
+        cell_here = here[:, None] & (state < n)[None, :]
+    cell = channel[:, None] * n + state[None, :]
+
+    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * _LOG2_E
+    skip = tl.load(D + k * e + channel, mask=here, other=0.0)
+    if dt_bias is not None:
+        bias = tl.load(dt_bias + k * e + channel, mask=here, other=0.0)
+    if initial is not None:
+        h = tl.load(initial + row * e * n + cell, mask=cell_here, other=0.0)
+    else:
+        h = tl.zeros((CHANNELS, N), tl.float32)
+
+    x += k.to(tl.int64) * x_k + b.to(tl.int64) * x_b
+    dt += k.to(tl.int64) * dt_k + b.to(tl.int64) * dt_b
+    s += row * length * e
+    packed += row * chunks * T * (2 * N)
+    if starts is not None:
+        starts += row * chunks * T
+    for chunk in range(chunks):
+        slot = chunk * T + tl.arange(0, T)
+        token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)[:, None]
+        valid = (slot < length)[:, None] & here[None, :]
+        x_tile = tl.load(x + token * x_l + channel[None, :], mask=valid, other=0.0).to(tl.float32)
+        # a slot behind the last token gets step 0 and slope 0, and leaves the state alone
+        v = tl.load(dt + token * dt_l + channel[None, :], mask=valid, other=float("-inf")).to(tl.float32)
+        if dt_bias is not None:
+            v += bias[None, :]
+        step_tile, _ = _softplus(v)
+        step, inflow = _row_pairs(step_tile, step_tile * x_tile)
+        if KEEP:
+            tl.store(states + (row * chunks + chunk) * e * n + cell, h, mask=cell_here)
+        parts = ()
+        for i in tl.static_range(T):
+            B = tl.load(packed + (chunk * T + i) * (2 * N) + state)
+            C = tl.load(packed + (chunk * T + i) * (2 * N) + N + state)
+            h = _restart(starts, chunk * T + i, h)
+            h = tl.exp2(step[i][:, None] * rate) * h + inflow[i][:, None] * B[None, :]
+            parts = parts + (tl.sum(tl.reshape(h * C[None, :], (CHANNELS, 4, N // 4)), 2),)
+        s_tile = _sum_states(parts) + skip[None, :] * x_tile
+        tl.store(s + token * e + channel[None, :], s_tile.to(s.dtype.element_ty), mask=valid)
+    tl.store(final + row * e * n + cell, h, mask=cell_here)
+
+
+@triton.jit(do_not_specialize=["length", "backwards"])
+def _backward(
+    x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
+    dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, backwards,
+    x_k, x_b, x_l, dt_k, dt_b, dt_l, ds_k, ds_b, ds_l,
+    n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Every gradient; those of parameters for one image, those of B and C for one block of channels.
+
+    With g_t the gradient that reaches h_t and q_t = exp(step_t A) g_t what it passes on:  g_t = q_{t+1} + C_t ds_t,
+    d(step_t x_t) = B_t . g_t,  dB_t = g_t (step_t x_t),  dC_t = h_t ds_t,  d(step_t A) = q_t h_{t-1}.
+    2 ** LANES lanes hold different channels; the channels of one lane are summed before lanes exchange anything.
+    """
+    T: tl.constexpr = 8
+    GROUPS: tl.constexpr = 2**LANES
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b, k = tl.program_id(1), tl.program_id(2)
+    row = (k * tl.num_programs(1) + b).to(tl.int64)
+    chunks = tl.cdiv(length, T)
+    state = tl.arange(0, N)
+    if WHOLE:
+        here = tl.full((CHANNELS,), True, tl.int1)
+        cell_here = tl.full((CHANNELS, N), True, tl.int1)
+    else:
+        here = channel < e
+        cell_here = here[:, None] & (state < n)[None, :]
+    cell = channel[:, None] * n + state[None, :]
+
+    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * _LOG2_E
+    if dfinal is not None:
+        q = tl.load(dfinal + row * e * n + cell, mask=cell_here, other=0.0)
+    else:
+        q = tl.zeros((CHANNELS, N), tl.float32)
+    dA_cell = tl.zeros((CHANNELS, N), tl.float32)
+    dD_tile = tl.zeros((T, CHANNELS), tl.float32)
+    dbias_tile = tl.zeros((T, CHANNELS), tl.float32)
+
+    x += k.to(tl.int64) * x_k + b.to(tl.int64) * x_b
+    dt += k.to(tl.int64) * dt_k + b.to(tl.int64) * dt_b
+    ds += k.to(tl.int64) * ds_k + b.to(tl.int64) * ds_b
+    dx += row * length * e
+    ddt += row * length * e
+    packed += row * chunks * T * (2 * N)
+    if starts is not None:
+        starts += row * chunks * T
+    block = k.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    partial += (block * tl.num_programs(1) + b) * chunks * T * (2 * N)
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        slot = chunk * T + tl.arange(0, T)
+        token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)[:, None]
+        valid = (slot < length)[:, None] & here[None, :]
+        x_tile = tl.load(x + token * x_l + channel[None, :], mask=valid, other=0.0).to(tl.float32)
+        v = tl.load(dt + token * dt_l + channel[None, :], mask=valid, other=float("-inf")).to(tl.float32)
+        ds_tile = tl.load(ds + token * ds_l + channel[None, :], mask=valid, other=0.0).to(tl.float32)
+        if dt_bias is not None:
+            v += tl.load(dt_bias + k * e + channel, mask=here, other=0.0)[None, :]
+        step_tile, slope = _softplus(v)
+        step, inflow = _row_pairs(step_tile, step_tile * x_tile)
+
+        h = tl.load(states + (row * chunks + chunk) * e * n + cell, mask=cell_here, other=0.0)
+        before = ()
+        decay = ()
+        for i in tl.static_range(T):
+            B = tl.load(packed + (chunk * T + i) * (2 * N) + state)
+            if i % 2 == 0:
+                before = before + (h,)
+            h = _restart(starts, chunk * T + i, h)
+            decay = decay + (tl.exp2(step[i][:, None] * rate),)
+            h = decay[i] * h + inflow[i][:, None] * B[None, :]
+
+        ds_row = _rows(tl.reshape(ds_tile, (T, CHANNELS, 1)))
+        dB = ()
+        dC = ()
+        dinflow = ()
+        drate = ()
+        for i in tl.static_range(T - 1, -1, -1):
+            # .ca, the default in other words, keeps the compiler from holding the rows of the first walk in registers
+            B = tl.load(packed + (chunk * T + i) * (2 * N) + state, cache_modifier=".ca")
+            C = tl.load(packed + (chunk * T + i) * (2 * N) + N + state)
+            dC = (tl.sum(tl.reshape(h * ds_row[i], (CHANNELS // GROUPS, GROUPS, N)), 0),) + dC
+            if i % 2 == 0:
+                h = before[i // 2]
+            else:
+                B_before = tl.load(packed + (chunk * T + i - 1) * (2 * N) + state, cache_modifier=".ca")
+                # fma in place of * and +, for the same reason
+                h = _restart(starts, chunk * T + i - 1, before[i // 2])
+                h = tl.fma(decay[i - 1], h, inflow[i - 1][:, None] * B_before[None, :])
+            g = q + ds_row[i] * C[None, :]
+            dB = (tl.sum(tl.reshape(g * inflow[i][:, None], (CHANNELS // GROUPS, GROUPS, N)), 0),) + dB
+            dinflow = (tl.sum(tl.reshape(g * B[None, :], (CHANNELS, 4, N // 4)), 2),) + dinflow
+            q = _restart(starts, chunk * T + i, g * decay[i])
+            w = _restart(starts, chunk * T + i, q * h)
+            drate = (tl.sum(tl.reshape(w * rate, (CHANNELS, 4, N // 4)), 2),) + drate
+            dA_cell += w * step[i][:, None]
+
+        out = partial + slot[:, None] * (2 * N) + state[None, :]
+        tl.store(out + N, _sum_channels(dC, LANES))
+        tl.store(out, _sum_channels(dB, LANES))
+        dinflow_tile = _sum_states(dinflow)
+        drate_tile = _sum_states(drate) * _LN_2
+        # read once more, for the sake of registers again
+        x_tile = tl.load(x + token * x_l + channel[None, :], mask=valid, other=0.0, cache_modifier=".ca").to(tl.float32)
+        skip = tl.load(D + k * e + channel, mask=here, other=0.0)
+        dx_tile = dinflow_tile * step_tile + skip[None, :] * ds_tile
+        ddt_tile = (dinflow_tile * x_tile + drate_tile) * slope
+        tl.store(dx + token * e + channel[None, :], dx_tile.to(dx.dtype.element_ty), mask=valid)
+        tl.store(ddt + token * e + channel[None, :], ddt_tile.to(ddt.dtype.element_ty), mask=valid)
+        dD_tile += ds_tile * x_tile
+        if dt_bias is not None:
+            dbias_tile += ddt_tile
+
+    tl.store(dA + row * e * n + cell, dA_cell, mask=cell_here)
+    tl.store(dD + row * e + channel, tl.sum(dD_tile, 0), mask=here)
+    if dt_bias is not None:
+        tl.store(ddt_bias + row * e + channel, tl.sum(dbias_tile, 0), mask=here)
+    if dinitial is not None:
+        tl.store(dinitial + row * e * n + cell, q, mask=cell_here)
+
+
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
+    initial: Tensor | None, image: Tensor | None, reverse: Sequence[bool], chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x, dt (k, b, l, e), B, C (k, b, l, n), A (k, e, n), D, dt_bias (k, e), initial (k, b, e, n), image (b, l).
+
+    Returns s (k, b, l, e), the last state (k, b, e, n) and the states (k, b, chunks, e n) before each chunk of tokens
+    in scan order; `chunk` is CHUNK, or 0 to keep none.
+    """
+    k, b, length, e = x.shape
+    n = A.shape[-1]
+    width = _width(n)
+    channels = _channels(width, CHANNELS)
+    keep = _keeps(chunk)
+    packed, starts = _packed(B, C, image, reverse, width)
+    s = x.new_empty(k, b, length, e)
+    final = A.new_empty(k, b, e, n)
+    states = A.new_empty((k, b, triton.cdiv(length, CHUNK), e * n) if keep else (0,))
+    with torch.cuda.device_of(x):
+        _forward[triton.cdiv(e, channels), b, k](
+            x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, _mask(reverse),
+            *x.stride()[:3], *dt.stride()[:3],
+            n=n, N=width, CHANNELS=channels, WHOLE=e % channels == 0 and n == width, KEEP=keep,
+            num_warps=WARPS, **_COMMON,
+        )  # fmt: skip
+    return s, final, states
+
+
+def backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
+    initial: Tensor | None, image: Tensor | None, states: Tensor, ds: Tensor, dfinal: Tensor | None,
+    reverse: Sequence[bool], chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial of `forward`, given those of s and of the last state.
+
+    The last two are empty where their input is None. `states` were kept by `forward` with the same chunk.
+    """
+    if not _keeps(chunk):
+        raise ValueError(f"the backward of a scan needs its kept states: chunk is 0, it must be {CHUNK}")
+    k, b, length, e = x.shape
+    n = A.shape[-1]
+    width = _width(n)
+    lean = x.dtype != torch.float32 and e % CHANNELS == 0 and image is None and initial is None and dfinal is None
+    channels = _channels(width, _backward_channels(target_of(x.device), lean))
+    blocks = triton.cdiv(e, channels)
+    slots = triton.cdiv(length, CHUNK) * CHUNK
+    packed, starts = _packed(B, C, image, reverse, width)
+    dx, ddt = x.new_empty(k, b, length, e), dt.new_empty(k, b, length, e)
+    dB, dC = B.new_empty(k, b, length, n), C.new_empty(k, b, length, n)
+    partial = A.new_empty(k, blocks, b, slots, 2 * width)
+    dA, dD = A.new_empty(k, b, e, n), D.new_empty(k, b, e)
+    ddt_bias = None if dt_bias is None else D.new_empty(k, b, e)
+    dinitial = None if initial is None else torch.empty_like(initial)
+    with torch.cuda.device_of(x):
+        _backward[blocks, b, k](
+            x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
+            dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, _mask(reverse),
+            *x.stride()[:3], *dt.stride()[:3], *ds.stride()[:3],
+            n=n, N=width, CHANNELS=channels, WHOLE=e % channels == 0 and n == width, LANES=_lanes(channels),
+            num_warps=WARPS, **_COMMON,
+        )  # fmt: skip
+        _unpack[slots // CHUNK, b, k](
+            partial, dB, dC, length, blocks, _mask(reverse), n=n, N=width, num_warps=1, **_COMMON
+        )
+    empty = A.new_empty(0)
+    return (
+        dx, ddt, dA.sum(1), dB, dC, dD.sum(1),
+        empty if ddt_bias is None else ddt_bias.sum(1), empty if dinitial is None else dinitial,
+    )  # fmt: skip
+
+
+def _packed(
+    B: Tensor, C: Tensor, image: Tensor | None, reverse: Sequence[bool], width: int
+) -> tuple[Tensor, Tensor | None]:
+    k, b, length, n = B.shape
+    slots = triton.cdiv(length, CHUNK) * CHUNK
+    packed = B.new_empty(k, b, slots, 2, width, dtype=torch.float32)
+    starts = None if image is None else B.new_empty(k, b, slots, dtype=torch.int32)
+    with torch.cuda.device_of(B):
+        _pack[triton.cdiv(slots, ROWS), b, k](
+            B, C, image, packed, starts, length, slots, _mask(reverse),
+            *B.stride()[:3], *C.stride()[:3], n=n, N=width, ROWS=ROWS, **_COMMON,
+        )  # fmt: skip
+    return packed, starts
+
+
+def _keeps(chunk: int) -> bool:
+    if chunk not in (0, CHUNK):
+        raise ValueError(f"chunk is {chunk}; these kernels keep a state every {CHUNK} tokens, or none (0)")
+    return chunk > 0
+
+
+def _mask(reverse: Sequence[bool]) -> int:
+    """The directions as one integer: bit i is set where direction i runs in reverse."""
+    return sum(backward << i for i, backward in enumerate(reverse))
+
+
+def _width(n: int) -> int:
+    """States a tile holds: a power of two that four lanes can share."""
+    if n > 512:
+        raise ValueError(f"the states of a channel are {n}; a tile of these kernels holds at most 512")
+    return max(4, triton.next_power_of_2(n))
+
+
+def _channels(width: int, channels: int) -> int:
+    """Channels of a program: fewer where a channel has more than 16 states, for the same number of registers."""
+    return max(1, channels * 16 // max(width, 16))
+
+
+def _backward_channels(target: str, lean: bool) -> int:
+    """`lean`: 16-bit, whole blocks of channels, one image a sequence, no states handed in or out. All else, and sm_80
+    always, would park 8 to 88 bytes a lane in memory. (sm_100 parks 80 even so, and still issues an eighth less.)
+    """
+    return CHANNELS if target.startswith("gfx") or (lean and target != "sm_80") else FEWER_CHANNELS
+
+
+def _lanes(channels: int) -> int:
+    """log2 of the lanes over channels in a backward program: eight of each warp, if it has so many channels."""
+    return (min(channels, 8 * WARPS)).bit_length() - 1
+
+
+def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
+    """The kernels as a model of inner width e in `dtype` launches them, at n = 16, for `kernels.aot`; "packed" with
+    image numbers and with states handed in and out.
+    """
+    n = 16
+    size = dtype.itemsize
+    types = dict.fromkeys(["x", "dt", "B", "C", "s", "ds", "dx", "ddt", "dB", "dC"], TRITON_TYPE[dtype])
+    types |= dict.fromkeys(["length", "e", "slots", "blocks", "backwards"], "i32")
+    # B and C are slices of a projection's rows
+    loose = frozenset(["length", "slots", "blocks", "backwards", "B", "B_k", "B_b", "B_l", "C", "C_k", "C_b", "C_l"])
+    types |= dict.fromkeys(["image", "starts"], "*i32")
+    absent = {"image": None, "starts": None, "initial": None, "dfinal": None, "dinitial": None}
+
+    def case(name: str, kernel: Any, constants: dict[str, Any], warps: int = 4, **facts: Any) -> CompileCase:
+        given = constants if name.endswith("_packed") else {**absent, **constants}
+        signature = {
+            argument: "constexpr" if argument in given
+            else types.get(argument, "i32" if argument.endswith(("_k", "_b", "_l")) else "*fp32")
+            for argument in kernel.arg_names
+        }  # fmt: skip
+        return CompileCase(
+            name=name, kernel=kernel, signature=signature,
+            constexprs={argument: given[argument] for argument in kernel.arg_names if argument in given},
+            options={"num_warps": warps, **_COMMON}, loose=loose, **facts,
+        )  # fmt: skip
+
+    scan = {"n": n, "N": n}
+    whole = {"WHOLE": e % CHANNELS == 0}
+    kept = 4 * n / CHUNK
+    rows = 2 * n / e
+
+    def scan_cases(packed: str) -> list[CompileCase]:
+        lean = dtype != torch.float32 and e % CHANNELS == 0 and not packed
+        channels = _backward_channels(target, lean)
+        return [
+            case(
+                f"scan_forward{packed}", _forward, {**scan, **whole, "CHANNELS": CHANNELS, "KEEP": True}, WARPS,
+                tokens=CHUNK, channels=CHANNELS, bytes=3 * size + kept + 4 * rows, exponentials=n,
+            ),
+            case(
+                f"scan_backward{packed}", _backward,
+                {**scan, **whole, "CHANNELS": channels, "LANES": _lanes(channels)}, WARPS,
+                tokens=CHUNK, channels=channels,
+                bytes=5 * size + kept + 4 * rows + 4 * 2 * n / channels, exponentials=n,
+            ),
+        ]  # fmt: skip
+
+    return [
+        *scan_cases(""),
+        *scan_cases("_packed"),
+        case("scan_pack", _pack, {**scan, "ROWS": ROWS}, tokens=ROWS, channels=e, bytes=(size + 4) * rows),
+        case(
+            # four blocks a pass: the compiler unrolls
+            "scan_unpack", _unpack, scan, warps=1, tokens=4 * CHUNK, channels=CHANNELS,
+            bytes=4 * 2 * n / CHANNELS + size * rows,
+        ),
+    ]  # fmt: skip
