@@ -14,6 +14,8 @@ from rich.table import Table
 from vimscale import recipe as recipes
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 
+from . import rank
+
 _STARTED = time.perf_counter()
 
 app = typer.Typer(
@@ -35,6 +37,7 @@ RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not 
 
 def main() -> None:
     """Entry point: run a command; a UserError ends in one message and its exit code."""
+    rank.before_torch()
     try:
         app(standalone_mode=True)
     except (UserError, RunFailed) as error:

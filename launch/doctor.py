@@ -30,7 +30,7 @@ from .on_local import cpus, gpus, workers
 
 Address = IPv4Address | IPv6Address
 
-BOUNDS = {"torch": ">=2.11", "triton": ">=3.6", "deepspeed": ">=0.19.8,<0.20", "ray": ">=2.60,<2.61"}
+BOUNDS = {"torch": ">=2.11", "triton": ">=3.6", "numba": ">=0.65", "deepspeed": ">=0.19.8,<0.20", "ray": ">=2.60,<2.61"}
 """As in pyproject.toml; a test compares. Not read from there: a wheel has no such file, a source tree no metadata."""
 RAY_PORTS = {6379: "GCS", 8265: "dashboard"}
 
@@ -48,7 +48,7 @@ class Finding:
 def examine(runs: Path) -> list[Finding]:
     """Look at everything; `runs` is where runs' folders are to be. A few seconds, most of them to import torch."""
     machine = [_cpu, _memory, _shared_memory, _gpus]
-    software = [_python, _torch, _triton, _deepspeed, _ray]
+    software = [_python, _torch, _triton, _numba, _deepspeed, _ray]
     surroundings = [_network, _ray_ports, lambda: _disk(runs), _cache, _open_files]
     findings = []
     for probe in (*machine, *software, *surroundings):
@@ -205,10 +205,20 @@ def _triton() -> Finding:
         return _package("triton", ", used only where a GPU is")
     finding = _package("triton")
     if finding.state == "ok" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return Finding(
-            "triton", "note", f"{finding.found}, no C compiler", "Install gcc: Triton builds launchers with it."
-        )
+        mend = "Install gcc, or name a compiler in CC: Triton builds the launchers of the scan's kernels with it."
+        return Finding("triton", "broken", f"{finding.found}, no C compiler", mend)
     return finding
+
+
+def _numba() -> Finding:
+    """Compiles the CPU kernels once, in seconds, and keeps them beside the source or in a cache of the user."""
+    finding = _package("numba")
+    if finding.state != "ok":
+        return finding
+    kernels = Path(__file__).resolve().parent.parent / "kernels"
+    beside = str(kernels / "__pycache__") if os.access(kernels, os.W_OK) else "the user's cache"
+    home = os.environ.get("NUMBA_CACHE_DIR") or beside
+    return Finding("numba", "ok", f"{finding.found}, keeps compiled CPU kernels in {home}")
 
 
 def _deepspeed() -> Finding:

@@ -127,6 +127,7 @@ class LocalGroup:
 
 def child(descriptor: int) -> None:
     """A rank's process: train, and listen to the launcher in a thread; without a launcher it ends."""
+    rank.before_torch()
     from vimscale.distributed import RankSpec
 
     pipe = Connection(descriptor)

@@ -107,6 +107,7 @@ class _Rank:
     """The actor: one rank. Its methods run in threads of their own, so it can be asked while it trains."""
 
     def __init__(self) -> None:
+        rank.before_torch()
         self._stop = threading.Event()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._store: Any = None
