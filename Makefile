@@ -27,7 +27,11 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
+	$(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[bench]'
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/python -m pip install -qq -c constraints.txt \
+		--no-build-isolation --no-deps mamba-ssm
 	$(VENV)/bin/python -m benchmarks.startup
+	$(VENV)/bin/python -m benchmarks.scan_cpu
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("vimscale needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
