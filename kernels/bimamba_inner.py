@@ -13,7 +13,7 @@ from torch import Tensor
 from .backend import Backend, choose
 from .causal_conv1d import _conv, _conv_backward
 from .checks import check_tensors, images_of, wide
-from .selective_scan import CHUNK, _combine, _combine_backward, _scan, _scan_backward
+from .selective_scan import CHUNK, _combine, _combine_backward, _scan, _scan_backward, fused_scale
 
 
 def bimamba_inner(
@@ -71,7 +71,7 @@ def bimamba_inner(
     conv_weight, conv_bias, dt_bias, A, D = (wide(t, xz) for t in (conv_weight, conv_bias, dt_bias, A, D))
     x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)  # as autocast does
     parameters = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    scale = 0.5 if fuse == "mean" and len(reverse) == 2 else 1.0
+    scale = fused_scale(op, fuse, k)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
     with torch.autocast(xz.device.type, enabled=False):
         image = images_of(reset)

@@ -423,9 +423,6 @@ def bidirectional_scan(
     """
     pairs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_state": initial_state}
     stacked = {name: _stacked(name, pair) for name, pair in pairs.items() if pair is not None}
-    scale = {"sum": 1.0, "mean": 0.5}.get(fuse)
-    if scale is None:
-        raise ValueError(f"bidirectional_scan: fuse {fuse!r} is not sum or mean")
     y, final = _run(
         "bidirectional_scan",
         (False, True),
@@ -439,10 +436,17 @@ def bidirectional_scan(
         stacked.get("dt_bias"),
         stacked.get("initial_state"),
         reset,
-        scale=scale,
+        scale=fused_scale("bidirectional_scan", fuse, 2),
         backend=backend,
     )
     return (y, final) if return_final_state else y
+
+
+def fused_scale(op: str, fuse: str, directions: int) -> float:
+    """What the sum over directions is multiplied by."""
+    if fuse not in ("sum", "mean"):
+        raise ValueError(f"{op}: fuse {fuse!r} is not sum or mean")
+    return 1 / directions if fuse == "mean" else 1.0
 
 
 def _stacked(name: str, pair: Pair) -> Tensor:

@@ -177,8 +177,10 @@ def test_autocast_does_not_reach_inside() -> None:
     assert torch.equal(inside, bimamba_inner(*inputs))
 
 
-def test_bad_shapes_are_named() -> None:
+def test_bad_input_is_named() -> None:
     xz, *parameters = _inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="bimamba_inner: fuse 'max' is not sum or mean"):
+        bimamba_inner(xz, *parameters, fuse="max")
     with pytest.raises(ValueError, match=r"xz \(2, 9, 11\) has an odd last axis; it must be \(b, l, 2e\)"):
         bimamba_inner(xz[..., :11], *parameters)
     with pytest.raises(
