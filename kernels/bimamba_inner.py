@@ -137,21 +137,7 @@ def _inner(
 
 
 @_inner.register_fake
-def _(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    image: Tensor | None,
-    reverse: Sequence[bool],
-    scale: float,
-    gated: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     b, length, _ = xz.shape
     k, width, e = x_proj.shape
     return xz.new_empty(b, length, e), xz.new_empty(k, b, length, width)
@@ -202,25 +188,8 @@ def _inner_backward(
 
 
 @_inner_backward.register_fake
-def _(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    image: Tensor | None,
-    projected: Tensor,
-    dy: Tensor,
-    reverse: Sequence[bool],
-    scale: float,
-    gated: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = [t.new_empty(t.shape) for t in (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)]
-    return tuple(like)  # type: ignore[return-value]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in arguments[:8])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -173,22 +173,9 @@ def _scan(
 
 
 @_scan.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    initial: Tensor | None,
-    image: Tensor | None,
-    reverse: Sequence[bool],
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    k, b, length, e = x.shape
-    n = A.shape[-1]
+def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (k, b, length, e), n = x.shape, A.shape[-1]
+    *_, chunk, _ = others
     states = A.new_empty((k, b, (length + chunk - 1) // chunk, e * n) if chunk else (0,))
     return x.new_empty(x.shape), A.new_empty(k, b, e, n), states
 
@@ -219,26 +206,12 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    initial: Tensor | None,
-    image: Tensor | None,
-    states: Tensor,
-    ds: Tensor,
-    dfinal: Tensor | None,
-    reverse: Sequence[bool],
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = [t.new_empty(t.shape) for t in (x, dt, A, B, C, D)]
-    optional = [A.new_empty(0 if t is None else t.shape) for t in (dt_bias, initial)]
-    return (*like, *optional)  # type: ignore[return-value]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *always, dt_bias, initial = arguments[:8]
+    A = always[2]
+    return *(t.new_empty(t.shape) for t in always), *(
+        A.new_empty(0 if t is None else t.shape) for t in (dt_bias, initial)
+    )
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -5,11 +5,8 @@ Axes: k directions, b images, l tokens, e inner channels, n states a channel.
 A program owns CHANNELS channels of one image and one direction and walks its tokens in scan order, CHUNK at a time. Its
 state is a tile (channels, n) over the lanes: four lanes share a channel and hold n/4 states each, so that B and C cost
 a lane one vector load and sums over n and over channels are both short. Whatever concerns a (token, channel) and not a
-state (softplus, conversions, loads, stores) is done on (CHUNK, channels) tiles with one lane a value; `_rows` and
-`_stack` carry values between the two arrangements, once a chunk, through shared memory.
-
-Sums across lanes are taken for CHUNK tokens at once: `_fold` splits the axis to be summed, which makes the compiler
-bring it into one lane, in exchange for the tokens. That is a fifth of the instructions of one butterfly a token.
+state (softplus, conversions, loads, stores) is done on (CHUNK, channels) tiles with one lane a value; triton_tiles.py
+carries values between the two arrangements and takes sums across lanes, once a chunk.
 
 The backward needs every state. The forward keeps one in CHUNK tokens (64 / CHUNK bytes a token and channel at n = 16);
 the backward walks the chunks from the last to the first and rebuilds the states of a chunk, and their decays, in
@@ -29,11 +26,12 @@ from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase, target_of
 from .scan_gate_triton import combine, combine_backward
+from .triton_tiles import LOG2_E, row_pairs, rows, softplus, sum_channels, sum_states
 
 __all__ = ["CHUNK", "backward", "combine", "combine_backward", "compile_cases", "forward"]
 
 CHUNK = 8
-"""Tokens between kept states, and tokens a pass of the kernels' loops: `_rows` and `_stack` are written for eight."""
+"""Tokens between kept states, and tokens a pass of the kernels' loops: `rows` and `stack` are written for eight."""
 
 # Sixteen channels a warp: see above. Four warps write a quarter of the partial sums of dB and dC that one would.
 CHANNELS, WARPS = 64, 4
@@ -44,24 +42,7 @@ ROWS = 32
 
 _COMMON = {"enable_fp_fusion": True}
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _softplus(v):
-    """log(1 + exp(v)) and its derivative. Relative error: 2e-7, and 6e-8 |v| below 0, as exp's argument is rounded.
-
-    = max(v, 0) + log1p(u) with u = exp(-|v|), and log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3; the polynomial is the
-    Chebyshev fit of 2 atanh(s) / s in s^2 (4e-9). Above 20 the second term is below half a unit of the first.
-    """
-    u = tl.exp2(tl.abs(v) * -_LOG2_E)
-    s = u / (2.0 + u)
-    q = s * s
-    series = 2.0000000078777496 + q * (
-        0.6666631593507945 + q * (0.4002485372355047 + q * (0.2796141883337849 + q * 0.28174657270581904))
-    )
-    return tl.maximum(v, 0.0) + s * series, tl.where(v < 0, u, 1.0) / (1.0 + u)
 
 
 @triton.jit
@@ -70,65 +51,6 @@ def _restart(starts, slot, h):
     if starts is not None:
         h = tl.where(tl.load(starts + slot) != 0, 0.0, h)
     return h
-
-
-@triton.jit
-def _rows(tile):
-    """The eight rows of a tile (8, c, m), each (c, m), with the lanes arranged as for states."""
-    bits = tl.reshape(tl.permute(tile, (1, 2, 0)), (tile.shape[1], tile.shape[2], 2, 2, 2))
-    even, odd = tl.split(bits)
-    even0, even2 = tl.split(even)
-    odd1, odd3 = tl.split(odd)
-    r0, r4 = tl.split(even0)
-    r1, r5 = tl.split(odd1)
-    r2, r6 = tl.split(even2)
-    r3, r7 = tl.split(odd3)
-    return r0, r1, r2, r3, r4, r5, r6, r7
-
-
-@triton.jit
-def _row_pairs(a, b):
-    """The eight rows of tile a (8, c), and those of b. In one exchange; and the layout pass of Triton 3.6, which would
-    rather convert 16-bit inputs and then take every softplus on four lanes, leaves a pair alone (forward 189 -> 124).
-    """
-    pairs = _rows(tl.join(a, b))
-    a_rows = ()
-    b_rows = ()
-    for i in tl.static_range(8):
-        a_row, b_row = tl.split(pairs[i])
-        a_rows = a_rows + (a_row,)
-        b_rows = b_rows + (b_row,)
-    return a_rows, b_rows
-
-
-@triton.jit
-def _stack(r):
-    """Eight tensors (a, b) as one (8, a, b)."""
-    even = tl.join(tl.join(r[0], r[4]), tl.join(r[2], r[6]))
-    odd = tl.join(tl.join(r[1], r[5]), tl.join(r[3], r[7]))
-    return tl.permute(tl.reshape(tl.join(even, odd), (r[0].shape[0], r[0].shape[1], 8)), (2, 0, 1))
-
-
-@triton.jit
-def _fold(x, HALVINGS: tl.constexpr):
-    """Sum over the last axis, of 2 ** HALVINGS values; see the module's docstring."""
-    for _ in tl.static_range(HALVINGS - 1):
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
-        x = even + odd
-    even, odd = tl.split(x)
-    return even + odd
-
-
-@triton.jit
-def _sum_states(parts):
-    """Eight (c, 4) partial sums as one tile (8, c)."""
-    return _fold(_stack(parts), 2)
-
-
-@triton.jit
-def _sum_channels(parts, HALVINGS: tl.constexpr):
-    """Eight (2 ** HALVINGS, n) partial sums as one tile (8, n)."""
-    return _fold(tl.permute(_stack(parts), (0, 2, 1)), HALVINGS)
 
 
 @triton.jit(do_not_specialize=["length", "slots", "backwards"])
@@ -216,7 +138,7 @@ def _forward(
         cell_here = here[:, None] & (state < n)[None, :]
     cell = channel[:, None] * n + state[None, :]
 
-    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * _LOG2_E
+    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * LOG2_E
     skip = tl.load(D + k * e + channel, mask=here, other=0.0)
     if dt_bias is not None:
         bias = tl.load(dt_bias + k * e + channel, mask=here, other=0.0)
@@ -240,8 +162,8 @@ def _forward(
         v = tl.load(dt + token * dt_l + channel[None, :], mask=valid, other=float("-inf")).to(tl.float32)
         if dt_bias is not None:
             v += bias[None, :]
-        step_tile, _ = _softplus(v)
-        step, inflow = _row_pairs(step_tile, step_tile * x_tile)
+        step_tile, _ = softplus(v)
+        step, inflow = row_pairs(step_tile, step_tile * x_tile)
         if KEEP:
             tl.store(states + (row * chunks + chunk) * e * n + cell, h, mask=cell_here)
         parts = ()
@@ -251,7 +173,7 @@ def _forward(
             h = _restart(starts, chunk * T + i, h)
             h = tl.exp2(step[i][:, None] * rate) * h + inflow[i][:, None] * B[None, :]
             parts = parts + (tl.sum(tl.reshape(h * C[None, :], (CHANNELS, 4, N // 4)), 2),)
-        s_tile = _sum_states(parts) + skip[None, :] * x_tile
+        s_tile = sum_states(parts) + skip[None, :] * x_tile
         tl.store(s + token * e + channel[None, :], s_tile.to(s.dtype.element_ty), mask=valid)
     tl.store(final + row * e * n + cell, h, mask=cell_here)
 
@@ -284,7 +206,7 @@ def _backward(
         cell_here = here[:, None] & (state < n)[None, :]
     cell = channel[:, None] * n + state[None, :]
 
-    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * _LOG2_E
+    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * LOG2_E
     if dfinal is not None:
         q = tl.load(dfinal + row * e * n + cell, mask=cell_here, other=0.0)
     else:
@@ -313,8 +235,8 @@ def _backward(
         ds_tile = tl.load(ds + token * ds_l + channel[None, :], mask=valid, other=0.0).to(tl.float32)
         if dt_bias is not None:
             v += tl.load(dt_bias + k * e + channel, mask=here, other=0.0)[None, :]
-        step_tile, slope = _softplus(v)
-        step, inflow = _row_pairs(step_tile, step_tile * x_tile)
+        step_tile, slope = softplus(v)
+        step, inflow = row_pairs(step_tile, step_tile * x_tile)
 
         h = tl.load(states + (row * chunks + chunk) * e * n + cell, mask=cell_here, other=0.0)
         before = ()
@@ -327,7 +249,7 @@ def _backward(
             decay = decay + (tl.exp2(step[i][:, None] * rate),)
             h = decay[i] * h + inflow[i][:, None] * B[None, :]
 
-        ds_row = _rows(tl.reshape(ds_tile, (T, CHANNELS, 1)))
+        ds_row = rows(tl.reshape(ds_tile, (T, CHANNELS, 1)))
         dB = ()
         dC = ()
         dinflow = ()
@@ -353,10 +275,10 @@ def _backward(
             dA_cell += w * step[i][:, None]
 
         out = partial + slot[:, None] * (2 * N) + state[None, :]
-        tl.store(out + N, _sum_channels(dC, LANES))
-        tl.store(out, _sum_channels(dB, LANES))
-        dinflow_tile = _sum_states(dinflow)
-        drate_tile = _sum_states(drate) * _LN_2
+        tl.store(out + N, sum_channels(dC, LANES))
+        tl.store(out, sum_channels(dB, LANES))
+        dinflow_tile = sum_states(dinflow)
+        drate_tile = sum_states(drate) * _LN_2
         # read once more, for the sake of registers again
         x_tile = tl.load(x + token * x_l + channel[None, :], mask=valid, other=0.0, cache_modifier=".ca").to(tl.float32)
         skip = tl.load(D + k * e + channel, mask=here, other=0.0)
