@@ -1,6 +1,11 @@
-"""What the CPU kernels share: how numba compiles them, how they run on threads, and their elementary functions."""
+"""What the CPU kernels share: how numba compiles them, how they run on threads, and their elementary functions.
+
+numba notices a change of the file that a kernel is in, but not of this one: after editing `inline` functions here,
+touch the *_cpu.py files.
+"""
 
 import itertools
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +19,26 @@ from torch import Tensor
 
 # NaN and infinity must reach the outputs, so the two flags that assume them away stay off. numpy's error model divides
 # without a check for zero: with one, a loop does not become vector instructions.
-_FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
-kernel = nb.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")
-inline = nb.njit(inline="always", fastmath=_FASTMATH, error_model="numpy")
+_COMPILER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+inline = nb.njit(inline="always", **_COMPILER)
 
 LOG2E = np.float32(1.4426950408889634)
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Compiled on its first call, and kept on disk for other processes where there is a folder for that."""
+    try:
+        return nb.njit(nogil=True, cache=True, **_COMPILER)(function)
+    except RuntimeError:  # neither the source's folder nor a cache of the user can be written
+        _warn_once()
+        return nb.njit(nogil=True, **_COMPILER)(function)
+
+
+@lru_cache(maxsize=1)
+def _warn_once() -> None:
+    logging.getLogger(__name__).warning(
+        "every process compiles the CPU kernels anew, for want of a writable cache: set NUMBA_CACHE_DIR to one"
+    )
 
 
 @inline

@@ -324,6 +324,20 @@ def test_nan_in_one_image_reaches_its_output_and_no_other() -> None:
     assert y[[0, 2]].isfinite().all()
 
 
+def test_kernels_run_where_nothing_compiled_can_be_kept() -> None:
+    code = """
+import torch, numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []  # as where no folder is writable
+from vimscale.kernels.cases import scan_case
+from vimscale.ops import selective_scan
+tensors = scan_case((1, 5, 8, 4)).tensors()[:8]
+print(torch.allclose(selective_scan(*tensors, backend="cpu"), selective_scan(*tensors, backend="reference"), atol=1e-5))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+    assert done.stderr.count("set NUMBA_CACHE_DIR") == 1
+
+
 def test_no_tensor_of_every_state_is_ever_alive() -> None:
     """Peak memory of a forward and backward pass, as the kernel counts it, against the inputs."""
     code = """
