@@ -2,6 +2,8 @@
 
 Axes: m rows, d model width.
 """
+# what numba compiles infers its types:
+# mypy: disable-error-code="no-untyped-def"
 
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ def backward(
 
 
 @kernel
-def _forward(first, last, x, residual, weight, bias, normed, total, stats, layer, eps):  # type: ignore[no-untyped-def]
+def _forward(first, last, x, residual, weight, bias, normed, total, stats, layer, eps):
     """`residual` without rows is none."""
     m, d = x.shape
     for row in range(first * ROWS, min(last * ROWS, m)):
@@ -78,9 +80,7 @@ def _forward(first, last, x, residual, weight, bias, normed, total, stats, layer
 
 
 @kernel
-def _backward(  # type: ignore[no-untyped-def]
-    first, last, total, weight, stats, dnormed, dtotal, dresidual, dweight, dbias, layer
-):
+def _backward(first, last, total, weight, stats, dnormed, dtotal, dresidual, dweight, dbias, layer):
     """`dtotal` without rows is none. dweight and dbias (items, d) come as zeros and are added to."""
     m, d = total.shape
     for item in range(first, last):

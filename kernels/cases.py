@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # what a relative error may be, as a share of the tensor's largest value: fp32 sums of up to 1000 tokens in another
-# order; for the 16-bit types a few roundings of the result (2^-9 and 2^-12 each) on top of inputs that are the same
+# order; for the 16-bit types two roundings of the result (2^-8 and 2^-11 each) on top of inputs that are the same
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 # (b, l, e, n): one token, just under and over a chunk, the tokens of a 224-pixel image, a long one; odd widths

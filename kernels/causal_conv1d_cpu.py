@@ -6,6 +6,8 @@ As in causal_conv1d_triton.py, a window of k rows slides over the sequence from 
 the token that looks forwards, its first one the token that looks in reverse. A work item is one image and a block of
 channels, whose rows stay in the first cache; the inner loops run over the channels of the block.
 """
+# what numba compiles infers its types:
+# mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
 
@@ -71,7 +73,7 @@ def _taps(weight: Tensor, reverse: Sequence[bool]) -> Tensor:
 
 
 @kernel
-def _forward(first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse, silu, y):  # type: ignore[no-untyped-def]
+def _forward(first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse, silu, y):
     directions, k, e = taps.shape
     length = image.shape[1]
     blocks = (e + CHANNELS - 1) // CHANNELS
@@ -101,9 +103,7 @@ def _forward(first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse,
 
 
 @kernel
-def _backward(  # type: ignore[no-untyped-def]
-    first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse, silu, dy, dx, dtaps, dbias
-):
+def _backward(first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse, silu, dy, dx, dtaps, dbias):
     """dx (b, l, e), dtaps (b, directions, k, e) and dbias (b, directions, e) come as zeros and are added to."""
     directions, k, e = taps.shape
     length = image.shape[1]

@@ -3,6 +3,8 @@
 numba notices a change of the file that a kernel is in, but not of this one: after editing `inline` functions here,
 touch the *_cpu.py files.
 """
+# what numba compiles infers its types:
+# mypy: disable-error-code="no-untyped-def"
 
 import itertools
 import logging
@@ -42,7 +44,7 @@ def _warn_once() -> None:
 
 
 @inline
-def exp2(t):  # type: ignore[no-untyped-def]
+def exp2(t):
     """2^t to 2e-7, between 2^-126 and 2^127: an integer power by the exponent's bits, the rest by a polynomial.
 
     The polynomial is exactly 1 at 0: a decay near one is multiplied over thousands of tokens, and a bias would add up.
@@ -61,7 +63,7 @@ def exp2(t):  # type: ignore[no-untyped-def]
 
 
 @inline
-def softplus(v, u):  # type: ignore[no-untyped-def]
+def softplus(v, u):
     """log(1 + e^v) from v and u = e^-|v|: max(v, 0) + log(1 + u), the logarithm by a polynomial to 3e-8 relative."""
     p = np.float32(5.23269324e-3)
     p = p * u + np.float32(-2.95052401e-2)
@@ -76,7 +78,7 @@ def softplus(v, u):  # type: ignore[no-untyped-def]
 
 
 @inline
-def sigmoid(v, u):  # type: ignore[no-untyped-def]
+def sigmoid(v, u):
     """1 / (1 + e^-v) from v and u = e^-|v|, which cannot overflow."""
     return (np.float32(1) if v > np.float32(0) else u) / (np.float32(1) + u)
 

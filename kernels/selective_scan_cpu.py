@@ -7,6 +7,8 @@ chunk; the backward rebuilds the states of one chunk at a time from there. Nothi
 
 Arithmetic is fp32; 16-bit tensors are converted on the way in and out.
 """
+# what numba compiles infers its types:
+# mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
 
@@ -22,7 +24,7 @@ _BLOCK = 128
 
 
 @kernel
-def _read(x, k, b, tokens, e0, width, block):  # type: ignore[no-untyped-def]
+def _read(x, k, b, tokens, e0, width, block):
     """A block of channels of the tokens into (chunk, BLOCK). An unsigned index cannot mean "from the end", which would
     keep the loop from becoming vector instructions.
     """
@@ -32,14 +34,14 @@ def _read(x, k, b, tokens, e0, width, block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _write(block, y, k, b, tokens, e0, width):  # type: ignore[no-untyped-def]
+def _write(block, y, k, b, tokens, e0, width):
     for m in range(len(tokens)):
         for j in range(width):
             y[k, b, tokens[m], np.uintp(e0 + j)] = block[m, j]
 
 
 @kernel
-def _walk(image, b, start, length, reverse, tokens, kept):  # type: ignore[no-untyped-def]
+def _walk(image, b, start, length, reverse, tokens, kept):
     """The tokens of a chunk in scan order, and for each 1, or 0 if it begins an image and the state starts anew."""
     for m in range(len(tokens)):
         t = length - 1 - start - m if reverse else start + m
@@ -53,7 +55,7 @@ def _walk(image, b, start, length, reverse, tokens, kept):  # type: ignore[no-un
 
 
 @kernel
-def _enter(tokens, width, step, dt_bias, k, e0, xs, slope, entering):  # type: ignore[no-untyped-def]
+def _enter(tokens, width, step, dt_bias, k, e0, xs, slope, entering):
     """`step` becomes softplus(dt + bias), with its slope; what enters the state at a token is entering x B."""
     for m in range(len(tokens)):
         for j in range(width):
@@ -65,7 +67,7 @@ def _enter(tokens, width, step, dt_bias, k, e0, xs, slope, entering):  # type: i
 
 
 @kernel
-def _advance(tokens, width, kept, step, A, entering, xs, D, k, e0, B, kB, C, kC, b, h, y):  # type: ignore[no-untyped-def]
+def _advance(tokens, width, kept, step, A, entering, xs, D, k, e0, B, kB, C, kC, b, h, y):
     """The forward's inner loops: the state h and y, token by token. A comes scaled by log2(e)."""
     for m in range(len(tokens)):
         t = tokens[m]
@@ -83,7 +85,7 @@ def _advance(tokens, width, kept, step, A, entering, xs, D, k, e0, B, kB, C, kC,
 
 
 @kernel
-def _rebuild(tokens, width, kept, step, A, entering, B, kB, b, before, decay):  # type: ignore[no-untyped-def]
+def _rebuild(tokens, width, kept, step, A, entering, B, kB, b, before, decay):
     """The decays of a chunk, the state before each of its tokens, and the one after the last."""
     for m in range(len(tokens)):
         for i in range(len(A)):
@@ -95,7 +97,7 @@ def _rebuild(tokens, width, kept, step, A, entering, B, kB, b, before, decay):  
 
 
 @kernel
-def _retreat(  # type: ignore[no-untyped-def]
+def _retreat(
     tokens, width, step, A, entering, B, kB, C, kC, k, b, before, decay,
     ds, g, dA, dentering, dstep, dB, dC, block,
 ):  # fmt: skip
@@ -127,7 +129,7 @@ def _retreat(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _leave(tokens, width, step, slope, xs, D, ds, dentering, dstep, dD, dbias, k, b, e0):  # type: ignore[no-untyped-def]
+def _leave(tokens, width, step, slope, xs, D, ds, dentering, dstep, dD, dbias, k, b, e0):
     """From the gradients of what entered and of the steps to those of x and dt, in place."""
     for m in range(len(tokens)):
         for j in range(width):
@@ -139,13 +141,13 @@ def _leave(tokens, width, step, slope, xs, D, ds, dentering, dstep, dD, dbias, k
 
 
 @inline
-def _tile():  # type: ignore[no-untyped-def]
+def _tile():
     """Each is an allocation of its own: what shares one may overlap for all the compiler knows, and stays scalar."""
     return np.empty((CHUNK, _BLOCK), np.float32)
 
 
 @kernel
-def _forward(first, last, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):  # type: ignore[no-untyped-def]
+def _forward(first, last, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
     _, images, length, e = s.shape
     n = A.shape[2]
     blocks = (e + _BLOCK - 1) // _BLOCK
@@ -179,7 +181,7 @@ def _forward(first, last, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s
 
 
 @kernel
-def _backward(  # type: ignore[no-untyped-def]
+def _backward(
     first, last, x, dt, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
     dx, ddt, dA, dB, dC, dD, dbias, dinitial,
 ):  # fmt: skip
@@ -231,7 +233,7 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _combine(first, last, s, z, scale, y):  # type: ignore[no-untyped-def]
+def _combine(first, last, s, z, scale, y):
     for row in range(first, last):
         _sum_directions(s, row, y[row])
         if len(z) == 0:
@@ -244,7 +246,7 @@ def _combine(first, last, s, z, scale, y):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _combine_backward(first, last, dy, s, z, scale, ds, dz):  # type: ignore[no-untyped-def]
+def _combine_backward(first, last, dy, s, z, scale, ds, dz):
     for row in range(first, last):
         _sum_directions(s, row, dz[row])
         for j in range(dy.shape[1]):
@@ -256,7 +258,7 @@ def _combine_backward(first, last, dy, s, z, scale, ds, dz):  # type: ignore[no-
 
 
 @inline
-def _sum_directions(s, row, total):  # type: ignore[no-untyped-def]
+def _sum_directions(s, row, total):
     for j in range(len(total)):
         total[j] = s[0, row, j]
     for k in range(1, len(s)):
@@ -292,6 +294,7 @@ def forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s (k, b, l, e) in x's dtype, the final states (k, b, e, n), and those kept (k, b, chunks, e n) if chunk > 0."""
+    assert chunk in (0, CHUNK)
     k, b, length, e = x.shape
     n = A.shape[-1]
     s = torch.empty(k, b, length, e)
@@ -332,6 +335,7 @@ def backward(
     chunk: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state, the last two empty where there is none."""
+    assert chunk == CHUNK
     k, b, length, e = x.shape
     n = A.shape[-1]
     blocks = -(-e // _BLOCK)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernel_checks import DEVICE, assert_close, poison
+from tests.kernel_checks import DEVICE, FUSED, assert_close, poison
 from vimscale.kernels import selective_scan as module
 from vimscale.kernels.cases import ODD_SHAPES, ScanCase, scan_case
 from vimscale.ops import bidirectional_scan, selective_scan
@@ -185,6 +185,11 @@ def test_a_gpu_gives_the_reference_and_its_gradients(
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _agrees_with_fp64(shape, dtype, mode, options, "triton", monkeypatch)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_op_and_its_kernels_keep_states_equally_often(backend: str) -> None:
+    assert module.CHUNK[backend] == module._fused(backend).CHUNK
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
