@@ -61,11 +61,9 @@ def show(
     workers: Annotated[int, typer.Option(help="Ranks to reckon with.")] = 1,
 ) -> None:
     """Print the resolved recipe and what follows from it; run nothing."""
-    import torch
-
     from vimscale.data.shards import Dataset
     from vimscale.errors import DataError
-    from vimscale.model.vim import VisionMamba, flops
+    from vimscale.model.cost import flops, parameters
 
     chosen = recipes.load(recipe, overrides or ())
     micro, accumulation = chosen.micro_batch(workers)
@@ -75,21 +73,19 @@ def show(
     except DataError as error:
         classes, samples, about = 1000, 0, f"not readable from here, 1,000 classes assumed ({error})"
     config = chosen.model.shape(classes)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in VisionMamba(config).parameters())
     print(chosen.to_yaml())
     length = f"{chosen.length(samples):,} steps" if samples or chosen.steps else f"{chosen.epochs} epochs"
     # fp32 weights, gradients and two moments; a ZeRO stage shards the moments, then gradients, then weights
     shard = [16, 8 + 8 / workers, 4 + 12 / workers, 16 / workers][chosen.parallel.zero]
     rows = {
-        "parameters": f"{parameters:,}",
+        "parameters": f"{parameters(config):,}",
         "tokens an image": f"{config.tokens:,}",
         "forward an image": f"{flops(config) / 1e9:.3f} GFLOPs",
         "a training step": f"{3 * chosen.batch * flops(config) / 1e12:.3f} TFLOPs (backward as two forwards)",
         "training set": about,
         "length": length,
         "a rank's micro-batch": f"{micro} images x {accumulation} micro-steps on {workers} ranks",
-        "states a rank": f"{parameters * shard / 1e6:,.1f} MB (weights, gradients, AdamW; activations not counted)",
+        "states a rank": f"{parameters(config) * shard / 1e6:,.1f} MB (weights, gradients, AdamW; no activations)",
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
@@ -212,7 +208,7 @@ def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) 
             model,
             Dataset.open(recipe.data.val),
             manifest,
-            size=model.config.image_size,
+            size=model.config.size,
             batch=64,
             device=device,
             workers=recipe.data.workers,
@@ -239,8 +235,7 @@ def export(
     model, recipe, manifest, at = restore(folder, raw=raw, step=step)
     target = output or folder.path / "export"
     safetensors.write(target, model, manifest, {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"})
-    side = model.config.image_size
-    images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(8, 3, *model.config.size, generator=torch.Generator().manual_seed(0))
     difference = safetensors.largest_difference(target, model, images)
     if difference != 0:
         raise RunFailed(f"{target}: loaded again, its logits differ by up to {difference:.1e}; do not use it")

@@ -37,7 +37,8 @@ def _global(
     """Keys and pixels of global batches [start, stop), put together from all ranks' micro-batches."""
     accumulation = chosen.micro_batch(world)[1]
     ranks = [
-        list(training(chosen, dataset, rank=r, world=world, start=start, steps=stop, size=32)) for r in range(world)
+        list(training(chosen, dataset, rank=r, world=world, start=start, steps=stop, size=(32, 32)))
+        for r in range(world)
     ]
     batches = []
     for step in range(stop - start):
@@ -58,7 +59,7 @@ def _same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torc
 def test_the_split_is_stratified_and_complete(digits: Path) -> None:
     labels, keys = {}, {}
     for split in ("train", "val"):
-        batches = list(evaluation(Dataset.open(str(digits / split)), rank=0, world=1, batch=1, size=32))
+        batches = list(evaluation(Dataset.open(str(digits / split)), rank=0, world=1, batch=1, size=(32, 32)))
         labels[split] = np.bincount([int(b.labels) for b in batches])
         keys[split] = {b.keys[0] for b in batches}
     assert len(keys["train"] | keys["val"]) == 1797
@@ -78,7 +79,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, digits: Path) -> No
 
 def test_images_are_the_scans_of_the_table(digits: Path) -> None:
     table = np.loadtxt(Path(shards.__file__).parent / "digits.csv.gz", delimiter=",")
-    for batch in evaluation(Dataset.open(str(digits / "val")), rank=0, world=1, batch=1, size=32):
+    for batch in evaluation(Dataset.open(str(digits / "val")), rank=0, world=1, batch=1, size=(32, 32)):
         row = table[int(batch.keys[0])]
         small = (
             Image.fromarray(batch.images[0].permute(1, 2, 0).numpy()).convert("L").resize((8, 8), Image.Resampling.BOX)
@@ -248,7 +249,7 @@ def test_another_seed_gives_other_batches(digits: Path) -> None:
 def test_an_evaluation_sees_every_image_once_in_equally_many_batches(digits: Path, world: int, batch: int) -> None:
     dataset = Dataset.open(str(digits / "val"))
     ranks: list[list[Batch]] = [
-        list(evaluation(dataset, rank=r, world=world, batch=batch, size=32)) for r in range(world)
+        list(evaluation(dataset, rank=r, world=world, batch=batch, size=(32, 32))) for r in range(world)
     ]
     seen = [key for parts in ranks for part in parts for key, w in zip(part.keys, part.weights, strict=True) if w > 0]
     assert len(seen) == len(set(seen)) == 359
@@ -329,7 +330,9 @@ def test_crops_keep_at_least_the_area_they_are_told_to() -> None:
     ramp = torch.arange(100, dtype=torch.uint8).repeat(100, 1).expand(3, 100, 100)
     spans = []
     for i in range(200):
-        crop = augment.for_training(ramp, 50, Augment(crop_min=0.25, aspect_max=1.0, flip=0.0), generator(0, 1, i))
+        crop = augment.for_training(
+            ramp, (50, 50), Augment(crop_min=0.25, aspect_max=1.0, flip=0.0), generator(0, 1, i)
+        )
         assert crop.shape == (3, 50, 50)
         spans.append(int(crop[0, 25].max()) - int(crop[0, 25].min()) + 1)
     assert 48 <= min(spans) <= 60, "a quarter of the area is half of the side"
@@ -339,8 +342,8 @@ def test_crops_keep_at_least_the_area_they_are_told_to() -> None:
 def test_flips_come_as_often_as_asked_and_from_the_samples_generator() -> None:
     ramp = torch.arange(32, dtype=torch.uint8).repeat(32, 1).expand(3, 32, 32)
     options = Augment(crop_min=1.0, flip=0.5)
-    first = [bool(augment.for_training(ramp, 32, options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
-    again = [bool(augment.for_training(ramp, 32, options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
+    first = [bool(augment.for_training(ramp, (32, 32), options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
+    again = [bool(augment.for_training(ramp, (32, 32), options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
     assert first == again
     assert 150 < sum(first) < 250
 
@@ -349,7 +352,7 @@ def test_flips_come_as_often_as_asked_and_from_the_samples_generator() -> None:
 def test_evaluation_takes_the_central_square(size: tuple[int, int]) -> None:
     image = torch.zeros(3, *size, dtype=torch.uint8)
     image[:, size[0] // 2 - 4 : size[0] // 2 + 4, size[1] // 2 - 4 : size[1] // 2 + 4] = 255
-    square = augment.for_evaluation(image, 48)
+    square = augment.for_evaluation(image, (48, 48))
     assert square.shape == (3, 48, 48)
     rows, columns = (square[0] > 127).nonzero().float().mean(0).tolist()
     assert abs(rows - 23.5) < 1
@@ -358,7 +361,7 @@ def test_evaluation_takes_the_central_square(size: tuple[int, int]) -> None:
 
 def test_normalising_gives_mean_zero_and_deviation_one(digits: Path) -> None:
     dataset = Dataset.open(str(digits / "train"))
-    (batch,) = evaluation(dataset, rank=0, world=1, batch=1438, size=32)
+    (batch,) = evaluation(dataset, rank=0, world=1, batch=1438, size=(32, 32))
     mean, std = (torch.tensor(v) for v in (dataset.manifest.mean, dataset.manifest.std))
     pixels = augment.normalise(batch.images, mean, std)
     # the manifest's figures are of the scans before they were enlarged

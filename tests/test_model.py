@@ -1,15 +1,45 @@
 """VisionMamba: the published sizes, its parts, and what its configuration refuses."""
 
 import dataclasses
+import time
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vimscale.model import PRESETS, VimConfig, VisionMamba
-from vimscale.model.vim import flops
+from vimscale.model.cost import costs, flops, parameters
+from vimscale.model.mixer import Mamba
+from vimscale.model.presets import Stage
+from vimscale.model.tokens import layout, resized, walk
 
-SMALL = VimConfig(num_classes=5, image_size=16, patch_size=4, d_model=16, depth=3, d_state=4, directions="bi fwd bwd")
+SMALL = VimConfig(
+    num_classes=5, image_size=16, patch_size=4, d_model=16, depth=3, d_state=4, directions="bi fwd bwd", d_head=8
+)
+EVERY_KIND = dataclasses.replace(
+    SMALL, depth=11, directions="bi@column shared@snake pair*2 attn cross bwd@window fwd shared pair@window*2", window=3
+)
+FAMILY: dict[str, VimConfig] = {
+    "as published": SMALL,
+    "every kind of layer": EVERY_KIND,
+    "a learned mixture of paths": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="gate"),
+    "paths side by side": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="concat"),
+    "sums": dataclasses.replace(SMALL, depth=4, directions="cross shared pair*2", fuse="sum"),
+    "class tokens at both ends": dataclasses.replace(SMALL, cls_token="both", registers=3),
+    "ARM's block": dataclasses.replace(SMALL, norm="layer", mlp="swiglu", expand=1, layer_scale=0.1, ssm_norm=True),
+    "registers are read": dataclasses.replace(
+        SMALL, cls_token="none", registers=4, pool="registers", register_reduce=2
+    ),
+    "convolutional stem": dataclasses.replace(SMALL, cls_token="first", registers=2, pool="mean", stem="conv"),
+    "overlapping patches": dataclasses.replace(SMALL, cls_token="none", pool="max", stride=2),
+    "the last token is read": dataclasses.replace(SMALL, cls_token="none", pool="last", directions="bi bwd fwd"),
+    "not square": dataclasses.replace(SMALL, pos_embed=False, image_size=(16, 24)),
+    "hierarchical": dataclasses.replace(
+        SMALL, cls_token="none", stages=(Stage(depth=2, d_model=16, directions="fwd bi"), Stage(depth=2, d_model=32))
+    ),
+    "gated": dataclasses.replace(SMALL, depth=6, directions="bi shared pair*2 fwd cross", backward_gate=True),
+}
 
 
 def _model(config: VimConfig = SMALL) -> VisionMamba:
@@ -17,30 +47,218 @@ def _model(config: VimConfig = SMALL) -> VisionMamba:
     return VisionMamba(config)
 
 
+def _images(config: VimConfig, b: int = 2) -> torch.Tensor:
+    return torch.randn(b, 3, *config.size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=FAMILY.values(), ids=FAMILY)
+def member(request: Any) -> VimConfig:
+    return request.param
+
+
+# ---- the family
+
+
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [("vim_tiny", 7_148_008), ("vim_small", 25_796_584), ("vim_base", 97_598_440)]
+    ("preset", "published"),
+    [
+        ("vim_tiny", 7_148_008),
+        ("vim_small", 25_796_584),
+        ("vim_base", 97_598_440),
+        ("mambar_large", 341_200_000),  # published as 341.2 M
+        ("arm_huge", 662_700_000),  # published as 662.7 M
+    ],
 )
-def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
+def test_presets_have_the_published_number_of_parameters(preset: str, published: int) -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in VisionMamba(PRESETS[preset]).parameters()) == parameters
+        built = sum(p.numel() for p in VisionMamba(PRESETS[preset]).parameters())
+    assert built == parameters(PRESETS[preset])
+    assert built == published or abs(built - published) < 50_000 and published % 100_000 == 0
+
+
+@pytest.mark.parametrize("preset", ["vim_large", "vim_huge_reg", "vim_giant", "vim_7b", "vim_7b_reg"])
+def test_large_models_are_built_without_memory_and_counted_layer_by_layer(preset: str) -> None:
+    config = PRESETS[preset]
+    start = time.perf_counter()
+    with torch.device("meta"):
+        model = VisionMamba(config)
+    assert time.perf_counter() - start < 30, "that took as long as if memory had been filled"
+    parts = {part.name: part.parameters for part in costs(config)}
+    for i, block in enumerate(model.blocks):
+        assert sum(p.numel() for p in block.parameters()) == parts[f"layer {i}"]
+    assert sum(p.numel() for p in model.parameters()) == sum(parts.values()) == parameters(config)
+
+
+def test_counts_are_those_of_the_built_model(member: VimConfig) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in VisionMamba(member).parameters()) == parameters(member)
+
+
+def test_every_parameter_takes_part_and_learns(member: VimConfig) -> None:
+    model = _model(member)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    logits = model(_images(member))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert still == []
+
+
+def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> None:
+    """torch counts products, and not what is inside fused ops: scans, their convolutions and attention's scores are
+    taken out here.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _model(member)(_images(member, 1))
+    ours = flops(member)
+    for part in costs(member):
+        if part.layer is None:
+            continue
+        e, paths = member.expand * part.d_model, len(part.layer.paths)
+        if part.layer.kind == "attn":
+            ours -= 4 * part.tokens**2 * part.d_model
+        sets = min(paths, 1) if part.layer.kind == "shared" else paths
+        ours -= part.tokens * e * (9 * member.d_state * paths + 2 * member.d_conv * sets)
+    assert abs(ours - counter.get_total_flops()) <= 0.01 * ours
+
+
+def test_presets_and_shapes_survive_a_file(member: VimConfig) -> None:
+    import json
+
+    assert VimConfig.from_dict(json.loads(json.dumps(member.to_dict()))) == member
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize(
+    ("cls_token", "registers", "cls", "taken"),
+    [
+        ("none", 0, (), ()),
+        ("first", 0, (0,), ()),
+        ("middle", 0, (8,), ()),
+        ("both", 0, (0, 17), ()),
+        ("middle", 3, (9,), (4, 10, 15)),  # 16 patches: a register after every 4, the class token after 8
+    ],
+)
+def test_class_token_and_registers_stand_where_they_are_told(
+    cls_token: Any, registers: int, cls: tuple[int, ...], taken: tuple[int, ...]
+) -> None:
+    config = dataclasses.replace(SMALL, cls_token=cls_token, registers=registers)
+    where = layout(config, (4, 4))
+    assert (where.cls, where.registers, where.tokens) == (cls, taken, config.tokens)
+    image, extra = torch.arange(16.0).view(1, 16, 1), -1 - torch.arange(float(len(cls) + registers)).view(-1, 1)
+    sequence = where.put(image, extra if len(extra) else None)
+    assert torch.equal(where.of_image(sequence), image)
+    assert [sequence[0, place, 0].item() for place in (*cls, *taken)] == extra.flatten().tolist()
+
+
+def test_orders_walk_the_plane_as_they_say() -> None:
+    config = dataclasses.replace(SMALL, cls_token="none", window=2)
+
+    def order(name: Any) -> list[int]:
+        return walk(name, config, (3, 4)).tolist()
+
+    assert order("row") == list(range(12))
+    assert order("column") == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert order("snake") == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11]
+    assert order("window") == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
+    middle = dataclasses.replace(config, cls_token="middle")
+    assert walk("column", middle, (2, 2)).tolist() == [0, 3, 2, 1, 4]  # the class token keeps its place
+
+
+@pytest.mark.parametrize("order", ["column", "snake", "window"])
+def test_an_order_is_the_plain_scan_of_permuted_patches(order: str) -> None:
+    config = dataclasses.replace(
+        SMALL, depth=2, directions=f"bi@{order}*2", cls_token="none", pos_embed=False, window=3
+    )
+    plain = dataclasses.replace(config, directions="bi*2")
+    model, other = _model(config), _model(plain)
+    images = _images(config)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)  # (b, 3, l, 4, 4)
+    moved = patches[:, :, walk(order, config, config.grid)]  # type: ignore[arg-type]
+    again = moved.unflatten(2, (4, 4)).transpose(3, 4).flatten(2, 3).flatten(3, 4)
+    torch.testing.assert_close(model(images), other(again))
+
+
+def test_the_position_embedding_is_resized_around_the_class_token() -> None:
+    config = dataclasses.replace(SMALL, cls_token="middle", registers=1)
+    rows = torch.arange(4.0).repeat_interleave(4).view(16, 1).expand(16, 2)
+    where = layout(config, (4, 4))
+    position = where.put(rows[None], torch.tensor([[100.0, 100.0], [-100.0, -100.0]]))[0]
+    larger = resized(position, config, (8, 4))
+    after = layout(config, (8, 4))
+    assert larger[after.cls[0]].tolist() == [100, 100]
+    assert larger[after.registers[0]].tolist() == [-100, -100]
+    plane = after.of_image(larger[None]).view(8, 4, 2)
+    assert torch.equal(plane[:, :1].expand_as(plane), plane), "columns alike stay alike"
+    # in the middle of a ramp bicubic is close to the ramp, at half-pixel centres
+    torch.testing.assert_close(plane[3:5, 0, 0], torch.tensor([1.25, 1.75]), rtol=0, atol=0.05)
+    assert torch.equal(resized(position, config, (4, 4)), position)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 32), (24, 16)])
+def test_images_of_any_size_are_taken(member: VimConfig, size: tuple[int, int]) -> None:
+    model = _model(member)
+    images = torch.randn(2, 3, *size)
+    assert model(images).shape == (2, 5)
+
+
+def test_an_image_that_is_no_whole_number_of_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match="resize or pad 18 to 16 or 20"):
+        _model()(torch.zeros(1, 3, 16, 18))
+
+
+def test_packed_images_give_what_each_gives_alone(member: VimConfig) -> None:
+    model = _model(member).eval()
+    images = [torch.randn(3, *size) for size in ((16, 24), (24, 24), (8, 8), (16, 16))]
+    if member.stages:
+        with pytest.raises(ValueError, match="cannot be packed"):
+            model(images)
+        return
+    alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(model(images), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pack_drops_whole_images(member: VimConfig) -> None:
+    config = dataclasses.replace(member, drop_path=0.5)
+    if config.stages:
+        pytest.skip("hierarchical models are not packed")
+    model = _model(config)
+    images = [torch.randn(3, *size) for size in ((16, 24), (8, 8), (16, 16))]
+    draws = torch.tensor([[0.9], [0.1], [0.9]]).expand(3, len(config.layers))
+    alone = torch.cat([model(image[None], draw[None]) for image, draw in zip(images, draws, strict=True)])
+    torch.testing.assert_close(model(images, draws), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_of_chosen_layers_are_a_pyramid() -> None:
+    config = FAMILY["hierarchical"]
+    maps = _model(config).forward_features(_images(config), layers=[1, -1])
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 4, 4), (2, 32, 2, 2)]
+    plain = _model(EVERY_KIND).forward_features(torch.zeros(1, 3, 8, 16), layers=range(11))
+    assert {tuple(m.shape) for m in plain} == {(1, 16, 2, 4)}
+
+
+def test_the_last_map_is_what_the_head_reads_before_its_norm() -> None:
+    config = dataclasses.replace(SMALL, cls_token="none")
+    model, images = _model(config), _images(config)
+    (last,) = model.forward_features(images, layers=[-1])
+    normed, _ = model.norm(last.flatten(2).mT, None)
+    torch.testing.assert_close(normed.mean(dim=1), model.forward_features(images))
+
+
+# ---- directions
 
 
 def test_directions_decide_which_paths_a_layer_has() -> None:
-    mixers = [block.mixer for block in _model().blocks]
-    assert [mixer.reverse for mixer in mixers] == [(False, True), (False,), (True,)]
-    assert [len(mixer.A_log) for mixer in mixers] == [2, 1, 1]
-
-
-@pytest.mark.parametrize(("cls_token", "index", "tokens"), [("none", None, 16), ("first", 0, 17), ("middle", 8, 17)])
-def test_the_class_token_stands_where_it_is_told(cls_token: str, index: int | None, tokens: int) -> None:
-    config = dataclasses.replace(SMALL, cls_token=cls_token)
-    assert (config.cls_index, config.tokens) == (index, tokens)
-    model = _model(config)
-    images = torch.randn(2, 3, 16, 16)
-    assert model(images).shape == (2, 5)
-    if model.cls_token is not None:
-        (grad,) = torch.autograd.grad(model(images).sum(), model.cls_token)
-        assert grad.abs().sum() > 0
+    mixers = [block.mixer for block in _model(EVERY_KIND).blocks]
+    ways = [[reverse for _, reverse in m.paths] if isinstance(m, Mamba) else None for m in mixers]
+    both, there, back = [False, True], [False], [True]
+    assert ways == [both, both, there, back, None, both * 2, back, there, both, there, back]
+    assert [len(m.A_log) for m in mixers if isinstance(m, Mamba)] == [2, 2, 1, 1, 4, 1, 1, 2, 1, 1]
+    assert [len(m.D) for m in mixers if isinstance(m, Mamba)] == [2, 1, 1, 1, 4, 1, 1, 1, 1, 1]  # shared: one set
 
 
 def test_a_forward_layer_does_not_let_early_tokens_see_late_ones() -> None:
@@ -51,26 +269,51 @@ def test_a_forward_layer_does_not_let_early_tokens_see_late_ones() -> None:
     torch.testing.assert_close(model(late), before)
 
 
-def test_drop_path_drops_the_images_it_was_told_to() -> None:
-    model = _model(dataclasses.replace(SMALL, drop_path=0.5))
-    images = torch.randn(4, 3, 16, 16)
-    kept = torch.ones(4, 3)
-    dropped = kept.clone()
-    dropped[1, 2] = 0.0
-    differs = (model(images, dropped) != model(images, kept)).any(dim=1)
-    assert differs.tolist() == [False, True, False, False]
-    assert model.drop_rates().tolist() == [0.0, 0.25, 0.5]
+def _without_the_way_back(config: VimConfig, directions: str) -> tuple[VisionMamba, VisionMamba]:
+    """A model, and one of `directions` with the same weights where it has them."""
+    whole = _model(config)
+    part = _model(dataclasses.replace(config, directions=directions))
+    state = {}
+    for name, p in part.named_parameters():
+        ours = whole.get_parameter(name)
+        state[name] = ours if ours.shape == p.shape else ours[: len(p)]
+    part.load_state_dict(state)
+    return whole, part
 
 
-def test_the_last_layers_contribution_is_scaled_up_when_kept() -> None:
-    config = dataclasses.replace(SMALL, depth=1, directions="bi", drop_path=0.0)
-    assert _model(config).drop_rates().tolist() == [0.0]
-    assert torch.equal(
-        _model(config)(torch.ones(1, 3, 16, 16), torch.zeros(1, 1)), _model(config)(torch.ones(1, 3, 16, 16))
-    )
+@pytest.mark.parametrize("kind", ["bi", "shared"])
+@pytest.mark.parametrize("fuse", ["mean", "sum"])
+def test_a_backward_path_that_is_not_in_leaves_the_forward_one(kind: str, fuse: Any) -> None:
+    config = dataclasses.replace(SMALL, directions=f"{kind}*3", fuse=fuse)
+    model, forward_only = _without_the_way_back(config, "fwd*3")
+    if fuse == "mean":  # half of it: what is missing of a mean counts as zero
+        for block in forward_only.blocks:
+            block.mixer.out_proj.weight.data /= 2  # type: ignore[union-attr]
+    images = _images(config)
+    torch.testing.assert_close(model(images, backward=[0.0] * 3), forward_only(images))
+    torch.testing.assert_close(model(images, backward=[1e-6] * 3), forward_only(images), rtol=1e-4, atol=1e-5)
 
 
-def test_both_directions_start_with_the_step_sizes_that_were_meant() -> None:
+@pytest.mark.parametrize("directions", ["bi*2", "shared*2", "pair*2", "cross*2"])
+def test_a_gate_is_a_factor_on_the_backward_path(directions: str) -> None:
+    config = dataclasses.replace(SMALL, depth=2, directions=directions)
+    plain, gated = _model(config), _model(dataclasses.replace(config, backward_gate=True))
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    images = _images(config)
+    torch.testing.assert_close(gated(images), plain(images))
+    for name, p in gated.named_parameters():
+        if name.endswith("backward_gate"):
+            p.data.fill_(0.25)
+    torch.testing.assert_close(gated(images), plain(images, backward=[0.25] * 2))
+    assert not torch.allclose(gated(images), plain(images))
+
+
+def test_the_ramp_brings_the_backward_path_in() -> None:
+    config = dataclasses.replace(SMALL, backward_ramp=(10, 20))
+    assert [config.backward_at(step) for step in (0, 10, 15, 20, 99)] == [0, 0, 0.5, 1, 1]
+
+
+def test_published_init_zeroes_the_backward_step_bias_and_ours_does_not() -> None:
     mixer = _model().blocks[0].mixer
     step = torch.nn.functional.softplus(mixer.dt_bias)
     assert step.min() >= 1e-3 * 0.999
@@ -80,35 +323,85 @@ def test_both_directions_start_with_the_step_sizes_that_were_meant() -> None:
     assert forward.abs().sum() > 0
 
 
+# ---- stability
+
+
+def test_drop_path_drops_the_images_it_was_told_to(member: VimConfig) -> None:
+    config = dataclasses.replace(member, drop_path=0.5)
+    model, images = _model(config), _images(config, 4)
+    kept = torch.ones(4, len(config.layers))
+    dropped = kept.clone()
+    dropped[1, -1] = 0.0
+    differs = (model(images, dropped) != model(images, kept)).any(dim=1)
+    assert differs.tolist() == [False, True, False, False]
+    assert model.drop_rates()[[0, -1]].tolist() == [0.0, 0.5]
+
+
 def test_weight_decay_spares_the_scans_own_parameters() -> None:
-    spared = _model().no_decay()
-    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.mixer.A_log"} <= spared
-    assert {"blocks.1.mixer.D", "blocks.2.mixer.dt_bias", "blocks.2.mixer.conv_bias"} <= spared
-    assert not {"head.weight", "patch_embed.weight", "blocks.0.mixer.in_proj.weight", "blocks.0.mixer.x_proj"} & spared
+    config = dataclasses.replace(SMALL, backward_gate=True, registers=2, layer_scale=0.1, ssm_norm=True, norm="layer")
+    spared = _model(config).no_decay()
+    assert {"pos_embed", "cls_token", "registers", "norm.weight", "norm.bias", "head.bias"} <= spared
+    inside = {"A_log", "D", "dt_bias", "conv_bias", "layer_scale", "ssm_norm"}
+    assert {f"blocks.0.mixer.{name}" for name in inside} <= spared
+    decayed = {"head.weight", "patch_embed.weight", "blocks.0.mixer.in_proj.weight", "blocks.0.mixer.x_proj"}
+    assert not (decayed | {"blocks.0.mixer.backward_gate"}) & spared
 
 
-def test_flops_agree_with_a_count_of_the_matrix_products() -> None:
-    """torch counts products, and not what is inside our ops: the scan and its convolution are written out here."""
-    config = dataclasses.replace(SMALL, directions="bi*3")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _model(config)(torch.zeros(1, 3, 16, 16))
-    counted = counter.get_total_flops()
-    rows = config.d_inner * 2 * config.depth * config.tokens
-    ours = 9 * config.d_state * rows + 2 * config.d_conv * rows
-    assert abs(flops(config) - ours - counted) <= 0.01 * counted
+def test_probes_tell_steps_states_and_gates_and_change_nothing() -> None:
+    config = dataclasses.replace(EVERY_KIND, backward_gate=True)
+    model, images = _model(config), _images(config)
+    before = model(images)
+    model.probes = {}
+    assert torch.equal(model(images), before)
+    probes, model.probes = model.probes, None
+    assert list(probes) == list(range(11))
+    assert {"rms", "dt_min", "dt_max", "state", "gate"} == set(probes[0])
+    assert set(probes[4]) == {"rms"}  # attention
+    for probe in probes.values():
+        assert all(torch.isfinite(value) and value.ndim == 0 for value in probe.values())
+    assert 0 < probes[0]["dt_min"] < probes[0]["dt_max"]
 
 
-def test_faults_of_a_configuration_are_told_together() -> None:
-    with pytest.raises(ValueError, match="multiple of patch_size") as caught:
-        VimConfig(image_size=30, patch_size=16, depth=2, directions="bi*3", drop_path=1.5)
-    assert len(str(caught.value).splitlines()) == 3
-
-
-def test_bf16_autocast_keeps_the_scan_in_fp32_and_the_logits_close() -> None:
-    model, images = _model(), torch.randn(2, 3, 16, 16)
+def test_bf16_autocast_keeps_the_scan_in_fp32_and_the_logits_close(member: VimConfig) -> None:
+    model, images = _model(member), _images(member)
     exact = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(images)
     assert rounded.dtype == torch.float32
     # a few products rounded to 8 bits each, of logits around 0.1
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02)
+
+
+# ---- what is refused
+
+
+def test_faults_of_a_configuration_are_told_together() -> None:
+    with pytest.raises(ValueError, match="multiple of patch_size") as caught:
+        VimConfig(image_size=30, patch_size=16, depth=2, directions="bi*3", drop_path=1.5)
+    assert len([line for line in str(caught.value).splitlines() if not line.startswith(" ")]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool": "cls", "cls_token": "none"}, "cls_token is none: use cls_token: middle or pool: mean"),
+        ({"pool": "registers"}, "there are none: use registers: 12"),
+        ({"register_reduce": 2}, "goes with pool: registers"),
+        ({"registers": 99}, "99 registers among 16 image tokens"),
+        ({"stride": 5}, "above patch_size 4"),
+        ({"stem": "conv", "patch_size": 2}, "stem conv needs a patch_size of 4, 8, 16"),
+        ({"image_size": (16, 18)}, "image_size 18 is not a multiple of patch_size 4; use 16 or 20"),
+        ({"directions": "attn*3", "d_head": 5}, "multiple of d_head 5"),
+        ({"directions": "pair*2 bi", "fuse": "concat"}, "meet by fuse mean or sum, not concat"),
+        ({"backward_ramp": (20, 10)}, "the first one earlier"),
+        ({"stages": (Stage(depth=1, d_model=16),)}, "set cls_token: none and registers: 0"),
+        (
+            {"stages": (Stage(depth=1, d_model=8), Stage(depth=1, d_model=8, downsample=3)), "cls_token": "none"},
+            "multiple of 12",
+        ),
+        ({"d_state": 0}, "d_state is 0; it must be at least 1"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_a_way_out(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)

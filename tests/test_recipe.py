@@ -138,12 +138,12 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 def test_every_key_of_the_model_section_is_one_of_the_models_own() -> None:
-    keys = set(recipe.Model.model_fields) - {"preset"}
+    keys = set(recipe.Model.model_fields) - {"preset", "weights"}
     assert keys == {name for name in VimConfig.__dataclass_fields__ if name not in ("num_classes", "layers")}
 
 
 def test_depth_and_directions_follow_each_other() -> None:
-    assert recipe.Model(preset="vim_tiny", depth=2).shape(10).layers == ("bi", "bi")
+    assert recipe.Model(preset="vim_tiny", depth=2).shape(10).directions == "bi*2"
     assert recipe.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
 
 

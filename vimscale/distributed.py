@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vimscale.model.presets import VimConfig
 from vimscale.recipe import Recipe
 
 _TIMEOUT = datetime.timedelta(minutes=5)
@@ -122,5 +123,19 @@ def draws(seed: int, step: int, batch: int, width: int) -> Tensor:
 
     A function of seed and step alone, so that another number of ranks, or a restart, drops the same layers.
     """
-    rng = np.random.Generator(np.random.Philox(key=[seed, (1 << 62) + step]))
-    return torch.from_numpy(rng.random((batch, width), dtype=np.float32))
+    return torch.from_numpy(_uniform(seed, (1 << 62) + step, (batch, width)))
+
+
+def backward_parts(config: VimConfig, seed: int, step: int) -> list[float] | None:
+    """How much of each layer's backward path is in, in training, after `step` steps: the ramp, times 0 or
+    1 / (1 - backward_drop); None where all of all is. The same on every rank, so that what is dropped is not computed.
+    """
+    ramp = config.backward_at(step)
+    if ramp == 1 and config.backward_drop == 0:
+        return None
+    kept = _uniform(seed, (3 << 61) + step, (len(config.layers),)) >= config.backward_drop
+    return [ramp / (1 - config.backward_drop) if keep else 0.0 for keep in kept]
+
+
+def _uniform(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, stream])).random(shape, dtype=np.float32)

@@ -5,8 +5,8 @@ parameters, with the fp32 weights and the optimizer's moments as flat tensors. C
 written in terms of fragments, which is why they know neither stage nor world size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimscale import optim
-from vimscale.model import VisionMamba
+from vimscale.model import VimConfig, VisionMamba
 from vimscale.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,6 +41,11 @@ def ds_config(recipe: Recipe, world: int) -> dict[str, Any]:
     return config
 
 
+def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """While it lasts sharded parameters are whole; then each rank keeps its share of what rank 0 has put into them."""
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, start + numel) of the flattened parameter `name`, held by this rank."""
@@ -60,27 +65,38 @@ class Fragment:
 class Engine:
     """A model under training: forward, backward, update, and its state as fragments."""
 
-    def __init__(self, model: VisionMamba, recipe: Recipe, device: torch.device):
+    def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device):
+        """Builds the model. At stage 3 its parameters are sharded as each module is made and initialised one module at
+        a time, so that no rank ever holds all of them.
+        """
         world = dist.get_world_size()
+        settings = ds_config(recipe, world)
         # Built at every start otherwise, 40 s, and with ninja only; gloo does its work. No public switch.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = recipe.parallel.zero
         self.device = device
-        adamw = optim.optimizer(model, model.no_decay(), recipe.optim, fused=device.type == "cuda")
-        self._engine, *_ = deepspeed.initialize(
-            model=model.to(device), optimizer=adamw, config=ds_config(recipe, world), dist_init_required=False
-        )
+        if self.stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+                model = VisionMamba(config, gather=_whole)
+        else:
+            model = VisionMamba(config).to(device)
+        with torch.device("meta"):  # of a sharded parameter only the name can be read
+            no_decay = VisionMamba(config).no_decay()
+        adamw = optim.optimizer(model, no_decay, recipe.optim, fused=device.type == "cuda")
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
         self._adamw: torch.optim.Optimizer = self._engine.basic_optimizer
         self._parameters = dict(self._engine.module.named_parameters())
         self.fragments = list(self._fragments())
+        if recipe.optim.backward_lr != 1:
+            optim.scale_updates(self._adamw, list(self._backward_stretches()), recipe.optim.backward_lr)
 
     @property
     def module(self) -> VisionMamba:
         return self._engine.module
 
-    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Logits (b, classes)."""
-        return self._engine(images, draws)
+    def forward(self, images: Tensor, draws: Tensor | None = None, backward: Sequence[float] | None = None) -> Tensor:
+        """Logits (b, classes); the arguments are those of `VisionMamba.forward`."""
+        return self._engine(images, draws, backward)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
@@ -129,6 +145,17 @@ class Engine:
                     continue
             yield Fragment(name, start, numel, True, flat.detach()[offset : offset + numel], flat, offset)
 
+    def _backward_stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this rank holds of the backward paths' own parameters: (the optimizer's tensor, a view of it)."""
+        own = self.module.backward_stretches()
+        for fragment in self.fragments:
+            for first, last in own.get(fragment.name, ()):  # shares of the whole parameter
+                numel = torch.Size(self.shapes[fragment.name]).numel()
+                begin = max(int(first * numel) - fragment.start, 0)
+                end = min(int(last * numel) - fragment.start, fragment.numel)
+                if begin < end:
+                    yield fragment.flat, fragment.weight[begin:end]
+
     def moment(self, fragment: Fragment, key: str) -> Tensor | None:
         """The optimizer's `key` for a fragment, a view; None before the first step."""
         state = self._adamw.state.get(fragment.flat, {})
@@ -138,6 +165,14 @@ class Engine:
     def updates(self) -> int:
         """How many updates the optimizer has made, which its bias correction counts."""
         return next((int(state["step"]) for state in self._adamw.state.values() if "step" in state), 0)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take these whole parameters, on the CPU; those not named stay as they are."""
+        for fragment in self.fragments:
+            if fragment.name in weights:
+                whole = weights[fragment.name].view(-1)
+                fragment.weight.copy_(whole[fragment.start : fragment.start + fragment.numel])
+        self.publish([fragment.weight for fragment in self.fragments])
 
     def restore_moments(self, updates: int) -> None:
         """Make room for moments that are about to be filled in: as many updates are taken to have been made."""

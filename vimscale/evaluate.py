@@ -20,7 +20,7 @@ def evaluate(
     dataset: Dataset,
     manifest: Manifest,
     *,
-    size: int,
+    size: tuple[int, int],
     batch: int,
     device: torch.device,
     rank: int = 0,
@@ -53,5 +53,6 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
     manifest = Dataset.open(recipe.data.train).manifest
     trainer = checkpoint.read_trainer(folder)
     model = VisionMamba(recipe.model.shape(len(manifest.classes)))
+    model.backward = model.config.backward_at(trainer.step)
     model.load_state_dict(checkpoint.consolidated(folder, "ema" if trainer.ema and not raw else "weight"))
     return model.eval(), recipe, manifest, trainer.step

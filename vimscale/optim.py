@@ -1,19 +1,47 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vimscale.recipe import Optim
 
 
 def optimizer(model: nn.Module, no_decay: set[str], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over two groups: what weight decay shrinks, and what it leaves alone."""
-    decayed = [p for name, p in model.named_parameters() if name not in no_decay]
-    spared = [p for name, p in model.named_parameters() if name in no_decay]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
+    """AdamW over two groups, or three: what weight decay shrinks, what it leaves alone, and gates."""
+    groups: dict[str, dict[str, Any]] = {
+        "decayed": {"params": [], "weight_decay": optim.weight_decay},
+        "spared": {"params": [], "weight_decay": 0.0},
+        "gates": {"params": [], "weight_decay": optim.weight_decay if optim.gate_decay is None else optim.gate_decay},
+    }
+    for name, p in model.named_parameters():
+        last = name.rpartition(".")[2]
+        spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
+        groups["gates" if last == "backward_gate" else "spared" if spared else "decayed"]["params"].append(p)
+    used = [group for group in groups.values() if group["params"]]
+    return torch.optim.AdamW(used, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
+
+
+def scale_updates(optimizer: torch.optim.Optimizer, stretches: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:
+    """Make every update of some elements `factor` times what it would be: a learning rate of their own, for stretches
+    of tensors, which parameter groups cannot have. `stretches`: (the tensor that the optimizer updates, a view of it).
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        active = {id(p) for group in optimizer.param_groups for p in group["params"]}  # ZeRO-3 shows some at a time
+        kept.extend((view, view.clone()) for flat, view in stretches if id(flat) in active)
+
+    def after(*_: Any) -> None:
+        for view, old in kept:
+            view.copy_(torch.lerp(old, view, factor))
+        kept.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:

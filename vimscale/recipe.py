@@ -6,15 +6,25 @@ import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from vimscale.errors import RecipeError
-from vimscale.model import schedule
-from vimscale.model.presets import PRESETS, VimConfig
+from vimscale.model import presets, schedule
+from vimscale.model.presets import PRESETS, ClassToken, Fuse, Pool, VimConfig
 
 Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
 """An integer that may be written 1e6."""
@@ -24,41 +34,103 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+Sides = Annotated[tuple[Whole, Whole], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+"""Two whole numbers, written as a list."""
+
+
+class Stage(_Section):
+    """One resolution of a hierarchical model."""
+
+    depth: Whole
+    d_model: Whole
+    directions: str | None = None
+    downsample: Whole = 2
+    """How much smaller each side of the token grid is than in the stage before."""
+
+
 class Model(_Section):
-    """A preset, and what is changed of it."""
+    """A preset, and what is changed of it; keys mean what `vimscale.model.presets.VimConfig` says."""
 
     preset: str = "vim_small"
-    image_size: Whole | None = None
-    """Side of the square image the model sees, in pixels; a multiple of patch_size."""
+    weights: str | None = None
+    """The folder of an exported or imported model to start from; its position embedding is resized, its head kept if
+    there are as many classes.
+    """
+    image_size: Whole | Sides | None = None
+    """Side of the square image the model sees, or [height, width], in pixels; a multiple of patch_size."""
     patch_size: Whole | None = None
+    stride: Whole | None = None
+    """Pixels from one patch to the next; less than patch_size makes patches overlap."""
+    stem: Literal["patch", "conv"] | None = None
     d_model: Whole | None = None
     depth: Whole | None = None
     d_state: Whole | None = None
     d_conv: Whole | None = None
     expand: Whole | None = None
     directions: str | None = None
-    """Which way each layer scans: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12". Follows `depth` where absent."""
-    fuse: Literal["mean", "sum"] | None = None
-    """How the two paths of a bidirectional layer meet."""
-    cls_token: Literal["none", "first", "middle"] | None = None
+    """What each layer is: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared,
+    pair, cross, attn; orders: row, column, snake, window. Follows `depth` where absent.
+    """
+    stages: tuple[Stage, ...] | None = None
+    """A hierarchical model, instead of depth, d_model and directions."""
+    fuse: Fuse | None = None
+    """How the paths of a layer meet."""
+    window: Whole | None = None
+    d_head: Whole | None = None
+    mlp: Literal["none", "swiglu"] | None = None
+    norm: Literal["rms", "layer"] | None = None
+    norm_eps: float | None = None
+    ssm_norm: bool | None = None
+    layer_scale: float | None = None
+    cls_token: ClassToken | None = None
+    registers: Whole | None = None
+    pool: Pool | None = None
+    register_reduce: Whole | None = None
+    pos_embed: bool | None = None
     drop_path: float | None = None
     init: Literal["fixed", "published"] | None = None
+    backward_gate: bool | None = None
+    """A learned factor a layer on the backward path."""
+    backward_drop: float | None = None
+    """Chance that a layer does without its backward path in a step."""
+    backward_ramp: Sides | None = None
+    """[first, last] step over which the backward path comes in."""
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Model":
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is not known{_suggest(self.preset, PRESETS)}")
+        plain = [key for key in ("depth", "d_model", "directions") if getattr(self, key) is not None]
+        if self.stages and plain:
+            raise ValueError(f"stages have a depth, d_model and directions each: leave out {', '.join(plain)}")
         self.shape(classes=1)
         return self
 
     def shape(self, classes: int) -> VimConfig:
         """The model's shape, for that many classes."""
-        changes = self.model_dump(exclude={"preset"}, exclude_none=True)
+        changes = {
+            key: value
+            for key in type(self).model_fields
+            if key not in ("preset", "weights", "stages") and (value := getattr(self, key)) is not None
+        }
+        if self.stages is not None:
+            changes["stages"] = tuple(presets.Stage(**stage.model_dump()) for stage in self.stages)
+        preset = PRESETS[self.preset]
         if self.depth is not None and self.directions is None:
-            changes["directions"] = f"bi*{self.depth}"
+            changes["directions"] = f"{_only_kind(preset)}*{self.depth}"
         if self.directions is not None and self.depth is None:
             changes["depth"] = len(schedule.parse(self.directions))
-        return dataclasses.replace(PRESETS[self.preset], num_classes=classes, **changes)
+        return dataclasses.replace(preset, num_classes=classes, **changes)
+
+
+def _only_kind(preset: VimConfig) -> str:
+    (kind,) = set(map(str, preset.layers))  # the presets are of one kind each
+    return kind
 
 
 class Data(_Section):
@@ -98,8 +170,32 @@ class Optim(_Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient over all parameters; null does not clip."""
+    decay: Literal["fixed", "published"] = "fixed"
+    """What weight decay shrinks: matrices alone, or A_log too, as in every published Vim run."""
+    gate_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of `model.backward_gate`'s factors; absent: weight_decay."""
+    backward_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the backward paths' own parameters, in units of everything else's."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the weights, approached as (1 + step) / (10 + step); null keeps none."""
+
+
+def _check_recompute(rule: str) -> str:
+    if rule not in ("none", "scan", "block") and recompute_every(rule) is None and recompute_budget(rule) is None:
+        raise ValueError(f"{rule!r} is not none, scan, block, block/2 (every second layer) or a size such as 8GB")
+    return rule
+
+
+def recompute_every(rule: str) -> int | None:
+    """The k of block/k."""
+    found = re.fullmatch(r"block/([1-9]\d*)", rule)
+    return int(found[1]) if found else None
+
+
+def recompute_budget(rule: str) -> int | None:
+    """Bytes, of a size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB)", rule)
+    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else None
 
 
 class Parallel(_Section):
@@ -109,6 +205,11 @@ class Parallel(_Section):
     """Images a rank computes at once; accumulation follows from it. Absent: all of a rank's share."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 parameters, states and scans, bf16 matrix products (autocast)."""
+    recompute: Annotated[str, AfterValidator(_check_recompute)] = "none"
+    """What the backward pass computes again instead of keeping: none; scan (convolution, dt and scan of every layer);
+    block (all but a layer's input); block/2 (every second layer); or a size a rank such as 8GB, for which as few layers
+    as need be do so.
+    """
 
 
 class Checkpoint(_Section):
@@ -356,7 +457,7 @@ _BOUNDS |= {"less_than_equal": ("le", "at most")}
 
 def _explain(fault: Any) -> list[str]:
     """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
-    key = ".".join(str(part) for part in fault["loc"] if isinstance(part, str))
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
     if kind == "value_error":
         broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
@@ -380,8 +481,10 @@ def _section(location: Iterable[str | int]) -> type[BaseModel]:
     """The section that a location in the recipe's tree lies in."""
     section: type[BaseModel] = Recipe
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        if get_origin(annotation) is Union:
+        if isinstance(part, int):  # which one of a list: all are alike
+            continue
+        annotation = section.model_fields[part].annotation
+        while get_origin(annotation) in (Union, UnionType, tuple):  # `Stage` of `tuple[Stage, ...] | None`
             annotation = get_args(annotation)[0]
         assert isinstance(annotation, type)
         section = annotation

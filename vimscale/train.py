@@ -4,12 +4,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from vimscale import checkpoint, distributed, optim
+from vimscale import checkpoint, distributed, optim, recompute
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.augment import normalise
@@ -18,8 +20,8 @@ from vimscale.distributed import RankSpec
 from vimscale.engine import MOMENTS, Engine
 from vimscale.errors import DataError, RunFailed
 from vimscale.evaluate import evaluate
+from vimscale.export.safetensors import starting_weights
 from vimscale.metrics import Meter, Metrics
-from vimscale.model import VisionMamba
 from vimscale.objectives import classification
 from vimscale.run_folder import RunFolder
 
@@ -52,13 +54,16 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     config = recipe.model.shape(len(manifest.classes))
     mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
     torch.manual_seed(recipe.seed)  # the same weights on every rank
-    engine = Engine(VisionMamba(config), recipe, device)
-    ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
+    engine = Engine(config, recipe, device)
+    engine.module.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
 
     # ---- where to start
 
     step = 0
     newest = checkpoint.newest(folder.checkpoints)
+    if newest is None and recipe.model.weights is not None:
+        engine.load(starting_weights(Path(recipe.model.weights), config))
+    ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
     if newest is not None:
         trainer = checkpoint.read_trainer(newest)
         if trainer.fingerprint != manifest.fingerprint:
@@ -79,10 +84,10 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         engine.module.eval()
         with engine.weights(ema):
             figures = evaluate(
-                engine.forward,
+                partial(engine.forward, backward=[config.backward_at(step)] * len(config.layers)),
                 val_set,
                 manifest,
-                size=config.image_size,
+                size=config.size,
                 batch=micro,
                 device=device,
                 rank=rank,
@@ -105,7 +110,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         world=world,
         start=step,
         steps=steps,
-        size=config.image_size,
+        size=config.size,
         pin=device.type == "cuda",
     )
     meter = Meter()
@@ -117,7 +122,9 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         rate = optim.learning_rate(recipe.optim, step, steps)
         draws = None
         if config.drop_path > 0:
-            draws = distributed.draws(recipe.seed, step, recipe.batch, config.depth)
+            draws = distributed.draws(recipe.seed, step, recipe.batch, len(config.layers))
+        backward = distributed.backward_parts(config, recipe.seed, step)
+        looking = (step + 1) % recipe.log.every == 0  # into the layers, with the last micro-batch
         loss = torch.zeros((), device=device)
         for part in range(accumulation):
             asked = time.perf_counter()
@@ -129,7 +136,9 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             if draws is not None:
                 at = (rank * accumulation + part) * micro
                 mine = draws[at : at + micro].to(device, non_blocking=True)
-            part_loss = classification.loss(engine.forward(images, mine), labels, recipe.objective)
+            engine.module.probes = {} if looking and part == accumulation - 1 else None
+            part_loss = classification.loss(engine.forward(images, mine, backward), labels, recipe.objective)
+            probes, engine.module.probes = engine.module.probes, None
             engine.backward(part_loss)
             engine.step(rate)
             loss += part_loss.detach() / accumulation
@@ -150,6 +159,8 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             row = _log(metrics, meter, losses, rates, step, engine.grad_norm(), world)
             row["epoch"] = step * recipe.batch / manifest.samples
             emit({"kind": "step", "steps": steps, **row})
+            if metrics is not None and probes:
+                metrics.write({"kind": "layers", "step": step, **_columns(probes)})
             losses, rates = [], []
         if evaluating:
             evaluation()
@@ -213,6 +224,15 @@ def _log(
                 " nothing was saved since the last checkpoint. Lower optim.lr, raise optim.warmup or set optim.clip"
             )
     return {key: value for key, value in rows[-1].items() if key != "kind"}
+
+
+def _columns(probes: dict[int, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Probes of the layers as one list a quantity; None where a layer has none of it (attention has no states)."""
+    names = dict.fromkeys(name for probe in probes.values() for name in probe)
+    return {
+        "layer": list(probes),
+        **{name: [float(probe[name]) if name in probe else None for probe in probes.values()] for name in names},
+    }
 
 
 def _state(engine: Engine, ema: list[torch.Tensor] | None) -> dict[str, torch.Tensor]:

@@ -10,23 +10,23 @@ from torch import Tensor
 from vimscale.recipe import Augment
 
 
-def for_training(image: Tensor, size: int, augment: Augment, rng: np.random.Generator) -> Tensor:
-    """Random resized crop (arXiv:1409.4842) and flip: (3, h, w) -> (3, size, size)."""
+def for_training(image: Tensor, size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> Tensor:
+    """Random resized crop (arXiv:1409.4842) and flip: (3, h, w) -> (3, *size)."""
     if augment.crop_min < 1:
         image = _random_crop(image, augment, rng)
-    image = _resize(image, size, size)
+    image = _resize(image, *size)
     return image.flip(-1) if rng.random() < augment.flip else image
 
 
-def for_evaluation(image: Tensor, size: int) -> Tensor:
-    """The shorter side to size / 0.875 and the central square, as published; an image of just `size` stays as it is."""
+def for_evaluation(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resized so that `size` / 0.875 fits in, and its centre, as published; an image of just `size` stays as it is."""
     height, width = image.shape[1:]
-    if height == width == size:
+    if (height, width) == size:
         return image
-    scale = size / 0.875 / min(height, width)
-    image = _resize(image, max(round(height * scale), size), max(round(width * scale), size))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, top : top + size, left : left + size]
+    scale = max(size[0] / height, size[1] / width) / 0.875
+    image = _resize(image, max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+    top, left = (image.shape[1] - size[0]) // 2, (image.shape[2] - size[1]) // 2
+    return image[:, top : top + size[0], left : left + size[1]]
 
 
 def _random_crop(image: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:

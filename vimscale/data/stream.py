@@ -16,6 +16,8 @@ from vimscale.data.plan import Plan, generator
 from vimscale.data.shards import Dataset
 from vimscale.recipe import Recipe
 
+Size = tuple[int, int]
+"""Height and width of a batch's images."""
 _PER_SAMPLE = 1 << 63
 """Keeps the generators of samples apart from the plan's, which count epochs from 0."""
 
@@ -37,14 +39,14 @@ class Batch:
 
 
 def training(
-    recipe: Recipe, dataset: Dataset, *, rank: int, world: int, start: int, steps: int, size: int, pin: bool = False
+    recipe: Recipe, dataset: Dataset, *, rank: int, world: int, start: int, steps: int, size: Size, pin: bool = False
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank for steps [start, steps), in order; images are (3, size, size)."""
+    """The micro-batches of this rank for steps [start, steps), in order; images are (3, *size)."""
     source = _Training(recipe, dataset, size, rank, world, range(start, steps))
     return iter(_loader(source, recipe.data.workers, pin))
 
 
-def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: int, workers: int = 0) -> Iterator[Batch]:
+def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0) -> Iterator[Batch]:
     """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size."""
     return iter(_loader(_Evaluation(dataset, size, rank, world, batch), workers, pin=False))
 
@@ -56,7 +58,7 @@ def _loader(source: IterableDataset, workers: int, pin: bool) -> DataLoader:
 
 
 class _Training(IterableDataset):
-    def __init__(self, recipe: Recipe, dataset: Dataset, size: int, rank: int, world: int, steps: range):
+    def __init__(self, recipe: Recipe, dataset: Dataset, size: Size, rank: int, world: int, steps: range):
         self.recipe, self.source, self.size, self.steps = recipe, dataset, size, steps
         self.micro, self.accumulation = recipe.micro_batch(world)
         self.first = rank * self.micro * self.accumulation  # of this rank, in a global batch
@@ -76,7 +78,7 @@ class _Training(IterableDataset):
 
 
 class _Evaluation(IterableDataset):
-    def __init__(self, dataset: Dataset, size: int, rank: int, world: int, batch: int):
+    def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
 
     def __iter__(self) -> Iterator[Batch]:

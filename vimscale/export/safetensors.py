@@ -1,26 +1,27 @@
 """Weights as model.safetensors, and everything else an image needs to meet them as config.json."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.tokens import resized
 
 
 def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str, Any]) -> None:
     """Write `model` to `folder`. `about`: where the weights come from, for people."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    shape = {f.name: getattr(model.config, f.name) for f in fields(VimConfig) if f.init}
     whole = asdict(manifest)
     preprocessing = {key: whole[key] for key in ("classes", "mean", "std")}
-    config = {"format": 1, "model": shape, **preprocessing, "about": about}
+    config = {"format": 1, "model": model.config.to_dict(), "backward": model.backward, **preprocessing, "about": about}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -32,11 +33,45 @@ def load(folder: Path) -> VisionMamba:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        model = VisionMamba(VimConfig(**config["model"]))
+        model = VisionMamba(VimConfig.from_dict(config["model"]))
+        model.backward = config.get("backward", 1.0)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not hold an exported model: {error}") from None
     return model.eval()
+
+
+def starting_weights(folder: Path, config: VimConfig) -> dict[str, Tensor]:
+    """The weights of an exported model for a new one of shape `config`: the position embedding is resized, and the
+    head left out where it has other classes.
+
+    Raises:
+        CheckpointError: the two models differ in anything else.
+    """
+    old = load(folder)
+    state = dict(old.state_dict())
+    if old.pos_embed is not None:
+        state["pos_embed"] = resized(old.pos_embed.detach(), old.config, config.grid)
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in VisionMamba(config).named_parameters()}
+    if old.config.num_classes != config.num_classes:
+        state = {name: t for name, t in state.items() if not name.startswith("head.")}
+    faults = [f"{name} is not in the new model" for name in state if name not in wanted]
+    faults += [f"{name} is missing" for name in wanted if name not in state and not name.startswith("head.")]
+    faults += [
+        f"{name} is {tuple(t.shape)}, wanted {tuple(wanted[name])}"
+        for name, t in state.items()
+        if name in wanted and t.shape != wanted[name]
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"model.weights {folder} is of another shape than the recipe's model:\n  "
+            + "\n  ".join(faults[:5])
+            + more
+            + "\nset the recipe's model section as in its config.json"
+        )
+    return state
 
 
 def largest_difference(folder: Path, model: VisionMamba, images: torch.Tensor) -> float:

@@ -1,9 +1,30 @@
 """The shape of a Vision Mamba, and the named shapes people ask for."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vimscale.model import schedule
+from vimscale.model.schedule import Layer
+
+Fuse = Literal["mean", "sum", "gate", "concat"]
+"""How the paths of a layer meet: their mean or sum, a convex combination learned a channel, or side by side into a
+wider output projection.
+"""
+ClassToken = Literal["none", "first", "middle", "both"]
+Pool = Literal["cls", "mean", "last", "max", "registers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One resolution of a hierarchical model."""
+
+    depth: int
+    d_model: int
+    directions: str | None = None
+    """As `VimConfig.directions`; absent: bi in all layers."""
+    downsample: int = 2
+    """How much smaller each side of the token grid is than in the stage before; the first stage has none before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +36,15 @@ class VimConfig:
     """
 
     num_classes: int = 1000
-    image_size: int = 224
-    """Side of the square image, in pixels; a multiple of patch_size."""
+    image_size: int | tuple[int, int] = 224
+    """Side of the square image, or (height, width), in pixels: what the position embedding is made for. A model takes
+    images of other sizes too.
+    """
     patch_size: int = 16
+    stride: int | None = None
+    """Pixels from one patch to the next; absent: patch_size. Less makes patches overlap."""
+    stem: Literal["patch", "conv"] = "patch"
+    """One convolution a patch, or 3 x 3 convolutions of stride 2 down to it (arXiv:2106.14881)."""
     d_model: int = 192
     depth: int = 24
     d_state: int = 16
@@ -25,71 +52,244 @@ class VimConfig:
     expand: int = 2
     """Inner width of the mixer, in units of d_model."""
     directions: str = "bi*24"
-    """Which way each layer scans: see `vimscale.model.schedule`."""
-    fuse: Literal["mean", "sum"] = "mean"
-    """How the two paths of a `bi` layer meet (mean: the published `if_divide_out`)."""
-    cls_token: Literal["none", "first", "middle"] = "middle"
-    """Where the class token stands; none averages all tokens instead."""
+    """What each layer is: see `vimscale.model.schedule`."""
+    stages: tuple[Stage, ...] = ()
+    """A hierarchical model; depth, d_model and directions are then each stage's own."""
+    fuse: Fuse = "mean"
+    """How the paths of a layer meet (mean: the published `if_divide_out`)."""
+    window: int = 7
+    """Side of the windows of the order `window`, in tokens."""
+    d_head: int = 64
+    """Width of a head in `attn` layers."""
+    mlp: Literal["none", "swiglu"] = "none"
+    """swiglu: a gated MLP of width 8/3 d_model follows each mixer (ARM's block, arXiv:2406.07537)."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    ssm_norm: bool = False
+    """RMSNorm on what leaves the scans, before the output projection."""
+    layer_scale: float | None = None
+    """A factor a channel on every mixer's output starts at this value (arXiv:2103.17239); absent: there is none."""
+    cls_token: ClassToken = "middle"
+    """Where the class token stands; both: one at each end, averaged."""
+    registers: int = 0
+    """Tokens without an image patch, spread evenly through the sequence (arXiv:2405.14858)."""
+    pool: Pool | None = None
+    """What the head reads; absent: cls where there is a class token, else mean (of the image's tokens)."""
+    register_reduce: int = 1
+    """With pool registers: each is projected to d_model / register_reduce before they are joined."""
+    pos_embed: bool = True
     drop_path: float = 0.0
     """Chance that the last layer is skipped for an image; earlier layers linearly less."""
     init: Literal["fixed", "published"] = "fixed"
     """published: reproduce hustvl/Vim's backward dt bias of 0 (a step of 0.69 where 0.001-0.1 was meant)."""
+    backward_gate: bool = False
+    """A learned factor a layer on the backward path, 1 at first; weight decay closes it where it is not needed."""
+    backward_drop: float = 0.0
+    """Chance that a layer does without its backward path in a training step, the same layers on every rank."""
+    backward_ramp: tuple[int, int] | None = None
+    """Steps over which the backward path comes in, linearly from nothing to all of it."""
 
-    layers: tuple[schedule.Direction, ...] = field(init=False, repr=False)
+    layers: tuple[Layer, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("num_classes", "image_size", "patch_size", "d_model", "depth", "d_state", "d_conv", "expand")
-            if getattr(self, name) < 1
+            f"{name} is {value}; it must be at least {least}"
+            for least, names in ((1, _AT_LEAST_ONE), (0, ("registers",)))
+            for name in names
+            for value in (getattr(self, name),)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < least
         ]
-        if not faults and self.image_size % self.patch_size:
-            low = max(self.image_size // self.patch_size, 1) * self.patch_size
-            faults.append(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size};"
-                f" use {low} or {low + self.patch_size}"
-            )
-        if not 0 <= self.drop_path < 1:
-            faults.append(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
-        try:
-            layers = schedule.parse(self.directions)
-        except ValueError as fault:
-            faults.append(f"directions: {fault}")
-        else:
-            if len(layers) != self.depth:
-                faults.append(f"directions {self.directions!r} names {len(layers)} layers, depth is {self.depth}")
-            object.__setattr__(self, "layers", layers)
+        for i, stage in enumerate(self.stages):
+            faults += [
+                f"stages[{i}].{name} is {getattr(stage, name)}; it must be at least 1"
+                for name in ("depth", "d_model", "downsample")
+                if getattr(stage, name) < 1
+            ]
+        if not faults:
+            faults = self._size_faults() + self._part_faults()
+        layers: list[Layer] = []
+        for where, text, depth in self._schedules():
+            try:
+                layers += schedule.parse(text, depth)
+            except ValueError as fault:
+                faults.append(f"{where}directions: {fault}")
+        object.__setattr__(self, "layers", tuple(layers))
+        heads = {d % self.d_head for layer, d in zip(layers, self.widths, strict=False) if layer.kind == "attn"}
+        if heads - {0} and self.d_head > 0:
+            faults.append(f"attn layers need a d_model that is a multiple of d_head {self.d_head}")
+        if self.fuse in ("gate", "concat") and any(layer.kind == "pair" for layer in layers):
+            faults.append(f"the layers of a pair meet by fuse mean or sum, not {self.fuse}")
         if faults:
             raise ValueError("\n".join(faults))
 
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
+    def _schedules(self) -> list[tuple[str, str, int]]:
+        if not self.stages:
+            return [("", self.directions, self.depth)]
+        return [(f"stages[{i}].", s.directions or f"bi*{s.depth}", s.depth) for i, s in enumerate(self.stages)]
+
+    def _size_faults(self) -> list[str]:
+        faults = []
+        patch, step = self.patch_size, self.step
+        for side in dict.fromkeys(self.size):
+            if side < patch or (side - patch) % step:
+                low = patch + max(side - patch, 0) // step * step
+                rule = f"a multiple of patch_size {patch}" if step == patch else f"patch_size {patch} + n x {step}"
+                faults.append(f"image_size {side} is not {rule}; use {low} or {low + step}")
+        if self.stem == "conv" and (patch & (patch - 1) or patch < 4 or step != patch):
+            faults.append(f"stem conv needs a patch_size of 4, 8, 16 ... without stride; patch_size is {patch}")
+        if step > patch:
+            faults.append(f"stride {step} is above patch_size {patch}: pixels would be left out")
+        if faults or not self.stages:
+            return faults
+        shrink = 1
+        for i, stage in enumerate(self.stages[1:], 1):
+            shrink *= stage.downsample
+            if any(side % shrink for side in self.grid):
+                unit = patch * shrink
+                near = max(round(self.size[0] / unit), 1) * unit
+                faults.append(
+                    f"stages[{i}]: a grid of {self.grid[0]} x {self.grid[1]} tokens cannot be made {shrink} times"
+                    f" smaller; use an image_size that is a multiple of {unit}, such as {near}"
+                )
+                break
+        return faults
+
+    def _part_faults(self) -> list[str]:
+        faults = []
+        for name in ("drop_path", "backward_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.stages and (self.cls_token != "none" or self.registers):
+            faults.append("stages merge neighbouring tokens: set cls_token: none and registers: 0")
+        if self.pooling == "cls" and self.cls_token == "none":
+            faults.append(
+                "pool cls asks for the class token, and cls_token is none: use cls_token: middle or pool: mean"
+            )
+        if self.pooling == "registers" and not self.registers:
+            faults.append("pool registers needs registers, and there are none: use registers: 12 or another pool")
+        if self.register_reduce > 1 and self.pooling != "registers":
+            faults.append("register_reduce goes with pool: registers")
+        if self.d_model % self.register_reduce:
+            faults.append(f"d_model {self.d_model} is not a multiple of register_reduce {self.register_reduce}")
+        if self.registers > self.patches:
+            faults.append(f"{self.registers} registers among {self.patches} image tokens; use fewer")
+        if self.backward_ramp is not None and not 0 <= self.backward_ramp[0] < self.backward_ramp[1]:
+            faults.append(f"backward_ramp {list(self.backward_ramp)} must be two steps, the first one earlier")
+        return faults
+
+    # ---- what follows from it
 
     @property
-    def dt_rank(self) -> int:
-        return -(-self.d_model // 16)
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image, in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def step(self) -> int:
+        return self.stride or self.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens, in the first stage."""
+        return self.grid_of(*self.size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image of that many pixels."""
+        return (height - self.patch_size) // self.step + 1, (width - self.patch_size) // self.step + 1
 
     @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def cls_tokens(self) -> int:
+        return {"none": 0, "both": 2}.get(self.cls_token, 1)
 
     @property
     def tokens(self) -> int:
-        return self.patches + (self.cls_token != "none")
+        """Of one image, in the first stage: image, class token and registers."""
+        return self.patches + self.cls_tokens + self.registers
 
     @property
-    def cls_index(self) -> int | None:
-        """Where the class token stands in the sequence."""
-        return {"none": None, "first": 0, "middle": self.patches // 2}[self.cls_token]
+    def pooling(self) -> Pool:
+        return self.pool or ("mean" if self.cls_token == "none" else "cls")
+
+    @property
+    def parts(self) -> tuple[Stage, ...]:
+        """The stages; a plain model is one."""
+        return self.stages or (Stage(depth=self.depth, d_model=self.d_model, directions=self.directions),)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """d_model of every layer."""
+        return tuple(stage.d_model for stage in self.parts for _ in range(stage.depth))
+
+    @property
+    def optional(self) -> frozenset[int]:
+        """Numbers of the layers that have a backward path they can do without."""
+        both = {i for i, layer in enumerate(self.layers) if len(layer.paths) > 1}
+        return schedule.second_of_pairs(self.layers) | both
+
+    @property
+    def features(self) -> int:
+        """Width of what the head reads."""
+        d = self.widths[-1]
+        return self.registers * (d // self.register_reduce) if self.pooling == "registers" else d
+
+    def dt_rank(self, d_model: int) -> int:
+        return -(-d_model // 16)
+
+    def backward_at(self, step: int) -> float:
+        """How much of the backward path is in after `step` steps: the ramp."""
+        if self.backward_ramp is None:
+            return 1.0
+        first, last = self.backward_ramp
+        return min(max((step - first) / (last - first), 0.0), 1.0)
+
+    # ---- as plain values, for files
+
+    def to_dict(self) -> dict[str, Any]:
+        whole = dataclasses.asdict(self)
+        return {f.name: whole[f.name] for f in dataclasses.fields(self) if f.init}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VimConfig":
+        """The inverse of `to_dict`, also after a way through JSON."""
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        stages = tuple(Stage(**stage) for stage in values.pop("stages", ()))
+        return cls(**values, stages=stages)
+
+
+_AT_LEAST_ONE = (
+    *("num_classes", "image_size", "patch_size", "stride", "d_model", "depth", "d_state", "d_conv", "expand"),
+    *("window", "d_head", "register_reduce"),
+)
+
+
+def _sizes() -> dict[str, VimConfig]:
+    shapes = {"tiny": (192, 24), "small": (384, 24), "base": (768, 24)}  # arXiv:2401.09417: 7.1, 25.8, 97.6 M
+    larger = {"large": (1024, 48), "huge": (1536, 48), "giant": (2048, 64), "7b": (4096, 64)}  # never published
+    presets = {}
+    for name, (d, depth) in (shapes | larger).items():
+        config = VimConfig(d_model=d, depth=depth, directions=f"bi*{depth}")
+        presets[f"vim_{name}"] = config
+        presets[f"vim_{name}_reg"] = dataclasses.replace(config, registers=16 if depth > 24 else 12)
+    # Mamba-R (arXiv:2405.14858): the registers are what the head reads
+    for name, registers, reduce in (("tiny", 12, 1), ("small", 12, 2), ("base", 12, 4), ("large", 16, 8)):
+        presets[f"mambar_{name}"] = dataclasses.replace(
+            presets[f"vim_{name}"], cls_token="none", registers=registers, pool="registers", register_reduce=reduce
+        )
+    # ARM (arXiv:2406.07537), as fine-tuned: four scans a layer, half the inner width, and an MLP
+    for name, d, depth in (("base", 768, 12), ("large", 1024, 24), ("huge", 1536, 24)):
+        presets[f"arm_{name}"] = VimConfig(
+            d_model=d, depth=depth, directions=f"cross*{depth}", expand=1, mlp="swiglu", norm="layer"
+        )
+    return presets
 
 
 PRESETS: dict[str, VimConfig] = {
     "vim_digits": VimConfig(
         num_classes=10, image_size=32, patch_size=8, d_model=64, depth=4, d_state=8, directions="bi*4"
     ),
-    # arXiv:2401.09417, table 1 and appendix: 7.1, 25.8 and 97.6 M parameters.
-    "vim_tiny": VimConfig(d_model=192),
-    "vim_small": VimConfig(d_model=384),
-    "vim_base": VimConfig(d_model=768),
+    **_sizes(),
 }

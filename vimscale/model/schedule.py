@@ -1,34 +1,88 @@
-"""The direction language: which way each layer scans, as a line of text.
+"""The direction language: what each layer mixes tokens with, and in which order it walks them, as a line of text.
 
-schedule := item+            "bi*24"    "fwd*12 bi*12"    "(fwd bwd)*12"    "bi fwd*3 bi"
-item     := (kind | "(" schedule ")") ["*" count]
-kind     := "bi" | "fwd" | "bwd"
+schedule := item+                      "bi*24"    "fwd*12 bi*12"    "(fwd bwd)*12"    "(bi bi@column)*12"
+item     := (layer | "(" schedule ")") ["*" count]
+layer    := kind ["@" order]
 """
 
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
-Direction = Literal["bi", "fwd", "bwd"]
-"""bi: both ways, each with its own convolution, projections and A (Vim's v2); fwd: first token to last; bwd: back."""
+Kind = Literal["fwd", "bwd", "bi", "shared", "pair", "cross", "attn"]
+"""fwd: one scan, first token to last; bwd: one, last to first. bi: both, each with its own parameters (Vim's v2);
+shared: both over one convolution and projection, with an A each (Vim's v1). pair: two neighbouring layers side by side
+on the same input, one forward and one backward. cross: four scans, both ways over rows and columns (ARM).
+attn: softmax attention, for hybrids.
+"""
+Order = Literal["row", "column", "snake", "window"]
+"""How the image's tokens are walked: row by row, column by column, rows in alternating direction, or square windows one
+after the other. Class token and registers keep their places in the sequence.
+"""
 
-_TOKEN = re.compile(r"\s*(?:(?P<kind>[A-Za-z_]\w*)|(?P<mark>[()*])|(?P<count>\d+))")
+
+@dataclass(frozen=True)
+class Layer:
+    kind: Kind
+    order: Order = "row"
+
+    @property
+    def paths(self) -> tuple[tuple[Order, bool], ...]:
+        """(order, reverse) of each scan with its own A; none for attention. `pair` is decided by its place: forward."""
+        if self.kind == "attn":
+            return ()
+        if self.kind == "cross":
+            return ("row", False), ("row", True), ("column", False), ("column", True)
+        ways = {"fwd": (False,), "pair": (False,), "bwd": (True,)}.get(self.kind, (False, True))
+        return tuple((self.order, reverse) for reverse in ways)
+
+    def __str__(self) -> str:
+        return self.kind if self.order == "row" else f"{self.kind}@{self.order}"
+
+
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<mark>[()*@])|(?P<count>\d+))")
 _MOST_LAYERS = 10_000
+_Tokens = list[tuple[str, int]]
+_Layers = list[tuple[Layer, int]]  # each with the column it is named at
 
 
-def parse(text: str) -> tuple[Direction, ...]:
-    """One direction a layer, first layer first.
+def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
+    """The layers, first one first; there must be `depth` of them if it is given.
 
     Raises:
-        ValueError: the text does not follow the grammar; the message shows it with a caret under the fault.
+        ValueError: the text does not follow the grammar, or names more or fewer layers; the message shows it with a
+            caret under the fault.
     """
     tokens = _tokens(text)
     layers, rest = _schedule(text, tokens, 0)
     if rest < len(tokens):
         raise _fault(text, tokens[rest][1], "this ')' closes nothing")
-    return tuple(layers)
+    if depth is not None and len(layers) != depth:
+        column = layers[depth][1] if len(layers) > depth else len(text)
+        what = f"this is layer {depth + 1}" if len(layers) > depth else f"{depth - len(layers)} more must follow"
+        raise _fault(text, column, f"{len(layers)} layers are named, depth is {depth}: {what}")
+    _check_pairs(text, layers)
+    return tuple(layer for layer, _ in layers)
 
 
-def _tokens(text: str) -> list[tuple[str, int]]:
+def compact(layers: Iterable[Layer]) -> str:
+    """A text that parses to these layers: runs of equal ones with a count."""
+    runs = [(str(layer), len(list(run))) for layer, run in groupby(layers)]
+    return " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+
+
+def second_of_pairs(layers: Sequence[Layer]) -> frozenset[int]:
+    """Numbers of the pair layers that walk backwards: every second of a run."""
+    seconds: set[int] = set()
+    for i, layer in enumerate(layers):
+        if layer.kind == "pair" and i > 0 and layers[i - 1].kind == "pair" and i - 1 not in seconds:
+            seconds.add(i)
+    return frozenset(seconds)
+
+
+def _tokens(text: str) -> _Tokens:
     """Every token with the column it starts at."""
     tokens = []
     at = 0
@@ -42,8 +96,8 @@ def _tokens(text: str) -> list[tuple[str, int]]:
     return tokens
 
 
-def _schedule(text: str, tokens: list[tuple[str, int]], at: int) -> tuple[list[Direction], int]:
-    layers: list[Direction] = []
+def _schedule(text: str, tokens: _Tokens, at: int) -> tuple[_Layers, int]:
+    layers: _Layers = []
     start = at
     while at < len(tokens) and tokens[at][0] != ")":
         token, column = tokens[at]
@@ -51,11 +105,10 @@ def _schedule(text: str, tokens: list[tuple[str, int]], at: int) -> tuple[list[D
             item, at = _schedule(text, tokens, at + 1)
             if at == len(tokens):
                 raise _fault(text, column, "this '(' is never closed")
-        elif token in get_args(Direction):
-            item = [token]  # type: ignore[list-item]  # membership in the Literal was just tested
+            at += 1
         else:
-            raise _fault(text, column, f"{token!r} is no direction; known: {', '.join(get_args(Direction))}")
-        at += 1
+            layer, at = _layer(text, tokens, at)
+            item = [(layer, column)]
         if at < len(tokens) and tokens[at][0] == "*":
             count = tokens[at + 1][0] if at + 1 < len(tokens) else ""
             if not count.isdigit() or int(count) < 1 or int(count) * len(item) > _MOST_LAYERS:
@@ -66,8 +119,30 @@ def _schedule(text: str, tokens: list[tuple[str, int]], at: int) -> tuple[list[D
         layers += item
     if at == start:
         column = tokens[at][1] if at < len(tokens) else len(text)
-        raise _fault(text, column, f"a direction is missing; known: {', '.join(get_args(Direction))}")
+        raise _fault(text, column, f"a layer is missing; known: {', '.join(get_args(Kind))}")
     return layers, at
+
+
+def _layer(text: str, tokens: _Tokens, at: int) -> tuple[Layer, int]:
+    kind, column = tokens[at]
+    if kind not in get_args(Kind):
+        raise _fault(text, column, f"{kind!r} is no kind of layer; known: {', '.join(get_args(Kind))}")
+    if at + 1 == len(tokens) or tokens[at + 1][0] != "@":
+        return Layer(kind), at + 1  # type: ignore[arg-type]  # membership in the Literal was just tested
+    order, column = tokens[at + 2] if at + 2 < len(tokens) else ("", len(text))
+    if order not in get_args(Order):
+        raise _fault(text, column, f"'@' takes an order: {', '.join(get_args(Order))}")
+    if kind in ("attn", "cross") and order != "row":
+        raise _fault(text, column, f"{kind} takes no order: it has its own")
+    return Layer(kind, order), at + 3  # type: ignore[arg-type]
+
+
+def _check_pairs(text: str, layers: _Layers) -> None:
+    """Layers of kind pair come two and two."""
+    for is_pair, run in groupby(layers, key=lambda item: item[0].kind == "pair"):
+        members = list(run)
+        if is_pair and len(members) % 2:
+            raise _fault(text, members[-1][1], f"pair layers come in twos; {len(members)} stand in a row here")
 
 
 def _fault(text: str, column: int, why: str) -> ValueError:

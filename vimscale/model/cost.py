@@ -1,0 +1,120 @@
+"""What a model of a shape costs before it is built: parameters and operations, layer by layer. Needs no torch.
+
+Letters: d model width, e inner width, n state, r dt rank, w convolution taps, k paths, l tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from vimscale.model.presets import VimConfig
+from vimscale.model.schedule import Layer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One part of a model, for one image of the config's size."""
+
+    name: str
+    layer: Layer | None
+    """None for what is no layer: embedding, merges, head."""
+    tokens: int
+    d_model: int
+    parameters: int
+    flops: int
+    """Of a forward pass, a multiply-add counted as two. Matrix products, convolutions and the scan (9 operations a
+    state: exp, three products, two multiply-adds, shared work included); norms and activations, below 1 %, are left
+    out.
+    """
+
+
+def costs(config: VimConfig) -> list[Cost]:
+    """Every part in order; parameters and flops of the model are their sums."""
+    return [_embedding(config), *_layers(config), *_ends(config)]
+
+
+def parameters(config: VimConfig) -> int:
+    return sum(part.parameters for part in costs(config))
+
+
+def flops(config: VimConfig) -> int:
+    """Of one image's forward pass."""
+    return sum(part.flops for part in costs(config))
+
+
+def _embedding(config: VimConfig) -> Cost:
+    d, (rows, columns) = config.widths[0], config.grid
+    extra = config.cls_tokens + config.registers
+    count = d * extra + (d * config.tokens if config.pos_embed else 0)
+    if config.stem == "patch":
+        weights = 3 * config.patch_size**2 * d
+        return Cost("embedding", None, config.tokens, d, count + weights + d, 2 * config.patches * weights)
+    halvings = config.patch_size.bit_length() - 1
+    widths = [3, *(max(d >> (halvings - i), 16) for i in range(1, halvings + 1))]
+    operations = 0
+    for i, (before, after) in enumerate(pairwise(widths), 1):
+        shrink = 2 ** (halvings - i)
+        count += 9 * before * after + 2 * after
+        operations += 2 * 9 * before * after * rows * columns * shrink**2
+    count += d * widths[-1] + d
+    return Cost("embedding", None, config.tokens, d, count, operations + 2 * config.patches * d * widths[-1])
+
+
+def _layers(config: VimConfig) -> Iterator[Cost]:
+    tokens, number = config.tokens, 0
+    for i, stage in enumerate(config.parts):
+        if i > 0:
+            before, area = config.parts[i - 1].d_model, stage.downsample**2
+            tokens //= area
+            weights = before * area * stage.d_model
+            count = weights + _norm(config, before * area)
+            yield Cost(
+                f"merge {stage.downsample} x {stage.downsample}",
+                None,
+                tokens,
+                stage.d_model,
+                count,
+                2 * tokens * weights,
+            )
+        for layer in config.layers[number : number + stage.depth]:
+            count, a_token = _mixer(config, layer, stage.d_model, tokens)
+            count += config.backward_gate and number in config.optional
+            count += _norm(config, stage.d_model)
+            if config.mlp == "swiglu":
+                d, hidden = stage.d_model, stage.d_model * 8 // 3
+                count += 3 * d * hidden + 2 * hidden + d + _norm(config, d)
+                a_token += 6 * d * hidden
+            yield Cost(f"layer {number}", layer, tokens, stage.d_model, count, tokens * a_token)
+            number += 1
+
+
+def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, int]:
+    """(parameters, operations a token)."""
+    scale = d if config.layer_scale is not None else 0
+    if layer.kind == "attn":
+        return 4 * d * d + scale, 8 * d * d + 4 * tokens * d
+    e, n, r, w = config.expand * d, config.d_state, config.dt_rank(d), config.d_conv
+    paths = len(layer.paths)
+    k = 1 if layer.kind == "shared" else paths  # sets of convolution and projections
+    fuse = config.fuse if paths > 1 else "sum"
+    width = e * paths if fuse == "concat" else e
+    count = 2 * d * e + width * d + k * e * (w + 1 + r + 2 * n + r + 1 + 1) + paths * e * n + scale
+    count += paths * e if fuse == "gate" else 0
+    count += width if config.ssm_norm else 0
+    one_set = 2 * w * e + 2 * e * (r + 2 * n) + 2 * r * e
+    return count, 4 * d * e + 2 * width * d + k * one_set + paths * 9 * e * n
+
+
+def _norm(config: VimConfig, d: int) -> int:
+    return 2 * d if config.norm == "layer" else d
+
+
+def _ends(config: VimConfig) -> Iterator[Cost]:
+    d = config.widths[-1]
+    count, operations = _norm(config, d), 0
+    if config.pooling == "registers" and config.register_reduce > 1:
+        weights = d * (d // config.register_reduce)
+        count += weights + _norm(config, config.features)
+        operations += 2 * config.registers * weights
+    count += (config.features + 1) * config.num_classes
+    yield Cost("head", None, 1, config.features, count, operations + 2 * config.features * config.num_classes)
