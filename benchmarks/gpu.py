@@ -6,6 +6,7 @@ picture (time against length, with the cost of the exponentials alone). Not run 
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import measure
+from benchmarks.vit import ViT
 from vimscale.kernels.cases import BENCH_SHAPES, scan_case
 from vimscale.model import PRESETS, VisionMamba
 from vimscale.ops import add_norm, bidirectional_conv1d, bidirectional_scan, selective_scan
@@ -151,50 +153,17 @@ def _forward_and_whole(title: str, runs: dict[str, tuple[Callable[..., Tensor], 
     return {name: {"forward_s": ahead[name], "forward_and_backward_s": whole[name]} for name in runs}
 
 
-class ViT(nn.Module):
-    """The peer of a whole model: ViT-S (arXiv:2010.11929) with torch's fused attention."""
-
-    def __init__(self, tokens: int, patch: int, d: int = 384, heads: int = 6, depth: int = 12):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, d, patch, patch)
-        self.pos_embed = nn.Parameter(torch.zeros(tokens, d))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(d, heads, 4 * d, 0.0, "gelu", batch_first=True, norm_first=True)
-            for _ in range(depth)
-        )
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 1000)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images).flatten(2).mT + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).mean(1))
-
-
 def models(image_size: int, batch: int, rounds: int) -> Row:
     """Seconds a training step (forward, backward, fused AdamW; bf16 autocast) and peak memory at one batch."""
-    import dataclasses
-
-    vim = dataclasses.replace(PRESETS["vim_small"], image_size=image_size, num_classes=1000)
-    images = torch.randn(batch, 3, image_size, image_size, device=DEVICE)
-    labels = torch.randint(1000, (batch,), device=DEVICE)
+    vim = dataclasses.replace(PRESETS["vim_small"], image_size=image_size)
+    samples = measure.random_batch(image_size, batch)
     row: Row = {"image_size": image_size, "batch": batch}
     print(f"\ntraining step, {image_size} pixels, batch {batch}, bf16")
-    for name, make in {
-        "Vim-S": lambda: VisionMamba(vim),
-        "ViT-S": lambda: ViT((image_size // vim.patch_size) ** 2, vim.patch_size),
-    }.items():
+    for name, make in {"Vim-S": lambda: VisionMamba(vim), "ViT-S": lambda: ViT(image_size, d=384, heads=6)}.items():
         torch.manual_seed(0)
         model = make().to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            with torch.autocast(DEVICE, torch.bfloat16):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+        step = measure.training_step(model, model.parameters(), samples, optimizer)
         torch.cuda.reset_peak_memory_stats()
         seconds = measure.in_turn({name: step}, rounds)[name]
         peak = torch.cuda.max_memory_allocated() / 2**30

@@ -1,19 +1,26 @@
 """What the benchmarks share: functions timed in turn, what they ran on, and how a result is written."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from vimscale.kernels.cases import ScanCase
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""What whole models are measured on; torch's name for ROCm devices too."""
 
 
 def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -47,6 +54,77 @@ def _gpu_seconds(function: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that tensors take at once during `run`, beyond what they took before it. Call it once before:
+    what a first call makes and keeps (an optimizer's state) would be counted.
+
+    On a CPU every allocation and release is traced, also those inside operations. One thread runs meanwhile: the trace
+    is the calling thread's, and a kernel's helper may be the one to drop the last reference to a tensor.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells of its start and end
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            run()
+    finally:
+        torch.set_num_threads(threads)
+    # the table that the profiler makes of them keeps the sum an operation, not their order
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes), default=0)
+
+
+def batch_at(image_size: int, most: int = 8, reference: int = 224) -> int:
+    """Images a step so that their pixels stay about those of `most` images of the reference size; at least one."""
+    return max(round(most * (reference / image_size) ** 2), 1)
+
+
+def training_step(
+    model: Callable[[Tensor], Tensor],
+    parameters: Iterable[nn.Parameter],
+    batch: tuple[Tensor, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Callable[[], None]:
+    """Forward and backward on (images, labels), and the optimizer's step if there is one; gradients are then dropped.
+    fp32 on a CPU, bf16 by autocast on a GPU.
+    """
+    images, labels = batch
+    parameters = list(parameters)
+
+    def run() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return run
+
+
+def inference(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
+    """Logits without a graph, at a training step's precision."""
+
+    def run() -> object:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            return model(images)
+
+    return run
+
+
+def random_batch(image_size: int, batch: int) -> tuple[Tensor, Tensor]:
+    images = torch.randn(batch, 3, image_size, image_size, device=DEVICE)
+    return images, torch.randint(1000, (batch,), device=DEVICE)
+
+
 def inputs(case: ScanCase) -> list[Tensor]:
     """The eight tensors of a scan, each wanting a gradient."""
     return [t.requires_grad_() for t in (case.x, case.dt, case.A, case.B, case.C, case.D, case.z, case.dt_bias)]
@@ -78,6 +156,13 @@ def machine() -> dict[str, str]:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return found | {"commit": commit.stdout.strip() or "not a checkout"}
+
+
+def place() -> str:
+    """The device and the precision there, for a picture's title."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, bf16"
+    return f"{torch.get_num_threads()} CPU cores, fp32"
 
 
 def _cpu_name() -> str:

@@ -41,15 +41,19 @@ def mambapy_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return ((h @ C.unsqueeze(-1)).squeeze(3) + D * x) * F.silu(z)
 
 
-def mamba_ssm_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
-) -> Tensor:
+def mamba_ssm_reference() -> Scan:
     """mamba-ssm's torch reference, channel first. Its module imports the CUDA one, which the reference never calls."""
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
     from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 
+    return selective_scan_ref
+
+
+def mamba_ssm_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
     x, dt, B, C, z = (t.transpose(1, 2) for t in (x, dt, B, C, z))
-    return selective_scan_ref(x, dt, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
+    return mamba_ssm_reference()(x, dt, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
 
 
 PEERS: dict[str, Scan] = {"mambapy pscan": mambapy_scan, "mamba-ssm selective_scan_ref": mamba_ssm_scan}

@@ -1,0 +1,123 @@
+"""What the directions of a Vision Mamba cost: `python -m benchmarks.directions`.
+
+A training step (forward, backward, AdamW) of the same model under several schedules, in turn, beside parameters,
+operations and peak memory. fp32 on a CPU, bf16 by autocast on a GPU. Prints a table for each image size; writes a JSON
+file and a picture (time and operations, in units of the model that walks forwards only).
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reason in scan_cpu.py
+
+import torch
+
+from benchmarks import measure
+from vimscale.model import PRESETS, VimConfig, VisionMamba, cost
+from vimscale.model.presets import Stage
+
+Row = dict[str, Any]
+PLAIN = "fwd*24"
+SCHEDULES = (PLAIN, "(fwd bwd)*12", "fwd*12 bi*12", "bi*24", "shared*24", "pair*24")
+SMALL = PRESETS["vim_small"]
+PYRAMID = VimConfig(
+    patch_size=8,
+    stages=(Stage(depth=4, d_model=192), Stage(depth=16, d_model=384), Stage(depth=4, d_model=768)),
+    cls_token="none",
+)
+MODELS = {text: replace(SMALL, directions=text) for text in SCHEDULES} | {"stages 192/384/768": PYRAMID}
+
+
+def one_size(models: dict[str, VimConfig], image_size: int, batch: int, rounds: int) -> Row:
+    """Each model's step in turn; the first one is what the others are compared with."""
+    samples = measure.random_batch(image_size, batch)
+    configs = {name: replace(config, image_size=image_size) for name, config in models.items()}
+    steps = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = VisionMamba(config).to(measure.DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        steps[name] = measure.training_step(model, model.parameters(), samples, optimizer)
+    seconds = measure.in_turn(steps, rounds)
+    plain = seconds[next(iter(models))]
+    rows = {
+        name: {
+            "step_s": seconds[name],
+            "ratio": seconds[name] / plain,
+            "peak_extra_bytes": measure.peak_bytes(steps[name]),
+            "parameters": cost.parameters(config),
+            "flops": cost.flops(config),
+        }
+        for name, config in configs.items()
+    }
+    table(rows, f"{image_size} pixels, batch {batch}, median of {rounds} rounds")
+    return {"image_size": image_size, "batch": batch, "models": rows}
+
+
+def table(rows: dict[str, Row], title: str) -> None:
+    """`flops` are the forward pass's of one image; memory is beyond parameters and the optimizer's state."""
+    print(f"\n{title}")
+    print(f"{'':22}{'step, ms':>10}{'ratio':>8}{'peak extra':>14}{'parameters':>14}{'flops an image':>16}")
+    for name, row in rows.items():
+        print(
+            f"{name:22}{row['step_s'] * 1e3:10.0f}{row['ratio']:8.2f}{row['peak_extra_bytes'] / 2**20:10.0f} MiB"
+            f"{row['parameters'] / 1e6:12.2f} M{row['flops'] / 1e9:14.2f} G"
+        )
+
+
+def draw(sizes: list[Row], title: str, path: Path) -> None:
+    """Step times as bars, a group for each model; a mark where the operations alone would put them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(sizes[0]["models"])
+    height = 0.8 / len(sizes)
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 + 0.75 * len(names)))
+    for i, size in enumerate(sizes):
+        models = size["models"]
+        at = [place + (i - (len(sizes) - 1) / 2) * height for place in range(len(names))]
+        ratios = [models[name]["ratio"] for name in names]
+        operations = [models[name]["flops"] / models[names[0]]["flops"] for name in names]
+        label = f"{size['image_size']} pixels, batch {size['batch']}"
+        axes.barh(at, ratios, height * 0.92, color=f"C{i}", label=label)
+        axes.plot(operations, at, "k|", markersize=0.6 * height * 40, label=None if i else "operations alone")
+        for place, ratio, mark in zip(at, ratios, operations, strict=True):
+            axes.text(max(ratio, mark) + 0.02, place, f"{ratio:.2f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names, family="monospace")
+    axes.invert_yaxis()
+    axes.set(xlabel=f"time of a training step, {names[0]} = 1", title=title)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.06)
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=len(sizes) + 1, frameon=False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512], help="of the images, in pixels")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="for each size; default: 8 at 224, as many pixels at others"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/directions"), help="of .json and .png")
+    options = parser.parse_args()
+    batches = options.batch or [measure.batch_at(size) for size in options.sizes]
+    if len(batches) != len(options.sizes):
+        parser.error(f"--batch names {len(batches)} batches for {len(options.sizes)} sizes; give one for each")
+    print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
+    sizes = [one_size(MODELS, size, batch, options.rounds) for size, batch in zip(options.sizes, batches, strict=True)]
+    measure.write(
+        {"d_model": SMALL.d_model, "rounds": options.rounds, "sizes": sizes}, options.out.with_suffix(".json")
+    )
+    title = f"The price of direction: 24 layers, {SMALL.d_model} wide (but for the stages), on {measure.place()}"
+    draw(sizes, title, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Vim-Ti against a transformer of DeiT-Ti's dimensions as images grow: `python -m benchmarks.vit`.
+
+Training (forward and backward) with batches of about equally many pixels, inference with one image; time in turn and
+peak memory. And at 224 pixels a training step of the original architecture with mamba-ssm's reference scan, which is
+what a machine without CUDA is left with. fp32 on a CPU, bf16 by autocast on a GPU. Prints tables; writes a JSON file
+and a picture.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reason in scan_cpu.py
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.scan_cpu import mamba_ssm_reference
+from vimscale.model import PRESETS, VisionMamba
+
+Row = dict[str, Any]
+SIZES = (224, 384, 512, 768, 1024, 1248, 1536, 2048)
+TINY = PRESETS["vim_tiny"]
+SLOW_ROUNDS = 3
+"""At most, of what takes 20 s an image."""
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each after a norm and added to its input."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (b, heads, l, d / heads)
+        x = x + self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ViT(nn.Module):
+    """The peer of a whole model (arXiv:2010.11929) with torch's fused attention; by default DeiT-Ti's dimensions
+    (arXiv:2012.12877).
+    """
+
+    def __init__(self, image_size: int, d: int = 192, heads: int = 3, depth: int = 12, patch: int = 16):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, d, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.pos_embed = nn.Parameter(torch.zeros((image_size // patch) ** 2 + 1, d))
+        self.blocks = nn.Sequential(*(Block(d, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(images).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x)[:, 0]))
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "Vim-Ti": lambda image_size: VisionMamba(replace(TINY, image_size=image_size)),
+    "DeiT-Ti": ViT,
+}
+
+
+def compare(what: str, runs: dict[str, Callable[[], object]], image_size: int, batch: int, rounds: int) -> Row:
+    """Seconds and peak memory of both models at one size."""
+    seconds = measure.in_turn(runs, rounds)
+    peaks = {name: measure.peak_bytes(run) for name, run in runs.items()}
+    row = {"what": what, "image_size": image_size, "batch": batch, "seconds": seconds, "peak_extra_bytes": peaks}
+    figures = "".join(f"{seconds[name] * 1e3:12.0f}{peaks[name] / 2**20:10.0f} MiB" for name in MODELS)
+    times, memory = (of["Vim-Ti"] / of["DeiT-Ti"] for of in (seconds, peaks))
+    print(f"{what:10}{image_size:8}{batch:7}{figures}{times:9.2f}{memory:9.2f}", flush=True)
+    return row | {"time_ratio": times, "memory_ratio": memory}
+
+
+def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
+    """Both models over the sizes. A training step that is likely to take more memory than that is left out, judged by
+    that of the size before: with fused attention memory grows as pixels do.
+    """
+    print(f"\nmedian of {rounds} rounds; ratios: Vim-Ti by DeiT-Ti")
+    print(f"{'':10}{'pixels':>8}{'batch':>7}{'Vim-Ti, ms':>12}{'memory':>14}{'DeiT-Ti':>12}{'memory':>14}", end="")
+    print(f"{'time':>9}{'memory':>9}")
+    rows: list[Row] = []
+    bytes_a_pixel = 0.0
+    for image_size in image_sizes:
+        torch.manual_seed(0)
+        models = {name: make(image_size).to(measure.DEVICE) for name, make in MODELS.items()}
+        batch = measure.batch_at(image_size)
+        pixels = batch * image_size**2
+        if bytes_a_pixel * pixels <= memory_gib * 2**30:
+            samples = measure.random_batch(image_size, batch)
+            steps = {name: measure.training_step(model, model.parameters(), samples) for name, model in models.items()}
+            rows.append(compare("training", steps, image_size, batch, rounds))
+            bytes_a_pixel = max(rows[-1]["peak_extra_bytes"].values()) / pixels
+        else:
+            print(f"{'training':10}{image_size:8}{batch:7}   left out: likely {bytes_a_pixel * pixels / 2**30:.0f} GiB")
+        for batch in (8, 1) if image_size == 224 else (1,):
+            images, _ = measure.random_batch(image_size, batch)
+            runs = {name: measure.inference(model.eval(), images) for name, model in models.items()}
+            rows.append(compare("inference", runs, image_size, batch, rounds))
+    return rows
+
+
+def published_state(model: VisionMamba) -> dict[str, Tensor]:
+    """A plain Vim's weights under the original code's names, where each direction has tensors of its own."""
+    inside = {
+        "A_log": ("A_log", "A_b_log"),
+        "D": ("D", "D_b"),
+        "conv_weight": ("conv1d.weight", "conv1d_b.weight"),
+        "conv_bias": ("conv1d.bias", "conv1d_b.bias"),
+        "x_proj": ("x_proj.weight", "x_proj_b.weight"),
+        "dt_proj": ("dt_proj.weight", "dt_proj_b.weight"),
+        "dt_bias": ("dt_proj.bias", "dt_proj_b.bias"),
+    }
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        block, mixer, key = name.replace("blocks.", "layers.").partition(".mixer.")
+        for i, theirs in enumerate(inside.get(key, ())):
+            state[block + mixer + theirs] = value[i].unsqueeze(1) if key == "conv_weight" else value[i]
+        if key not in inside:
+            whole = block.replace("patch_embed.", "patch_embed.proj.") + mixer + key
+            whole = whole.replace("norm.", "norm_f.") if whole.startswith("norm.") else whole
+            state[whole] = value[None] if name in ("cls_token", "pos_embed") else value
+    return {name: value.detach().clone().requires_grad_() for name, value in state.items()}
+
+
+def original(rounds: int, image_size: int = 224) -> Row:
+    """A training step on one image, of Vim-Ti here and of the original architecture with mamba-ssm's reference scan."""
+    from benchmarks import published
+
+    torch.manual_seed(0)
+    model = VisionMamba(replace(TINY, image_size=image_size)).to(measure.DEVICE)
+    state, scan = published_state(model), mamba_ssm_reference()
+
+    def theirs(images: Tensor) -> Tensor:
+        return published.forward(model.config, state, images, scan=scan)
+
+    batch = measure.random_batch(image_size, 1)
+    with torch.no_grad():
+        difference = float((theirs(batch[0]) - model(batch[0])).abs().max())
+    runs = {
+        "vimscale": measure.training_step(model, model.parameters(), batch),
+        "original, reference scan": measure.training_step(theirs, state.values(), batch),
+    }
+    rounds = min(rounds, SLOW_ROUNDS)
+    seconds = measure.in_turn(runs, rounds)
+    ours, original = seconds.values()
+    print(f"\nVim-Ti, training, {image_size} pixels, 1 image, median of {rounds} rounds:", end=" ")
+    print(f"vimscale {ours:.2f} s, the original with mamba-ssm's reference scan {original:.1f} s,", end=" ")
+    print(f"{original / ours:.0f} times as long; logits differ by at most {difference:.0e}")
+    return {
+        "image_size": image_size,
+        "batch": 1,
+        "rounds": rounds,
+        "seconds": seconds,
+        "ratio": original / ours,
+        "largest_difference": difference,
+    }
+
+
+def draw(rows: list[Row], title: str, path: Path) -> None:
+    """Time of inference, time of training and peak memory, for an image, against the image's side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (inference, training, memory) = pyplot.subplots(1, 3, figsize=(14, 4.8))
+
+    def lines(axes: Any, what: str, key: str, unit: float, style: str, suffix: str = "") -> None:
+        largest = {row["image_size"]: row for row in rows if row["what"] == what}  # of two batches the last: one image
+        for i, name in enumerate(MODELS):
+            points = [(size, row[key][name] / row["batch"] / unit) for size, row in largest.items()]
+            if points:
+                axes.loglog(*zip(*points, strict=True), style, color=f"C{i}", label=name + suffix)
+
+    lines(inference, "inference", "seconds", 1, "o-")
+    lines(training, "training", "seconds", 1, "o-")
+    lines(memory, "training", "peak_extra_bytes", 2**20, "o-", ", training")
+    lines(memory, "inference", "peak_extra_bytes", 2**20, "o--", ", inference")
+    inference.set(title="Inference", ylabel="s an image")
+    training.set(title="Training (forward and backward)", ylabel="s an image")
+    memory.set(title="Peak memory beyond the weights", ylabel="MiB an image")
+    ticks = sorted({row["image_size"] for row in rows})
+    for axes in (inference, training, memory):
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=60)
+        axes.minorticks_off()
+        axes.set_xlabel("side of the image, pixels")
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of the images, in pixels")
+    parser.add_argument("--memory", type=float, default=16, help="GiB that a training step may take")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vit"), help="of .json and .png")
+    options = parser.parse_args()
+    print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
+    result: Row = {"rounds": options.rounds, "rows": sizes(sorted(options.sizes), options.rounds, options.memory)}
+    if find_spec("mamba_ssm"):
+        result["original"] = original(options.rounds)
+    else:
+        print("\nmamba-ssm is not installed: the original architecture is left out")
+    measure.write(result, options.out.with_suffix(".json"))
+    title = (
+        f"Vim-Ti and a transformer of DeiT-Ti's dimensions on {measure.place()}, patches of {TINY.patch_size} pixels"
+    )
+    draw(result["rows"], title, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
