@@ -32,6 +32,8 @@ bench: $(READY)
 		--no-build-isolation --no-deps mamba-ssm
 	$(VENV)/bin/python -m benchmarks.startup
 	$(VENV)/bin/python -m benchmarks.scan_cpu
+	$(VENV)/bin/python -m benchmarks.directions
+	$(VENV)/bin/python -m benchmarks.vit
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("vimscale needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

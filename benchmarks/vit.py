@@ -104,7 +104,7 @@ def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
             rows.append(compare("training", steps, image_size, batch, rounds))
             bytes_a_pixel = max(rows[-1]["peak_extra_bytes"].values()) / pixels
         else:
-            print(f"{'training':10}{image_size:8}{batch:7}   left out: likely {bytes_a_pixel * pixels / 2**30:.0f} GiB")
+            print(f"{'training':10}{image_size:8}{batch:7}   left out: likely {bytes_a_pixel * pixels / 2**30:.1f} GiB")
         for batch in (8, 1) if image_size == 224 else (1,):
             images, _ = measure.random_batch(image_size, batch)
             runs = {name: measure.inference(model.eval(), images) for name, model in models.items()}
@@ -112,39 +112,18 @@ def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
     return rows
 
 
-def published_state(model: VisionMamba) -> dict[str, Tensor]:
-    """A plain Vim's weights under the original code's names, where each direction has tensors of its own."""
-    inside = {
-        "A_log": ("A_log", "A_b_log"),
-        "D": ("D", "D_b"),
-        "conv_weight": ("conv1d.weight", "conv1d_b.weight"),
-        "conv_bias": ("conv1d.bias", "conv1d_b.bias"),
-        "x_proj": ("x_proj.weight", "x_proj_b.weight"),
-        "dt_proj": ("dt_proj.weight", "dt_proj_b.weight"),
-        "dt_bias": ("dt_proj.bias", "dt_proj_b.bias"),
-    }
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        block, mixer, key = name.replace("blocks.", "layers.").partition(".mixer.")
-        for i, theirs in enumerate(inside.get(key, ())):
-            state[block + mixer + theirs] = value[i].unsqueeze(1) if key == "conv_weight" else value[i]
-        if key not in inside:
-            whole = block.replace("patch_embed.", "patch_embed.proj.") + mixer + key
-            whole = whole.replace("norm.", "norm_f.") if whole.startswith("norm.") else whole
-            state[whole] = value[None] if name in ("cls_token", "pos_embed") else value
-    return {name: value.detach().clone().requires_grad_() for name, value in state.items()}
-
-
 def original(rounds: int, image_size: int = 224) -> Row:
     """A training step on one image, of Vim-Ti here and of the original architecture with mamba-ssm's reference scan."""
     from benchmarks import published
+    from vimscale.model.hustvl import published_config, to_published
 
     torch.manual_seed(0)
     model = VisionMamba(replace(TINY, image_size=image_size)).to(measure.DEVICE)
-    state, scan = published_state(model), mamba_ssm_reference()
+    state = {name: tensor.requires_grad_() for name, tensor in to_published(model).items()}
+    arguments, scan = published_config(model), mamba_ssm_reference()
 
     def theirs(images: Tensor) -> Tensor:
-        return published.forward(model.config, state, images, scan=scan)
+        return published.forward(state, arguments, images, scan=scan)
 
     batch = measure.random_batch(image_size, 1)
     with torch.no_grad():
@@ -212,11 +191,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vit"), help="of .json and .png")
     options = parser.parse_args()
     print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
-    result: Row = {"rounds": options.rounds, "rows": sizes(sorted(options.sizes), options.rounds, options.memory)}
+    result: Row = {"rounds": options.rounds}
     if find_spec("mamba_ssm"):
         result["original"] = original(options.rounds)
     else:
         print("\nmamba-ssm is not installed: the original architecture is left out")
+    result["rows"] = sizes(sorted(options.sizes), options.rounds, options.memory)
     measure.write(result, options.out.with_suffix(".json"))
     title = (
         f"Vim-Ti and a transformer of DeiT-Ti's dimensions on {measure.place()}, patches of {TINY.patch_size} pixels"
