@@ -73,6 +73,40 @@ def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell, ho
         assert _relative(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
 
 
+DYNAMIC = (
+    "model.depth=5",
+    "model.directions=bi shared pair*2 bi@column",
+    "model.backward_gate=true",
+    "model.backward_drop=0.3",
+    "model.backward_ramp=[3, 12]",
+    "model.registers=2",
+    "optim.backward_lr=0.5",
+    "optim.gate_decay=0.5",
+    "steps=16",
+)
+
+
+@pytest.mark.timeout(600)
+def test_directions_that_change_are_the_same_at_every_stage_and_level_of_recomputation(shell: Shell) -> None:
+    def losses(name: str, *how: str, world: int) -> list[float]:
+        shell.run("launch", "small.yaml", f"name={name}", *DYNAMIC, *how, "--no-ray", "--workers", str(world))
+        return shell.losses(name)
+
+    plain = losses("dynamic", "parallel.zero=0", world=1)
+    stage3 = ("parallel.zero=3", "parallel.persist=0")
+    for how, world in (
+        (("parallel.zero=1",), 2),
+        (stage3, 2),
+        ((*stage3, "parallel.recompute=block"), 2),
+        ((*stage3, "parallel.recompute=scan"), 1),
+    ):
+        # fp32 sums in another order
+        assert _relative(losses("-".join(how).replace("=", "_"), *how, world=world), plain) < 1e-5, how
+    layers = shell.rows("dynamic", "layers")
+    assert [row["step"] for row in layers] == [5, 10, 15]
+    assert all(gate < 1 for gate in layers[-1]["gate"] if gate is not None), "their decay is half of all a step"
+
+
 def test_ray_and_plain_processes_give_the_same_bits(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=ray", *RAY)
     shell.run("launch", "small.yaml", "name=processes", *PROCESSES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vimscale import optim, recipe
-from vimscale.distributed import draws
+from vimscale.distributed import backward_parts, draws
 from vimscale.engine import ds_config
 from vimscale.model import PRESETS, VisionMamba
 from vimscale.recipe import Optim
@@ -38,6 +38,52 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
     assert all(p.ndim > 1 for p in decayed["params"])
+
+
+def test_gates_have_a_decay_of_their_own_and_published_decay_has_the_scans_matrix_too() -> None:
+    config = dataclasses.replace(PRESETS["vim_digits"], depth=1, directions="bi", backward_gate=True)
+    model = VisionMamba(config)
+    settings = Optim(weight_decay=0.3, gate_decay=2.0, decay="published")
+    decayed, _, gates = optim.optimizer(model, model.no_decay(), settings, fused=False).param_groups
+    assert (gates["weight_decay"], [p.numel() for p in gates["params"]]) == (2.0, [1])
+    assert any(p is model.blocks[0].mixer.A_log for p in decayed["params"])
+
+
+def test_updates_of_a_stretch_are_scaled_and_others_are_not() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(12)
+    weights = [start.clone().requires_grad_() for _ in range(2)]
+    for p, scaled in zip(weights, (False, True), strict=True):
+        adamw = torch.optim.AdamW([p], lr=0.1, weight_decay=0.5)
+        if scaled:
+            optim.scale_updates(adamw, [(p, p.data[4:8])], 0.25)
+        p.grad = torch.arange(12.0)
+        adamw.step()
+    whole, part = (p.detach() - start for p in weights)
+    torch.testing.assert_close(part[4:8], whole[4:8] * 0.25)
+    assert torch.equal(part[:4], whole[:4])
+    assert torch.equal(part[8:], whole[8:])
+
+
+def test_what_belongs_to_backward_paths_is_known_by_name_and_place() -> None:
+    config = dataclasses.replace(PRESETS["vim_digits"], depth=6, directions="bi fwd shared pair*2 cross")
+    own = VisionMamba(config).backward_stretches()
+    assert {name.split(".")[1] for name in own} == {"0", "2", "4", "5"}
+    assert own["blocks.0.mixer.D"] == [(0.5, 1)]
+    assert [name for name in own if name.startswith("blocks.2.")] == ["blocks.2.mixer.A_log"]
+    assert own["blocks.4.mixer.x_proj"] == [(0, 1)]
+    assert own["blocks.5.mixer.A_log"] == [(0.25, 0.5), (0.75, 1)]
+
+
+def test_backward_paths_are_dropped_as_seed_and_step_say_and_on_average_are_all_there() -> None:
+    config = dataclasses.replace(PRESETS["vim_digits"], backward_drop=0.25, backward_ramp=(0, 10))
+    parts = torch.tensor([backward_parts(config, 0, step) for step in range(10, 2010)])
+    assert parts.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert abs(parts.mean() - 1) < 0.02
+    assert backward_parts(config, 0, 500) == backward_parts(config, 0, 500) != backward_parts(config, 1, 500)
+    early = [value for value in backward_parts(config, 0, 5) if value]  # type: ignore[union-attr]
+    assert early == pytest.approx([2 / 3] * len(early))
+    assert backward_parts(PRESETS["vim_digits"], 0, 5) is None
 
 
 def test_deepspeed_is_told_what_the_recipe_says() -> None:

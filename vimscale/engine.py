@@ -35,6 +35,8 @@ def ds_config(recipe: Recipe, world: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    if recipe.parallel.zero == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = recipe.parallel.persist
     if recipe.parallel.precision == "bf16":
         # fp32 parameters with bf16 compute; DeepSpeed's "bf16" engine would cast the parameters themselves
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

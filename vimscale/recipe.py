@@ -201,6 +201,8 @@ def recompute_budget(rule: str) -> int | None:
 class Parallel(_Section):
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    persist: Annotated[Whole, Field(ge=0)] = 100_000
+    """At stage 3, parameters with fewer elements stay whole on every rank."""
     micro_batch: Annotated[Whole, Field(ge=1)] | None = None
     """Images a rank computes at once; accumulation follows from it. Absent: all of a rank's share."""
     precision: Literal["fp32", "bf16"] = "fp32"

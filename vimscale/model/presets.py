@@ -117,8 +117,10 @@ class VimConfig:
         heads = {d % self.d_head for layer, d in zip(layers, self.widths, strict=False) if layer.kind == "attn"}
         if heads - {0} and self.d_head > 0:
             faults.append(f"attn layers need a d_model that is a multiple of d_head {self.d_head}")
-        if self.fuse in ("gate", "concat") and any(layer.kind == "pair" for layer in layers):
-            faults.append(f"the layers of a pair meet by fuse mean or sum, not {self.fuse}")
+        if self.fuse in ("gate", "concat") and (found := {"pair", "shared"} & {layer.kind for layer in layers}):
+            faults.append(
+                f"the paths of {' and '.join(sorted(found))} layers meet by fuse mean or sum, not {self.fuse}"
+            )
         if faults:
             raise ValueError("\n".join(faults))
 

@@ -269,9 +269,9 @@ class VisionMamba(nn.Module):
         if backward is None:
             backward = [self.backward] * len(self.blocks)
         residual: Tensor | None = None
-        for i, group in self._groups():
-            if str(i) in self.merges:
-                x, tokens = self._merge(i, x, residual, tokens)
+        for group in self._groups():
+            if str(group[0]) in self.merges:
+                x, tokens = self._merge(self.merges[str(group[0])], x, residual, tokens)
                 residual = None
             x, residual = self._step(group, x, residual, tokens, scales, backward)
             for layer in wanted.intersection(group):  # the two of a pair end together
@@ -281,10 +281,10 @@ class VisionMamba(nn.Module):
         x, _ = self.norm(x, residual)
         return self._pooled(x, tokens, places)
 
-    def _groups(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Blocks in turn, pairs together: (the first's number, all their numbers)."""
+    def _groups(self) -> list[tuple[int, ...]]:
+        """Numbers of the blocks in turn, those of a pair together."""
         firsts = [i for i in range(len(self.blocks)) if i not in self._paired]
-        return [(i, (i, i + 1) if i + 1 in self._paired else (i,)) for i in firsts]
+        return [(i, i + 1) if i + 1 in self._paired else (i,) for i in firsts]
 
     def _step(
         self,
@@ -371,8 +371,7 @@ class VisionMamba(nn.Module):
     def _tokens_of(self, grid: tuple[int, int]) -> int:
         return layout(self.config, grid).tokens
 
-    def _merge(self, i: int, x: Tensor, residual: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        merge = self.merges[str(i)]
+    def _merge(self, merge: nn.Module, x: Tensor, residual: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tokens]:
         assert isinstance(merge, Merge)
         ((grid,),) = tokens.rows
         smaller = (grid[0] // merge.factor, grid[1] // merge.factor)
