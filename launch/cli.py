@@ -55,15 +55,26 @@ def list_recipes() -> None:
 
 
 @app.command()
+def presets() -> None:
+    """List the model presets with their parameters and operations."""
+    from . import stack
+
+    Console().print(stack.presets())
+
+
+@app.command()
 def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(help="Ranks to reckon with.")] = 1,
 ) -> None:
-    """Print the resolved recipe and what follows from it; run nothing."""
+    """Print the resolved recipe, its model as a picture, and what follows from both; run nothing."""
+    from vimscale import recompute
     from vimscale.data.shards import Dataset
     from vimscale.errors import DataError
     from vimscale.model.cost import flops, parameters
+
+    from . import stack
 
     chosen = recipes.load(recipe, overrides or ())
     micro, accumulation = chosen.micro_batch(workers)
@@ -74,6 +85,12 @@ def show(
         classes, samples, about = 1000, 0, f"not readable from here, 1,000 classes assumed ({error})"
     config = chosen.model.shape(classes)
     print(chosen.to_yaml())
+    device = "cpu"  # what a layer keeps is a little less in a GPU's kernels
+    levels = recompute.levels(chosen.parallel, config, micro, device)
+    kept = {level: recompute.kept_bytes(config, level, micro, chosen.parallel.precision, device) for level in {*levels}}
+    sizes = [kept[level][i] for i, level in enumerate(levels)]
+    Console().print(stack.picture(config, sizes, levels, micro))
+    print()
     length = f"{chosen.length(samples):,} steps" if samples or chosen.steps else f"{chosen.epochs} epochs"
     # fp32 weights, gradients and two moments; a ZeRO stage shards the moments, then gradients, then weights
     shard = [16, 8 + 8 / workers, 4 + 12 / workers, 16 / workers][chosen.parallel.zero]
@@ -85,6 +102,7 @@ def show(
         "training set": about,
         "length": length,
         "a rank's micro-batch": f"{micro} images x {accumulation} micro-steps on {workers} ranks",
+        "activations a rank": f"{sum(sizes) / 1e6:,.1f} MB kept by the layers, recompute: {chosen.parallel.recompute}",
         "states a rank": f"{parameters(config) * shard / 1e6:,.1f} MB (weights, gradients, AdamW; no activations)",
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

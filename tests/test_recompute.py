@@ -24,7 +24,6 @@ CONFIG = VimConfig(
     d_state=4,
     d_head=8,
     drop_path=0.3,
-    mlp="swiglu",
     directions="bi shared pair*2 attn cross bwd@window fwd",
 )
 
@@ -54,6 +53,14 @@ def test_gradients_are_those_without_recomputation_bit_for_bit(rule: str, frozen
     assert torch.equal(again, loss)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_blocks_with_an_mlp_are_recomputed_bit_for_bit() -> None:
+    config = dataclasses.replace(CONFIG, depth=3, directions="bi cross attn", mlp="swiglu", norm="layer")
+    _, wanted = _gradients(config, "none")
+    for rule in ("scan", "block"):
+        _, found = _gradients(config, rule)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), rule
 
 
 @pytest.mark.parametrize("fuse", ["gate", "concat"])
@@ -119,7 +126,7 @@ def test_what_layers_keep_is_what_was_counted_with_fake_tensors(directions: str)
 
 
 def test_a_budget_is_met_by_as_few_layers_as_need_be() -> None:
-    config = dataclasses.replace(CONFIG, directions="bi*8", mlp="none")
+    config = dataclasses.replace(CONFIG, directions="bi*8")
     kept = {level: recompute.kept_bytes(config, level, 4, "fp32") for level in get_args(Recompute)}
     whole, least = sum(kept["none"]), sum(kept["block"])
     for share in (1.0, 0.8, 0.5, 0.3):
@@ -137,6 +144,6 @@ def test_a_budget_is_met_by_as_few_layers_as_need_be() -> None:
 
 def test_stages_keep_less_as_their_tokens_get_fewer() -> None:
     stages = (Stage(depth=1, d_model=16), Stage(depth=1, d_model=16))
-    config = dataclasses.replace(CONFIG, stages=stages, cls_token="none", mlp="none")
+    config = dataclasses.replace(CONFIG, stages=stages, cls_token="none")
     first, second = recompute.kept_bytes(config, "none", 2, "fp32")
     assert 2.5 < first / second <= 4  # states are kept for whole chunks of tokens

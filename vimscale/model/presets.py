@@ -121,6 +121,8 @@ class VimConfig:
             faults.append(
                 f"the paths of {' and '.join(sorted(found))} layers meet by fuse mean or sum, not {self.fuse}"
             )
+        if self.mlp != "none" and any(layer.kind == "pair" for layer in layers):
+            faults.append("the layers of a pair have no mlp between them and where they meet: set mlp: none")
         if faults:
             raise ValueError("\n".join(faults))
 
