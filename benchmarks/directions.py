@@ -28,7 +28,12 @@ PYRAMID = VimConfig(
     stages=(Stage(depth=4, d_model=192), Stage(depth=16, d_model=384), Stage(depth=4, d_model=768)),
     cls_token="none",
 )
-MODELS = {text: replace(SMALL, directions=text) for text in SCHEDULES} | {"stages 192/384/768": PYRAMID}
+AGAIN = {"bi*24, recompute scan": "scan", "bi*24, recompute block": "block"}
+MODELS = {
+    **{text: replace(SMALL, directions=text) for text in SCHEDULES},
+    "stages 192/384/768": PYRAMID,
+    **dict.fromkeys(AGAIN, replace(SMALL, directions="bi*24")),
+}
 
 
 def one_size(models: dict[str, VimConfig], image_size: int, batch: int, rounds: int) -> Row:
@@ -39,6 +44,7 @@ def one_size(models: dict[str, VimConfig], image_size: int, batch: int, rounds: 
     for name, config in configs.items():
         torch.manual_seed(0)
         model = VisionMamba(config).to(measure.DEVICE)
+        model.recompute = [AGAIN.get(name, "none")] * len(config.layers)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         steps[name] = measure.training_step(model, model.parameters(), samples, optimizer)
     seconds = measure.in_turn(steps, rounds)
@@ -60,10 +66,10 @@ def one_size(models: dict[str, VimConfig], image_size: int, batch: int, rounds: 
 def table(rows: dict[str, Row], title: str) -> None:
     """`flops` are the forward pass's of one image; memory is beyond parameters and the optimizer's state."""
     print(f"\n{title}")
-    print(f"{'':22}{'step, ms':>10}{'ratio':>8}{'peak extra':>14}{'parameters':>14}{'flops an image':>16}")
+    print(f"{'':24}{'step, ms':>10}{'ratio':>8}{'peak extra':>14}{'parameters':>14}{'flops an image':>16}")
     for name, row in rows.items():
         print(
-            f"{name:22}{row['step_s'] * 1e3:10.0f}{row['ratio']:8.2f}{row['peak_extra_bytes'] / 2**20:10.0f} MiB"
+            f"{name:24}{row['step_s'] * 1e3:10.0f}{row['ratio']:8.2f}{row['peak_extra_bytes'] / 2**20:10.0f} MiB"
             f"{row['parameters'] / 1e6:12.2f} M{row['flops'] / 1e9:14.2f} G"
         )
 
