@@ -90,6 +90,16 @@ def array(t: Tensor | None, axes: int) -> np.ndarray:
     return t.detach().float().contiguous().numpy()
 
 
+def spread(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The tensor's fp32 numbers, and how far apart they are along its axes but the last, whose are side by side: no
+    copy is made of a slice, and nothing is compiled anew for other strides.
+    """
+    t = t.detach().float()
+    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    last = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+    return t.as_strided((last + 1,), (1,)).numpy(), t.stride()[:-1]
+
+
 def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
     """kernel(first, last, *arguments) over consecutive ranges that cover [0, items), on as many threads as torch uses.
 

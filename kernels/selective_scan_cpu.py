@@ -10,171 +10,244 @@ Arithmetic is fp32; 16-bit tensors are converted on the way in and out.
 # what numba compiles infers its types:
 # mypy: disable-error-code="no-untyped-def"
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import LOG2E, array, exp2, inline, kernel, run, sigmoid, softplus
+from .cpu import LOG2E, array, exp2, inline, kernel, run, sigmoid, spread
+from .simd import LANES, Variable, emitted, softplus_and_slope, sums
+from .simd import exp2 as exp2_vector
 
 CHUNK = 16  # tokens between kept states: fp32 states then cost n / 16 values a token and channel
-# Channels of a work item. Fewer leave too little behind each loop's start (64: 1.2 times as long in the backward).
-_BLOCK = 128
+# Channels of a work item. With four vectors a loop over tokens has enough to do between two steps of one recurrence,
+# and what it touches fits the first cache: four tiles in the forward, nine in the backward.
+_BLOCK = 4 * LANES
+_COLUMNS = range(0, _BLOCK, LANES)
 
 
-@kernel
-def _read(x, k, b, tokens, e0, width, block):
-    """A block of channels of the tokens into (chunk, BLOCK). An unsigned index cannot mean "from the end", which would
-    keep the loop from becoming vector instructions.
+# Tiles are (tokens of the chunk, _BLOCK), or (n, _BLOCK) for what belongs to states; A comes scaled by log2(e).
+
+
+@emitted
+def _enter(code, tokens, xs, step, dt_bias, D, entering, y):
+    """`step` becomes softplus(dt + bias); what enters the state at a token is entering x B; y begins as D x."""
+    with code.loop(0, tokens) as m:
+        for j in _COLUMNS:
+            at = m * _BLOCK + j
+            after, _ = softplus_and_slope(step[at] + dt_bias[code.index(j)])
+            step[at] = after
+            entering[at] = after * xs[at]
+            y[at] = D[code.index(j)] * xs[at]
+
+
+@emitted
+def _enter_again(code, tokens, xs, step, dt_bias, entering, slope):
+    """For the backward, which wants the softplus' slope."""
+    with code.loop(0, tokens) as m:
+        for j in _COLUMNS:
+            at = m * _BLOCK + j
+            after, slope[at] = softplus_and_slope(step[at] + dt_bias[code.index(j)])
+            step[at] = after
+            entering[at] = after * xs[at]
+
+
+@emitted
+def _advance(
+    code, n, first, last, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, y,
+    x, x_at, x_token, dt, dt_at, dt_token, s, s_at, s_token, states, states_at,
+):  # fmt: skip
+    """The forward's inner loops, over the tokens [first, last) of a chunk: one state at a time, h in registers.
+    B_at and B_token: where the chunk's first token is in B, and how far from there the next one.
     """
-    for m in range(len(tokens)):
-        for j in range(width):
-            block[m, j] = x[k, b, tokens[m], np.uintp(e0 + j)]
+    with code.loop(0, n) as i:
+        A_i = [A[i * _BLOCK + j] for j in _COLUMNS]
+        h_i = [Variable(h[i * _BLOCK + j]) for j in _COLUMNS]
+        for j in _COLUMNS:
+            x.fetch(x_at + (i + CHUNK) * x_token + j)
+            dt.fetch(dt_at + (i + CHUNK) * dt_token + j)
+            s.fetch(s_at + i * s_token + j, to_write=True)
+            states.fetch(states_at + i * _BLOCK + j, to_write=True)
+        with code.loop(first, last) as m:
+            B_i, C_i = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
+            for j, A_ij, h_ij in zip(_COLUMNS, A_i, h_i, strict=True):
+                at = m * _BLOCK + j
+                h_ij.set(exp2_vector(step[at] * A_ij) * h_ij.get() + entering[at] * B_i)
+                y[at] = h_ij.get() * C_i + y[at]
+        for j, h_ij in zip(_COLUMNS, h_i, strict=True):
+            h[i * _BLOCK + j] = h_ij.get()
+
+
+@emitted
+def _retreat(
+    code, n, first, last, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, before, decay,
+    ds, g, dA, dentering, dstep, dB_i, dC_i, dB, dC,
+    far_x, x_at, x_token, far_dt, dt_at, dt_token, far_ds, ds_at, ds_token,
+    dx, dx_at, dx_token, ddt, ddt_at, ddt_token, states, states_at,
+):  # fmt: skip
+    """The backward's inner loops, over the tokens [first, last) of a chunk that has the state h before them.
+
+    With g the gradient that reaches a state h_t:  g = C_t ds_t + (decay g) of the token after it in scan order; on
+    return g is what reaches h. dA, dentering, dstep, and dB and dC (n, CHUNK) are added to; before, decay (CHUNK,
+    _BLOCK), dB_i and dC_i (CHUNK, LANES) are for one state at a time, the latter two zero outside of [first, last).
+    """
+    with code.loop(0, n) as i:
+        A_i = [A[i * _BLOCK + j] for j in _COLUMNS]
+        h_i = [Variable(h[i * _BLOCK + j]) for j in _COLUMNS]
+        for j in _COLUMNS:
+            far_x.fetch(x_at + (i - CHUNK) * x_token + j)
+            far_dt.fetch(dt_at + (i - CHUNK) * dt_token + j)
+            far_ds.fetch(ds_at + (i - CHUNK) * ds_token + j)
+            dx.fetch(dx_at + i * dx_token + j, to_write=True)
+            ddt.fetch(ddt_at + i * ddt_token + j, to_write=True)
+            states.fetch(states_at + i * _BLOCK + j)
+        with code.loop(first, last) as m:
+            B_im = B.spread(B_at + m * B_token + i)
+            for j, A_ij, h_ij in zip(_COLUMNS, A_i, h_i, strict=True):
+                at = m * _BLOCK + j
+                before[at] = h_ij.get()
+                decay[at] = exp2_vector(step[at] * A_ij)
+                h_ij.set(decay[at] * h_ij.get() + entering[at] * B_im)
+
+        g_i = [Variable(g[i * _BLOCK + j]) for j in _COLUMNS]
+        dA_i = [Variable(dA[i * _BLOCK + j]) for j in _COLUMNS]
+        with code.loop(first, last) as passed:
+            m = last - 1 - (passed - first)
+            B_im, C_im = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
+            dB_im = dC_im = code.vector(0)
+            for j, A_ij, h_ij, g_ij, dA_ij in zip(_COLUMNS, A_i, h_i, g_i, dA_i, strict=True):
+                at = m * _BLOCK + j
+                reached = ds[at] * C_im + g_ij.get()
+                dC_im = ds[at] * h_ij.get() + dC_im
+                dB_im = reached * entering[at] + dB_im
+                dentering[at] = reached * B_im + dentering[at]
+                g_ij.set(reached * decay[at])
+                h_ij.set(before[at])
+                dexponent = g_ij.get() * h_ij.get()
+                dA_ij.set(dexponent * step[at] + dA_ij.get())
+                dstep[at] = dexponent * A_ij + dstep[at]
+            dB_i[m * LANES] = dB_im
+            dC_i[m * LANES] = dC_im
+        for j, g_ij, dA_ij in zip(_COLUMNS, g_i, dA_i, strict=True):
+            g[i * _BLOCK + j] = g_ij.get()
+            dA[i * _BLOCK + j] = dA_ij.get()
+        for part in range(0, CHUNK, LANES):
+            for total, of_state in ((dB, dB_i), (dC, dC_i)):
+                at = i * CHUNK + part
+                lanes = [of_state[code.index((part + m) * LANES)] for m in range(LANES)]
+                total[at] = total[at] + sums(lanes)
+
+
+@emitted
+def _leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
+    """From the gradients of what entered and of the steps to those of x and dt, in place."""
+    for j in _COLUMNS:
+        dD_j, dbias_j = Variable(dD[code.index(j)]), Variable(dbias[code.index(j)])
+        with code.loop(0, tokens) as m:
+            at = m * _BLOCK + j
+            ddt = (dstep[at] * math.log(2) + dentering[at] * xs[at]) * slope[at]
+            dstep[at] = ddt
+            dentering[at] = dentering[at] * step[at] + D[code.index(j)] * ds[at]
+            dD_j.set(ds[at] * xs[at] + dD_j.get())
+            dbias_j.set(ddt + dbias_j.get())
+        dD[code.index(j)] = dD_j.get()
+        dbias[code.index(j)] = dbias_j.get()
 
 
 @kernel
-def _write(block, y, k, b, tokens, e0, width):
-    for m in range(len(tokens)):
+def _read(x, at, token_stride, width, block):
+    """Rows of `width` channels, a token each, into a tile whose further channels are zero: they add to no sum."""
+    for m in range(len(block)):
+        row = x[at + m * token_stride : at + m * token_stride + width]
         for j in range(width):
-            y[k, b, tokens[m], np.uintp(e0 + j)] = block[m, j]
+            block[m, j] = row[j]
+        for j in range(width, _BLOCK):
+            block[m, j] = np.float32(0)
 
 
 @kernel
-def _walk(image, b, start, length, reverse, tokens, kept):
-    """The tokens of a chunk in scan order, and for each 1, or 0 if it begins an image and the state starts anew."""
-    for m in range(len(tokens)):
+def _write(block, y, at, token_stride, width):
+    for m in range(len(block)):
+        row = y[at + m * token_stride : at + m * token_stride + width]
+        for j in range(width):
+            row[j] = block[m, j]
+
+
+@kernel
+def _mark(image, b, start, length, reverse, begins):
+    """For each token of the chunk, in scan order, whether it begins an image, so that the state starts anew."""
+    for m in range(len(begins)):
         t = length - 1 - start - m if reverse else start + m
         previous = t + 1 if reverse else t - 1
-        tokens[m] = t
-        kept[m] = np.float32(1)
+        begins[m] = False
         if image.shape[1] > 0 and previous < length:
-            number = image[b, previous] if previous >= 0 else 0
-            if image[b, t] != number:
-                kept[m] = np.float32(0)
-
-
-@kernel
-def _enter(tokens, width, step, dt_bias, k, e0, xs, slope, entering):
-    """`step` becomes softplus(dt + bias), with its slope; what enters the state at a token is entering x B."""
-    for m in range(len(tokens)):
-        for j in range(width):
-            v = step[m, j] + dt_bias[k, np.uintp(e0 + j)]
-            u = exp2(-abs(v) * LOG2E)
-            step[m, j] = softplus(v, u)
-            slope[m, j] = sigmoid(v, u)
-            entering[m, j] = step[m, j] * xs[m, j]
-
-
-@kernel
-def _advance(tokens, width, kept, step, A, entering, xs, D, k, e0, B, kB, C, kC, b, h, y):
-    """The forward's inner loops: the state h and y, token by token. A comes scaled by log2(e)."""
-    for m in range(len(tokens)):
-        t = tokens[m]
-        if kept[m] == 0:
-            h[:] = np.float32(0)
-        for j in range(width):
-            y[m, j] = D[k, np.uintp(e0 + j)] * xs[m, j]
-        for i in range(len(A)):
-            B_i = B[kB, b, t, i]
-            C_i = C[kC, b, t, i]
-            for j in range(width):
-                h_ij = exp2(step[m, j] * A[i, j]) * h[i, j] + entering[m, j] * B_i
-                h[i, j] = h_ij
-                y[m, j] += h_ij * C_i
-
-
-@kernel
-def _rebuild(tokens, width, kept, step, A, entering, B, kB, b, before, decay):
-    """The decays of a chunk, the state before each of its tokens, and the one after the last."""
-    for m in range(len(tokens)):
-        for i in range(len(A)):
-            B_i = B[kB, b, tokens[m], i]
-            for j in range(width):
-                a = exp2(step[m, j] * A[i, j]) * kept[m]
-                decay[m, i, j] = a
-                before[m + 1, i, j] = a * before[m, i, j] + entering[m, j] * B_i
-
-
-@kernel
-def _retreat(
-    tokens, width, step, A, entering, B, kB, C, kC, k, b, before, decay,
-    ds, g, dA, dentering, dstep, dB, dC, block,
-):  # fmt: skip
-    """The backward's inner loops. With g the gradient that reaches a state h_t:  g = C_t ds_t + (decay g) of the token
-    after it in scan order; on return g is what reaches the state before the chunk.
-    """
-    for m in range(len(tokens) - 1, -1, -1):
-        t = tokens[m]
-        for j in range(width):
-            dentering[m, j] = np.float32(0)
-            dstep[m, j] = np.float32(0)
-        for i in range(len(A)):
-            B_i = B[kB, b, t, i]
-            C_i = C[kC, b, t, i]
-            dB_i = np.float32(0)
-            dC_i = np.float32(0)
-            for j in range(width):
-                g_ij = g[i, j] + ds[m, j] * C_i
-                dC_i += ds[m, j] * before[m + 1, i, j]
-                dB_i += g_ij * entering[m, j]
-                dentering[m, j] += g_ij * B_i
-                carried = g_ij * decay[m, i, j]
-                g[i, j] = carried
-                dexponent = carried * before[m, i, j]
-                dA[i, j] += dexponent * step[m, j]
-                dstep[m, j] += dexponent * A[i, j]
-            dB[block, k, b, t, i] = dB_i
-            dC[block, k, b, t, i] = dC_i
-
-
-@kernel
-def _leave(tokens, width, step, slope, xs, D, ds, dentering, dstep, dD, dbias, k, b, e0):
-    """From the gradients of what entered and of the steps to those of x and dt, in place."""
-    for m in range(len(tokens)):
-        for j in range(width):
-            c = np.uintp(e0 + j)
-            dstep[m, j] = (dstep[m, j] / LOG2E + dentering[m, j] * xs[m, j]) * slope[m, j]
-            dentering[m, j] = dentering[m, j] * step[m, j] + D[k, c] * ds[m, j]
-            dD[b, k, c] += ds[m, j] * xs[m, j]
-            dbias[b, k, c] += dstep[m, j]
+            begins[m] = image[b, t] != (image[b, previous] if previous >= 0 else 0)
 
 
 @inline
-def _tile():
-    """Each is an allocation of its own: what shares one may overlap for all the compiler knows, and stays scalar."""
-    return np.empty((CHUNK, _BLOCK), np.float32)
+def _tile(rows):
+    """Zeros. It begins with a cache line: a vector that lies in two takes twice as long to load."""
+    numbers = np.zeros(rows * _BLOCK + 16, np.float32)
+    skipped = -(numbers.ctypes.data // 4) % 16
+    return numbers[skipped : skipped + rows * _BLOCK].reshape(rows, _BLOCK)
+
+
+@inline
+def _column(values, k, e0, width, tile):
+    """A parameter (k, e) of the block's channels."""
+    tile[:] = np.float32(0)
+    for j in range(width):
+        tile[j] = values[k, e0 + j]
 
 
 @kernel
-def _forward(first, last, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
-    _, images, length, e = s.shape
-    n = A.shape[2]
-    blocks = (e + _BLOCK - 1) // _BLOCK
-    tokens, kept = np.empty(CHUNK, np.intp), np.empty(CHUNK, np.float32)
-    h, A_block = np.empty((n, _BLOCK), np.float32), np.empty((n, _BLOCK), np.float32)
-    xs, step, slope, entering, y = _tile(), _tile(), _tile(), _tile(), _tile()
+def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
+    """x, dt, B, C and s are pairs: all their numbers, and how far apart directions, images and tokens are."""
+    images, length, e, n = size
+    blocks, chunks = (e + _BLOCK - 1) // _BLOCK, (length + CHUNK - 1) // CHUNK
+    begins = np.empty(CHUNK, np.bool_)
+    h, A_block, D_block, bias_block = _tile(n), _tile(n), _tile(1)[0], _tile(1)[0]
+    xs, step, entering, y = _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
     for item in range(first, last):
         k, b, e0 = item // (images * blocks), item // blocks % images, item % blocks * _BLOCK
-        # a tensor that all directions share has one of them
-        kx, kdt, kB, kC = min(k, len(x) - 1), min(k, len(dt) - 1), min(k, len(B) - 1), min(k, len(C) - 1)
         width = min(_BLOCK, e - e0)
+        _column(D, k, e0, width, D_block)
+        _column(dt_bias, k, e0, width, bias_block)
+        h[:] = np.float32(0)
         for i in range(n):
             for j in range(width):
                 A_block[i, j] = A[k, e0 + j, i] * LOG2E
                 h[i, j] = initial[k, b, e0 + j, i] if len(initial) else np.float32(0)
         for start in range(0, length, CHUNK):
-            here = tokens[: min(CHUNK, length - start)]
-            _walk(image, b, start, length, reverse[k], here, kept)
+            tokens = min(CHUNK, length - start)
+            _mark(image, b, start, length, reverse[k], begins[:tokens])
+            kept_at = (((k * images + b) * chunks + start // CHUNK) * e + e0) * n
             if len(states):
-                for i in range(n):
-                    for j in range(width):
-                        states[k, b, start // CHUNK, i, np.uintp(e0 + j)] = h[i, j]
-            _read(x, kx, b, here, e0, width, xs)
-            _read(dt, kdt, b, here, e0, width, step)
-            _enter(here, width, step, dt_bias, k, e0, xs, slope, entering)
-            _advance(here, width, kept, step, A_block, entering, xs, D, k, e0, B, kB, C, kC, b, h, y)
-            _write(y, s, k, b, here, e0, width)
+                _write(h, states, kept_at, width, width)
+            token = length - 1 - start if reverse[k] else start
+            x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
+            dt_at, dt_token = _place(dt[1], k, b, token, e0, reverse[k])
+            B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
+            C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
+            s_at, s_token = _place(s[1], k, b, token, e0, reverse[k])
+            _read(x[0], x_at, x_token, width, xs[:tokens])
+            _read(dt[0], dt_at, dt_token, width, step[:tokens])
+            _enter((tokens, xs, step, bias_block, D_block, entering, y))
+            m = 0
+            while m < tokens:
+                run_end = m + 1
+                while run_end < tokens and not begins[run_end]:
+                    run_end += 1
+                if begins[m]:
+                    h[:] = np.float32(0)
+                _advance((
+                    n, m, run_end, step, A_block, entering, B[0], B_at, B_token, C[0], C_at, C_token, h, y,
+                    x[0], x_at, x_token, dt[0], dt_at, dt_token, s[0], s_at, s_token, states, kept_at + e * n,
+                ))  # fmt: skip
+                m = run_end
+            _write(y[:tokens], s[0], s_at, s_token, width)
         for i in range(n):
             for j in range(width):
                 final[k, b, e0 + j, i] = h[i, j]
@@ -182,54 +255,100 @@ def _forward(first, last, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s
 
 @kernel
 def _backward(
-    first, last, x, dt, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
+    first, last, size, x, dt, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
     dx, ddt, dA, dB, dC, dD, dbias, dinitial,
 ):  # fmt: skip
-    _, images, length, e = dx.shape
-    n = A.shape[2]
-    blocks = (e + _BLOCK - 1) // _BLOCK
-    tokens, kept = np.empty(CHUNK, np.intp), np.empty(CHUNK, np.float32)
-    before = np.empty((CHUNK + 1, n, _BLOCK), np.float32)  # [m]: the state before the chunk's m-th token
-    decay = np.empty((CHUNK, n, _BLOCK), np.float32)
-    A_block, dA_block, g = np.empty_like(decay[0]), np.empty_like(decay[0]), np.empty_like(decay[0])
-    xs, step, slope, entering = _tile(), _tile(), _tile(), _tile()
-    dss, dentering, dstep = _tile(), _tile(), _tile()
+    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`."""
+    images, length, e, n = size
+    blocks, chunks = (e + _BLOCK - 1) // _BLOCK, (length + CHUNK - 1) // CHUNK
+    begins = np.empty(CHUNK, np.bool_)
+    h, g, A_block, dA_block = _tile(n), _tile(n), _tile(n), _tile(n)
+    D_block, bias_block, dD_block, dbias_block = _tile(1)[0], _tile(1)[0], _tile(1)[0], _tile(1)[0]
+    xs, step, slope, entering, before, decay = (
+        _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
+    )  # fmt: skip
+    dss, dentering, dstep = _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
+    dB_i, dC_i = np.zeros((CHUNK, LANES), np.float32), np.zeros((CHUNK, LANES), np.float32)
+    dB_block, dC_block = np.empty((n, CHUNK), np.float32), np.empty((n, CHUNK), np.float32)
     for item in range(first, last):
         k, b, block = item // (images * blocks), item // blocks % images, item % blocks
-        kx, kdt, kB, kC = min(k, len(x) - 1), min(k, len(dt) - 1), min(k, len(B) - 1), min(k, len(C) - 1)
-        kds = min(k, len(ds) - 1)
         e0 = block * _BLOCK
         width = min(_BLOCK, e - e0)
+        _column(D, k, e0, width, D_block)
+        _column(dt_bias, k, e0, width, bias_block)
+        h[:] = np.float32(0)
+        g[:] = np.float32(0)
         for i in range(n):
             for j in range(width):
                 A_block[i, j] = A[k, e0 + j, i] * LOG2E
                 g[i, j] = dfinal[k, b, e0 + j, i] if len(dfinal) else np.float32(0)
         dA_block[:] = np.float32(0)
-        dD[b, k, e0 : e0 + width] = np.float32(0)
-        dbias[b, k, e0 : e0 + width] = np.float32(0)
+        dD_block[:] = np.float32(0)
+        dbias_block[:] = np.float32(0)
         for c in range((length - 1) // CHUNK, -1, -1):
-            here = tokens[: min(CHUNK, length - c * CHUNK)]
-            _walk(image, b, c * CHUNK, length, reverse[k], here, kept)
+            start = c * CHUNK
+            kept_at = (((k * images + b) * chunks + c) * e + e0) * n
+            tokens = min(CHUNK, length - start)
+            _mark(image, b, start, length, reverse[k], begins[:tokens])
+            token = length - 1 - start if reverse[k] else start
+            x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
+            dt_at, dt_token = _place(dt[1], k, b, token, e0, reverse[k])
+            B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
+            C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
+            ds_at, ds_token = _place(ds[1], k, b, token, e0, reverse[k])
+            dx_at, dx_token = _place(dx[1], k, b, token, e0, reverse[k])
+            ddt_at, ddt_token = _place(ddt[1], k, b, token, e0, reverse[k])
+            _read(x[0], x_at, x_token, width, xs[:tokens])
+            _read(dt[0], dt_at, dt_token, width, step[:tokens])
+            _read(ds[0], ds_at, ds_token, width, dss[:tokens])
+            _enter_again((tokens, xs, step, bias_block, entering, slope))
+            dentering[:] = np.float32(0)
+            dstep[:] = np.float32(0)
+            dB_block[:] = np.float32(0)
+            dC_block[:] = np.float32(0)
+            run_end = tokens
+            while run_end > 0:
+                m = run_end - 1
+                while m > 0 and not begins[m]:
+                    m -= 1
+                if begins[m]:
+                    h[:] = np.float32(0)
+                else:
+                    _read(states, kept_at, width, width, h)
+                if run_end - m < CHUNK:
+                    dB_i[:] = np.float32(0)
+                    dC_i[:] = np.float32(0)
+                _retreat((
+                    n, m, run_end, step, A_block, entering, B[0], B_at, B_token, C[0], C_at, C_token, h, before, decay,
+                    dss, g, dA_block, dentering, dstep, dB_i, dC_i, dB_block, dC_block,
+                    x[0], x_at, x_token, dt[0], dt_at, dt_token, ds[0], ds_at, ds_token,
+                    dx[0], dx_at, dx_token, ddt[0], ddt_at, ddt_token, states, kept_at - e * n,
+                ))  # fmt: skip
+                if begins[m]:
+                    g[:] = np.float32(0)
+                run_end = m
+            _leave((tokens, step, slope, xs, D_block, dss, dentering, dstep, dD_block, dbias_block))
+            _write(dentering[:tokens], dx[0], dx_at, dx_token, width)
+            _write(dstep[:tokens], ddt[0], ddt_at, ddt_token, width)
+            for m in range(tokens):
+                t = token - m if reverse[k] else token + m
+                for i in range(n):
+                    dB[block, k, b, t, i] = dB_block[i, m]
+                    dC[block, k, b, t, i] = dC_block[i, m]
+        for j in range(width):
+            dD[b, k, e0 + j] = dD_block[j]
+            dbias[b, k, e0 + j] = dbias_block[j]
             for i in range(n):
-                for j in range(width):
-                    before[0, i, j] = states[k, b, c, i, np.uintp(e0 + j)]
-            _read(x, kx, b, here, e0, width, xs)
-            _read(dt, kdt, b, here, e0, width, step)
-            _read(ds, kds, b, here, e0, width, dss)
-            _enter(here, width, step, dt_bias, k, e0, xs, slope, entering)
-            _rebuild(here, width, kept, step, A_block, entering, B, kB, b, before, decay)
-            _retreat(
-                here, width, step, A_block, entering, B, kB, C, kC, k, b, before, decay,
-                dss, g, dA_block, dentering, dstep, dB, dC, block,
-            )  # fmt: skip
-            _leave(here, width, step, slope, xs, D, dss, dentering, dstep, dD, dbias, k, b, e0)
-            _write(dentering, dx, k, b, here, e0, width)
-            _write(dstep, ddt, k, b, here, e0, width)
-        for i in range(n):
-            for j in range(width):
                 dA[b, k, e0 + j, i] = dA_block[i, j]
                 if len(dinitial):
                     dinitial[k, b, e0 + j, i] = g[i, j]
+
+
+@inline
+def _place(strides, k, b, token, channel, reverse):
+    """Where a number of a token is, and how far from there the next token's in scan order."""
+    at = k * strides[0] + b * strides[1] + token * strides[2] + channel
+    return at, -strides[2] if reverse else strides[2]
 
 
 @kernel
@@ -266,11 +385,6 @@ def _sum_directions(s, row, total):
             total[j] += s[k, row, j]
 
 
-def _each(t: Tensor) -> np.ndarray:
-    """One array a direction; one for all of them, uncopied, where the tensor is expanded over directions."""
-    return array(t[:1] if t.stride(0) == 0 else t, 4)
-
-
 def _total(parts: Tensor) -> Tensor:
     """Their sum over the first axis, in a fixed order; so small that waking torch's threads would take longer."""
     return torch.from_numpy(parts.numpy().sum(0))
@@ -299,23 +413,26 @@ def forward(
     n = A.shape[-1]
     s = torch.empty(k, b, length, e)
     final = torch.empty(k, b, e, n)
-    states = torch.empty(k, b, -(-length // chunk), n, e) if chunk else torch.empty(0, 0, 0, 0, 0)
+    states = torch.empty(k, b, -(-length // chunk), e * n) if chunk else torch.empty(0)
     run(
         _forward,
         _items(k, b, e),
-        *(_each(t) for t in (x, dt)),
+        (b, length, e, n),
+        spread(x),
+        spread(dt),
         A.numpy(),
-        *(_each(t) for t in (B, C)),
+        spread(B),
+        spread(C),
         D.numpy(),
         torch.zeros_like(D).numpy() if dt_bias is None else dt_bias.numpy(),
         array(initial, 4),
         np.empty((0, 0), np.int32) if image is None else image.numpy(),
         np.array(reverse),
-        s.numpy(),
+        spread(s),
         final.numpy(),
-        states.numpy(),
+        states.view(-1).numpy(),
     )
-    return s.to(x.dtype), final, states.flatten(3) if chunk else states.flatten()
+    return s.to(x.dtype), final, states
 
 
 def backward(
@@ -346,17 +463,22 @@ def backward(
     run(
         _backward,
         _items(k, b, e),
-        *(_each(t) for t in (x, dt)),
+        (b, length, e, n),
+        spread(x),
+        spread(dt),
         A.numpy(),
-        *(_each(t) for t in (B, C)),
+        spread(B),
+        spread(C),
         D.numpy(),
         torch.zeros_like(D).numpy() if dt_bias is None else dt_bias.numpy(),
         np.empty((0, 0), np.int32) if image is None else image.numpy(),
         np.array(reverse),
-        states.view(k, b, -1, n, e).numpy(),
-        _each(ds),
+        states.view(-1).numpy(),
+        spread(ds),
         array(dfinal, 4),
-        *(t.numpy() for t in (dx, ddt, dA, dB, dC, dD, dbias, dinitial)),
+        spread(dx),
+        spread(ddt),
+        *(t.numpy() for t in (dA, dB, dC, dD, dbias, dinitial)),
     )
     no_bias = dt_bias is None
     return (

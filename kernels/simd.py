@@ -1,0 +1,213 @@
+"""Vector registers for the CPU kernels: loops that numba cannot write, emitted as LLVM code a vector at a time.
+
+numba turns a loop over an array into vector instructions, but what outlives the loop's body stays in memory. A scan's
+states want to stay in registers over many tokens. Functions that are `emitted` build such loops inside numba's kernels;
+where one unrolls over a Python list of vectors, these are registers. LLVM splits the vectors that a machine's registers
+are too short for: the number of lanes decides about speed alone.
+"""
+# llvmlite has no types:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 16 if get_host_cpu_features().get("avx512f") else 8
+
+_VECTOR, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+_INDEX = ir.IntType(64)
+# numba gives what has no flags those of its kernels, and with reassociation (t + c) - c would be t
+_FLAGS = ("contract",)
+
+
+class Vector:
+    """LANES fp32 numbers; a Python number beside one stands for a vector of it."""
+
+    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
+        self.builder = builder
+        self.value = ir.Constant(_VECTOR, [float(value)] * LANES) if isinstance(value, int | float) else value
+
+    def like(self, other: "Vector | float") -> "Vector":
+        return other if isinstance(other, Vector) else Vector(self.builder, other)
+
+    def _with(self, other: "Vector | float", operation: Callable[..., Any]) -> "Vector":
+        return Vector(self.builder, operation(self.value, self.like(other).value, flags=_FLAGS))
+
+    def __add__(self, other: "Vector | float") -> "Vector":
+        return self._with(other, self.builder.fadd)
+
+    def __sub__(self, other: "Vector | float") -> "Vector":
+        return self._with(other, self.builder.fsub)
+
+    def __mul__(self, other: "Vector | float") -> "Vector":
+        return self._with(other, self.builder.fmul)
+
+    def __truediv__(self, other: "Vector | float") -> "Vector":
+        return self._with(other, self.builder.fdiv)
+
+    def below(self, other: "Vector | float", then: "Vector | float", otherwise: "Vector | float") -> "Vector":
+        """In each lane `then` where self < other, `otherwise` where it is not, or is NaN."""
+        b = self.builder
+        smaller = b.fcmp_ordered("<", self.value, self.like(other).value, flags=_FLAGS)
+        return Vector(b, b.select(smaller, self.like(then).value, self.like(otherwise).value))
+
+    def shuffle(self, other: "Vector", lanes: list[int]) -> "Vector":
+        """From the lanes of both, one after the other."""
+        return Vector(
+            self.builder, self.builder.shuffle_vector(self.value, other.value, ir.Constant(_INTEGERS, lanes))
+        )
+
+
+class Index:
+    """An integer that counts tokens, states or fp32 numbers."""
+
+    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
+        self.builder = builder
+        self.value = ir.Constant(_INDEX, value) if isinstance(value, int) else value
+
+    def like(self, other: "Index | int") -> "Index":
+        return other if isinstance(other, Index) else Index(self.builder, other)
+
+    def __add__(self, other: "Index | int") -> "Index":
+        return Index(self.builder, self.builder.add(self.value, self.like(other).value))
+
+    def __sub__(self, other: "Index | int") -> "Index":
+        return Index(self.builder, self.builder.sub(self.value, self.like(other).value))
+
+    def __mul__(self, other: "Index | int") -> "Index":
+        return Index(self.builder, self.builder.mul(self.value, self.like(other).value))
+
+
+class Array:
+    """A contiguous fp32 array: array[index] are the LANES numbers from the index on, whatever its axes."""
+
+    def __init__(self, builder: ir.IRBuilder, pointer: Any) -> None:
+        self.builder, self.pointer = builder, pointer
+
+    def _at(self, index: Index) -> Any:
+        return self.builder.gep(self.pointer, [index.value])
+
+    def _vector_at(self, index: Index) -> Any:
+        return self.builder.bitcast(self._at(index), _VECTOR.as_pointer())
+
+    def __getitem__(self, index: Index) -> Vector:
+        return Vector(self.builder, self.builder.load(self._vector_at(index), align=4))
+
+    def __setitem__(self, index: Index, vector: Vector) -> None:
+        self.builder.store(vector.value, self._vector_at(index), align=4)
+
+    def fetch(self, index: Index, *, to_write: bool = False) -> None:
+        """A hint that these numbers will soon be wanted in the cache. They need not exist."""
+        b, flag = self.builder, ir.IntType(32)
+        pointer = b.bitcast(self._at(index), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+        prefetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        b.call(prefetch, [pointer, *(ir.Constant(flag, value) for value in (int(to_write), 3, 1))])
+
+    def spread(self, index: Index) -> Vector:
+        """One number in every lane."""
+        b = self.builder
+        one = b.insert_element(
+            ir.Constant(_VECTOR, ir.Undefined), b.load(self._at(index)), ir.Constant(ir.IntType(32), 0)
+        )
+        return Vector(b, one).shuffle(Vector(b, one), [0] * LANES)
+
+
+class Variable:
+    """A vector that changes in a loop: LLVM makes its slot a register."""
+
+    def __init__(self, vector: Vector) -> None:
+        self.builder, self.slot = vector.builder, cgutils.alloca_once(vector.builder, _VECTOR)
+        self.set(vector)
+
+    def get(self) -> Vector:
+        return Vector(self.builder, self.builder.load(self.slot))
+
+    def set(self, vector: Vector) -> None:
+        self.builder.store(vector.value, self.slot)
+
+
+class Code:
+    """Where an `emitted` function is."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.builder = builder
+
+    def vector(self, number: float) -> Vector:
+        return Vector(self.builder, number)
+
+    def index(self, number: int) -> Index:
+        return Index(self.builder, number)
+
+    @contextmanager
+    def loop(self, first: Index | int, last: Index | int) -> Iterator[Index]:
+        """Over [first, last), or down from last - 1 to first where the body so uses it."""
+        first = self.index(0).like(first)
+        with cgutils.for_range(self.builder, (first.like(last) - first).value, intp=_INDEX) as step:
+            yield first + Index(self.builder, step.index)
+
+
+def emitted(function: Callable[..., None]) -> Any:
+    """For numba's kernels, a function whose body is what `function(code, *arguments)` emits. It is called with one
+    tuple, whose arrays arrive as `Array` and whose integers arrive as `Index`.
+    """
+
+    def typed(_, arguments):
+        def generate(context, builder, signature, values):
+            given: list[Any] = []
+            for i, kind in enumerate(arguments):
+                value = builder.extract_value(values[0], i)
+                if isinstance(kind, types.Array):
+                    given.append(Array(builder, context.make_array(kind)(context, builder, value).data))
+                else:
+                    given.append(Index(builder, context.cast(builder, value, kind, types.int64)))
+            function(Code(builder), *given)
+            return context.get_dummy_value()
+
+        return types.void(arguments), generate
+
+    return intrinsic(typed)
+
+
+def exp2(t: Vector) -> Vector:
+    """2^t to 2e-7, below 127, and 2^-126 below -126. The polynomial is exactly 1 at 0: a decay near one is multiplied
+    over thousands of tokens, and a bias would add up.
+
+    Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it goes to the exponent.
+    """
+    b = t.builder
+    t = t.below(-126, -126, t)
+    rounded = t + 12582912
+    f = t - (rounded - 12582912)
+    p = f * 1.3264727e-3 + 9.6715128e-3
+    for coefficient in (5.5507337e-2, 2.4022242e-1, 6.9314698e-1, 1):
+        p = p * f + coefficient
+    exponent = b.shl(b.bitcast(rounded.value, _INTEGERS), ir.Constant(_INTEGERS, [23] * LANES))
+    return Vector(b, b.bitcast(b.add(b.bitcast(p.value, _INTEGERS), exponent), _VECTOR))
+
+
+def softplus_and_slope(v: Vector) -> tuple[Vector, Vector]:
+    """max(v, 0) + log(1 + u) with u = e^-|v|, the logarithm by a polynomial to 3e-8 relative; and its derivative, the
+    sigmoid, without a chance to overflow.
+    """
+    u = exp2(v.below(0, v, v * -1) * 1.4426950408889634)
+    p = u * 5.23269324e-3 + -2.95052401e-2
+    for coefficient in (
+        7.82259678e-2, -1.36632473e-1, 1.91060079e-1, -2.48429827e-1, 3.33190969e-1, -4.99994931e-1, 9.99999970e-1
+    ):  # fmt: skip
+        p = p * u + coefficient
+    return p * u + v.below(0, 0, v), v.below(0, u, 1) / (u + 1)
+
+
+def sums(vectors: list[Vector]) -> Vector:
+    """The sum of each, in the lane of its number."""
+    even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [left.shuffle(right, even) + left.shuffle(right, odd) for left, right in pairs]
+    return vectors[0]
