@@ -187,11 +187,16 @@ def _mark(image, b, start, length, reverse, begins):
 
 
 @inline
-def _tile(rows):
-    """Zeros. It begins with a cache line: a vector that lies in two takes twice as long to load."""
-    numbers = np.zeros(rows * _BLOCK + 16, np.float32)
+def _zeros(rows, columns):
+    """They begin with a cache line: a vector that lies in two takes twice as long to load."""
+    numbers = np.zeros(rows * columns + 16, np.float32)
     skipped = -(numbers.ctypes.data // 4) % 16
-    return numbers[skipped : skipped + rows * _BLOCK].reshape(rows, _BLOCK)
+    return numbers[skipped : skipped + rows * columns].reshape(rows, columns)
+
+
+@inline
+def _tile(rows):
+    return _zeros(rows, _BLOCK)
 
 
 @inline
@@ -256,9 +261,11 @@ def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reve
 @kernel
 def _backward(
     first, last, size, x, dt, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
-    dx, ddt, dA, dB, dC, dD, dbias, dinitial,
+    dx, ddt, dA, dBC, dD, dbias, dinitial,
 ):  # fmt: skip
-    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`."""
+    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`. The gradients of B, and after them those of C, come from
+    each block of channels, the tokens of a chunk in scan order: dBC (blocks, k, b, chunks, 2n, CHUNK).
+    """
     images, length, e, n = size
     blocks, chunks = (e + _BLOCK - 1) // _BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
@@ -268,8 +275,8 @@ def _backward(
         _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
     )  # fmt: skip
     dss, dentering, dstep = _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
-    dB_i, dC_i = np.zeros((CHUNK, LANES), np.float32), np.zeros((CHUNK, LANES), np.float32)
-    dB_block, dC_block = np.empty((n, CHUNK), np.float32), np.empty((n, CHUNK), np.float32)
+    dB_i, dC_i = _zeros(CHUNK, LANES), _zeros(CHUNK, LANES)
+    dB_block, dC_block = _zeros(n, CHUNK), _zeros(n, CHUNK)
     for item in range(first, last):
         k, b, block = item // (images * blocks), item // blocks % images, item % blocks
         e0 = block * _BLOCK
@@ -330,11 +337,10 @@ def _backward(
             _leave((tokens, step, slope, xs, D_block, dss, dentering, dstep, dD_block, dbias_block))
             _write(dentering[:tokens], dx[0], dx_at, dx_token, width)
             _write(dstep[:tokens], ddt[0], ddt_at, ddt_token, width)
-            for m in range(tokens):
-                t = token - m if reverse[k] else token + m
-                for i in range(n):
-                    dB[block, k, b, t, i] = dB_block[i, m]
-                    dC[block, k, b, t, i] = dC_block[i, m]
+            for i in range(n):
+                for m in range(CHUNK):
+                    dBC[block, k, b, c, i, m] = dB_block[i, m]
+                    dBC[block, k, b, c, n + i, m] = dC_block[i, m]
         for j in range(width):
             dD[b, k, e0 + j] = dD_block[j]
             dbias[b, k, e0 + j] = dbias_block[j]
@@ -342,6 +348,28 @@ def _backward(
                 dA[b, k, e0 + j, i] = dA_block[i, j]
                 if len(dinitial):
                     dinitial[k, b, e0 + j, i] = g[i, j]
+
+
+@kernel
+def _gather(first, last, length, dBC, reverse, dB, dC):
+    """The sum of dBC over its blocks, an item being a chunk of one image and direction, to the pairs dB and dC."""
+    blocks, _, images, chunks, n, _ = dBC.shape
+    total = np.empty((n, CHUNK), np.float32)
+    for item in range(first, last):
+        k, b, c = item // (images * chunks), item // chunks % images, item % chunks
+        total[:] = dBC[0, k, b, c]
+        for block in range(1, blocks):
+            for i in range(n):
+                for m in range(CHUNK):
+                    total[i, m] += dBC[block, k, b, c, i, m]
+        start = c * CHUNK
+        token = length - 1 - start if reverse[k] else start
+        dB_at, dB_token = _place(dB[1], k, b, token, 0, reverse[k])
+        dC_at, dC_token = _place(dC[1], k, b, token, 0, reverse[k])
+        for m in range(min(CHUNK, length - start)):
+            for i in range(n // 2):
+                dB[0][np.uintp(dB_at + m * dB_token + i)] = total[i, m]
+                dC[0][np.uintp(dC_at + m * dC_token + i)] = total[n // 2 + i, m]
 
 
 @inline
@@ -458,7 +486,9 @@ def backward(
     blocks = -(-e // _BLOCK)
     dx, ddt = torch.empty(k, b, length, e), torch.empty(k, b, length, e)
     dA, dD, dbias = torch.empty(b, k, e, n), torch.empty(b, k, e), torch.empty(b, k, e)
-    dB, dC = torch.empty(blocks, k, b, length, n), torch.empty(blocks, k, b, length, n)
+    dB, dC = torch.empty(k, b, length, n), torch.empty(k, b, length, n)
+    chunks = -(-length // CHUNK)
+    dBC = torch.empty(blocks, k, b, chunks, 2 * n, CHUNK)
     dinitial = torch.empty((0, 0, 0, 0) if initial is None else (k, b, e, n))
     run(
         _backward,
@@ -478,15 +508,16 @@ def backward(
         array(dfinal, 4),
         spread(dx),
         spread(ddt),
-        *(t.numpy() for t in (dA, dB, dC, dD, dbias, dinitial)),
+        *(t.numpy() for t in (dA, dBC, dD, dbias, dinitial)),
     )
+    run(_gather, k * b * chunks, length, dBC.numpy(), np.array(reverse), spread(dB), spread(dC))
     no_bias = dt_bias is None
     return (
         dx.to(x.dtype),
         ddt.to(dt.dtype),
         _total(dA),
-        _total(dB).to(B.dtype),
-        _total(dC).to(C.dtype),
+        dB.to(B.dtype),
+        dC.to(C.dtype),
         _total(dD),
         dbias.new_empty(0) if no_bias else _total(dbias),
         dinitial.flatten() if initial is None else dinitial,
