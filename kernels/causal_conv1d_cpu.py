@@ -3,25 +3,27 @@
 Axes: b images, l tokens, e inner channels, k taps; a leading axis of weights and outputs counts directions.
 
 As in causal_conv1d_triton.py, a window of k rows slides over the sequence from position -(k-1) to l-1; its last row is
-the token that looks forwards, its first one the token that looks in reverse. A work item is one image and a block of
-channels, whose rows stay in the first cache; the inner loops run over the channels of the block.
+the token that looks forwards, its first one the token that looks in reverse. Kernels work on tiles that stay in the
+first cache: some tokens of one image and the k - 1 on each side of them, zero where they belong to another image or to
+none, for a block of channels.
 """
 # what numba compiles infers its types:
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import LOG2E, exp2, kernel, run, sigmoid
+from .cpu import BLOCK, COLUMNS, kernel, read, run, spread, tile, write
+from .simd import Variable, emitted, sigmoid
 
-# Channels of a work item, a divisor of the presets' inner widths. The backward's 31 rows of them (both directions and
-# k = 4) are 46 KB of the first cache, 48 KB on recent servers; with 128 it takes 1.8 times as long, because starting
-# such short inner loops shows.
-CHANNELS = 384
+# Tokens of a tile, and tiles of a work item; the backward's item has its own sum of the gradients of taps and bias.
+_TOKENS = 32
+_TILES = 4
 
 
 def forward(
@@ -31,7 +33,7 @@ def forward(
     numbers -> y (directions, b, l, e) in x's dtype.
     """
     y = torch.empty(len(weight), *x.shape)
-    run(_forward, _items(x), *_inputs(x, weight, bias, image, reverse), silu, y.numpy())
+    run(_forward, _items(x), tuple(x.shape), *_inputs(x, weight, bias, image, reverse), silu, spread(y))
     return y.to(x.dtype)
 
 
@@ -40,31 +42,28 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over the directions, dweight and dbias fp32."""
     directions, e, k = weight.shape
-    dx = torch.zeros(x.shape)
-    dtaps = torch.zeros(len(x), directions, k, e)
-    dbias = torch.zeros(len(x), directions, e)
+    dx = torch.empty(x.shape)
+    dtaps = torch.zeros(_items(x), directions, k + 1, -(-e // BLOCK) * BLOCK)  # the last one is the bias
     run(
-        _backward, _items(x), *_inputs(x, weight, bias, image, reverse), silu,
-        dy.float().numpy(), dx.numpy(), dtaps.numpy(), dbias.numpy(),
+        _backward, _items(x), tuple(x.shape), *_inputs(x, weight, bias, image, reverse), silu,
+        spread(dy), spread(dx.unsqueeze(0)), dtaps.numpy(),
     )  # fmt: skip
-    return dx.to(x.dtype), _taps(dtaps.sum(0).transpose(1, 2), reverse).contiguous(), dbias.sum(0)
+    total = dtaps.sum(0)[..., :e]
+    return dx.to(x.dtype), _taps(total[:, :k].transpose(1, 2), reverse).contiguous(), total[:, k].contiguous()
 
 
 def _items(x: Tensor) -> int:
-    return len(x) * -(-x.shape[-1] // CHANNELS)
+    return len(x) * -(-x.shape[1] // (_TILES * _TOKENS))
 
 
 def _inputs(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool]
-) -> tuple[NDArray | int, ...]:
-    """What both kernels read. x comes flat, with the strides of its first two axes: compiled once for all of them."""
-    x = x.float()
-    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    flat = x.as_strided((last + 1,), (1,))
-    taps = _taps(weight, reverse).transpose(1, 2).contiguous()  # (directions, k, e)
-    image = torch.zeros(x.shape[:2], dtype=torch.int32) if image is None else image
-    arrays = [t.detach().numpy() for t in (flat, taps, bias, image.contiguous())]
-    return arrays[0], x.stride(0), x.stride(1), *arrays[1:], np.array(reverse)
+) -> tuple[Any, ...]:
+    """What both kernels read. Taps, and the bias after them, are (directions, k + 1, e) with e in whole blocks."""
+    taps = torch.cat([_taps(weight, reverse).transpose(1, 2), bias.unsqueeze(1)], dim=1).detach()
+    taps = F.pad(taps, (0, -taps.shape[-1] % BLOCK))
+    numbers = np.empty((0, 0), np.int32) if image is None else image.contiguous().numpy()
+    return spread(x.unsqueeze(0)), taps.contiguous().numpy(), numbers, np.array(reverse)
 
 
 def _taps(weight: Tensor, reverse: Sequence[bool]) -> Tensor:
@@ -72,79 +71,156 @@ def _taps(weight: Tensor, reverse: Sequence[bool]) -> Tensor:
     return torch.stack([w.flip(-1) if r else w for w, r in zip(weight, reverse, strict=True)])
 
 
-@kernel
-def _forward(first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse, silu, y):
-    directions, k, e = taps.shape
-    length = image.shape[1]
-    blocks = (e + CHANNELS - 1) // CHANNELS
-    for item in range(first, last):
-        b, start = item // blocks, item % blocks * CHANNELS
-        width = min(CHANNELS, e - start)
-        for position in range(1 - k, length):
-            for d in range(directions):
-                token = position if reverse[d] else position + k - 1
-                if token < 0 or token >= length:
-                    continue
-                out = y[d, b, token, start : start + width]
-                for c in range(width):
-                    out[c] = bias[d, start + c]
-                for j in range(k):
-                    row = position + j
-                    if row < 0 or row >= length or image[b, row] != image[b, token]:
-                        continue
-                    at = b * x_b_stride + row * x_l_stride + start
-                    seen = x[at : at + width]
-                    tap = taps[d, j, start : start + width]
-                    for c in range(width):
-                        out[c] += tap[c] * seen[c]
-                if silu:
-                    for c in range(width):
-                        out[c] *= sigmoid(out[c], exp2(-abs(out[c]) * LOG2E))
+# Tiles (rows, BLOCK). Window p is the rows from p to p + k - 1 of a tile of x, and `taps_at` where a block of channels
+# begins among the taps of a direction, which have e channels.
+
+
+@emitted
+def _convolve(code, k, first, last, xs, taps, taps_at, e, y):
+    """y[p] = bias + sum over j of taps[j] xs[p + j], for the windows from first to last."""
+    with code.loop(first, last) as p:
+        sums = [Variable(taps[taps_at + k * e + c]) for c in COLUMNS]
+        with code.loop(0, k) as j:
+            for c, total in zip(COLUMNS, sums, strict=True):
+                total.set(taps[taps_at + j * e + c] * xs[(p + j) * BLOCK + c] + total.get())
+        for c, total in zip(COLUMNS, sums, strict=True):
+            y[p * BLOCK + c] = total.get()
+
+
+@emitted
+def _silu(code, first, last, y):
+    with code.loop(first, last) as p:
+        for c in COLUMNS:
+            v = y[p * BLOCK + c]
+            y[p * BLOCK + c] = v * sigmoid(v)
+
+
+@emitted
+def _silu_backward(code, windows, pre, dy):
+    """dy becomes the gradient of pre."""
+    with code.loop(0, windows) as p:
+        for c in COLUMNS:
+            v = pre[p * BLOCK + c]
+            gate = sigmoid(v)
+            dy[p * BLOCK + c] = dy[p * BLOCK + c] * gate * (v * (gate * -1 + 1) + 1)
+
+
+@emitted
+def _to_rows(code, k, tokens, dpre, taps, taps_at, e, dx):
+    """dx[t], of row t + k - 1, gets what its k windows have for it."""
+    with code.loop(0, tokens) as t:
+        sums = [Variable(dx[t * BLOCK + c]) for c in COLUMNS]
+        with code.loop(0, k) as j:
+            for c, total in zip(COLUMNS, sums, strict=True):
+                total.set(taps[taps_at + j * e + c] * dpre[(t + k - 1 - j) * BLOCK + c] + total.get())
+        for c, total in zip(COLUMNS, sums, strict=True):
+            dx[t * BLOCK + c] = total.get()
+
+
+@emitted
+def _to_taps(code, k, first, last, xs, dpre, dtaps, taps_at, e):
+    """dtaps[j] gets the sum of dpre[p] xs[p + j], and the bias that of dpre, for the windows from first to last."""
+    with code.loop(0, k) as j:
+        sums = [Variable(dtaps[taps_at + j * e + c]) for c in COLUMNS]
+        with code.loop(first, last) as p:
+            for c, total in zip(COLUMNS, sums, strict=True):
+                total.set(dpre[p * BLOCK + c] * xs[(p + j) * BLOCK + c] + total.get())
+        for c, total in zip(COLUMNS, sums, strict=True):
+            dtaps[taps_at + j * e + c] = total.get()
+    sums = [Variable(dtaps[taps_at + k * e + c]) for c in COLUMNS]
+    with code.loop(first, last) as p:
+        for c, total in zip(COLUMNS, sums, strict=True):
+            total.set(dpre[p * BLOCK + c] + total.get())
+    for c, total in zip(COLUMNS, sums, strict=True):
+        dtaps[taps_at + k * e + c] = total.get()
 
 
 @kernel
-def _backward(first, last, x, x_b_stride, x_l_stride, taps, bias, image, reverse, silu, dy, dx, dtaps, dbias):
-    """dx (b, l, e), dtaps (b, directions, k, e) and dbias (b, directions, e) come as zeros and are added to."""
-    directions, k, e = taps.shape
-    length = image.shape[1]
-    blocks = (e + CHANNELS - 1) // CHANNELS
-    dpre = np.empty(CHANNELS, np.float32)
-    for item in range(first, last):
-        b, start = item // blocks, item % blocks * CHANNELS
-        width = min(CHANNELS, e - start)
-        for position in range(1 - k, length):
-            for d in range(directions):
-                token = position if reverse[d] else position + k - 1
-                if token < 0 or token >= length:
-                    continue
-                first_row, last_row = max(position, 0), min(position + k, length)
-                dout = dy[d, b, token, start : start + width]
-                if silu:
-                    for c in range(width):
-                        dpre[c] = bias[d, start + c]
-                    for row in range(first_row, last_row):
-                        if image[b, row] == image[b, token]:
-                            at = b * x_b_stride + row * x_l_stride + start
-                            seen = x[at : at + width]
-                            tap = taps[d, row - position, start : start + width]
-                            for c in range(width):
-                                dpre[c] += tap[c] * seen[c]
-                    for c in range(width):
-                        gate = sigmoid(dpre[c], exp2(-abs(dpre[c]) * LOG2E))
-                        dpre[c] = dout[c] * gate * (np.float32(1) + dpre[c] * (np.float32(1) - gate))
-                else:
-                    for c in range(width):
-                        dpre[c] = dout[c]
-                dbias_sum = dbias[b, d, start : start + width]
-                for c in range(width):
-                    dbias_sum[c] += dpre[c]
-                for row in range(first_row, last_row):
-                    if image[b, row] == image[b, token]:
-                        at = b * x_b_stride + row * x_l_stride + start
-                        seen = x[at : at + width]
-                        dseen = dx[b, row, start : start + width]
-                        tap = taps[d, row - position, start : start + width]
-                        dtap = dtaps[b, d, row - position, start : start + width]
-                        for c in range(width):
-                            dtap[c] += dpre[c] * seen[c]
-                            dseen[c] += dpre[c] * tap[c]
+def _part(image, b, first, stop, length, reach):
+    """The tokens from first on that are of one image, up to stop, and up to `reach` more of it on either side."""
+    last = stop
+    if image.shape[1] > 0:
+        last = first + 1
+        while last < stop and image[b, last] == image[b, first]:
+            last += 1
+    begin, end = max(first - reach, 0), min(last + reach, length)
+    if image.shape[1] > 0:
+        while image[b, begin] != image[b, first]:
+            begin += 1
+        while image[b, end - 1] != image[b, first]:
+            end -= 1
+    return last, begin, end
+
+
+@kernel
+def _read_between(x, strides, k, b, begin, end, first, last, e0, width, rows):
+    """Tokens from first to last, with zeros for those before begin and after end."""
+    begin, end = max(begin, first), min(end, last)
+    rows[: begin - first] = np.float32(0)
+    rows[end - first : last - first] = np.float32(0)
+    at = k * strides[0] + b * strides[1] + begin * strides[2] + e0
+    read(x, at, strides[2], width, rows[begin - first : end - first])
+
+
+@kernel
+def _forward(first_item, last_item, size, x, taps, image, reverse, silu, y):
+    """x (1, b, l, e) and y (directions, b, l, e) are pairs: their numbers, and how far apart these are along the axes."""
+    _, length, e = size
+    directions, k, padded = taps.shape[0], taps.shape[1] - 1, taps.shape[2]
+    reach = k - 1
+    span = _TILES * _TOKENS
+    spans = (length + span - 1) // span
+    xs, ys = tile(_TOKENS + 2 * reach), tile(_TOKENS + reach)
+    for item in range(first_item, last_item):
+        b, stop = item // spans, min((item % spans + 1) * span, length)
+        first = item % spans * span
+        while first < stop:
+            last, begin, end = _part(image, b, first, min(first + _TOKENS, stop), length, reach)
+            tokens = last - first
+            for e0 in range(0, e, BLOCK):
+                width = min(BLOCK, e - e0)
+                _read_between(x[0], x[1], 0, b, begin, end, first - reach, last + reach, e0, width, xs)
+                for d in range(directions):
+                    # the window of a token ends with it, or begins with it in reverse
+                    p = reach if reverse[d] else 0
+                    _convolve((k, p, p + tokens, xs, taps, d * (k + 1) * padded + e0, padded, ys))
+                    if silu:
+                        _silu((p, p + tokens, ys))
+                    at = d * y[1][0] + b * y[1][1] + first * y[1][2] + e0
+                    write(ys[p : p + tokens], y[0], at, y[1][2], width)
+            first = last
+
+
+@kernel
+def _backward(first_item, last_item, size, x, taps, image, reverse, silu, dy, dx, dtaps):
+    """x, dx (1, b, l, e) and dy (directions, b, l, e) are pairs as in `_forward`. Next to a part's border, windows of
+    either neighbour have its rows: their gradients are computed twice. dtaps (items, directions, k + 1, e) come as
+    zeros and are added to.
+    """
+    _, length, e = size
+    directions, k, padded = taps.shape[0], taps.shape[1] - 1, taps.shape[2]
+    reach = k - 1
+    span = _TILES * _TOKENS
+    spans = (length + span - 1) // span
+    xs, pre, dys, dxs = tile(_TOKENS + 2 * reach), tile(_TOKENS + reach), tile(_TOKENS + reach), tile(_TOKENS)
+    for item in range(first_item, last_item):
+        b, stop = item // spans, min((item % spans + 1) * span, length)
+        first = item % spans * span
+        while first < stop:
+            last, begin, end = _part(image, b, first, min(first + _TOKENS, stop), length, reach)
+            tokens = last - first
+            for e0 in range(0, e, BLOCK):
+                width = min(BLOCK, e - e0)
+                _read_between(x[0], x[1], 0, b, begin, end, first - reach, last + reach, e0, width, xs)
+                dxs[:] = np.float32(0)
+                for d in range(directions):
+                    p = reach if reverse[d] else 0
+                    taps_at = d * (k + 1) * padded + e0
+                    _read_between(dy[0], dy[1], d, b, begin, end, first - p, last + reach - p, e0, width, dys)
+                    if silu:
+                        _convolve((k, 0, tokens + reach, xs, taps, taps_at, padded, pre))
+                        _silu_backward((tokens + reach, pre, dys))
+                    _to_rows((k, tokens, dys, taps, taps_at, padded, dxs))
+                    _to_taps((k, p, p + tokens, xs, dys, dtaps[item], taps_at, padded))
+                write(dxs[:tokens], dx[0], b * dx[1][1] + first * dx[1][2] + e0, dx[1][2], width)
+            first = last

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .simd import LANES
+
 # NaN and infinity must reach the outputs, so the two flags that assume them away stay off. numpy's error model divides
 # without a check for zero: with one, a loop does not become vector instructions.
 _COMPILER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
@@ -81,6 +83,46 @@ def softplus(v, u):
 def sigmoid(v, u):
     """1 / (1 + e^-v) from v and u = e^-|v|, which cannot overflow."""
     return (np.float32(1) if v > np.float32(0) else u) / (np.float32(1) + u)
+
+
+# Channels that a kernel works on at a time, and where their vectors begin. With four of them a loop over tokens has
+# enough to do between two steps of one recurrence, and what it touches still fits the first cache.
+BLOCK = 4 * LANES
+COLUMNS = range(0, BLOCK, LANES)
+
+
+@inline
+def zeros(rows, columns):
+    """They begin with a cache line: a vector that lies in two takes twice as long to load."""
+    numbers = np.zeros(rows * columns + 16, np.float32)
+    skipped = -(numbers.ctypes.data // 4) % 16
+    return numbers[skipped : skipped + rows * columns].reshape(rows, columns)
+
+
+@inline
+def tile(rows):
+    return zeros(rows, BLOCK)
+
+
+@kernel
+def read(x, at, row, width, rows):
+    """Rows of `width` channels, `row` apart from `at` on, into a tile whose further channels are zero: these then add
+    to no sum.
+    """
+    for m in range(len(rows)):
+        source = x[at + m * row : at + m * row + width]
+        for j in range(width):
+            rows[m, j] = source[j]
+        for j in range(width, BLOCK):
+            rows[m, j] = np.float32(0)
+
+
+@kernel
+def write(rows, y, at, row, width):
+    for m in range(len(rows)):
+        target = y[at + m * row : at + m * row + width]
+        for j in range(width):
+            target[j] = rows[m, j]
 
 
 def array(t: Tensor | None, axes: int) -> np.ndarray:

@@ -17,26 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import LOG2E, array, exp2, inline, kernel, run, sigmoid, spread
+from .cpu import BLOCK, COLUMNS, LOG2E, array, exp2, inline, kernel, read, run, sigmoid, spread, tile, write, zeros
 from .simd import LANES, Variable, emitted, softplus_and_slope, sums
 from .simd import exp2 as exp2_vector
 
 CHUNK = 16  # tokens between kept states: fp32 states then cost n / 16 values a token and channel
-# Channels of a work item. With four vectors a loop over tokens has enough to do between two steps of one recurrence,
-# and what it touches fits the first cache: four tiles in the forward, nine in the backward.
-_BLOCK = 4 * LANES
-_COLUMNS = range(0, _BLOCK, LANES)
 
 
-# Tiles are (tokens of the chunk, _BLOCK), or (n, _BLOCK) for what belongs to states; A comes scaled by log2(e).
+# Tiles are (tokens of the chunk, BLOCK), or (n, BLOCK) for what belongs to states; A comes scaled by log2(e).
 
 
 @emitted
 def _enter(code, tokens, xs, step, dt_bias, D, entering, y):
     """`step` becomes softplus(dt + bias); what enters the state at a token is entering x B; y begins as D x."""
     with code.loop(0, tokens) as m:
-        for j in _COLUMNS:
-            at = m * _BLOCK + j
+        for j in COLUMNS:
+            at = m * BLOCK + j
             after, _ = softplus_and_slope(step[at] + dt_bias[code.index(j)])
             step[at] = after
             entering[at] = after * xs[at]
@@ -47,8 +43,8 @@ def _enter(code, tokens, xs, step, dt_bias, D, entering, y):
 def _enter_again(code, tokens, xs, step, dt_bias, entering, slope):
     """For the backward, which wants the softplus' slope."""
     with code.loop(0, tokens) as m:
-        for j in _COLUMNS:
-            at = m * _BLOCK + j
+        for j in COLUMNS:
+            at = m * BLOCK + j
             after, slope[at] = softplus_and_slope(step[at] + dt_bias[code.index(j)])
             step[at] = after
             entering[at] = after * xs[at]
@@ -63,21 +59,21 @@ def _advance(
     B_at and B_token: where the chunk's first token is in B, and how far from there the next one.
     """
     with code.loop(0, n) as i:
-        A_i = [A[i * _BLOCK + j] for j in _COLUMNS]
-        h_i = [Variable(h[i * _BLOCK + j]) for j in _COLUMNS]
-        for j in _COLUMNS:
+        A_i = [A[i * BLOCK + j] for j in COLUMNS]
+        h_i = [Variable(h[i * BLOCK + j]) for j in COLUMNS]
+        for j in COLUMNS:
             x.fetch(x_at + (i + CHUNK) * x_token + j)
             dt.fetch(dt_at + (i + CHUNK) * dt_token + j)
             s.fetch(s_at + i * s_token + j, to_write=True)
-            states.fetch(states_at + i * _BLOCK + j, to_write=True)
+            states.fetch(states_at + i * BLOCK + j, to_write=True)
         with code.loop(first, last) as m:
             B_i, C_i = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
-            for j, A_ij, h_ij in zip(_COLUMNS, A_i, h_i, strict=True):
-                at = m * _BLOCK + j
+            for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
+                at = m * BLOCK + j
                 h_ij.set(exp2_vector(step[at] * A_ij) * h_ij.get() + entering[at] * B_i)
                 y[at] = h_ij.get() * C_i + y[at]
-        for j, h_ij in zip(_COLUMNS, h_i, strict=True):
-            h[i * _BLOCK + j] = h_ij.get()
+        for j, h_ij in zip(COLUMNS, h_i, strict=True):
+            h[i * BLOCK + j] = h_ij.get()
 
 
 @emitted
@@ -91,34 +87,34 @@ def _retreat(
 
     With g the gradient that reaches a state h_t:  g = C_t ds_t + (decay g) of the token after it in scan order; on
     return g is what reaches h. dA, dentering, dstep, and dB and dC (n, CHUNK) are added to; before, decay (CHUNK,
-    _BLOCK), dB_i and dC_i (CHUNK, LANES) are for one state at a time, the latter two zero outside of [first, last).
+    BLOCK), dB_i and dC_i (CHUNK, LANES) are for one state at a time, the latter two zero outside of [first, last).
     """
     with code.loop(0, n) as i:
-        A_i = [A[i * _BLOCK + j] for j in _COLUMNS]
-        h_i = [Variable(h[i * _BLOCK + j]) for j in _COLUMNS]
-        for j in _COLUMNS:
+        A_i = [A[i * BLOCK + j] for j in COLUMNS]
+        h_i = [Variable(h[i * BLOCK + j]) for j in COLUMNS]
+        for j in COLUMNS:
             far_x.fetch(x_at + (i - CHUNK) * x_token + j)
             far_dt.fetch(dt_at + (i - CHUNK) * dt_token + j)
             far_ds.fetch(ds_at + (i - CHUNK) * ds_token + j)
             dx.fetch(dx_at + i * dx_token + j, to_write=True)
             ddt.fetch(ddt_at + i * ddt_token + j, to_write=True)
-            states.fetch(states_at + i * _BLOCK + j)
+            states.fetch(states_at + i * BLOCK + j)
         with code.loop(first, last) as m:
             B_im = B.spread(B_at + m * B_token + i)
-            for j, A_ij, h_ij in zip(_COLUMNS, A_i, h_i, strict=True):
-                at = m * _BLOCK + j
+            for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
+                at = m * BLOCK + j
                 before[at] = h_ij.get()
                 decay[at] = exp2_vector(step[at] * A_ij)
                 h_ij.set(decay[at] * h_ij.get() + entering[at] * B_im)
 
-        g_i = [Variable(g[i * _BLOCK + j]) for j in _COLUMNS]
-        dA_i = [Variable(dA[i * _BLOCK + j]) for j in _COLUMNS]
+        g_i = [Variable(g[i * BLOCK + j]) for j in COLUMNS]
+        dA_i = [Variable(dA[i * BLOCK + j]) for j in COLUMNS]
         with code.loop(first, last) as passed:
             m = last - 1 - (passed - first)
             B_im, C_im = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
             dB_im = dC_im = code.vector(0)
-            for j, A_ij, h_ij, g_ij, dA_ij in zip(_COLUMNS, A_i, h_i, g_i, dA_i, strict=True):
-                at = m * _BLOCK + j
+            for j, A_ij, h_ij, g_ij, dA_ij in zip(COLUMNS, A_i, h_i, g_i, dA_i, strict=True):
+                at = m * BLOCK + j
                 reached = ds[at] * C_im + g_ij.get()
                 dC_im = ds[at] * h_ij.get() + dC_im
                 dB_im = reached * entering[at] + dB_im
@@ -130,9 +126,9 @@ def _retreat(
                 dstep[at] = dexponent * A_ij + dstep[at]
             dB_i[m * LANES] = dB_im
             dC_i[m * LANES] = dC_im
-        for j, g_ij, dA_ij in zip(_COLUMNS, g_i, dA_i, strict=True):
-            g[i * _BLOCK + j] = g_ij.get()
-            dA[i * _BLOCK + j] = dA_ij.get()
+        for j, g_ij, dA_ij in zip(COLUMNS, g_i, dA_i, strict=True):
+            g[i * BLOCK + j] = g_ij.get()
+            dA[i * BLOCK + j] = dA_ij.get()
         for part in range(0, CHUNK, LANES):
             for total, of_state in ((dB, dB_i), (dC, dC_i)):
                 at = i * CHUNK + part
@@ -143,10 +139,10 @@ def _retreat(
 @emitted
 def _leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
     """From the gradients of what entered and of the steps to those of x and dt, in place."""
-    for j in _COLUMNS:
+    for j in COLUMNS:
         dD_j, dbias_j = Variable(dD[code.index(j)]), Variable(dbias[code.index(j)])
         with code.loop(0, tokens) as m:
-            at = m * _BLOCK + j
+            at = m * BLOCK + j
             ddt = (dstep[at] * math.log(2) + dentering[at] * xs[at]) * slope[at]
             dstep[at] = ddt
             dentering[at] = dentering[at] * step[at] + D[code.index(j)] * ds[at]
@@ -154,25 +150,6 @@ def _leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
             dbias_j.set(ddt + dbias_j.get())
         dD[code.index(j)] = dD_j.get()
         dbias[code.index(j)] = dbias_j.get()
-
-
-@kernel
-def _read(x, at, token_stride, width, block):
-    """Rows of `width` channels, a token each, into a tile whose further channels are zero: they add to no sum."""
-    for m in range(len(block)):
-        row = x[at + m * token_stride : at + m * token_stride + width]
-        for j in range(width):
-            block[m, j] = row[j]
-        for j in range(width, _BLOCK):
-            block[m, j] = np.float32(0)
-
-
-@kernel
-def _write(block, y, at, token_stride, width):
-    for m in range(len(block)):
-        row = y[at + m * token_stride : at + m * token_stride + width]
-        for j in range(width):
-            row[j] = block[m, j]
 
 
 @kernel
@@ -187,19 +164,6 @@ def _mark(image, b, start, length, reverse, begins):
 
 
 @inline
-def _zeros(rows, columns):
-    """They begin with a cache line: a vector that lies in two takes twice as long to load."""
-    numbers = np.zeros(rows * columns + 16, np.float32)
-    skipped = -(numbers.ctypes.data // 4) % 16
-    return numbers[skipped : skipped + rows * columns].reshape(rows, columns)
-
-
-@inline
-def _tile(rows):
-    return _zeros(rows, _BLOCK)
-
-
-@inline
 def _column(values, k, e0, width, tile):
     """A parameter (k, e) of the block's channels."""
     tile[:] = np.float32(0)
@@ -211,13 +175,13 @@ def _column(values, k, e0, width, tile):
 def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
     """x, dt, B, C and s are pairs: all their numbers, and how far apart directions, images and tokens are."""
     images, length, e, n = size
-    blocks, chunks = (e + _BLOCK - 1) // _BLOCK, (length + CHUNK - 1) // CHUNK
+    blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
-    h, A_block, D_block, bias_block = _tile(n), _tile(n), _tile(1)[0], _tile(1)[0]
-    xs, step, entering, y = _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
+    h, A_block, D_block, bias_block = tile(n), tile(n), tile(1)[0], tile(1)[0]
+    xs, step, entering, y = tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK)
     for item in range(first, last):
-        k, b, e0 = item // (images * blocks), item // blocks % images, item % blocks * _BLOCK
-        width = min(_BLOCK, e - e0)
+        k, b, e0 = item // (images * blocks), item // blocks % images, item % blocks * BLOCK
+        width = min(BLOCK, e - e0)
         _column(D, k, e0, width, D_block)
         _column(dt_bias, k, e0, width, bias_block)
         h[:] = np.float32(0)
@@ -230,15 +194,15 @@ def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reve
             _mark(image, b, start, length, reverse[k], begins[:tokens])
             kept_at = (((k * images + b) * chunks + start // CHUNK) * e + e0) * n
             if len(states):
-                _write(h, states, kept_at, width, width)
+                write(h, states, kept_at, width, width)
             token = length - 1 - start if reverse[k] else start
             x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
             dt_at, dt_token = _place(dt[1], k, b, token, e0, reverse[k])
             B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
             C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
             s_at, s_token = _place(s[1], k, b, token, e0, reverse[k])
-            _read(x[0], x_at, x_token, width, xs[:tokens])
-            _read(dt[0], dt_at, dt_token, width, step[:tokens])
+            read(x[0], x_at, x_token, width, xs[:tokens])
+            read(dt[0], dt_at, dt_token, width, step[:tokens])
             _enter((tokens, xs, step, bias_block, D_block, entering, y))
             m = 0
             while m < tokens:
@@ -252,7 +216,7 @@ def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reve
                     x[0], x_at, x_token, dt[0], dt_at, dt_token, s[0], s_at, s_token, states, kept_at + e * n,
                 ))  # fmt: skip
                 m = run_end
-            _write(y[:tokens], s[0], s_at, s_token, width)
+            write(y[:tokens], s[0], s_at, s_token, width)
         for i in range(n):
             for j in range(width):
                 final[k, b, e0 + j, i] = h[i, j]
@@ -267,20 +231,20 @@ def _backward(
     each block of channels, the tokens of a chunk in scan order: dBC (blocks, k, b, chunks, 2n, CHUNK).
     """
     images, length, e, n = size
-    blocks, chunks = (e + _BLOCK - 1) // _BLOCK, (length + CHUNK - 1) // CHUNK
+    blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
-    h, g, A_block, dA_block = _tile(n), _tile(n), _tile(n), _tile(n)
-    D_block, bias_block, dD_block, dbias_block = _tile(1)[0], _tile(1)[0], _tile(1)[0], _tile(1)[0]
+    h, g, A_block, dA_block = tile(n), tile(n), tile(n), tile(n)
+    D_block, bias_block, dD_block, dbias_block = tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
     xs, step, slope, entering, before, decay = (
-        _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
+        tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK)
     )  # fmt: skip
-    dss, dentering, dstep = _tile(CHUNK), _tile(CHUNK), _tile(CHUNK)
-    dB_i, dC_i = _zeros(CHUNK, LANES), _zeros(CHUNK, LANES)
-    dB_block, dC_block = _zeros(n, CHUNK), _zeros(n, CHUNK)
+    dss, dentering, dstep = tile(CHUNK), tile(CHUNK), tile(CHUNK)
+    dB_i, dC_i = zeros(CHUNK, LANES), zeros(CHUNK, LANES)
+    dB_block, dC_block = zeros(n, CHUNK), zeros(n, CHUNK)
     for item in range(first, last):
         k, b, block = item // (images * blocks), item // blocks % images, item % blocks
-        e0 = block * _BLOCK
-        width = min(_BLOCK, e - e0)
+        e0 = block * BLOCK
+        width = min(BLOCK, e - e0)
         _column(D, k, e0, width, D_block)
         _column(dt_bias, k, e0, width, bias_block)
         h[:] = np.float32(0)
@@ -305,9 +269,9 @@ def _backward(
             ds_at, ds_token = _place(ds[1], k, b, token, e0, reverse[k])
             dx_at, dx_token = _place(dx[1], k, b, token, e0, reverse[k])
             ddt_at, ddt_token = _place(ddt[1], k, b, token, e0, reverse[k])
-            _read(x[0], x_at, x_token, width, xs[:tokens])
-            _read(dt[0], dt_at, dt_token, width, step[:tokens])
-            _read(ds[0], ds_at, ds_token, width, dss[:tokens])
+            read(x[0], x_at, x_token, width, xs[:tokens])
+            read(dt[0], dt_at, dt_token, width, step[:tokens])
+            read(ds[0], ds_at, ds_token, width, dss[:tokens])
             _enter_again((tokens, xs, step, bias_block, entering, slope))
             dentering[:] = np.float32(0)
             dstep[:] = np.float32(0)
@@ -321,7 +285,7 @@ def _backward(
                 if begins[m]:
                     h[:] = np.float32(0)
                 else:
-                    _read(states, kept_at, width, width, h)
+                    read(states, kept_at, width, width, h)
                 if run_end - m < CHUNK:
                     dB_i[:] = np.float32(0)
                     dC_i[:] = np.float32(0)
@@ -335,8 +299,8 @@ def _backward(
                     g[:] = np.float32(0)
                 run_end = m
             _leave((tokens, step, slope, xs, D_block, dss, dentering, dstep, dD_block, dbias_block))
-            _write(dentering[:tokens], dx[0], dx_at, dx_token, width)
-            _write(dstep[:tokens], ddt[0], ddt_at, ddt_token, width)
+            write(dentering[:tokens], dx[0], dx_at, dx_token, width)
+            write(dstep[:tokens], ddt[0], ddt_at, ddt_token, width)
             for i in range(n):
                 for m in range(CHUNK):
                     dBC[block, k, b, c, i, m] = dB_block[i, m]
@@ -419,7 +383,7 @@ def _total(parts: Tensor) -> Tensor:
 
 
 def _items(k: int, b: int, e: int) -> int:
-    return k * b * -(-e // _BLOCK)
+    return k * b * -(-e // BLOCK)
 
 
 def forward(
@@ -483,7 +447,7 @@ def backward(
     assert chunk == CHUNK
     k, b, length, e = x.shape
     n = A.shape[-1]
-    blocks = -(-e // _BLOCK)
+    blocks = -(-e // BLOCK)
     dx, ddt = torch.empty(k, b, length, e), torch.empty(k, b, length, e)
     dA, dD, dbias = torch.empty(b, k, e, n), torch.empty(b, k, e), torch.empty(b, k, e)
     dB, dC = torch.empty(k, b, length, n), torch.empty(k, b, length, n)

@@ -8,6 +8,7 @@ are too short for: the number of lanes decides about speed alone.
 # llvmlite has no types:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,8 @@ LANES = 16 if get_host_cpu_features().get("avx512f") else 8
 
 _VECTOR, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _INDEX = ir.IntType(64)
-# numba gives what has no flags those of its kernels, and with reassociation (t + c) - c would be t
-_FLAGS = ("contract",)
+# numba gives what has no flags those of its kernels, and with reassociation (t + c) - c would be t.
+_FLAGS = ("contract", "arcp")
 
 
 class Vector:
@@ -100,6 +101,43 @@ class Array:
 
     def __setitem__(self, index: Index, vector: Vector) -> None:
         self.builder.store(vector.value, self._vector_at(index), align=4)
+
+    def load(self, index: Index, count: Index) -> Vector:
+        """The first `count` numbers and zeros after them; nothing else is read."""
+        b = self.builder
+        with b.if_else(self._is_full(count)) as (whole, part):
+            with whole:
+                full, full_block = self[index].value, b.block
+            with part:
+                pointer, mask, align = self._vector_at(index), self._mask(count), ir.Constant(ir.IntType(32), 4)
+                kind = ir.FunctionType(_VECTOR, [pointer.type, align.type, mask.type, _VECTOR])
+                operation = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.load.v{LANES}f32.p0")
+                some, some_block = b.call(operation, [pointer, align, mask, Vector(b, 0).value]), b.block
+        either = b.phi(_VECTOR)
+        either.add_incoming(full, full_block)
+        either.add_incoming(some, some_block)
+        return Vector(b, either)
+
+    def store(self, index: Index, vector: Vector, count: Index) -> None:
+        """The first `count` numbers of the vector; nothing else is written."""
+        b = self.builder
+        with b.if_else(self._is_full(count)) as (whole, part):
+            with whole:
+                self[index] = vector
+            with part:
+                pointer, mask, align = self._vector_at(index), self._mask(count), ir.Constant(ir.IntType(32), 4)
+                kind = ir.FunctionType(ir.VoidType(), [_VECTOR, pointer.type, align.type, mask.type])
+                operation = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.store.v{LANES}f32.p0")
+                b.call(operation, [vector.value, pointer, align, mask])
+
+    def _is_full(self, count: Index) -> Any:
+        return self.builder.icmp_signed(">=", count.value, ir.Constant(_INDEX, LANES))
+
+    def _mask(self, count: Index) -> Any:
+        b, lanes = self.builder, ir.VectorType(_INDEX, LANES)
+        one = b.insert_element(ir.Constant(lanes, ir.Undefined), count.value, ir.Constant(ir.IntType(32), 0))
+        spread = b.shuffle_vector(one, one, ir.Constant(_INTEGERS, [0] * LANES))
+        return b.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), spread)
 
     def fetch(self, index: Index, *, to_write: bool = False) -> None:
         """A hint that these numbers will soon be wanted in the cache. They need not exist."""
@@ -191,17 +229,25 @@ def exp2(t: Vector) -> Vector:
     return Vector(b, b.bitcast(b.add(b.bitcast(p.value, _INTEGERS), exponent), _VECTOR))
 
 
+def sigmoid(v: Vector) -> Vector:
+    u = _decay(v)
+    return v.below(0, u, 1) / (u + 1)
+
+
 def softplus_and_slope(v: Vector) -> tuple[Vector, Vector]:
-    """max(v, 0) + log(1 + u) with u = e^-|v|, the logarithm by a polynomial to 3e-8 relative; and its derivative, the
-    sigmoid, without a chance to overflow.
-    """
-    u = exp2(v.below(0, v, v * -1) * 1.4426950408889634)
-    p = u * 5.23269324e-3 + -2.95052401e-2
+    """max(v, 0) + log(1 + e^-|v|), the logarithm by a polynomial to 3e-8 relative; and its derivative, the sigmoid."""
+    u = _decay(v)
+    p = u * 5.23269324e-3 - 2.95052401e-2
     for coefficient in (
         7.82259678e-2, -1.36632473e-1, 1.91060079e-1, -2.48429827e-1, 3.33190969e-1, -4.99994931e-1, 9.99999970e-1
     ):  # fmt: skip
         p = p * u + coefficient
     return p * u + v.below(0, 0, v), v.below(0, u, 1) / (u + 1)
+
+
+def _decay(v: Vector) -> Vector:
+    """e^-|v|, which cannot overflow."""
+    return exp2(v.below(0, v, v * -1) * math.log2(math.e))
 
 
 def sums(vectors: list[Vector]) -> Vector:
