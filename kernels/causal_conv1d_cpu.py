@@ -56,9 +56,7 @@ def _items(x: Tensor) -> int:
     return len(x) * -(-x.shape[1] // (_TILES * _TOKENS))
 
 
-def _inputs(
-    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool]
-) -> tuple[Any, ...]:
+def _inputs(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool]) -> tuple[Any, ...]:
     """What both kernels read. Taps, and the bias after them, are (directions, k + 1, e) with e in whole blocks."""
     taps = torch.cat([_taps(weight, reverse).transpose(1, 2), bias.unsqueeze(1)], dim=1).detach()
     taps = F.pad(taps, (0, -taps.shape[-1] % BLOCK))
@@ -164,7 +162,7 @@ def _read_between(x, strides, k, b, begin, end, first, last, e0, width, rows):
 
 @kernel
 def _forward(first_item, last_item, size, x, taps, image, reverse, silu, y):
-    """x (1, b, l, e) and y (directions, b, l, e) are pairs: their numbers, and how far apart these are along the axes."""
+    """x (1, b, l, e) and y (directions, b, l, e) are pairs: their numbers, and how far apart they are along the axes."""
     _, length, e = size
     directions, k, padded = taps.shape[0], taps.shape[1] - 1, taps.shape[2]
     reach = k - 1

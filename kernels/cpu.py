@@ -45,46 +45,6 @@ def _warn_once() -> None:
     )
 
 
-@inline
-def exp2(t):
-    """2^t to 2e-7, between 2^-126 and 2^127: an integer power by the exponent's bits, the rest by a polynomial.
-
-    The polynomial is exactly 1 at 0: a decay near one is multiplied over thousands of tokens, and a bias would add up.
-    """
-    t = np.float32(-126) if t < np.float32(-126) else t
-    t = np.float32(127) if t > np.float32(127) else t
-    whole = np.rint(t)
-    f = t - whole
-    p = np.float32(1.3264727e-3)
-    p = p * f + np.float32(9.6715128e-3)
-    p = p * f + np.float32(5.5507337e-2)
-    p = p * f + np.float32(2.4022242e-1)
-    p = p * f + np.float32(6.9314698e-1)
-    p = p * f + np.float32(1)
-    return p * np.int32((whole + np.float32(127)) * np.float32(1 << 23)).view(np.float32)
-
-
-@inline
-def softplus(v, u):
-    """log(1 + e^v) from v and u = e^-|v|: max(v, 0) + log(1 + u), the logarithm by a polynomial to 3e-8 relative."""
-    p = np.float32(5.23269324e-3)
-    p = p * u + np.float32(-2.95052401e-2)
-    p = p * u + np.float32(7.82259678e-2)
-    p = p * u + np.float32(-1.36632473e-1)
-    p = p * u + np.float32(1.91060079e-1)
-    p = p * u + np.float32(-2.48429827e-1)
-    p = p * u + np.float32(3.33190969e-1)
-    p = p * u + np.float32(-4.99994931e-1)
-    p = p * u + np.float32(9.99999970e-1)
-    return (v if v > np.float32(0) else np.float32(0)) + p * u
-
-
-@inline
-def sigmoid(v, u):
-    """1 / (1 + e^-v) from v and u = e^-|v|, which cannot overflow."""
-    return (np.float32(1) if v > np.float32(0) else u) / (np.float32(1) + u)
-
-
 # Channels that a kernel works on at a time, and where their vectors begin. With four of them a loop over tokens has
 # enough to do between two steps of one recurrence, and what it touches still fits the first cache.
 BLOCK = 4 * LANES

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, COLUMNS, LOG2E, array, exp2, inline, kernel, read, run, sigmoid, spread, tile, write, zeros
-from .simd import LANES, Variable, emitted, softplus_and_slope, sums
-from .simd import exp2 as exp2_vector
+from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, read, run, spread, tile, write, zeros
+from .simd import LANES, Variable, emitted, exp2, sigmoid, softplus_and_slope, sums
 
 CHUNK = 16  # tokens between kept states: fp32 states then cost n / 16 values a token and channel
 
@@ -70,7 +69,7 @@ def _advance(
             B_i, C_i = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
             for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
                 at = m * BLOCK + j
-                h_ij.set(exp2_vector(step[at] * A_ij) * h_ij.get() + entering[at] * B_i)
+                h_ij.set(exp2(step[at] * A_ij) * h_ij.get() + entering[at] * B_i)
                 y[at] = h_ij.get() * C_i + y[at]
         for j, h_ij in zip(COLUMNS, h_i, strict=True):
             h[i * BLOCK + j] = h_ij.get()
@@ -104,7 +103,7 @@ def _retreat(
             for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
                 at = m * BLOCK + j
                 before[at] = h_ij.get()
-                decay[at] = exp2_vector(step[at] * A_ij)
+                decay[at] = exp2(step[at] * A_ij)
                 h_ij.set(decay[at] * h_ij.get() + entering[at] * B_im)
 
         g_i = [Variable(g[i * BLOCK + j]) for j in COLUMNS]
@@ -343,38 +342,65 @@ def _place(strides, k, b, token, channel, reverse):
     return at, -strides[2] if reverse else strides[2]
 
 
+@emitted
+def _gate(code, e, directions, s, s_at, s_direction, z, z_at, scale, y, y_at):
+    """One token: y = scale silu(z) (sum of s over directions)."""
+    with code.loop(0, e, LANES) as c:
+        total = _sum_directions(code, directions, s, s_at + c, s_direction, e - c)
+        v = z.load(z_at + c, e - c)
+        y.store(y_at + c, total * scale * v * sigmoid(v), e - c)
+
+
+@emitted
+def _add(code, e, directions, s, s_at, s_direction, scale, y, y_at):
+    """One token: y = scale (sum of s over directions)."""
+    with code.loop(0, e, LANES) as c:
+        y.store(y_at + c, _sum_directions(code, directions, s, s_at + c, s_direction, e - c) * scale, e - c)
+
+
+@emitted
+def _gate_backward(code, e, directions, dy, dy_at, s, s_at, s_direction, z, z_at, scale, ds, ds_at, dz, dz_at):
+    with code.loop(0, e, LANES) as c:
+        total = _sum_directions(code, directions, s, s_at + c, s_direction, e - c)
+        v = z.load(z_at + c, e - c)
+        gate = sigmoid(v)
+        upstream = dy.load(dy_at + c, e - c) * scale * gate
+        ds.store(ds_at + c, upstream * v, e - c)
+        dz.store(dz_at + c, upstream * total * (v * (gate * -1 + 1) + 1), e - c)
+
+
+def _sum_directions(code, directions, s, at, direction, count):
+    total = Variable(s.load(at, count))
+    with code.loop(1, directions) as k:
+        total.set(total.get() + s.load(at + k * direction, count))
+    return total.get()
+
+
 @kernel
-def _combine(first, last, s, z, scale, y):
-    for row in range(first, last):
-        _sum_directions(s, row, y[row])
-        if len(z) == 0:
-            for j in range(y.shape[1]):
-                y[row, j] *= scale
+def _combine(first, last, size, s, z, scale, y):
+    """Of a token each. s (k, b, l, e), z and y (b, l, e) are pairs as in `_forward`; without numbers, z is no gate."""
+    directions, length, e = size
+    for item in range(first, last):
+        b, t = item // length, item % length
+        s_at = b * s[1][1] + t * s[1][2]
+        y_at = b * y[1][0] + t * y[1][1]
+        if len(z[0]) == 0:
+            _add((e, directions, s[0], s_at, s[1][0], scale, y[0], y_at))
         else:
-            for j in range(y.shape[1]):
-                v = z[row, j]
-                y[row, j] *= scale * v * sigmoid(v, exp2(-abs(v) * LOG2E))
+            _gate((e, directions, s[0], s_at, s[1][0], z[0], b * z[1][0] + t * z[1][1], scale, y[0], y_at))
 
 
 @kernel
-def _combine_backward(first, last, dy, s, z, scale, ds, dz):
-    for row in range(first, last):
-        _sum_directions(s, row, dz[row])
-        for j in range(dy.shape[1]):
-            v = z[row, j]
-            gate = sigmoid(v, exp2(-abs(v) * LOG2E))
-            upstream = dy[row, j] * scale
-            ds[row, j] = upstream * v * gate
-            dz[row, j] *= upstream * gate * (np.float32(1) + v * (np.float32(1) - gate))
-
-
-@inline
-def _sum_directions(s, row, total):
-    for j in range(len(total)):
-        total[j] = s[0, row, j]
-    for k in range(1, len(s)):
-        for j in range(len(total)):
-            total[j] += s[k, row, j]
+def _combine_backward(first, last, size, dy, s, z, scale, ds, dz):
+    directions, length, e = size
+    for item in range(first, last):
+        b, t = item // length, item % length
+        s_at = b * s[1][1] + t * s[1][2]
+        dy_at, z_at = b * dy[1][0] + t * dy[1][1], b * z[1][0] + t * z[1][1]
+        ds_at, dz_at = b * ds[1][0] + t * ds[1][1], b * dz[1][0] + t * dz[1][1]
+        _gate_backward((
+            e, directions, dy[0], dy_at, s[0], s_at, s[1][0], z[0], z_at, scale, ds[0], ds_at, dz[0], dz_at,
+        ))  # fmt: skip
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -490,10 +516,10 @@ def backward(
 
 def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
     """scale silu(z) (sum of s over directions): (b, l, e) from s (k, b, l, e)."""
-    y = torch.empty(s.shape[1:])
-    rows, e = y.numel() // y.shape[-1], y.shape[-1]
-    gate = array(z, 2).reshape(-1, e)
-    run(_combine, rows, array(s, 4).reshape(-1, rows, e), gate, np.float32(scale), y.view(rows, e).numpy())
+    directions, b, length, e = s.shape
+    y = torch.empty(b, length, e)
+    gate = (np.empty(0, np.float32), (0, 0)) if z is None else spread(z)
+    run(_combine, b * length, (directions, length, e), spread(s), gate, np.float32(scale), spread(y))
     return y.to(s.dtype)
 
 
@@ -501,17 +527,8 @@ def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> t
     """Gradients of s, the same for every direction (b, l, e), and of z."""
     if z is None:
         return dy * scale, dy.new_empty(0)
+    directions, b, length, e = s.shape
     ds, dz = torch.empty(dy.shape), torch.empty(dy.shape)
-    e = dy.shape[-1]
-    rows = dy.numel() // e
-    run(
-        _combine_backward,
-        rows,
-        array(dy, 3).reshape(rows, e),
-        array(s, 4).reshape(-1, rows, e),
-        array(z, 3).reshape(rows, e),
-        np.float32(scale),
-        ds.view(rows, e).numpy(),
-        dz.view(rows, e).numpy(),
-    )
+    pairs = spread(dy), spread(s), spread(z), np.float32(scale), spread(ds), spread(dz)
+    run(_combine_backward, b * length, (directions, length, e), *pairs)
     return ds.to(s.dtype), dz.to(z.dtype)

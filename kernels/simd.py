@@ -59,9 +59,14 @@ class Vector:
 
     def shuffle(self, other: "Vector", lanes: list[int]) -> "Vector":
         """From the lanes of both, one after the other."""
-        return Vector(
-            self.builder, self.builder.shuffle_vector(self.value, other.value, ir.Constant(_INTEGERS, lanes))
-        )
+        return Vector(self.builder, self.builder.shuffle_vector(self.value, other.value, ir.Constant(_INTEGERS, lanes)))
+
+
+def _spread(builder: ir.IRBuilder, number: Any) -> Any:
+    """A vector with the number in every lane."""
+    undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    one = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, one, ir.Constant(_INTEGERS, [0] * LANES))
 
 
 class Index:
@@ -134,10 +139,8 @@ class Array:
         return self.builder.icmp_signed(">=", count.value, ir.Constant(_INDEX, LANES))
 
     def _mask(self, count: Index) -> Any:
-        b, lanes = self.builder, ir.VectorType(_INDEX, LANES)
-        one = b.insert_element(ir.Constant(lanes, ir.Undefined), count.value, ir.Constant(ir.IntType(32), 0))
-        spread = b.shuffle_vector(one, one, ir.Constant(_INTEGERS, [0] * LANES))
-        return b.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), spread)
+        lanes = ir.Constant(ir.VectorType(_INDEX, LANES), list(range(LANES)))
+        return self.builder.icmp_signed("<", lanes, _spread(self.builder, count.value))
 
     def fetch(self, index: Index, *, to_write: bool = False) -> None:
         """A hint that these numbers will soon be wanted in the cache. They need not exist."""
@@ -149,11 +152,7 @@ class Array:
 
     def spread(self, index: Index) -> Vector:
         """One number in every lane."""
-        b = self.builder
-        one = b.insert_element(
-            ir.Constant(_VECTOR, ir.Undefined), b.load(self._at(index)), ir.Constant(ir.IntType(32), 0)
-        )
-        return Vector(b, one).shuffle(Vector(b, one), [0] * LANES)
+        return Vector(self.builder, _spread(self.builder, self.builder.load(self._at(index))))
 
 
 class Variable:
@@ -183,25 +182,30 @@ class Code:
         return Index(self.builder, number)
 
     @contextmanager
-    def loop(self, first: Index | int, last: Index | int) -> Iterator[Index]:
-        """Over [first, last), or down from last - 1 to first where the body so uses it."""
-        first = self.index(0).like(first)
-        with cgutils.for_range(self.builder, (first.like(last) - first).value, intp=_INDEX) as step:
-            yield first + Index(self.builder, step.index)
+    def loop(self, first: Index | int, last: Index | int, step: int = 1) -> Iterator[Index]:
+        first, last = self.index(0).like(first), self.index(0).like(last)
+        with cgutils.for_range_slice(self.builder, first.value, last.value, self.index(step).value, intp=_INDEX) as (
+            counter,
+            _,
+        ):
+            yield Index(self.builder, counter)
 
 
 def emitted(function: Callable[..., None]) -> Any:
     """For numba's kernels, a function whose body is what `function(code, *arguments)` emits. It is called with one
-    tuple, whose arrays arrive as `Array` and whose integers arrive as `Index`.
+    tuple, whose arrays arrive as `Array`, its integers as `Index` and its floats as a `Vector` of them.
     """
 
     def typed(_, arguments):
         def generate(context, builder, signature, values):
-            given: list[Any] = []
+            given = []
             for i, kind in enumerate(arguments):
                 value = builder.extract_value(values[0], i)
                 if isinstance(kind, types.Array):
                     given.append(Array(builder, context.make_array(kind)(context, builder, value).data))
+                elif isinstance(kind, types.Float):
+                    number = context.cast(builder, value, kind, types.float32)
+                    given.append(Vector(builder, _spread(builder, number)))
                 else:
                     given.append(Index(builder, context.cast(builder, value, kind, types.int64)))
             function(Code(builder), *given)
