@@ -10,101 +10,96 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import Tensor
 
-from vimscale.model import PRESETS, VimConfig, VisionMamba
+from vimscale.model import PRESETS, VisionMamba
+from vimscale.model.hustvl import PUBLISHED, from_published, guess, published_config, to_published
+from vimscale.model.published import complete, config_of
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-CASES = {"v2_midcls_div2": {}, "v2_headcls_sum": {}, "v2_meanpool": {}, "none_midcls": {}}
+CASES = ("v2_midcls_div2", "v2_headcls_sum", "v2_meanpool", "none_midcls", "v2_stride4")
+PARAMETERS = {"vim_tiny": 7_148_008, "vim_small": 25_796_584, "vim_base": 97_598_440}
 
 
-def _config(published: dict) -> VimConfig:
-    kind = {"v2": "bi", "none": "fwd"}[published["bimamba_type"]]
-    cls_token = "none"
-    if published["if_cls_token"]:
-        cls_token = "middle" if published["use_middle_cls_token"] else "first"
-    return VimConfig(
-        num_classes=published["num_classes"],
-        image_size=published["img_size"],
-        patch_size=published["patch_size"],
-        d_model=published["embed_dim"],
-        depth=published["depth"],
-        d_state=published["d_state"],
-        directions=f"{kind}*{published['depth']}",
-        cls_token=cls_token,
-        fuse="mean" if published["if_divide_out"] else "sum",
-    )
-
-
-def _place(key: str) -> tuple[str, int | None]:
-    """Where a published tensor belongs: our parameter, and which direction of it, None where it has no such axis."""
-    key = key.replace("patch_embed.proj", "patch_embed").replace("norm_f", "norm").replace("layers.", "blocks.")
-    inside = {
-        "A_log": "A_log",
-        "D": "D",
-        "conv1d.weight": "conv_weight",
-        "conv1d.bias": "conv_bias",
-        "x_proj.weight": "x_proj",
-        "dt_proj.weight": "dt_proj",
-        "dt_proj.bias": "dt_bias",
-    }
-    block, mixer, name = key.partition(".mixer.")
-    for theirs, ours in inside.items():
-        stem, dot, kind = theirs.partition(".")
-        backward = "A_b_log" if theirs == "A_log" else f"{stem}_b{dot}{kind}"
-        if name in (theirs, backward):
-            return block + mixer + ours, int(name == backward)
-    return key, None
-
-
-def _ours(published: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Published tensors under our names and in our shapes: directions are joined."""
-    found = {}
-    for key, value in published.items():
-        name, direction = _place(key)
-        ours = found.setdefault(name, torch.full(shapes[name], torch.nan))
-        part = ours if direction is None else ours[direction]
-        part.copy_(value.reshape(part.shape))
-    return found
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
+def _recorded(case: str) -> tuple[dict, dict[str, Tensor]]:
     path = GOLDEN / f"{case}.safetensors"
     if not path.exists():
         pytest.skip(f"recorded outputs of the original code are not at {GOLDEN}")
     with safe_open(path, "pt") as golden:
-        published = json.loads(golden.metadata()["config"])
         tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118  safe_open is no dict
-    model = VisionMamba(_config(published))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
-    model.load_state_dict(_ours(state, shapes))
+        return json.loads(golden.metadata()["config"]), tensors
+
+
+def _below(tensors: dict[str, Tensor], folder: str) -> dict[str, Tensor]:
+    return {key.removeprefix(folder): value for key, value in tensors.items() if key.startswith(folder)}
+
+
+def _close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
+    assert ours.shape == theirs.shape, what
+    off = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
+    assert off < bound, f"{what} is off by {off:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
+    published, tensors = _recorded(case)
+    model = from_published(published, _below(tensors, "state/"))
+    assert type(model) is VisionMamba
 
     logits = model(tensors["image"])
+    features = model.forward_features(tensors["image"])
     F.cross_entropy(logits, tensors["target"]).backward()
 
-    # fp32 sums in another order over four layers: 1e-4 of the largest value
-    def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
-        off = (ours - theirs.reshape(ours.shape)).abs().max() / theirs.abs().max().clamp_min(1e-6)
-        assert off < 1e-4, f"{what} is off by {off:.1e} of its largest value"
+    # fp32 sums in another order over four layers; gradients sum over tokens and images too
+    _close(logits.detach(), tensors["logits"], 1e-5, "logits")
+    _close(features.detach(), tensors["features"], 1e-5, "features")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            parameter.copy_(parameter.grad)
+    gradients = to_published(model)
+    expected = _below(tensors, "grad/")
+    assert gradients.keys() == expected.keys()
+    for key, value in expected.items():
+        _close(gradients[key], value, 1e-4, key)
 
-    close(logits.detach(), tensors["logits"], "logits")
-    gradients = _ours({k.removeprefix("grad/"): v for k, v in tensors.items() if k.startswith("grad/")}, shapes)
-    assert gradients.keys() == shapes.keys()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        close(parameter.grad, gradients[name], name)
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_states_go_in_and_out_bit_by_bit(case: str) -> None:
+    published, tensors = _recorded(case)
+    state = _below(tensors, "state/")
+    model = from_published(published, state)
+    again = to_published(model)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    arguments = published_config(model)
+    without_effect = {"final_pool_type"} | ({"use_middle_cls_token"} if not published["if_cls_token"] else set())
+    assert {k: arguments[k] for k in published.keys() - without_effect} == {
+        k: v for k, v in published.items() if k not in without_effect
+    }
 
 
-@pytest.mark.parametrize("preset", ["vim_tiny", "vim_small", "vim_base"])
-def test_every_published_parameter_has_its_place(preset: str) -> None:
+def _published_shapes() -> dict[str, dict]:
     path = GOLDEN / "published_state_dicts.json"
     if not path.exists():
         pytest.skip(f"the published shapes are not at {GOLDEN}")
-    published = next(v for k, v in json.loads(path.read_text()).items() if k.startswith(f"{preset}_patch16_224"))
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "small_patch16_stride8" not in name and "vim" in name])
+def test_published_keys_and_shapes_are_exactly_theirs(name: str) -> None:
+    theirs = _published_shapes()[name]
     with torch.device("meta"):
-        ours = {name: p.numel() for name, p in VisionMamba(PRESETS[preset]).named_parameters()}
-    theirs = dict.fromkeys(ours, 0)
-    for key, shape in published["state_dict"].items():
-        theirs[_place(key)[0]] += torch.Size(shape).numel()
-    assert ours == theirs
+        ours = to_published(VisionMamba(config_of(complete(PUBLISHED[name]))))
+    assert {key: list(value.shape) for key, value in ours.items()} == theirs["state_dict"]
+    assert sum(value.numel() for value in ours.values()) == theirs["parameters"]
+    guessed, taken = guess(ours)
+    assert guessed == complete(PUBLISHED[name])
+    assert "if_divide_out True" in taken
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
+    with torch.device("meta"):
+        ours = to_published(VisionMamba(PRESETS[preset]))
+    assert sum(value.numel() for value in ours.values()) == PARAMETERS[preset]

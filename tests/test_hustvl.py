@@ -112,10 +112,7 @@ def test_every_mode_gives_the_logits_and_gradients_of_the_published_code(case: s
     state = _state(arguments)
     size = arguments["img_size"]
     images = torch.randn(2, arguments["channels"], *(size if isinstance(size, tuple) else (size, size)))
-    model = from_published(arguments, state)
-    if position is not None:
-        assert isinstance(model, PublishedVim)
-        model.cls_position = position
+    model = from_published(arguments, state, cls_position=position)
     logits = model(images)
     theirs = {key: value.clone().requires_grad_() for key, value in state.items()}
     flipped = arguments.get("flip_img_sequences_ratio", -1) > 1

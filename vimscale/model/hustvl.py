@@ -6,7 +6,7 @@ apart by a suffix, there.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,13 @@ def from_published(
     state: Mapping[str, Tensor],
     *,
     resize_to: int | tuple[int, int] | None = None,
+    cls_position: int | Literal["random"] | None = None,
 ) -> VisionMamba:
     """The model that the published constructor makes of `arguments` (or of a name in PUBLISHED) and `state` fills.
 
     `resize_to`: image size that the model is made for, in place of `img_size`; the position embedding is interpolated
-    in the plane, with class token and registers at their places.
+    in the plane, with class token and registers at their places. `cls_position`: see `PublishedVim`; what the published
+    forward pass calls if_random_cls_token_position is "random".
 
     Raises:
         CheckpointError: arguments, keys or shapes that do not belong to such a model.
@@ -43,9 +45,13 @@ def from_published(
             raise CheckpointError(f"{arguments} is no published model; known: {', '.join(PUBLISHED)}")
         arguments = PUBLISHED[arguments]
     whole = complete(dict(arguments))
-    model = build(whole)
+    model = build(whole) if cls_position is None else PublishedVim(whole)
     _fill(model, state)
-    return model if resize_to is None else _resized(model, whole, resize_to)
+    if resize_to is not None:
+        model = _resized(model, whole, resize_to)
+    if isinstance(model, PublishedVim):
+        model.cls_position = cls_position
+    return model
 
 
 def to_published(model: VisionMamba) -> dict[str, Tensor]:
@@ -204,7 +210,8 @@ def _about(model: VisionMamba) -> str:
 
 @torch.no_grad()
 def _resized(model: VisionMamba, arguments: Arguments, size: int | tuple[int, int]) -> VisionMamba:
-    other = build(arguments | {"img_size": size})
+    larger = arguments | {"img_size": size}
+    other = PublishedVim(larger) if isinstance(model, PublishedVim) else build(larger)
     state = model.state_dict()
     if model.pos_embed is not None:
         state["pos_embed"] = resized(model.pos_embed, model.config, other.config.grid)

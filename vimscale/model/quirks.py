@@ -5,6 +5,7 @@ Axes: b images, l tokens, d model width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +69,9 @@ class PublishedVim(VisionMamba):
         super().__init__(config)
         self.arguments = arguments
         self._quirks = frozenset(quirks(arguments))
-        self.cls_position: int | None = None
-        """Set to a number of patches to have the class token put behind that many of them instead of before the first;
-        the published code draws it with `if_random_cls_token_position`.
+        self.cls_position: int | Literal["random"] | None = None
+        """How many patches stand before the class token, of a model in which it stands first; random: drawn anew in
+        every forward pass. None leaves it where it is.
         """
         if "channels" in self._quirks:
             self.patch_embed = nn.Conv2d(arguments["channels"], config.d_model, config.patch_size, config.step)  # type: ignore[assignment]
@@ -100,6 +101,7 @@ class PublishedVim(VisionMamba):
         if at is None:
             x, _ = super()._embed(images)
         else:
+            at = int(torch.randint(grid[0] * grid[1] + 1, (), device="cpu")) if at == "random" else at
             if config.cls_token != "first" or self.cls_token is None:
                 raise ValueError("cls_position moves a class token that stands first; this model has none there")
             patches = self.patch_embed(images).flatten(2).transpose(1, 2)
