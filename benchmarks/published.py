@@ -14,14 +14,23 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Scan = Callable[..., Tensor]
-"""(u (b, e, l), dt (b, e, l), A (e, n), B (b, n, l), C (b, n, l), D (e), z=, delta_bias=, delta_softplus=True) -> (b, e,
-l): the signature of mamba-ssm's selective_scan_fn and selective_scan_ref.
+"""(u, dt (b, e, l), A (e, n), B, C (b, n, l), D (e), z=, delta_bias=, delta_softplus=True) -> (b, e, l): the signature
+of mamba-ssm's selective_scan_fn and selective_scan_ref.
 """
 
 
 def scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, z: Tensor, delta_bias: Tensor, delta_softplus: bool
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    z: Tensor,
+    delta_bias: Tensor,
+    delta_softplus: bool,
+) -> Tensor:
     """One token after the other."""
     assert delta_softplus
     step = F.softplus(dt + delta_bias[:, None])

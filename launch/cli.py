@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vimscale import recipe as recipes
-from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
+from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import rank
 
@@ -237,29 +237,70 @@ def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) 
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[Literal["safetensors"], typer.Option(help="The format.")] = "safetensors",
+    to: Annotated[
+        Literal["safetensors", "hustvl"], typer.Option(help="The format; hustvl: what the published Vim code loads.")
+    ] = "safetensors",
     output: Annotated[Path | None, typer.Option(help="Folder to write; absent: export/ in the run's.")] = None,
     step: StepOption = None,
     raw: RawOption = False,
 ) -> None:
     """Write a run's weights for others to use, load them again, and compare logits."""
-    import torch
-
     from vimscale.evaluate import restore
-    from vimscale.export import safetensors
+    from vimscale.export import hustvl, safetensors
     from vimscale.run_folder import RunFolder
 
     folder = RunFolder.of(run)
     model, recipe, manifest, at = restore(folder, raw=raw, step=step)
-    target = output or folder.path / "export"
-    safetensors.write(target, model, manifest, {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"})
-    images = torch.randn(8, 3, *model.config.size, generator=torch.Generator().manual_seed(0))
-    difference = safetensors.largest_difference(target, model, images)
-    if difference != 0:
+    target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
+    if to == "hustvl":
+        hustvl.write(target, model)
+        difference = hustvl.largest_difference(target, model)
+    else:
+        about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
+        safetensors.write(target, model, manifest, about)
+        difference = safetensors.largest_difference(target, model)
+    _say_same(target, f"step {at:,}", difference)
+
+
+def _say_same(target: Path, what: str, difference: float) -> None:
+    if not difference <= 0:
         raise RunFailed(f"{target}: loaded again, its logits differ by up to {difference:.1e}; do not use it")
     Console().print(
-        f"{target}: step {at:,}; loaded again, it gives the same logits on 8 images", highlight=False, soft_wrap=True
+        f"{target}: {what}; loaded again, it gives the same logits on 8 images", highlight=False, soft_wrap=True
     )
+
+
+@app.command(name="import")
+def import_published(
+    file: Annotated[Path, typer.Argument(help="A published checkpoint of Vim, Mamba-R or ARM: .pth or .safetensors.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A published model's name, or JSON of its arguments; absent: what the file tells."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; absent: named after the file.")] = None,
+    ema: Annotated[bool, typer.Option(help="Take the moving average (model_ema), where the file has one.")] = False,
+) -> None:
+    """Read published weights, write them as a model of this package, load that again, and compare logits."""
+    from vimscale.data.shards import Manifest
+    from vimscale.export import hustvl, safetensors
+    from vimscale.model.hustvl import from_published
+
+    state, args = hustvl.read_published(file, ema=ema)
+    arguments, notes = hustvl.arguments_for(state, args, model)
+    imported = from_published(arguments, state).eval()
+    target = output or file.with_suffix("")
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")
+    console = Console()
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    # what ImageNet models are trained with; the files do not say
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    classes = tuple(map(str, range(arguments["num_classes"])))
+    manifest = Manifest(name=file.stem, classes=classes, shards=(), mean=mean, std=std)
+    safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments})
+    parameters = sum(p.numel() for p in imported.parameters())
+    _say_same(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
 
 
 @data.command()

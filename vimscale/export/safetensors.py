@@ -12,6 +12,8 @@ from torch import Tensor
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.published import complete
+from vimscale.model.quirks import PublishedVim, quirks
 from vimscale.model.tokens import resized
 
 
@@ -22,6 +24,8 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str,
     whole = asdict(manifest)
     preprocessing = {key: whole[key] for key in ("classes", "mean", "std")}
     config = {"format": 1, "model": model.config.to_dict(), "backward": model.backward, **preprocessing, "about": about}
+    if isinstance(model, PublishedVim):
+        config["published"] = model.arguments
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -33,7 +37,10 @@ def load(folder: Path) -> VisionMamba:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        model = VisionMamba(VimConfig.from_dict(config["model"]))
+        if "published" in config:  # what our own config does not say
+            model: VisionMamba = PublishedVim(complete(config["published"]))
+        else:
+            model = VisionMamba(VimConfig.from_dict(config["model"]))
         model.backward = config.get("backward", 1.0)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -49,6 +56,12 @@ def starting_weights(folder: Path, config: VimConfig) -> dict[str, Tensor]:
         CheckpointError: the two models differ in anything else.
     """
     old = load(folder)
+    if isinstance(old, PublishedVim):
+        asked = ", ".join(quirks(old.arguments)) or "cls_position"
+        raise CheckpointError(
+            f"model.weights {folder} is a published model with what no recipe trains: {asked}; import it with"
+            " --model and arguments without these, if its weights are to be taken all the same"
+        )
     state = dict(old.state_dict())
     if old.pos_embed is not None:
         state["pos_embed"] = resized(old.pos_embed.detach(), old.config, config.grid)
@@ -74,7 +87,17 @@ def starting_weights(folder: Path, config: VimConfig) -> dict[str, Tensor]:
     return state
 
 
-def largest_difference(folder: Path, model: VisionMamba, images: torch.Tensor) -> float:
-    """Load what was written and compare logits with `model` on `images` (b, 3, h, w): the largest difference."""
-    with torch.no_grad():
-        return float((load(folder)(images) - model(images)).abs().max())
+def largest_difference(folder: Path, model: VisionMamba) -> float:
+    """Load what was written and compare logits with `model`: the largest difference."""
+    return difference(load(folder), model)
+
+
+def difference(one: VisionMamba, other: VisionMamba) -> float:
+    """The largest one between the logits of two models on eight images; chance falls for both in the same way."""
+    channels = one.arguments["channels"] if isinstance(one, PublishedVim) else 3
+    logits = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for model in (one, other):
+            torch.manual_seed(0)
+            logits.append(model(torch.randn(8, channels, *model.config.size)))
+    return float((logits[0] - logits[1]).abs().max())

@@ -147,6 +147,8 @@ def complete(arguments: Arguments) -> Arguments:
             f"{', '.join(unknown)}: no argument of the published {kind} constructor; it takes"
             f" {', '.join(sorted(DEFAULTS[kind]))}"
         )
+    if isinstance(given.get("img_size"), list):  # out of JSON
+        given["img_size"] = tuple(given["img_size"])
     return DEFAULTS[kind] | given
 
 
@@ -161,11 +163,10 @@ def config_of(arguments: Arguments) -> VimConfig:
     faults = _faults(arguments, kind)
     if faults:
         raise CheckpointError("the published arguments do not make a model\n" + "\n".join(f"  {f}" for f in faults))
-    size = arguments["img_size"]
     depth, d = arguments["depth"], arguments["embed_dim"]
     shape: dict[str, Any] = {
         "num_classes": max(arguments["num_classes"], 1),  # without a head: see quirks
-        "image_size": tuple(size) if isinstance(size, (list, tuple)) else size,
+        "image_size": arguments["img_size"],
         "patch_size": arguments["patch_size"],
         "d_model": d,
         "depth": depth,
@@ -302,7 +303,7 @@ def _rope_faults(arguments: Arguments, patches: int) -> list[str]:
 def grid(arguments: Arguments) -> tuple[int, int]:
     """Rows and columns of patches."""
     size, patch = arguments["img_size"], arguments["patch_size"]
-    rows, columns = size if isinstance(size, (list, tuple)) else (size, size)
+    rows, columns = size if isinstance(size, tuple) else (size, size)
     stride = arguments.get("stride", patch)
     return (rows - patch) // stride + 1, (columns - patch) // stride + 1
 

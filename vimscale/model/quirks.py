@@ -48,8 +48,8 @@ class PublishedVim(VisionMamba):
     """A model that does what the published constructor's arguments say, to the letter:
 
     - `if_bidirectional`: layers 2i on the tokens and 2i + 1 on the flipped tokens, whatever their own directions are;
-      what they return is summed, so that the residual doubles with every pair. An odd last layer is left out. (The value
-      "halved", true as well, is for another state of that code, in which both sums are halved.)
+      what they return is summed, so that the residual doubles with every pair. An odd last layer is left out.
+      (The value "halved", true as well, is for another state of that code, in which both sums are halved.)
     - `if_rope`: the stream is rotated before every block (with `if_rope_residual` the residual too), by a table that
       takes the first token for the class token where the number of tokens is odd.
     - `flip_img_sequences_ratio`: chance that a forward pass, of training or not, walks the flipped sequence. The class
