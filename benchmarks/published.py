@@ -50,24 +50,31 @@ def forward(
     *,
     scan: Scan = scan,
     cls_position: int | None = None,
+    token_order: Tensor | None = None,
     flipped: bool = False,
 ) -> Tensor:
     """What the published model gives for images (b, c, h, w) in evaluation mode. `arguments`: the constructor's, all of
-    them. `cls_position`: where if_random_cls_token_position put the class token; `flipped`: whether the draw against
-    flip_img_sequences_ratio fell that way.
+    them. `cls_position`: where if_random_cls_token_position put the class token; `token_order` (l): what
+    if_random_token_rank drew; `flipped`: whether the draw against flip_img_sequences_ratio fell that way.
     """
     if "num_cls_tokens" in arguments:
         return _mambar(state, arguments, images, scan)
     if arguments["bimamba_type"] == "v3":
         return _arm(state, arguments, images, scan)
-    return _vim(state, arguments, images, scan, cls_position, flipped)
+    return _vim(state, arguments, images, scan, cls_position, token_order, flipped)
 
 
 # ---- the three models
 
 
 def _vim(
-    state: State, arguments: dict[str, Any], images: Tensor, scan: Scan, cls_position: int | None, flipped: bool
+    state: State,
+    arguments: dict[str, Any],
+    images: Tensor,
+    scan: Scan,
+    cls_position: int | None,
+    token_order: Tensor | None,
+    flipped: bool,
 ) -> Tensor:
     x = _patches(state, images, arguments["stride"])
     m = x.shape[1]
@@ -80,6 +87,9 @@ def _vim(
         x = _inserted(x, state["cls_token"], places[0])
     if arguments["if_abs_pos_embed"]:
         x = x + state["pos_embed"]
+    if token_order is not None:
+        x = x[:, token_order]
+        places = [token_order.tolist().index(place) for place in places]
     if flipped:
         x = x.flip(1)
     kind = "v1" if arguments["if_bimamba"] else arguments["bimamba_type"]

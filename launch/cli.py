@@ -279,6 +279,7 @@ def import_published(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; absent: named after the file.")] = None,
     ema: Annotated[bool, typer.Option(help="Take the moving average (model_ema), where the file has one.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Resize the position embedding for such images.")] = None,
 ) -> None:
     """Read published weights, write them as a model of this package, load that again, and compare logits."""
     from vimscale.data.shards import Manifest
@@ -287,7 +288,7 @@ def import_published(
 
     state, args = hustvl.read_published(file, ema=ema)
     arguments, notes = hustvl.arguments_for(state, args, model)
-    imported = from_published(arguments, state).eval()
+    imported = from_published(arguments, state, resize_to=image_size).eval()
     target = output or file.with_suffix("")
     if target.is_file():
         raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")

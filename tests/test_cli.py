@@ -177,5 +177,5 @@ def test_doctor_says_what_will_run(shell: Shell) -> None:
 
 def test_help_names_every_command(shell: Shell) -> None:
     output = shell.run("--help")
-    for command in ("recipes", "show", "schema", "launch", "evaluate", "export", "data", "doctor"):
+    for command in ("recipes", "show", "schema", "launch", "evaluate", "export", "import", "data", "doctor"):
         assert re.search(rf"│ {command} ", output)

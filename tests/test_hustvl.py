@@ -47,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "first class token": {"use_middle_cls_token": False},
     "two class tokens": {"use_double_cls_token": True},
     "moved class token": {"use_middle_cls_token": False, "cls_position": 11},
+    "moved class token, mixed up": {"use_middle_cls_token": False, "cls_position": 11, "mixed": True},
+    "two class tokens, mixed up": {"use_double_cls_token": True, "mixed": True},
     "last token": {"if_cls_token": False, "final_pool_type": "none"},
     "mean": {"if_cls_token": False, "final_pool_type": "mean"},
     "max of logits": {"if_cls_token": False, "final_pool_type": "max"},
@@ -81,6 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
 def _arguments(case: str) -> tuple[dict[str, Any], int | None]:
     own = dict(CASES[case])
     position = own.pop("cls_position", None)
+    own.pop("mixed", None)
     family = {} if "num_cls_tokens" in own or own.get("bimamba_type") == "v3" else VIM
     return complete({**family, **own}), position
 
@@ -107,11 +110,14 @@ def test_every_mode_gives_the_logits_and_gradients_of_the_published_code(case: s
     state = _state(arguments)
     size = arguments["img_size"]
     images = torch.randn(2, arguments["channels"], *(size if isinstance(size, tuple) else (size, size)))
-    model = from_published(arguments, state, cls_position=position)
+    order = None
+    if "mixed" in CASES[case]:
+        order = torch.randperm(state["pos_embed"].shape[1])
+    model = from_published(arguments, state, cls_position=position, token_order=order)
     logits = model(images)
     theirs = {key: value.clone().requires_grad_() for key, value in state.items()}
     flipped = arguments.get("flip_img_sequences_ratio", -1) > 1
-    expected = published.forward(theirs, arguments, images, cls_position=position, flipped=flipped)
+    expected = published.forward(theirs, arguments, images, cls_position=position, token_order=order, flipped=flipped)
     # fp32 sums in another order: 1e-5 of the largest value, 1e-4 for gradients, which sum over more
     _close(logits.detach(), expected.detach(), 1e-5, "logits")
 
@@ -152,9 +158,10 @@ def test_only_a_quirk_makes_another_model() -> None:
         assert type(build(_arguments(case)[0])) is PublishedVim, case
 
 
-def test_a_random_place_of_the_class_token_is_drawn_anew() -> None:
+@pytest.mark.parametrize("what", ["cls_position", "token_order"])
+def test_random_places_are_drawn_anew(what: str) -> None:
     arguments, _ = _arguments("moved class token")
-    model = from_published(arguments, _state(arguments), cls_position="random").eval()
+    model = from_published(arguments, _state(arguments), **{what: "random"}).eval()
     image = torch.randn(1, 3, 16, 16)
     torch.manual_seed(0)
     drawn = torch.stack([model(image) for _ in range(8)])
@@ -218,6 +225,23 @@ def test_a_stride_is_told_by_images_of_224_pixels() -> None:
     found, taken = guess(_state(arguments))
     assert (found["img_size"], found["stride"]) == (224, 16)
     assert "img_size 224 with stride 16" in taken
+
+
+@pytest.mark.parametrize("case", ["pairs of v1", "flipped rope", "two class tokens, mixed up", "v2"])
+def test_maps_show_the_image_as_it_lies(case: str) -> None:
+    """Without layers' work, the map after the last one is that of the embedding."""
+    arguments, _ = _arguments(case)
+    state = _state(arguments)
+    for key, value in state.items():
+        if "out_proj" in key or "pos_embed" in key:
+            value.zero_()
+        if key.startswith("rope."):
+            value.fill_(float("cos" in key))
+    model = from_published(arguments, state, token_order="random" if "mixed" in CASES[case] else None)
+    images = torch.randn(1, 3, 16, 16)
+    doubled = 2 if arguments["if_bidirectional"] else 1  # a pair, of which the residual comes out twice
+    (shown,) = model.forward_features(images, layers=[1])
+    torch.testing.assert_close(shown, doubled * model.patch_embed(images))
 
 
 # ---- what is wrong is said
@@ -343,7 +367,8 @@ def test_a_bare_state_dict_and_safetensors_are_read(tmp_path: Path) -> None:
     state = _state(complete(VIM))
     torch.save(state, tmp_path / "a.pth")
     save_file(state, tmp_path / "a.safetensors")
-    for name in ("a.pth", "a.safetensors"):
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "wrapped.pth")
+    for name in ("a.pth", "a.safetensors", "wrapped.pth"):
         found, args = hustvl.read_published(tmp_path / name)
         assert args is None
         assert all(torch.equal(found[key], state[key]) for key in state)
@@ -453,5 +478,6 @@ def test_a_run_is_exported_for_the_published_code(shell: Shell) -> None:
     arguments = json.loads((shell.folder / "theirs/config.json").read_text())
     assert arguments["embed_dim"] == 32
     assert from_published(arguments, state).config.cls_token == "middle"
-    output = shell.run("import", "theirs/model.pth", "--output", "back")
+    output = shell.run("import", "theirs/model.pth", "--output", "back", "--image-size", "48")
     assert "same logits" in output
+    assert safetensors.load(shell.folder / "back").config.image_size == 48

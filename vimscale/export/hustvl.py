@@ -49,6 +49,8 @@ def read_published(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor],
         found = ", ".join(f"{key} ({kind})" for key, kind in list(strange.items())[:4]) or "nothing"
         raise CheckpointError(f"{path} holds {found}; a state dict of tensors must be there, by itself or as model")
     args = whole.get("args") if state is not whole else None
+    if all(key.startswith("module.") for key in state):  # of a model that was wrapped for several GPUs
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state), args if isinstance(args, argparse.Namespace) else None
 
 

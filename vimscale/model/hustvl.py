@@ -30,12 +30,14 @@ def from_published(
     *,
     resize_to: int | tuple[int, int] | None = None,
     cls_position: int | Literal["random"] | None = None,
+    token_order: Tensor | Literal["random"] | None = None,
 ) -> VisionMamba:
     """The model that the published constructor makes of `arguments` (or of a name in PUBLISHED) and `state` fills.
 
     `resize_to`: image size that the model is made for, in place of `img_size`; the position embedding is interpolated
-    in the plane, with class token and registers at their places. `cls_position`: see `PublishedVim`; what the published
-    forward pass calls if_random_cls_token_position is "random".
+    in the plane, with class token and registers at their places. `cls_position` and
+    `token_order`: as in `PublishedVim`; "random" is what the published forward pass calls if_random_cls_token_position
+    and if_random_token_rank.
 
     Raises:
         CheckpointError: arguments, keys or shapes that do not belong to such a model.
@@ -45,12 +47,12 @@ def from_published(
             raise CheckpointError(f"{arguments} is no published model; known: {', '.join(PUBLISHED)}")
         arguments = PUBLISHED[arguments]
     whole = complete(dict(arguments))
-    model = build(whole) if cls_position is None else PublishedVim(whole)
+    model = build(whole) if cls_position is None and token_order is None else PublishedVim(whole)
     _fill(model, state)
     if resize_to is not None:
         model = _resized(model, whole, resize_to)
     if isinstance(model, PublishedVim):
-        model.cls_position = cls_position
+        model.cls_position, model.token_order = cls_position, token_order
     return model
 
 
@@ -240,7 +242,7 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
         norm = state["norm_f.weight"]
     except KeyError as error:
         raise CheckpointError(f"the state dict is of no published Vision Mamba: it has no {error}") from None
-    d, depth = len(norm), 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+    d, depth = len(norm), len({key.split(".")[1] for key in state if key.startswith("layers.")})
     head = state.get("head.weight")
     arguments: Arguments = {
         "embed_dim": d,
@@ -254,7 +256,7 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
     }
     taken = ["norm_epsilon 1e-5"]
     ssm = {"d_conv": inner.shape[-1]} if inner.shape[-1] != 4 else {}
-    if "pos_embed_cls" in state:
+    if "pos_embed_cls" in state and "pos_embed" in state:
         neck = state.get("neck.weight")
         arguments |= {"num_cls_tokens": state["pos_embed_cls"].shape[1]}
         arguments |= {"cls_reduce": 1 if neck is None else d // len(neck)}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimscale.model.published import Arguments, config_of, slow
-from vimscale.model.tokens import Place, Tokens, resized
+from vimscale.model.tokens import Place, Tokens, layout, resized
 from vimscale.model.vim import VisionMamba
 
 
@@ -40,8 +40,10 @@ class _Tokens(Tokens):
     """And what happened to the sequence on the way in."""
 
     flipped: bool = False
-    position: int | None = None
-    """Where the class token was put, if not at its usual place."""
+    order: Tensor | None = None
+    """(l): which token of the sequence stands at each place, where they were mixed up."""
+    cls: tuple[int, ...] | None = None
+    """Where class tokens were put, if not at their usual places."""
 
 
 class PublishedVim(VisionMamba):
@@ -73,6 +75,8 @@ class PublishedVim(VisionMamba):
         """How many patches stand before the class token, of a model in which it stands first; random: drawn anew in
         every forward pass. None leaves it where it is.
         """
+        self.token_order: Tensor | Literal["random"] | None = None
+        """(l) which token of the sequence, class tokens included, to walk as i-th; random: drawn anew in every pass."""
         if "channels" in self._quirks:
             self.patch_embed = nn.Conv2d(arguments["channels"], config.d_model, config.patch_size, config.step)  # type: ignore[assignment]
         if "num_classes" in self._quirks:
@@ -98,12 +102,14 @@ class PublishedVim(VisionMamba):
     def _embed(self, images: Tensor) -> tuple[Tensor, Tokens]:
         config, at = self.config, self.cls_position
         grid = self._grid(images)
+        tokens = _Tokens(config, ((grid,),), layout(config, grid).tokens, images.device)
         if at is None:
             x, _ = super()._embed(images)
         else:
-            at = int(torch.randint(grid[0] * grid[1] + 1, (), device="cpu")) if at == "random" else at
             if config.cls_token != "first" or self.cls_token is None:
                 raise ValueError("cls_position moves a class token that stands first; this model has none there")
+            at = int(torch.randint(grid[0] * grid[1] + 1, (), device="cpu")) if at == "random" else at
+            tokens.cls = (at,)
             patches = self.patch_embed(images).flatten(2).transpose(1, 2)
             token = self.cls_token.to(patches.dtype).expand(len(patches), 1, -1)
             x = torch.cat([patches[:, :at], token, patches[:, at:]], dim=1)
@@ -111,10 +117,17 @@ class PublishedVim(VisionMamba):
                 x = x + resized(self.pos_embed, config, grid)
         if self.pos_embed is not None:
             x = F.dropout(x, self.arguments["drop_rate"], self.training)
+        if self.token_order is not None:
+            order = (
+                torch.randperm(tokens.length, device="cpu") if isinstance(self.token_order, str) else self.token_order
+            )
+            usual = layout(config, grid).cls if tokens.cls is None else tokens.cls
+            tokens.cls = tuple(int((order == place).nonzero()) for place in usual)
+            tokens.order = order.to(x.device)
+            x = x[:, tokens.order]
         ratio = self.arguments["flip_img_sequences_ratio"] if "flip_img_sequences_ratio" in self._quirks else -1.0
-        flipped = ratio > 0 and ratio - torch.rand((), device="cpu").item() > 1e-5
-        tokens = _Tokens(config, ((grid,),), x.shape[1], x.device, flipped=flipped, position=at)
-        return (x.flip(1) if flipped else x), tokens
+        tokens.flipped = ratio > 0 and ratio - torch.rand((), device="cpu").item() > 1e-5
+        return (x.flip(1) if tokens.flipped else x), tokens
 
     def _groups(self) -> list[tuple[int, tuple[int, ...]]]:
         if "if_bidirectional" not in self._quirks:
@@ -163,16 +176,16 @@ class PublishedVim(VisionMamba):
         assert isinstance(tokens, _Tokens)
         if tokens.flipped:
             stream = stream.flip(1)
-        if tokens.position is None:
+        if tokens.order is not None:
+            stream = stream[:, tokens.order.argsort()]
+        if self.cls_position is None:
             return super()._map(stream, tokens)
-        ((grid,),) = tokens.rows
-        image = torch.cat([stream[:, : tokens.position], stream[:, tokens.position + 1 :]], dim=1)
-        return image.mT.unflatten(-1, grid)
+        raise ValueError("maps of chosen layers need the class token at its own place: set cls_position to None")
 
     def _pooled(self, x: Tensor, tokens: Tokens, places: list[Place] | None) -> Tensor:
         assert isinstance(tokens, _Tokens)
-        if tokens.position is not None:
-            return x[:, tokens.position]
+        if tokens.cls:
+            return torch.stack([x[:, place] for place in tokens.cls]).mean(dim=0)
         if self.config.cls_tokens == 0 and "final_pool_type" in self._quirks:
             return x
         return super()._pooled(x, tokens, places)
