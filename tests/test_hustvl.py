@@ -18,7 +18,7 @@ from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import hustvl, safetensors
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.hustvl import PUBLISHED, from_published, guess, published_config, to_published
+from vimscale.model.hustvl import PUBLISHED, from_published, guess, named, published_config, to_published
 from vimscale.model.published import complete, config_of
 from vimscale.model.quirks import PublishedVim, build
 
@@ -156,6 +156,26 @@ def test_only_a_quirk_makes_another_model() -> None:
         assert type(build(_arguments(case)[0])) is VisionMamba, case
     for case in ("pairs", "rope", "flipped", "all logits", "no head", "one channel", "slow path"):
         assert type(build(_arguments(case)[0])) is PublishedVim, case
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_models_are_told_by_their_states(name: str) -> None:
+    with torch.device("meta"):
+        state = to_published(build(complete(PUBLISHED[name])))
+    assert named(name, state) == complete(PUBLISHED[name])
+    found, _ = guess(state)
+    assert {key: value.shape for key, value in state.items()} == _meta_shapes(found)
+
+
+def _meta_shapes(arguments: dict[str, Any]) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {key: value.shape for key, value in to_published(build(arguments)).items()}
+
+
+def test_quirks_take_images_of_one_size() -> None:
+    model = build(_arguments("pairs")[0])
+    with pytest.raises(ValueError, match="takes images of one size"):
+        model([torch.zeros(3, 16, 16), torch.zeros(3, 8, 8)])
 
 
 @pytest.mark.parametrize("what", ["cls_position", "token_order"])

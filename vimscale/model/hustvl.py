@@ -72,12 +72,14 @@ def published_config(model: VisionMamba) -> Arguments:
     Raises:
         CheckpointError: no published code expresses this model.
     """
+    if isinstance(model, PublishedVim):
+        return dict(model.arguments)
     if model.backward != 1:
         raise CheckpointError(
             f"the backward paths of this model are in by {model.backward:.2g}, and the published code has all of them:"
             " train on to the end of backward_ramp"
         )
-    return dict(model.arguments) if isinstance(model, PublishedVim) else arguments_of(model.config)
+    return arguments_of(model.config)
 
 
 # ---- where each tensor belongs

@@ -78,7 +78,10 @@ class PublishedVim(VisionMamba):
         self.token_order: Tensor | Literal["random"] | None = None
         """(l) which token of the sequence, class tokens included, to walk as i-th; random: drawn anew in every pass."""
         if "channels" in self._quirks:
-            self.patch_embed = nn.Conv2d(arguments["channels"], config.d_model, config.patch_size, config.step)  # type: ignore[assignment]
+            embed = nn.Conv2d(arguments["channels"], config.d_model, config.patch_size, config.step)
+            self.patch_embed = embed  # type: ignore[assignment]
+        if "ssm_cfg" in self._quirks:
+            self.backward = 0.0
         if "num_classes" in self._quirks:
             self.head = nn.Identity()  # type: ignore[assignment]
         self.rope_cos: Tensor | None
@@ -90,10 +93,6 @@ class PublishedVim(VisionMamba):
     def forward(
         self, images: Tensor | Sequence[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
     ) -> Tensor:
-        if not isinstance(images, Tensor):
-            raise ValueError("a model with published quirks takes images of one size: pass a tensor (b, 3, h, w)")
-        if "ssm_cfg" in self._quirks:
-            backward = [0.0] * len(self.blocks)
         logits = super().forward(images, draws, backward)
         if "final_pool_type" in self._quirks and self.arguments["final_pool_type"] == "max":
             return logits.max(dim=1).values
@@ -118,9 +117,9 @@ class PublishedVim(VisionMamba):
         if self.pos_embed is not None:
             x = F.dropout(x, self.arguments["drop_rate"], self.training)
         if self.token_order is not None:
-            order = (
-                torch.randperm(tokens.length, device="cpu") if isinstance(self.token_order, str) else self.token_order
-            )
+            order = self.token_order
+            if isinstance(order, str):
+                order = torch.randperm(tokens.length, device="cpu")
             usual = layout(config, grid).cls if tokens.cls is None else tokens.cls
             tokens.cls = tuple(int((order == place).nonzero()) for place in usual)
             tokens.order = order.to(x.device)
@@ -128,6 +127,9 @@ class PublishedVim(VisionMamba):
         ratio = self.arguments["flip_img_sequences_ratio"] if "flip_img_sequences_ratio" in self._quirks else -1.0
         tokens.flipped = ratio > 0 and ratio - torch.rand((), device="cpu").item() > 1e-5
         return (x.flip(1) if tokens.flipped else x), tokens
+
+    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[Place]]:
+        raise ValueError("a model with published quirks takes images of one size: pass a tensor (b, 3, h, w)")
 
     def _groups(self) -> list[tuple[int, tuple[int, ...]]]:
         if "if_bidirectional" not in self._quirks:
