@@ -131,10 +131,10 @@ class PublishedVim(VisionMamba):
     def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[Place]]:
         raise ValueError("a model with published quirks takes images of one size: pass a tensor (b, 3, h, w)")
 
-    def _groups(self) -> list[tuple[int, tuple[int, ...]]]:
+    def _groups(self) -> list[tuple[int, ...]]:
         if "if_bidirectional" not in self._quirks:
             return super()._groups()
-        return [(i, (i, i + 1)) for i in range(0, len(self.blocks) - 1, 2)]
+        return [(i, i + 1) for i in range(0, len(self.blocks) - 1, 2)]
 
     def _step(
         self,
