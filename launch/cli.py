@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,10 @@ from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import rank
+
+if TYPE_CHECKING:
+    from vimscale.data.shards import Manifest
+    from vimscale.model import VisionMamba
 
 _STARTED = time.perf_counter()
 
@@ -208,10 +212,7 @@ def _summary(result: dict) -> str:
 @app.command()
 def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) -> None:
     """Evaluate a run's newest checkpoint on its validation set."""
-    import torch
-
-    from vimscale.data.shards import Dataset
-    from vimscale.evaluate import evaluate, restore
+    from vimscale.evaluate import restore
     from vimscale.run_folder import RunFolder
 
     from .progress import figures
@@ -219,10 +220,22 @@ def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) 
     model, recipe, manifest, at = restore(RunFolder.of(run), raw=raw, step=step)
     if recipe.data.val is None:
         raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set to evaluate on"])
+    row = _evaluated(model, recipe, manifest)
+    Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
+
+
+def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest") -> dict[str, float]:
+    """Figures of a model on the recipe's validation set, on this process's device."""
+    import torch
+
+    from vimscale.data.shards import Dataset
+    from vimscale.evaluate import evaluate
+
+    assert recipe.data.val is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
-        row = evaluate(
+        return evaluate(
             model,
             Dataset.open(recipe.data.val),
             manifest,
@@ -231,7 +244,6 @@ def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) 
             device=device,
             workers=recipe.data.workers,
         )
-    Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -243,6 +255,10 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Folder to write; absent: export/ in the run's.")] = None,
     step: StepOption = None,
     raw: RawOption = False,
+    prune_directions: Annotated[
+        float | None,
+        typer.Option(min=0, help="Leave out backward paths whose gate is below this, and say what that costs."),
+    ] = None,
 ) -> None:
     """Write a run's weights for others to use, load them again, and compare logits."""
     from vimscale.evaluate import restore
@@ -251,6 +267,8 @@ def export(
 
     folder = RunFolder.of(run)
     model, recipe, manifest, at = restore(folder, raw=raw, step=step)
+    if prune_directions is not None:
+        model = _pruned(model, prune_directions, recipe, manifest)
     target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
     if to == "hustvl":
         hustvl.write(target, model)
@@ -260,6 +278,24 @@ def export(
         safetensors.write(target, model, manifest, about)
         difference = safetensors.largest_difference(target, model)
     _say_same(target, f"step {at:,}", difference)
+
+
+def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, manifest: "Manifest") -> "VisionMamba":
+    from vimscale.export import prune
+    from vimscale.model.cost import flops, parameters
+
+    from .progress import figures
+
+    layers = prune.closed(model, threshold)
+    smaller = prune.pruned(model, layers)
+    console = Console()
+    named = f"{len(layers)} of {len(model.config.optional)} backward paths are pruned"
+    console.print(f"{named}: {smaller.config.directions}", highlight=False, soft_wrap=True)
+    for what, one in (("before", model), ("after", smaller)):
+        size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs an image"
+        result = f"; {figures(_evaluated(one, recipe, manifest))}" if recipe.data.val is not None else ""
+        console.print(f"  {what:7}{size}{result}", highlight=False, soft_wrap=True)
+    return smaller.cpu()
 
 
 def _say_same(target: Path, what: str, difference: float) -> None:
