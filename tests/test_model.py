@@ -241,6 +241,17 @@ def test_maps_of_chosen_layers_are_a_pyramid() -> None:
     assert {tuple(m.shape) for m in plain} == {(1, 16, 2, 4)}
 
 
+def test_a_map_of_no_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="from 0 to 2, or from the end"):
+        _model().forward_features(_images(SMALL), layers=[3])
+
+
+def test_a_model_compiles_as_one_graph() -> None:
+    model, images = _model(EVERY_KIND), _images(EVERY_KIND)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
+
+
 def test_the_last_map_is_what_the_head_reads_before_its_norm() -> None:
     config = dataclasses.replace(SMALL, cls_token="none")
     model, images = _model(config), _images(config)

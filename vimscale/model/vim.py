@@ -263,7 +263,7 @@ class VisionMamba(nn.Module):
             if layers is not None:
                 raise ValueError("maps of chosen layers need images of one size: pass a tensor (b, 3, h, w)")
             x, tokens, places = self._embed_packed(images)
-        wanted = {range(len(self.blocks))[layer] for layer in layers or ()}
+        chosen = [self._number(layer) for layer in layers or ()]
         maps: dict[int, Tensor] = {}
         scales = self._drop_scales(draws, tokens, places)
         if backward is None:
@@ -274,12 +274,18 @@ class VisionMamba(nn.Module):
                 x, tokens = self._merge(self.merges[str(group[0])], x, residual, tokens)
                 residual = None
             x, residual = self._step(group, x, residual, tokens, scales, backward)
-            for layer in wanted.intersection(group):  # the two of a pair end together
+            for layer in set(chosen).intersection(group):  # the two of a pair end together
                 maps[layer] = self._map(residual + x, tokens)
         if layers is not None:
-            return [maps[range(len(self.blocks))[layer]] for layer in layers]
+            return [maps[layer] for layer in chosen]
         x, _ = self.norm(x, residual)
         return self._pooled(x, tokens, places)
+
+    def _number(self, layer: int) -> int:
+        depth = len(self.blocks)
+        if not -depth <= layer < depth:
+            raise ValueError(f"layer {layer} of {depth}: they are counted from 0 to {depth - 1}, or from the end by -1")
+        return layer % depth
 
     def _groups(self) -> list[tuple[int, ...]]:
         """Numbers of the blocks in turn, those of a pair together."""
