@@ -45,6 +45,27 @@ WRONG = {
         "batch 33 is not a multiple of 2 ranks; use batch=32 or another number of --workers",
     ),
     "an image that is no multiple of the patch": ((*LAUNCH, "model.image_size=30"), None, "use 24 or 32"),
+    "a layer of no known kind": (
+        (*LAUNCH, "model.directions=bi by"),
+        None,
+        "'by' is no kind of layer; known: fwd, bwd",
+    ),
+    "more layers than the depth": (
+        (*LAUNCH, "model.directions=bi*3", "model.depth=2"),
+        None,
+        "3 layers are named, depth is 2: this is layer 3\n      bi*3\n      ^",
+    ),
+    "a class token that is not there": (
+        (*LAUNCH, "model.cls_token=none", "model.pool=cls"),
+        None,
+        "use cls_token: middle or pool: mean",
+    ),
+    "weights that are not there": ((*LAUNCH, "model.weights=nowhere"), None, "nowhere does not hold an exported model"),
+    "a budget that cannot be met": (
+        (*LAUNCH, "parallel.recompute=0.001MB"),
+        None,
+        "even with block in every layer",
+    ),
     "a missing shard": ((*LAUNCH, "data.train=set/train"), _without_shard, "00003.tar is missing"),
     "a missing data set": ((*LAUNCH, "data.train=nowhere"), None, "data nowhere: nowhere is not there"),
     "an unwritable run folder": (LAUNCH, _runs_is_a_file, "cannot be written: Not a directory; choose another with"),
