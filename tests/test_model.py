@@ -246,6 +246,7 @@ def test_a_map_of_no_layer_is_refused() -> None:
         _model().forward_features(_images(SMALL), layers=[3])
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to a cached function, which it traces
 def test_a_model_compiles_as_one_graph() -> None:
     model, images = _model(EVERY_KIND), _images(EVERY_KIND)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -51,6 +51,8 @@ class Mamba(nn.Module):
     A_log, D, the biases and the states are fp32 whatever the activations are.
     """
 
+    optional: Tensor
+
     def __init__(self, config: VimConfig, layer: Layer, d: int, *, paired: bool = False):
         """`paired`: the second layer of a pair, which walks backwards."""
         super().__init__()
@@ -64,6 +66,8 @@ class Mamba(nn.Module):
             i for i, (_, reverse) in enumerate(self.paths) if reverse and (paired or layer.kind != "bwd")
         )
         """Paths that the layer can do without: those that gate, ramp and drop are about."""
+        optional = torch.tensor([i in self.backward_paths for i in range(len(self.paths))])
+        self.register_buffer("optional", optional, persistent=False)  # on the device, so that no step waits to put it
         k = 1 if self.shared else len(self.paths)
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(k, e, config.d_conv))
@@ -142,8 +146,9 @@ class Mamba(nn.Module):
         mean = 1 / len(self.paths) if self.fuse == "mean" else 1.0
         factors = torch.full((len(live),), mean, device=self.D.device)
         gate = backward if self.backward_gate is None else backward * self.backward_gate
-        optional = torch.tensor([i in self.backward_paths for i in live], device=self.D.device)
-        return torch.where(optional, factors * gate, factors)
+        if len(live) < len(self.paths):  # a gate whose path is out still gets a gradient, of zero: see `forward`
+            return factors + 0 * gate
+        return torch.where(self.optional, factors * gate, factors)
 
     def _apart(self, xz: Tensor, live: list[int], share: Tensor | None, tokens: Tokens, recompute: bool) -> Tensor:
         """The paths side by side (b, l, k e), zeros where one is left out; or a convex combination learned a channel
