@@ -74,45 +74,7 @@ def bimamba_inner(
     scale = fused_scale(op, fuse, k)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
     with torch.autocast(xz.device.type, enabled=False):
-        image = images_of(reset)
-        if recompute and learns:
-            return _inner(xz, *parameters, image, reverse, scale, gated, name)[0]
-        return _compose(xz, *parameters, image, reverse, scale, gated, CHUNK[name] if learns else 0, name)[0]
-
-
-def _compose(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    image: Tensor | None,
-    reverse: Sequence[bool],
-    scale: float,
-    gated: bool,
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """y (b, l, e) and the projections (k, b, l, r + 2n)."""
-    x, z = xz.chunk(2, dim=-1)
-    x = _conv(x, conv_weight, conv_bias, image, reverse, True, backend)  # (k, b, l, e)
-    projected = _project(x, x_proj)
-    dt, B, C = _split(projected, dt_proj, A)
-    s, _, _ = _scan(x, _project(dt, dt_proj), A, B, C, D, dt_bias, None, image, reverse, chunk, backend)
-    return _combine(s, z if gated else None, scale, backend), projected
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """(k, b, l, i) by a weight (k, o, i) a direction -> (k, b, l, o)."""
-    k, b, length, _ = x.shape
-    return torch.bmm(x.flatten(1, 2), weight.mT).view(k, b, length, -1)
-
-
-def _split(projected: Tensor, dt_proj: Tensor, A: Tensor) -> list[Tensor]:
-    return list(projected.split([dt_proj.shape[-1], A.shape[-1], A.shape[-1]], dim=-1))
+        return _inner(xz, *parameters, images_of(reset), reverse, scale, gated, learns and not recompute, name)[0]
 
 
 @torch.library.custom_op("vimscale::bimamba_inner", mutates_args=())
@@ -129,18 +91,44 @@ def _inner(
     reverse: Sequence[bool],
     scale: float,
     gated: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _compose(
-        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, image, reverse, scale, gated, 0, backend
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (b, l, e) and the projections (k, b, l, r + 2n); then, empty unless they are to be kept, what comes out of the
+    convolution, dt and s (k, b, l, e), and the scan's states.
+    """
+    before, z = xz.chunk(2, dim=-1)
+    x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
+    projected = _project(x, x_proj)
+    low_dt, B, C = _split(projected, dt_proj, A)
+    dt = _project(low_dt, dt_proj)
+    s, _, states = _scan(x, dt, A, B, C, D, dt_bias, None, image, reverse, CHUNK[backend] if keep else 0, backend)
+    y = _combine(s, z if gated else None, scale, backend)
+    if keep:
+        return y, projected, x, dt, s, states
+    return y, projected, *(t.new_empty(0) for t in (x, dt, s, states))
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """(k, b, l, i) by a weight (k, o, i) a direction -> (k, b, l, o)."""
+    k, b, length, _ = x.shape
+    return torch.bmm(x.flatten(1, 2), weight.mT).view(k, b, length, -1)
+
+
+def _split(projected: Tensor, dt_proj: Tensor, A: Tensor) -> list[Tensor]:
+    return list(projected.split([dt_proj.shape[-1], A.shape[-1], A.shape[-1]], dim=-1))
 
 
 @_inner.register_fake
-def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _, _, A, *_, keep, backend = others
     b, length, _ = xz.shape
     k, width, e = x_proj.shape
-    return xz.new_empty(b, length, e), xz.new_empty(k, b, length, width)
+    inside = (k, b, length, e) if keep else (0,)
+    chunk = CHUNK[backend] if keep else 0
+    states = A.new_empty((k, b, (length + chunk - 1) // chunk, e * A.shape[-1]) if chunk else (0,))
+    y, projected = xz.new_empty(b, length, e), xz.new_empty(k, b, length, width)
+    return y, projected, *(xz.new_empty(inside) for _ in range(3)), states
 
 
 @torch.library.custom_op("vimscale::bimamba_inner_backward", mutates_args=())
@@ -155,19 +143,24 @@ def _inner_backward(
     D: Tensor,
     image: Tensor | None,
     projected: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    s: Tensor,
+    states: Tensor,
     dy: Tensor,
     reverse: Sequence[bool],
     scale: float,
     gated: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of xz and the seven parameters, from what `_compose` did, rebuilt line by line."""
+    """Gradients of xz and the seven parameters, from what `_inner` kept, or rebuilt line by line."""
     before, z = xz.chunk(2, dim=-1)
-    x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
     low_dt, B, C = _split(projected, dt_proj, A)
-    dt = _project(low_dt, dt_proj)
     chunk = CHUNK[backend]
-    s, _, states = _scan(x, dt, A, B, C, D, dt_bias, None, image, reverse, chunk, backend)
+    if not x.numel():
+        x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
+        dt = _project(low_dt, dt_proj)
+        s, _, states = _scan(x, dt, A, B, C, D, dt_bias, None, image, reverse, chunk, backend)
 
     ds, dz = _combine_backward(dy, s, z if gated else None, scale, backend)
     ds = ds.expand_as(s)
@@ -192,18 +185,18 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in arguments[:8])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.reverse, ctx.scale, ctx.gated, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.reverse, ctx.scale, ctx.gated, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _vjp(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    """The projections are an output only to be kept: nobody else sees them, so that no gradient arrives there."""
+def _vjp(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    """What follows y is an output only to be kept: nobody else sees it, so that no gradient arrives there."""
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     grads = _inner_backward(*ctx.saved_tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend)
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 _inner.register_autograd(_vjp, setup_context=_setup)

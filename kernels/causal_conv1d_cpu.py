@@ -162,7 +162,7 @@ def _read_between(x, strides, k, b, begin, end, first, last, e0, width, rows):
 
 @kernel
 def _forward(first_item, last_item, size, x, taps, image, reverse, silu, y):
-    """x (1, b, l, e) and y (directions, b, l, e) are pairs: their numbers, and how far apart they are along the axes."""
+    """x (1, b, l, e) and y (directions, b, l, e) are pairs: their numbers, and how far apart along the axes."""
     _, length, e = size
     directions, k, padded = taps.shape[0], taps.shape[1] - 1, taps.shape[2]
     reach = k - 1

@@ -152,7 +152,8 @@ def test_gradients_pass_a_numerical_check() -> None:
 
 def test_the_op_is_what_torch_asks_of_an_op() -> None:
     inputs = _inputs(dtype=torch.float32)
-    torch.library.opcheck(module._inner, (*inputs, None, [False, True], 0.5, True, "cpu"))
+    for keep in (False, True):
+        torch.library.opcheck(module._inner, (*inputs, None, [False, True], 0.5, True, keep, "cpu"))
 
 
 def test_it_is_compiled_into_one_graph() -> None:
