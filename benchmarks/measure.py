@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vimscale.kernels.cases import ScanCase
+from vimscale.launch.rank import before_torch
+
+before_torch()  # memory is kept as in a launched rank; the scripts see to OpenMP before they import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """What whole models are measured on; torch's name for ROCm devices too."""
