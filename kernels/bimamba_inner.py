@@ -13,7 +13,7 @@ from torch import Tensor
 from .backend import Backend, choose
 from .causal_conv1d import _conv, _conv_backward
 from .checks import check_tensors, images_of, wide
-from .selective_scan import CHUNK, _combine, _combine_backward, _scan, _scan_backward, fused_scale
+from .selective_scan import CHUNK, _combine, _combine_backward, _fused, _scan, _scan_backward, fused_scale
 
 
 def bimamba_inner(
@@ -93,26 +93,49 @@ def _inner(
     gated: bool,
     keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y (b, l, e) and the projections (k, b, l, r + 2n); then, empty unless they are to be kept, what comes out of the
-    convolution, dt and s (k, b, l, e), and the scan's states.
+    convolution and the scan (k, b, l, e), and the scan's states.
     """
     before, z = xz.chunk(2, dim=-1)
     x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
     projected = _project(x, x_proj)
-    low_dt, B, C = _split(projected, dt_proj, A)
-    dt = _project(low_dt, dt_proj)
-    s, _, states = _scan(x, dt, A, B, C, D, dt_bias, None, image, reverse, CHUNK[backend] if keep else 0, backend)
+    s, states = _scan_projected(x, projected, dt_proj, dt_bias, A, D, image, reverse, keep, backend)
     y = _combine(s, z if gated else None, scale, backend)
     if keep:
-        return y, projected, x, dt, s, states
-    return y, projected, *(t.new_empty(0) for t in (x, dt, s, states))
+        return y, projected, x, s, states
+    return y, projected, *(t.new_empty(0) for t in (x, s, states))
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
     """(k, b, l, i) by a weight (k, o, i) a direction -> (k, b, l, o)."""
     k, b, length, _ = x.shape
     return torch.bmm(x.flatten(1, 2), weight.mT).view(k, b, length, -1)
+
+
+def _scan_projected(
+    x: Tensor,
+    projected: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    image: Tensor | None,
+    reverse: Sequence[bool],
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """s and the states kept. On a CPU dt is never written: the scan multiplies by dt_proj on the way."""
+    low_dt, B, C = _split(projected, dt_proj, A)
+    chunk = CHUNK[backend] if keep else 0
+    if backend == "cpu":
+        s, _, states = _fused(backend).forward(
+            x, low_dt, A, B, C, D, dt_bias, None, image, reverse, chunk, dt_proj=dt_proj
+        )
+    else:
+        dt = _project(low_dt, dt_proj)
+        s, _, states = _scan(x, dt, A, B, C, D, dt_bias, None, image, reverse, chunk, backend)
+    return s, states
 
 
 def _split(projected: Tensor, dt_proj: Tensor, A: Tensor) -> list[Tensor]:
@@ -128,7 +151,7 @@ def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *other
     chunk = CHUNK[backend] if keep else 0
     states = A.new_empty((k, b, (length + chunk - 1) // chunk, e * A.shape[-1]) if chunk else (0,))
     y, projected = xz.new_empty(b, length, e), xz.new_empty(k, b, length, width)
-    return y, projected, *(xz.new_empty(inside) for _ in range(3)), states
+    return y, projected, xz.new_empty(inside), xz.new_empty(inside), states
 
 
 @torch.library.custom_op("vimscale::bimamba_inner_backward", mutates_args=())
@@ -144,7 +167,6 @@ def _inner_backward(
     image: Tensor | None,
     projected: Tensor,
     x: Tensor,
-    dt: Tensor,
     s: Tensor,
     states: Tensor,
     dy: Tensor,
@@ -156,18 +178,22 @@ def _inner_backward(
     """Gradients of xz and the seven parameters, from what `_inner` kept, or rebuilt line by line."""
     before, z = xz.chunk(2, dim=-1)
     low_dt, B, C = _split(projected, dt_proj, A)
-    chunk = CHUNK[backend]
     if not x.numel():
         x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
-        dt = _project(low_dt, dt_proj)
-        s, _, states = _scan(x, dt, A, B, C, D, dt_bias, None, image, reverse, chunk, backend)
+        s, states = _scan_projected(x, projected, dt_proj, dt_bias, A, D, image, reverse, True, backend)
 
     ds, dz = _combine_backward(dy, s, z if gated else None, scale, backend)
     ds = ds.expand_as(s)
-    dx, ddt, dA, dB, dC, dD, dbias, _ = _scan_backward(
-        x, dt, A, B, C, D, dt_bias, None, image, states, ds, None, reverse, chunk, backend
-    )
-    del s, states, dt
+    if backend == "cpu":
+        dx, ddt, dA, dB, dC, dD, dbias, _ = _fused(backend).backward(
+            x, low_dt, A, B, C, D, dt_bias, None, image, states, ds, None, reverse, CHUNK[backend], dt_proj=dt_proj
+        )
+    else:
+        dt = _project(low_dt, dt_proj)
+        dx, ddt, dA, dB, dC, dD, dbias, _ = _scan_backward(
+            x, dt, A, B, C, D, dt_bias, None, image, states, ds, None, reverse, CHUNK[backend], backend
+        )
+    del s, states
     d_low_dt = torch.bmm(ddt.flatten(1, 2), dt_proj).view_as(low_dt)
     ddt_proj = torch.bmm(ddt.flatten(1, 2).mT, low_dt.flatten(1, 2))
     dprojected = torch.cat([d_low_dt, dB, dC], dim=-1).flatten(1, 2)

@@ -27,6 +27,19 @@ CHUNK = 16  # tokens between kept states: fp32 states then cost n / 16 values a 
 
 
 @emitted
+def _project(code, tokens, rank, low, low_at, low_token, weight, step):
+    """step = low by weight (rank, BLOCK): dt from its projection, so that it need not be written and read again."""
+    with code.loop(0, tokens) as m:
+        sums = [Variable(code.vector(0)) for _ in COLUMNS]
+        with code.loop(0, rank) as r:
+            low_r = low.spread(low_at + m * low_token + r)
+            for j, total in zip(COLUMNS, sums, strict=True):
+                total.set(low_r * weight[r * BLOCK + j] + total.get())
+        for j, total in zip(COLUMNS, sums, strict=True):
+            step[m * BLOCK + j] = total.get()
+
+
+@emitted
 def _enter(code, tokens, xs, step, dt_bias, D, entering, y):
     """`step` becomes softplus(dt + bias); what enters the state at a token is entering x B; y begins as D x."""
     with code.loop(0, tokens) as m:
@@ -171,11 +184,15 @@ def _column(values, k, e0, width, tile):
 
 
 @kernel
-def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
-    """x, dt, B, C and s are pairs: all their numbers, and how far apart directions, images and tokens are."""
+def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
+    """x, dt, B, C and s are pairs: all their numbers, and how far apart directions, images and tokens are. With a
+    dt_proj (k, e, rank) of a rank above 0, dt is what it is yet to be multiplied with.
+    """
     images, length, e, n = size
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
+    rank = dt_proj.shape[2]
+    dt_proj_block = tile(rank)
     h, A_block, D_block, bias_block = tile(n), tile(n), tile(1)[0], tile(1)[0]
     xs, step, entering, y = tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK)
     for item in range(first, last):
@@ -183,6 +200,8 @@ def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reve
         width = min(BLOCK, e - e0)
         _column(D, k, e0, width, D_block)
         _column(dt_bias, k, e0, width, bias_block)
+        for r in range(rank):
+            _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
         h[:] = np.float32(0)
         for i in range(n):
             for j in range(width):
@@ -196,12 +215,15 @@ def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reve
                 write(h, states, kept_at, width, width)
             token = length - 1 - start if reverse[k] else start
             x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
-            dt_at, dt_token = _place(dt[1], k, b, token, e0, reverse[k])
+            dt_at, dt_token = _place(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
             B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
             C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
             s_at, s_token = _place(s[1], k, b, token, e0, reverse[k])
             read(x[0], x_at, x_token, width, xs[:tokens])
-            read(dt[0], dt_at, dt_token, width, step[:tokens])
+            if rank > 0:
+                _project((tokens, rank, dt[0], dt_at, dt_token, dt_proj_block, step))
+            else:
+                read(dt[0], dt_at, dt_token, width, step[:tokens])
             _enter((tokens, xs, step, bias_block, D_block, entering, y))
             m = 0
             while m < tokens:
@@ -223,7 +245,7 @@ def _forward(first, last, size, x, dt, A, B, C, D, dt_bias, initial, image, reve
 
 @kernel
 def _backward(
-    first, last, size, x, dt, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
+    first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
     dx, ddt, dA, dBC, dD, dbias, dinitial,
 ):  # fmt: skip
     """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`. The gradients of B, and after them those of C, come from
@@ -232,6 +254,8 @@ def _backward(
     images, length, e, n = size
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
+    rank = dt_proj.shape[2]
+    dt_proj_block = tile(rank)
     h, g, A_block, dA_block = tile(n), tile(n), tile(n), tile(n)
     D_block, bias_block, dD_block, dbias_block = tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
     xs, step, slope, entering, before, decay = (
@@ -246,6 +270,8 @@ def _backward(
         width = min(BLOCK, e - e0)
         _column(D, k, e0, width, D_block)
         _column(dt_bias, k, e0, width, bias_block)
+        for r in range(rank):
+            _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
         h[:] = np.float32(0)
         g[:] = np.float32(0)
         for i in range(n):
@@ -262,14 +288,17 @@ def _backward(
             _mark(image, b, start, length, reverse[k], begins[:tokens])
             token = length - 1 - start if reverse[k] else start
             x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
-            dt_at, dt_token = _place(dt[1], k, b, token, e0, reverse[k])
+            dt_at, dt_token = _place(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
             B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
             C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
             ds_at, ds_token = _place(ds[1], k, b, token, e0, reverse[k])
             dx_at, dx_token = _place(dx[1], k, b, token, e0, reverse[k])
             ddt_at, ddt_token = _place(ddt[1], k, b, token, e0, reverse[k])
             read(x[0], x_at, x_token, width, xs[:tokens])
-            read(dt[0], dt_at, dt_token, width, step[:tokens])
+            if rank > 0:
+                _project((tokens, rank, dt[0], dt_at, dt_token, dt_proj_block, step))
+            else:
+                read(dt[0], dt_at, dt_token, width, step[:tokens])
             read(ds[0], ds_at, ds_token, width, dss[:tokens])
             _enter_again((tokens, xs, step, bias_block, entering, slope))
             dentering[:] = np.float32(0)
@@ -424,8 +453,12 @@ def forward(
     image: Tensor | None,
     reverse: Sequence[bool],
     chunk: int,
+    dt_proj: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """s (k, b, l, e) in x's dtype, the final states (k, b, e, n), and those kept (k, b, chunks, e n) if chunk > 0."""
+    """s (k, b, l, e) in x's dtype, the final states (k, b, e, n), and those kept (k, b, chunks, e n) if chunk > 0.
+
+    With dt_proj (k, e, r), dt (k, b, l, r) is multiplied by it on the way.
+    """
     assert chunk in (0, CHUNK)
     k, b, length, e = x.shape
     n = A.shape[-1]
@@ -438,6 +471,7 @@ def forward(
         (b, length, e, n),
         spread(x),
         spread(dt),
+        array(dt_proj, 3),
         A.numpy(),
         spread(B),
         spread(C),
@@ -468,8 +502,11 @@ def backward(
     dfinal: Tensor | None,
     reverse: Sequence[bool],
     chunk: int,
+    dt_proj: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state, the last two empty where there is none."""
+    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state, the last two empty where there is none. That of
+    dt is as wide as x, with dt_proj too.
+    """
     assert chunk == CHUNK
     k, b, length, e = x.shape
     n = A.shape[-1]
@@ -486,6 +523,7 @@ def backward(
         (b, length, e, n),
         spread(x),
         spread(dt),
+        array(dt_proj, 3),
         A.numpy(),
         spread(B),
         spread(C),
@@ -504,7 +542,7 @@ def backward(
     no_bias = dt_bias is None
     return (
         dx.to(x.dtype),
-        ddt.to(dt.dtype),
+        ddt.to(x.dtype),
         _total(dA),
         dB.to(B.dtype),
         dC.to(C.dtype),
