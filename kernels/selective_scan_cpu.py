@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, read, run, spread, tile, write, zeros
-from .simd import LANES, Variable, emitted, exp2, sigmoid, softplus_and_slope, sums
+from .simd import LANES, Variable, emitted, exp2, exp2_of_product, sigmoid, softplus_and_slope, sums
 
 CHUNK = 16  # tokens between kept states: fp32 states then cost n / 16 values a token and channel
 
@@ -62,12 +62,17 @@ def _enter_again(code, tokens, xs, step, dt_bias, entering, slope):
             entering[at] = after * xs[at]
 
 
+def _decay(step, A):
+    return exp2(step * A)
+
+
 @emitted
 def _advance(
-    code, n, first, last, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, y,
+    code, n, first, last, gentle, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, y,
     x, x_at, x_token, dt, dt_at, dt_token, s, s_at, s_token, states, states_at,
 ):  # fmt: skip
-    """The forward's inner loops, over the tokens [first, last) of a chunk: one state at a time, h in registers.
+    """The forward's inner loops, over the tokens [first, last) of a chunk: one state at a time, h in registers. Where
+    the chunk is `gentle`, no decay underflows.
     B_at and B_token: where the chunk's first token is in B, and how far from there the next one.
     """
     with code.loop(0, n) as i:
@@ -78,19 +83,21 @@ def _advance(
             dt.fetch(dt_at + (i + CHUNK) * dt_token + j)
             s.fetch(s_at + i * s_token + j, to_write=True)
             states.fetch(states_at + i * BLOCK + j, to_write=True)
-        with code.loop(first, last) as m:
-            B_i, C_i = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
-            for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
-                at = m * BLOCK + j
-                h_ij.set(exp2(step[at] * A_ij) * h_ij.get() + entering[at] * B_i)
-                y[at] = h_ij.get() * C_i + y[at]
+        with code.either(gentle) as branches:
+            for branch, decay in zip(branches, (exp2_of_product, _decay), strict=True):
+                with branch, code.loop(first, last) as m:
+                    B_i, C_i = B.spread(B_at + m * B_token + i), C.spread(C_at + m * C_token + i)
+                    for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
+                        at = m * BLOCK + j
+                        h_ij.set(decay(step[at], A_ij) * h_ij.get() + entering[at] * B_i)
+                        y[at] = h_ij.get() * C_i + y[at]
         for j, h_ij in zip(COLUMNS, h_i, strict=True):
             h[i * BLOCK + j] = h_ij.get()
 
 
 @emitted
 def _retreat(
-    code, n, first, last, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, before, decay,
+    code, n, first, last, gentle, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, before, decay,
     ds, g, dA, dentering, dstep, dB_i, dC_i, dB, dC,
     far_x, x_at, x_token, far_dt, dt_at, dt_token, far_ds, ds_at, ds_token,
     dx, dx_at, dx_token, ddt, ddt_at, ddt_token, states, states_at,
@@ -111,13 +118,15 @@ def _retreat(
             dx.fetch(dx_at + i * dx_token + j, to_write=True)
             ddt.fetch(ddt_at + i * ddt_token + j, to_write=True)
             states.fetch(states_at + i * BLOCK + j)
-        with code.loop(first, last) as m:
-            B_im = B.spread(B_at + m * B_token + i)
-            for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
-                at = m * BLOCK + j
-                before[at] = h_ij.get()
-                decay[at] = exp2(step[at] * A_ij)
-                h_ij.set(decay[at] * h_ij.get() + entering[at] * B_im)
+        with code.either(gentle) as branches:
+            for branch, power in zip(branches, (exp2_of_product, _decay), strict=True):
+                with branch, code.loop(first, last) as m:
+                    B_im = B.spread(B_at + m * B_token + i)
+                    for j, A_ij, h_ij in zip(COLUMNS, A_i, h_i, strict=True):
+                        at = m * BLOCK + j
+                        before[at] = h_ij.get()
+                        decay[at] = power(step[at], A_ij)
+                        h_ij.set(decay[at] * h_ij.get() + entering[at] * B_im)
 
         g_i = [Variable(g[i * BLOCK + j]) for j in COLUMNS]
         dA_i = [Variable(dA[i * BLOCK + j]) for j in COLUMNS]
@@ -165,6 +174,15 @@ def _leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
 
 
 @kernel
+def _is_gentle(step, lowest):
+    underflows = False
+    for m in range(len(step)):
+        for j in range(BLOCK):
+            underflows |= step[m, j] * lowest[j] < np.float32(-126)
+    return not underflows
+
+
+@kernel
 def _mark(image, b, start, length, reverse, begins):
     """For each token of the chunk, in scan order, whether it begins an image, so that the state starts anew."""
     for m in range(len(begins)):
@@ -193,6 +211,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, im
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
     dt_proj_block = tile(rank)
+    lowest = tile(1)[0]
     h, A_block, D_block, bias_block = tile(n), tile(n), tile(1)[0], tile(1)[0]
     xs, step, entering, y = tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK)
     for item in range(first, last):
@@ -203,9 +222,11 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, im
         for r in range(rank):
             _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
         h[:] = np.float32(0)
+        lowest[:] = np.float32(0)
         for i in range(n):
             for j in range(width):
                 A_block[i, j] = A[k, e0 + j, i] * LOG2E
+                lowest[j] = min(lowest[j], A_block[i, j])
                 h[i, j] = initial[k, b, e0 + j, i] if len(initial) else np.float32(0)
         for start in range(0, length, CHUNK):
             tokens = min(CHUNK, length - start)
@@ -225,6 +246,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, im
             else:
                 read(dt[0], dt_at, dt_token, width, step[:tokens])
             _enter((tokens, xs, step, bias_block, D_block, entering, y))
+            gentle = _is_gentle(step[:tokens], lowest)
             m = 0
             while m < tokens:
                 run_end = m + 1
@@ -233,7 +255,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, im
                 if begins[m]:
                     h[:] = np.float32(0)
                 _advance((
-                    n, m, run_end, step, A_block, entering, B[0], B_at, B_token, C[0], C_at, C_token, h, y,
+                    n, m, run_end, gentle, step, A_block, entering, B[0], B_at, B_token, C[0], C_at, C_token, h, y,
                     x[0], x_at, x_token, dt[0], dt_at, dt_token, s[0], s_at, s_token, states, kept_at + e * n,
                 ))  # fmt: skip
                 m = run_end
@@ -256,6 +278,7 @@ def _backward(
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
     dt_proj_block = tile(rank)
+    lowest = tile(1)[0]
     h, g, A_block, dA_block = tile(n), tile(n), tile(n), tile(n)
     D_block, bias_block, dD_block, dbias_block = tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
     xs, step, slope, entering, before, decay = (
@@ -274,9 +297,11 @@ def _backward(
             _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
         h[:] = np.float32(0)
         g[:] = np.float32(0)
+        lowest[:] = np.float32(0)
         for i in range(n):
             for j in range(width):
                 A_block[i, j] = A[k, e0 + j, i] * LOG2E
+                lowest[j] = min(lowest[j], A_block[i, j])
                 g[i, j] = dfinal[k, b, e0 + j, i] if len(dfinal) else np.float32(0)
         dA_block[:] = np.float32(0)
         dD_block[:] = np.float32(0)
@@ -305,6 +330,7 @@ def _backward(
             dstep[:] = np.float32(0)
             dB_block[:] = np.float32(0)
             dC_block[:] = np.float32(0)
+            gentle = _is_gentle(step[:tokens], lowest)
             run_end = tokens
             while run_end > 0:
                 m = run_end - 1
@@ -318,8 +344,8 @@ def _backward(
                     dB_i[:] = np.float32(0)
                     dC_i[:] = np.float32(0)
                 _retreat((
-                    n, m, run_end, step, A_block, entering, B[0], B_at, B_token, C[0], C_at, C_token, h, before, decay,
-                    dss, g, dA_block, dentering, dstep, dB_i, dC_i, dB_block, dC_block,
+                    n, m, run_end, gentle, step, A_block, entering, B[0], B_at, B_token, C[0], C_at, C_token, h,
+                    before, decay, dss, g, dA_block, dentering, dstep, dB_i, dC_i, dB_block, dC_block,
                     x[0], x_at, x_token, dt[0], dt_at, dt_token, ds[0], ds_at, ds_token,
                     dx[0], dx_at, dx_token, ddt[0], ddt_at, ddt_token, states, kept_at - e * n,
                 ))  # fmt: skip

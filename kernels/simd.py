@@ -57,6 +57,12 @@ class Vector:
         smaller = b.fcmp_ordered("<", self.value, self.like(other).value, flags=_FLAGS)
         return Vector(b, b.select(smaller, self.like(then).value, self.like(otherwise).value))
 
+    def fma(self, factor: "Vector", addend: "Vector | float") -> "Vector":
+        """self * factor + addend, where the product is not wanted for anything else: not even then is it rounded."""
+        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+        operation = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+        return Vector(self.builder, self.builder.call(operation, [self.value, factor.value, self.like(addend).value]))
+
     def shuffle(self, other: "Vector", lanes: list[int]) -> "Vector":
         """From the lanes of both, one after the other."""
         return Vector(self.builder, self.builder.shuffle_vector(self.value, other.value, ir.Constant(_INTEGERS, lanes)))
@@ -181,6 +187,10 @@ class Code:
     def index(self, number: int) -> Index:
         return Index(self.builder, number)
 
+    def either(self, condition: Index) -> Any:
+        """A context of two contexts, for what happens where the condition is not 0, and where it is."""
+        return self.builder.if_else(self.builder.icmp_signed("!=", condition.value, self.index(0).value))
+
     @contextmanager
     def loop(self, first: Index | int, last: Index | int, step: int = 1) -> Iterator[Index]:
         first, last = self.index(0).like(first), self.index(0).like(last)
@@ -219,13 +229,24 @@ def emitted(function: Callable[..., None]) -> Any:
 def exp2(t: Vector) -> Vector:
     """2^t to 2e-7, below 127, and 2^-126 below -126. The polynomial is exactly 1 at 0: a decay near one is multiplied
     over thousands of tokens, and a bias would add up.
-
-    Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it goes to the exponent.
     """
-    b = t.builder
     t = t.below(-126, -126, t)
-    rounded = t + 12582912
-    f = t - (rounded - 12582912)
+    rounded = t + _TO_INTEGER
+    return _power(rounded, t - (rounded - _TO_INTEGER))
+
+
+def exp2_of_product(s: Vector, a: Vector) -> Vector:
+    """2^(s a) for products from -126 to 127, with an eighth fewer instructions."""
+    rounded = s.fma(a, _TO_INTEGER)
+    return _power(rounded, s.fma(a, (rounded - _TO_INTEGER) * -1))
+
+
+# Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it goes to the exponent.
+_TO_INTEGER = 12582912
+
+
+def _power(rounded: Vector, f: Vector) -> Vector:
+    b = f.builder
     p = f * 1.3264727e-3 + 9.6715128e-3
     for coefficient in (5.5507337e-2, 2.4022242e-1, 6.9314698e-1, 1):
         p = p * f + coefficient
