@@ -271,7 +271,7 @@ def _backward(
     dx, ddt, dA, dBC, dD, dbias, dinitial,
 ):  # fmt: skip
     """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`. The gradients of B, and after them those of C, come from
-    each block of channels, the tokens of a chunk in scan order: dBC (blocks, k, b, chunks, 2n, CHUNK).
+    each block of channels, the tokens of a chunk in scan order: dBC (blocks, k b chunks, 2n, CHUNK).
     """
     images, length, e, n = size
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
@@ -308,7 +308,8 @@ def _backward(
         dbias_block[:] = np.float32(0)
         for c in range((length - 1) // CHUNK, -1, -1):
             start = c * CHUNK
-            kept_at = (((k * images + b) * chunks + c) * e + e0) * n
+            chunk = (k * images + b) * chunks + c
+            kept_at = (chunk * e + e0) * n
             tokens = min(CHUNK, length - start)
             _mark(image, b, start, length, reverse[k], begins[:tokens])
             token = length - 1 - start if reverse[k] else start
@@ -357,8 +358,8 @@ def _backward(
             write(dstep[:tokens], ddt[0], ddt_at, ddt_token, width)
             for i in range(n):
                 for m in range(CHUNK):
-                    dBC[block, k, b, c, i, m] = dB_block[i, m]
-                    dBC[block, k, b, c, n + i, m] = dC_block[i, m]
+                    dBC[block, chunk, i, m] = dB_block[i, m]
+                    dBC[block, chunk, n + i, m] = dC_block[i, m]
         for j in range(width):
             dD[b, k, e0 + j] = dD_block[j]
             dbias[b, k, e0 + j] = dbias_block[j]
@@ -369,25 +370,23 @@ def _backward(
 
 
 @kernel
-def _gather(first, last, length, dBC, reverse, dB, dC):
-    """The sum of dBC over its blocks, an item being a chunk of one image and direction, to the pairs dB and dC."""
-    blocks, _, images, chunks, n, _ = dBC.shape
-    total = np.empty((n, CHUNK), np.float32)
+def _gather(first, last, size, dBC, reverse, dB, dC):
+    """The sum of dBC over its blocks, to the pairs dB and dC. An item is a chunk of one direction and image."""
+    images, length, n = size
+    chunks = (length + CHUNK - 1) // CHUNK
     for item in range(first, last):
-        k, b, c = item // (images * chunks), item // chunks % images, item % chunks
-        total[:] = dBC[0, k, b, c]
-        for block in range(1, blocks):
-            for i in range(n):
+        k, b, start = item // (images * chunks), item // chunks % images, item % chunks * CHUNK
+        for block in range(1, len(dBC)):
+            for i in range(2 * n):
                 for m in range(CHUNK):
-                    total[i, m] += dBC[block, k, b, c, i, m]
-        start = c * CHUNK
+                    dBC[0, item, i, m] += dBC[block, item, i, m]
         token = length - 1 - start if reverse[k] else start
         dB_at, dB_token = _place(dB[1], k, b, token, 0, reverse[k])
         dC_at, dC_token = _place(dC[1], k, b, token, 0, reverse[k])
         for m in range(min(CHUNK, length - start)):
-            for i in range(n // 2):
-                dB[0][np.uintp(dB_at + m * dB_token + i)] = total[i, m]
-                dC[0][np.uintp(dC_at + m * dC_token + i)] = total[n // 2 + i, m]
+            for i in range(n):
+                dB[0][np.uintp(dB_at + m * dB_token + i)] = dBC[0, item, i, m]
+                dC[0][np.uintp(dC_at + m * dC_token + i)] = dBC[0, item, n + i, m]
 
 
 @inline
@@ -541,7 +540,7 @@ def backward(
     dA, dD, dbias = torch.empty(b, k, e, n), torch.empty(b, k, e), torch.empty(b, k, e)
     dB, dC = torch.empty(k, b, length, n), torch.empty(k, b, length, n)
     chunks = -(-length // CHUNK)
-    dBC = torch.empty(blocks, k, b, chunks, 2 * n, CHUNK)
+    dBC = torch.empty(blocks, k * b * chunks, 2 * n, CHUNK)
     dinitial = torch.empty((0, 0, 0, 0) if initial is None else (k, b, e, n))
     run(
         _backward,
@@ -564,7 +563,7 @@ def backward(
         spread(ddt),
         *(t.numpy() for t in (dA, dBC, dD, dbias, dinitial)),
     )
-    run(_gather, k * b * chunks, length, dBC.numpy(), np.array(reverse), spread(dB), spread(dC))
+    run(_gather, k * b * chunks, (b, length, n), dBC.numpy(), np.array(reverse), spread(dB), spread(dC))
     no_bias = dt_bias is None
     return (
         dx.to(x.dtype),
