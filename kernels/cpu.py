@@ -1,7 +1,7 @@
-"""What the CPU kernels share: how numba compiles them, how they run on threads, and their elementary functions.
+"""What the CPU kernels share: how numba compiles them, how they run on threads, and the tiles that they work on.
 
-numba notices a change of the file that a kernel is in, but not of this one: after editing `inline` functions here,
-touch the *_cpu.py files.
+numba notices a change of the file that a kernel is in, but not of this one or of simd.py: after editing these, touch
+the *_cpu.py files.
 """
 # what numba compiles infers its types:
 # mypy: disable-error-code="no-untyped-def"

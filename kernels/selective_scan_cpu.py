@@ -1,13 +1,13 @@
-"""The selective scan on a CPU, compiled by numba: parallel over image and channels, the state in the cache.
+"""The selective scan on a CPU, compiled by numba: parallel over image and channels, a state in registers.
 
 Axes: k directions, b images, l tokens, e inner channels, n states a channel. A work item walks one direction of one
-image for a block of channels, a chunk of tokens at a time. Inner loops run over the channels of the block, so that each
-becomes vector instructions, and what they work on stays in the first caches. The forward keeps the state before each
-chunk; the backward rebuilds the states of one chunk at a time from there. Nothing of size l x e x n exists.
+image for a block of channels, a chunk of tokens at a time. Inner loops run over the tokens of the chunk for one state,
+which stays in registers, and what they work on stays in the first cache. The forward keeps the state before each chunk;
+the backward rebuilds the states of one chunk at a time from there. Nothing of size l x e x n exists.
 
 Arithmetic is fp32; 16-bit tensors are converted on the way in and out.
 """
-# what numba compiles infers its types:
+# what numba compiles, or simd.py emits, infers its types:
 # mypy: disable-error-code="no-untyped-def"
 
 import math
