@@ -192,6 +192,20 @@ def test_the_op_and_its_kernels_keep_states_equally_often(backend: str) -> None:
     assert module.CHUNK[backend] == module._fused(backend).CHUNK
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_decays_may_underflow(reverse: bool) -> None:
+    """Exponents reach -1,000: the CPU's kernels have other loops for chunks with any below what fp32 can hold."""
+    inputs = [t.detach() for t in _inputs(length=50, e=70, dtype=torch.float32)]
+    inputs[1], inputs[2] = 3 * inputs[1] + 4, 20 * inputs[2]
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        given = [t.to(dtype).requires_grad_() for t in inputs]
+        y = selective_scan(*given, reverse=reverse)
+        results.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
+    for name, exact, ours in zip(("y", *NAMES), *results, strict=True):
+        assert (ours - exact).abs().max() < 2e-6 * exact.abs().max(), name  # some ulps of fp32 at sums' scale
+
+
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     case, threads = scan_case((3, 50, 200, 8), directions=2), torch.get_num_threads()
     results = []
