@@ -42,8 +42,8 @@ def bimamba_inner(
     D (k, e). `reset` (b, l) marks first tokens of images, as in `selective_scan`.
 
     With `recompute` only xz and the projections (k, b, l, r + 2n) are kept for the backward pass, which rebuilds the
-    convolution, dt and the scan: 2 + k (r + 2n) / e values a token and channel instead of about 3 + 4k, for one more
-    convolution and scan. Without, the same operations keep what they need.
+    convolution, dt and the scan: 2 + k (r + 2n) / e values a token and channel instead of about 2 + 3k, for one more
+    convolution and scan. Without, what the convolution and the scan gave and the scan's states are kept too.
 
     Raises:
         ValueError: a tensor of another shape, dtype or device than the others ask for, or a backend that cannot run.

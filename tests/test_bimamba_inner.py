@@ -142,7 +142,8 @@ def test_only_the_projections_are_kept_besides_the_input() -> None:
 
     # xz 2, projections 2 (r + 2n) / e
     assert kept(recompute=True) == 2 + 2 * 10 / 32
-    assert kept(recompute=False) > 2 * kept(recompute=True)
+    # and, of both directions, what the convolution gave and what the scan gave; dt is rebuilt
+    assert kept(recompute=False) == kept(recompute=True) + 2 * 2
 
 
 def test_gradients_pass_a_numerical_check() -> None:

@@ -1,7 +1,7 @@
 """VisionMamba: the published sizes, its parts, and what its configuration refuses."""
 
 import dataclasses
-import time
+import json
 from typing import Any
 
 import pytest
@@ -79,10 +79,9 @@ def test_presets_have_the_published_number_of_parameters(preset: str, published:
 @pytest.mark.parametrize("preset", ["vim_large", "vim_huge_reg", "vim_giant", "vim_7b", "vim_7b_reg"])
 def test_large_models_are_built_without_memory_and_counted_layer_by_layer(preset: str) -> None:
     config = PRESETS[preset]
-    start = time.perf_counter()
     with torch.device("meta"):
         model = VisionMamba(config)
-    assert time.perf_counter() - start < 30, "that took as long as if memory had been filled"
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
     parts = {part.name: part.parameters for part in costs(config)}
     for i, block in enumerate(model.blocks):
         assert sum(p.numel() for p in block.parameters()) == parts[f"layer {i}"]
@@ -126,8 +125,6 @@ def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> N
 
 
 def test_presets_and_shapes_survive_a_file(member: VimConfig) -> None:
-    import json
-
     assert VimConfig.from_dict(json.loads(json.dumps(member.to_dict()))) == member
 
 
@@ -223,10 +220,9 @@ def test_packed_images_give_what_each_gives_alone(member: VimConfig) -> None:
     torch.testing.assert_close(model(images), alone, rtol=1e-4, atol=1e-6)
 
 
-def test_a_pack_drops_whole_images(member: VimConfig) -> None:
-    config = dataclasses.replace(member, drop_path=0.5)
-    if config.stages:
-        pytest.skip("hierarchical models are not packed")
+@pytest.mark.parametrize("name", [name for name, config in FAMILY.items() if not config.stages])
+def test_a_pack_drops_whole_images(name: str) -> None:
+    config = dataclasses.replace(FAMILY[name], drop_path=0.5)
     model = _model(config)
     images = [torch.randn(3, *size) for size in ((16, 24), (8, 8), (16, 16))]
     draws = torch.tensor([[0.9], [0.1], [0.9]]).expand(3, len(config.layers))

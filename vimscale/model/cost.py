@@ -49,11 +49,10 @@ def _embedding(config: VimConfig) -> Cost:
     if config.stem == "patch":
         weights = 3 * config.patch_size**2 * d
         return Cost("embedding", None, config.tokens, d, count + weights + d, 2 * config.patches * weights)
-    halvings = config.patch_size.bit_length() - 1
-    widths = [3, *(max(d >> (halvings - i), 16) for i in range(1, halvings + 1))]
+    widths = config.stem_widths
     operations = 0
     for i, (before, after) in enumerate(pairwise(widths), 1):
-        shrink = 2 ** (halvings - i)
+        shrink = config.patch_size >> i
         count += 9 * before * after + 2 * after
         operations += 2 * 9 * before * after * rows * columns * shrink**2
     count += d * widths[-1] + d

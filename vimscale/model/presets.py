@@ -189,6 +189,12 @@ class VimConfig:
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Channels before and after each convolution of stride 2 of the stem `conv`."""
+        halvings = self.patch_size.bit_length() - 1
+        return 3, *(max(self.widths[0] >> (halvings - i), 16) for i in range(1, halvings + 1))
+
+    @property
     def step(self) -> int:
         return self.stride or self.patch_size
 

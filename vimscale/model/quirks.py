@@ -79,11 +79,11 @@ class PublishedVim(VisionMamba):
         """(l) which token of the sequence, class tokens included, to walk as i-th; random: drawn anew in every pass."""
         if "channels" in self._quirks:
             embed = nn.Conv2d(arguments["channels"], config.d_model, config.patch_size, config.step)
-            self.patch_embed = embed  # type: ignore[assignment]
+            self.patch_embed = embed
         if "ssm_cfg" in self._quirks:
             self.backward = 0.0
         if "num_classes" in self._quirks:
-            self.head = nn.Identity()  # type: ignore[assignment]
+            self.head = nn.Identity()
         self.rope_cos: Tensor | None
         self.rope_sin: Tensor | None
         cos, sin = rotations(arguments) if "if_rope" in self._quirks else (None, None)

@@ -134,7 +134,7 @@ def _layer(text: str, tokens: _Tokens, at: int) -> tuple[Layer, int]:
         raise _fault(text, column, f"'@' takes an order: {', '.join(get_args(Order))}")
     if kind in ("attn", "cross") and order != "row":
         raise _fault(text, column, f"{kind} takes no order: it has its own")
-    return Layer(kind, order), at + 3  # type: ignore[arg-type]
+    return Layer(kind, order), at + 3  # type: ignore[arg-type]  # as above
 
 
 def _check_pairs(text: str, layers: _Layers) -> None:

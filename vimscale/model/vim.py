@@ -102,9 +102,12 @@ class PatchEmbed(nn.Conv2d):
     def __init__(self, config: VimConfig, d: int):
         super().__init__(3, d, config.patch_size, config.step)
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        _init_conv(self)
+        """LeCun normal, cut at two sigmas, which shrinks the standard deviation by 0.8796; as published."""
+        std = self.weight[0].numel() ** -0.5 / 0.8796
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
 
 
 class ConvStem(nn.Sequential):
@@ -113,12 +116,10 @@ class ConvStem(nn.Sequential):
     """
 
     def __init__(self, config: VimConfig, d: int):
-        halvings = config.patch_size.bit_length() - 1
-        widths = [3, *(max(d >> (halvings - i), 16) for i in range(1, halvings + 1))]
         layers: list[nn.Module] = []
-        for i, o in pairwise(widths):
+        for i, o in pairwise(config.stem_widths):
             layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(1, o), nn.SiLU()]
-        super().__init__(*layers, nn.Conv2d(widths[-1], d, 1))
+        super().__init__(*layers, nn.Conv2d(config.stem_widths[-1], d, 1))
 
 
 class Merge(nn.Module):
@@ -145,15 +146,6 @@ class Head(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-@torch.no_grad()
-def _init_conv(conv: nn.Conv2d) -> None:
-    """LeCun normal, cut at two sigmas, which shrinks the standard deviation by 0.8796; as published."""
-    std = conv.weight[0].numel() ** -0.5 / 0.8796
-    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-
-
 class VisionMamba(nn.Module):
     """An image encoder and classifier of `config`'s shape (arXiv:2401.09417). Knows one device and no environment."""
 
@@ -169,7 +161,7 @@ class VisionMamba(nn.Module):
         self.probes: dict[int, Probe] | None = None
         """Set to a dict to have the next forward pass put a probe of each layer into it."""
         d = config.widths[0]
-        self.patch_embed = ConvStem(config, d) if config.stem == "conv" else PatchEmbed(config, d)
+        self.patch_embed: nn.Module = ConvStem(config, d) if config.stem == "conv" else PatchEmbed(config, d)
         self.cls_token = nn.Parameter(torch.empty(config.cls_tokens, d)) if config.cls_tokens else None
         self.registers = nn.Parameter(torch.empty(config.registers, d)) if config.registers else None
         self.pos_embed = nn.Parameter(torch.empty(config.tokens, d)) if config.pos_embed else None
@@ -190,7 +182,7 @@ class VisionMamba(nn.Module):
         if config.pooling == "registers" and config.register_reduce > 1:
             self.neck = nn.Linear(last, last // config.register_reduce, bias=False)
             self.neck_norm = Norm(config, config.features)
-        self.head = Head(config.features, config.num_classes)
+        self.head: nn.Module = Head(config.features, config.num_classes)
         self._paired = paired
         self._init_all(gather or (lambda parameters: nullcontext()))
 
