@@ -74,7 +74,7 @@ def show(
 ) -> None:
     """Print the resolved recipe, its model as a picture, and what follows from both; run nothing."""
     from vimscale import recompute
-    from vimscale.data.shards import Dataset
+    from vimscale.data.dataset import Dataset
     from vimscale.errors import DataError
     from vimscale.model.cost import flops, parameters
 
@@ -83,7 +83,7 @@ def show(
     chosen = recipes.load(recipe, overrides or ())
     micro, accumulation = chosen.micro_batch(workers)
     try:
-        manifest = Dataset.open(chosen.data.train).manifest
+        manifest = Dataset.open(chosen.data.sources[0].data).manifest
         classes, samples, about = len(manifest.classes), manifest.samples, f"{manifest.samples:,} images"
     except DataError as error:
         classes, samples, about = 1000, 0, f"not readable from here, 1,000 classes assumed ({error})"
@@ -135,7 +135,7 @@ def launch(
     runs: Annotated[Path, typer.Option(help="Where runs' folders are; all ranks must see it.")] = Path("runs"),
 ) -> None:
     """Train a recipe; go on where an interrupted run of its name stopped."""
-    from vimscale.data.shards import Dataset
+    from vimscale.data.dataset import Dataset
     from vimscale.run_folder import RunFolder
 
     from . import on_local, supervisor
@@ -145,7 +145,7 @@ def launch(
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
     chosen = recipes.load(recipe, overrides or ())
     if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
-        for source in (chosen.data.train, chosen.data.val):
+        for source in (*(part.data for part in chosen.data.sources), chosen.data.val):
             if source is not None:
                 Dataset.open(source)
     folder = RunFolder(runs / chosen.name)
@@ -228,7 +228,7 @@ def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest
     """Figures of a model on the recipe's validation set, on this process's device."""
     import torch
 
-    from vimscale.data.shards import Dataset
+    from vimscale.data.dataset import Dataset
     from vimscale.evaluate import evaluate
 
     assert recipe.data.val is not None

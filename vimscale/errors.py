@@ -20,6 +20,17 @@ class DataError(UserError):
     """A data set that is not there, not whole, or not what its manifest says."""
 
 
+class BadSample(DataError):
+    """One sample that cannot be used, where its shard is whole: it is counted by `cause`, and replaced."""
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple:
+        return BadSample, (self.cause, str(self))
+
+
 class CheckpointError(UserError):
     """A checkpoint that is not there, damaged, or of another model."""
 

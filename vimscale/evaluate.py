@@ -8,7 +8,8 @@ from torch import Tensor
 from vimscale import checkpoint, distributed
 from vimscale.data import stream
 from vimscale.data.augment import normalise
-from vimscale.data.shards import Dataset, Manifest
+from vimscale.data.dataset import Dataset
+from vimscale.data.shards import Manifest
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import Recipe
@@ -50,7 +51,7 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
     """
     recipe = run.recipe()
     folder = run.newest_checkpoint(step)
-    manifest = Dataset.open(recipe.data.train).manifest
+    manifest = Dataset.open(recipe.data.sources[0].data).manifest
     trainer = checkpoint.read_trainer(folder)
     model = VisionMamba(recipe.model.shape(len(manifest.classes)))
     model.backward = model.config.backward_at(trainer.step)

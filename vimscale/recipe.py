@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import (
@@ -15,7 +15,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -34,8 +36,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+_UNION = ("one", "several")
+"""Tags of a union's members, which pydantic puts into the places of faults."""
+_Either = Discriminator(lambda value: _UNION[isinstance(value, list | tuple)])
 Sides = Annotated[tuple[Whole, Whole], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 """Two whole numbers, written as a list."""
+Size = Annotated[Annotated[Whole, Tag(_UNION[0])] | Annotated[Sides, Tag(_UNION[1])], _Either]
+"""One whole number or two."""
 
 
 class Stage(_Section):
@@ -56,7 +63,7 @@ class Model(_Section):
     """The folder of an exported or imported model to start from; its position embedding is resized, its head kept if
     there are as many classes.
     """
-    image_size: Whole | Sides | None = None
+    image_size: Size | None = None
     """Side of the square image the model sees, or [height, width], in pixels; a multiple of patch_size."""
     patch_size: Whole | None = None
     stride: Whole | None = None
@@ -133,13 +140,119 @@ def _only_kind(preset: VimConfig) -> str:
     return kind
 
 
-class Data(_Section):
-    """Two data sets of tar shards: folders with a manifest.json, or an embedded set (digits:train, digits:val)."""
+def _check_size(text: str) -> str:
+    if size_bytes(text) is None:
+        raise ValueError(f"{text!r} is not a size; write 500MB, 100GB or 2TB")
+    return text
 
-    train: str
+
+def size_bytes(text: str) -> int | None:
+    """Bytes of 500MB, 8GB or 2TB; None of anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB)", text)
+    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]]) if found else None
+
+
+class Source(_Section):
+    """One data set of a mixture."""
+
+    data: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the images, over the sum of all weights."""
+
+
+class Reweight(_Section):
+    step: Annotated[Whole, Field(ge=1)]
+    weights: tuple[float, ...]
+    """One for each source, from this step on; 0 leaves one out."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Data(_Section):
+    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
+
+    train: Annotated[Annotated[str, Tag(_UNION[0])] | Annotated[tuple[Source, ...], Tag(_UNION[1])], _Either]
+    """One data set, or a mixture of several."""
+    reweight: tuple[Reweight, ...] = ()
+    """Other weights of a mixture from given steps on."""
     val: str | None = None
     workers: Annotated[Whole, Field(ge=0)] = 0
     """Processes a rank that read and decode ahead; 0 reads between steps, in the rank itself."""
+    window: Annotated[Whole, Field(ge=1)] = 16
+    """Shards whose samples are shuffled with each other; so many must fit into the cache."""
+    lanes: Annotated[Whole, Field(ge=1)] = 1
+    """Equal parts of an epoch that a batch is drawn from side by side, so that a node needs only its own parts' shards:
+    at least the number of nodes for remote data, 1 for a disk that all nodes share.
+    """
+    cache: Annotated[str, AfterValidator(_check_size)] = "100GB"
+    """Largest size of the node's cache of remote shards."""
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the images that may be unreadable, and replaced by others, before the run stops."""
+
+    @field_validator("train", "reweight", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Data":
+        faults = []
+        count = len(self.sources)
+        if not count:
+            faults.append("train: the mixture is empty; give at least one source")
+        if self.reweight and count < 2:
+            faults.append("reweight: there is one source, so nothing to weigh; leave it out")
+        elif any(len(change.weights) != count for change in self.reweight):
+            faults.append(f"reweight: each change needs {count} weights, one for each source")
+        elif any(min(change.weights) < 0 or sum(change.weights) <= 0 for change in self.reweight):
+            faults.append("reweight: weights are 0 or more, and not all 0")
+        steps = [change.step for change in self.reweight]
+        if steps != sorted(set(steps)):
+            faults.append("reweight: the steps must rise")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source(data=self.train),) if isinstance(self.train, str) else self.train
+
+
+class RandAugment(NamedTuple):
+    """rand-m9-mstd0.5-inc1, read."""
+
+    magnitude: float
+    """0 to 10."""
+    std: float = 0.0
+    """Standard deviation of each operation's magnitude."""
+    operations: int = 2
+    """So many an image."""
+    increasing: bool = False
+    """Whether every operation gets more severe with the magnitude."""
+
+
+def randaugment(policy: str) -> RandAugment | None:
+    """What a policy's text says, in timm's notation; None if it is no RandAugment."""
+    kind, *parts = policy.split("-")
+    found = [re.fullmatch(r"(mstd|m|n|inc)(\d+(?:\.\d+)?)", part) for part in parts]
+    values = {match[1]: float(match[2]) for match in found if match}
+    whole = all(values.get(key, 1.0).is_integer() for key in ("n", "inc"))
+    if kind != "rand" or None in found or len(values) < len(parts) or "m" not in values or not whole:
+        return None
+    rule = RandAugment(values["m"], values.get("mstd", 0.0), int(values.get("n", 2)), bool(values.get("inc", 0)))
+    return rule if rule.magnitude <= 10 and rule.operations >= 1 else None
+
+
+def _check_policy(text: str) -> str:
+    if text != "3-augment" and randaugment(text) is None:
+        raise ValueError(
+            f"{text!r} is neither 3-augment nor a RandAugment such as rand-m9-mstd0.5-inc1"
+            " (magnitude m 0 to 10; mstd, n and inc may be left out)"
+        )
+    return text
 
 
 class Augment(_Section):
@@ -149,6 +262,38 @@ class Augment(_Section):
     """Crops are stretched by at most this factor, in either direction."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Chance of a horizontal flip."""
+    policy: Annotated[str, AfterValidator(_check_policy)] | None = None
+    """rand-m9-mstd0.5-inc1 and its like (RandAugment: magnitude, its deviation, n operations, increasing), or
+    3-augment (grey, solarize or blur).
+    """
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that a rectangle of the image is replaced by noise."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Beta parameter by which two images are blended; 0 is off. With both mixup and cutmix, each pair draws one."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Beta parameter by which two images swap a rectangle; 0 is off."""
+    repeats: Annotated[Whole, Field(ge=1)] = 1
+    """Differently augmented copies of each image in its batch (repeated augmentation)."""
+    buckets: Annotated[Whole, Field(ge=1)] = 1
+    """Aspect ratios that images may keep, from 1:2 to 2:1, about as many tokens each; the model packs them into rows.
+    1 makes all of them model.image_size.
+    """
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class Phase(_Section):
+    """What changes at a step of progressive training."""
+
+    step: Annotated[Whole, Field(ge=0)]
+    image_size: Size | None = None
+    """Of training images; absent: model.image_size."""
+    batch: Annotated[Whole, Field(ge=1)] | None = None
+    """Images a step, cut into as many micro-steps as the recipe's `batch` is; absent: that."""
 
 
 class Objective(_Section):
@@ -181,7 +326,7 @@ class Optim(_Section):
 
 
 def _check_recompute(rule: str) -> str:
-    if rule not in ("none", "scan", "block") and recompute_every(rule) is None and recompute_budget(rule) is None:
+    if rule not in ("none", "scan", "block") and recompute_every(rule) is None and size_bytes(rule) is None:
         raise ValueError(f"{rule!r} is not none, scan, block, block/2 (every second layer) or a size such as 8GB")
     return rule
 
@@ -190,12 +335,6 @@ def recompute_every(rule: str) -> int | None:
     """The k of block/k."""
     found = re.fullmatch(r"block/([1-9]\d*)", rule)
     return int(found[1]) if found else None
-
-
-def recompute_budget(rule: str) -> int | None:
-    """Bytes, of a size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB)", rule)
-    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else None
 
 
 class Parallel(_Section):
@@ -251,6 +390,8 @@ class Recipe(_Section):
     """Length of the run in passes over the training set, rounded to whole steps."""
     batch: Annotated[Whole, Field(ge=1)] = 1024
     """Images a step over all ranks; gradient accumulation is derived from it."""
+    phases: tuple[Phase, ...] = ()
+    """Other image sizes and batches from given steps on: progressive training."""
     model: Model = Model()
     data: Data
     augment: Augment = Augment()
@@ -260,6 +401,11 @@ class Recipe(_Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
@@ -275,6 +421,17 @@ class Recipe(_Section):
         if micro is not None and self.batch % micro:
             near = max(self.batch // micro, 1) * micro
             faults.append(f"batch {self.batch} is not a multiple of parallel.micro_batch {micro}; use batch={near}")
+        starts = [phase.step for phase in self.phases]
+        if starts != sorted(set(starts)):
+            faults.append(f"phases: their steps must rise; they are {', '.join(map(str, starts))}")
+        unit = self.augment.repeats * self.data.lanes
+        for batch in sorted({self.batch, *(phase.batch for phase in self.phases if phase.batch is not None)}):
+            if batch % unit:
+                what = f"augment.repeats {self.augment.repeats} x data.lanes {self.data.lanes}"
+                near = max(round(batch / unit), 1) * unit
+                faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
+        if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
+            faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -288,7 +445,7 @@ class Recipe(_Section):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        steps = max(round(self.epochs * samples / self.batch), 1)
+        steps = max(round(self._step_after(self.epochs * samples)), 1)
         if self.optim.warmup >= steps:
             fault = (
                 f"optim.warmup {self.optim.warmup:,} must be below the {steps:,} steps that {self.epochs:g} epochs are"
@@ -296,23 +453,66 @@ class Recipe(_Section):
             raise RecipeError(f"recipe {self.name}", [fault])
         return steps
 
-    def micro_batch(self, world: int) -> tuple[int, int]:
-        """(images a rank computes at once, such micro-steps a step) on `world` ranks.
+    def batch_at(self, step: int) -> int:
+        """Images of step `step`, counted from 0."""
+        return next((p.batch for p in reversed(self.phases) if p.step <= step and p.batch is not None), self.batch)
+
+    def consumed(self, step: int) -> int:
+        """Images of the steps before `step`."""
+        return sum(batch * (min(step, end) - start) for start, end, batch in self._stretches() if start < step)
+
+    def size_at(self, step: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the training images of step `step`; `size`: the model's own."""
+        chosen = next((p.image_size for p in reversed(self.phases) if p.step <= step and p.image_size), size)
+        return (chosen, chosen) if isinstance(chosen, int) else chosen
+
+    def _stretches(self) -> Iterator[tuple[int, int, int]]:
+        """(first step, step after the last, images a step), until for ever."""
+        starts = sorted({0, *(phase.step for phase in self.phases)})
+        for start, end in zip(starts, [*starts[1:], sys.maxsize], strict=True):
+            yield start, end, self.batch_at(start)
+
+    def _step_after(self, images: float) -> float:
+        """The step, and the part of it, by which that many images are consumed."""
+        for start, end, batch in self._stretches():
+            if images <= batch * (end - start):
+                return start + images / batch
+            images -= batch * (end - start)
+        raise AssertionError("the last stretch has no end")
+
+    def micro_batch(self, world: int, step: int | None = None) -> tuple[int, int]:
+        """(images a rank computes at once, such micro-steps a step) on `world` ranks; in step `step`, or by `batch`.
 
         Raises:
-            RecipeError: the batch cannot be divided among them.
+            RecipeError: the batch, or that of a phase, cannot be divided among them.
         """
         micro = self.parallel.micro_batch
         unit = world if micro is None else world * micro
+        sizes = f"{world} ranks" if micro is None else f"{world} ranks x parallel.micro_batch {micro}"
+        accumulation = 1 if micro is None else max(self.batch // unit, 1)
+        faults = []
         if self.batch % unit:
             near = max(round(self.batch / unit), 1) * unit
-            sizes = f"{world} ranks" if micro is None else f"{world} ranks x parallel.micro_batch {micro}"
             way_out = (
                 f"use batch={near}" + (", another micro_batch" if micro else "") + " or another number of --workers"
             )
-            raise RecipeError(f"recipe {self.name}", [f"batch {self.batch} is not a multiple of {sizes}; {way_out}"])
-        share = self.batch // world
-        return (share, 1) if micro is None else (micro, share // micro)
+            faults.append(f"batch {self.batch} is not a multiple of {sizes}; {way_out}")
+        cuts = world * accumulation
+        for phase in self.phases:
+            if phase.batch is not None and phase.batch % cuts:
+                near = max(round(phase.batch / cuts), 1) * cuts
+                what = f"phase at step {phase.step}: batch {phase.batch}"
+                faults.append(f"{what} is not a multiple of {world} ranks x {accumulation} micro-steps; use {near}")
+        if not faults and self.augment.mixes:
+            odd = [batch for _, _, batch in self._stretches() if batch // cuts % 2]
+            faults += [
+                f"mixup and cutmix mix pairs, and micro-batches of {batch // cuts} images are odd; change the batch,"
+                " parallel.micro_batch or the number of --workers"
+                for batch in odd
+            ]
+        if faults:
+            raise RecipeError(f"recipe {self.name}", faults)
+        return (self.batch if step is None else self.batch_at(step)) // cuts, accumulation
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -452,6 +652,7 @@ _WANTED = {
     "bool_type": "true or false",
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
+    "tuple_type": "a list",
 }
 _BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below")}
 _BOUNDS |= {"less_than_equal": ("le", "at most")}
@@ -459,16 +660,17 @@ _BOUNDS |= {"less_than_equal": ("le", "at most")}
 
 def _explain(fault: Any) -> list[str]:
     """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
+    place = [part for part in fault["loc"] if part not in _UNION]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
     if kind == "value_error":
         broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
         return [f"{key}: {rule}" if key else rule for rule in broken]
     if kind == "extra_forbidden":
-        section = _section(fault["loc"][:-1])
-        return [f"{key}: no such key{_suggest(str(fault['loc'][-1]), section.model_fields)}"]
+        section = _section(place[:-1])
+        return [f"{key}: no such key{_suggest(str(place[-1]), section.model_fields)}"]
     if kind == "missing":
-        field: FieldInfo = _section(fault["loc"][:-1]).model_fields[fault["loc"][-1]]
+        field: FieldInfo = _section(place[:-1]).model_fields[place[-1]]
         about = f": {field.description}" if field.description else ""
         return [f"{key}: missing, and it has no default{about}"]
     if kind == "literal_error":
@@ -486,8 +688,14 @@ def _section(location: Iterable[str | int]) -> type[BaseModel]:
         if isinstance(part, int):  # which one of a list: all are alike
             continue
         annotation = section.model_fields[part].annotation
-        while get_origin(annotation) in (Union, UnionType, tuple):  # `Stage` of `tuple[Stage, ...] | None`
-            annotation = get_args(annotation)[0]
-        assert isinstance(annotation, type)
+        annotation = _innermost(annotation)
+        assert annotation is not None
         section = annotation
     return section
+
+
+def _innermost(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation: `Stage` of `tuple[Stage, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _innermost(part)) is not None), None)

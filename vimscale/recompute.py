@@ -18,7 +18,7 @@ from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer, second_of_pairs
 from vimscale.model.tokens import Tokens
 from vimscale.model.vim import Block, Recompute
-from vimscale.recipe import Parallel, recompute_budget, recompute_every
+from vimscale.recipe import Parallel, recompute_every, size_bytes
 
 _LESS_AND_LESS: tuple[Recompute, ...] = ("scan", "block")
 
@@ -30,7 +30,7 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tu
         RecipeError: the byte budget cannot be met.
     """
     rule, layers = parallel.recompute, len(config.layers)
-    every, budget = recompute_every(rule), recompute_budget(rule)
+    every, budget = recompute_every(rule), size_bytes(rule)
     if every is not None:
         return tuple("none" if i % every else "block" for i in range(layers))
     if budget is None:

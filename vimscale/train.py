@@ -15,7 +15,7 @@ from vimscale import checkpoint, distributed, optim, recompute
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.augment import normalise
-from vimscale.data.shards import Dataset
+from vimscale.data.dataset import Dataset
 from vimscale.distributed import RankSpec
 from vimscale.engine import MOMENTS, Engine
 from vimscale.errors import DataError, RunFailed
@@ -47,7 +47,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
 
     # ---- data and model
 
-    train_set = Dataset.open(recipe.data.train)
+    train_set = Dataset.open(recipe.data.sources[0].data)
     val_set = Dataset.open(recipe.data.val) if recipe.data.val else None
     manifest = train_set.manifest
     steps = recipe.length(manifest.samples)

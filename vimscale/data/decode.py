@@ -8,32 +8,35 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vimscale.errors import DataError
+from vimscale.errors import BadSample
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header alone: a few bytes can ask for gigabytes."""
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-def decode(sample: dict, where: str) -> tuple[Tensor, int]:
-    """(image, label) of a webdataset sample: its member with an image's extension, and its `cls`.
+def decode(sample: dict, where: str, classes: int) -> tuple[Tensor, int]:
+    """(image, label) of a webdataset sample: its member with an image's extension, and its `cls` below `classes`.
 
     Raises:
-        DataError: no image or label, or an image that cannot be read; `where` and the sample's key are named.
+        BadSample: no image or label, or an image that cannot be read; `where` and the sample's key are named.
     """
     where = f"{where}, sample {sample.get('__key__')}"
     data = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
     if data is None:
-        raise DataError(f"{where}: no image among its members; known extensions: {', '.join(EXTENSIONS)}")
+        known = ", ".join(EXTENSIONS)
+        raise BadSample("no image", f"{where}: no image among its members; known extensions: {known}")
     try:
         label = int(sample["cls"])
     except (KeyError, ValueError):
-        raise DataError(f"{where}: no whole number in a member .cls, the label") from None
+        raise BadSample("no label", f"{where}: no whole number in a member .cls, the label") from None
+    if not 0 <= label < classes:
+        raise BadSample("label", f"{where}: label {label} is none of the {classes} classes, 0 to {classes - 1}")
     try:
         return _pixels(data), label
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         # what Pillow and simplejpeg raise on damaged files
-        raise DataError(f"{where}: the image cannot be decoded: {error}") from None
+        raise BadSample("image", f"{where}: the image cannot be decoded: {error}") from None
 
 
 def _pixels(data: bytes) -> Tensor:

@@ -6,13 +6,11 @@ A `.tar.idx` is n + 1 little-endian uint64: where each sample starts in the tar,
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 from vimscale.errors import DataError
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,16 @@ class Manifest:
     """Per channel, of images in [0, 1]: what the model's input is normalised with."""
     source: str = ""
     licence: str = ""
+    base: str = ""
+    """Folder or address of the shards where they do not stand beside the manifest."""
+    labels: tuple[int, ...] = ()
+    """Samples of each class; empty if nobody counted."""
+    sides: dict[str, int] = field(default_factory=dict)
+    """Histogram of the images' shorter sides in pixels: from the key on, up to the next."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Inputs that did not become samples, by cause."""
+    plan: str = ""
+    """sha256 of what the set was made from and how: the same plan gives the same bytes."""
     format: int = FORMAT
     samples: int = field(init=False)
 
@@ -54,154 +63,30 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the manifest: a run resumes on the very data it was started on, or not at all."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-class Dataset:
-    """A folder of shards, opened: any sample at the cost of one read."""
-
-    def __init__(self, folder: Path, manifest: Manifest):
-        self.folder = folder
-        self.manifest = manifest
-        self.counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
-        self._index = lru_cache(maxsize=1024)(self._read_index)
-        self._file = lru_cache(maxsize=256)(_File)
-
-    def __reduce__(self) -> tuple:
-        return Dataset, (self.folder, self.manifest)  # worker processes open their own files
+        """sha256 of the manifest, wherever its shards are: a run resumes on the very data it was started on."""
+        return hashlib.sha256(replace(self, base="").to_json().encode()).hexdigest()
 
     @classmethod
-    def open(cls, source: str) -> "Dataset":
-        """The data set `source`: a folder, or an embedded set's name such as digits:train.
-
-        Raises:
-            DataError: no manifest there, or shards that are missing or not of the size it says.
+    def from_json(cls, text: str | bytes, where: str) -> "Manifest":
+        """Raises:
+        DataError: the text is no manifest; `where` names it.
         """
-        if source.startswith("digits:"):
-            from vimscale.data import digits
-
-            try:
-                folder = digits.cached() / source.removeprefix("digits:")
-            except OSError as error:
-                way_out = "set XDG_CACHE_HOME to a folder that can be written"
-                raise DataError(f"data {source}: the embedded set cannot be unpacked ({error}); {way_out}") from None
-        elif "://" in source:
-            raise DataError(
-                f"data {source}: only folders can be streamed so far; copy the shards to a disk all ranks see"
-            )
-        else:
-            folder = Path(source)
-        dataset = cls(folder, _read_manifest(folder, source))
-        dataset.check()
-        return dataset
-
-    def check(self) -> None:
-        """Every shard is there with the size the manifest says, and has an index that ends inside it."""
-        faults = []
-        for number, shard in enumerate(self.manifest.shards):
-            path = self.folder / shard.name
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                faults.append(f"{shard.name} is missing")
-                continue
-            if size != shard.bytes:
-                faults.append(f"{shard.name} has {size:,} bytes, the manifest says {shard.bytes:,}")
-                continue
-            try:
-                self._index(number)
-            except DataError as error:
-                faults.append(str(error))
-        if faults:
-            shown = "".join(f"\n  {fault}" for fault in faults[:10])
-            more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-            way_out = "copy the damaged shards again, or write the data set anew"
-            raise DataError(
-                f"data {self.folder}: {len(faults)} of {len(self.counts)} shards are damaged{shown}{more}\n{way_out}"
-            )
-
-    def _read_index(self, number: int) -> np.ndarray:
-        shard = self.manifest.shards[number]
-        path = self.folder / f"{shard.name}.idx"
         try:
-            offsets = np.fromfile(path, dtype="<u8")
-        except FileNotFoundError:
-            raise DataError(f"{path.name} is missing") from None
-        if (
-            len(offsets) != shard.samples + 1
-            or (np.diff(offsets.astype(np.int64)) <= 0).any()
-            or offsets[-1] > shard.bytes
-        ):
-            raise DataError(f"{path.name} does not index {shard.samples} samples of a {shard.bytes:,} byte shard")
-        return offsets
-
-    def read(self, number: int, i: int) -> dict[str, Any]:
-        """Sample i of shard `number` as webdataset parses it: `__key__`, and the bytes of each member by extension.
-
-        Raises:
-            DataError: the bytes there are no sample; names shard and offset.
-        """
-        from webdataset.tariterators import (
-            group_by_keys,
-            tar_file_expander,
-        )  # brings torch, which a check does not need
-
-        start, end = (int(offset) for offset in self._index(number)[i : i + 2])
-        shard = self.manifest.shards[number]
-        data = os.pread(self._file(self.folder / shard.name).descriptor, end - start, start)
-        stream = {"url": shard.name, "stream": io.BytesIO(data)}
+            tree = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"data {where}: {MANIFEST} cannot be read: {error}") from None
         try:
-            samples = list(group_by_keys(tar_file_expander([stream], handler=_reraise)))
-        except Exception as error:  # tarfile and webdataset raise what they like on bytes that are no tar
-            raise DataError(f"{self.folder / shard.name}, offset {start}: no sample there ({error})") from error
-        if len(samples) != 1:
-            raise DataError(f"{self.folder / shard.name}, offset {start}: {len(samples)} samples where one should be")
-        return samples[0]
-
-
-def _reraise(error: Exception) -> bool:
-    raise error
-
-
-class _File:
-    """A descriptor that closes with its last user; pread needs no position, so threads may share it."""
-
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
-def _read_manifest(folder: Path, source: str) -> Manifest:
-    path = folder / "manifest.json"
-    try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        what = "has no manifest.json" if folder.is_dir() else "is not there"
-        raise DataError(
-            f"data {source}: {folder} {what}; `vimscale data digits DIR` writes a set to start from"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data {source}: {path} cannot be read: {error}") from None
-    try:
-        if tree["format"] != FORMAT:
-            raise DataError(f"data {source}: manifest format {tree['format']}, this version reads {FORMAT}")
-        samples = tree.pop("samples")
-        shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
-        manifest = Manifest(
-            shards=shards,
-            classes=tuple(tree.pop("classes")),
-            mean=tuple(tree.pop("mean")),
-            std=tuple(tree.pop("std")),
-            **tree,
-        )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"data {source}: {path} is no manifest of format {FORMAT}: {error!r}") from None
-    if manifest.samples != samples or not samples:
-        raise DataError(f"data {source}: {path} says {samples} samples, its shards {manifest.samples}")
-    return manifest
+            if tree["format"] != FORMAT:
+                raise DataError(f"data {where}: manifest format {tree['format']}, this version reads {FORMAT}")
+            samples = tree.pop("samples")
+            shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
+            tree |= {key: tuple(tree.get(key, ())) for key in ("classes", "mean", "std", "labels")}
+            manifest = cls(shards=shards, **tree)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"data {where}: {MANIFEST} is not of format {FORMAT}: {error!r}") from None
+        if manifest.samples != samples or not samples:
+            raise DataError(f"data {where}: {MANIFEST} says {samples} samples, its shards {manifest.samples}")
+        return manifest
 
 
 def write(
@@ -233,19 +118,20 @@ def write(
     for sample in samples:
         batch.append(sample)
         if len(batch) == per_shard:
-            shards.append(_write_shard(partial / f"{len(shards):05d}.tar", batch))
+            shards.append(write_shard(partial / f"{len(shards):05d}.tar", batch))
             batch = []
     if batch:
-        shards.append(_write_shard(partial / f"{len(shards):05d}.tar", batch))
+        shards.append(write_shard(partial / f"{len(shards):05d}.tar", batch))
     manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence)
-    (partial / "manifest.json").write_text(manifest.to_json())
+    (partial / MANIFEST).write_text(manifest.to_json())
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
     return manifest
 
 
-def _write_shard(path: Path, samples: list[dict[str, Any]]) -> Shard:
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
+    """Write samples as one tar and its index; the same samples give the same bytes."""
     from webdataset import TarWriter
 
     offsets = []
@@ -257,4 +143,4 @@ def _write_shard(path: Path, samples: list[dict[str, Any]]) -> Shard:
         offsets.append(tar.tarstream.offset)
     np.array(offsets, dtype="<u8").tofile(path.with_name(f"{path.name}.idx"))
     data = path.read_bytes()
-    return Shard(path.name, len(samples), len(data), hashlib.sha256(data).hexdigest())
+    return Shard(path.name, len(offsets) - 1, len(data), hashlib.sha256(data).hexdigest())

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data import augment, decode
+from vimscale.data.dataset import Dataset
 from vimscale.data.plan import Plan, generator
-from vimscale.data.shards import Dataset
 from vimscale.recipe import Recipe
 
 Size = tuple[int, int]
@@ -99,7 +99,7 @@ class _Evaluation(IterableDataset):
 def _read(dataset: Dataset, shard: int, i: int) -> tuple[Tensor, int, str]:
     """(image, label, key) of a sample."""
     raw = dataset.read(shard, i)
-    image, label = decode.decode(raw, str(dataset.folder / dataset.manifest.shards[shard].name))
+    image, label = decode.decode(raw, dataset.where(shard), len(dataset.manifest.classes))
     return image, label, raw["__key__"]
 
 
