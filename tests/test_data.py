@@ -21,37 +21,13 @@ from PIL import Image
 from vimscale import recipe
 from vimscale.data import augment, decode, digits, shards
 from vimscale.data.dataset import Dataset
-from vimscale.data.plan import Plan, generator
+from vimscale.data.feed import Feed
+from vimscale.data.plan import generator
 from vimscale.data.stream import Batch, evaluation, training
+from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError
+from vimscale.model import VisionMamba
 from vimscale.recipe import Augment, Recipe
-
-
-def _recipe(*changes: str) -> Recipe:
-    return recipe.load("vim_digits_cpu", ["batch=24", *changes])
-
-
-def _global(
-    dataset: Dataset, chosen: Recipe, world: int, start: int, stop: int
-) -> list[tuple[list[str], torch.Tensor]]:
-    """Keys and pixels of global batches [start, stop), put together from all ranks' micro-batches."""
-    accumulation = chosen.micro_batch(world)[1]
-    ranks = [
-        list(training(chosen, dataset, rank=r, world=world, start=start, steps=stop, size=(32, 32)))
-        for r in range(world)
-    ]
-    batches = []
-    for step in range(stop - start):
-        parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
-        batches.append(([key for part in parts for key in part.keys], torch.cat([part.images for part in parts])))
-    return batches
-
-
-def _same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(
-        keys == others and torch.equal(x, y) for (keys, x), (others, y) in zip(a, b, strict=True)
-    )
-
 
 # ---- the embedded set
 
@@ -181,68 +157,179 @@ def test_a_remote_address_is_refused_with_a_way_out() -> None:
         Dataset.open("s3://bucket/train")
 
 
-# ---- order
-
-
-def test_an_epoch_is_a_permutation_and_the_next_another() -> None:
-    counts = np.array([5, 1, 9, 4, 7, 3])
-    plan = Plan(counts, seed=3, window=2)
-    epochs = [[plan.locate(p) for p in range(e * 29, (e + 1) * 29)] for e in range(3)]
-    everything = {(shard, i) for shard, count in enumerate(counts) for i in range(count)}
-    assert all(set(epoch) == everything for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_a_window_mixes_only_its_own_shards() -> None:
-    plan = Plan(np.full(8, 10), seed=0, window=2)
-    for window in range(4):
-        assert len({plan.locate(p)[0] for p in range(window * 20, (window + 1) * 20)}) == 2
-
-
-def test_any_position_is_found_without_those_before_it() -> None:
-    counts = np.full(1_000_000, 1000)
-    far = 7 * 10**9 + 12345
-    fresh = Plan(counts, seed=1)
-    walked = Plan(counts, seed=1)
-    before = [walked.locate(far - k) for k in (5_000_000, 3, 2, 1)]
-    assert fresh.locate(far) == walked.locate(far)
-    assert len(set(before)) == 4
-
-
-def test_generators_of_different_purposes_differ() -> None:
-    drawn = {generator(0, stream, counter).random() for stream in (0, 1, 1 << 63) for counter in range(5)}
-    assert len(drawn) == 15
-
-
 # ---- batches
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(digits: Path, world: int) -> None:
-    dataset = Dataset.open(str(digits / "train"))
-    alone = _global(dataset, _recipe(), 1, 55, 65)  # an epoch ends in step 59
-    assert _same(_global(dataset, _recipe(), world, 55, 65), alone)
+EVERYTHING = (
+    "augment.policy=rand-m9-mstd0.5-inc1",
+    "augment.flip=0.5",
+    "augment.jitter=0.3",
+    "augment.erase=0.5",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+)
 
 
-def test_nor_on_accumulation_or_where_one_starts(digits: Path) -> None:
-    dataset = Dataset.open(str(digits / "train"))
-    alone = _global(dataset, _recipe(), 1, 55, 65)
-    assert _same(_global(dataset, _recipe("parallel.micro_batch=4"), 2, 55, 65), alone)
-    assert _same(_global(dataset, _recipe(), 2, 60, 65), alone[5:])
+def _recipe(*changes: str) -> Recipe:
+    return recipe.load("vim_digits_cpu", ["batch=48", *changes])
 
 
-def test_nor_on_worker_processes(digits: Path) -> None:
-    dataset = Dataset.open(str(digits / "train"))
-    assert _same(
-        _global(dataset, _recipe("data.workers=2", "parallel.micro_batch=12"), 1, 0, 5),
-        _global(dataset, _recipe(), 1, 0, 5),
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """130 digits in 7 shards, one of whose images is damaged; the tars are whole."""
+    source = Dataset.open(str(digits / "val"))
+    raw = [source.read(0, i) for i in range(130)]
+    samples = [{"__key__": f"s{i:03d}", "png": r["png"], "cls": int(r["cls"])} for i, r in enumerate(raw)]
+    samples[17]["png"] = samples[17]["png"][:90]
+    folder = tmp_path_factory.mktemp("sets") / "small"
+    manifest = source.manifest
+    shards.write(
+        folder,
+        samples,
+        per_shard=20,
+        name="small",
+        classes=manifest.classes,
+        mean=manifest.mean,
+        std=manifest.std,
+        source="",
+        licence="",
+    )
+    return folder
+
+
+Global = tuple[list[str], torch.Tensor, torch.Tensor]
+"""Keys, pixels as the model gets them, and targets of a global batch."""
+
+
+def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> list[Global]:
+    """Global batches [start, stop), put together from all ranks' micro-batches."""
+    data = TrainingSet.open(recipe.Data(train=str(folder)))
+    config = chosen.model.shape(10)
+    accumulation = chosen.micro_batch(world)[1]
+    ranks: list[list[Global]] = []
+    for rank in range(world):
+        batches = training(chosen, data, config, rank=rank, world=world, start=start, steps=stop)
+        feed = Feed(batches, data.manifest, torch.device("cpu"))
+        taken = [feed.take() for _ in range((stop - start) * accumulation)]
+        ranks.append([(batch.keys, images, targets) for images, targets, batch in taken])
+    steps = []
+    for step in range(stop - start):
+        parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
+        keys, images, targets = zip(*parts, strict=True)
+        steps.append(([key for part in keys for key in part], torch.cat(images), torch.cat(targets)))
+    return steps
+
+
+def _same(some: list[Global], others: list[Global]) -> bool:
+    return len(some) == len(others) and all(
+        keys == other_keys and torch.equal(images, other_images) and torch.equal(targets, other_targets)
+        for (keys, images, targets), (other_keys, other_images, other_targets) in zip(some, others, strict=True)
     )
 
 
-def test_another_seed_gives_other_batches(digits: Path) -> None:
-    dataset = Dataset.open(str(digits / "train"))
-    (keys, _), (others, _) = (_global(dataset, _recipe(f"seed={seed}"), 1, 0, 1)[0] for seed in (0, 1))
-    assert keys != others
+@pytest.fixture(scope="module")
+def alone(small_set: Path) -> list[Global]:
+    """Steps 0 to 8 on one rank: epochs of 130 images end in steps 2, 5 and 8."""
+    return _global(small_set, _recipe(*EVERYTHING), 1, 0, 9)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (4, 2), (6, 0), (8, 3)])
+def test_global_batches_depend_on_neither_ranks_nor_workers_nor_restarts(
+    small_set: Path, alone: list[Global], world: int, workers: int
+) -> None:
+    chosen = _recipe(*EVERYTHING, f"data.workers={workers}")
+    for start, stop in ((0, 3), (1, 3), (4, 7), (7, 9)):  # resumed in the middle of epochs, and across their ends
+        assert _same(_global(small_set, chosen, world, start, stop), alone[start:stop])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("parallel.micro_batch=4",),
+        ("data.lanes=3", "augment.repeats=2", "parallel.micro_batch=2"),
+        ("phases=[{step: 1, image_size: 24, batch: 96}, {step: 3, batch: 24}]", "parallel.micro_batch=12"),
+    ],
+)
+def test_nor_does_any_other_way_to_draw_or_cut_them(small_set: Path, changes: tuple[str, ...]) -> None:
+    chosen = _recipe(*EVERYTHING, *changes)
+    one = _global(small_set, chosen, 1, 0, 5)
+    assert _same(_global(small_set, chosen, 2, 0, 5), one)
+    assert _same(_global(small_set, chosen, 2, 2, 5), one[2:])
+
+
+def test_micro_batches_do_not_change_the_global_batch(small_set: Path, alone: list[Global]) -> None:
+    assert _same(_global(small_set, _recipe(*EVERYTHING, "parallel.micro_batch=4"), 3, 0, 4), alone[:4])
+
+
+def test_an_epoch_has_every_good_sample_and_another_in_place_of_the_bad_one(alone: list[Global]) -> None:
+    seen = [key for keys, _, _ in alone for key in keys]
+    for epoch in range(3):
+        keys = seen[epoch * 130 : (epoch + 1) * 130]
+        assert set(keys) == {f"s{i:03d}" for i in range(130)} - {"s017"}
+        (twice,) = [key for key in set(keys) if keys.count(key) == 2]
+        assert twice in {f"s{i:03d}" for i in range(20)}, "of the same shard"
+
+
+def test_a_bad_sample_is_counted_with_its_cause_and_place(small_set: Path) -> None:
+    data = TrainingSet.open(recipe.Data(train=str(small_set)))
+    chosen = _recipe()
+    batches = list(training(chosen, data, chosen.model.shape(10), rank=0, world=1, start=0, steps=3))
+    bad = [fault for batch in batches for fault in batch.bad]
+    assert {cause for cause, _ in bad} == {"image"}
+    assert all("00000.tar, sample s017" in description for _, description in bad)
+    assert len(bad) >= 1
+
+
+def test_a_shard_of_which_nothing_can_be_used_ends_the_run(tmp_path: Path) -> None:
+    samples = [{"__key__": f"{i}", "png": b"junk", "cls": 0} for i in range(30)]
+    about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
+    shards.write(tmp_path / "set", samples, per_shard=10, name="junk", **about)
+    data = TrainingSet.open(recipe.Data(train=str(tmp_path / "set")))
+    chosen = _recipe()
+    with pytest.raises(DataError, match=r"100 samples drawn from it in a row cannot be used.*data verify --deep"):
+        next(training(chosen, data, chosen.model.shape(1), rank=0, world=1, start=0, steps=1))
+
+
+def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_tokens(small_set: Path) -> None:
+    chosen = _recipe("augment.buckets=5", "model.image_size=64")
+    data = TrainingSet.open(recipe.Data(train=str(small_set)))
+    config = chosen.model.shape(10)
+    feed = Feed(training(chosen, data, config, rank=0, world=1, start=0, steps=1), data.manifest, torch.device("cpu"))
+    images, labels, batch = feed.take()
+    assert isinstance(images, list)
+    assert batch.packed
+    assert len(images) == len(labels) == 48
+    logits = VisionMamba(config)(images[:4])
+    assert logits.shape == (4, 10)
+
+
+def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Path) -> None:
+    data = TrainingSet.open(recipe.Data(train=str(small_set)))
+    chosen = _recipe()
+    state = json.loads(json.dumps(data.state(chosen, 7)))
+    assert state["samples"] == 7 * 48
+    assert len(json.dumps(state)) < 1000
+    data.resume(chosen, 7, state)
+    with pytest.raises(DataError, match="window was 16 and is 8"):
+        data.resume(_recipe("data.window=8"), 7, state)
+    with pytest.raises(DataError, match="samples was 336 and is 288"):
+        data.resume(chosen, 6, state)
+    other = dataclasses.replace(data.manifest, name="other")
+    with pytest.raises(DataError, match="manifests differ"):
+        TrainingSet((Dataset(small_set, other),)).resume(chosen, 7, state)
+
+
+def test_a_mixture_needs_the_same_classes(small_set: Path, tmp_path: Path) -> None:
+    about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
+    shards.write(tmp_path / "set", [{"__key__": "a", "png": b"", "cls": 0}], per_shard=10, name="one", **about)
+    sources = (recipe.Source(data=str(small_set)), recipe.Source(data=str(tmp_path / "set")))
+    with pytest.raises(DataError, match="has other classes than"):
+        TrainingSet.open(recipe.Data(train=sources))
+
+
+def test_another_seed_gives_other_batches(small_set: Path) -> None:
+    (first,), (second,) = (_global(small_set, _recipe(f"seed={seed}"), 1, 0, 1) for seed in (0, 1))
+    assert first[0] != second[0]
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 64), (2, 64), (3, 50), (4, 359)])

@@ -33,12 +33,10 @@ class Trainer:
 
     step: int
     """Optimizer steps finished."""
-    samples: int
-    """Images consumed by them: where the stream goes on."""
+    stream: dict[str, Any]
+    """Where the data go on, see `TrainingSet.state`."""
     updates: int
     """Updates the optimizer made; fewer than `step` only if some were skipped."""
-    fingerprint: str
-    """sha256 of the training set's manifest."""
     shapes: dict[str, list[int]]
     """Every parameter and its shape."""
     world: int
@@ -153,7 +151,16 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_trainer(checkpoint: Path) -> Trainer:
-    return Trainer(**json.loads((checkpoint / "trainer.json").read_text()))
+    """Raises:
+    CheckpointError: another version of this package wrote it.
+    """
+    try:
+        return Trainer(**json.loads((checkpoint / "trainer.json").read_text()))
+    except TypeError as error:
+        raise CheckpointError(
+            f"{checkpoint}/trainer.json is not what this version writes ({error}); go on with the version that wrote"
+            " it, or choose another name="
+        ) from None
 
 
 class Reader:

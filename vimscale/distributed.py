@@ -111,6 +111,10 @@ class Agreement:
             self._pending.wait()
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def total(values: Tensor) -> Tensor:
     """Sum over all ranks, the same on each."""
     if dist.is_initialized():

@@ -96,7 +96,9 @@ class Engine:
     def module(self) -> VisionMamba:
         return self._engine.module
 
-    def forward(self, images: Tensor, draws: Tensor | None = None, backward: Sequence[float] | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor | list[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
+    ) -> Tensor:
         """Logits (b, classes); the arguments are those of `VisionMamba.forward`."""
         return self._engine(images, draws, backward)
 

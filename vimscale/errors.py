@@ -20,6 +20,10 @@ class DataError(UserError):
     """A data set that is not there, not whole, or not what its manifest says."""
 
 
+CAUSES = ("image", "pixels", "no image", "no label", "label")
+"""Why a sample cannot be used: its image is damaged or too large, or image or label is missing or unknown."""
+
+
 class BadSample(DataError):
     """One sample that cannot be used, where its shard is whole: it is counted by `cause`, and replaced."""
 

@@ -1,5 +1,6 @@
 """A model's figures on a data set: every image once, over however many ranks there are."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,10 +11,13 @@ from vimscale.data import stream
 from vimscale.data.augment import normalise
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import Manifest
+from vimscale.errors import DataError
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -29,14 +33,27 @@ def evaluate(
     workers: int = 0,
 ) -> dict[str, float]:
     """Top-1, top-5 and mean cross entropy of logits = forward(images). `manifest`: the training set's, for its mean
-    and std. All ranks call `forward` as often as each other, so it may communicate.
+    and std. All ranks call `forward` as often as each other, so it may communicate. Images that cannot be read are left
+    out, and named in the log.
+
+    Raises:
+        DataError: the data set has other classes than the model was trained on.
     """
+    if dataset.manifest.classes != manifest.classes:
+        raise DataError(
+            f"data {dataset.manifest.name} has other classes than {manifest.name}, which the model is trained on;"
+            " prepare both with the same --classes"
+        )
     mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.no_grad():
         for part in stream.evaluation(dataset, rank=rank, world=world, batch=batch, size=size, workers=workers):
-            logits = forward(normalise(part.images.to(device), mean, std))
-            sums += classification.sums(logits, part.labels.to(device), part.weights.to(device))
+            for _, description in part.bad:
+                log.warning("not evaluated: %s", description)
+            part = part.to(device)
+            assert isinstance(part.images, Tensor)
+            logits = forward(normalise(part.images, mean, std))
+            sums += classification.sums(logits, part.labels, part.weights.to(device))
     return classification.figures(distributed.total(sums))
 
 

@@ -152,6 +152,10 @@ def size_bytes(text: str) -> int | None:
     return int(float(found[1]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]]) if found else None
 
 
+MIX_BLOCK = 4096
+"""Images in which a mixture has its exact shares."""
+
+
 class Source(_Section):
     """One data set of a mixture."""
 
@@ -209,6 +213,10 @@ class Data(_Section):
             faults.append(f"reweight: each change needs {count} weights, one for each source")
         elif any(min(change.weights) < 0 or sum(change.weights) <= 0 for change in self.reweight):
             faults.append("reweight: weights are 0 or more, and not all 0")
+        all_weights = [[source.weight for source in self.sources], *(change.weights for change in self.reweight)]
+        for weights in all_weights:
+            if any(0 < weight * MIX_BLOCK < sum(weights) for weight in weights):
+                faults.append(f"weights {weights}: one is below 1/{MIX_BLOCK} of their sum; raise it, or leave it out")
         steps = [change.step for change in self.reweight]
         if steps != sorted(set(steps)):
             faults.append("reweight: the steps must rise")
@@ -430,11 +438,21 @@ class Recipe(_Section):
                 what = f"augment.repeats {self.augment.repeats} x data.lanes {self.data.lanes}"
                 near = max(round(batch / unit), 1) * unit
                 faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
+        faults += self._phase_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _phase_faults(self) -> Iterator[str]:
+        config = self.model.shape(classes=1)
+        for phase in self.phases:
+            if phase.image_size is not None:
+                try:
+                    dataclasses.replace(config, image_size=phase.image_size)
+                except ValueError as error:
+                    yield f"phase at step {phase.step}: {error}"
 
     def length(self, samples: int) -> int:
         """Optimizer steps of the whole run on a training set of that many samples.

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch.distributed as dist
 from vimscale import checkpoint, distributed, optim, recompute
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
-from vimscale.data.augment import normalise
 from vimscale.data.dataset import Dataset
+from vimscale.data.feed import Feed
+from vimscale.data.training_set import TrainingSet
 from vimscale.distributed import RankSpec
 from vimscale.engine import MOMENTS, Engine
-from vimscale.errors import DataError, RunFailed
+from vimscale.errors import RunFailed
 from vimscale.evaluate import evaluate
 from vimscale.export.safetensors import starting_weights
 from vimscale.metrics import Meter, Metrics
@@ -47,12 +47,11 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
 
     # ---- data and model
 
-    train_set = Dataset.open(recipe.data.sources[0].data)
-    val_set = Dataset.open(recipe.data.val) if recipe.data.val else None
+    train_set = TrainingSet.open(recipe.data)
+    val_set = Dataset.open(recipe.data.val, recipe.data.cache) if recipe.data.val else None
     manifest = train_set.manifest
-    steps = recipe.length(manifest.samples)
+    steps = recipe.length(train_set.samples)
     config = recipe.model.shape(len(manifest.classes))
-    mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
     torch.manual_seed(recipe.seed)  # the same weights on every rank
     engine = Engine(config, recipe, device)
     engine.module.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
@@ -66,11 +65,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
     if newest is not None:
         trainer = checkpoint.read_trainer(newest)
-        if trainer.fingerprint != manifest.fingerprint:
-            raise DataError(
-                f"data {recipe.data.train} is not the set that {newest} was trained on (manifests differ);"
-                " give that set back, or choose another name="
-            )
+        train_set.resume(recipe, trainer.step, trainer.stream)
         _restore(engine, ema, checkpoint.Reader(newest), trainer)
         step = trainer.step
         if rank == 0:
@@ -103,44 +98,37 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
 
     # ---- the loop
 
-    batches = stream.training(
-        recipe,
-        train_set,
-        rank=rank,
-        world=world,
-        start=step,
-        steps=steps,
-        size=config.size,
-        pin=device.type == "cuda",
-    )
-    meter = Meter()
+    pin = device.type == "cuda"
+    batches = stream.training(recipe, train_set, config, rank=rank, world=world, start=step, steps=steps, pin=pin)
+    feed = Feed(batches, manifest, device)
+    meter = Meter(feed, recipe.data.max_bad)
     losses: list[torch.Tensor] = []  # of the steps since the last line, on the device
     rates: list[float] = []
     first = step + 1
     stopping = False
     while step < steps and not stopping:
         rate = optim.learning_rate(recipe.optim, step, steps)
+        global_batch = recipe.batch_at(step)
+        micro = global_batch // (world * accumulation)
         draws = None
         if config.drop_path > 0:
-            draws = distributed.draws(recipe.seed, step, recipe.batch, len(config.layers))
+            draws = distributed.draws(recipe.seed, step, global_batch, len(config.layers))
         backward = distributed.backward_parts(config, recipe.seed, step)
         looking = (step + 1) % recipe.log.every == 0  # into the layers, with the last micro-batch
         loss = torch.zeros((), device=device)
         for part in range(accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            meter.waited += time.perf_counter() - asked
-            images = normalise(batch.images.to(device, non_blocking=True), mean, std)
-            labels = batch.labels.to(device, non_blocking=True)
+            images, targets, batch = feed.take()
+            meter.add(batch)
             mine = None
             if draws is not None:
                 at = (rank * accumulation + part) * micro
                 mine = draws[at : at + micro].to(device, non_blocking=True)
             engine.module.probes = {} if looking and part == accumulation - 1 else None
-            part_loss = classification.loss(engine.forward(images, mine, backward), labels, recipe.objective)
+            part_loss = classification.loss(engine.forward(images, mine, backward), targets, recipe.objective)
             probes, engine.module.probes = engine.module.probes, None
             engine.backward(part_loss)
             engine.step(rate)
+            feed.ahead()
             loss += part_loss.detach() / accumulation
         if ema is not None and recipe.optim.ema is not None:
             decay = optim.ema_decay(recipe.optim.ema, step)
@@ -148,7 +136,6 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         step += 1
         losses.append(loss)
         rates.append(rate)
-        meter.add(recipe.batch)
         stopping = agree(stop())
 
         last = step == steps
@@ -157,7 +144,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         evaluating = val_set is not None and every > 0 and step % every == 0 and not (last or stopping)
         if saving or evaluating or step % recipe.log.every == 0 or step == first:
             row = _log(metrics, meter, losses, rates, step, engine.grad_norm(), world)
-            row["epoch"] = step * recipe.batch / manifest.samples
+            row["epoch"] = recipe.consumed(step) / train_set.samples
             emit({"kind": "step", "steps": steps, **row})
             if metrics is not None and probes:
                 metrics.write({"kind": "layers", "step": step, **_columns(probes)})
@@ -167,9 +154,8 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         if saving:
             trainer = Trainer(
                 step=step,
-                samples=step * recipe.batch,
+                stream=train_set.state(recipe, step),
                 updates=engine.updates,
-                fingerprint=manifest.fingerprint,
                 shapes=engine.shapes,
                 world=world,
                 zero=recipe.parallel.zero,
@@ -213,7 +199,7 @@ def _log(
         {"kind": "train", "step": first + i, "loss": loss, "lr": rate}
         for i, (loss, rate) in enumerate(zip(means, rates, strict=True))
     ]
-    rows[-1] |= {"grad_norm": grad_norm, **meter.read()}
+    rows[-1] |= {"grad_norm": grad_norm, **meter.read(world)}
     if metrics is not None:
         for row in rows:
             metrics.write(row)

@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ class Traffic:
     """Shards opened that were in the node's cache already."""
     misses: int = 0
     """Shards opened that had to be fetched."""
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Dataset:

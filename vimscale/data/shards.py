@@ -80,7 +80,8 @@ class Manifest:
                 raise DataError(f"data {where}: manifest format {tree['format']}, this version reads {FORMAT}")
             samples = tree.pop("samples")
             shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
-            tree |= {key: tuple(tree.get(key, ())) for key in ("classes", "mean", "std", "labels")}
+            tree |= {key: tuple(tree[key]) for key in ("classes", "mean", "std")}
+            tree["labels"] = tuple(tree.get("labels", ()))
             manifest = cls(shards=shards, **tree)
         except (KeyError, TypeError) as error:
             raise DataError(f"data {where}: {MANIFEST} is not of format {FORMAT}: {error!r}") from None

@@ -1,48 +1,90 @@
-"""Positions to batches. Batch t is a pure function of (manifest, seed, t, augment); ranks take contiguous slices of it.
+"""Places to batches. Batch t is a pure function of (manifests, seed, t, augment); ranks take contiguous slices of it.
 
-Step t owns positions [t B, (t + 1) B) of the plan, rank r of W its r-th W-th, cut into micro-batches. No rank, worker
-or restart enters into what a batch holds, so the only state of the stream is the number of steps done.
+Rank r of W owns the r-th W-th of every global batch, cut into micro-batches; worker processes take those in rotation.
+No rank, worker or restart enters into what a batch holds: the only state of the stream is the number of steps done.
 """
 
+import logging
+import multiprocessing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vimscale.data import augment, decode
-from vimscale.data.dataset import Dataset
-from vimscale.data.plan import Plan, generator
+from vimscale.data import augment, decode, mix
+from vimscale.data.dataset import Dataset, Traffic
+from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
+from vimscale.data.training_set import TrainingSet
+from vimscale.errors import BadSample, DataError
+from vimscale.model.presets import VimConfig
 from vimscale.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """Height and width of a batch's images."""
-_PER_SAMPLE = 1 << 63
-"""Keeps the generators of samples apart from the plan's, which count epochs from 0."""
+_ATTEMPTS = 100
+"""Bad samples in a row after which a shard is given up."""
 
 
 @dataclass
 class Batch:
     """One micro-batch of one rank."""
 
-    images: Tensor
-    """uint8 (b, 3, h, w)"""
+    images: Tensor | list[Tensor]
+    """uint8 (b, 3, h, w); or b of (3, h, w) where they may differ in shape"""
     labels: Tensor
     """int64 (b)"""
     weights: Tensor
-    """fp32 (b): 0 for the images that only fill up the last batch of an evaluation"""
+    """fp32 (b): 0 for what an evaluation does not count: filling of the last batch, and bad samples"""
     keys: list[str]
+    places: list[Place]
+    """Of training samples."""
+    erase: Tensor | None = None
+    """int64 (b, 5), see `mix.draw_erase`; it stays on the host"""
+    mix: Tensor | None = None
+    """fp32 (b / 2, 5), see `mix.draw_mix`; it stays on the host"""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """Cause and description of the samples that were replaced."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What reading this batch took."""
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.images, list)
 
     def pin_memory(self) -> "Batch":
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.weights.pin_memory(), self.keys)
+        images = [i.pin_memory() for i in self.images] if isinstance(self.images, list) else self.images.pin_memory()
+        return replace(self, images=images, labels=self.labels.pin_memory())
+
+    def to(self, device: torch.device) -> "Batch":
+        """Images and labels on the device; from pinned memory without waiting."""
+        if isinstance(self.images, list):
+            images: Tensor | list[Tensor] = [image.to(device, non_blocking=True) for image in self.images]
+        else:
+            images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
 
 
 def training(
-    recipe: Recipe, dataset: Dataset, *, rank: int, world: int, start: int, steps: int, size: Size, pin: bool = False
+    recipe: Recipe,
+    data: TrainingSet,
+    config: VimConfig,
+    *,
+    rank: int,
+    world: int,
+    start: int,
+    steps: int,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank for steps [start, steps), in order; images are (3, *size)."""
-    source = _Training(recipe, dataset, size, rank, world, range(start, steps))
+    """The micro-batches of this rank for steps [start, steps), in order.
+
+    Iterating raises:
+        DataError: a shard is damaged or cannot be had, or nothing in it can be used.
+    """
+    source = _Training(recipe, data, config, rank, world, range(start, steps))
     return iter(_loader(source, recipe.data.workers, pin))
 
 
@@ -52,29 +94,87 @@ def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: Siz
 
 
 def _loader(source: IterableDataset, workers: int, pin: bool) -> DataLoader:
-    # forkserver: a process with Ray's and gloo's threads must not be forked
-    context = "forkserver" if workers else None
+    context = None
+    if workers:
+        # a process with Ray's and gloo's threads must not be forked; a server that has imported torch may, at no cost
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
     return DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context)
 
 
 class _Training(IterableDataset):
-    def __init__(self, recipe: Recipe, dataset: Dataset, size: Size, rank: int, world: int, steps: range):
-        self.recipe, self.source, self.size, self.steps = recipe, dataset, size, steps
-        self.micro, self.accumulation = recipe.micro_batch(world)
-        self.first = rank * self.micro * self.accumulation  # of this rank, in a global batch
+    def __init__(self, recipe: Recipe, data: TrainingSet, config: VimConfig, rank: int, world: int, steps: range):
+        self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
+        self.rank, self.world = rank, world
+        self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
 
     def __iter__(self) -> Iterator[Batch]:
-        plan = Plan(self.source.counts, self.recipe.seed)
-        for k in _share(range(self.steps.start * self.accumulation, self.steps.stop * self.accumulation)):
-            step, part = divmod(k, self.accumulation)
-            begin = step * self.recipe.batch + self.first + part * self.micro
-            samples = [self._sample(plan, position) for position in range(begin, begin + self.micro)]
-            yield _collate(samples, torch.ones(self.micro))
+        recipe, datasets = self.recipe, self.data.datasets
+        order = Order(recipe, [dataset.counts for dataset in datasets])
+        _, accumulation = recipe.micro_batch(self.world)
+        ahead = None
+        for k in _share(range(self.steps.start * accumulation, self.steps.stop * accumulation)):
+            step, part = divmod(k, accumulation)
+            micro, _ = recipe.micro_batch(self.world, step)
+            begin = (self.rank * accumulation + part) * micro
+            places = range(begin, begin + micro)
+            if _first_worker():
+                own = range(self.rank * accumulation * micro, (self.rank + 1) * accumulation * micro)
+                if ahead != (ahead := order.ahead(step, own)):
+                    for source, shards in ahead:
+                        datasets[source].prefetch(shards)
+            yield self._batch(list(order.at(step, places)), recipe.size_at(step, self.size))
 
-    def _sample(self, plan: Plan, position: int) -> tuple[Tensor, int, str]:
-        image, label, key = _read(self.source, *plan.locate(position))
-        rng = generator(self.recipe.seed, _PER_SAMPLE, position)
-        return augment.for_training(image, self.size, self.recipe.augment, rng), label, key
+    def _batch(self, places: list[Place], size: Size) -> Batch:
+        before = self.data.traffic
+        options, seed = self.recipe.augment, self.recipe.seed
+        images, labels, keys, erase, bad = [], [], [], [], []
+        for place in places:
+            image, label, key, skipped = self._read(place)
+            bad += skipped
+            rng = generator(seed, PER_SAMPLE, place.position)
+            if len(self.buckets) > 1:
+                size = augment.bucket_for(*image.shape[1:], self.buckets)
+            images.append(augment.for_training(image, size, options, rng))
+            labels.append(label)
+            keys.append(key)
+            if options.erase:
+                erase.append(mix.draw_erase(size, options.erase, rng))
+        pairs = [
+            mix.draw_mix(size, options, generator(seed, PER_PAIR, place.position))
+            for place in (places[::2] if options.mixes else ())
+        ]
+        return Batch(
+            images if len(self.buckets) > 1 else torch.stack(images),
+            torch.tensor(labels),
+            torch.ones(len(places)),
+            keys,
+            places,
+            torch.tensor(erase) if erase else None,
+            torch.tensor(pairs) if pairs else None,
+            bad,
+            self.data.traffic - before,
+        )
+
+    def _read(self, place: Place) -> tuple[Tensor, int, str, list[tuple[str, str]]]:
+        """(image, label, key, what was bad) of a place. A bad sample is replaced by one of its shard that is drawn by
+        the place, so all that ever read this place agree, and no other shard is needed.
+        """
+        dataset = self.data.datasets[place.source]
+        bad: list[tuple[str, str]] = []
+        sample = place.sample
+        while True:
+            try:
+                return *_read(dataset, place.shard, sample), bad
+            except BadSample as error:
+                bad.append((error.cause, str(error)))
+                if len(bad) == _ATTEMPTS:
+                    raise DataError(
+                        f"{dataset.where(place.shard)}: {_ATTEMPTS} samples drawn from it in a row cannot be used, the"
+                        f" last because of: {error}; `vimscale data verify --deep` lists them all"
+                    ) from None
+            rng = generator(self.recipe.seed, SUBSTITUTE, place.position, len(bad))
+            sample = int(rng.integers(dataset.counts[place.shard]))
 
 
 class _Evaluation(IterableDataset):
@@ -82,33 +182,42 @@ class _Evaluation(IterableDataset):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
 
     def __iter__(self) -> Iterator[Batch]:
-        places = [(shard, i) for shard, count in enumerate(self.source.counts) for i in range(count)]
-        rounds = -(-len(places) // (self.batch * self.world))
+        ends = self.source.counts.cumsum()
+        total = int(ends[-1])
+        rounds = -(-total // (self.batch * self.world))
         for k in _share(range(rounds)):
             begin = (k * self.world + self.rank) * self.batch
-            mine = places[begin : begin + self.batch]
-            fill = self.batch - len(mine)
-            samples = [self._sample(*place) for place in mine + [places[0]] * fill]
-            yield _collate(samples, torch.tensor([1.0] * len(mine) + [0.0] * fill))
+            before = replace(self.source.traffic)
+            images = torch.zeros(self.batch, 3, *self.size, dtype=torch.uint8)
+            labels, weights = torch.zeros(self.batch, dtype=torch.int64), torch.zeros(self.batch)
+            keys, bad = [""] * self.batch, []
+            for i, number in enumerate(range(begin, min(begin + self.batch, total))):
+                shard = int(ends.searchsorted(number, side="right"))
+                sample = number - int(ends[shard]) + int(self.source.counts[shard])
+                try:
+                    image, labels[i], keys[i] = _read(self.source, shard, sample)
+                except BadSample as error:
+                    bad.append((error.cause, str(error)))
+                    continue
+                images[i] = augment.for_evaluation(image, self.size)
+                weights[i] = 1
+            traffic = self.source.traffic - before
+            yield Batch(images, labels, weights, keys, [], bad=bad, traffic=traffic)
 
-    def _sample(self, shard: int, i: int) -> tuple[Tensor, int, str]:
-        image, label, key = _read(self.source, shard, i)
-        return augment.for_evaluation(image, self.size), label, key
 
-
-def _read(dataset: Dataset, shard: int, i: int) -> tuple[Tensor, int, str]:
+def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
     """(image, label, key) of a sample."""
-    raw = dataset.read(shard, i)
+    raw = dataset.read(shard, sample)
     image, label = decode.decode(raw, dataset.where(shard), len(dataset.manifest.classes))
     return image, label, raw["__key__"]
-
-
-def _collate(samples: list[tuple[Tensor, int, str]], weights: Tensor) -> Batch:
-    images, labels, keys = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), weights, list(keys))
 
 
 def _share(turns: range) -> range:
     """This worker's turns: a DataLoader takes batches from its workers in rotation."""
     info = get_worker_info()
     return turns if info is None else turns[info.id :: info.num_workers]
+
+
+def _first_worker() -> bool:
+    info = get_worker_info()
+    return info is None or info.id == 0
