@@ -74,7 +74,7 @@ def show(
 ) -> None:
     """Print the resolved recipe, its model as a picture, and what follows from both; run nothing."""
     from vimscale import recompute
-    from vimscale.data.dataset import Dataset
+    from vimscale.data.training_set import TrainingSet
     from vimscale.errors import DataError
     from vimscale.model.cost import flops, parameters
 
@@ -83,8 +83,8 @@ def show(
     chosen = recipes.load(recipe, overrides or ())
     micro, accumulation = chosen.micro_batch(workers)
     try:
-        manifest = Dataset.open(chosen.data.sources[0].data).manifest
-        classes, samples, about = len(manifest.classes), manifest.samples, f"{manifest.samples:,} images"
+        data = TrainingSet.open(chosen.data)
+        classes, samples, about = len(data.manifest.classes), data.samples, f"{data.samples:,} images"
     except DataError as error:
         classes, samples, about = 1000, 0, f"not readable from here, 1,000 classes assumed ({error})"
     config = chosen.model.shape(classes)
@@ -136,6 +136,7 @@ def launch(
 ) -> None:
     """Train a recipe; go on where an interrupted run of its name stopped."""
     from vimscale.data.dataset import Dataset
+    from vimscale.data.training_set import TrainingSet
     from vimscale.run_folder import RunFolder
 
     from . import on_local, supervisor
@@ -145,9 +146,9 @@ def launch(
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
     chosen = recipes.load(recipe, overrides or ())
     if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
-        for source in (*(part.data for part in chosen.data.sources), chosen.data.val):
-            if source is not None:
-                Dataset.open(source)
+        TrainingSet.open(chosen.data)
+        if chosen.data.val is not None:
+            Dataset.open(chosen.data.val, chosen.data.cache)
     folder = RunFolder(runs / chosen.name)
     folder.claim(chosen)
     console = Console(stderr=False)
@@ -237,7 +238,7 @@ def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
         return evaluate(
             model,
-            Dataset.open(recipe.data.val),
+            Dataset.open(recipe.data.val, recipe.data.cache),
             manifest,
             size=model.config.size,
             batch=64,

@@ -11,6 +11,7 @@ from vimscale.data import stream
 from vimscale.data.augment import normalise
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import Manifest
+from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
@@ -54,7 +55,10 @@ def evaluate(
             assert isinstance(part.images, Tensor)
             logits = forward(normalise(part.images, mean, std))
             sums += classification.sums(logits, part.labels, part.weights.to(device))
-    return classification.figures(distributed.total(sums))
+    sums = distributed.total(sums)
+    if not sums[0]:
+        raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
+    return classification.figures(sums)
 
 
 def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba, Recipe, Manifest, int]:
@@ -68,7 +72,7 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
     """
     recipe = run.recipe()
     folder = run.newest_checkpoint(step)
-    manifest = Dataset.open(recipe.data.sources[0].data).manifest
+    manifest = TrainingSet.open(recipe.data).manifest
     trainer = checkpoint.read_trainer(folder)
     model = VisionMamba(recipe.model.shape(len(manifest.classes)))
     model.backward = model.config.backward_at(trainer.step)

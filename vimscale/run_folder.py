@@ -14,7 +14,7 @@ from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
 from vimscale.recipe import Recipe, load
 
-_MAY_CHANGE = ("parallel", "checkpoint", "evaluate", "log", "data.workers")
+_MAY_CHANGE = ("parallel", "checkpoint", "evaluate", "log", "data.workers", "data.cache", "data.max_bad")
 """Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
 
 

@@ -134,7 +134,7 @@ class _Training(IterableDataset):
             bad += skipped
             rng = generator(seed, PER_SAMPLE, place.position)
             if len(self.buckets) > 1:
-                size = augment.bucket_for(*image.shape[1:], self.buckets)
+                size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
             images.append(augment.for_training(image, size, options, rng))
             labels.append(label)
             keys.append(key)
