@@ -1,24 +1,31 @@
 """What is done to one image on the host, in uint8: a pure function of the image and the sample's own generator."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimscale.data import policies
 from vimscale.recipe import Augment
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
-def for_training(image: Tensor, size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> Tensor:
-    """Random resized crop (arXiv:1409.4842) and flip: (3, h, w) -> (3, *size)."""
+
+def for_training(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
+    """Random resized crop (arXiv:1409.4842), flip, policy, colour jitter: uint8 (3, h, w) -> (3, *size)."""
     if augment.crop_min < 1:
-        image = _random_crop(image, augment, rng)
+        image = _random_crop(image, size, augment, rng)
     image = _resize(image, *size)
-    return image.flip(-1) if rng.random() < augment.flip else image
+    if rng.random() < augment.flip:
+        image = image.flip(-1)
+    return policies.apply(image, augment.policy, augment.jitter, rng)
 
 
-def for_evaluation(image: Tensor, size: tuple[int, int]) -> Tensor:
+def for_evaluation(image: Tensor, size: Size) -> Tensor:
     """Resized so that `size` / 0.875 fits in, and its centre, as published; an image of just `size` stays as it is."""
     height, width = image.shape[1:]
     if (height, width) == size:
@@ -29,18 +36,52 @@ def for_evaluation(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image[:, top : top + size[0], left : left + size[1]]
 
 
-def _random_crop(image: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:
+def buckets(size: Size, patch: int, count: int) -> list[Size]:
+    """The shapes of images that may keep their aspect ratio, from the widest to the tallest.
+
+    `count` ratios from 1:2 to 2:1, even in their logarithm: an odd count keeps the square. Sides are multiples of
+    `patch`, areas at most that of `size` and as near to it as can be. Ratios that so become one shape count once.
+    """
+    if count == 1:
+        return [size]
+    patches = (size[0] // patch) * (size[1] // patch)
+    shapes = dict.fromkeys(_shape(patches, 2.0**octave) for octave in np.linspace(-1, 1, count))
+    return [(rows * patch, columns * patch) for rows, columns in shapes]
+
+
+def _shape(patches: int, aspect: float) -> tuple[int, int]:
+    """(rows, columns) of at most that many patches, with rows / columns near `aspect`."""
+    rows, columns = math.sqrt(patches * aspect), math.sqrt(patches / aspect)
+    near = [
+        (r, c)
+        for r in {math.floor(rows), math.ceil(rows)}
+        for c in {math.floor(columns), math.ceil(columns)}
+        if 0 < r * c <= patches
+    ]
+    return max(near, key=lambda shape: (shape[0] * shape[1], -abs(math.log(shape[0] / shape[1] / aspect))))
+
+
+def bucket_for(height: int, width: int, shapes: Iterable[Size]) -> Size:
+    """The shape whose aspect ratio is nearest to height x width, in its logarithm; the first of equals."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+
+
+def _random_crop(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
+    """A part of the image, about as wide to its height as `size`."""
     height, width = image.shape[1:]
+    wide = size[1] / size[0]
     for _ in range(10):
-        area = height * width * rng.uniform(augment.crop_min, 1)
-        aspect = math.exp(rng.uniform(-1, 1) * math.log(augment.aspect_max))
+        share, stretch, down, right = rng.random(4).tolist()
+        area = height * width * (augment.crop_min + (1 - augment.crop_min) * share)
+        aspect = wide * augment.aspect_max ** (2 * stretch - 1)
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
             return image[:, top : top + h, left : left + w]
-    side = min(height, width)  # ten tries did not fit: the central square
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[:, top : top + side, left : left + side]
+    # ten tries did not fit: the largest central part of that shape
+    h, w = min(height, max(round(width / wide), 1)), min(width, max(round(height * wide), 1))
+    top, left = (height - h) // 2, (width - w) // 2
+    return image[:, top : top + h, left : left + w]
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
