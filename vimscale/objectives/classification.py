@@ -10,9 +10,12 @@ from torch import Tensor
 from vimscale.recipe import Objective
 
 
-def loss(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
-    """Mean cross entropy of logits (b, c) and labels (b), with the recipe's smoothing (arXiv:1512.00567)."""
-    return F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
+def loss(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:
+    """Mean cross entropy of logits (b, c), with the recipe's label smoothing (arXiv:1512.00567).
+
+    Targets are classes, int64 (b), or their shares in each image, (b, c).
+    """
+    return F.cross_entropy(logits, targets, label_smoothing=objective.label_smoothing)
 
 
 def sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
