@@ -295,13 +295,13 @@ class Augment(_Section):
 
 
 class Phase(_Section):
-    """What changes at a step of progressive training."""
+    """What changes at a step of progressive training; the rest stays as it was."""
 
     step: Annotated[Whole, Field(ge=0)]
     image_size: Size | None = None
-    """Of training images; absent: model.image_size."""
+    """Of training images; model.image_size at first."""
     batch: Annotated[Whole, Field(ge=1)] | None = None
-    """Images a step, cut into as many micro-steps as the recipe's `batch` is; absent: that."""
+    """Images a step, cut into as many micro-steps as the recipe's own, which it is at first."""
 
 
 class Objective(_Section):

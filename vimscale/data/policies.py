@@ -102,9 +102,9 @@ def _translate_y(image: Image.Image, strength: Strength) -> Image.Image:
 
 
 def _posterize(image: Image.Image, strength: Strength) -> Image.Image:
-    """Keeps 0 to 4 bits of each value."""
+    """Keeps 1 to 4 bits of each value."""
     bits = int(4 * strength.level)
-    return ImageOps.posterize(image, 4 - bits if strength.increasing else bits)
+    return ImageOps.posterize(image, max(4 - bits if strength.increasing else bits, 1))
 
 
 def _solarize(image: Image.Image, strength: Strength) -> Image.Image:

@@ -85,21 +85,33 @@ def training(
         DataError: a shard is damaged or cannot be had, or nothing in it can be used.
     """
     source = _Training(recipe, data, config, rank, world, range(start, steps))
-    return iter(_loader(source, recipe.data.workers, pin))
+    return _batches(source, recipe.data.workers, pin)
 
 
 def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0) -> Iterator[Batch]:
     """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size."""
-    return iter(_loader(_Evaluation(dataset, size, rank, world, batch), workers, pin=False))
+    return _batches(_Evaluation(dataset, size, rank, world, batch), workers, pin=False)
 
 
-def _loader(source: IterableDataset, workers: int, pin: bool) -> DataLoader:
+def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch]:
     context = None
     if workers:
         # a process with Ray's and gloo's threads must not be forked; a server that has imported torch may, at no cost
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-    return DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context)
+    loader = DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context)
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _caught(batches: Iterator[Batch]) -> Iterator[Batch | DataError]:
+    """An error as the last item: raised in a worker it would arrive as the text of a traceback."""
+    try:
+        yield from batches
+    except DataError as error:
+        yield error
 
 
 class _Training(IterableDataset):
@@ -108,7 +120,10 @@ class _Training(IterableDataset):
         self.rank, self.world = rank, world
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        return _caught(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         recipe, datasets = self.recipe, self.data.datasets
         order = Order(recipe, [dataset.counts for dataset in datasets])
         _, accumulation = recipe.micro_batch(self.world)
@@ -181,7 +196,10 @@ class _Evaluation(IterableDataset):
     def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        return _caught(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         ends = self.source.counts.cumsum()
         total = int(ends[-1])
         rounds = -(-total // (self.batch * self.world))
