@@ -152,11 +152,6 @@ def test_bytes_that_are_no_sample_name_shard_and_offset(copy: Path) -> None:
     assert dataset.read(0, 4)["__key__"]
 
 
-def test_a_remote_address_is_refused_with_a_way_out() -> None:
-    with pytest.raises(DataError, match="copy the shards to a disk"):
-        Dataset.open("s3://bucket/train")
-
-
 # ---- batches
 
 

@@ -1,31 +1,41 @@
-"""A data set opened: any sample at the cost of one read."""
+"""A data set opened: any sample of any shard, at the cost of one read once the shard is on this machine."""
 
-import io
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from vimscale.data.cache import Ahead, Cache
+from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
+from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store
 from vimscale.errors import DataError
+from vimscale.recipe import size_bytes
+
+log = logging.getLogger(__name__)
+
+_OPEN = 128
+"""Shards that a process keeps open, with 8 bytes a sample of index each."""
 
 
 @dataclass
 class Traffic:
-    """What was read since the process started."""
+    """What was read since the data set was opened in this process."""
 
     bytes: int = 0
     """Of samples."""
     fetched: int = 0
-    """Bytes of shards that came from elsewhere."""
+    """Bytes that came from elsewhere."""
     hits: int = 0
     """Shards opened that were in the node's cache already."""
     misses: int = 0
-    """Shards opened that had to be fetched."""
+    """Shards opened that had to be fetched, or waited for, first."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -35,132 +45,152 @@ class Traffic:
 
 
 class Dataset:
-    """Shards and their manifest, in a folder."""
+    """Shards and their manifest. Pickled, it opens its files and connections anew."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
-        self.folder = folder
+    def __init__(self, store: Folder | Remote, manifest: Manifest, cache: Cache):
+        self.store = store
         self.manifest = manifest
         self.counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         self.traffic = Traffic()
-        self._index = lru_cache(maxsize=64)(self._read_index)
-        self._file = lru_cache(maxsize=256)(_File)
+        self._cache = cache
+        self._lock = Lock()
+        self._ahead = Ahead(self._fetch)
+        # an open file takes up room even if it left the cache, so those of the cache are kept within its limit
+        largest = max(shard.bytes for shard in manifest.shards)
+        kept = _OPEN if isinstance(store, Folder) else min(max(cache.limit // max(largest, 1), 1), _OPEN)
+        self._opened = lru_cache(maxsize=kept)(self._open)
 
     def __reduce__(self) -> tuple:
-        return Dataset, (self.folder, self.manifest)  # worker processes open their own files
+        return Dataset, (self.store, self.manifest, self._cache)
 
     @classmethod
-    def open(cls, source: str, cache: str = "100GB") -> "Dataset":
-        """The data set `source`: a folder, or an embedded set's name such as digits:train.
+    def open(cls, source: str, cache: str = "100GB", retry: Retry | None = None) -> "Dataset":
+        """The data set `source`: a folder, an address, or an embedded set's name such as digits:train.
+
+        `cache` is the largest size of the node's cache, for shards that are not on this machine; `retry` how patient to
+        be with the network.
 
         Raises:
             DataError: no manifest there, or shards that are missing or not of the size it says.
         """
-        if source.startswith("digits:"):
-            from vimscale.data import digits
-
-            try:
-                folder = digits.cached() / source.removeprefix("digits:")
-            except OSError as error:
-                way_out = "set XDG_CACHE_HOME to a folder that can be written"
-                raise DataError(f"data {source}: the embedded set cannot be unpacked ({error}); {way_out}") from None
-        elif "://" in source:
-            raise DataError(
-                f"data {source}: only folders can be streamed so far; copy the shards to a disk all ranks see"
-            )
-        else:
-            folder = Path(source)
+        limit = size_bytes(cache)
+        if limit is None:
+            raise DataError(f"data.cache {cache!r} is not a size; write 500MB, 100GB or 2TB")
+        place = _embedded(source) if source.startswith("digits:") else source
+        store = open_store(place, retry)
         try:
-            text = (folder / MANIFEST).read_text()
-        except FileNotFoundError:
-            what = f"has no {MANIFEST}" if folder.is_dir() else "is not there"
-            raise DataError(
-                f"data {source}: {folder} {what}; `vimscale data digits DIR` writes a set to start from"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data {source}: {folder / MANIFEST} cannot be read: {error}") from None
-        dataset = cls(folder, Manifest.from_json(text, source))
+            text = store.get(MANIFEST)
+        except Missing:
+            there = isinstance(store, Remote) or store.path.is_dir()
+            what = f"has no {MANIFEST}" if there else "is not there"
+            make = "`vimscale data index` makes one for tars, `vimscale data prepare` makes sets of images"
+            raise DataError(f"data {source}: {store.url} {what}; {make}") from None
+        except DataError as error:
+            raise DataError(f"data {source}: {error}") from None
+        manifest = Manifest.from_json(text, source)
+        dataset = cls(
+            open_store(beside(place, manifest.base), retry) if manifest.base else store, manifest, Cache(limit)
+        )
         dataset.check()
         return dataset
 
     def where(self, number: int) -> str:
         """The shard's full name, for messages."""
-        return str(self.folder / self.manifest.shards[number].name)
+        return self.store.where(self.manifest.shards[number].name)
+
+    def path(self, number: int) -> Path:
+        """The shard's file on this machine, fetched if need be; one in the cache may have to make room later.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+        shard = self.manifest.shards[number]
+        return self.store.path / shard.name if isinstance(self.store, Folder) else self._cache.path(self.store, shard)
 
     def check(self) -> None:
-        """Every shard is there with the size the manifest says, beside an index of the size it should have."""
-        faults = []
+        """Every shard is there with the size the manifest says, beside an index of the size it should have.
+
+        A web server cannot be asked that in one request: there, shards are checked when they are fetched.
+
+        Raises:
+            DataError: names the first ten that are not.
+        """
+        wanted: dict[str, int] = {}
         for shard in self.manifest.shards:
-            faults += [
-                fault
-                for name, size in ((shard.name, shard.bytes), (f"{shard.name}.idx", 8 * (shard.samples + 1)))
-                if (fault := _damage(self.folder / name, size))
-            ]
+            wanted |= {shard.name: shard.bytes, f"{shard.name}.idx": 8 * (shard.samples + 1)}
+        found = self.store.sizes(wanted)
+        if found is None:
+            return
+        faults = [
+            f"{name} has {found[name]:,} bytes, not {size:,}" if name in found else f"{name} is missing"
+            for name, size in wanted.items()
+            if found.get(name) != size
+        ]
         if faults:
             shown = "".join(f"\n  {fault}" for fault in faults[:10])
             more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
             way_out = "copy the damaged shards again, or write the data set anew"
             raise DataError(
-                f"data {self.folder}: {len(faults)} files of {len(self.counts)} shards are damaged"
+                f"data {self.store.url}: {len(faults)} files of {len(self.counts)} shards are damaged"
                 f"{shown}{more}\n{way_out}"
             )
 
-    def _read_index(self, number: int) -> np.ndarray:
-        shard = self.manifest.shards[number]
-        path = self.folder / f"{shard.name}.idx"
-        offsets = np.fromfile(path, dtype="<u8")
-        if (
-            len(offsets) != shard.samples + 1
-            or (np.diff(offsets.astype(np.int64)) <= 0).any()
-            or offsets[-1] > shard.bytes
-        ):
-            raise DataError(f"{path} does not index {shard.samples} samples of a {shard.bytes:,} byte shard")
-        return offsets
-
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """These shards are wanted soon, in this order: have them fetched in the background."""
+        """These shards are wanted soon, in this order: have them fetched in the background, as many as the cache can
+        hold at once. What an earlier call asked for is given up if it has not begun.
+        """
+        if isinstance(self.store, Folder):
+            return
+        fitting = []
+        room = self._cache.limit
+        for number in numbers:
+            room -= self.manifest.shards[number].bytes
+            if room < 0:
+                break
+            fitting.append(number)
+        self._ahead.want(fitting)
 
     def read(self, number: int, i: int) -> dict[str, Any]:
         """Sample i of shard `number` as webdataset parses it: `__key__`, and the bytes of each member by extension.
 
         Raises:
-            DataError: the bytes there are no sample; names shard and offset.
+            DataError: the shard cannot be had, or the bytes there are no sample; names shard and offset.
         """
-        from webdataset.tariterators import (
-            group_by_keys,
-            tar_file_expander,
-        )  # brings torch, which a check does not need
+        sample, size = self._opened(number).read(i)
+        self.traffic.bytes += size
+        return sample
 
-        start, end = (int(offset) for offset in self._index(number)[i : i + 2])
-        shard = self.manifest.shards[number]
-        data = os.pread(self._file(self.folder / shard.name).descriptor, end - start, start)
-        self.traffic.bytes += len(data)
-        stream = {"url": shard.name, "stream": io.BytesIO(data)}
-        try:
-            samples = list(group_by_keys(tar_file_expander([stream], handler=_reraise)))
-        except Exception as error:  # tarfile and webdataset raise what they like on bytes that are no tar
-            raise DataError(f"{self.where(number)}, offset {start}: no sample there ({error})") from error
-        if len(samples) != 1:
-            raise DataError(f"{self.where(number)}, offset {start}: {len(samples)} samples where one should be")
-        return samples[0]
+    def _open(self, number: int) -> Opened:
+        shard, where = self.manifest.shards[number], self.where(number)
+        if isinstance(self.store, Folder):
+            index = self.store.get(f"{shard.name}.idx")
+            try:
+                descriptor = os.open(self.store.path / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise DataError(f"{where} cannot be read: {error.strerror}") from None
+            return Opened(descriptor, index, shard, where)
+        opened, there = self._get(number)
+        with self._lock:
+            self.traffic.hits += there
+            self.traffic.misses += not there
+        return opened
 
+    def _fetch(self, number: int) -> None:
+        self._get(number)
 
-def _reraise(error: Exception) -> bool:
-    raise error
-
-
-class _File:
-    """A descriptor that closes with its last user; pread needs no position, so threads may share it."""
-
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def _get(self, number: int) -> tuple[Opened, bool]:
+        assert isinstance(self.store, Remote)
+        opened, fetched, there = self._cache.open(self.store, self.manifest.shards[number])
+        with self._lock:
+            self.traffic.fetched += fetched
+        return opened, there
 
 
-def _damage(path: Path, size: int) -> str | None:
+def _embedded(source: str) -> str:
+    from vimscale.data import digits
+
     try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    return f"{path.name} has {found:,} bytes, not {size:,}" if found != size else None
+        return str(digits.cached() / source.removeprefix("digits:"))
+    except OSError as error:
+        way_out = "set XDG_CACHE_HOME to a folder that can be written"
+        raise DataError(f"data {source}: the embedded set cannot be unpacked ({error}); {way_out}") from None
