@@ -1,7 +1,6 @@
 """Shards, the order of samples, and batches as a pure function of manifest, seed and step."""
 
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -9,7 +8,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +17,14 @@ import webdataset
 from PIL import Image
 
 from vimscale import recipe
-from vimscale.data import augment, decode, digits, shards
+from vimscale.data import digits, shards
 from vimscale.data.dataset import Dataset
 from vimscale.data.feed import Feed
-from vimscale.data.plan import generator
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError
 from vimscale.model import VisionMamba
-from vimscale.recipe import Augment, Recipe
+from vimscale.recipe import Recipe
 
 # ---- the embedded set
 
@@ -338,116 +335,7 @@ def test_an_evaluation_sees_every_image_once_in_equally_many_batches(digits: Pat
     assert {part.images.shape[0] for parts in ranks for part in parts} == {batch}
 
 
-# ---- images
-
-
-def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-RED = Image.new("RGB", (20, 10), (200, 30, 40))
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("jpg", _encoded(RED, "JPEG", quality=95)),
-        ("jpg", _encoded(RED.convert("CMYK"), "JPEG", quality=95)),
-        ("png", _encoded(RED, "PNG")),
-        ("png", _encoded(RED.convert("RGBA"), "PNG")),
-        ("png", _encoded(RED.convert("P"), "PNG")),
-        ("webp", _encoded(RED, "WEBP", lossless=True)),
-    ],
-)
-def test_every_kind_of_image_becomes_rgb(name: str, data: bytes) -> None:
-    image, label = decode.decode({"__key__": "k", name: data, "cls": b"7"}, "shard", 10)
-    assert (image.shape, image.dtype, label) == ((3, 10, 20), torch.uint8, 7)
-    off = (image.float().mean((1, 2)) - torch.tensor([200.0, 30, 40])).abs().max()
-    assert off < 12, "JPEG and CMYK round colours by a few of 255"
-
-
-def test_a_rotated_photograph_is_set_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = _encoded(RED, "JPEG", exif=exif.tobytes())
-    assert decode.decode({"__key__": "k", "jpg": data, "cls": b"0"}, "shard", 10)[0].shape == (3, 20, 10)
-
-
-def test_transparent_pixels_are_white() -> None:
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    image, _ = decode.decode({"__key__": "k", "png": _encoded(clear, "PNG"), "cls": b"0"}, "shard", 10)
-    assert (image == 255).all()
-
-
-def _huge_png(side: int) -> bytes:
-    """A header that claims side x side pixels, in a hundred bytes."""
-    data = bytearray(_encoded(RED, "PNG"))
-    data[16:24] = struct.pack(">II", side, side)
-    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("sample", "expected"),
-    [
-        ({"png": _huge_png(9000), "cls": b"1"}, "9000 x 9000 pixels; at most 64,000,000 are read"),
-        ({"png": _huge_png(65500), "cls": b"1"}, "4290250000 pixels"),
-        ({"jpg": _encoded(RED, "JPEG")[:200], "cls": b"1"}, "cannot be decoded"),
-        ({"png": b"<html>not found</html>", "cls": b"1"}, "cannot be decoded"),
-        ({"png": _encoded(RED, "PNG")}, "member .cls"),
-        ({"png": _encoded(RED, "PNG"), "cls": b"cat"}, "member .cls"),
-        ({"pyd": b"cbuiltins\neval\n.", "cls": b"1"}, "no image among its members"),
-    ],
-)
-def test_a_bad_sample_is_named_with_its_shard_and_key(sample: dict, expected: str) -> None:
-    with pytest.raises(DataError, match=expected) as caught:
-        decode.decode({"__key__": "n0123", **sample}, "train/00007.tar", 10)
-    assert "train/00007.tar, sample n0123" in str(caught.value)
-
-
-def test_crops_keep_at_least_the_area_they_are_told_to() -> None:
-    ramp = torch.arange(100, dtype=torch.uint8).repeat(100, 1).expand(3, 100, 100)
-    spans = []
-    for i in range(200):
-        crop = augment.for_training(
-            ramp, (50, 50), Augment(crop_min=0.25, aspect_max=1.0, flip=0.0), generator(0, 1, i)
-        )
-        assert crop.shape == (3, 50, 50)
-        spans.append(int(crop[0, 25].max()) - int(crop[0, 25].min()) + 1)
-    assert 48 <= min(spans) <= 60, "a quarter of the area is half of the side"
-    assert max(spans) >= 95
-
-
-def test_flips_come_as_often_as_asked_and_from_the_samples_generator() -> None:
-    ramp = torch.arange(32, dtype=torch.uint8).repeat(32, 1).expand(3, 32, 32)
-    options = Augment(crop_min=1.0, flip=0.5)
-    first = [bool(augment.for_training(ramp, (32, 32), options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
-    again = [bool(augment.for_training(ramp, (32, 32), options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
-    assert first == again
-    assert 150 < sum(first) < 250
-
-
-@pytest.mark.parametrize("size", [(40, 60), (60, 40), (20, 20), (48, 48)])
-def test_evaluation_takes_the_central_square(size: tuple[int, int]) -> None:
-    image = torch.zeros(3, *size, dtype=torch.uint8)
-    image[:, size[0] // 2 - 4 : size[0] // 2 + 4, size[1] // 2 - 4 : size[1] // 2 + 4] = 255
-    square = augment.for_evaluation(image, (48, 48))
-    assert square.shape == (3, 48, 48)
-    rows, columns = (square[0] > 127).nonzero().float().mean(0).tolist()
-    assert abs(rows - 23.5) < 1
-    assert abs(columns - 23.5) < 1
-
-
-def test_normalising_gives_mean_zero_and_deviation_one(digits: Path) -> None:
-    dataset = Dataset.open(str(digits / "train"))
-    (batch,) = evaluation(dataset, rank=0, world=1, batch=1438, size=(32, 32))
-    mean, std = (torch.tensor(v) for v in (dataset.manifest.mean, dataset.manifest.std))
-    pixels = augment.normalise(batch.images, mean, std)
-    # the manifest's figures are of the scans before they were enlarged
-    assert abs(pixels.mean()) < 0.02
-    assert 0.8 < pixels.std() < 1.1
+# ---- what a set is known by
 
 
 def test_the_manifest_is_what_the_fingerprint_is_of(digits: Path) -> None:

@@ -40,28 +40,19 @@ def buckets(size: Size, patch: int, count: int) -> list[Size]:
     """The shapes of images that may keep their aspect ratio, from the widest to the tallest.
 
     `count` ratios from 1:2 to 2:1, even in their logarithm: an odd count keeps the square. Sides are multiples of
-    `patch`, areas at most that of `size` and as near to it as can be. Ratios that so become one shape count once.
+    `patch`; areas are at most that of `size` and near it. Ratios that so become one shape count once.
     """
     if count == 1:
         return [size]
     patches = (size[0] // patch) * (size[1] // patch)
-    shapes = dict.fromkeys(_shape(patches, 2.0**octave) for octave in np.linspace(-1, 1, count))
+    fitting = [(rows, patches // rows) for rows in range(1, patches + 1) if patches // (patches // rows) == rows]
+    wide = [bucket_for(2**octave, 1, fitting) for octave in np.linspace(-1, 1, count)[: count // 2].tolist()]
+    square = [(math.isqrt(patches), math.isqrt(patches))] * (count % 2)
+    shapes = dict.fromkeys([*wide, *square, *((columns, rows) for rows, columns in reversed(wide))])
     return [(rows * patch, columns * patch) for rows, columns in shapes]
 
 
-def _shape(patches: int, aspect: float) -> tuple[int, int]:
-    """(rows, columns) of at most that many patches, with rows / columns near `aspect`."""
-    rows, columns = math.sqrt(patches * aspect), math.sqrt(patches / aspect)
-    near = [
-        (r, c)
-        for r in {math.floor(rows), math.ceil(rows)}
-        for c in {math.floor(columns), math.ceil(columns)}
-        if 0 < r * c <= patches
-    ]
-    return max(near, key=lambda shape: (shape[0] * shape[1], -abs(math.log(shape[0] / shape[1] / aspect))))
-
-
-def bucket_for(height: int, width: int, shapes: Iterable[Size]) -> Size:
+def bucket_for(height: float, width: float, shapes: Iterable[Size]) -> Size:
     """The shape whose aspect ratio is nearest to height x width, in its logarithm; the first of equals."""
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 

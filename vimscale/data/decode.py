@@ -91,8 +91,8 @@ class _Header(NamedTuple):
 def _header(data: bytes) -> _Header:
     try:
         header = _fast_header(data) or _header_by_pillow(data)
-    except Image.DecompressionBombError as error:
-        raise BadSample("pixels", f"the image is too large: {error}") from None
+    except Image.DecompressionBombError:
+        raise BadSample("pixels", f"the image is too large: at most {MAX_PIXELS:,} pixels are read") from None
     except _DAMAGE as error:
         raise BadSample("image", f"the image cannot be decoded: {error}") from None
     if header.height * header.width > MAX_PIXELS:
