@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vimscale.recipe import Augment
@@ -87,7 +86,9 @@ def _mix(images: Tensor, labels: Tensor, mix: Tensor, classes: int) -> tuple[Ten
     others = pairs.flip(1)
     pairs.mul_(own).add_(others.mul_(1 - own))
 
-    targets = F.one_hot(labels, classes).to(torch.float32).unflatten(0, (-1, 2))  # (p, 2, c)
+    # not F.one_hot: on some devices it looks at the labels, and waits for them
+    targets = labels[:, None] == torch.arange(classes, device=labels.device)
+    targets = targets.to(torch.float32).unflatten(0, (-1, 2))  # (p, 2, c)
     keeps = keeps.flatten(1)[..., None]
     targets = keeps * targets + (1 - keeps) * targets.flip(1)
     return images, targets.flatten(0, 1)
