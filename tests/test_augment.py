@@ -167,6 +167,8 @@ EXACT: dict[str, tuple[str, float, int, bool, Callable[[np.ndarray], np.ndarray]
     "solarize add, most": ("SolarizeAdd", 1.0, 1, True, lambda x: np.where(x < 128, x + 110, x)),
     "posterize to 3 bits": ("Posterize", 0.75, 1, False, lambda x: x & 0b11100000),
     "posterize to 1 bit, increasing": ("Posterize", 0.75, 1, True, lambda x: x & 0b10000000),
+    "posterize, most, keeps a bit": ("Posterize", 1.0, 1, True, lambda x: x & 0b10000000),
+    "posterize, least, keeps a bit": ("Posterize", 0.0, 1, False, lambda x: x & 0b10000000),
     "posterize to 4 bits, increasing": ("Posterize", 0.2, 1, True, lambda x: x & 0b11110000),
     "brightness, middle": ("Brightness", 0.5, -1, False, lambda x: x),
     "brightness, nothing, increasing": ("Brightness", 0.0, -1, True, lambda x: x),
