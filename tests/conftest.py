@@ -1,12 +1,18 @@
 """What several tests share."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.shell import Shell, new_shell
+
+if TYPE_CHECKING:
+    from tests.web_server import WebServer
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
@@ -29,3 +35,44 @@ def digits(cache: Path) -> Path:
     folder = cache / "digits"
     digits.write(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of noise, which nobody may change."""
+    from tests.noise import write_set
+
+    return write_set(tmp_path_factory.mktemp("written") / "train")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, written: Path, shards_cache: Path) -> Path:
+    """A set that may be damaged, and a cache of the test's own."""
+    return Path(shutil.copytree(written, tmp_path / "site" / "train"))
+
+
+@pytest.fixture
+def server(tmp_path: Path, folder: Path) -> Iterator["WebServer"]:
+    """`folder`, served as /train."""
+    from tests.web_server import WebServer
+
+    server = WebServer(tmp_path / "site")
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def shards_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VIMSCALE_CACHE", str(tmp_path / "shards"))
+    return tmp_path / "shards"
+
+
+@pytest.fixture(scope="session")
+def expected(written: Path) -> list[tuple[str, bytes, bytes]]:
+    """All samples of `written`, in the order of `everything`."""
+    from tests.noise import everything
+    from vimscale.data.dataset import Dataset
+
+    return everything(Dataset.open(str(written)))

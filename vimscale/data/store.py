@@ -159,7 +159,10 @@ class Web(Remote):
 
     def __init__(self, url: str, retry: Retry):
         super().__init__(url, retry)
-        self._parts = urlsplit(url)
+        try:
+            self._parts = urlsplit(url)
+        except ValueError as error:
+            raise DataError(f"data {url} is no address: {error}") from None
         self._host = self._parts.netloc.rpartition("@")[2]
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "vimscale"}
         if self._parts.username is not None:

@@ -1,0 +1,244 @@
+"""The node's cache of shards: its size, several processes, sets and deaths, and what is fetched ahead."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.noise import BYTES, HASTY, ROOT, SHARDS, TWO_SHARDS, everything, overwrite, write_set
+from tests.web_server import WebServer, hang
+from vimscale.data.cache import local_copy
+from vimscale.data.dataset import Dataset
+from vimscale.errors import DataError
+
+# ---- its size
+
+
+def test_a_cache_of_two_shards_serves_an_epoch_and_stays_within_itsresized(
+    server: WebServer, shards_cache: Path, expected: list
+) -> None:
+    dataset = Dataset.open(f"{server.url}/train", cache=TWO_SHARDS)
+    assert everything(dataset) == expected
+    assert dataset.traffic.misses > SHARDS
+    assert sum(path.stat().st_size for path in shards_cache.iterdir()) <= 190_000
+    assert len(list(shards_cache.glob("*.tar"))) == 2
+
+
+def test_the_least_recently_used_shard_makes_room(server: WebServer) -> None:
+    def paths(*numbers: int) -> None:
+        for number in numbers:
+            Dataset.open(f"{server.url}/train", cache=TWO_SHARDS).path(number)
+
+    paths(0, 1, 0, 2)
+    server.requests.clear()
+    paths(0, 2)
+    assert not server.count(".tar")
+    paths(1)
+    assert server.count(".tar") == {"train/00001.tar": 1}
+
+
+# ---- several processes and sets
+
+READER = """
+import sys
+from vimscale.data.dataset import Dataset
+dataset = Dataset.open(sys.argv[1])
+print("open", flush=True)
+for number in map(int, sys.argv[2:]):
+    dataset.path(number)
+"""
+
+
+def _reader(url: str, *numbers: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", READER, url, *map(str, numbers)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+
+
+def test_processes_of_a_node_download_a_shard_once(server: WebServer, expected: list) -> None:
+    readers = [_reader(f"{server.url}/train", *range(SHARDS)) for _ in range(2)]
+    for reader in readers:
+        reader.communicate()
+        assert reader.returncode == 0
+    assert server.count(".tar") == {f"train/{n:05d}.tar": 1 for n in range(SHARDS)}
+    assert everything(Dataset.open(f"{server.url}/train")) == expected
+
+
+def test_a_downloader_killed_in_the_middle_harms_nobody(server: WebServer, shards_cache: Path, expected: list) -> None:
+    server.faults["train/00000.tar"] = [hang(50_000)]
+    first = _reader(f"{server.url}/train", 0)
+    assert server.hanging.wait(60)
+    second = _reader(f"{server.url}/train", 0)
+    assert second.stdout is not None
+    second.stdout.readline()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    second.communicate()
+    assert second.returncode == 0
+    assert server.count("0.tar") == {"train/00000.tar": 2}
+    assert everything(Dataset.open(f"{server.url}/train")) == expected
+    assert not list(shards_cache.glob("*.part"))
+
+
+def test_what_a_dead_download_left_is_cleared_away(server: WebServer, shards_cache: Path) -> None:
+    server.faults["train/00000.tar"] = [hang(50_000)]
+    reader = _reader(f"{server.url}/train", 0)
+    assert server.hanging.wait(60)
+    reader.kill()
+    reader.communicate()
+    assert list(shards_cache.glob("*.part"))
+    Dataset.open(f"{server.url}/train").read(1, 0)
+    assert not list(shards_cache.glob("*.part"))
+
+
+def test_a_download_waits_for_room_that_others_take_up(server: WebServer) -> None:
+    server.faults["train/00000.tar"] = [hang(50_000)]
+    dataset = Dataset.open(f"{server.url}/train", cache="0.1MB")
+    slow = threading.Thread(target=dataset.path, args=(0,))
+    slow.start()
+    assert server.hanging.wait(60)
+    waiting = threading.Thread(target=dataset.path, args=(1,))
+    waiting.start()
+    server.go_on.set()
+    slow.join()
+    waiting.join()
+    assert server.count(".tar") == {"train/00000.tar": 1, "train/00001.tar": 1}
+
+
+def test_sets_whose_shards_have_the_same_names_are_kept_apart(
+    tmp_path: Path, server: WebServer, expected: list
+) -> None:
+    other = everything(Dataset.open(str(write_set(tmp_path / "site" / "other", seed=7))))
+    assert other != expected
+    for _ in range(2):
+        assert everything(Dataset.open(f"{server.url}/other")) == other
+        assert everything(Dataset.open(f"{server.url}/train")) == expected
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server: WebServer) -> None:
+    dataset = Dataset.open(f"{server.url}/train", cache="0.05MB")
+    with pytest.raises(DataError, match=r"00000.tar has 92,160 bytes and the cache holds 50,000; enlarge data.cache"):
+        dataset.read(0, 0)
+    assert not server.count(".tar")
+
+
+def test_a_disk_without_room_and_a_folder_that_cannot_be_written_are_named(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+import resource
+from vimscale.data.dataset import Dataset
+from vimscale.errors import DataError
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    Dataset.open("{server.url}/train").path(0)
+except DataError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "no room for" in done.stdout, done
+    assert str(tmp_path / "shards") in done.stdout
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VIMSCALE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(DataError, match=r"cannot be cached .*Not a directory.* set VIMSCALE_CACHE to another folder"):
+        Dataset.open(f"{server.url}/train").read(0, 0)
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(server: WebServer, shards_cache: Path) -> None:
+    path = Dataset.open(f"{server.url}/train").path(0)
+    assert path.parent == shards_cache
+    os.truncate(path, 1000)
+    assert Dataset.open(f"{server.url}/train").read(0, 0)["__key__"] == "0-0"
+    assert path.stat().st_size == BYTES
+
+
+# ---- ahead of time
+
+
+def _join_workers() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "shards ahead":
+            thread.join()
+
+
+def test_shards_fetched_ahead_are_there_when_they_are_read(server: WebServer, expected: list) -> None:
+    dataset = Dataset.open(f"{server.url}/train")
+    dataset.prefetch(range(SHARDS))
+    _join_workers()
+    server.requests.clear()
+    assert everything(dataset) == expected
+    assert not server.requests
+    assert (dataset.traffic.hits, dataset.traffic.misses) == (SHARDS, 0)
+
+
+def test_no_more_is_fetched_ahead_than_the_cache_holds(server: WebServer) -> None:
+    dataset = Dataset.open(f"{server.url}/train", cache=TWO_SHARDS)
+    dataset.prefetch([4, 2, 3, 1])
+    _join_workers()
+    assert server.count(".tar") == {"train/00004.tar": 1, "train/00002.tar": 1}
+
+
+def test_a_new_wish_replaces_what_has_not_begun(server: WebServer) -> None:
+    for number in range(4):
+        server.faults[f"train/{number:05d}.tar"] = [hang(1000)]
+    dataset = Dataset.open(f"{server.url}/train")
+    dataset.prefetch([0, 1, 2, 3, 4])
+    assert server.hanging.wait(60)
+    dataset.prefetch([5])
+    server.go_on.set()
+    _join_workers()
+    assert "train/00005.tar" in server.requests
+    assert "train/00004.tar" not in server.requests
+
+
+def test_an_error_in_the_background_is_raised_by_whoever_reads_the_shard(server: WebServer, folder: Path) -> None:
+    (folder / "00001.tar").rename(folder / "aside")
+    dataset = Dataset.open(f"{server.url}/train")
+    dataset.prefetch([0, 1])
+    _join_workers()
+    assert dataset.read(0, 0)["__key__"] == "0-0"
+    with pytest.raises(DataError, match=r"00001.tar is not there"):
+        dataset.read(1, 0)
+    (folder / "aside").rename(folder / "00001.tar")
+    assert dataset.read(1, 0)["__key__"] == "1-0"
+
+
+def test_a_process_ends_while_shards_are_fetched_ahead(server: WebServer) -> None:
+    server.faults["train/00000.tar"] = [hang(1000)]
+    code = f"""
+from vimscale.data.dataset import Dataset
+Dataset.open("{server.url}/train").prefetch([0])
+input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, text=True
+    )
+    assert server.hanging.wait(60)
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_data_set_is_pickled_with_its_place_and_settings_alone(server: WebServer, expected: list) -> None:
+    dataset = Dataset.open(f"{server.url}/train", cache="1GB", retry=HASTY)
+    dataset.prefetch([0])
+    dataset.read(1, 0)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert everything(again) == expected
+    assert (again.store.retry, again._cache.limit) == (HASTY, 10**9)
+    _join_workers()
+
+
+def test_a_file_without_a_manifest_is_fetched_anew_each_time(server: WebServer, folder: Path) -> None:
+    assert local_copy(f"{server.url}/train/00000.tar").read_bytes() == (folder / "00000.tar").read_bytes()
+    overwrite(0, b"new")(folder / "00000.tar")
+    assert local_copy(f"{server.url}/train/00000.tar").read_bytes()[:3] == b"new"
+    assert local_copy(str(folder / "00000.tar")) == folder / "00000.tar"
+    assert local_copy(f"file://{folder}/00000.tar") == folder / "00000.tar"
+    with pytest.raises(DataError, match=r"none.tar is not there"):
+        local_copy(f"{server.url}/train/none.tar")
