@@ -1,11 +1,13 @@
 """The node's cache of shards: its size, several processes, sets and deaths, and what is fetched ahead."""
 
+import contextlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from vimscale.errors import DataError
 # ---- its size
 
 
-def test_a_cache_of_two_shards_serves_an_epoch_and_stays_within_itsresized(
+def test_a_cache_of_two_shards_serves_an_epoch_and_stays_within_its_size(
     server: WebServer, shards_cache: Path, expected: list
 ) -> None:
     dataset = Dataset.open(f"{server.url}/train", cache=TWO_SHARDS)
@@ -68,6 +70,32 @@ def test_processes_of_a_node_download_a_shard_once(server: WebServer, expected: 
     assert everything(Dataset.open(f"{server.url}/train")) == expected
 
 
+def test_who_waits_for_a_shard_has_it_once_it_is_whole_though_others_keep_it_open(server: WebServer) -> None:
+    server.faults["train/00000.tar"] = [hang(50_000)]
+    datasets = [Dataset.open(f"{server.url}/train") for _ in range(2)]
+    readers = [threading.Thread(target=dataset.read, args=(0, 0)) for dataset in datasets]
+    readers[0].start()
+    assert server.hanging.wait(60)
+    readers[1].start()
+    while _open_parts() < 2:
+        time.sleep(0.001)
+    server.go_on.set()
+    for reader in readers:
+        reader.join(60)
+        assert not reader.is_alive()
+    assert server.count(".tar") == {"train/00000.tar": 1}
+    assert [dataset.traffic.misses for dataset in datasets] == [1, 1]
+
+
+def _open_parts() -> int:
+    """Descriptors of this process on shards that are being downloaded."""
+    count = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/self/fd/{descriptor}").endswith(".part")
+    return count
+
+
 def test_a_downloader_killed_in_the_middle_harms_nobody(server: WebServer, shards_cache: Path, expected: list) -> None:
     server.faults["train/00000.tar"] = [hang(50_000)]
     first = _reader(f"{server.url}/train", 0)
@@ -84,15 +112,17 @@ def test_a_downloader_killed_in_the_middle_harms_nobody(server: WebServer, shard
     assert not list(shards_cache.glob("*.part"))
 
 
-def test_what_a_dead_download_left_is_cleared_away(server: WebServer, shards_cache: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_a_dead_download_left_is_cleared_away(server: WebServer, shards_cache: Path, number: int) -> None:
     server.faults["train/00000.tar"] = [hang(50_000)]
     reader = _reader(f"{server.url}/train", 0)
     assert server.hanging.wait(60)
     reader.kill()
     reader.communicate()
     assert list(shards_cache.glob("*.part"))
-    Dataset.open(f"{server.url}/train").read(1, 0)
-    assert not list(shards_cache.glob("*.part"))
+    (shards_cache / "dead.tar.idx").touch()
+    Dataset.open(f"{server.url}/train", cache="0.1MB").read(number, 0)
+    assert sorted(path.suffix for path in shards_cache.iterdir()) == ["", ".idx", ".tar"]
 
 
 def test_a_download_waits_for_room_that_others_take_up(server: WebServer) -> None:

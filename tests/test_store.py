@@ -129,6 +129,10 @@ def test_passwords_and_signatures_are_sent_but_not_shown(server: WebServer, fold
     with pytest.raises(DataError, match=r"00001.tar is not there") as caught:
         dataset.read(1, 0)
     assert not any(word in str(caught.value) for word in ("secret", "hidden"))
+    for path in ("other", "train/[x"):
+        with pytest.raises(DataError) as caught:
+            Dataset.open(f"{address}/{path}?signature=hidden", retry=HASTY)
+        assert not any(word in str(caught.value) for word in ("secret", "hidden"))
 
 
 def test_a_remote_manifest_may_name_shards_elsewhere(tmp_path: Path, server: WebServer, expected: list) -> None:

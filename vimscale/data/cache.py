@@ -38,13 +38,29 @@ def folder() -> Path:
     return Path(chosen) if chosen else home / "vimscale" / "shards"
 
 
+class Found(NamedTuple):
+    """A shard in the cache."""
+
+    opened: Opened
+    fetched: int
+    """Bytes that this call downloaded."""
+    there: bool
+    """Whether it was in the cache without waiting."""
+
+
+class _Entry(NamedTuple):
+    used: int
+    bytes: int
+    path: Path
+
+
 class Cache:
     """At most `limit` bytes of shards; the least recently opened go first."""
 
     def __init__(self, limit: int):
         self.limit = limit
 
-    def open(self, store: Remote, shard: Shard) -> "Found":
+    def open(self, store: Remote, shard: Shard) -> Found:
         """The shard, opened.
 
         Raises:
@@ -98,7 +114,7 @@ class Cache:
         _use(descriptor)
         return Opened(descriptor, index, shard, where)
 
-    def _fetch(self, key: str, store: Remote, shard: Shard) -> "Found":
+    def _fetch(self, key: str, store: Remote, shard: Shard) -> Found:
         where = store.where(shard.name)
         path = folder() / f"{key}.part"
         part = _claim(path)
@@ -114,6 +130,9 @@ class Cache:
             fetched = _download(store, shard, part)
             opened = Opened(os.dup(part), index, shard, where)
             opened.check()
+            path.with_suffix(".tar").unlink(
+                missing_ok=True
+            )  # if any, damaged; and nobody reads the index before its shard
             _write(path.with_suffix(".tar.idx"), index)
             path.rename(path.with_suffix(".tar"))
             _use(part)
@@ -138,7 +157,7 @@ class Cache:
                 if part is None:
                     return
                 if total + need <= self.limit:
-                    os.posix_fallocate(part, 0, need)
+                    os.ftruncate(part, need)
                     return
             finally:
                 os.close(lock)
@@ -150,22 +169,6 @@ class Cache:
         what = f"no room for {where} in the cache" if full else f"{where} cannot be cached"
         way_out = f"make room there, set data.cache below {self.limit:,} bytes" if full else "make it writable"
         return DataError(f"{what} {folder()} ({error.strerror}); {way_out}, or set VIMSCALE_CACHE to another folder")
-
-
-class Found(NamedTuple):
-    """A shard in the cache."""
-
-    opened: Opened
-    fetched: int
-    """Bytes that this call downloaded."""
-    there: bool
-    """Whether it was in the cache without waiting."""
-
-
-class _Entry(NamedTuple):
-    used: int
-    bytes: int
-    path: Path
 
 
 def _contents() -> tuple[list[_Entry], list[tuple[Path, int]]]:
@@ -183,6 +186,10 @@ def _contents() -> tuple[list[_Entry], list[tuple[Path, int]]]:
             kept.append(_Entry(used, size, path))
         elif path.suffix == ".part" and not _remove_dead(path) and size:
             parts.append((path, size))
+        elif path.suffix == ".idx":
+            shard = path.with_suffix("")
+            if not shard.with_suffix(".part").exists() and not shard.exists():
+                path.unlink()
     return sorted(kept), parts
 
 
@@ -202,7 +209,7 @@ def _remove_dead(part: Path) -> bool:
 
 
 def _claim(path: Path) -> int:
-    """The file `path`, made if need be and opened for writing by this thread alone, of all on this machine; waits."""
+    """The file `path`, made or emptied, for this thread alone of all on this machine; waits until it can be had."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -212,6 +219,7 @@ def _claim(path: Path) -> int:
             os.close(descriptor)
             raise
         if _is(descriptor, path):
+            os.ftruncate(descriptor, 0)  # of what a dead process wrote
             return descriptor
         os.close(descriptor)  # it was renamed or removed by the one who had it
 
@@ -280,11 +288,10 @@ def _download(store: Remote, shard: Shard, part: int) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Atomically; only the holder of the shard's part writes here."""
-    with path.with_suffix(".new").open("wb") as file:
+    with path.open("wb") as file:
         file.write(data)
+        file.flush()
         os.fsync(file.fileno())
-    path.with_suffix(".new").rename(path)
 
 
 def local_copy(url: str, cache: str = "100GB") -> Path:

@@ -1,6 +1,5 @@
 """A data set opened: any sample of any shard, at the cost of one read once the shard is on this machine."""
 
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
@@ -14,11 +13,9 @@ import numpy as np
 from vimscale.data.cache import Ahead, Cache
 from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
-from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store
+from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, shown
 from vimscale.errors import DataError
 from vimscale.recipe import size_bytes
-
-log = logging.getLogger(__name__)
 
 _OPEN = 128
 """Shards that a process keeps open, with 8 bytes a sample of index each."""
@@ -78,13 +75,14 @@ class Dataset:
             raise DataError(f"data.cache {cache!r} is not a size; write 500MB, 100GB or 2TB")
         place = _embedded(source) if source.startswith("digits:") else source
         store = open_store(place, retry)
+        source = shown(source)
         try:
             text = store.get(MANIFEST)
         except Missing:
             there = isinstance(store, Remote) or store.path.is_dir()
             what = f"has no {MANIFEST}" if there else "is not there"
             make = "`vimscale data index` makes one for tars, `vimscale data prepare` makes sets of images"
-            raise DataError(f"data {source}: {store.url} {what}; {make}") from None
+            raise DataError(f"data {source}: {shown(store.url)} {what}; {make}") from None
         except DataError as error:
             raise DataError(f"data {source}: {error}") from None
         manifest = Manifest.from_json(text, source)
@@ -127,12 +125,12 @@ class Dataset:
             if found.get(name) != size
         ]
         if faults:
-            shown = "".join(f"\n  {fault}" for fault in faults[:10])
+            first = "".join(f"\n  {fault}" for fault in faults[:10])
             more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
             way_out = "copy the damaged shards again, or write the data set anew"
             raise DataError(
-                f"data {self.store.url}: {len(faults)} files of {len(self.counts)} shards are damaged"
-                f"{shown}{more}\n{way_out}"
+                f"data {shown(self.store.url)}: {len(faults)} files of {len(self.counts)} shards are damaged"
+                f"{first}{more}\n{way_out}"
             )
 
     def prefetch(self, numbers: Iterable[int]) -> None:

@@ -30,6 +30,7 @@ _CHUNK = 1 << 18
 _PROGRESS = 1 << 20
 """After so many bytes more, failures are counted anew: only a connection that leads nowhere is given up."""
 _BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_UNLISTED = "%s cannot be listed, so its shards are checked only when they are fetched: %s"
 _READ = "folders and http(s):// are always read; s3://, gs:// and az:// with vimscale[s3]"
 
 
@@ -105,8 +106,8 @@ class Remote:
         return type(self), (self.url, self.retry)  # connections are made anew in worker processes
 
     def where(self, name: str) -> str:
-        """The file's full address."""
-        return f"{self.url.rstrip('/')}/{name}"
+        """The file's full address, for messages and as the name it is cached by."""
+        return f"{shown(self.url).rstrip('/')}/{name}"
 
     def get(self, name: str) -> bytes:
         """The whole of a small file.
@@ -162,22 +163,16 @@ class Web(Remote):
         try:
             self._parts = urlsplit(url)
         except ValueError as error:
-            raise DataError(f"data {url} is no address: {error}") from None
+            raise DataError(f"data {shown(url)} is no address: {error}") from None
         self._host = self._parts.netloc.rpartition("@")[2]
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "vimscale"}
         if self._parts.username is not None:
             user = f"{unquote(self._parts.username)}:{unquote(self._parts.password or '')}"
             self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
 
-    def where(self, name: str) -> str:
-        """The file's address without passwords and signatures."""
-        return urlunsplit((self._parts.scheme, self._host, self._path(name), "", ""))
-
-    def _path(self, name: str) -> str:
-        return f"{self._parts.path.rstrip('/')}/{quote(name)}"
-
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
-        address = urlunsplit((self._parts.scheme, self._host, self._path(name), self._parts.query, ""))
+        path = f"{self._parts.path.rstrip('/')}/{quote(name)}"
+        address = urlunsplit((self._parts.scheme, self._host, path, self._parts.query, ""))
         headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
         try:
             response = urlopen(Request(address, headers=headers), timeout=self.retry.stall)
@@ -232,13 +227,13 @@ class Bucket(Remote):
                 retry_config={"max_retries": 0},
             )
         except Exception as error:  # obstore has no common class for faulty addresses and settings
-            raise DataError(f"data {url}: {_first_line(error)}; write s3://BUCKET/FOLDER") from None
+            raise DataError(f"data {shown(url)}: {_first_line(error)}; write s3://BUCKET/FOLDER") from None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
         try:
             return {entry["path"]: entry["size"] for page in self._obstore.list(self._bucket) for entry in page}
         except Exception as error:
-            log.warning("%s cannot be listed, so its shards are checked when they are fetched: %s", self.url, error)
+            log.warning(_UNLISTED, shown(self.url), _first_line(error))
             return None
 
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
@@ -273,14 +268,14 @@ class Filesystem(Remote):
                 f"data {url}: no such scheme as {scheme}://; {_READ}, others with vimscale[fsspec]"
             ) from None
         except ImportError as error:
-            raise DataError(f"data {url}: {scheme}:// needs another package: {error}") from None
+            raise DataError(f"data {shown(url)}: {scheme}:// needs another package: {error}") from None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
         try:
             files, root = self._fsspec.core.url_to_fs(self.url)
             found = files.find(root, detail=True)
         except Exception as error:
-            log.warning("%s cannot be listed, so its shards are checked when they are fetched: %s", self.url, error)
+            log.warning(_UNLISTED, shown(self.url), _first_line(error))
             return None
         return {posixpath.relpath(path, root): entry["size"] for path, entry in found.items()}
 
@@ -295,7 +290,13 @@ class Filesystem(Remote):
             raise DataError(f"{self.where(name)}: {error}; check who may read it") from None
         except Exception as error:  # every driver has its own
             raise _Broken(_first_line(error)) from None
-        return getattr(file, "size", None), _pieces(iter(lambda: file.read(_CHUNK), b""))
+        return getattr(file, "size", None), _pieces(_read(file))
+
+
+def _read(file: Any) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(_CHUNK):
+            yield piece
 
 
 def _pieces(pieces: Iterable[Any]) -> Iterator[bytes]:
@@ -317,9 +318,14 @@ def _library(name: str, url: str, extra: str) -> Any:
     except ImportError:
         scheme = url.partition("://")[0]
         raise DataError(
-            f"data {url}: {scheme}:// is read through {name}, which is not installed: pip install 'vimscale[{extra}]'"
-            f" ({_READ})"
+            f"data {shown(url)}: {scheme}:// is read through {name}, which is not installed:"
+            f" pip install 'vimscale[{extra}]' ({_READ})"
         ) from None
+
+
+def shown(url: str) -> str:
+    """The address without its password, and without what follows a ?, which may be a signature."""
+    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1@", url.partition("?")[0]) if "://" in url else url
 
 
 def open_store(url: str, retry: Retry | None = None) -> Folder | Remote:
