@@ -17,9 +17,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tests.noise import BYTES, HASTY, ROOT, SAMPLE, SAMPLES, SHARDS, TWO_SHARDS, everything, moved
-from tests.web_server import WebServer, changed, cut, hang, page, status
+from tests.web_server import WebServer, changed, cut, hang, page, sent_on, status
 from vimscale.data.dataset import Dataset
-from vimscale.data.store import Bucket, Retry, Web, open_store
+from vimscale.data.store import Bucket, Retry, open_store
 from vimscale.errors import DataError
 
 # ---- a web server
@@ -123,9 +123,12 @@ def test_passwords_and_signatures_are_sent_but_not_shown(server: WebServer, fold
     (folder / "00001.tar").unlink()
     address = server.url.replace("http://", "http://me:secret@")
     dataset = Dataset.open(f"{address}/train?signature=hidden", retry=HASTY)
-    assert isinstance(dataset.store, Web)
-    assert dataset.store._headers["Authorization"].startswith("Basic ")
+    server.faults["train/00000.tar"] = [sent_on("/train/aside")]
+    (folder / "00000.tar").rename(folder / "aside")
+    (folder / "00000.tar").touch()
     assert dataset.read(0, 0)["__key__"] == "0-0"
+    assert server.passwords["train/00000.tar"] == "Basic bWU6c2VjcmV0"
+    assert server.passwords["train/aside"] is None
     with pytest.raises(DataError, match=r"00001.tar is not there") as caught:
         dataset.read(1, 0)
     assert not any(word in str(caught.value) for word in ("secret", "hidden"))

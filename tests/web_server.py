@@ -21,6 +21,7 @@ class WebServer(ThreadingHTTPServer):
         self.root = root
         self.ranges = True
         self.requests: list[str] = []
+        self.passwords: dict[str, str | None] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         """By path: what happens to the next requests for it, in turn."""
         self.hanging, self.go_on = threading.Event(), threading.Event()
@@ -43,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
         self.server.requests.append(path)
+        self.server.passwords[path] = self.headers.get("Authorization")
         file = self.server.root / path
         self.start = 0
         if not file.is_file():
@@ -74,6 +76,18 @@ class Handler(BaseHTTPRequestHandler):
 
 def status(code: int) -> Fault:
     return lambda handler, data: handler.reply(code, b"<html>no</html>")
+
+
+def sent_on(path: str) -> Fault:
+    """To where it really is."""
+
+    def fault(handler: Handler, data: bytes) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", path)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return fault
 
 
 def page(handler: Handler, data: bytes) -> None:

@@ -165,17 +165,19 @@ class Web(Remote):
         except ValueError as error:
             raise DataError(f"data {shown(url)} is no address: {error}") from None
         self._host = self._parts.netloc.rpartition("@")[2]
-        self._headers = {"Accept-Encoding": "identity", "User-Agent": "vimscale"}
-        if self._parts.username is not None:
-            user = f"{unquote(self._parts.username)}:{unquote(self._parts.password or '')}"
-            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
 
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
         path = f"{self._parts.path.rstrip('/')}/{quote(name)}"
         address = urlunsplit((self._parts.scheme, self._host, path, self._parts.query, ""))
-        headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
         try:
-            response = urlopen(Request(address, headers=headers), timeout=self.retry.stall)
+            request = Request(address, headers={"Accept-Encoding": "identity", "User-Agent": "vimscale"})
+            if start:
+                request.add_header("Range", f"bytes={start}-")
+            if self._parts.username is not None:
+                user = f"{unquote(self._parts.username)}:{unquote(self._parts.password or '')}"
+                # this server's password is no business of one that it sends us on to
+                request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
+            response = urlopen(request, timeout=self.retry.stall)
         except HTTPError as error:
             error.close()
             said = f"HTTP {error.code} {error.reason}"
@@ -250,7 +252,8 @@ class Bucket(Remote):
                     f"{self.where(name)}: {said}; check the region and the keys in the environment"
                     " (AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true)"
                 ) from None
-            raise _Broken(said) from None
+            asked = "169.254.169.254" in said  # a cloud machine's own address for keys, which others do not have
+            raise _Broken(said + (" (no keys in the environment)" if asked else "")) from None
         return found.meta["size"], _pieces(found.stream(min_chunk_size=_CHUNK))
 
 
