@@ -17,6 +17,8 @@ from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_sto
 from vimscale.errors import DataError
 from vimscale.recipe import size_bytes
 
+_FIRST_CONTACT = Retry(tries=4)
+"""An address that never answered is more likely wrong than out of order."""
 _OPEN = 128
 """Shards that a process keeps open, with 8 bytes a sample of index each."""
 
@@ -77,7 +79,7 @@ class Dataset:
         store = open_store(place, retry)
         source = shown(source)
         try:
-            text = store.get(MANIFEST)
+            text = open_store(place, retry or _FIRST_CONTACT).get(MANIFEST)
         except Missing:
             there = isinstance(store, Remote) or store.path.is_dir()
             what = f"has no {MANIFEST}" if there else "is not there"
@@ -91,6 +93,11 @@ class Dataset:
         )
         dataset.check()
         return dataset
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards are fetched into the node's cache."""
+        return isinstance(self.store, Remote)
 
     def where(self, number: int) -> str:
         """The shard's full name, for messages."""

@@ -1,13 +1,16 @@
 """The data sets that a recipe trains on, as one."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.shards import Manifest
 from vimscale.errors import DataError
-from vimscale.recipe import Data, Recipe
+from vimscale.recipe import Data, Recipe, size_bytes
+
+log = logging.getLogger(__name__)
 
 _STATE = 1
 
@@ -33,6 +36,13 @@ class TrainingSet:
                 raise DataError(
                     f"data {source.data}: {dataset.manifest.samples} samples cannot be cut into {data.lanes} lanes;"
                     " lower data.lanes"
+                )
+            largest = max(shard.bytes for shard in dataset.manifest.shards)
+            if dataset.remote and (size_bytes(data.cache) or 0) < data.window * largest:
+                log.warning(
+                    "data.cache %s holds less than a window, %d shards of %.1f GB: shards will be fetched again and"
+                    " again; raise data.cache, or lower data.window",
+                    *(data.cache, data.window, largest / 1e9),
                 )
         return cls(opened)
 
