@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.shell import Shell
+from tests.web_server import WebServer
 from vimscale.data import shards
 from vimscale.data.dataset import Dataset
 
@@ -94,6 +95,30 @@ def test_a_shard_that_breaks_in_mid_run_is_named_with_its_offset(shell: Shell, d
     output = shell.run("launch", "small.yaml", "data.train=set", "data.workers=1", *PROCESSES, expect=2)
     assert f"00002.tar, offset {offset}: no sample there" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.timeout(600)
+def test_a_run_behind_a_web_server_that_dies_and_comes_back_has_the_same_losses(shell: Shell, digits: Path) -> None:
+    windows = ("data.window=1", "steps=60")
+    at_home = _launch(shell, "home", *windows, *PROCESSES)
+    server = WebServer(digits)
+    # a cache of two shards of 0.46 MB, so that the network is needed all the time
+    shell.env["VIMSCALE_CACHE"] = str(shell.folder / "shards")
+    away = ("name=away", f"data.train={server.url}/train", "data.cache=1MB", *windows)
+    run = shell.popen("launch", "small.yaml", *away, *PROCESSES)
+    while len(shell.rows("away")) < 10:
+        assert run.poll() is None
+    server.shutdown()
+    server.server_close()
+    server = WebServer(digits, server.server_port)
+    shell.finish(run)
+    server.shutdown()
+    server.server_close()
+    assert shell.losses("away") == at_home
+    assert sum(server.count(".tar").values()) > 8, "shards were fetched after the restart"
+    logged = [row for row in shell.rows("away") if "cache_hits" in row]
+    assert max(row["fetched_mb_per_s"] for row in logged) > 0
+    assert min(row["cache_hits"] for row in logged) < 1
 
 
 def test_anyone_can_see_that_the_order_is_the_same_for_any_world(shell: Shell) -> None:
