@@ -9,14 +9,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from vimscale.errors import DataError
+from vimscale.manifest import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -90,6 +93,15 @@ class Manifest:
         return manifest
 
 
+def new_folder(folder: Path) -> None:
+    """Raises:
+    DataError: `folder` is there and not empty.
+    """
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        what = "is a file" if folder.is_file() else "the folder is not empty"
+        raise DataError(f"data {folder}: {what}; give a new one, or remove it")
+
+
 def write(
     folder: Path,
     samples: Iterable[dict[str, Any]],
@@ -102,46 +114,117 @@ def write(
     source: str,
     licence: str,
 ) -> Manifest:
-    """Write webdataset samples (`__key__` and one entry an extension) as shards; the same samples give the same bytes.
+    """Write webdataset samples (`__key__`, and bytes by extension) as shards; the same samples give the same bytes.
 
     All is written beside `folder` and renamed over in one go: a crash leaves no half data set under its name.
 
     Raises:
         DataError: `folder` exists and is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"data {folder}: the folder is not empty; give a new one, or remove it")
+    new_folder(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    counts = Counter[int]()
     shards: list[Shard] = []
-    batch: list[dict[str, Any]] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == per_shard:
-            shards.append(write_shard(partial / f"{len(shards):05d}.tar", batch))
-            batch = []
-    if batch:
-        shards.append(write_shard(partial / f"{len(shards):05d}.tar", batch))
-    manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence)
-    (partial / MANIFEST).write_text(manifest.to_json())
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    remaining = iter(samples)
+    while batch := list(islice(remaining, per_shard)):
+        shards.append(write_shard(partial / shard_name(len(shards)), batch))
+        counts.update(int(sample["cls"]) for sample in batch)
+    labels = tuple(counts[label] for label in range(len(classes)))
+    manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
+    write_file(partial / MANIFEST, manifest.to_json().encode())
+    publish(partial, folder)
     return manifest
 
 
+def shard_name(number: int) -> str:
+    return f"{number:05d}.tar"
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name."""
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    sync(folder.parent)
+
+
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
-    """Write samples as one tar and its index; the same samples give the same bytes."""
+    """Write samples as one tar and its index; the same samples give the same bytes.
+
+    Neither has its name before it is whole and on disk: a crash leaves nothing but files that begin with a dot.
+
+    Raises:
+        DataError: a key too long for a tar's header.
+    """
     from webdataset import TarWriter
 
     offsets = []
-    # mtime 0 and fixed owners: the bytes depend on nothing but the samples
-    with path.open("wb") as file, TarWriter(file, mtime=0, user="vimscale", group="vimscale") as tar:
-        for sample in samples:
-            offsets.append(tar.tarstream.offset)
-            tar.write(sample)
-        offsets.append(tar.tarstream.offset)
-    np.array(offsets, dtype="<u8").tofile(path.with_name(f"{path.name}.idx"))
-    data = path.read_bytes()
-    return Shard(path.name, len(offsets) - 1, len(data), hashlib.sha256(data).hexdigest())
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            tee = _Hashing(file)
+            # mtime 0 and fixed owners: the bytes depend on nothing but the samples
+            with TarWriter(tee, mtime=0, user="vimscale", group="vimscale", encoder=False) as tar:
+                for sample in samples:
+                    offsets.append(tar.tarstream.offset)
+                    try:
+                        tar.write(sample)
+                    except ValueError as error:  # tarfile's word on names, and webdataset's on values
+                        raise DataError(f"{path}, sample {sample['__key__']}: {error}; shorten its name") from None
+                offsets.append(tar.tarstream.offset)
+            file.flush()
+            os.fsync(file.fileno())
+        write_index(path, np.array(offsets))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+    return Shard(path.name, len(offsets) - 1, tee.bytes, tee.sha256.hexdigest())
+
+
+def index_of(path: Path) -> Path:
+    """Where the index of a shard stands."""
+    return path.with_name(f"{path.name}.idx")
+
+
+def write_index(path: Path, offsets: np.ndarray) -> None:
+    """Write the `.idx` of the shard at `path`: where its n samples start, and where the last one ends."""
+    write_file(index_of(path), offsets.astype("<u8").tobytes())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that is either not there, as it was, or whole."""
+    partial = _partial(path)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+class _Hashing:
+    """A file to write to that knows its sha256."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.bytes

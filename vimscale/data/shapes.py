@@ -1,0 +1,112 @@
+"""One image at preparation: looked at, decoded once, and made smaller where that is asked for."""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from vimscale.data import decode
+from vimscale.errors import BadSample
+
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats that are kept as they are."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides a prepared set's bytes."""
+
+    per_shard: int = 1000
+    shard_bytes: int | None = None
+    """Instead: a shard is full before its inputs exceed this."""
+    seed: int = 0
+    shuffle: bool = True
+    val: float = 0.0
+    """Share of each class that becomes the validation set."""
+    resize: int | None = None
+    """Images with a larger shorter side are made that small; others keep their bytes."""
+    quality: int = 90
+    """Of the JPEGs that result."""
+    min_size: int = 1
+    max_aspect: float | None = None
+    decode: bool = True
+    """Whether every image is decoded to see if it can be."""
+
+
+def shape(
+    data: bytes, where: str, key: str, options: Options, *, look: bool
+) -> tuple[str, bytes, int, int, Tensor | None]:
+    """(extension, bytes, height, width, pixels uint8 (3, h, w)) of an image as it goes into a shard.
+
+    Pixels are None where nothing wants them: neither `look` nor the options.
+
+    Raises:
+        BadSample: it cannot be read, or is not of the size wanted.
+    """
+    name = f"{where}, sample {key}"
+    kind, height, width = header(data, name)
+    short, long = sorted((height, width))
+    if short < options.min_size:
+        raise BadSample("small", f"{name}: {height} x {width} pixels, and --min-size is {options.min_size}")
+    if options.max_aspect is not None and long > options.max_aspect * short:
+        raise BadSample("aspect", f"{name}: {height} x {width} pixels, and --max-aspect is {options.max_aspect:g}")
+    shrink = options.resize is not None and short > options.resize
+    if kind in _EXTENSIONS and not shrink and not look and not options.decode:
+        return _EXTENSIONS[kind], data, height, width, None
+    if kind not in _EXTENSIONS:
+        data, kind = _as_png(data, name), "PNG"
+    image, _ = decode.decode({"__key__": key, _EXTENSIONS[kind]: data, "cls": b"0"}, where, 1)
+    if shrink:
+        assert options.resize is not None
+        data, image = _smaller(image, options.resize, options.quality)
+        kind, (height, width) = "JPEG", image.shape[1:]
+    return _EXTENSIONS[kind], data, height, width, image
+
+
+def header(data: bytes, where: str) -> tuple[str, int, int]:
+    """(format, height, width), upright, from an image's header alone.
+
+    Raises:
+        BadSample: Pillow knows no such format.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if image.getexif().get(0x0112, 1) >= 5:
+                width, height = height, width
+            kind = image.format or ""
+    except Image.DecompressionBombError as error:
+        raise BadSample("pixels", f"{where}: {error}") from None
+    except UnidentifiedImageError:
+        raise BadSample("image", f"{where}: no format of images begins {data[:12]!r}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("image", f"{where}: the header cannot be read: {error}") from None
+    if height * width > decode.MAX_PIXELS:
+        raise BadSample("pixels", f"{where}: {height} x {width} pixels; at most {decode.MAX_PIXELS:,} are read")
+    return kind, height, width
+
+
+def _as_png(data: bytes, where: str) -> bytes:
+    """The first frame of a format that training does not read, without loss."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            file = io.BytesIO()
+            keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
+            (image if keep else image.convert("RGB")).save(file, "PNG")
+            return file.getvalue()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("image", f"{where}: the image cannot be decoded: {error}") from None
+
+
+def _smaller(image: Tensor, side: int, quality: int) -> tuple[bytes, Tensor]:
+    height, width = image.shape[1:]
+    scale = side / min(height, width)
+    size = (max(round(width * scale), side), max(round(height * scale), side))
+    pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    pixels.save(file, "JPEG", quality=quality)
+    return file.getvalue(), torch.from_numpy(np.array(pixels)).permute(2, 0, 1)

@@ -1,0 +1,97 @@
+"""What a data set's manifest counts: labels, sides, skipped inputs, and the pixels' mean and deviation."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vimscale.data.shards import Manifest
+
+SIDES = (1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+"""Shorter sides at which the histogram is cut."""
+
+
+@dataclass
+class Tally:
+    """Of some samples; those of a set's parts add up to the set's, whatever process counted them."""
+
+    labels: Counter[int] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    measured: int = 0
+    """Images whose pixels were looked at; each counts as much as another, whatever its size."""
+    means: list[float] = field(default_factory=lambda: [0.0] * 3)
+    squares: list[float] = field(default_factory=lambda: [0.0] * 3)
+
+    def count(self, label: int, height: int, width: int) -> None:
+        self.labels[label] += 1
+        self.sides[max(edge for edge in SIDES if edge <= min(height, width))] += 1
+
+    def measure(self, image: Tensor) -> None:
+        """uint8 (3, h, w)"""
+        pixels = image.numpy().reshape(3, -1).astype(np.float64)  # sums of whole numbers, so exact in any order
+        self.measured += 1
+        for channel in range(3):
+            self.means[channel] += float(pixels[channel].sum()) / pixels.shape[1] / 255
+            self.squares[channel] += float((pixels[channel] ** 2).sum()) / pixels.shape[1] / 255**2
+
+    @classmethod
+    def sum(cls, parts: Iterable["Tally"]) -> "Tally":
+        """To be given in the order of the set: the last bits of a sum depend on it."""
+        total = cls()
+        for part in parts:
+            total.labels += part.labels
+            total.sides += part.sides
+            total.skipped += part.skipped
+            total.measured += part.measured
+            total.means = [a + b for a, b in zip(total.means, part.means, strict=True)]
+            total.squares = [a + b for a, b in zip(total.squares, part.squares, strict=True)]
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "labels": sorted(self.labels.items()),
+            "sides": sorted(self.sides.items()),
+            "skipped": sorted(self.skipped.items()),
+            "measured": self.measured,
+            "means": self.means,
+            "squares": self.squares,
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Tally":
+        labels, sides, skipped = (Counter(dict(tree[key])) for key in ("labels", "sides", "skipped"))
+        return cls(labels, sides, skipped, tree["measured"], tree["means"], tree["squares"])
+
+    def label_counts(self, classes: int) -> tuple[int, ...]:
+        return tuple(self.labels[label] for label in range(classes))
+
+    def side_counts(self) -> dict[str, int]:
+        """`Manifest.sides`: without gaps, so that each key's upper end is the next."""
+        if not self.sides:
+            return {}
+        first, last = (SIDES.index(f(self.sides)) for f in (min, max))
+        return {str(edge): self.sides[edge] for edge in SIDES[first : last + 1]}
+
+    def skipped_counts(self) -> dict[str, int]:
+        return dict(sorted(self.skipped.items()))
+
+    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std) of each channel, of images in [0, 1]; never a deviation of 0."""
+        mean = [total / self.measured for total in self.means]
+        spread = [max(total / self.measured - m * m, 0.0) ** 0.5 for total, m in zip(self.squares, mean, strict=True)]
+        r, g, b = (round(value, 4) for value in mean)
+        # an image set of one flat colour would be divided by zero
+        x, y, z = (max(round(value, 4), 0.001) for value in spread)
+        return (r, g, b), (x, y, z)
+
+
+def sides_text(manifest: Manifest) -> list[tuple[str, int]]:
+    """The histogram's rows: ("256 to 383", 12)."""
+    edges = [int(edge) for edge in manifest.sides]
+    upper = [*edges[1:], next((edge for edge in SIDES if edges and edge > edges[-1]), 0)]
+    names = [f"{low} to {high - 1}" if high else f"{low} or more" for low, high in zip(edges, upper, strict=True)]
+    return list(zip(names, manifest.sides.values(), strict=True))
