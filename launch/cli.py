@@ -14,7 +14,7 @@ from rich.table import Table
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
-from . import rank
+from . import data_commands, rank
 
 if TYPE_CHECKING:
     from vimscale.data.shards import Manifest
@@ -29,8 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data = typer.Typer(help="Make and look at data sets of tar shards.", no_args_is_help=True)
-app.add_typer(data, name="data")
+app.add_typer(data_commands.data, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it: section.key=value.", metavar="[A.B=C]...")]
@@ -45,7 +44,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (UserError, RunFailed) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
         sys.exit(error.exit_code)
 
 
@@ -339,18 +340,6 @@ def import_published(
     safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments})
     parameters = sum(p.numel() for p in imported.parameters())
     _say_same(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
-
-
-@data.command()
-def digits(
-    folder: Annotated[Path, typer.Argument(help="A new folder; train/ and val/ are written below it.")],
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-) -> None:
-    """Write the embedded set, 1,797 scans of digits, as webdataset shards."""
-    from vimscale.data import digits
-
-    for split, manifest in digits.write(folder, seed).items():
-        print(f"{folder / split}: {manifest.samples:,} images in {len(manifest.shards)} shards")
 
 
 @app.command()

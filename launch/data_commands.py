@@ -1,0 +1,153 @@
+"""`vimscale data …`: make data sets of tar shards, look at them, mend them."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vimscale import recipe as recipes
+from vimscale.errors import DataError
+
+if TYPE_CHECKING:
+    from vimscale.data.shards import Manifest
+
+data = typer.Typer(help="Make and look at data sets of tar shards.", no_args_is_help=True)
+
+SetArgument = Annotated[str, typer.Argument(help="A data set: a folder with a manifest.json, or digits:train.")]
+ClassesOption = Annotated[
+    Path | None, typer.Option("--classes", help="File of class names, one a line, in the order of their labels.")
+]
+JobsOption = Annotated[int | None, typer.Option(min=1, help="Processes; absent: one a CPU.")]
+SourceOption = Annotated[str, typer.Option(help="Where the images are from, for the manifest.")]
+LicenceOption = Annotated[str, typer.Option(help="Their licence, for the manifest.")]
+
+
+@data.command()
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A folder with a sub-folder a class (or train/ and val/ of such), a .csv, .tsv or .parquet, a saved"
+            " Hugging Face data set or hf:NAME, or tars: a folder of them, a glob, braces.",
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="A new folder; of several splits, each is a set below it.")],
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
+    shard_bytes: Annotated[str | None, typer.Option(help="Size of a shard instead, such as 200MB.")] = None,
+    val: Annotated[float, typer.Option(min=0, max=0.99, help="Share of each class to put into val/.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order and of the split.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Put the samples into random order.")] = True,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Make images with a larger shorter side so small, as JPEGs.")
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of these JPEGs.")] = 90,
+    min_size: Annotated[int, typer.Option(min=1, help="Skip images with a smaller shorter side.")] = 1,
+    max_aspect: Annotated[float | None, typer.Option(min=1, help="Skip images that are longer, side to side.")] = None,
+    decode: Annotated[bool, typer.Option(help="Decode every image, to skip those that cannot be.")] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End at the first bad image instead of skipping it.")
+    ] = False,
+    classes: ClassesOption = None,
+    image_column: Annotated[str | None, typer.Option(help="Of a table: bytes or paths of the images.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Of a table, or of the .json in tars without .cls: the labels.")
+    ] = None,
+    prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put a tar's name before its keys.")] = False,
+    jobs: JobsOption = None,
+    origin: Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")] = "",
+    licence: LicenceOption = "",
+) -> None:
+    """Write images as shards. A command that was interrupted goes on where it stopped, to the same bytes."""
+    from vimscale.data import prepare
+    from vimscale.data.classes import read_classes
+    from vimscale.data.rows import Columns
+    from vimscale.data.shapes import Options
+
+    options = Options(per_shard, _size(shard_bytes), seed, shuffle, val, resize, quality, min_size, max_aspect, decode)
+    columns = Columns(image_column, label_column, read_classes(classes) if classes else None, prefix_keys)
+    with Bar("images") as bar:
+        written = prepare.prepare(
+            source,
+            output,
+            options,
+            columns,
+            jobs=jobs or _cpus(),
+            strict=strict,
+            origin=origin,
+            licence=licence,
+            progress=bar.show,
+        )
+    for split, manifest in written.items():
+        _say_written(output / split, manifest)
+        if manifest.skipped:
+            causes = ", ".join(f"{count:,} x {cause}" for cause, count in manifest.skipped.items())
+            print(f"  {sum(manifest.skipped.values()):,} skipped ({causes}): {output / split / prepare.SKIPPED}")
+    first = output / next(iter(written))
+    print(f"next: vimscale data stats {first}; in a recipe, data.train: {first}")
+
+
+@data.command()
+def digits(
+    folder: Annotated[Path, typer.Argument(help="A new folder; train/ and val/ are written below it.")],
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+) -> None:
+    """Write the embedded set, 1,797 scans of digits, as webdataset shards."""
+    from vimscale.data import digits
+
+    for split, manifest in digits.write(folder, seed).items():
+        print(f"{folder / split}: {manifest.samples:,} images in {len(manifest.shards)} shards")
+
+
+def _say_written(folder: Path, manifest: "Manifest") -> None:
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    counts = f"{manifest.samples:,} images of {len(manifest.classes):,} classes"
+    print(f"{folder}: {counts} in {len(manifest.shards):,} shards, {size:,.1f} MB")
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    size = recipes.size_bytes(text)
+    if size is None:
+        raise DataError(f"--shard-bytes {text!r} is not a size; write 200MB or 1GB")
+    return size
+
+
+class Bar:
+    """How far a command is: a bar in a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task(what, total=None)
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "Bar":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+        if not self._console.is_terminal and time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            self._console.print(f"{done:,} of {total:,} {self._what}", highlight=False)
