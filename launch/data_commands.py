@@ -2,12 +2,14 @@
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from vimscale import recipe as recipes
 from vimscale.errors import DataError
@@ -92,6 +94,157 @@ def prepare(
 
 
 @data.command()
+def index(
+    tars: Annotated[
+        list[str], typer.Argument(metavar="TARS...", help="Folders of tars, globs, braces, or addresses with braces.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for manifest and indexes; absent: beside the tars.")
+    ] = None,
+    classes: ClassesOption = None,
+    jobs: JobsOption = None,
+    origin: Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")] = "",
+    licence: LicenceOption = "",
+) -> None:
+    """Make a data set of tars that exist: an index of each, and a manifest."""
+    from vimscale.data import adopt
+    from vimscale.data.classes import read_classes
+
+    with Bar("shards") as bar:
+        folder, manifest, unread = adopt.index(
+            tars,
+            output,
+            local=Path,
+            classes=read_classes(classes) if classes else None,
+            origin=origin,
+            licence=licence,
+            jobs=jobs or _cpus(),
+            progress=bar.show,
+        )
+    _say_written(folder, manifest)
+    if unread:
+        _say(f"  {len(unread):,} images cannot be read; training will replace them, and count that:", unread)
+
+
+@data.command()
+def verify(
+    source: SetArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all: sha256 of shards, and decode every image.")] = False,
+    jobs: JobsOption = None,
+) -> None:
+    """Check a data set against its manifest; every fault is listed."""
+    from vimscale.data import inspect
+
+    located = inspect.locate(source)
+    with Bar("shards") as bar:
+        found = inspect.verify(located, deep=deep, jobs=jobs or _cpus(), progress=bar.show)
+    faults = [fault for health in found for fault in health.faults + health.index_faults]
+    if deep and not faults:
+        faults = inspect.miscounted(located, found)
+    if faults:
+        shards = sum(bool(health.faults or health.index_faults) for health in found)
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        raise DataError(
+            f"data {source}: {len(faults):,} faults in {shards:,} of {len(found):,} shards\n{lines}\n"
+            f"copy these shards again, or see what `vimscale data repair {source}` can save"
+        )
+    how = "every image decodes" if deep else "sizes and indexes fit; --deep reads the images, too"
+    print(f"{source}: {located.manifest.samples:,} samples in {len(found):,} shards are whole: {how}")
+
+
+@data.command()
+def repair(
+    source: SetArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only said what would be done.")] = False,
+    jobs: JobsOption = None,
+) -> None:
+    """Save what is whole of a damaged data set, and write its indexes and manifest anew."""
+    from vimscale.data import inspect
+    from vimscale.data import repair as repairs
+
+    located = inspect.locate(source)
+    with Bar("shards") as bar:
+        todo = repairs.steps(inspect.verify(located, deep=True, jobs=jobs or _cpus(), progress=bar.show))
+    if not todo:
+        print(f"{source}: nothing to repair")
+        return
+    _say(f"{source}: {len(todo):,} of {len(located.manifest.shards):,} shards need repair:", map(str, todo))
+    if not yes:
+        print("nothing is done yet: the same command with --yes does it")
+        return
+    before = repairs.repair(located, todo, jobs or _cpus())
+    print("done" if before is None else f"done; the old manifest is {before}, and the old shards are where they were")
+
+
+@data.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="SET SET... OUTPUT", help="Data sets, and a new folder.")],
+) -> None:
+    """Make one data set of several with the same classes."""
+    from vimscale.data import inspect
+    from vimscale.data import merge as merges
+
+    *sets, output = sources
+    if len(sets) < 2:
+        raise DataError("merge wants two sets or more, and a new folder at the end")
+    _say_written(output, merges.merge([inspect.locate(str(one)) for one in sets], output))
+
+
+@data.command()
+def stats(
+    source: SetArgument,
+    sheet: Annotated[Path | None, typer.Option(help="Draw samples before and after augmentation: a PNG.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Whose image size and augmentation the picture shows.")] = None,
+) -> None:
+    """Show what a data set consists of."""
+    from vimscale.data import inspect
+
+    located = inspect.locate(source)
+    Console().print(_table(located.manifest))
+    if sheet is not None:
+        from vimscale.data import contact_sheet
+
+        chosen = recipes.load(recipe) if recipe else None
+        contact_sheet.draw(located, chosen).save(sheet)
+        print(f"{sheet}: samples, and what training makes of them")
+
+
+def _table(manifest: "Manifest") -> Table:
+    from vimscale.data.tally import sides_text
+
+    size = sum(shard.bytes for shard in manifest.shards)
+    counts = [shard.samples for shard in manifest.shards]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("name", manifest.name)
+    for title, text in (("source", manifest.source), ("licence", manifest.licence), ("shards at", manifest.base)):
+        if text:
+            table.add_row(title, text)
+    table.add_row("samples", f"{manifest.samples:,}")
+    table.add_row("shards", f"{len(counts):,} of {min(counts):,} to {max(counts):,} samples, {size / 1e6:,.1f} MB")
+    table.add_row("mean, std", " ".join(map(str, manifest.mean)) + ", " + " ".join(map(str, manifest.std)))
+    table.add_row("classes", f"{len(manifest.classes):,}")
+    ranked = sorted(enumerate(manifest.labels), key=lambda pair: (-pair[1], pair[0]))
+    shown: list[tuple[int, int] | None] = [*ranked] if len(ranked) <= 12 else [*ranked[:5], None, *ranked[-5:]]
+    most = max(manifest.labels, default=0)
+    for row in shown:
+        if row is None:
+            table.add_row("", f"... {len(ranked) - 10:,} more ...")
+        else:
+            table.add_row(f"  {manifest.classes[row[0]]}", _bar(row[1], most))
+    if manifest.sides:
+        table.add_row("shorter side", "pixels")
+        for title, count in sides_text(manifest):
+            table.add_row(f"  {title}", _bar(count, max(manifest.sides.values())))
+    for cause, count in manifest.skipped.items():
+        table.add_row(f"skipped: {cause}", f"{count:,}")
+    return table
+
+
+def _bar(count: int, most: int) -> str:
+    return f"{count:>10,}  {'━' * round(30 * count / max(most, 1))}"
+
+
+@data.command()
 def digits(
     folder: Annotated[Path, typer.Argument(help="A new folder; train/ and val/ are written below it.")],
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
@@ -107,6 +260,12 @@ def _say_written(folder: Path, manifest: "Manifest") -> None:
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     counts = f"{manifest.samples:,} images of {len(manifest.classes):,} classes"
     print(f"{folder}: {counts} in {len(manifest.shards):,} shards, {size:,.1f} MB")
+
+
+def _say(title: str, lines: Iterable[str]) -> None:
+    print(title)
+    for line in lines:
+        print(f"  {line}")
 
 
 def _cpus() -> int:

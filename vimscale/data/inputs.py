@@ -190,7 +190,7 @@ def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
     for path in paths:
         found = scan(path)
         if found.fault is not None:
-            raise DataError(f"input {path}, {found.fault}; unpack it anew, or leave it out")
+            raise DataError(f"input {path}, {found.fault}; copy it again, or leave it out")
         for key, label, size, members in tar_labels(path, found, columns.label):
             rows.add(f"{path.stem}/{key}" if columns.prefix_keys else key, label, size, (str(path), members))
     return rows

@@ -12,20 +12,16 @@ import logging
 import math
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vimscale.data import pool
 from vimscale.data.inputs import Entry, Input, open_input
 from vimscale.data.rows import Columns
 from vimscale.data.shapes import Options, shape
@@ -42,7 +38,7 @@ from vimscale.data.shards import (
     write_shard,
 )
 from vimscale.data.tally import Tally
-from vimscale.errors import BadSample, DataError, RunFailed
+from vimscale.errors import BadSample, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +46,6 @@ MEASURED = 10_000
 """Images, at most, that mean and deviation are taken from."""
 SKIPPED = "skipped.jsonl"
 _RECORDS, _SET, _PLAN = "records", "set", "plan.json"
-
-Progress = Callable[[int, int], None]
-"""Told the number of inputs done and of all."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def prepare(
     strict: bool = False,
     origin: str = "",
     licence: str = "",
-    progress: Progress = lambda done, total: None,
+    progress: pool.Progress = lambda done, total: None,
 ) -> dict[str, Manifest]:
     """Write `source` as a data set `output`, or as one a split below it: the manifests by split.
 
@@ -228,7 +221,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _run(
-    content: Input, plan: list[Job], partial: Path, options: Options, jobs: int, strict: bool, progress: Progress
+    content: Input, plan: list[Job], partial: Path, options: Options, jobs: int, strict: bool, progress: pool.Progress
 ) -> list[dict[str, Any]]:
     """The record of every shard, in the plan's order."""
     (partial / _RECORDS).mkdir(exist_ok=True)
@@ -236,34 +229,14 @@ def _run(
         (partial / _SET / split).mkdir(parents=True, exist_ok=True)
     total = sum(len(job.entries) for job in plan)
     worker = _Worker(content, partial, options, strict)
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[int, dict[str, Any]] = {}
     done = 0
-
-    def finished(job: Job, record: dict[str, Any]) -> None:
-        nonlocal done
-        records[job.name] = record
-        done += len(job.entries)
-        progress(done, total)
-
     progress(0, total)
-    if jobs == 1 or len(plan) == 1:
-        for job in plan:
-            finished(job, worker(job))
-    else:
-        # spawned: a fork would take over threads of Arrow's in whatever state they are
-        pool = ProcessPoolExecutor(min(jobs, len(plan)), get_context("spawn"), _begin, (worker,))
-        try:
-            waiting = {pool.submit(_work, job): job for job in plan}
-            for future in as_completed(waiting):
-                finished(waiting[future], future.result())
-        except BrokenProcessPool:
-            raise RunFailed(
-                "one of the --jobs was killed, perhaps for want of memory; the same command goes on from the shards"
-                " that are whole"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [records[job.name] for job in plan]
+    for number, record in pool.run(worker, plan, jobs):
+        records[number] = record
+        done += len(plan[number].entries)
+        progress(done, total)
+    return [records[number] for number in range(len(plan))]
 
 
 class _Worker:
@@ -338,29 +311,6 @@ def _finished(record: Path, tar: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return found if whole else None
-
-
-_worker: _Worker | None = None
-
-
-def _begin(worker: _Worker) -> None:
-    """Once a process: nothing outlives the command, however it ends, or its writes would meet the next one's."""
-    global _worker
-    _worker = worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself ends its processes
-    parent = parent_process()
-    assert parent is not None
-
-    def leave() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
-
-
-def _work(job: Job) -> dict[str, Any]:
-    assert _worker is not None
-    return _worker(job)
 
 
 # ---- the end

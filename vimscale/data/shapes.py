@@ -12,6 +12,8 @@ from torch import Tensor
 from vimscale.data import decode
 from vimscale.errors import BadSample
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""All that Pillow may take a file for: some of its other readers start programs."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that are kept as they are."""
 
@@ -74,7 +76,7 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
         BadSample: Pillow knows no such format.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if image.getexif().get(0x0112, 1) >= 5:
                 width, height = height, width
@@ -93,7 +95,7 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
 def _as_png(data: bytes, where: str) -> bytes:
     """The first frame of a format that training does not read, without loss."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             file = io.BytesIO()
             keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
             (image if keep else image.convert("RGB")).save(file, "PNG")

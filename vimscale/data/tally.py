@@ -73,8 +73,8 @@ class Tally:
         """`Manifest.sides`: without gaps, so that each key's upper end is the next."""
         if not self.sides:
             return {}
-        first, last = (SIDES.index(f(self.sides)) for f in (min, max))
-        return {str(edge): self.sides[edge] for edge in SIDES[first : last + 1]}
+        first, last = min(self.sides), max(self.sides)
+        return {str(edge): self.sides[edge] for edge in sorted({*SIDES, *self.sides}) if first <= edge <= last}
 
     def skipped_counts(self) -> dict[str, int]:
         return dict(sorted(self.skipped.items()))
@@ -92,6 +92,6 @@ class Tally:
 def sides_text(manifest: Manifest) -> list[tuple[str, int]]:
     """The histogram's rows: ("256 to 383", 12)."""
     edges = [int(edge) for edge in manifest.sides]
-    upper = [*edges[1:], next((edge for edge in SIDES if edges and edge > edges[-1]), 0)]
-    names = [f"{low} to {high - 1}" if high else f"{low} or more" for low, high in zip(edges, upper, strict=True)]
+    above = [*edges[1:], *(edge for edge in SIDES if edge > max(edges, default=0)), 0]
+    names = [f"{low} to {high - 1}" if high else f"{low} and more" for low, high in zip(edges, above, strict=False)]
     return list(zip(names, manifest.sides.values(), strict=True))

@@ -1,0 +1,207 @@
+"""Tars that exist already become a data set: each gets an index, all a manifest, and none is touched."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vimscale.data import decode, pool, shapes
+from vimscale.data.index import Sample, scan
+from vimscale.data.inputs import expand
+from vimscale.data.shards import MANIFEST, Manifest, Shard, sha256_of, write_file, write_index
+from vimscale.data.tally import Tally
+from vimscale.errors import BadSample, DataError
+
+MEASURED = 2000
+"""Images, about, that mean and deviation are taken from: as many of each shard."""
+
+
+class Tar(NamedTuple):
+    name: str
+    """In the data set."""
+    where: str
+    """Its path or address."""
+
+
+@dataclass
+class Found:
+    """What a shard holds."""
+
+    shard: Shard
+    offsets: np.ndarray
+    tally: Tally
+    unread: tuple[str, ...]
+    """Messages about images whose header cannot be read."""
+
+
+def index(
+    patterns: list[str],
+    output: Path | None,
+    *,
+    local: Callable[[str], Path],
+    classes: tuple[str, ...] | None = None,
+    origin: str = "",
+    licence: str = "",
+    jobs: int = 1,
+    progress: pool.Progress = lambda done, total: None,
+) -> tuple[Path, Manifest, list[str]]:
+    """Write index and manifest of the tars in folders, globs, braces or addresses: (folder, manifest, what was odd).
+
+    They go beside the tars, or to `output`, and then the manifest says where the tars are. `local` gives the path at
+    which an address's bytes can be read.
+
+    Raises:
+        DataError: no tars, a damaged tar, a sample without image or label, or a folder with a manifest.
+    """
+    base, tars = _tars(patterns)
+    if output is None and "://" in base:
+        raise DataError(f"index {patterns[0]}: the index cannot be written there; give a folder with --output")
+    folder = Path(base) if output is None else output
+    if (folder / MANIFEST).exists():
+        raise DataError(f"data {folder}: it has a {MANIFEST}; `vimscale data repair` mends a set, or remove the file")
+    quota = -(-MEASURED // len(tars))
+    work = partial(look, local=local, quota=quota, classes=len(classes) if classes else None)
+    found: dict[int, Found] = {}
+    progress(0, len(tars))
+    for number, result in pool.run(work, tars, jobs):
+        path = folder / result.shard.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_index(path, result.offsets)
+        found[number] = result
+        progress(len(found), len(tars))
+    parts = [found[number] for number in range(len(tars))]
+    tally = Tally.sum(part.tally for part in parts)
+    names = classes or tuple(map(str, range(max(tally.labels) + 1)))
+    if not tally.measured:
+        raise DataError(f"index {patterns[0]}: no image could be decoded: {parts[0].unread[0]}")
+    mean, std = tally.normalisation()
+    manifest = Manifest(
+        folder.resolve().name,
+        names,
+        tuple(part.shard for part in parts),
+        mean,
+        std,
+        origin,
+        licence,
+        base="" if output is None else base,
+        labels=tally.label_counts(len(names)),
+        sides=tally.side_counts(),
+    )
+    write_file(folder / MANIFEST, manifest.to_json().encode())
+    return folder, manifest, [message for part in parts for message in part.unread]
+
+
+def look(tar: Tar, *, local: Callable[[str], Path], quota: int, classes: int | None) -> Found:
+    """All that the manifest says of one tar; `quota` of its images are decoded.
+
+    Raises:
+        DataError: it is damaged, empty, or a sample has no image or no label among the `classes`.
+    """
+    path = local(tar.where)
+    found = scan(path)
+    if found.fault is not None:
+        raise DataError(f"{tar.where}, {found.fault}; copy it again, or leave it out")
+    if not found.samples:
+        raise DataError(f"{tar.where} holds no samples; leave it out")
+    tally, unread = Tally(), []
+    stride = -(-len(found.samples) // quota)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for i, sample in enumerate(found.samples):
+            where = f"{tar.where}, offset {sample.start}, sample {sample.key}"
+            label = _label(descriptor, sample, where, classes)
+            offset, size = _image(sample, where)
+            data = os.pread(descriptor, size, offset)
+            try:
+                _, height, width = shapes.header(data, where)
+                if i % stride == 0:
+                    members = {"__key__": sample.key, "jpg": data, "cls": b"0"}
+                    tally.measure(decode.decode(members, tar.where, 1)[0])
+                tally.count(label, height, width)
+            except BadSample as error:
+                tally.labels[label] += 1
+                unread.append(str(error))
+    finally:
+        os.close(descriptor)
+    shard = Shard(tar.name, len(found.samples), path.stat().st_size, sha256_of(path))
+    return Found(shard, found.offsets, tally, tuple(unread))
+
+
+def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
+    has = ", ".join(sample.members)
+    if "cls" not in sample.members:
+        raise DataError(
+            f"{where}: no member .cls, the label (it has {has}); `vimscale data prepare` of the tars writes one from a"
+            " .json"
+        )
+    offset, size = sample.members["cls"]
+    text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip()
+    if not text.isdecimal():
+        raise DataError(
+            f"{where}: its .cls is {text[:40]!r}, and training reads whole numbers; `vimscale data prepare` of the tars"
+            " with --classes FILE numbers them"
+        )
+    label = int(text)
+    if classes is not None and label >= classes:
+        raise DataError(
+            f"{where}: label {label} is none of the {classes} classes; --classes FILE lists all, one a line"
+        )
+    return label
+
+
+def _image(sample: Sample, where: str) -> tuple[int, int]:
+    place = next((sample.members[extension] for extension in decode.EXTENSIONS if extension in sample.members), None)
+    if place is None:
+        known, has = ", ".join(decode.EXTENSIONS), ", ".join(sample.members)
+        raise DataError(
+            f"{where}: no image among its members ({has}); training reads {known}: `vimscale data prepare` of the tars"
+            " writes such"
+        )
+    return place
+
+
+def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
+    """(folder or address above them all, the tars), in order."""
+    from braceexpand import braceexpand
+
+    if any(pattern.startswith("pipe:") for pattern in patterns):
+        raise DataError("index pipe: commands are not run; write their output to files, and give those")
+    remote = [pattern for pattern in patterns if "://" in pattern]
+    if remote and len(remote) < len(patterns):
+        raise DataError(f"index {remote[0]}: give addresses or local files, not both")
+    places = [place for pattern in patterns for place in (braceexpand(pattern) if remote else _local(pattern))]
+    if twice := [place for place, count in Counter(places).items() if count > 1]:
+        raise DataError(f"index: {twice[0]} is given twice")
+    if strange := [place for place in places if not place.endswith(".tar")]:
+        raise DataError(
+            f"index {strange[0]}: shards are files that end in .tar; of a folder elsewhere, list them as"
+            " {00000..00099}.tar"
+        )
+    if remote:
+        scheme, rest = zip(*(place.split("://", 1) for place in places), strict=True)
+        if len(set(scheme)) > 1:
+            raise DataError(
+                f"index {places[0]}: all addresses must be of one place; make a set of each, and merge them"
+            )
+        base = f"{scheme[0]}://{_above(list(rest))}"
+    else:
+        places = [os.path.abspath(place) for place in places]
+        base = _above(places)
+    return base, [Tar(place[len(base) :].lstrip("/"), place) for place in places]
+
+
+def _above(paths: list[str]) -> str:
+    return os.path.commonpath([os.path.dirname(path) for path in paths])
+
+
+def _local(pattern: str) -> list[str]:
+    folder = Path(pattern)
+    found = sorted(folder.glob("*.tar")) if folder.is_dir() else expand(pattern)
+    if not found:
+        raise DataError(f"index {pattern}: there are no tars; give a folder of them, a glob or braces")
+    return [str(path) for path in found]

@@ -1,0 +1,103 @@
+"""Several data sets of the same classes become one; no image is read for it."""
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from vimscale.data.inspect import Located
+from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, new_folder, publish, shard_name, write_file
+from vimscale.data.tally import Tally
+from vimscale.errors import DataError
+
+
+def merge(sets: list[Located], output: Path) -> Manifest:
+    """Write `output`, whose shards are those of `sets`: the same files where the file system has links, else copies.
+
+    Raises:
+        DataError: other classes, a shard that is there twice or not at all, or an output that exists.
+    """
+    new_folder(output)
+    _check(sets)
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards: list[Shard] = []
+    try:
+        for one in sets:
+            for shard in one.manifest.shards:
+                path = partial / shard_name(len(shards))
+                _link(one.tar(shard), path)
+                _link(one.index(shard), index_of(path))
+                shards.append(replace(shard, name=path.name))
+        manifest = _merged(output.name, [one.manifest for one in sets], tuple(shards))
+        write_file(partial / MANIFEST, manifest.to_json().encode())
+        publish(partial, output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(f"data {output}: {error.strerror} ({error.filename})") from None
+    return manifest
+
+
+def _check(sets: list[Located]) -> None:
+    first = sets[0]
+    owners: dict[str, str] = {}
+    for one in sets:
+        mine, theirs = one.manifest.classes, first.manifest.classes
+        if mine != theirs:
+            label = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
+            what = (
+                f"{len(mine):,} classes, not {len(theirs):,}"
+                if label is None
+                else f"class {label} is {mine[label]!r}, not {theirs[label]!r}"
+            )
+            raise DataError(
+                f"data {one.folder}: {what} as in {first.folder}; prepare one of them again with the other's names in"
+                " --classes FILE"
+            )
+        for shard in one.manifest.shards:
+            name = str(one.tar(shard))
+            for path, size in ((one.tar(shard), shard.bytes), (one.index(shard), 8 * (shard.samples + 1))):
+                if not path.is_file() or path.stat().st_size != size:
+                    raise DataError(
+                        f"data {one.folder}: {path} is missing or not of its size; mend the set first:"
+                        f" vimscale data repair {one.folder}"
+                    )
+            if shard.sha256 in owners:
+                raise DataError(f"{name} and {owners[shard.sha256]} are the same; give each set once")
+            owners[shard.sha256] = name
+
+
+def _link(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(path, to)
+
+
+def _merged(name: str, parts: list[Manifest], shards: tuple[Shard, ...]) -> Manifest:
+    """Mean and deviation of all, each set counting as many times as it has samples."""
+    tally = Tally()
+    for part in parts:
+        tally.measured += part.samples
+        for channel, (m, s) in enumerate(zip(part.mean, part.std, strict=True)):
+            tally.means[channel] += part.samples * m
+            tally.squares[channel] += part.samples * (s**2 + m**2)
+        tally.labels += Counter(dict(enumerate(part.labels)))
+        tally.sides += Counter({int(side): count for side, count in part.sides.items()})
+        tally.skipped += Counter(part.skipped)
+    mean, std = tally.normalisation()
+    classes = parts[0].classes
+    return Manifest(
+        name,
+        classes,
+        shards,
+        mean,
+        std,
+        source="; ".join(dict.fromkeys(part.source for part in parts if part.source)),
+        licence="; ".join(dict.fromkeys(part.licence for part in parts if part.licence)),
+        labels=tally.label_counts(len(classes)) if all(part.labels for part in parts) else (),
+        sides=tally.side_counts() if all(part.sides for part in parts) else {},
+        skipped=tally.skipped_counts(),
+    )

@@ -1,0 +1,127 @@
+"""A damaged data set made whole again, with what is left of it. Files of shards are added, and never changed."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vimscale.data import adopt, pool
+from vimscale.data.index import BLOCK
+from vimscale.data.inspect import Health, Located
+from vimscale.data.shards import MANIFEST, Shard, sha256_of, write_file, write_index
+from vimscale.data.tally import Tally
+from vimscale.errors import DataError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be done to one shard."""
+
+    kind: Literal["index", "salvage", "accept", "drop"]
+    health: Health
+    good: tuple[int, ...]
+    """Numbers of the samples that remain."""
+
+    def __str__(self) -> str:
+        shard = self.health.shard
+        lost = f"{shard.samples - len(self.good):,} of {shard.samples:,} samples are lost"
+        return {
+            "index": f"{shard.name}: write its index anew",
+            "salvage": f"{shard.name}: put its {len(self.good):,} whole samples into {_salvaged(shard)}; {lost}",
+            "accept": f"{shard.name}: keep it, as all its {len(self.good):,} samples can be read; note its new sha256",
+            "drop": f"{shard.name}: leave it out; {lost}",
+        }[self.kind]
+
+
+def steps(healths: list[Health]) -> list[Step]:
+    """What a deep look calls for; nothing where nothing is wrong."""
+    found = []
+    for health in healths:
+        good = tuple(number for number in _whole(health) if number not in set(health.bad))
+        if not good:
+            found.append(Step("drop", health, ()))
+        elif health.found.fault is not None or len(good) < len(health.found.samples):
+            found.append(Step("salvage", health, good))
+        elif health.faults:
+            found.append(Step("accept", health, good))
+        elif health.index_faults:
+            found.append(Step("index", health, good))
+    return found
+
+
+def _whole(health: Health) -> Iterator[int]:
+    """Where a tar is cut between two members, its last sample lacks what the others have."""
+    samples = health.found.samples
+    for number, sample in enumerate(samples):
+        at_the_cut = health.found.fault is not None and number == len(samples) - 1
+        if not at_the_cut or number == 0 or sample.members.keys() == samples[number - 1].members.keys():
+            yield number
+
+
+def repair(located: Located, todo: list[Step], jobs: int = 1) -> Path | None:
+    """Do it. If other samples than before remain, there is a new manifest, and the path of the old one is returned.
+
+    Raises:
+        DataError: no sample would remain.
+    """
+    by_name = {step.health.shard.name: step for step in todo}
+    shards = []
+    for shard in located.manifest.shards:
+        step = by_name.get(shard.name)
+        if step is None or step.kind == "index":
+            shards.append(shard)
+        elif step.kind == "salvage":
+            shards.append(_salvage(located, step))
+        elif step.kind == "accept":
+            path = located.tar(shard)
+            shards.append(Shard(shard.name, len(step.good), path.stat().st_size, step.health.sha256))
+        if step is not None and step.kind in ("index", "accept"):
+            write_index(located.folder / shard.name, step.health.found.offsets)
+    if all(step.kind == "index" for step in todo):
+        return None
+    if not shards:
+        raise DataError(f"data {located.folder}: no sample can be read any more; prepare the set again")
+    tars = [adopt.Tar(shard.name, str(located.tar(shard))) for shard in shards]
+    looked = dict(pool.run(partial(adopt.look, local=Path, quota=1, classes=None), tars, jobs))
+    tally = Tally.sum(looked[number].tally for number in range(len(tars)))
+    manifest = replace(
+        located.manifest,
+        shards=tuple(shards),
+        labels=tally.label_counts(len(located.manifest.classes)),
+        sides=tally.side_counts(),
+        plan="",  # what was planned is not all there
+    )
+    before = located.folder / f"{MANIFEST}.before"
+    if before.exists():
+        before = located.folder / f"{MANIFEST}.before-{located.manifest.fingerprint[:8]}"
+    write_file(before, (located.folder / MANIFEST).read_bytes())
+    write_file(located.folder / MANIFEST, manifest.to_json().encode())
+    return before
+
+
+def _salvaged(shard: Shard) -> str:
+    return f"{shard.name.removesuffix('.tar')}-salvaged.tar"
+
+
+def _salvage(located: Located, step: Step) -> Shard:
+    """The good samples, byte for byte, as a tar of their own."""
+    path = located.shards / _salvaged(step.health.shard)
+    ends = [*(sample.start for sample in step.health.found.samples[1:]), step.health.found.end]
+    offsets = [0]
+    pieces = []
+    descriptor = os.open(located.tar(step.health.shard), os.O_RDONLY)
+    try:
+        for number in step.good:
+            start = step.health.found.samples[number].start
+            piece = os.pread(descriptor, ends[number] - start, start)
+            pieces.append(piece + bytes(-len(piece) % BLOCK))  # a cut may have taken the zeros after the last bytes
+            offsets.append(offsets[-1] + len(pieces[-1]))
+    finally:
+        os.close(descriptor)
+    write_file(path, b"".join(pieces) + bytes(2 * BLOCK))
+    write_index(located.folder / path.name, np.array(offsets))
+    return Shard(path.name, len(step.good), path.stat().st_size, sha256_of(path))
