@@ -330,7 +330,9 @@ def _manifest(
     shards = tuple(Shard(**record["shard"]) for record in records if record["shard"] is not None)
     skipped = [row for record in records for row in record["skipped"]]
     if not shards:
-        causes = ", ".join(f"{count} x {cause}" for cause, count in Counter(r["cause"] for r in skipped).items())
+        causes = ", ".join(
+            f"{count} x {cause}" for cause, count in sorted(Counter(r["cause"] for r in skipped).items())
+        )
         raise DataError(f"{name}: none of the {len(skipped)} inputs can be used ({causes}): {skipped[0]['message']}")
     tally = Tally.sum(Tally.from_json(record["tally"]) for record in records)
     mean, std = tally.normalisation()
