@@ -60,8 +60,8 @@ class Cache:
     def __init__(self, limit: int):
         self.limit = limit
 
-    def open(self, store: Remote, shard: Shard) -> Found:
-        """The shard, opened.
+    def open(self, store: Remote, shard: Shard, home: Folder | Remote) -> Found:
+        """The shard, opened. Its index is at `home`, or else beside it.
 
         Raises:
             DataError: it cannot be had, is not what the manifest says, or does not fit in.
@@ -70,13 +70,13 @@ class Cache:
         where = store.where(shard.name)
         try:
             opened = self._held(key, shard, where)
-            return Found(opened, 0, True) if opened else self._fetch(key, store, shard)
+            return Found(opened, 0, True) if opened else self._fetch(key, store, shard, home)
         except OSError as error:
             raise self._unwritable(error, where) from None
 
-    def path(self, store: Remote, shard: Shard) -> Path:
+    def path(self, store: Remote, shard: Shard, home: Folder | Remote) -> Path:
         """The shard's file, fetched if need be. It stays there until others need its room."""
-        self.open(store, shard)
+        self.open(store, shard, home)
         return folder() / f"{_key(store.where(shard.name), shard.sha256)}.tar"
 
     def copy(self, store: Remote, name: str) -> Path:
@@ -114,14 +114,14 @@ class Cache:
         _use(descriptor)
         return Opened(descriptor, index, shard, where)
 
-    def _fetch(self, key: str, store: Remote, shard: Shard) -> Found:
+    def _fetch(self, key: str, store: Remote, shard: Shard, home: Folder | Remote) -> Found:
         where = store.where(shard.name)
         path = folder() / f"{key}.part"
         part = _claim(path)
         try:
             if opened := self._held(key, shard, where):  # by whom was waited for
                 return Found(opened, 0, False)
-            index = _index(store, shard)
+            index = read_index(shard, home, store)
             if shard.bytes + len(index) > self.limit:
                 raise DataError(
                     f"{where} has {shard.bytes:,} bytes and the cache holds {self.limit:,}; enlarge data.cache"
@@ -249,12 +249,21 @@ def _key(where: str, sha256: str) -> str:
     return hashlib.sha256(f"{where}\n{sha256}".encode()).hexdigest()
 
 
-def _index(store: Remote, shard: Shard) -> bytes:
+def read_index(shard: Shard, home: Folder | Remote, store: Folder | Remote) -> bytes:
+    """The shard's index, which stands at `home` beside the manifest, or at `store` beside the shard.
+
+    Raises:
+        DataError: it is at neither place, or of another shard.
+    """
+    name = f"{shard.name}.idx"
     try:
-        index = store.get(f"{shard.name}.idx")
+        index = home.get(name)
     except Missing:
-        way_out = "upload it, or write it with `vimscale data index`"
-        raise DataError(f"{store.where(shard.name)} has no index (.idx) beside it; {way_out}") from None
+        try:
+            index = store.get(name)
+        except Missing:
+            way_out = "upload it, or write it with `vimscale data index`"
+            raise DataError(f"{store.where(shard.name)} has no index (.idx) beside it; {way_out}") from None
     offsets(index, shard, store.where(shard.name))
     return index
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.data.cache import Ahead, Cache
+from vimscale.data.cache import Ahead, Cache, read_index
 from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
 from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, shown
@@ -46,7 +46,9 @@ class Traffic:
 class Dataset:
     """Shards and their manifest. Pickled, it opens its files and connections anew."""
 
-    def __init__(self, store: Folder | Remote, manifest: Manifest, cache: Cache):
+    def __init__(self, home: Folder | Remote, store: Folder | Remote, manifest: Manifest, cache: Cache):
+        self.home = home
+        """Where the manifest is, and the indexes unless they stand beside the shards."""
         self.store = store
         self.manifest = manifest
         self.counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
@@ -60,7 +62,7 @@ class Dataset:
         self._opened = lru_cache(maxsize=kept)(self._open)
 
     def __reduce__(self) -> tuple:
-        return Dataset, (self.store, self.manifest, self._cache)
+        return Dataset, (self.home, self.store, self.manifest, self._cache)
 
     @classmethod
     def open(cls, source: str, cache: str = "100GB", retry: Retry | None = None) -> "Dataset":
@@ -88,9 +90,8 @@ class Dataset:
         except DataError as error:
             raise DataError(f"data {source}: {error}") from None
         manifest = Manifest.from_json(text, source)
-        dataset = cls(
-            open_store(beside(place, manifest.base), retry) if manifest.base else store, manifest, Cache(limit)
-        )
+        shards = open_store(beside(place, manifest.base), retry) if manifest.base else store
+        dataset = cls(store, shards, manifest, Cache(limit))
         dataset.check()
         return dataset
 
@@ -110,7 +111,11 @@ class Dataset:
             DataError: it cannot be had.
         """
         shard = self.manifest.shards[number]
-        return self.store.path / shard.name if isinstance(self.store, Folder) else self._cache.path(self.store, shard)
+        return (
+            self.store.path / shard.name
+            if isinstance(self.store, Folder)
+            else self._cache.path(self.store, shard, self.home)
+        )
 
     def check(self) -> None:
         """Every shard is there with the size the manifest says, beside an index of the size it should have.
@@ -126,6 +131,8 @@ class Dataset:
         found = self.store.sizes(wanted)
         if found is None:
             return
+        if self.manifest.base:
+            found |= self.home.sizes(f"{shard.name}.idx" for shard in self.manifest.shards) or {}
         faults = [
             f"{name} has {found[name]:,} bytes, not {size:,}" if name in found else f"{name} is missing"
             for name, size in wanted.items()
@@ -168,7 +175,7 @@ class Dataset:
     def _open(self, number: int) -> Opened:
         shard, where = self.manifest.shards[number], self.where(number)
         if isinstance(self.store, Folder):
-            index = self.store.get(f"{shard.name}.idx")
+            index = read_index(shard, self.home, self.store)
             try:
                 descriptor = os.open(self.store.path / shard.name, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
@@ -185,7 +192,7 @@ class Dataset:
 
     def _get(self, number: int) -> tuple[Opened, bool]:
         assert isinstance(self.store, Remote)
-        opened, fetched, there = self._cache.open(self.store, self.manifest.shards[number])
+        opened, fetched, there = self._cache.open(self.store, self.manifest.shards[number], self.home)
         with self._lock:
             self.traffic.fetched += fetched
         return opened, there
