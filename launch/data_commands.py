@@ -114,7 +114,6 @@ def index(
         folder, manifest, unread = adopt.index(
             tars,
             output,
-            local=Path,
             classes=read_classes(classes) if classes else None,
             origin=origin,
             licence=licence,
@@ -205,7 +204,11 @@ def stats(
         from vimscale.data import contact_sheet
 
         chosen = recipes.load(recipe) if recipe else None
-        contact_sheet.draw(located, chosen).save(sheet)
+        picture = contact_sheet.draw(located, chosen)
+        try:
+            picture.save(sheet, "PNG")
+        except OSError as error:
+            raise DataError(f"--sheet {sheet} cannot be written: {error.strerror}") from None
         print(f"{sheet}: samples, and what training makes of them")
 
 

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.shell import Shell
+from tests.web_server import WebServer
 from vimscale.data import adopt, inspect, merge, repair, shards
 from vimscale.data.dataset import Dataset
 from vimscale.data.index import scan
@@ -327,15 +328,36 @@ def test_indexing_the_shards_of_a_set_finds_what_its_manifest_says(made: Path, t
     index = {path.name: path.read_bytes() for path in made.glob("*.idx")}
     for path in (*made.glob("*.idx"), made / "manifest.json"):
         path.unlink()
-    folder, found, unread = adopt.index([str(made)], None, local=Path, classes=before.classes, jobs=2)
+    folder, found, unread = adopt.index([str(made)], None, classes=before.classes, jobs=2)
     assert (folder, unread) == (made, [])
     assert {path.name: path.read_bytes() for path in made.glob("*.idx")} == index
     for key in ("shards", "labels", "sides", "mean", "std", "classes"):
         assert getattr(found, key) == getattr(before, key)
-    _, elsewhere, _ = adopt.index([str(made / "0000{0..1}.tar")], tmp_path / "out", local=Path)
+    _, elsewhere, _ = adopt.index([str(made / "0000{0..1}.tar")], tmp_path / "out")
     assert elsewhere.base == str(made)
     assert [shard.name for shard in elsewhere.shards] == ["00000.tar", "00001.tar"]
     assert (tmp_path / "out/00001.tar.idx").read_bytes() == index["00001.tar.idx"]
+
+
+def test_shards_of_a_web_server_are_indexed_and_read_without_touching_it(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIMSCALE_CACHE", str(tmp_path / "cache"))
+    expected = _samples(made)
+    for path in (*made.glob("*.idx"), made / "manifest.json"):
+        path.unlink()
+    server = WebServer(tmp_path)
+    try:
+        address = f"{server.url}/set/0000{{0..3}}.tar"
+        with pytest.raises(DataError, match="the index cannot be written there; give a folder with --output"):
+            adopt.index([address], None)
+        adopt.index([address], tmp_path / "index")
+        found = _samples(tmp_path / "index")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert {key: sample["cls"] for key, sample in found.items()} == {key: s["cls"] for key, s in expected.items()}
+    assert sorted(path.suffix for path in made.iterdir()) == [".jsonl"] + [".tar"] * 4
 
 
 UNFIT = {
@@ -354,7 +376,7 @@ def test_tars_that_cannot_be_trained_on_are_not_indexed(tmp_path: Path, case: st
     members, expected = UNFIT[case]
     shards.write_shard(tmp_path / "00000.tar", [{"__key__": "k", **members}])
     with pytest.raises(DataError, match=expected):
-        adopt.index([str(tmp_path)], None, local=Path, classes=("a", "b"))
+        adopt.index([str(tmp_path)], None, classes=("a", "b"))
     assert not (tmp_path / "manifest.json").exists()
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vimscale.data import decode, pool, shapes
+from vimscale.data.cache import local_copy
 from vimscale.data.index import Sample, scan
 from vimscale.data.inputs import expand
 from vimscale.data.shards import MANIFEST, Manifest, Shard, sha256_of, write_file, write_index
@@ -43,7 +43,6 @@ def index(
     patterns: list[str],
     output: Path | None,
     *,
-    local: Callable[[str], Path],
     classes: tuple[str, ...] | None = None,
     origin: str = "",
     licence: str = "",
@@ -52,8 +51,7 @@ def index(
 ) -> tuple[Path, Manifest, list[str]]:
     """Write index and manifest of the tars in folders, globs, braces or addresses: (folder, manifest, what was odd).
 
-    They go beside the tars, or to `output`, and then the manifest says where the tars are. `local` gives the path at
-    which an address's bytes can be read.
+    They go beside the tars, or to `output`, and then the manifest says where the tars are.
 
     Raises:
         DataError: no tars, a damaged tar, a sample without image or label, or a folder with a manifest.
@@ -65,13 +63,16 @@ def index(
     if (folder / MANIFEST).exists():
         raise DataError(f"data {folder}: it has a {MANIFEST}; `vimscale data repair` mends a set, or remove the file")
     quota = -(-MEASURED // len(tars))
-    work = partial(look, local=local, quota=quota, classes=len(classes) if classes else None)
+    work = partial(look, quota=quota, classes=len(classes) if classes else None)
     found: dict[int, Found] = {}
     progress(0, len(tars))
     for number, result in pool.run(work, tars, jobs):
         path = folder / result.shard.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_index(path, result.offsets)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_index(path, result.offsets)
+        except OSError as error:
+            raise DataError(f"{path}.idx cannot be written: {error.strerror}; give a folder with --output") from None
         found[number] = result
         progress(len(found), len(tars))
     parts = [found[number] for number in range(len(tars))]
@@ -96,13 +97,13 @@ def index(
     return folder, manifest, [message for part in parts for message in part.unread]
 
 
-def look(tar: Tar, *, local: Callable[[str], Path], quota: int, classes: int | None) -> Found:
+def look(tar: Tar, *, quota: int, classes: int | None) -> Found:
     """All that the manifest says of one tar; `quota` of its images are decoded.
 
     Raises:
         DataError: it is damaged, empty, or a sample has no image or no label among the `classes`.
     """
-    path = local(tar.where)
+    path = local_copy(tar.where)
     found = scan(path)
     if found.fault is not None:
         raise DataError(f"{tar.where}, {found.fault}; copy it again, or leave it out")
@@ -120,8 +121,7 @@ def look(tar: Tar, *, local: Callable[[str], Path], quota: int, classes: int | N
             try:
                 _, height, width = shapes.header(data, where)
                 if i % stride == 0:
-                    members = {"__key__": sample.key, "jpg": data, "cls": b"0"}
-                    tally.measure(decode.decode(members, tar.where, 1)[0])
+                    tally.measure(shapes.pixels(data, where))
                 tally.count(label, height, width)
             except BadSample as error:
                 tally.labels[label] += 1

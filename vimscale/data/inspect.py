@@ -19,7 +19,7 @@ class Located:
     """A data set's files."""
 
     folder: Path
-    """With the manifest and the indexes."""
+    """With the manifest."""
     shards: Path
     manifest: Manifest
 
@@ -27,7 +27,8 @@ class Located:
         return self.shards / shard.name
 
     def index(self, shard: Shard) -> Path:
-        return index_of(self.folder / shard.name)
+        own = index_of(self.folder / shard.name)
+        return own if own.exists() or not self.manifest.base else index_of(self.tar(shard))
 
 
 def locate(source: str) -> Located:

@@ -18,7 +18,7 @@ def merge(sets: list[Located], output: Path) -> Manifest:
     Raises:
         DataError: other classes, a shard that is there twice or not at all, or an output that exists.
     """
-    new_folder(output)
+    output = new_folder(output)
     _check(sets)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -82,7 +82,7 @@ def prepare(
     Raises:
         DataError: an input or an option that cannot be used, a bad image if `strict`, or a full disk.
     """
-    new_folder(output)
+    output = new_folder(output)
     partial = output.with_name(f".{output.name}.partial")
     try:
         with _locked(partial):

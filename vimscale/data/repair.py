@@ -66,8 +66,16 @@ def repair(located: Located, todo: list[Step], jobs: int = 1) -> Path | None:
     """Do it. If other samples than before remain, there is a new manifest, and the path of the old one is returned.
 
     Raises:
-        DataError: no sample would remain.
+        DataError: no sample would remain, or the folder cannot be written to.
     """
+    try:
+        return _repair(located, todo, jobs)
+    except OSError as error:
+        way_out = "make it writable, or copy the set to another place"
+        raise DataError(f"data {located.folder}: {error.strerror} ({error.filename}); {way_out}") from None
+
+
+def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
     by_name = {step.health.shard.name: step for step in todo}
     shards = []
     for shard in located.manifest.shards:
@@ -86,7 +94,7 @@ def repair(located: Located, todo: list[Step], jobs: int = 1) -> Path | None:
     if not shards:
         raise DataError(f"data {located.folder}: no sample can be read any more; prepare the set again")
     tars = [adopt.Tar(shard.name, str(located.tar(shard))) for shard in shards]
-    looked = dict(pool.run(partial(adopt.look, local=Path, quota=1, classes=None), tars, jobs))
+    looked = dict(pool.run(partial(adopt.look, quota=1, classes=None), tars, jobs))
     tally = Tally.sum(looked[number].tally for number in range(len(tars)))
     manifest = replace(
         located.manifest,

@@ -61,7 +61,7 @@ def shape(
         return _EXTENSIONS[kind], data, height, width, None
     if kind not in _EXTENSIONS:
         data, kind = _as_png(data, name), "PNG"
-    image, _ = decode.decode({"__key__": key, _EXTENSIONS[kind]: data, "cls": b"0"}, where, 1)
+    image = pixels(data, name)
     if shrink:
         assert options.resize is not None
         data, image = _smaller(image, options.resize, options.quality)
@@ -73,14 +73,15 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
     """(format, height, width), upright, from an image's header alone.
 
     Raises:
-        BadSample: Pillow knows no such format.
+        BadSample: no known format, or too large.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:
-                width, height = height, width
-            kind = image.format or ""
+            kind, height, width = image.format or "", image.height, image.width
+        if kind in _EXTENSIONS:
+            height, width = decode.size_of(data)
+    except BadSample as error:
+        raise BadSample(error.cause, f"{where}: {error}") from None
     except Image.DecompressionBombError as error:
         raise BadSample("pixels", f"{where}: {error}") from None
     except UnidentifiedImageError:
@@ -90,6 +91,18 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
     if height * width > decode.MAX_PIXELS:
         raise BadSample("pixels", f"{where}: {height} x {width} pixels; at most {decode.MAX_PIXELS:,} are read")
     return kind, height, width
+
+
+def pixels(data: bytes, where: str) -> Tensor:
+    """The image, uint8 (3, h, w).
+
+    Raises:
+        BadSample: it cannot be decoded; `where` is named.
+    """
+    try:
+        return decode.pixels(data)
+    except BadSample as error:
+        raise BadSample(error.cause, f"{where}: {error}") from None
 
 
 def _as_png(data: bytes, where: str) -> bytes:

@@ -93,13 +93,16 @@ class Manifest:
         return manifest
 
 
-def new_folder(folder: Path) -> None:
-    """Raises:
-    DataError: `folder` is there and not empty.
+def new_folder(folder: Path) -> Path:
+    """The folder's full path.
+
+    Raises:
+        DataError: it is there and not empty.
     """
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         what = "is a file" if folder.is_file() else "the folder is not empty"
         raise DataError(f"data {folder}: {what}; give a new one, or remove it")
+    return Path(os.path.abspath(folder))
 
 
 def write(
@@ -121,7 +124,7 @@ def write(
     Raises:
         DataError: `folder` exists and is not empty.
     """
-    new_folder(folder)
+    folder = new_folder(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
