@@ -200,7 +200,7 @@ def stats(
     from vimscale.data import inspect
 
     located = inspect.locate(source)
-    Console().print(_table(located.manifest))
+    Console(markup=False, emoji=False).print(_table(located.manifest))
     if sheet is not None:
         from vimscale.data import contact_sheet
 

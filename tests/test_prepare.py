@@ -24,7 +24,7 @@ from tests.shell import Shell
 from tests.web_server import WebServer
 from vimscale.data import adopt, inspect, merge, repair, shards
 from vimscale.data.dataset import Dataset
-from vimscale.data.index import scan
+from vimscale.data.index import scan, walk
 from vimscale.data.prepare import prepare
 from vimscale.data.rows import Columns
 from vimscale.data.shapes import Options
@@ -82,6 +82,16 @@ def test_a_folder_of_classes_becomes_a_data_set(tmp_path: Path, images: Path) ->
     (skipped,) = map(json.loads, (tmp_path / "set/skipped.jsonl").read_text().splitlines())
     assert (skipped["key"], skipped["cause"]) == ("cat/cat_0", "image")
     assert skipped["path"] == str(images / "cat/cat.0.jpg")
+
+
+def test_names_may_be_long_and_in_any_script(tmp_path: Path) -> None:
+    names = ("x" * 120, "café [1] :cat:", "猫")
+    (tmp_path / "in" / "Größe").mkdir(parents=True)
+    for i, name in enumerate(names):
+        (tmp_path / "in" / "Größe" / f"{name}.jpg").write_bytes(_image(i))
+    prepare(str(tmp_path / "in"), tmp_path / "set", Options(), Columns())
+    assert _samples(tmp_path / "set").keys() == {f"Größe/{name}" for name in names}
+    assert shards.index_of(tmp_path / "set/00000.tar").read_bytes() == walk(tmp_path / "set/00000.tar")[0].tobytes()
 
 
 def test_bytes_depend_on_neither_jobs_nor_place(tmp_path: Path, images: Path) -> None:
@@ -252,6 +262,11 @@ def _twins(folder: Path) -> None:
         (folder / "in/a" / f"x.{kind}").write_bytes(_image(0))
 
 
+def _hidden(folder: Path) -> None:
+    (folder / "in/__other__").mkdir(parents=True)
+    (folder / "in/__other__/x.jpg").write_bytes(_image(0))
+
+
 def _junk(folder: Path) -> None:
     (folder / "in/a").mkdir(parents=True)
     (folder / "in/a/x.jpg").write_bytes(b"junk")
@@ -271,6 +286,7 @@ WRONG = {
     "an empty folder": ("in", lambda folder: (folder / "in").mkdir(), "no images in it; looked for jpg"),
     "images in no class": ("in", _alone, "x.jpg lies in no class's folder; move it to in/CLASS/x.jpg"),
     "two images of a name": ("in", _twins, "in/a/x.jpg and in/a/x.png both have the key a/x; rename one"),
+    "a class webdataset would not see": ("in", _hidden, "__other__/x would be passed over"),
     "only bad images": ("in", _junk, "none of the 2 inputs can be used (1 x image, 1 x unreadable)"),
     "a command": ("pipe:cat x.tar", None, "commands are not run"),
     "an address": ("s3://bucket/x", None, "only local files are prepared"),

@@ -46,7 +46,8 @@ def class_map(
             _check_dense(numbers, where)
         else:
             names = tuple(sorted({str(label) for label in distinct}))
-            numbers = {label: names.index(str(label)) for label in distinct}
+            known = {name: number for number, name in enumerate(names)}
+            numbers = {label: known[str(label)] for label in distinct}
     else:
         known = {name: number for number, name in enumerate(names)}
         numbers = {label: known[str(label)] for label in distinct if str(label) in known}
@@ -55,7 +56,7 @@ def class_map(
             numbers = {label: number for label, number in numbers.items() if number < len(names)}
         strange = sorted(str(label) for label in distinct - numbers.keys())
         if strange:
-            rows = sum(str(label) in strange for label in labels)
+            rows = sum(label not in numbers for label in labels)
             more = f" and {len(strange) - 1} others" if len(strange) > 1 else ""
             hint = suggestion(strange[0], names)
             raise DataError(

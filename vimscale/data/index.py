@@ -24,7 +24,8 @@ _NAMES = b"LKxXg"
 """Headers whose payload says more about the member after them."""
 _NAME_LIMIT = 1 << 20
 _SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_META = re.compile(r"__[^/]*__($|/)")
+META = re.compile(r"__[^/]*__($|/)")
+"""Names that webdataset passes over."""
 
 
 class Sample(NamedTuple):
@@ -111,7 +112,7 @@ def _split(member: _Member) -> tuple[str, str | None]:
     """Key and extension by webdataset's rule; no extension for what is part of no sample."""
     name = member.name
     matched = _SPLIT.match(name)
-    ours = member.regular and not _META.match(name) and matched
+    ours = member.regular and not META.match(name) and matched
     return (matched[1], matched[2].lower()) if ours and matched else (name, None)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vimscale.data import tables
 from vimscale.data.classes import class_map
-from vimscale.data.index import Scan, scan
+from vimscale.data.index import META, Scan, scan
 from vimscale.data.rows import IMAGE_FILES, LABEL_COLUMNS, Columns, Files, Label, Reader, Rows, key_of, pick, size_of
 from vimscale.errors import DataError
 
@@ -124,6 +124,11 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
         missing = [key for key, label in zip(rows.keys, rows.labels, strict=True) if label is None]
         if missing:
             raise DataError(f"{where}: {len(missing):,} rows have no label, {missing[0]} the first; leave them out")
+        if hidden := next((key for key in rows.keys if META.match(key)), None):
+            raise DataError(
+                f"{where}: {hidden} would be passed over, as webdataset keeps names like __x__ for itself;"
+                " rename its folder"
+            )
         if twice := [key for key, count in Counter(rows.keys).items() if count > 1]:
             places = [reader.where(p) for key, p in zip(rows.keys, rows.places, strict=True) if key == twice[0]][:2]
             more = f" ({len(twice):,} such keys)" if len(twice) > 1 else ""

@@ -271,9 +271,10 @@ class _Worker:
         return {"shard": found, "skipped": skipped, "tally": tally.to_json()}
 
     def _samples(self, job: Job, tally: Tally, skipped: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        measure = set(job.measure)
         for i, entry in enumerate(job.entries):
             try:
-                yield self._sample(entry, i in job.measure, tally)
+                yield self._sample(entry, i in measure, tally)
             except BadSample as error:
                 if self._strict:
                     raise _strict_error(str(error)) from None

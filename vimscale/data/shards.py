@@ -157,9 +157,6 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
     """Write samples as one tar and its index; the same samples give the same bytes.
 
     Neither has its name before it is whole and on disk: a crash leaves nothing but files that begin with a dot.
-
-    Raises:
-        DataError: a key too long for a tar's header.
     """
     from webdataset import TarWriter
 
@@ -172,10 +169,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
             with TarWriter(tee, mtime=0, user="vimscale", group="vimscale", encoder=False) as tar:
                 for sample in samples:
                     offsets.append(tar.tarstream.offset)
-                    try:
-                        tar.write(sample)
-                    except ValueError as error:  # tarfile's word on names, and webdataset's on values
-                        raise DataError(f"{path}, sample {sample['__key__']}: {error}; shorten its name") from None
+                    tar.write(sample)
                 offsets.append(tar.tarstream.offset)
             file.flush()
             os.fsync(file.fileno())
