@@ -15,6 +15,7 @@ from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import data_commands, rank
+from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from vimscale.data.shards import Manifest
@@ -31,8 +32,6 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.data, name="data")
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it: section.key=value.", metavar="[A.B=C]...")]
 RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
 StepOption = Annotated[int | None, typer.Option(help="Take the checkpoint of this step, not the newest.")]
 RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not their moving average.")]

@@ -2,6 +2,7 @@
 
 import os
 import time
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,8 @@ from rich.table import Table
 
 from vimscale import recipe as recipes
 from vimscale.errors import DataError
+
+from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from vimscale.data.shards import Manifest
@@ -258,6 +261,41 @@ def digits(
 
     for split, manifest in digits.write(folder, seed).items():
         print(f"{folder / split}: {manifest.samples:,} images in {len(manifest.shards)} shards")
+
+
+@data.command()
+def order(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(min=1, help="Ranks of the run.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
+    start: Annotated[int, typer.Option("--from", min=0, help="First step, counted from 0.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read; absent: the recipe's.")] = None,
+) -> None:
+    """Print every sample that a rank gets: epoch, position, shard, key and a checksum of its augmented pixels.
+
+    Read through the loader that training uses, so that anyone can see that neither ranks nor workers nor where one
+    starts change what a position holds.
+    """
+    from vimscale.data import stream
+    from vimscale.data.training_set import TrainingSet
+
+    if rank >= world:
+        raise DataError(f"there is no rank {rank} among {world}: they are counted from 0 to {world - 1}")
+    changes = [] if workers is None else [f"data.workers={workers}"]
+    chosen = recipes.load(recipe, [*(overrides or ()), *changes])
+    _, accumulation = chosen.micro_batch(world)
+    opened = TrainingSet.open(chosen.data)
+    config = chosen.model.shape(len(opened.manifest.classes))
+    batches = stream.training(chosen, opened, config, rank=rank, world=world, start=start, steps=start + steps)
+    print("step\tepoch\tposition\tshard\tkey\tpixels")
+    for number, batch in enumerate(batches):
+        step = start + number // accumulation
+        for place, key, image in zip(batch.places, batch.keys, batch.images, strict=True):
+            shard = opened.datasets[place.source].where(place.shard)
+            checksum = zlib.crc32(image.contiguous().numpy())
+            print(f"{step}\t{place.epoch}\t{place.position}\t{shard}\t{key}\t{checksum:08x}")
 
 
 def _say_written(folder: Path, manifest: "Manifest") -> None:
