@@ -68,15 +68,15 @@ def prepare(
     licence: LicenceOption = "",
 ) -> None:
     """Write images as shards. A command that was interrupted goes on where it stopped, to the same bytes."""
-    from vimscale.data import prepare
-    from vimscale.data.classes import read_classes
-    from vimscale.data.rows import Columns
-    from vimscale.data.shapes import Options
+    from vimscale.prepare import make
+    from vimscale.prepare.classes import read_classes
+    from vimscale.prepare.rows import Columns
+    from vimscale.prepare.shapes import Options
 
     options = Options(per_shard, _size(shard_bytes), seed, shuffle, val, resize, quality, min_size, max_aspect, decode)
     columns = Columns(image_column, label_column, read_classes(classes) if classes else None, prefix_keys)
     with Bar("images") as bar:
-        written = prepare.prepare(
+        written = make.prepare(
             source,
             output,
             options,
@@ -91,7 +91,7 @@ def prepare(
         _say_written(output / split, manifest)
         if manifest.skipped:
             causes = ", ".join(f"{count:,} x {cause}" for cause, count in manifest.skipped.items())
-            print(f"  {sum(manifest.skipped.values()):,} skipped ({causes}): {output / split / prepare.SKIPPED}")
+            print(f"  {sum(manifest.skipped.values()):,} skipped ({causes}): {output / split / make.SKIPPED}")
     first = output / next(iter(written))
     print(f"next: vimscale data stats {first}; in a recipe, data.train: {first}")
 
@@ -110,8 +110,8 @@ def index(
     licence: LicenceOption = "",
 ) -> None:
     """Make a data set of tars that exist: an index of each, and a manifest."""
-    from vimscale.data import adopt
-    from vimscale.data.classes import read_classes
+    from vimscale.prepare import adopt
+    from vimscale.prepare.classes import read_classes
 
     with Bar("shards") as bar:
         folder, manifest, unread = adopt.index(
@@ -135,7 +135,7 @@ def verify(
     jobs: JobsOption = None,
 ) -> None:
     """Check a data set against its manifest; every fault is listed."""
-    from vimscale.data import inspect
+    from vimscale.prepare import inspect
 
     located = inspect.locate(source)
     with Bar("shards") as bar:
@@ -162,8 +162,8 @@ def repair(
     jobs: JobsOption = None,
 ) -> None:
     """Save what is whole of a damaged data set, and write its indexes and manifest anew."""
-    from vimscale.data import inspect
-    from vimscale.data import repair as repairs
+    from vimscale.prepare import inspect
+    from vimscale.prepare import repair as repairs
 
     located = inspect.locate(source)
     with Bar("shards") as bar:
@@ -184,8 +184,8 @@ def merge(
     sources: Annotated[list[Path], typer.Argument(metavar="SET SET... OUTPUT", help="Data sets, and a new folder.")],
 ) -> None:
     """Make one data set of several with the same classes."""
-    from vimscale.data import inspect
-    from vimscale.data import merge as merges
+    from vimscale.prepare import inspect
+    from vimscale.prepare import merge as merges
 
     *sets, output = sources
     if len(sets) < 2:
@@ -200,12 +200,12 @@ def stats(
     recipe: Annotated[str | None, typer.Option(help="Whose image size and augmentation the picture shows.")] = None,
 ) -> None:
     """Show what a data set consists of."""
-    from vimscale.data import inspect
+    from vimscale.prepare import inspect
 
     located = inspect.locate(source)
     Console(markup=False, emoji=False).print(_table(located.manifest))
     if sheet is not None:
-        from vimscale.data import contact_sheet
+        from vimscale.prepare import contact_sheet
 
         chosen = recipes.load(recipe) if recipe else None
         picture = contact_sheet.draw(located, chosen)
@@ -217,7 +217,7 @@ def stats(
 
 
 def _table(manifest: "Manifest") -> Table:
-    from vimscale.data.tally import sides_text
+    from vimscale.prepare.tally import sides_text
 
     size = sum(shard.bytes for shard in manifest.shards)
     counts = [shard.samples for shard in manifest.shards]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vimscale.data import shards
-from vimscale.data.index import walk
 from vimscale.errors import DataError
+from vimscale.prepare.index import walk
 
 
 def _reference(path: Path) -> list[int]:

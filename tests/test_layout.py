@@ -19,7 +19,7 @@ FLOORS = [
     {"distributed", "run_folder"},
     {"checkpoint"},
     {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},
-    {"objectives", "engine", "evaluate", "export", "recompute"},
+    {"objectives", "engine", "evaluate", "export", "recompute", "prepare"},
     {"train"},
 ]
 
@@ -37,7 +37,14 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names.add(base)
-            if base in ("vimscale", "vimscale.model", "vimscale.data", "vimscale.objectives", "vimscale.export"):
+            if base in (
+                "vimscale",
+                "vimscale.model",
+                "vimscale.data",
+                "vimscale.prepare",
+                "vimscale.objectives",
+                "vimscale.export",
+            ):
                 names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 

@@ -22,13 +22,14 @@ from PIL import Image
 
 from tests.shell import Shell
 from tests.web_server import WebServer
-from vimscale.data import adopt, inspect, merge, repair, shards
+from vimscale.data import shards
 from vimscale.data.dataset import Dataset
-from vimscale.data.index import scan, walk
-from vimscale.data.prepare import prepare
-from vimscale.data.rows import Columns
-from vimscale.data.shapes import Options
 from vimscale.errors import DataError
+from vimscale.prepare import adopt, inspect, merge, repair
+from vimscale.prepare.index import scan, walk
+from vimscale.prepare.make import prepare
+from vimscale.prepare.rows import Columns
+from vimscale.prepare.shapes import Options
 
 
 def _image(seed: int, height: int = 40, width: int = 48, kind: str = "JPEG") -> bytes:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vimscale.data import tables
-from vimscale.data.classes import class_map
-from vimscale.data.index import META, Scan, scan
-from vimscale.data.rows import IMAGE_FILES, LABEL_COLUMNS, Columns, Files, Label, Reader, Rows, key_of, pick, size_of
 from vimscale.errors import DataError
+from vimscale.prepare import tables
+from vimscale.prepare.classes import class_map
+from vimscale.prepare.index import META, Scan, scan
+from vimscale.prepare.rows import IMAGE_FILES, LABEL_COLUMNS, Columns, Files, Label, Reader, Rows, key_of, pick, size_of
 
 _log = logging.getLogger(__name__)
 

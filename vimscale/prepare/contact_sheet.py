@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vimscale.data import augment, decode
-from vimscale.data.index import scan
-from vimscale.data.inspect import Located, read
 from vimscale.data.plan import generator
 from vimscale.errors import BadSample, DataError
+from vimscale.prepare.index import scan
+from vimscale.prepare.inspect import Located, read
 from vimscale.recipe import Augment, Recipe
 
 ROWS, DRAWS = 6, 5

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimscale.data import decode, pool, shapes
+from vimscale.data import decode
 from vimscale.data.cache import local_copy
-from vimscale.data.index import Sample, scan
-from vimscale.data.inputs import expand
 from vimscale.data.shards import MANIFEST, Manifest, Shard, sha256_of, write_file, write_index
-from vimscale.data.tally import Tally
 from vimscale.errors import BadSample, DataError
+from vimscale.prepare import pool, shapes
+from vimscale.prepare.index import Sample, scan
+from vimscale.prepare.inputs import expand
+from vimscale.prepare.tally import Tally
 
 MEASURED = 2000
 """Images, about, that mean and deviation are taken from: as many of each shard."""

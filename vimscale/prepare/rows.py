@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale.data.classes import suggestion
 from vimscale.errors import DataError
+from vimscale.prepare.classes import suggestion
 
 IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")

@@ -21,10 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.data import pool
-from vimscale.data.inputs import Entry, Input, open_input
-from vimscale.data.rows import Columns
-from vimscale.data.shapes import Options, shape
 from vimscale.data.shards import (
     MANIFEST,
     Manifest,
@@ -37,8 +33,12 @@ from vimscale.data.shards import (
     write_file,
     write_shard,
 )
-from vimscale.data.tally import Tally
 from vimscale.errors import BadSample, DataError
+from vimscale.prepare import pool
+from vimscale.prepare.inputs import Entry, Input, open_input
+from vimscale.prepare.rows import Columns
+from vimscale.prepare.shapes import Options, shape
+from vimscale.prepare.tally import Tally
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vimscale.data.rows import Columns, Files, Reader, Rows, checked_labels, pick
 from vimscale.errors import BadSample, DataError
+from vimscale.prepare.rows import Columns, Files, Reader, Rows, checked_labels, pick
 
 _BATCH = 256
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vimscale.data import decode, pool
-from vimscale.data.index import Sample, Scan, scan
+from vimscale.data import decode
 from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, sha256_of
 from vimscale.errors import BadSample, DataError
+from vimscale.prepare import pool
+from vimscale.prepare.index import Sample, Scan, scan
 
 
 @dataclass(frozen=True)

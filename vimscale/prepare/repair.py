@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from vimscale.data import adopt, pool
-from vimscale.data.index import BLOCK
-from vimscale.data.inspect import Health, Located
 from vimscale.data.shards import MANIFEST, Shard, sha256_of, write_file, write_index
-from vimscale.data.tally import Tally
 from vimscale.errors import DataError
+from vimscale.prepare import adopt, pool
+from vimscale.prepare.index import BLOCK
+from vimscale.prepare.inspect import Health, Located
+from vimscale.prepare.tally import Tally
 
 
 @dataclass(frozen=True)

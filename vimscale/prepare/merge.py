@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from vimscale.data.inspect import Located
 from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, new_folder, publish, shard_name, write_file
-from vimscale.data.tally import Tally
 from vimscale.errors import DataError
+from vimscale.prepare.inspect import Located
+from vimscale.prepare.tally import Tally
 
 
 def merge(sets: list[Located], output: Path) -> Manifest:
