@@ -88,4 +88,4 @@ def _samples(pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Iterat
         grey = Image.fromarray((pixels[row] * 15.9375).astype(np.uint8))
         png = io.BytesIO()
         grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(png, "PNG")
-        yield {"__key__": f"{row:04d}", "png": png.getvalue(), "cls": str(labels[row]).encode()}
+        yield {"__key__": f"{row:04d}", "png": png.getvalue(), "cls": int(labels[row])}

@@ -117,7 +117,7 @@ def write(
     source: str,
     licence: str,
 ) -> Manifest:
-    """Write webdataset samples (`__key__`, and bytes by extension) as shards; the same samples give the same bytes.
+    """Write webdataset samples (`__key__`; bytes or a number by extension) as shards: the same samples, the same bytes.
 
     All is written beside `folder` and renamed over in one go: a crash leaves no half data set under its name.
 
@@ -169,7 +169,10 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
             with TarWriter(tee, mtime=0, user="vimscale", group="vimscale", encoder=False) as tar:
                 for sample in samples:
                     offsets.append(tar.tarstream.offset)
-                    tar.write(sample)
+                    # webdataset's own encoder would take a .json for something to be encoded once more
+                    tar.write(
+                        {key: str(value).encode() if isinstance(value, int) else value for key, value in sample.items()}
+                    )
                 offsets.append(tar.tarstream.offset)
             file.flush()
             os.fsync(file.fileno())
