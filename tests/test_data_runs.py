@@ -1,6 +1,8 @@
 """The data plane as runs use it: mixtures, phases and mixing through kills, damaged sets, sets behind a web server."""
 
+import contextlib
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,16 @@ def _launch(shell: Shell, name: str, *how: str) -> list[float]:
     return shell.losses(name)
 
 
+def _processes(run: Path) -> list[int]:
+    """Those that write to a log of the run: its ranks, and their workers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/fd/2"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if str(path.readlink()).startswith(str(run)):
+                found.append(int(path.parts[2]))
+    return found
+
+
 @pytest.mark.timeout(600)
 def test_a_run_with_all_of_it_ends_with_the_same_bits_after_a_kill_and_with_other_ranks(shell: Shell) -> None:
     undisturbed = _launch(shell, "whole", *EVERYTHING, *PROCESSES)
@@ -41,6 +53,9 @@ def test_a_run_with_all_of_it_ends_with_the_same_bits_after_a_kill_and_with_othe
         assert killed.poll() is None
     killed.kill()
     killed.communicate()
+    deadline = time.monotonic() + 30
+    while left := _processes(shell.folder / "runs" / "killed"):
+        assert time.monotonic() < deadline, f"worker processes outlive their rank: {left}"
     assert _launch(shell, "killed", *EVERYTHING, *PROCESSES) == undisturbed
     alone = _launch(shell, "alone", *EVERYTHING, "--no-ray", "--workers", "1")
     # fp32 sums in another order

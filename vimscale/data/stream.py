@@ -6,8 +6,13 @@ No rank, worker or restart enters into what a batch holds: the only state of the
 
 import logging
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,16 +99,33 @@ def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: Siz
 
 
 def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch]:
-    context = None
+    options: dict[str, Any] = {}
     if workers:
         # a process with Ray's and gloo's threads must not be forked; a server that has imported torch may, at no cost
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-    loader = DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context)
+        options = {"multiprocessing_context": context, "worker_init_fn": partial(_end_with, os.getpid())}
+    loader = DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, **options)
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _end_with(rank: int, worker: int) -> None:
+    """End this worker process when the rank's ends, however that dies. The parent is the server that forked it, so
+    torch's own look at the parent would never notice.
+    """
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(rank, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _caught(batches: Iterator[Batch]) -> Iterator[Batch | DataError]:
