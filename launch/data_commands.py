@@ -27,7 +27,7 @@ ClassesOption = Annotated[
     Path | None, typer.Option("--classes", help="File of class names, one a line, in the order of their labels.")
 ]
 JobsOption = Annotated[int | None, typer.Option(min=1, help="Processes; absent: one a CPU.")]
-SourceOption = Annotated[str, typer.Option(help="Where the images are from, for the manifest.")]
+OriginOption = Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")]
 LicenceOption = Annotated[str, typer.Option(help="Their licence, for the manifest.")]
 
 
@@ -64,7 +64,7 @@ def prepare(
     ] = None,
     prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put a tar's name before its keys.")] = False,
     jobs: JobsOption = None,
-    origin: Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")] = "",
+    origin: OriginOption = "",
     licence: LicenceOption = "",
 ) -> None:
     """Write images as shards. A command that was interrupted goes on where it stopped, to the same bytes."""
@@ -106,7 +106,7 @@ def index(
     ] = None,
     classes: ClassesOption = None,
     jobs: JobsOption = None,
-    origin: Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")] = "",
+    origin: OriginOption = "",
     licence: LicenceOption = "",
 ) -> None:
     """Make a data set of tars that exist: an index of each, and a manifest."""

@@ -209,7 +209,7 @@ def test_tables_of_paths_and_folders_give_the_same_samples(tmp_path: Path, image
 
 
 def test_bytes_in_parquet_and_hugging_face_sets_keep_their_names_of_classes(tmp_path: Path) -> None:
-    names = ["sparrow", "finch", "ant"]
+    names = ["sparrow", "2", "1"]
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
     rows = {
         "train": [{"img": {"bytes": _image(i), "path": None}, "fine_label": i % 3} for i in range(9)],
@@ -224,6 +224,7 @@ def test_bytes_in_parquet_and_hugging_face_sets_keep_their_names_of_classes(tmp_
         written = prepare(str(tmp_path / kind), tmp_path / f"from-{kind}", Options(per_shard=4), Columns(), jobs=2)
         assert written["train"].classes == tuple(names)
         assert written["train"].labels == (3, 3, 3)
+        assert int(_samples(tmp_path / f"from-{kind}" / "train")["00000004"]["cls"]) == 1
         assert _samples(tmp_path / f"from-{kind}" / "train")["00000004"]["jpg"] == _image(4)
     a, b = (_samples(tmp_path / f"from-{kind}" / "test") for kind in ("saved", "files"))
     assert a == b
@@ -291,6 +292,7 @@ WRONG = {
     "only bad images": ("in", _junk, "none of the 2 inputs can be used (1 x image, 1 x unreadable)"),
     "a command": ("pipe:cat x.tar", None, "commands are not run"),
     "an address": ("s3://bucket/x", None, "only local files are prepared"),
+    "braces that are open": ("{a,b.tar", None, "its braces are not closed"),
     "an unknown kind": ("in.zip", _file("in.zip", ""), "files ending in .zip; known: .tar, .parquet, .csv, .tsv"),
     "a csv without the column": ("in.csv", _file("in.csv", "path,klass\n"), "no column for the label, such as label"),
     "a csv that is empty": ("in.csv", _file("in.csv", ""), "it has none; name one with --image-column"),

@@ -141,7 +141,7 @@ class Dataset:
         if faults:
             first = "".join(f"\n  {fault}" for fault in faults[:10])
             more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-            way_out = "copy the damaged shards again, or write the data set anew"
+            way_out = "copy the damaged shards again, or see what `vimscale data repair` can save"
             raise DataError(
                 f"data {shown(self.store.url)}: {len(faults)} files of {len(self.counts)} shards are damaged"
                 f"{first}{more}\n{way_out}"

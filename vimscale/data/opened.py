@@ -73,13 +73,13 @@ def offsets(index: bytes, shard: Shard, where: str) -> np.ndarray:
     if found is None or found[-1] > shard.bytes or (found[1:] <= found[:-1]).any() or (found % _BLOCK).any():
         raise DataError(
             f"{where}.idx does not index {shard.samples} samples of a {shard.bytes:,} byte shard;"
-            " `vimscale data index` writes it anew"
+            " `vimscale data repair` writes it anew"
         )
     return found
 
 
 def _unfit(where: str, offset: int, why: str) -> DataError:
-    way_out = "copy shard and index again, or write the index anew with `vimscale data index`"
+    way_out = "copy shard and index again, or write the index anew with `vimscale data repair`"
     return DataError(f"{where}, offset {offset}: the index does not fit the tar: {why}; {way_out}")
 
 

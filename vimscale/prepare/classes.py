@@ -50,10 +50,11 @@ def class_map(
             numbers = {label: known[str(label)] for label in distinct}
     else:
         known = {name: number for number, name in enumerate(names)}
-        numbers = {label: known[str(label)] for label in distinct if str(label) in known}
-        if not numbers:
-            numbers = _numbers(distinct)
-            numbers = {label: number for label, number in numbers.items() if number < len(names)}
+        by_name = {label: known[str(label)] for label in distinct if str(label) in known}
+        by_number = {label: number for label, number in _numbers(distinct).items() if number < len(names)}
+        # a column of numbers counts classes, whose names may look like numbers; text is a name if it can be one
+        counted = len(by_number) == len(distinct) and all(isinstance(label, int) for label in distinct)
+        numbers = by_number if counted else by_name or by_number
         strange = sorted(str(label) for label in distinct - numbers.keys())
         if strange:
             rows = sum(label not in numbers for label in labels)

@@ -108,11 +108,18 @@ def expand(pattern: str) -> list[Path]:
     """The files of a path, glob or brace pattern, in order."""
     from braceexpand import braceexpand  # webdataset's
 
-    found = [name for part in braceexpand(pattern) for name in (sorted(glob.glob(part)) or [part])]
+    if os.path.lexists(pattern):
+        return [Path(pattern)]
+    try:
+        parts = list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"input {pattern}: its braces are not closed ({error})") from None
+    found = [name for part in parts for name in (sorted(glob.glob(part)) or [part])]
     return [Path(name) for name in found if os.path.lexists(name)]
 
 
 def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Columns) -> Input:
+    found = dict(sorted(found.items(), key=lambda item: item[0] != "train"))  # what it says of classes and pixels holds
     first = next(iter(found.values()))
     names = columns.classes or first.classes
     splits: dict[str, list[Entry]] = {}
@@ -143,7 +150,7 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
 def _folder_rows(paths: list[Path]) -> Rows:
     (root,) = paths
     rows, others = Rows(), Counter[str]()
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, below, names in os.walk(root, followlinks=True, onerror=_refuse):
         below[:] = sorted(name for name in below if not name.startswith("."))
         inside = Path(folder).relative_to(root)
         for name in sorted(names):
@@ -158,8 +165,12 @@ def _folder_rows(paths: list[Path]) -> Rows:
     rows.classes = tuple(sorted({str(label) for label in rows.labels}))
     if others:
         counts = ", ".join(f"{count:,} .{extension}" for extension, count in others.most_common(5))
-        _log.info("%s: files that are no images are passed over: %s", root, counts)
+        _log.warning("%s: files that are no images are passed over: %s", root, counts)
     return rows
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"input {error.filename} cannot be read: {error.strerror}")
 
 
 def _csv_rows(paths: list[Path], columns: Columns) -> Rows:

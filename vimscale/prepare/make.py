@@ -8,7 +8,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -39,8 +38,6 @@ from vimscale.prepare.inputs import Entry, Input, open_input
 from vimscale.prepare.rows import Columns
 from vimscale.prepare.shapes import Options, shape
 from vimscale.prepare.tally import Tally
-
-_log = logging.getLogger(__name__)
 
 MEASURED = 10_000
 """Images, at most, that mean and deviation are taken from."""
