@@ -15,7 +15,7 @@ from vimscale.data.shards import MANIFEST, Manifest, Shard, sha256_of, write_fil
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool, shapes
 from vimscale.prepare.index import Sample, scan
-from vimscale.prepare.inputs import expand
+from vimscale.prepare.inputs import braces, expand
 from vimscale.prepare.tally import Tally
 
 MEASURED = 2000
@@ -168,14 +168,12 @@ def _image(sample: Sample, where: str) -> tuple[int, int]:
 
 def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
     """(folder or address above them all, the tars), in order."""
-    from braceexpand import braceexpand
-
     if any(pattern.startswith("pipe:") for pattern in patterns):
         raise DataError("index pipe: commands are not run; write their output to files, and give those")
     remote = [pattern for pattern in patterns if "://" in pattern]
     if remote and len(remote) < len(patterns):
         raise DataError(f"index {remote[0]}: give addresses or local files, not both")
-    places = [place for pattern in patterns for place in (braceexpand(pattern) if remote else _local(pattern))]
+    places = [place for pattern in patterns for place in (braces(pattern) if remote else _local(pattern))]
     if twice := [place for place, count in Counter(places).items() if count > 1]:
         raise DataError(f"index: {twice[0]} is given twice")
     if strange := [place for place in places if not place.endswith(".tar")]:

@@ -106,16 +106,24 @@ def _files(source: str) -> tuple[list[Path], str]:
 
 def expand(pattern: str) -> list[Path]:
     """The files of a path, glob or brace pattern, in order."""
-    from braceexpand import braceexpand  # webdataset's
-
     if os.path.lexists(pattern):
         return [Path(pattern)]
-    try:
-        parts = list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"input {pattern}: its braces are not closed ({error})") from None
-    found = [name for part in parts for name in (sorted(glob.glob(part)) or [part])]
+    found = [name for part in braces(pattern) for name in (sorted(glob.glob(part)) or [part])]
     return [Path(name) for name in found if os.path.lexists(name)]
+
+
+def braces(pattern: str) -> list[str]:
+    """The names that a pattern like {00..99}.tar or {a,b}.tar stands for.
+
+    Raises:
+        DataError: a brace without its other one.
+    """
+    from braceexpand import braceexpand  # webdataset's
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:
+        raise DataError(f"input {pattern}: its braces are not closed; write {{00..99}}.tar or {{a,b}}.tar") from None
 
 
 def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Columns) -> Input:
