@@ -358,4 +358,4 @@ def test_ranks_that_write_the_cached_set_at_once_all_find_it_whole(tmp_path: Pat
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     ranks = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(4)]
     assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == [b"359"] * 4
-    assert [path.name for path in (tmp_path / "vimscale").iterdir()] == ["digits-1"]
+    assert [path.name for path in (tmp_path / "vimscale").iterdir()] == ["digits-2"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vimscale.errors import BadSample
@@ -120,7 +120,10 @@ def _header_by_pillow(data: bytes) -> _Header:
 
 def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings(action="ignore"):  # the size is checked above, and odd metadata does no harm
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        try:
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
+        except UnidentifiedImageError:  # whose message is of the buffer
+            raise ValueError(f"none of {', '.join(_FORMATS)} begins {data[:12]!r}") from None
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
