@@ -182,6 +182,19 @@ def test_a_phases_batch_is_cut_like_the_recipes() -> None:
         _recipe("batch=24", "parallel.micro_batch=6", "phases=[{step: 10, batch: 50}]").micro_batch(2)
 
 
+def test_images_that_are_passed_over_are_never_read_again() -> None:
+    counts = [np.full(10, 100)]
+    chosen = _recipe("data.lanes=2", "augment.repeats=2")
+    plain, skipping = Order(chosen, counts), Order(chosen, counts, [(5, 48), (9, 24)])
+
+    def read(order: Order, steps: range) -> list[tuple[int, int, int]]:
+        return [(p.position, p.shard, p.sample) for step in steps for p in order.at(step, range(24))]
+
+    assert read(skipping, range(5)) == read(plain, range(5))
+    assert read(skipping, range(5, 9)) == read(plain, range(7, 11))
+    assert read(skipping, range(9, 12)) == read(plain, range(12, 15))
+
+
 def test_repeated_augmentation_brings_copies_into_one_batch_far_apart() -> None:
     order = Order(_recipe("augment.repeats=3"), [np.full(10, 100)])
     for step in (0, 7):

@@ -366,6 +366,32 @@ class Checkpoint(_Section):
     """Steps between checkpoints; one is also written at the end and on request."""
     keep: Annotated[Whole, Field(ge=1)] = 3
     """How many of the newest to keep."""
+    keep_every: Annotated[Whole, Field(ge=1)] | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+    second: str | None = None
+    """A second place, a folder or an address such as s3://bucket/runs: the newest checkpoint is copied there in the
+    background, and written there if the run's own folder cannot be.
+    """
+
+
+class Guard(_Section):
+    """What is done about losses and gradients that are not finite, or jump."""
+
+    spike: Annotated[float, Field(gt=0)] | None = 10.0
+    """Robust z-score (distance from the median in units of 1.4826 median absolute deviations) from which a loss or a
+    gradient norm is a spike; null looks for what is not finite alone.
+    """
+    window: Annotated[Whole, Field(ge=10)] = 100
+    """Steps that the median is of; no spike is seen before so many."""
+    skips: Annotated[Whole, Field(ge=0)] = 3
+    """Bad steps in a row whose updates are left out; at one more the run goes back to its last checkpoint, and past the
+    data of those steps.
+    """
+    rollbacks: Annotated[Whole, Field(ge=0)] = 3
+    """How often it does that before the run ends."""
+    lower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate for `lower_steps` steps after going back."""
+    lower_steps: Annotated[Whole, Field(ge=0)] = 0
 
 
 class Evaluate(_Section):
@@ -407,6 +433,7 @@ class Recipe(_Section):
     optim: Optim = Optim()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
 

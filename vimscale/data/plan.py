@@ -176,9 +176,11 @@ class Mixture:
 class Order:
     """What every place in every batch of a recipe's run holds, for data sets of those shard sizes."""
 
-    def __init__(self, recipe: Recipe, counts: Sequence[np.ndarray]):
+    def __init__(self, recipe: Recipe, counts: Sequence[np.ndarray], skipped: Sequence[tuple[int, int]] = ()):
+        """`skipped`: (step, images) from which step on so many images were passed over, multiples of the batch there."""
         data = recipe.data
         self._recipe = recipe
+        self._skipped = list(skipped)
         self._lanes, self._repeats = data.lanes, recipe.augment.repeats
         self._plans = [Plan(count, recipe.seed, data.window, data.lanes, number) for number, count in enumerate(counts)]
         weights = [(0, [source.weight for source in data.sources])]
@@ -187,7 +189,7 @@ class Order:
 
     def at(self, step: int, places: Iterable[int]) -> Iterator[Place]:
         """What stands at those places of the global batch of step `step`."""
-        first, first_turn = self._recipe.consumed(step), self._turn(step)
+        first, first_turn = self._before(step), self._turn(step)
         different, share = self._shares(step)
         for place in places:
             # copies of an image stand far apart, so that pairs that are mixed are of different images
@@ -211,7 +213,11 @@ class Order:
 
     def _turn(self, step: int) -> int:
         """Different images of a lane before step `step`."""
-        return self._recipe.consumed(step) // (self._repeats * self._lanes)
+        return self._before(step) // (self._repeats * self._lanes)
+
+    def _before(self, step: int) -> int:
+        """Positions before step `step`, those that were passed over among them."""
+        return self._recipe.consumed(step) + sum(images for at, images in self._skipped if at <= step)
 
     def _shares(self, step: int) -> tuple[int, int]:
         """(different images of the step's batch, those of one lane)."""

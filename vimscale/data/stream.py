@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vimscale.data import augment, decode, mix
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
-from vimscale.data.training_set import TrainingSet
+from vimscale.data.training_set import Skipped, TrainingSet
 from vimscale.errors import BadSample, DataError
 from vimscale.model.presets import VimConfig
 from vimscale.recipe import Recipe
@@ -82,14 +82,15 @@ def training(
     world: int,
     start: int,
     steps: int,
+    skipped: Skipped = (),
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank for steps [start, steps), in order.
+    """The micro-batches of this rank for steps [start, steps), in order; `skipped`: see `Order`.
 
     Iterating raises:
         DataError: a shard is damaged or cannot be had, or nothing in it can be used.
     """
-    source = _Training(recipe, data, config, rank, world, range(start, steps))
+    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped)
     return _batches(source, recipe.data.workers, pin)
 
 
@@ -137,7 +138,17 @@ def _caught(batches: Iterator[Batch]) -> Iterator[Batch | DataError]:
 
 
 class _Training(IterableDataset):
-    def __init__(self, recipe: Recipe, data: TrainingSet, config: VimConfig, rank: int, world: int, steps: range):
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingSet,
+        config: VimConfig,
+        rank: int,
+        world: int,
+        steps: range,
+        skipped: Skipped,
+    ):
+        self.skipped = skipped
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
         self.rank, self.world = rank, world
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
@@ -147,7 +158,7 @@ class _Training(IterableDataset):
 
     def _batches(self) -> Iterator[Batch]:
         recipe, datasets = self.recipe, self.data.datasets
-        order = Order(recipe, [dataset.counts for dataset in datasets])
+        order = Order(recipe, [dataset.counts for dataset in datasets], self.skipped)
         _, accumulation = recipe.micro_batch(self.world)
         ahead = None
         for k in _share(range(self.steps.start * accumulation, self.steps.stop * accumulation)):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from vimscale.data.shards import Manifest
 from vimscale.errors import DataError
 from vimscale.recipe import Data, Recipe, size_bytes
 
+Skipped = Sequence[tuple[int, int]]
+"""(step, images): from which step on so many images were passed over."""
 log = logging.getLogger(__name__)
 
 _STATE = 1
@@ -65,7 +68,7 @@ class TrainingSet:
         each = [dataset.manifest.fingerprint for dataset in self.datasets]
         return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
-    def state(self, recipe: Recipe, step: int) -> dict[str, Any]:
+    def state(self, recipe: Recipe, step: int, skipped: Skipped = ()) -> dict[str, Any]:
         """Where the stream stands when the optimizer has taken `step` steps, and all that its order follows from.
         The same on every rank, and enough to go on at any number of them.
         """
@@ -74,7 +77,8 @@ class TrainingSet:
         return {
             "format": _STATE,
             "data": self.fingerprint,
-            "samples": recipe.consumed(step),
+            "samples": recipe.consumed(step) + sum(images for at, images in skipped if at <= step),
+            "skipped": [list(pair) for pair in skipped],
             "seed": recipe.seed,
             "batch": recipe.batch,
             "phases": [[phase.step, phase.batch] for phase in recipe.phases if phase.batch is not None],
@@ -84,13 +88,15 @@ class TrainingSet:
             "weights": weights if len(self.datasets) > 1 else [],
         }
 
-    def resume(self, recipe: Recipe, step: int, state: dict[str, Any]) -> None:
-        """Make sure that the stream goes on after `step` steps as the one whose `state` was saved then would have.
+    def resume(self, recipe: Recipe, step: int, state: dict[str, Any]) -> list[tuple[int, int]]:
+        """What was skipped until then, having made sure that the stream goes on after `step` steps as the one whose
+        `state` was saved then would have.
 
         Raises:
             DataError: the data or what their order follows from are not the same.
         """
-        expected = self.state(recipe, step)
+        skipped = [(at, images) for at, images in state.get("skipped", ())]
+        expected = self.state(recipe, step, skipped)
         changed = [key for key in expected if state.get(key) != expected[key]]
         names = ", ".join(source.data for source in recipe.data.sources)
         if "data" in changed:
@@ -104,3 +110,4 @@ class TrainingSet:
                 f"data {names}: the order of samples would not be that of the checkpoint of step {step}: {told};"
                 " take the recipe that it was saved with, or choose another name="
             )
+        return skipped
