@@ -177,7 +177,7 @@ class Order:
     """What every place in every batch of a recipe's run holds, for data sets of those shard sizes."""
 
     def __init__(self, recipe: Recipe, counts: Sequence[np.ndarray], skipped: Sequence[tuple[int, int]] = ()):
-        """`skipped`: (step, images) from which step on so many images were passed over, multiples of the batch there."""
+        """`skipped`: (step, images): from which step on so many images were passed over."""
         data = recipe.data
         self._recipe = recipe
         self._skipped = list(skipped)
