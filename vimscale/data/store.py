@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,7 +96,7 @@ class Folder:
         return found
 
 
-class Remote:
+class Remote(ABC):
     """Files of another machine. Its kinds say how to open one at a byte, and how to list them."""
 
     def __init__(self, url: str, retry: Retry):
@@ -150,9 +151,9 @@ class Remote:
         """Bytes of those of the files that are there; None where asking for that would be a request a file."""
         return None
 
+    @abstractmethod
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
         """(bytes of the whole file, its bytes from `start` on); raises _Broken for what may go better next time."""
-        raise NotImplementedError
 
 
 class Web(Remote):
