@@ -55,7 +55,7 @@ class Plan:
         # a batch on the border of two epochs asks for both
         self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
         self._windows = lru_cache(maxsize=2 * lanes)(self._cut)
-        self._inside = lru_cache(maxsize=4 * lanes)(self._permuted_samples)
+        self._inside = lru_cache(maxsize=2 * lanes + 2)(self._permuted_samples)
 
     def locate(self, turn: int, lane: int = 0) -> tuple[int, int, int]:
         """(epoch, shard, index in the shard) of the sample whose turn it is in a lane, which goes through its own part
@@ -113,7 +113,8 @@ class Plan:
 
     def _permuted_samples(self, epoch: int, lane: int, window: int) -> np.ndarray:
         begin, stop = self._span(epoch, lane, window)
-        return generator(self._seed, 2 * epoch + 1, window, lane, self._number).permutation(stop - begin)
+        mixed = generator(self._seed, 2 * epoch + 1, window, lane, self._number).permutation(stop - begin)
+        return mixed.astype(np.uint32)  # each of many worker processes keeps those of its lanes
 
 
 class Mixture:
