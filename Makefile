@@ -32,6 +32,7 @@ bench: $(READY)
 		--no-build-isolation --no-deps mamba-ssm
 	$(VENV)/bin/python -m benchmarks.startup
 	$(VENV)/bin/python -m benchmarks.scan_cpu
+	$(VENV)/bin/python -m benchmarks.loader
 	$(VENV)/bin/python -m benchmarks.directions
 	$(VENV)/bin/python -m benchmarks.vit
 
