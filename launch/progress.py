@@ -53,6 +53,8 @@ class Progress:
                 self.note("info", f"evaluation at step {event['step']:,}: {figures(event)}")
             case "checkpoint":
                 self.note("info", f"checkpoint {event['path']}")
+            case "guard":
+                self.note("warning", event["message"])
             case "log":
                 self.note(event["level"], event["message"])
 

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Trainer:
     world: int
     zero: int
     ema: bool
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard remembers, see `Guard.state`."""
 
 
 # ---- writing

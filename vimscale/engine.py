@@ -5,7 +5,8 @@ parameters, with the fp32 weights and the optimizer's moments as flat tensors. C
 written in terms of fragments, which is why they know neither stage nor world size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Judge = Callable[[Tensor], Tensor]
+"""From the norm of a step's gradient to 1 where its update is to be left out, 0 elsewhere: fp32 (), on the device."""
 
 
 def ds_config(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -84,11 +87,17 @@ class Engine:
             model = VisionMamba(config).to(device)
         with torch.device("meta"):  # of a sharded parameter only the name can be read
             no_decay = VisionMamba(config).no_decay()
-        adamw = optim.optimizer(model, no_decay, recipe.optim, fused=device.type == "cuda")
+        adamw = optim.optimizer(model, no_decay, recipe.optim, fused=True)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
-        self._adamw: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
         self._parameters = dict(self._engine.module.named_parameters())
         self.fragments = list(self._fragments())
+        self._judge: Judge | None = None
+        self.broken_gradients: Callable[[], list[str]] = list
+        """Names the parameters whose gradient of the last step was not finite, of those this rank knows of. Waits for
+        the device; what was bound before the next step still tells of this one.
+        """
+        self._adamw.register_step_pre_hook(self._before_update)
         if recipe.optim.backward_lr != 1:
             optim.scale_updates(self._adamw, list(self._backward_stretches()), recipe.optim.backward_lr)
 
@@ -106,14 +115,52 @@ class Engine:
         """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> None:
-        """To be called after every micro-batch; updates the weights after the last one of a step."""
+    def step(self, lr: float, judge: Judge | None = None) -> None:
+        """To be called after every micro-batch; updates the weights after the last one of a step, if `judge`, asked
+        once by every rank, has nothing against it. An update that is left out changes no weight, moment or count.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        if self.stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-            self._norm: Any = torch.nn.utils.get_total_norm(grads)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        self._judge = judge
+        if self.stage == 0:
+            grads = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+            names, norms = list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
+            self._norm: Any = torch.linalg.vector_norm(norms)
+            self.broken_gradients = lambda: [
+                name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)
+            ]
+        else:
+            shares = list(self._gradient_shares())
         self._engine.step()
+        if self.stage > 0:
+            # DeepSpeed looks for what is not finite itself, waits for the answer, and asks the optimizer for nothing
+            overflow = self._engine.optimizer.overflow
+            broken = [name for name, grad in shares if not grad.isfinite().all()] if overflow else []
+            self.broken_gradients = lambda: broken
+            if self._judge is not None:
+                self._judge(torch.full((), math.inf, device=self.device))
+                if not self._adamw.state:
+                    self.restore_moments(0)
+        self._judge = None
+
+    def _before_update(self, *_: Any) -> None:
+        """The optimizer is about to be called: at stages 1-3 once for every group of parameters."""
+        if self._judge is not None:
+            norm = self._norm if self.stage == 0 else self._engine.optimizer._global_grad_norm
+            self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+            self._judge = None
+
+    def _gradient_shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank is about to update with, at stages 1-3: DeepSpeed lets go of it where it is not finite."""
+        zero = self._engine.optimizer
+        names = {id(p): name for name, p in self._parameters.items()}
+        groups = zero.fp16_groups if self.stage == 3 else zero.params_in_partition
+        for i, group in enumerate(groups):
+            grads = [grad for grad in zero.averaged_gradients[i] if not getattr(grad, "_zero_padding", False)]
+            yield from ((names[id(p)], grad) for p, grad in zip(group, grads, strict=False))
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient before clipping. Waits for the device."""
@@ -165,6 +212,13 @@ class Engine:
         state = self._adamw.state.get(fragment.flat, {})
         return state[key].view(-1)[fragment.offset : fragment.offset + fragment.numel] if key in state else None
 
+    def broken_weights(self) -> list[str]:
+        """Parameters that are not finite, of this rank's share. Waits for the device."""
+        if not self.fragments:
+            return []
+        finite = torch.stack([fragment.weight.isfinite().all() for fragment in self.fragments]).tolist()
+        return [fragment.name for fragment, whole in zip(self.fragments, finite, strict=True) if not whole]
+
     @property
     def updates(self) -> int:
         """How many updates the optimizer has made, which its bias correction counts."""
@@ -182,7 +236,7 @@ class Engine:
         """Make room for moments that are about to be filled in: as many updates are taken to have been made."""
         # stage 3 shows its optimizer each flat tensor only while it updates it, so the groups are no list of them
         for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
-            step = torch.tensor(float(updates), device=flat.device if self._adamw.defaults["fused"] else "cpu")
+            step = torch.tensor(float(updates), device=flat.device)
             self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
 
     def publish(self, values: list[Tensor]) -> None:

@@ -37,7 +37,7 @@ class Metrics:
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=start or None)
 
     def write(self, row: dict[str, Any]) -> None:
-        """`row` has a step and a kind: train or eval."""
+        """`row` has a step and a kind: train, eval, layers or guard."""
         self._file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):

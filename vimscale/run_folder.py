@@ -14,7 +14,7 @@ from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
 from vimscale.recipe import Recipe, load
 
-_MAY_CHANGE = ("parallel", "checkpoint", "evaluate", "log", "data.workers", "data.cache", "data.max_bad")
+_MAY_CHANGE = ("parallel", "checkpoint", "guard", "evaluate", "log", "data.workers", "data.cache", "data.max_bad")
 """Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
 
 
@@ -33,6 +33,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.guard = path / "guard"
         self.errors = path / "errors.txt"
         self._recipe = path / "recipe.yaml"
         self._result = path / "result.json"

@@ -1,7 +1,6 @@
 """The training loop: one rank's life, top to bottom."""
 
 import logging
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimscale import checkpoint, distributed, optim, recompute
+from vimscale import checkpoint, distributed, guard_report, optim, recompute
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
@@ -21,6 +20,7 @@ from vimscale.engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
 from vimscale.evaluate import evaluate
 from vimscale.export.safetensors import starting_weights
+from vimscale.guard import Guard, Micro, Record, Seen, pass_over
 from vimscale.metrics import Meter, Metrics
 from vimscale.objectives import classification
 from vimscale.run_folder import RunFolder
@@ -28,7 +28,7 @@ from vimscale.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-"""What rank 0 tells the launcher: a kind (step, eval, checkpoint, started), and the figures."""
+"""What rank 0 tells the launcher: a kind (step, eval, checkpoint, guard, started), and the figures."""
 
 
 def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
 
     Raises:
         UserError: data or checkpoints are not what the recipe needs.
-        RunFailed: the loss is not finite, or a checkpoint cannot be written.
+        RunFailed: the loss stays bad, whatever the guard did, or a checkpoint cannot be written.
     """
     recipe, rank, world = spec.recipe, spec.rank, spec.world
     device = torch.device(spec.device)
@@ -59,13 +59,16 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     # ---- where to start
 
     step = 0
+    skipped: list[tuple[int, int]] = []  # see `Order`
+    guard = Guard(recipe, device)
     newest = checkpoint.newest(folder.checkpoints)
     if newest is None and recipe.model.weights is not None:
         engine.load(starting_weights(Path(recipe.model.weights), config))
     ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
     if newest is not None:
         trainer = checkpoint.read_trainer(newest)
-        train_set.resume(recipe, trainer.step, trainer.stream)
+        skipped = train_set.resume(recipe, trainer.step, trainer.stream)
+        guard.restore(trainer.guard)
         _restore(engine, ema, checkpoint.Reader(newest), trainer)
         step = trainer.step
         if rank == 0:
@@ -96,18 +99,27 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         meter.restart()
         return figures
 
+    def open_feed() -> tuple[Feed, Meter]:
+        settings: dict[str, Any] = {"rank": rank, "world": world, "steps": steps, "pin": device.type == "cuda"}
+        feed = Feed(
+            stream.training(recipe, train_set, config, start=step, skipped=skipped, **settings), manifest, device
+        )
+        return feed, Meter(feed, recipe.data.max_bad)
+
+    def note(action: str, row: dict[str, Any], message: str) -> None:
+        if metrics is not None:
+            metrics.write({"kind": "guard", "action": action, **row})
+        emit({"kind": "guard", "action": action, **row, "message": message})
+
     # ---- the loop
 
-    pin = device.type == "cuda"
-    batches = stream.training(recipe, train_set, config, rank=rank, world=world, start=step, steps=steps, pin=pin)
-    feed = Feed(batches, manifest, device)
-    meter = Meter(feed, recipe.data.max_bad)
+    feed, meter = open_feed()
     losses: list[torch.Tensor] = []  # of the steps since the last line, on the device
     rates: list[float] = []
     first = step + 1
     stopping = False
     while step < steps and not stopping:
-        rate = optim.learning_rate(recipe.optim, step, steps)
+        rate = optim.learning_rate(recipe.optim, step, steps) * guard.factor(step)
         global_batch = recipe.batch_at(step)
         micro = global_batch // (world * accumulation)
         draws = None
@@ -116,6 +128,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         backward = distributed.backward_parts(config, recipe.seed, step)
         looking = (step + 1) % recipe.log.every == 0  # into the layers, with the last micro-batch
         loss = torch.zeros((), device=device)
+        micros: list[Micro] = []
         for part in range(accumulation):
             images, targets, batch = feed.take()
             meter.add(batch)
@@ -127,14 +140,17 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             part_loss = classification.loss(engine.forward(images, mine, backward), targets, recipe.objective)
             probes, engine.module.probes = engine.module.probes, None
             engine.backward(part_loss)
-            engine.step(rate)
-            feed.ahead()
             loss += part_loss.detach() / accumulation
+            engine.step(rate, partial(guard.judge, loss))
+            feed.ahead()
+            micros.append(Micro(batch, mine, backward))
         if ema is not None and recipe.optim.ema is not None:
-            decay = optim.ema_decay(recipe.optim.ema, step)
-            torch._foreach_lerp_(ema, [fragment.weight for fragment in engine.fragments], 1 - decay)
+            share = (1 - optim.ema_decay(recipe.optim.ema, step)) * guard.applied
+            for average, fragment in zip(ema, engine.fragments, strict=True):
+                average.lerp_(fragment.weight, share)
         step += 1
-        losses.append(loss)
+        guard.keep(Record(step, micros, engine.broken_gradients))
+        losses.append(guard.loss)
         rates.append(rate)
         stopping = agree(stop())
 
@@ -142,19 +158,60 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         saving = last or stopping or step % recipe.checkpoint.every == 0
         every = recipe.evaluate.every
         evaluating = val_set is not None and every > 0 and step % every == 0 and not (last or stopping)
-        if saving or evaluating or step % recipe.log.every == 0 or step == first:
+        logging_now = saving or evaluating or step % recipe.log.every == 0 or step == first
+        hopeless: tuple[Seen, Path] | None = None
+        for seen, record in guard.read(wait=logging_now):
+            path, report = guard_report.write(
+                folder, seen, record, guard.good, engine=engine, feed=feed, train_set=train_set, recipe=recipe
+            )
+            note(
+                "skip",
+                {"step": seen.step, "row": seen.row, "loss": seen.loss, "grad_norm": seen.grad_norm},
+                f"step {seen.step}: {seen.reason}; its update is left out\n  {report['cause']}\n  report: {path}",
+            )
+            if hopeless is None and (seen.row > recipe.guard.skips or report["weights"]):
+                hopeless = seen, path
+        if logging_now or hopeless is not None:
             row = _log(metrics, meter, losses, rates, step, engine.grad_norm(), world)
             row["epoch"] = recipe.consumed(step) / train_set.samples
             emit({"kind": "step", "steps": steps, **row})
             if metrics is not None and probes:
                 metrics.write({"kind": "layers", "step": step, **_columns(probes)})
             losses, rates = [], []
+        if hopeless is not None:
+            seen, path = hopeless
+            newest = checkpoint.newest(folder.checkpoints)
+            if newest is None or guard.rollbacks == recipe.guard.rollbacks:
+                raise RunFailed(_given_up(seen, path, newest, guard))
+            trainer = checkpoint.read_trainer(newest)
+            skipped = pass_over(recipe, skipped, seen.step - seen.row, seen.step)
+            _restore(engine, ema, checkpoint.Reader(newest), trainer)
+            guard.go_back(trainer.step, trainer.guard)
+            step, losses, rates = trainer.step, [], []
+            feed, meter = open_feed()
+            if metrics is not None:
+                metrics.close()
+                metrics = Metrics(folder, step)
+            first_bad = seen.step - seen.row + 1
+            note(
+                "rollback",
+                {"step": seen.step, "first": first_bad, "to": step, "rollbacks": guard.rollbacks, "report": str(path)},
+                f"going back to step {step}, and past the data of steps {first_bad} to {seen.step}"
+                f" ({guard.rollbacks} of {recipe.guard.rollbacks} times)",
+            )
+            continue
         if evaluating:
             evaluation()
+        if saving and (guard.row or _broken(engine)) and not last:
+            saving = False  # bad steps may be the weights' fault: what is saved, the run may go back to
+            log.warning("step %d: no checkpoint, because the guard has just seen a bad step", step)
         if saving:
+            if _broken(engine):
+                raise RunFailed(f"step {step}: weights are not finite after the last update; lower optim.lr")
             trainer = Trainer(
                 step=step,
-                stream=train_set.state(recipe, step),
+                stream=train_set.state(recipe, step, skipped),
+                guard=guard.state(),
                 updates=engine.updates,
                 shapes=engine.shapes,
                 world=world,
@@ -188,28 +245,33 @@ def _log(
     grad_norm: float,
     world: int,
 ) -> dict[str, Any]:
-    """Bring the losses of all steps since the last line to the host, averaged over ranks, and write them down.
-
-    Raises:
-        RunFailed: on all ranks alike, if one of them is not finite.
-    """
-    means = (distributed.total(torch.stack(losses)) / world).tolist()
-    first = step - len(means) + 1
+    """Bring the losses of all steps since the last line to the host and write them down."""
+    first = step - len(losses) + 1
     rows: list[dict[str, Any]] = [
         {"kind": "train", "step": first + i, "loss": loss, "lr": rate}
-        for i, (loss, rate) in enumerate(zip(means, rates, strict=True))
+        for i, (loss, rate) in enumerate(zip(torch.stack(losses).tolist(), rates, strict=True))
     ]
     rows[-1] |= {"grad_norm": grad_norm, **meter.read(world)}
     if metrics is not None:
         for row in rows:
             metrics.write(row)
-    for row in rows:
-        if not math.isfinite(row["loss"] + row.get("grad_norm", 0.0)):
-            raise RunFailed(
-                f"step {row['step']}: loss {row['loss']}, gradient norm {row.get('grad_norm', 'not looked at')};"
-                " nothing was saved since the last checkpoint. Lower optim.lr, raise optim.warmup or set optim.clip"
-            )
     return {key: value for key, value in rows[-1].items() if key != "kind"}
+
+
+def _broken(engine: Engine) -> bool:
+    """Whether weights of any rank are not finite, the same on all of them. Waits for the device."""
+    number = torch.tensor(float(len(engine.broken_weights())), device=engine.device)
+    return bool(distributed.total(number))
+
+
+def _given_up(seen: Seen, report: Path, newest: Path | None, guard: Guard) -> str:
+    """Why the guard ends the run, and what may help."""
+    tried = f"after going back {guard.rollbacks} times" if newest else "and there is no checkpoint to go back to"
+    return (
+        f"step {seen.step}: {seen.reason}, {tried} (guard.skips, guard.rollbacks); what was seen is in"
+        f" {report}/report.txt. Lower optim.lr, raise optim.warmup or set optim.clip; nothing was saved since the"
+        " last checkpoint"
+    )
 
 
 def _columns(probes: dict[int, dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -36,11 +36,14 @@ class Feed:
                 tensor.record_stream(now)
             if self._idle:
                 self._idle[-1][1].record(now)
+        return *self.prepare(batch), batch
+
+    def prepare(self, batch: Batch) -> tuple[Tensor | list[Tensor], Tensor]:
+        """(images fp32, labels or soft targets) of a batch on the device."""
         if isinstance(batch.images, list):
-            return [augment.normalise(image, self._mean, self._std) for image in batch.images], batch.labels, batch
+            return [augment.normalise(image, self._mean, self._std) for image in batch.images], batch.labels
         images = augment.normalise(batch.images, self._mean, self._std)
-        images, targets = mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
-        return images, targets, batch
+        return mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
 
     def ahead(self) -> None:
         """Read the next batch and start its copy; to be called when the device has been given its work, so that it

@@ -1,0 +1,122 @@
+"""A run of two ranks into which something bad is put: `python -m tests.injected FOLDER WORLD FAULT [KEY=VALUE]...`.
+
+Nothing in the package helps with it: a rank wraps methods of its own process before it trains.
+"""
+
+import json
+import logging
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.shell import SMALL
+from vimscale import recipe as recipes
+from vimscale.distributed import RankSpec
+
+BAD = range(25, 29)
+"""Steps, counted from 1, whose data are bad in the faults of batches; once passed over they do not come again."""
+
+
+def main(folder: Path, world: int, fault: str, changes: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "meet").unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, world, folder, fault, changes)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+
+
+def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -> None:
+    from vimscale import distributed
+    from vimscale.errors import RunFailed
+
+    chosen = recipes.load(str(folder / "small.yaml"), changes)
+    spec = RankSpec(chosen, folder / "run", rank, world, "cpu", 1, f"file://{folder}/meet", "lo")
+    distributed.prepare(spec)
+    distributed.join(spec)
+    from vimscale.run_folder import RunFolder
+    from vimscale.train import train
+
+    logging.disable(logging.WARNING)
+    if rank == 0:
+        RunFolder(spec.folder).claim(chosen)
+    distributed.total(distributed.torch.zeros(1))
+    FAULTS[fault](rank)
+    try:
+        train(spec, lambda event: None, lambda: False)
+    except RunFailed as error:
+        if rank == 0:
+            print(json.dumps({"failed": str(error)}), flush=True)
+        sys.exit(1)
+    distributed.leave()
+
+
+def _in_batches(rank: int, change: Callable[[Any], Any]) -> None:
+    """Change the images of rank 1, or of the only one, wherever they are of the steps in BAD."""
+    from vimscale.data.feed import Feed
+
+    prepare = Feed.prepare
+
+    def changed(self: Any, batch: Any) -> Any:
+        images, targets = prepare(self, batch)
+        here = batch.places and (BAD.start - 1) * 32 <= batch.places[-1].position < (BAD.stop - 1) * 32
+        return (change(images) if here else images), targets
+
+    from torch import distributed as dist
+
+    if rank == dist.get_world_size() - 1:
+        Feed.prepare = changed  # type: ignore[method-assign]
+
+
+def _once(step: int, before_forward: Callable[[Any], None]) -> None:
+    """Do something in the forward of that step, counted from 1, and never again."""
+    from vimscale.engine import Engine
+
+    backward, calls = Engine.backward, 0
+
+    def changed(self: Any, loss: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            before_forward(self)
+        backward(self, loss)
+
+    Engine.backward = changed  # type: ignore[method-assign]
+
+
+def _nan_in_a_gradient(rank: int) -> None:
+    def harm(engine: Any) -> None:
+        if rank == 0:
+            parameter = engine.module.head.weight
+            handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
+
+    _once(25, harm)
+
+
+def _nan_in_a_weight(rank: int) -> None:
+    def harm(engine: Any) -> None:
+        for fragment in engine.fragments:
+            if fragment.name == "head.weight":
+                fragment.weight[:1] = math.nan
+        engine.publish([fragment.weight for fragment in engine.fragments])
+
+    _once(25, harm)
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "none": lambda rank: None,
+    "nan_in_batches": lambda rank: _in_batches(rank, lambda images: images * math.nan),
+    "spike_in_batches": lambda rank: _in_batches(rank, lambda images: images * 1000),
+    "nan_in_a_gradient": _nan_in_a_gradient,
+    "nan_in_a_weight": _nan_in_a_weight,
+}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
