@@ -247,6 +247,19 @@ def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest
         )
 
 
+@app.command(name="inspect-batch")
+def inspect_batch(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Argument(help="The bad step; absent: the last one with a report.")] = None,
+) -> None:
+    """Show the batch of a step that the guard found bad: what was seen, its samples, and a picture of them."""
+    from vimscale.run_folder import RunFolder
+
+    from . import inspect_batch
+
+    inspect_batch.show(RunFolder.of(run), step, Console())
+
+
 @app.command()
 def export(
     run: RunArgument,

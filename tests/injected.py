@@ -7,10 +7,14 @@ import json
 import logging
 import math
 import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from tests.shell import SMALL
 from vimscale import recipe as recipes
@@ -47,8 +51,9 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
     logging.disable(logging.WARNING)
     if rank == 0:
         RunFolder(spec.folder).claim(chosen)
-    distributed.total(distributed.torch.zeros(1))
-    FAULTS[fault](rank)
+    dist.barrier()
+    for name in fault.split():
+        FAULTS[name](rank)
     try:
         train(spec, lambda event: None, lambda: False)
     except RunFailed as error:
@@ -58,21 +63,40 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
     distributed.leave()
 
 
-def _in_batches(rank: int, change: Callable[[Any], Any]) -> None:
-    """Change the images of rank 1, or of the only one, wherever they are of the steps in BAD."""
+def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> None:
+    """Change the images of the last rank wherever they are what an undisturbed run reads in those steps."""
     from vimscale.data.feed import Feed
 
     prepare = Feed.prepare
 
     def changed(self: Any, batch: Any) -> Any:
         images, targets = prepare(self, batch)
-        here = batch.places and (BAD.start - 1) * 32 <= batch.places[-1].position < (BAD.stop - 1) * 32
+        here = batch.places and (bad.start - 1) * 32 <= batch.places[-1].position < (bad.stop - 1) * 32
         return (change(images) if here else images), targets
-
-    from torch import distributed as dist
 
     if rank == dist.get_world_size() - 1:
         Feed.prepare = changed  # type: ignore[method-assign]
+
+
+def _spike_in_batches(rank: int) -> None:
+    """Batches in BAD make what the head reads a thousand times as large."""
+    from vimscale.engine import Engine
+
+    seen: list[Any] = []
+    _in_batches(rank, lambda images: (seen.append(images), images)[1])
+    start = Engine.__init__
+
+    def scaled(module: Any, inputs: Any) -> Any:
+        if seen:
+            seen.clear()
+            return (inputs[0] * 1000,)
+        return inputs
+
+    def changed(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.module.head.register_forward_pre_hook(scaled)
+
+    Engine.__init__ = changed  # type: ignore[method-assign]
 
 
 def _once(step: int, before_forward: Callable[[Any], None]) -> None:
@@ -111,9 +135,11 @@ def _nan_in_a_weight(rank: int) -> None:
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
-    "none": lambda rank: None,
     "nan_in_batches": lambda rank: _in_batches(rank, lambda images: images * math.nan),
-    "spike_in_batches": lambda rank: _in_batches(rank, lambda images: images * 1000),
+    "spike_in_batches": _spike_in_batches,
+    "nan_from_a_step_on": lambda rank: _in_batches(rank, lambda images: images * math.nan, range(25, 1000)),
+    "killed_at_35": lambda rank: _once(35, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
+    "killed_at_60": lambda rank: _once(60, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
     "nan_in_a_gradient": _nan_in_a_gradient,
     "nan_in_a_weight": _nan_in_a_weight,
 }

@@ -79,7 +79,7 @@ class Judge:
 
     def __call__(self, seen: Tensor) -> Tensor:
         """seen (2): loss and gradient norm, the same on every rank -> (8): 1 or 0 for bad or good, bad steps in a row,
-        loss, norm, their z-scores, and the medians these are from.
+        loss, norm, their z-scores, and the medians these are from; 0 and nan before the window is full.
         """
         size = self._window.shape[1]
         median = _median(self._window)
@@ -91,7 +91,8 @@ class Judge:
         self._window.index_copy_(1, slot, torch.where(bad, self._window.index_select(1, slot), seen[:, None]))
         self._good += ~bad
         self._row = (self._row + 1) * bad
-        return torch.cat([torch.stack([bad.to(seen.dtype), self._row]), seen, z, median])
+        known = torch.where(full, median, math.nan)
+        return torch.cat([torch.stack([bad.to(seen.dtype), self._row]), seen, z, known])
 
     def forget(self) -> None:
         """What is to come is not to be measured by what was."""

@@ -19,6 +19,7 @@ from vimscale.distributed import RankSpec
 from vimscale.engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
 from vimscale.evaluate import evaluate
+from vimscale.examine import examine
 from vimscale.export.safetensors import starting_weights
 from vimscale.guard import Guard, Micro, Record, Seen, pass_over
 from vimscale.metrics import Meter, Metrics
@@ -161,9 +162,10 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         logging_now = saving or evaluating or step % recipe.log.every == 0 or step == first
         hopeless: tuple[Seen, Path] | None = None
         for seen, record in guard.read(wait=logging_now):
-            path, report = guard_report.write(
+            report = examine(
                 folder, seen, record, guard.good, engine=engine, feed=feed, train_set=train_set, recipe=recipe
             )
+            path = guard_report.place(folder, seen.step)
             note(
                 "skip",
                 {"step": seen.step, "row": seen.row, "loss": seen.loss, "grad_norm": seen.grad_norm},

@@ -1,6 +1,7 @@
 """A picture of samples as they are and as training sees them: the quickest way to find a wrong label or crop."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch.nn.functional as F
@@ -46,6 +47,24 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
         _text(pen, (_MARGIN, top + _SIDE + 5), f"{name}", 13, _INK, _SIDE + _GAP)
         about = f"{key}   {pixels}   label {label}"
         _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top + _SIDE + 5), about, 13, _GREY, width - _SIDE - 3 * _MARGIN)
+    return sheet
+
+
+def grid(title: str, about: str, samples: Sequence[tuple[Tensor, str, str]], columns: int = 8) -> Image.Image:
+    """Samples as (image (3, h, w), its line, a second line), row after row, below a title."""
+    rows = -(-len(samples) // columns)
+    height = _HEAD + 2 * _MARGIN + rows * (_SIDE + 2 * _TEXT + _GAP)
+    width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    _text(pen, (_MARGIN, _MARGIN // 2), title, 22, _INK, width - 2 * _MARGIN)
+    _text(pen, (_MARGIN, _MARGIN // 2 + 32), about, 13, _GREY, width - 2 * _MARGIN)
+    for number, (image, first, second) in enumerate(samples):
+        row, column = divmod(number, columns)
+        left, top = _MARGIN + column * (_SIDE + _GAP), _HEAD + _MARGIN + row * (_SIDE + 2 * _TEXT + _GAP)
+        _paste(sheet, image, left, top)
+        _text(pen, (left, top + _SIDE + 5), first, 13, _INK, _SIDE)
+        _text(pen, (left, top + _SIDE + _TEXT), second, 13, _GREY, _SIDE)
     return sheet
 
 
