@@ -139,7 +139,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "spike_in_batches": _spike_in_batches,
     "nan_from_a_step_on": lambda rank: _in_batches(rank, lambda images: images * math.nan, range(25, 1000)),
     "killed_at_35": lambda rank: _once(35, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
-    "killed_at_60": lambda rank: _once(60, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
+    "killed_at_52": lambda rank: _once(52, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
     "nan_in_a_gradient": _nan_in_a_gradient,
     "nan_in_a_weight": _nan_in_a_weight,
 }

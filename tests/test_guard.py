@@ -103,7 +103,7 @@ def test_what_bad_steps_read_never_comes_again_and_nothing_else_is_missed(lanes:
         dropped |= {place for step in range(first, last) for place in read(step, skipped)}
         skipped = pass_over(recipe, skipped, first, last)
     kept = [place for step in range(40) for place in read(step, skipped)]
-    undisturbed = [place for step in range(60) for place in read(step, [])]
+    undisturbed = [place for step in range(70) for place in read(step, [])]
     assert not dropped & set(kept)
     assert len(dropped) == 32 * (4 + 1 + 4 + 13 + 1)
     if lanes == 1:
@@ -180,7 +180,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_that_is_left_out_changes_no_weight_no_moment_and_no_count_at_any_stage(
     tmp_path: Path, world: int
 ) -> None:
@@ -252,7 +252,9 @@ def test_a_run_goes_back_past_bad_data_and_completes(
 @pytest.mark.parametrize(
     ("fault", "zero", "action", "cause"),
     [
-        ("nan_in_a_gradient", 1, "skip", "gradients are not finite, of head.weight"),
+        pytest.param(
+            "nan_in_a_gradient", 1, "skip", "gradients are not finite, of head.weight", marks=pytest.mark.slow
+        ),
         pytest.param(
             "nan_in_a_gradient", 0, "skip", "gradients are not finite, of head.weight", marks=pytest.mark.slow
         ),
@@ -287,7 +289,7 @@ def test_without_the_guard_the_same_runs_end_or_learn_no_more(tmp_path: Path) ->
 def test_a_run_that_went_back_and_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     changes = (*SPIKES, "guard.lower_lr=0.5", "guard.lower_steps=22")
     calm = _run(tmp_path / "calm", "spike_in_batches", *changes)
-    for kill in ("killed_at_35", "killed_at_60"):  # steps taken: before and after the next checkpoint
+    for kill in ("killed_at_35", "killed_at_52"):  # steps taken, 28 of them before it went back
         folder = tmp_path / kill
         _run(folder, f"spike_in_batches {kill}", *changes, expect=9)
         resumed = _run(folder, "spike_in_batches", *changes)

@@ -246,6 +246,7 @@ class Engine:
                 fragment.weight.copy_(value)
             return
         if self.stage == 3:
+            self._engine.optimizer._partition_all_parameters()  # what is still gathered would stay as it was
             for fragment, value in zip(self.fragments, values, strict=True):
                 self._parameters[fragment.name].ds_tensor.data[: fragment.numel].copy_(value)
             kept = self._engine.optimizer.persistent_parameters  # small ones, gathered on every rank for good
