@@ -125,7 +125,10 @@ def schema() -> None:
 def launch(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(help="Ranks; absent: one a GPU, or two on CPUs.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Ranks, or MIN:MAX for as many as there is room for; absent: one a GPU, or two on CPUs."),
+    ] = None,
     no_ray: Annotated[
         bool, typer.Option("--no-ray", help="Start the ranks as plain processes on this machine.")
     ] = False,
@@ -133,6 +136,19 @@ def launch(
         str | None, typer.Option(help="HOST:PORT of a Ray that exists, or auto; absent: start one.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where runs' folders are; all ranks must see it.")] = Path("runs"),
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often ranks that are lost are started again within 1,000 steps.")
+    ] = 10,
+    hang_after: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Seconds without progress that are a hang; absent: 60, or 20 steps if that is longer."
+        ),
+    ] = None,
+    grace: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds to save and end in once a stop is asked for; absent: what it takes."),
+    ] = None,
 ) -> None:
     """Train a recipe; go on where an interrupted run of its name stopped."""
     from vimscale.data.dataset import Dataset
@@ -141,6 +157,7 @@ def launch(
 
     from . import on_local, supervisor
     from .progress import Progress
+    from .workers import sizes
 
     if no_ray and address is not None:
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
@@ -160,37 +177,38 @@ def launch(
     progress = Progress(console)
     progress.phase("command", time.perf_counter() - _STARTED)
     stop = supervisor.StopSignal()
+    policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.installed())
         if no_ray:
-            world = on_local.workers(workers, on_local.cpus(), on_local.gpus(), "this machine")
+            cpus, gpus = on_local.cpus(), on_local.gpus()
+            allowed = [size for size in sizes(workers, chosen, cpus, gpus, "this machine") if size <= (gpus or cpus)]
             where = "as processes of this machine"
-            chosen.micro_batch(world)
 
             def make_group() -> supervisor.Group:
-                return on_local.LocalGroup(chosen, folder.path, world)
+                return on_local.LocalGroup(chosen, folder.path, allowed[0], policy.patience_s)
         else:
             from . import on_ray
 
             if address is None:
-                on_local.workers(workers, on_local.cpus(), on_local.gpus(), "this machine")
+                sizes(workers, chosen, on_local.cpus(), on_local.gpus(), "this machine")
             ray = on_ray.Ray(address)
             stack.callback(ray.close)
             progress.phase("Ray")
             cpus, gpus = ray.resources()
-            world = on_local.workers(workers, cpus, gpus, "the Ray cluster")
+            allowed = sizes(workers, chosen, cpus, gpus, "the Ray cluster")
             where = f"on the Ray at {address}" if address else "on a Ray of this machine"
-            chosen.micro_batch(world)
 
             def make_group() -> supervisor.Group:
-                return on_ray.RayGroup(chosen, folder.path, world, gpu=gpus > 0)
+                return on_ray.RayGroup(chosen, folder.path, allowed, gpu=gpus > 0, patience_s=policy.patience_s)
 
         stack.callback(progress.close)
+        world = next(size for size in allowed if size <= (gpus or cpus))
         ranks = f"{world} ranks" if world > 1 else "1 rank"
         progress.note(
             "info", f"{chosen.name}: {ranks} {where}, ZeRO-{chosen.parallel.zero}, {chosen.parallel.precision}"
         )
-        code = supervisor.supervise(make_group, folder, stop, progress)
+        code = supervisor.supervise(make_group, folder, stop, progress, policy)
     if code == 0:
         result = folder.result()
         assert result is not None

@@ -26,7 +26,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .on_local import cpus, gpus, workers
+from . import workers
+from .on_local import cpus, gpus
 
 Address = IPv4Address | IPv6Address
 
@@ -350,7 +351,7 @@ def _will_run(runs: Path, broken: list[str]) -> Finding:
         found = f"nothing, because of: {', '.join(broken)}"
         return Finding("will run", "broken", found, "Mend that, then: vimscale doctor")
     devices = gpus()
-    count = workers(None, cpus(), devices, "this machine")
+    count = workers.usual(cpus(), devices)
     kind, backend = ("GPU", "nccl") if devices else ("CPU", "gloo")
     ranks = f"{count} {kind} worker{'s' if count > 1 else ''} under Ray"
     command = "vimscale launch vim_digits_cpu" + (f" --runs {runs}" if runs != Path("runs") else "")

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vimscale.errors import LaunchError
+from vimscale.pulse import pulse
 
 from . import rank
 from .rank import Ending, Event
@@ -41,31 +41,22 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def workers(asked: int | None, cpus: int, gpus: int, where: str) -> int:
-    """How many ranks to start: as asked; else one a GPU; without GPUs two, if there are as many CPUs.
-
-    Raises:
-        LaunchError: more than `where` has devices for.
-    """
-    devices, kind = (gpus, "GPU") if gpus else (cpus, "CPU")
-    if asked is None:
-        return gpus or min(2, cpus)
-    if not 1 <= asked <= devices:
-        raise LaunchError(f"--workers {asked}: a worker takes one {kind} and {where} has {devices}; use 1 to {devices}")
-    return asked
+_PULSE_S = 0.25
+"""How often a rank tells how far it has come."""
 
 
 class LocalGroup:
     """Ranks that meet through a file and talk to the launcher through pipes."""
 
-    def __init__(self, recipe: "Recipe", folder: Path, world: int):
+    def __init__(self, recipe: "Recipe", folder: Path, world: int, patience_s: float):
         self.size = world
-        self._recipe, self._folder = recipe, folder
+        self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
         self._processes: list[subprocess.Popen] = []
         self._pipes: dict[Connection, int] = {}
         self._meeting = tempfile.TemporaryDirectory(prefix="vimscale-")
 
     def start(self) -> None:
+        self._killed_for_memory = _killed_for_memory()
         on_gpus = gpus() > 0
         for number in range(self.size):
             ours, theirs = multiprocessing.Pipe()
@@ -85,6 +76,7 @@ class LocalGroup:
                     "threads": max(1, cpus() // self.size),
                     "rendezvous": f"file://{self._meeting.name}/store",
                     "interface": "lo",
+                    "patience_s": self._patience_s,
                 }
             )
 
@@ -108,12 +100,27 @@ class LocalGroup:
         process = self._processes[number]
         code = process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL and _killed_for_memory() > self._killed_for_memory:
+            how += ": this machine ran out of memory"
+            return Ending(number, "failed", cause="memory", message=f"process {process.pid} {how}")
         return Ending(number, "failed", cause="died", message=f"process {process.pid} {how}")
 
     def request_stop(self) -> None:
+        self._tell("stop")
+
+    def dump_stacks(self) -> None:
+        self._tell("stacks")
+
+    def _tell(self, what: str) -> None:
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):  # that it died is for poll to say
-                pipe.send("stop")
+                pipe.send(what)
+
+    def leaving(self) -> str | None:
+        return None  # who takes this machine away tells the launcher, with a signal
+
+    def room(self) -> int:
+        return self.size
 
     def kill(self) -> None:
         for process in self._processes:
@@ -125,8 +132,14 @@ class LocalGroup:
         self._meeting.cleanup()
 
 
+def _killed_for_memory() -> int:
+    """Processes that the kernel has ended since it started because memory ran out."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
 def child(descriptor: int) -> None:
-    """A rank's process: train, and listen to the launcher in a thread; without a launcher it ends."""
+    """A rank's process: train, and answer the launcher in a thread; without a launcher it ends."""
     rank.before_torch()
     from vimscale.distributed import RankSpec
 
@@ -135,17 +148,26 @@ def child(descriptor: int) -> None:
     stop = threading.Event()
     sending = threading.Lock()
 
-    def listen() -> None:
+    def answer() -> None:
         try:
-            while pipe.recv() == "stop":
-                stop.set()
-        except (EOFError, ConnectionResetError):
+            while True:
+                if pipe.poll(_PULSE_S):
+                    match pipe.recv():
+                        case "stop":
+                            stop.set()
+                        case "stacks":
+                            rank.dump_stacks(spec)
+                emit(pulse.read() | {"rank": spec.rank})
+        except (EOFError, ConnectionResetError, BrokenPipeError):
             os._exit(1)
 
     def emit(report: Event | Ending) -> None:
         with sending:
             pipe.send(report)
 
-    threading.Thread(target=listen, daemon=True).start()
+    # who ends a job may signal every process of it: that too is a wish to stop, which all ranks agree on
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=answer, daemon=True).start()
     emit(rank.run(spec, emit, stop.is_set))
     os._exit(0)  # nothing is left to do, and what libraries do at exit may wait for peers that are gone

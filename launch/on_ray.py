@@ -6,17 +6,21 @@ and memory (docs/startup.md has the numbers). Its actors' death is seen within 0
 
 import contextlib
 import os
+import platform
 import queue
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimscale.errors import LaunchError
+from vimscale.pulse import pulse
 
 from . import rank
 from .on_local import cpus
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
 
 _ROOM_S = 30
 """How long a cluster has to find room for the ranks."""
+_LESS_ROOM_S = 5
+"""The same where fewer ranks would do."""
+_MEET_S = 120
+"""How long the ranks' processes have to come up."""
 
 
 class Ray:
@@ -129,53 +137,63 @@ class _Rank:
             "interface": interface,
             "port": self._store.port if self._store is not None else 0,
             "pid": os.getpid(),
+            "host": platform.node(),
             "cpus": cpus(),
         }
 
     def run(self, arguments: dict[str, Any]) -> Ending:
         from vimscale.distributed import RankSpec
 
-        return rank.run(RankSpec(**arguments), self._events.put, self._stop.is_set, self._store)
+        self._spec = RankSpec(**arguments)
+        return rank.run(self._spec, self._events.put, self._stop.is_set, self._store)
 
-    def events(self) -> list[Event]:
-        return [self._events.get() for _ in range(self._events.qsize())]
+    def news(self) -> list[Event]:
+        """What there is to tell since the last time, and how far the rank has come."""
+        return [*(self._events.get() for _ in range(self._events.qsize())), pulse.read()]
+
+    def stacks(self) -> None:
+        rank.dump_stacks(self._spec)
 
     def stop(self) -> None:
         self._stop.set()
 
 
 class RayGroup:
-    """Ranks in a placement group of the Ray that this process is connected to."""
+    """Ranks in a placement group of the Ray of this process: as many of `sizes` as there is room for."""
 
-    def __init__(self, recipe: "Recipe", folder: Path, world: int, *, gpu: bool):
-        self.size = world
-        self._recipe, self._folder, self._gpu = recipe, folder, gpu
+    def __init__(self, recipe: "Recipe", folder: Path, sizes: list[int], *, gpu: bool, patience_s: float):
+        self.size = sizes[0]
+        self._sizes = sizes
+        self._recipe, self._folder, self._gpu, self._patience_s = recipe, folder, gpu, patience_s
         self._actors: list[Any] = []
         self._running: dict[Any, int] = {}
+        self._asked: dict[Any, int] = {}
+        """Calls for news that are not answered yet, one a rank."""
+        self._late: list[Ending] = []
         self._bundles: Any = None
         self._where: list[dict[str, Any]] = []
 
     def start(self) -> None:
         import ray
-        from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        device = {"GPU": 1} if self._gpu else {}
-        self._bundles = placement_group([{"CPU": 1, **device}] * self.size, strategy="PACK")
-        if not self._bundles.wait(_ROOM_S):
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-            raise LaunchError(f"Ray found no room for {self.size} ranks within {_ROOM_S} s; free now: {free}")
+        self._find_room()
         remote = ray.remote(_Rank)
         for number in range(self.size):
             placed = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=number)
-            options = {"num_cpus": 1, "num_gpus": int(self._gpu), "max_restarts": 0, "max_concurrency": 3}
+            options = {"num_cpus": 1, "num_gpus": int(self._gpu), "max_restarts": 0, "max_concurrency": 4}
             self._actors.append(remote.options(scheduling_strategy=placed, **options).remote())
         meeting = [actor.meet.remote(number == 0, self.size) for number, actor in enumerate(self._actors)]
+        self._where = [{"pid": 0, "host": "", "node": ""} for _ in self._actors]
+        _, late = ray.wait(meeting, num_returns=len(meeting), timeout=_MEET_S)
+        if late:
+            message = f"its process did not come up within {_MEET_S} s"
+            self._late = [Ending(meeting.index(ref), "failed", cause="hung", message=message) for ref in late]
+            return
         try:
             self._where = ray.get(meeting)
         except ray.exceptions.RayActorError:
             # a death while the group forms is reported like any other, by poll
-            self._where = [{"pid": 0} for _ in self._actors]
             self._running = {reference: number for number, reference in enumerate(meeting)}
             return
         first = self._where[0]
@@ -190,31 +208,117 @@ class RayGroup:
                 "threads": max(1, where["cpus"] // on_node[where["node"]]),
                 "rendezvous": f"tcp://{first['ip']}:{first['port']}",
                 "interface": where["interface"],
+                "patience_s": self._patience_s,
             }
             self._running[actor.run.remote(arguments)] = number
+            self._asked[actor.news.remote()] = number
+
+    def _find_room(self) -> None:
+        """Reserve a place for each rank: for as many as the cluster has devices for, fewer if others use those.
+
+        Raises:
+            LaunchError: there is none for the smallest number either.
+        """
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        bundle = {"CPU": 1, **({"GPU": 1} if self._gpu else {})}
+        began, most = time.monotonic(), self._sizes[0]
+        while True:
+            self.size = self._fitting(min(most, self._devices())) or self._sizes[-1]
+            self._bundles = placement_group([bundle] * self.size, strategy="PACK")
+            smallest = self.size == self._sizes[-1]
+            until = max(began + _ROOM_S, time.monotonic()) if smallest else time.monotonic() + _LESS_ROOM_S
+            while not (found := self._bundles.wait(0.5)) and time.monotonic() < until:
+                if self._fitting(min(most, self._devices())) not in (0, self.size):
+                    break  # a node came or went
+            if found:
+                return
+            remove_placement_group(self._bundles)
+            if time.monotonic() >= until:
+                if smallest:
+                    free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                    raise LaunchError(f"Ray found no room for {self.size} ranks within {_ROOM_S} s; free now: {free}")
+                most = self.size - 1
+
+    def _fitting(self, devices: int) -> int:
+        return next((size for size in self._sizes if size <= devices), 0)
+
+    def _devices(self) -> int:
+        """Ranks that the nodes that are here to stay have devices for, whoever uses them now."""
+        import ray
+
+        draining = _draining()
+        staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+        return sum(_bundles_of(resources, self._gpu) for resources in staying)
 
     def poll(self, timeout: float) -> list[Event | Ending]:
         import ray
 
+        if self._late:
+            reports: list[Event | Ending] = list(self._late)
+            self._late = []
+            return reports
         done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
-        reports: list[Event | Ending] = []
-        # a dead rank 0 shows below; a busy one is asked again
-        with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            reports += ray.get(self._actors[0].events.remote(), timeout=5)
+        reports = self._news(timeout=0)
         for reference in done:
             number = self._running.pop(reference)
             try:
                 ending = ray.get(reference)
-            except ray.exceptions.RayActorError:
-                message = f"process {self._where[number]['pid']} died"
-                ending = Ending(number, "failed", cause="died", message=message)
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                ending = self._died(number, error)
             if isinstance(ending, Ending):
+                if ending.status != "failed":
+                    reports += self._news(timeout=5)  # what it had to tell comes before its end
                 reports.append(ending)
         return reports
+
+    def _news(self, timeout: float) -> list[Event | Ending]:
+        """What ranks told by now, and the next question; a rank that is gone or stuck answers none."""
+        import ray
+
+        reports: list[Event | Ending] = []
+        answered, _ = (
+            ray.wait(list(self._asked), num_returns=len(self._asked), timeout=timeout) if self._asked else ([], 0)
+        )
+        for reference in answered:
+            number = self._asked.pop(reference)
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                reports += [event | {"rank": number} for event in ray.get(reference)]
+                self._asked[self._actors[number].news.remote()] = number
+        return reports
+
+    def _died(self, number: int, error: Exception) -> Ending:
+        import ray
+
+        where = self._where[number]
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            message = f"process {where['pid']} was ended by Ray: its machine ran out of memory"
+            return Ending(number, "failed", cause="memory", message=message, host=where["host"])
+        lost = " with its node" if "node has died" in str(error) else ""
+        message = f"process {where['pid']} died{lost}"
+        return Ending(number, "failed", cause="died", message=message, host=where["host"])
 
     def request_stop(self) -> None:
         for actor in self._actors:
             actor.stop.remote()
+
+    def dump_stacks(self) -> None:
+        for actor in self._actors:
+            actor.stacks.remote()
+
+    def leaving(self) -> str | None:
+        if gone := _draining() & {where["node"] for where in self._where}:
+            return f"Ray takes away {'nodes' if len(gone) > 1 else 'node'} {', '.join(sorted(gone))[:60]}"
+        return None
+
+    def room(self) -> int:
+        import ray
+
+        devices = self._devices()
+        if self._actors:  # others may use what this group does not
+            devices = min(devices, self.size + _bundles_of(ray.available_resources(), self._gpu))
+        return self._fitting(devices)
 
     def kill(self) -> None:
         import ray
@@ -224,4 +328,18 @@ class RayGroup:
             ray.kill(actor)
         if self._bundles is not None:
             remove_placement_group(self._bundles)
-        self._actors, self._running, self._bundles = [], {}, None
+        self._actors, self._running, self._asked, self._bundles = [], {}, {}, None
+
+
+def _bundles_of(resources: dict[str, float], gpu: bool) -> int:
+    return int(min(resources.get("CPU", 0), resources.get("GPU", 0) if gpu else sys.maxsize))
+
+
+def _draining() -> set[str]:
+    """Ids of the nodes that Ray was told to empty (`ray drain-node`, or a cloud's notice of preemption).
+
+    Ray has no public call for it that works without the dashboard; this is what Ray Train asks.
+    """
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())

@@ -27,6 +27,7 @@ class Progress:
     def __init__(self, console: Console):
         self._console = console
         self._phases: dict[str, float] = {}
+        self._until = "first step"
         self._lap = time.perf_counter()
         self._bar: Bar | None = None
         self._first: tuple[int, float] | None = None
@@ -36,6 +37,15 @@ class Progress:
         now = time.perf_counter()
         self._phases[name] = now - self._lap if seconds is None else seconds
         self._lap = now
+
+    def lap(self) -> None:
+        """The phase that comes begins now."""
+        self._lap = time.perf_counter()
+
+    def again(self, name: str) -> None:
+        """The run has stood since the last lap, because of `name`; phases until it goes on are told as at first."""
+        self._phases, self._until = {}, "going on"
+        self.phase(name)
 
     def note(self, level: str, message: str) -> None:
         self._console.print(message, style=_STYLES.get(level), highlight=False, markup=False, soft_wrap=True)
@@ -66,7 +76,7 @@ class Progress:
             if self._phases:
                 self.phase("first step")
                 parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._phases.items())
-                self.note("info", f"first step after {sum(self._phases.values()):.1f} s: {parts}")
+                self.note("info", f"{self._until} after {sum(self._phases.values()):.1f} s: {parts}")
                 self._phases = {}
         done, since = step - self._first[0], now - self._first[1]
         eta = duration(since / done * (steps - step)) if done else "…"

@@ -10,9 +10,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vimscale.errors import RunFailed, UserError
+from vimscale.pulse import pulse
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from vimscale.distributed import RankSpec
 
 Event = dict[str, Any]
-Cause = Literal["died", "user", "run", "error", "lost"]
-"""Of a failure: the process died, the input is wrong, the run cannot go on, a bug, another rank went away."""
+Cause = Literal["died", "memory", "device", "hung", "user", "run", "error", "lost"]
+"""Of a failure: the process died, memory ran out, the device failed, no progress, the input is wrong, the run cannot go
+on, a bug, another rank went away.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,12 @@ class Ending:
     result: dict[str, Any] = field(default_factory=dict)
     cause: Cause | None = None
     message: str = ""
+    exception: str = ""
+    """The type of what was raised, if anything was."""
     traceback: str = ""
+    step: int | None = None
+    """Of a failure: the last step that the rank finished."""
+    host: str = field(default_factory=platform.node)
     time: float = field(default_factory=time.time)
 
 
@@ -69,35 +78,54 @@ def run(
         distributed.prepare(spec)
         from vimscale.train import train  # brings DeepSpeed, which looks around on import
 
+        pulse.beat("start")
         distributed.join(spec, store)
+        pulse.beat("start")
         emit({"kind": "joined"})
         result = train(spec, emit, stop)
         distributed.leave()
         return Ending(spec.rank, result["status"], result)
     except UserError as error:
-        return _failed(spec, "user", str(error))
+        return _failed(spec, "user", error, str(error))
     except RunFailed as error:
-        return _failed(spec, "run", str(error))
+        return _failed(spec, "run", error, str(error))
     except Exception as error:  # whatever else went wrong becomes a report, with its traceback
-        return _failed(spec, "lost" if _peer_lost(error) else "error", f"{type(error).__name__}: {error}")
+        return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
 
 
 def _silent(event: Event) -> None:
     pass
 
 
-def _failed(spec: "RankSpec", cause: Cause, message: str) -> Ending:
+def _failed(spec: "RankSpec", cause: Cause, error: Exception, message: str) -> Ending:
     trace = traceback.format_exc()
     sys.stderr.write(trace)
     sys.stderr.flush()
-    return Ending(spec.rank, "failed", cause=cause, message=message, traceback=trace)
+    name = type(error).__name__
+    return Ending(spec.rank, "failed", cause=cause, message=message, exception=name, traceback=trace, step=pulse.step)
 
 
-def _peer_lost(error: Exception) -> bool:
-    """gloo reports a peer that went away as a plain RuntimeError; NCCL and the store have types of their own."""
+def _cause(error: Exception) -> Cause:
+    """Much of what torch has to say comes as a plain RuntimeError: gloo's loss of a peer, an allocation that failed."""
+    import torch
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    text = str(error).lower()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "memory"
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return "lost"
+    return "device" if isinstance(error, torch.AcceleratorError) else "error"
+
+
+def dump_stacks(spec: "RankSpec") -> None:
+    """Where every thread of this rank stands, below what the launcher wrote into the same file."""
+    with stacks_file(spec.folder, spec.rank).open("a") as file:
+        faulthandler.dump_traceback(file)
+
+
+def stacks_file(folder: Path, rank: int) -> Path:
+    return folder / "logs" / f"stacks_{rank:05d}.txt"
 
 
 def _redirect_output(spec: "RankSpec") -> None:

@@ -8,25 +8,53 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from vimscale.errors import RunFailed, UserError
-from vimscale.run_folder import RunFolder
+from vimscale.run_folder import RunFolder, checkpoints
 
+from .failures import Failures, first_cause
 from .progress import Progress
-from .rank import Ending, Event
+from .rank import Ending, Event, stacks_file
+from .watchdog import Watchdog
 
-RESTARTS = 3
-"""Times in a row that a group is started anew without a new checkpoint in between."""
-_GRACE_S = 3.0
+_HEAR_S = 3.0
 """How long other ranks are heard once one has failed: the first to report is often not the first to fail."""
+_HEAR_DEATH_S = 0.3
+"""The same once one has died: nothing goes before that, and the time is better spent on the restart."""
+_DUMP_S = 1.0
+"""How long ranks that hang have to write down where they stand."""
+_LOOK_S = 1.0
+"""How often a group is asked whether it must leave its machines."""
+
+Reason = Literal["stop", "grow", "leave"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a run is allowed; every value can be given on the command line."""
+
+    restarts: int = 10
+    within: int = 1000
+    """At most so many restarts in so many steps."""
+    hang_after: float | None = None
+    """Seconds without progress that are a hang; None follows from the time of the run's steps."""
+    grace: float | None = None
+    """Seconds that ranks have to save and end once a stop is asked for; None gives them what they need."""
+
+    @property
+    def patience_s(self) -> float:
+        """How long ranks wait for each other: a little longer than the watchdog lets them."""
+        return max(300.0, (self.hang_after or 0.0) + 30.0)
 
 
 class Group(Protocol):
     """A set of ranks training one recipe."""
 
     size: int
+    """Known once it is started."""
 
     def start(self) -> None: ...
 
@@ -36,6 +64,18 @@ class Group(Protocol):
 
     def request_stop(self) -> None: ...
 
+    def dump_stacks(self) -> None:
+        """Have every rank that can write where it stands to its `stacks_file`."""
+        ...
+
+    def leaving(self) -> str | None:
+        """Why ranks have to leave the machines they are on soon, if they have to."""
+        ...
+
+    def room(self) -> int:
+        """How many ranks a group in its place would have; 0 if it could not be."""
+        ...
+
     def kill(self) -> None:
         """End what is left of it. May be called at any time, and twice."""
         ...
@@ -44,19 +84,25 @@ class Group(Protocol):
 class StopSignal:
     """SIGINT and SIGTERM ask for a checkpoint and an end; a second later, for an end at once.
 
-    What comes within that second is the same wish: timeout(1) and Slurm signal a process and its group.
+    What comes within that second is the same wish: timeout(1) and Slurm signal a process and its group. SIGUSR1, which
+    Slurm is often told to send some time before its SIGTERM, asks for a checkpoint and an end and never for more.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self._warned = False
         self._last = -1.0
+
+    @property
+    def asked(self) -> bool:
+        return self._warned or self.count > 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._received) for number in numbers}
         try:
             yield
@@ -65,75 +111,169 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self._warned = True
+            return
         now = time.monotonic()
         if now - self._last > 1.0:
             self.count += 1
         self._last = now
 
 
-def supervise(make_group: Callable[[], Group], folder: RunFolder, stop: StopSignal, progress: Progress) -> int:
+def supervise(
+    make_group: Callable[[], Group],
+    folder: RunFolder,
+    stop: StopSignal,
+    progress: Progress,
+    policy: Policy = Policy(),
+) -> int:
     """Run to the end; returns the exit code: 0 finished, 3 stopped on request with a checkpoint saved.
 
     Raises:
         UserError: a rank found the input wrong.
         RunFailed: the run cannot go on; the message names the first cause.
     """
-    restarts = 0
-    while True:
-        group = make_group()
-        try:
-            with stop.installed():
+    failures = Failures(folder, policy.restarts, policy.within)
+    with stop.installed():
+        while True:
+            group = make_group()
+            try:
                 group.start()
-                endings, saved = _watch(group, stop, progress)
-        finally:
-            group.kill()
-        if stop.count > 1:
-            raise RunFailed("ended at once, as asked; the same command goes on from the last checkpoint")
-        failures = [ending for ending in endings if ending.status == "failed"]
-        if not failures:
-            return 0 if endings[0].status == "done" else 3
+                watch = _Watch(group, folder, stop, progress, policy)
+                watch.until_it_ends()
+            finally:
+                group.kill()
+            if stop.count > 1:
+                raise RunFailed("ended at once, as asked; the same command goes on from the last checkpoint")
+            failed = [ending for ending in watch.endings if ending.status == "failed"]
+            if not failed and len(watch.endings) == group.size:
+                if watch.endings[0].status == "done":
+                    return 0
+                if watch.asked in (None, "stop") or not (room := group.room()):
+                    return 3
+                progress.note("info", f"going on with {room} ranks instead of {group.size}")
+                progress.again("regrouping")
+                continue
 
-        first = first_cause(failures)
-        if first.cause == "user":
-            raise UserError(first.message)
-        if first.cause == "run":
-            raise RunFailed(first.message)
-        message = f"rank {first.rank}: {first.message}"
-        if first.traceback:
-            with folder.errors.open("a") as file:
-                file.write(f"{message}\n{first.traceback}\n")
-        if first.cause == "error":
-            raise RunFailed(f"{message}\n  traceback: {folder.errors}")
-        restarts = 1 if saved else restarts + 1
-        if restarts > RESTARTS:
-            raise RunFailed(
-                f"{message}\n  {RESTARTS} restarts came no further; output of the ranks: {folder.path}/logs"
-            )
-        progress.note("warning", f"{message}; starting again from the last checkpoint (try {restarts} of {RESTARTS})")
+            if not failed:
+                raise RunFailed(
+                    f"{_ranks(watch.unheard)} had not saved and ended {policy.grace:g} s after the request to stop"
+                    f" (--grace) and was ended; {_goes_on(folder)}"
+                )
+            first = first_cause(failed)
+            if first.cause == "user":
+                raise UserError(first.message)
+            if first.cause == "run":
+                raise RunFailed(first.message)
+            failures.record(failed, watch.reached, group.size)
+            message = f"rank {first.rank}: {first.message}"
+            if first.traceback:
+                with folder.errors.open("a") as file:
+                    file.write(f"{message}\n{first.traceback}\n")
+            if first.cause == "error":
+                raise RunFailed(f"{message}\n  traceback: {folder.errors}")
+            if stop.asked:
+                raise RunFailed(f"{message}, after the request to stop; {_goes_on(folder)}")
+            if (why := failures.hopeless()) is not None:
+                raise RunFailed(f"{message}\n  {why}")
+            progress.note("warning", f"{message}; starting again from the last checkpoint ({failures.count()})")
+            progress.again("hearing the others")
+            _pause(failures.pause(), stop)
+            progress.phase("pause")
+            if stop.asked:
+                return 3
 
 
-def first_cause(failures: list[Ending]) -> Ending:
-    """The failure that the others follow from: a death before an exception before the loss of a peer."""
-    order = ("died", "user", "run", "error", "lost")
-    return min(failures, key=lambda ending: (order.index(ending.cause or "lost"), ending.time))
+class _Watch:
+    """One group, until all of its ranks have ended or there is reason to end them."""
 
+    def __init__(self, group: Group, folder: RunFolder, stop: StopSignal, progress: Progress, policy: Policy):
+        self._group, self._folder, self._stop, self._progress = group, folder, stop, progress
+        self._grace = policy.grace
+        self._watchdog = Watchdog(group.size, policy.hang_after, time.monotonic())
+        self._deadline = float("inf")
+        self.endings: list[Ending] = []
+        self.reached: dict[int, int | None] = {}
+        """The step that each rank was last heard to have finished."""
+        self.asked: Reason | None = None
 
-def _watch(group: Group, stop: StopSignal, progress: Progress) -> tuple[list[Ending], bool]:
-    """(how ranks ended, whether a checkpoint was written): when all have ended, or some time after one failed."""
-    endings: list[Ending] = []
-    saved = asked = False
-    deadline = float("inf")
-    while len(endings) < group.size and time.monotonic() < deadline and stop.count < 2:
-        if stop.count and not asked:
-            progress.note("info", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)")
-            group.request_stop()
-            asked = True
-        for report in group.poll(timeout=0.2):
+    @property
+    def unheard(self) -> list[int]:
+        """Ranks that have not said how they ended."""
+        return self._watchdog.watched
+
+    def until_it_ends(self) -> None:
+        look = time.monotonic() + _LOOK_S
+        while len(self.endings) < self._group.size and time.monotonic() < self._deadline and self._stop.count < 2:
+            if self._stop.asked and self.asked != "stop":
+                self._ask("stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)")
+            saved = self._hear()
+            if self.asked is None and saved and (room := self._group.room()) > self._group.size:
+                self._ask("grow", f"there is room for {room} ranks by now")
+            if self.asked is None and time.monotonic() > look:
+                look = time.monotonic() + _LOOK_S
+                if (why := self._group.leaving()) is not None:
+                    self._ask("leave", f"{why}: finishing the step and saving a checkpoint")
+            if hung := self._watchdog.hung(time.monotonic()):
+                self._dump()
+                self.endings += hung
+                return
+
+    def _hear(self) -> bool:
+        """Take in what the ranks have to say; whether there is a new checkpoint."""
+        saved = False
+        for report in self._group.poll(timeout=0.2):
             if isinstance(report, Ending):
-                endings.append(report)
+                self.endings.append(report)
+                self._watchdog.ended(report.rank)
                 if report.status == "failed":
-                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+                    if self._deadline > time.monotonic() + _HEAR_S:
+                        self._progress.lap()
+                    hear = _HEAR_DEATH_S if report.cause == "died" else _HEAR_S
+                    self._deadline = min(self._deadline, time.monotonic() + hear)
+            elif report["kind"] == "pulse":
+                self._watchdog.heard(report["rank"], report)
+                self.reached[report["rank"]] = report["step"]
             else:
                 saved = saved or report["kind"] == "checkpoint"
-                progress.show(report)
-    return endings, saved
+                self._progress.show(report)
+        return saved
+
+    def _ask(self, reason: Reason, message: str) -> None:
+        self._progress.note("info", message)
+        if self.asked is None:
+            self._group.request_stop()
+        self.asked = reason
+        if reason == "stop" and self._grace is not None:
+            self._deadline = min(self._deadline, time.monotonic() + self._grace)
+
+    def _dump(self) -> None:
+        """Write down for each rank how it stands, and have it add its stack if it can."""
+        self._progress.lap()
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        for rank in self._watchdog.watched:
+            with stacks_file(self._folder.path, rank).open("a") as file:
+                file.write(f"{now} rank {rank}: {self._watchdog.describe(rank)}\n")
+        self._group.dump_stacks()
+        self._progress.note(
+            "warning", f"the run hangs; where every rank stands is in {self._folder.path}/logs/stacks_*"
+        )
+        end = time.monotonic() + _DUMP_S
+        while time.monotonic() < end:
+            self._group.poll(timeout=0.2)
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _goes_on(folder: RunFolder) -> str:
+    newest = checkpoints(folder.checkpoints)[:1]
+    where = newest[0].name if newest else "step 0: there is no checkpoint yet"
+    return f"the same command goes on from {where}"
+
+
+def _pause(seconds: float, stop: StopSignal) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not stop.asked:
+        time.sleep(0.05)

@@ -17,8 +17,8 @@ import torch
 
 from tests.shell import Shell, new_shell
 from vimscale import checkpoint, manifest, run_folder
+from vimscale.launch.failures import first_cause
 from vimscale.launch.rank import Ending
-from vimscale.launch.supervisor import first_cause
 
 RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")

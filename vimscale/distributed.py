@@ -16,8 +16,6 @@ from torch import Tensor
 from vimscale.model.presets import VimConfig
 from vimscale.recipe import Recipe
 
-_TIMEOUT = datetime.timedelta(minutes=5)
-
 
 @dataclass(frozen=True)
 class RankSpec:
@@ -36,6 +34,8 @@ class RankSpec:
     """Where the ranks meet: file://PATH on one machine, tcp://HOST:PORT across machines."""
     interface: str
     """Network interface for gloo: the one of the address that other ranks reach this one at."""
+    patience_s: float = 300.0
+    """How long a rank waits for the others: behind the launcher's watchdog, which knows more and acts first."""
 
 
 def prepare(spec: RankSpec) -> None:
@@ -62,19 +62,20 @@ def prepare(spec: RankSpec) -> None:
 
 def join(spec: RankSpec, store: dist.Store | None = None) -> None:
     """Meet the other ranks. `store`: rank 0's own end of a tcp rendezvous, if it has opened one already."""
+    patience = datetime.timedelta(seconds=spec.patience_s)
     if store is None:
         if spec.rendezvous.startswith("file://"):
             store = dist.FileStore(spec.rendezvous.removeprefix("file://"), spec.world)
         else:
             host, port = spec.rendezvous.removeprefix("tcp://").rsplit(":", 1)
-            store = dist.TCPStore(host, int(port), spec.world, is_master=False, timeout=_TIMEOUT)
+            store = dist.TCPStore(host, int(port), spec.world, is_master=False, timeout=patience)
     device = torch.device(spec.device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("ranks", store),
         rank=spec.rank,
         world_size=spec.world,
-        timeout=_TIMEOUT,
+        timeout=patience,
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -91,8 +92,9 @@ class Agreement:
     after step t + 1, and no step waits for a device.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    def __init__(self, patience_s: float) -> None:
+        patience = datetime.timedelta(seconds=patience_s)
+        self._group = dist.new_group(backend="gloo", timeout=patience)
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 

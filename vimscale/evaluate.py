@@ -15,6 +15,7 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
+from vimscale.pulse import pulse
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
@@ -49,6 +50,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.no_grad():
         for part in stream.evaluation(dataset, rank=rank, world=world, batch=batch, size=size, workers=workers):
+            pulse.beat("evaluate")
             for _, description in part.bad:
                 log.warning("not evaluated: %s", description)
             part = part.to(device)

@@ -24,6 +24,7 @@ from vimscale.export.safetensors import starting_weights
 from vimscale.guard import Guard, Micro, Record, Seen, pass_over
 from vimscale.metrics import Meter, Metrics
 from vimscale.objectives import classification
+from vimscale.pulse import pulse
 from vimscale.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     steps = recipe.length(train_set.samples)
     config = recipe.model.shape(len(manifest.classes))
     torch.manual_seed(recipe.seed)  # the same weights on every rank
+    pulse.beat("start")
     engine = Engine(config, recipe, device)
+    pulse.beat("start")
     engine.module.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
 
     # ---- where to start
@@ -75,7 +78,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         if rank == 0:
             log.info("resumed from %s", newest)
     metrics = Metrics(folder, step) if rank == 0 else None
-    agree = distributed.Agreement()
+    agree = distributed.Agreement(spec.patience_s)
     emit({"kind": "started", "step": step, "steps": steps})
 
     def evaluation() -> dict[str, float]:
@@ -151,6 +154,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 average.lerp_(fragment.weight, share)
         step += 1
         guard.keep(Record(step, micros, engine.broken_gradients))
+        pulse.beat("step", step)
         losses.append(guard.loss)
         rates.append(rate)
         stopping = agree(stop())
@@ -210,6 +214,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         if saving:
             if _broken(engine):
                 raise RunFailed(f"step {step}: weights are not finite after the last update; lower optim.lr")
+            pulse.beat("save")
             trainer = Trainer(
                 step=step,
                 stream=train_set.state(recipe, step, skipped),
@@ -223,7 +228,10 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             path = checkpoint.save(folder.checkpoints, _state(engine, ema), trainer, recipe.checkpoint.keep)
             emit({"kind": "checkpoint", "step": step, "path": str(path)})
             meter.restart()
+        if saving or evaluating:
+            pulse.beat("step")
 
+    pulse.beat("save")
     agree.close()
     finished = step == steps
     result: dict[str, Any] = {"status": "done" if finished else "stopped", "step": step, "steps": steps}
