@@ -11,6 +11,7 @@ import queue
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -52,6 +53,7 @@ class Ray:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             self._temporary = tempfile.mkdtemp(prefix="vimscale-ray-")
+            self._broom = _broom(self._temporary)
         import ray
 
         local: dict[str, Any] = {
@@ -77,6 +79,9 @@ class Ray:
     def _clean(self) -> None:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            assert self._broom.stdin is not None
+            self._broom.stdin.close()
+            self._broom.wait()
 
     def resources(self) -> tuple[int, int]:
         """(CPUs, GPUs) of all nodes."""
@@ -84,6 +89,24 @@ class Ray:
 
         total = ray.cluster_resources()
         return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def _broom(temporary: str) -> subprocess.Popen:
+    """A process that waits for this one to end, however it does, and then ends what its Ray left and removes its folder.
+
+    A launcher that is killed cannot do that, and Ray's agents outlive it by a minute.
+    """
+    script = """
+        read -r nothing
+        [ -d "$1" ] || exit 0
+        sleep 1
+        for process in /proc/[0-9]*; do
+            pid=${process#/proc/}
+            [ "$pid" != $$ ] && grep -qsF "$1" "$process/cmdline" && kill -9 "$pid"
+        done
+        rm -rf "$1"
+    """
+    return subprocess.Popen(["sh", "-c", script, "broom", temporary], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _check_reachable(address: str) -> None:

@@ -27,11 +27,14 @@ class Shell:
     folder: Path
     env: dict[str, str]
 
-    def popen(self, *arguments: str, file_limit: int | None = None) -> subprocess.Popen:
-        """`file_limit`: no file may grow beyond that many KB."""
+    def popen(
+        self, *arguments: str, file_limit: int | None = None, memory_limit: int | None = None
+    ) -> subprocess.Popen:
+        """No file may grow beyond `file_limit` KB, no process beyond `memory_limit` KB of addresses."""
         command = [sys.executable, "-m", "vimscale.launch.cli", *arguments]
-        if file_limit is not None:
-            command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "limited", *command]
+        for letter, limit in (("f", file_limit), ("v", memory_limit)):
+            if limit is not None:
+                command = ["bash", "-c", f'ulimit -{letter} {limit}; exec "$@"', "limited", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.folder, env=self.env, start_new_session=True, **pipes)
 

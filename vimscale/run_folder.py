@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
 from vimscale.recipe import Recipe, load
+
+log = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("parallel", "checkpoint", "guard", "evaluate", "log", "data.workers", "data.cache", "data.max_bad")
 """Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
@@ -77,6 +80,8 @@ class RunFolder:
         for path in candidates:
             fault = manifest.damage(path)
             if fault is None:
+                for damaged in faults:
+                    log.warning("not whole, so %s is taken instead: %s", path.name, damaged)
                 return path
             faults.append(f"{path.name}: {fault}")
         if faults:
