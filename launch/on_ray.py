@@ -92,7 +92,7 @@ class Ray:
 
 
 def _broom(temporary: str) -> subprocess.Popen:
-    """A process that waits for this one to end, however it does, and then ends what its Ray left and removes its folder.
+    """A process that waits for this one to end, however it does, then ends what its Ray left and removes its folder.
 
     A launcher that is killed cannot do that, and Ray's agents outlive it by a minute.
     """

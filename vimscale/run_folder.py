@@ -76,7 +76,7 @@ class RunFolder:
         candidates = checkpoints(self.checkpoints)
         if step is not None:
             candidates = [path for path in candidates if path.name == checkpoint_name(step)]
-        faults = []
+        faults: list[str] = []
         for path in candidates:
             fault = manifest.damage(path)
             if fault is None:
