@@ -34,6 +34,8 @@ _ROOM_S = 30
 """How long a cluster has to find room for the ranks."""
 _LESS_ROOM_S = 5
 """The same where fewer ranks would do."""
+_NEWS_S = 0.5
+"""How long ranks that run have to answer once one has ended."""
 _MEET_S = 120
 """How long the ranks' processes have to come up."""
 
@@ -52,6 +54,8 @@ class Ray:
             # Ray's ports listen on every interface: without a token anyone who reaches them runs code here
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            # a head of our own that is killed never comes back: Ray would wait a minute for it
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
             self._temporary = tempfile.mkdtemp(prefix="vimscale-ray-")
             self._broom = _broom(self._temporary)
         import ray
@@ -284,6 +288,8 @@ class RayGroup:
             return reports
         done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
         reports = self._news(timeout=0)
+        if done:  # what ranks have to tell comes before their end: what is asked for already, and the rest
+            reports += [*self._news(_NEWS_S), *self._news(_NEWS_S)]
         for reference in done:
             number = self._running.pop(reference)
             try:
@@ -291,8 +297,6 @@ class RayGroup:
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 ending = self._died(number, error)
             if isinstance(ending, Ending):
-                if ending.status != "failed":
-                    reports += self._news(timeout=5)  # what it had to tell comes before its end
                 reports.append(ending)
         return reports
 

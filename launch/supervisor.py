@@ -151,7 +151,7 @@ def supervise(
                     return 0
                 if watch.asked in (None, "stop") or not (room := group.room()):
                     return 3
-                progress.note("info", f"going on with {room} ranks instead of {group.size}")
+                progress.note("info", f"going on with {room} instead of {group.size} ranks")
                 progress.again("regrouping")
                 continue
 
@@ -251,6 +251,7 @@ class _Watch:
         """Write down for each rank how it stands, and have it add its stack if it can."""
         self._progress.lap()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        (self._folder.path / "logs").mkdir(exist_ok=True)
         for rank in self._watchdog.watched:
             with stacks_file(self._folder.path, rank).open("a") as file:
                 file.write(f"{now} rank {rank}: {self._watchdog.describe(rank)}\n")

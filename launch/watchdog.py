@@ -30,7 +30,7 @@ class Watchdog:
     def __init__(self, world: int, hang_after: float | None, now: float):
         self._hang_after = hang_after
         self._looked = now
-        nothing = {"beats": 0, "doing": "start", "step": None, "step_s": None}
+        nothing = {"beats": 0, "doing": "start", "step": None, "step_s": None, "host": ""}
         self._ranks = {rank: _Seen(nothing) for rank in range(world)}
 
     def heard(self, rank: int, pulse: dict[str, Any]) -> None:
@@ -66,8 +66,16 @@ class Watchdog:
         behind = min((seen.pulse["step"] or 0, seen.pulse["beats"]) for seen in self._ranks.values())
         last = [r for r, seen in self._ranks.items() if (seen.pulse["step"] or 0, seen.pulse["beats"]) == behind]
         return [
-            Ending(rank, "failed", cause="hung", message=self.describe(rank), step=self._ranks[rank].pulse["step"])
-            for rank in silent or last
+            Ending(
+                rank,
+                "failed",
+                cause="hung",
+                message=self.describe(rank),
+                step=seen.pulse["step"],
+                host=seen.pulse["host"],
+            )
+            for rank, seen in self._ranks.items()
+            if rank in (silent or last)
         ]
 
     def describe(self, rank: int) -> str:

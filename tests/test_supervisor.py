@@ -86,7 +86,7 @@ def _supervise(runs: RunFolder, *groups: Scripted, policy: Policy = USUAL) -> tu
 
 
 def _pulse(step: int, rank: int = 0, beats: int = 1) -> Event:
-    return {"kind": "pulse", "rank": rank, "beats": beats, "doing": "step", "step": step, "step_s": 0.1}
+    return {"kind": "pulse", "rank": rank, "beats": beats, "doing": "step", "step": step, "step_s": 0.1, "host": "a"}
 
 
 def _died(rank: int = 0, pid: int = 1) -> Ending:
@@ -191,7 +191,7 @@ def test_nodes_that_are_taken_away_are_left_with_a_checkpoint(runs: RunFolder, m
     leaving = {"size": 2, "leaving": "Ray takes away node a"}
     code, said, left = _supervise(runs, Scripted([], room=1, **leaving), Scripted([DONE]))
     assert (code, left) == (0, [])
-    assert "going on with 1 ranks" in said
+    assert "going on with 1 instead of 2 ranks" in said
     assert _supervise(runs, Scripted([], room=0, **leaving))[0] == 3
 
 
@@ -229,7 +229,7 @@ def test_a_hang_names_the_rank_that_the_others_wait_for() -> None:
 
     behind = lambda second: [_pulse(7), _pulse(6, rank=1)]  # noqa: E731
     _, (found,) = _time_to_notice(Watchdog(2, 5.0, 0.0), behind)
-    assert (found.rank, found.step) == (1, 6)
+    assert (found.rank, found.step, found.host) == (1, 6, "a")
     assert "does not answer" not in found.message
 
 

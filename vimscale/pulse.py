@@ -1,5 +1,6 @@
 """How far this rank has come: told by what trains, read by the thread that answers for the rank."""
 
+import platform
 import statistics
 import time
 from collections import deque
@@ -38,6 +39,7 @@ class Pulse:
             "beats": self.beats,
             "doing": self.doing,
             "step": self.step,
+            "host": platform.node(),
             "step_s": statistics.median(seconds) if seconds else None,
         }
 
