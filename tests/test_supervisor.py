@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -195,6 +197,17 @@ def test_nodes_that_are_taken_away_are_left_with_a_checkpoint(runs: RunFolder, m
     assert _supervise(runs, Scripted([], room=0, **leaving))[0] == 3
 
 
+def test_whoever_takes_a_checkpoint_instead_of_a_damaged_one_is_told(
+    runs: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20):
+        _checkpoint(runs, step)()
+    damaged = runs.checkpoints / run_folder.checkpoint_name(20) / "manifest.json"
+    damaged.write_text("{")
+    assert runs.newest_checkpoint().name == run_folder.checkpoint_name(10)
+    assert "not whole, so step_00000010 is taken instead: step_00000020" in caplog.text
+
+
 # ---- the watchdog
 
 
@@ -329,6 +342,46 @@ def test_memory_that_runs_out_again_and_again_ends_the_run_with_advice(shell: Sh
     assert "the same failure 3 times before the first step" in output
     assert "cause: memory, " in output
     assert "lower parallel.micro_batch" in output
+
+
+def _below(pid: int) -> Iterator[int]:
+    yield pid
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in file.read_text().split():
+            yield from _below(int(child))
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nothing_of_its_ray(shell: Shell) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix="v-"))
+    shell.env["TMPDIR"] = str(temporary)
+    process = shell.popen("launch", "small.yaml", *LONG, *RAY)
+    _reaches(shell, process, "small", 100)
+    (folder,) = temporary.glob("vimscale-ray-*")
+    started = list(_below(process.pid))
+    process.kill()
+    process.wait()
+    while folder.exists() or any(_command(pid).count(str(folder)) for pid in started):
+        time.sleep(0.01)
+    shutil.rmtree(temporary)
+
+
+@pytest.mark.slow
+def test_a_killed_head_of_ray_ends_the_launch_and_the_same_command_goes_on(shell: Shell) -> None:
+    process = shell.popen("launch", "small.yaml", *LONG, "steps=2000", *RAY)
+    _reaches(shell, process, "small", 100)
+    (head,) = [pid for pid in _below(process.pid) if _command(pid).split("\0")[0].endswith("gcs_server")]
+    os.kill(head, signal.SIGKILL)
+    assert "Failed to connect to GCS" in shell.finish(process, expect=1)
+    process = shell.popen("launch", "small.yaml", *LONG, "steps=2000", *RAY)
+    _reaches(shell, process, "small", 300)
+    process.send_signal(signal.SIGTERM)
+    assert "resumed from" in shell.finish(process, expect=3)
+
+
+def _command(pid: int) -> str:
+    file = Path(f"/proc/{pid}/cmdline")
+    return file.read_text() if file.exists() else ""
 
 
 # ---- nodes
