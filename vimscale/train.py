@@ -187,7 +187,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         if hopeless is not None:
             seen, path = hopeless
             newest = checkpoint.newest(folder.checkpoints)
-            if newest is None or guard.rollbacks == recipe.guard.rollbacks:
+            if newest is None or guard.rollbacks >= recipe.guard.rollbacks:
                 raise RunFailed(_given_up(seen, path, newest, guard))
             trainer = checkpoint.read_trainer(newest)
             skipped = pass_over(recipe, skipped, seen.step - seen.row, seen.step)
