@@ -19,7 +19,7 @@ FLOORS = [
     {"distributed", "run_folder"},
     {"checkpoint"},
     {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},
-    {"objectives", "engine", "evaluate", "export", "recompute", "prepare"},
+    {"objectives", "engine", "evaluate", "export", "recompute", "prepare", "guard", "guard_report", "examine"},
     {"train"},
 ]
 
