@@ -34,7 +34,7 @@ import webdataset
 from PIL import Image
 
 from benchmarks import measure
-from vimscale import recipe
+from vimscale import recipe, sections
 from vimscale.data import augment, decode, shards, stream
 from vimscale.data.plan import Order, generator
 from vimscale.data.shards import Manifest, Shard
@@ -64,7 +64,7 @@ def jpegs(count: int) -> list[bytes]:
 
 def ours(data: bytes, number: int) -> torch.Tensor:
     image, _ = decode.decode({"__key__": "k", "jpg": data, "cls": b"0"}, "benchmark", 1)
-    return augment.for_training(image, _SIZE, recipe.Augment(), generator(0, 1, number))
+    return augment.for_training(image, _SIZE, sections.Augment(), generator(0, 1, number))
 
 
 def _box(width: int, height: int) -> tuple[int, int, int, int]:
@@ -120,9 +120,9 @@ def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterato
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
     steps = len(images) // _BATCH
-    data = recipe.Data(train=str(folder / "set"))
+    data = sections.Data(train=str(folder / "set"))
     chosen = recipe.Recipe(
-        name="benchmark", steps=steps, batch=_BATCH, data=data, model=recipe.Model(preset="vim_tiny")
+        name="benchmark", steps=steps, batch=_BATCH, data=data, model=sections.Model(preset="vim_tiny")
     )
     config = chosen.model.shape(10)
 
@@ -161,7 +161,7 @@ def start(per_shard: int) -> dict[str, float]:
             parts.append(Shard(name, per_shard, size, "0" * 64))
         manifest = Manifest("synthetic", ("0",), tuple(parts), _MEAN, _STD)
         (Path(folder) / shards.MANIFEST).write_text(manifest.to_json())
-        data = recipe.Data(train=folder)
+        data = sections.Data(train=folder)
         chosen = recipe.Recipe(name="benchmark", steps=10, batch=1000, data=data)
         gc.collect()
         tracemalloc.start()

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vimscale import recipe as recipes
+from vimscale import sections
 from vimscale.errors import DataError
 
 from .arguments import Overrides, RecipeArgument
@@ -317,7 +318,7 @@ def _cpus() -> int:
 def _size(text: str | None) -> int | None:
     if text is None:
         return None
-    size = recipes.size_bytes(text)
+    size = sections.size_bytes(text)
     if size is None:
         raise DataError(f"--shard-bytes {text!r} is not a size; write 200MB or 1GB")
     return size

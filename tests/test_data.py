@@ -16,7 +16,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from vimscale import recipe
+from vimscale import recipe, sections
 from vimscale.data import digits, shards
 from vimscale.data.dataset import Dataset
 from vimscale.data.feed import Feed
@@ -195,7 +195,7 @@ Global = tuple[list[str], torch.Tensor, torch.Tensor]
 
 def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> list[Global]:
     """Global batches [start, stop), put together from all ranks' micro-batches."""
-    data = TrainingSet.open(recipe.Data(train=str(folder)))
+    data = TrainingSet.open(sections.Data(train=str(folder)))
     config = chosen.model.shape(10)
     accumulation = chosen.micro_batch(world)[1]
     ranks: list[list[Global]] = []
@@ -263,7 +263,7 @@ def test_an_epoch_has_every_good_sample_and_another_in_place_of_the_bad_one(alon
 
 
 def test_a_bad_sample_is_counted_with_its_cause_and_place(small_set: Path) -> None:
-    data = TrainingSet.open(recipe.Data(train=str(small_set)))
+    data = TrainingSet.open(sections.Data(train=str(small_set)))
     chosen = _recipe()
     batches = list(training(chosen, data, chosen.model.shape(10), rank=0, world=1, start=0, steps=3))
     bad = [fault for batch in batches for fault in batch.bad]
@@ -276,7 +276,7 @@ def test_a_shard_of_which_nothing_can_be_used_ends_the_run(tmp_path: Path) -> No
     samples = [{"__key__": f"{i}", "png": b"junk", "cls": 0} for i in range(30)]
     about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
     shards.write(tmp_path / "set", samples, per_shard=10, name="junk", **about)
-    data = TrainingSet.open(recipe.Data(train=str(tmp_path / "set")))
+    data = TrainingSet.open(sections.Data(train=str(tmp_path / "set")))
     chosen = _recipe()
     with pytest.raises(DataError, match=r"100 samples drawn from it in a row cannot be used.*data verify --deep"):
         next(training(chosen, data, chosen.model.shape(1), rank=0, world=1, start=0, steps=1))
@@ -284,7 +284,7 @@ def test_a_shard_of_which_nothing_can_be_used_ends_the_run(tmp_path: Path) -> No
 
 def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_tokens(small_set: Path) -> None:
     chosen = _recipe("augment.buckets=5", "model.image_size=64")
-    data = TrainingSet.open(recipe.Data(train=str(small_set)))
+    data = TrainingSet.open(sections.Data(train=str(small_set)))
     config = chosen.model.shape(10)
     feed = Feed(training(chosen, data, config, rank=0, world=1, start=0, steps=1), data.manifest, torch.device("cpu"))
     images, labels, batch = feed.take()
@@ -296,7 +296,7 @@ def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_token
 
 
 def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Path, digits: Path) -> None:
-    data = TrainingSet.open(recipe.Data(train=str(small_set)))
+    data = TrainingSet.open(sections.Data(train=str(small_set)))
     chosen = _recipe()
     state = json.loads(json.dumps(data.state(chosen, 7)))
     assert state["samples"] == 7 * 48
@@ -313,9 +313,9 @@ def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Pat
 def test_a_mixture_needs_the_same_classes(small_set: Path, tmp_path: Path) -> None:
     about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
     shards.write(tmp_path / "set", [{"__key__": "a", "png": b"", "cls": 0}], per_shard=10, name="one", **about)
-    sources = (recipe.Source(data=str(small_set)), recipe.Source(data=str(tmp_path / "set")))
+    sources = (sections.Source(data=str(small_set)), sections.Source(data=str(tmp_path / "set")))
     with pytest.raises(DataError, match="has other classes than"):
-        TrainingSet.open(recipe.Data(train=sources))
+        TrainingSet.open(sections.Data(train=sources))
 
 
 def test_another_seed_gives_other_batches(small_set: Path) -> None:

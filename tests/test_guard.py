@@ -18,7 +18,7 @@ from vimscale import recipe as recipes
 from vimscale.data.plan import Order
 from vimscale.errors import RecipeError
 from vimscale.guard import Judge, pass_over
-from vimscale.recipe import Guard
+from vimscale.sections import Guard
 
 NAN, INF = math.nan, math.inf
 

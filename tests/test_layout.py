@@ -15,7 +15,8 @@ FLOORS = [
     {"errors", "manifest", "pulse"},
     # the shape of a model: no torch, so recipes can check it
     {"model.presets", "model.schedule", "model.cost", "model.published", "model"},
-    {"recipe", "ops"},
+    {"sections", "ops"},
+    {"recipe"},
     {"distributed", "run_folder"},
     {"checkpoint"},
     {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},

@@ -9,7 +9,7 @@ from vimscale import optim, recipe
 from vimscale.distributed import backward_parts, draws
 from vimscale.engine import ds_config
 from vimscale.model import PRESETS, VisionMamba
-from vimscale.recipe import Optim
+from vimscale.sections import Optim
 
 
 def test_the_rate_warms_up_and_follows_a_cosine_to_its_minimum() -> None:

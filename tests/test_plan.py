@@ -9,7 +9,8 @@ import pytest
 from vimscale import recipe
 from vimscale.data.plan import Mixture, Order, Plan, generator
 from vimscale.errors import RecipeError
-from vimscale.recipe import MIX_BLOCK, Recipe
+from vimscale.recipe import Recipe
+from vimscale.sections import MIX_BLOCK
 
 
 def _recipe(*changes: str) -> Recipe:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vimscale import recipe
+from vimscale import recipe, sections
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
 from vimscale.recipe import Recipe
@@ -143,8 +143,8 @@ def test_every_key_of_the_model_section_is_one_of_the_models_own() -> None:
 
 
 def test_depth_and_directions_follow_each_other() -> None:
-    assert recipe.Model(preset="vim_tiny", depth=2).shape(10).directions == "bi*2"
-    assert recipe.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
+    assert sections.Model(preset="vim_tiny", depth=2).shape(10).directions == "bi*2"
+    assert sections.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
 
 
 def test_the_schema_describes_every_section() -> None:

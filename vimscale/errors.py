@@ -1,5 +1,8 @@
 """What can be said to a user in one message. Anything else that is raised is a bug, and shows its traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """The user's input is wrong: the message names the value, the rule and the way out. Exit code 2."""
@@ -47,3 +50,9 @@ class RunFailed(Exception):
     """The run itself failed, for the reason the message gives first. Exit code 1."""
 
     exit_code = 1
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """What to put behind a word that is not known: the nearest that is, or all."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

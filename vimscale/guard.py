@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vimscale import recipe as recipes
 from vimscale.data.stream import Batch
 from vimscale.recipe import Recipe
 
@@ -71,7 +70,7 @@ class Record:
 class Judge:
     """Tells bad steps from good ones, on the device: nothing waits for its answer."""
 
-    def __init__(self, options: recipes.Guard, device: torch.device):
+    def __init__(self, options: sections.Guard, device: torch.device):
         self._spike = math.inf if options.spike is None else options.spike
         self._window = torch.zeros(2, options.window, device=device)
         self._good = torch.zeros(1, dtype=torch.int64, device=device)

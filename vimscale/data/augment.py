@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimscale.data import policies
-from vimscale.recipe import Augment
+from vimscale.sections import Augment
 
 Size = tuple[int, int]
 """Height and width in pixels."""

@@ -23,7 +23,7 @@ from vimscale.data.opened import Opened, offsets
 from vimscale.data.shards import Shard
 from vimscale.data.store import Folder, Missing, Remote, open_store
 from vimscale.errors import DataError
-from vimscale.recipe import size_bytes
+from vimscale.sections import size_bytes
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
 from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, shown
 from vimscale.errors import DataError
-from vimscale.recipe import size_bytes
+from vimscale.sections import size_bytes
 
 _FIRST_CONTACT = Retry(tries=4)
 """An address that never answered is more likely wrong than out of order."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.recipe import Objective
+from vimscale.sections import Objective
 
 
 def loss(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:

@@ -13,7 +13,8 @@ from vimscale.data.plan import generator
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
 from vimscale.prepare.inspect import Located, read
-from vimscale.recipe import Augment, Recipe
+from vimscale.recipe import Recipe
+from vimscale.sections import Augment
 
 ROWS, DRAWS = 6, 5
 _SIDE, _GAP, _MARGIN, _TEXT, _HEAD = 192, 12, 32, 22, 68
