@@ -3,14 +3,15 @@
     step_00002000/   state-00000-of-00002.safetensors ...   trainer.json   manifest.json (sizes and sha256, last)
 
 A state file holds one rank's fragments as flat fp32 tensors named KIND/PARAMETER@START, KIND being weight, ema or one
-of the optimizer's moments. Loading puts together whatever stretches the new layout asks for: no conversion, no pickle.
+of the optimizer's moments; saving.py writes them. Loading puts together whatever stretches the new layout asks for: no
+conversion, no pickle.
 """
 
 import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vimscale import manifest, run_folder
-from vimscale.errors import CheckpointError, RunFailed
+from vimscale.errors import CheckpointError, DataError
+from vimscale.second import Place, fetch
 
 log = logging.getLogger(__name__)
 
@@ -46,110 +47,104 @@ class Trainer:
     """What the guard remembers, see `Guard.state`."""
 
 
-# ---- writing
+def newest(folder: Path, place: Place | None = None) -> Path | None:
+    """The newest whole checkpoint of a run's folder and of its second `place`, agreed on by all ranks, each of which
+    reads its share of the files. One that is at the second place alone is brought here first.
 
-
-def save(folder: Path, tensors: dict[str, Tensor], trainer: Trainer, keep: int) -> Path:
-    """Write this rank's `tensors` and, once every rank has written, make the checkpoint exist. Called by all ranks.
+    A damaged one is renamed to damaged_… with a warning, and its copy or the one before it taken.
 
     Raises:
-        RunFailed: on all ranks, if one of them could not write; the checkpoints there were are untouched.
+        CheckpointError: there are checkpoints, and all are damaged, or nobody can say whether there are: going on would
+            silently start from nothing. Or another version of this package wrote them.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    target = folder / run_folder.checkpoint_name(trainer.step)
-    unfinished = folder / f".{target.name}.partial"
-
-    def prepare() -> None:
-        for leftover in folder.glob(".step_*"):
-            shutil.rmtree(leftover)
-        unfinished.mkdir(parents=True)
-
-    def write() -> dict[str, Any]:
-        path = unfinished / f"state-{rank:05d}-of-{world:05d}.safetensors"
-        save_file({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}, path)
-        return manifest.seal(path)
-
-    def finish() -> None:
-        trainer_file = unfinished / "trainer.json"
-        trainer_file.write_text(json.dumps(asdict(trainer), indent=1) + "\n")
-        manifest.write(unfinished, [*entries, manifest.seal(trainer_file)])
-        if target.exists():
-            _remove(target)
-        unfinished.rename(target)
-        manifest.sync(folder)
-        for old in run_folder.checkpoints(folder)[keep:]:
-            _remove(old)
-
-    try:
-        _together(prepare if rank == 0 else None)
-        entries = _together(write)
-        _together(finish if rank == 0 else None)
-    except OSError as error:
-        if rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailed(
-            f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
-        ) from None
-    return target
-
-
-def _together(action: Callable[[], Any] | None) -> list[Any]:
-    """Run `action`, None on ranks that have none; what each rank's returned, or the first one's error on all ranks.
-
-    Raises:
-        OSError: on every rank alike.
-    """
-    problem, result = None, None
-    try:
-        result = action() if action is not None else None
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (problem, result))
-    for problem, _ in outcomes:
-        if problem is not None:
-            raise OSError(problem)
-    return [result for _, result in outcomes]
-
-
-def _remove(checkpoint: Path) -> None:
-    """In two steps, so that a crash leaves no half checkpoint under a checkpoint's name."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-# ---- reading
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, agreed on by all ranks, each of which reads its share of the files.
-
-    A damaged one is renamed to damaged_… with a warning, and the one before it taken.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged: going on would silently start from nothing.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    listing: list[Any] = [[path.name for path in run_folder.checkpoints(folder)] if rank == 0 else None]
-    dist.broadcast_object_list(listing)
+    here, there = _listed(folder, place)
     faults = []
-    for name in listing[0]:
+    for name in sorted({*here, *there}, reverse=True):
         checkpoint = folder / name
-        found = _together(partial(manifest.damage, checkpoint, rank, world))
-        fault = next((fault for fault in found if fault is not None), None)
-        if fault is None:
-            return checkpoint
-        faults.append(f"{name}: {fault}")
-        if rank == 0:
-            log.warning("checkpoint %s is damaged and set aside as damaged_%s: %s", name, name, fault)
-            checkpoint.rename(folder / f"damaged_{name}")
+        for source in [where for where, names in (("", here), ("fetched ", there)) if name in names]:
+            if source:
+                assert place is not None
+                fault = _first(_together(partial(_fetch, place, name, folder) if rank == 0 else None))
+            else:
+                fault = None
+            if fault is None:
+                fault = _first(_together(partial(manifest.damage, checkpoint, rank, world)))
+                if fault is None:
+                    return checkpoint
+                if rank == 0:
+                    log.warning("checkpoint %s is damaged and set aside as damaged_%s: %s", name, name, fault)
+                    _set_aside(checkpoint)
+                dist.barrier()
+            faults.append(f"{source}{name}: {fault}")
     if faults:
         raise CheckpointError(
             f"no checkpoint under {folder} is whole:\n  " + "\n  ".join(faults) + "\nrestore one from a copy,"
             " or choose another name= to start from step 0"
         )
     return None
+
+
+def _listed(folder: Path, place: Place | None) -> tuple[list[str], list[str]]:
+    """Names of the checkpoints here and at the second place, as rank 0 sees them."""
+    listing: list[Any] = [[], [], None]
+    if dist.get_rank() == 0:
+        listing[0] = [path.name for path in run_folder.checkpoints(folder)]
+        if place is not None:
+            try:
+                listing[1] = place.names()
+            except (OSError, DataError) as error:
+                listing[2] = str(error)
+    dist.broadcast_object_list(listing)
+    here, there, problem = listing
+    if problem is not None and not here:
+        raise CheckpointError(
+            f"checkpoint.second: {problem}\nthere is no checkpoint under {folder}, so this would start from step 0:"
+            " mend the second place, or leave checkpoint.second out"
+        )
+    if problem is not None and dist.get_rank() == 0:
+        log.warning("checkpoint.second: %s; only the checkpoints under %s are looked at", problem, folder)
+    return here, there
+
+
+def _fetch(place: Place, name: str, folder: Path) -> str | None:
+    log.info("fetching checkpoint %s", place.where(name))
+    try:
+        fetch(place, name, folder)
+    except (OSError, DataError) as error:
+        log.warning("checkpoint %s cannot be used: %s", place.where(name), error)
+        return str(error)
+    return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    checkpoint.rename(aside)
+
+
+def _first(found: list[str | None]) -> str | None:
+    return next((fault for fault in found if fault is not None), None)
+
+
+def _together(action: Callable[[], Any] | None) -> list[Any]:
+    """Run `action`, None on ranks that have none; what each rank's returned, or the first one's error on all ranks.
+
+    Raises:
+        CheckpointError: on every rank alike.
+    """
+    problem, result = None, None
+    try:
+        result = action() if action is not None else None
+    except (OSError, CheckpointError) as error:
+        problem = str(error)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (problem, result))
+    for problem, _ in outcomes:
+        if problem is not None:
+            raise CheckpointError(problem)
+    return [result for _, result in outcomes]
 
 
 def read_trainer(checkpoint: Path) -> Trainer:
@@ -170,8 +165,15 @@ class Reader:
 
     def __init__(self, checkpoint: Path):
         self._pieces: dict[str, list[tuple[int, int, Any, str]]] = {}
-        for path in sorted(checkpoint.glob("state-*.safetensors")):
-            file = safe_open(path, "pt")
+        names = [entry["name"] for entry in manifest.files(checkpoint)]  # whatever else is there is no part of it
+        for path in [checkpoint / name for name in names if name.startswith("state-")]:
+            try:
+                file = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{path} is no safetensors file ({error}); nothing else is read from a checkpoint: remove it to go"
+                    " on from the one before, or choose another name="
+                ) from None
             for key in file.keys():  # noqa: SIM118  safe_open is no dict
                 name, start = key.rsplit("@", 1)
                 numel = file.get_slice(key).get_shape()[0]

@@ -85,10 +85,14 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class Agreement:
-    """A wish that any rank may have, granted on all of them in the same step.
+NOTHING, STOP, SAVE_FAILED = range(3)
+"""What ranks agree on, the more urgent the larger."""
 
-    The flags travel over gloo, on the host, while the step computes: what is asked for during step t is known to all
+
+class Agreement:
+    """What any rank asks for, known to all of them in the same step: a small number, of which the largest counts.
+
+    The numbers travel over gloo, on the host, while the step computes: what is asked for during step t is known to all
     after step t + 1, and no step waits for a device.
     """
 
@@ -98,13 +102,13 @@ class Agreement:
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
-    def __call__(self, wish: bool) -> bool:
-        """To be called once a step by every rank; True on all of them or on none."""
-        agreed = False
+    def __call__(self, wish: int) -> int:
+        """To be called once a step by every rank; returns the same on all of them."""
+        agreed = NOTHING
         if self._pending is not None:
             self._pending.wait()
-            agreed = bool(self._flag.item())
-        self._flag.fill_(int(wish))
+            agreed = int(self._flag.item())
+        self._flag.fill_(wish)
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vimscale import sections
 from vimscale.data.stream import Batch
 from vimscale.recipe import Recipe
 

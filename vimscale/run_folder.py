@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ _MAY_CHANGE = ("parallel", "checkpoint", "guard", "evaluate", "log", "data.worke
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def surplus(names: Iterable[str], keep: int, keep_every: int | None) -> list[str]:
+    """Of checkpoints by name, those to remove: all but the `keep` newest, and multiples of `keep_every`."""
+    older = sorted(names, reverse=True)[keep:]
+    return [name for name in older if not keep_every or int(name.removeprefix("step_")) % keep_every]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimscale import checkpoint, distributed, guard_report, optim, recompute
+from vimscale import checkpoint, distributed, guard_report, optim, recompute, second
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
@@ -26,6 +26,7 @@ from vimscale.metrics import Meter, Metrics
 from vimscale.objectives import classification
 from vimscale.pulse import pulse
 from vimscale.run_folder import RunFolder
+from vimscale.saving import Saver
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     step = 0
     skipped: list[tuple[int, int]] = []  # see `Order`
     guard = Guard(recipe, device)
-    newest = checkpoint.newest(folder.checkpoints)
+    place = second.open_place(recipe.checkpoint.second, recipe.name)
+    newest = checkpoint.newest(folder.checkpoints, place)
     if newest is None and recipe.model.weights is not None:
         engine.load(starting_weights(Path(recipe.model.weights), config))
     ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
@@ -79,6 +81,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             log.info("resumed from %s", newest)
     metrics = Metrics(folder, step) if rank == 0 else None
     agree = distributed.Agreement(spec.patience_s)
+    saver = Saver(folder.checkpoints, recipe.checkpoint, recipe.name, emit)
     emit({"kind": "started", "step": step, "steps": steps})
 
     def evaluation() -> dict[str, float]:
@@ -157,7 +160,11 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         pulse.beat("step", step)
         losses.append(guard.loss)
         rates.append(rate)
-        stopping = agree(stop())
+        wish = distributed.STOP if stop() else distributed.NOTHING
+        agreed = agree(distributed.SAVE_FAILED if saver.failed else wish)
+        if agreed == distributed.SAVE_FAILED:
+            saver.wait()
+        stopping = agreed == distributed.STOP
 
         last = step == steps
         saving = last or stopping or step % recipe.checkpoint.every == 0
@@ -186,7 +193,8 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             losses, rates = [], []
         if hopeless is not None:
             seen, path = hopeless
-            newest = checkpoint.newest(folder.checkpoints)
+            saver.wait()
+            newest = checkpoint.newest(folder.checkpoints, place)
             if newest is None or guard.rollbacks >= recipe.guard.rollbacks:
                 raise RunFailed(_given_up(seen, path, newest, guard))
             trainer = checkpoint.read_trainer(newest)
@@ -225,14 +233,14 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 zero=recipe.parallel.zero,
                 ema=ema is not None,
             )
-            path = checkpoint.save(folder.checkpoints, _state(engine, ema), trainer, recipe.checkpoint.keep)
-            emit({"kind": "checkpoint", "step": step, "path": str(path)})
+            saver.save(_state(engine, ema), trainer)
             meter.restart()
         if saving or evaluating:
             pulse.beat("step")
 
     pulse.beat("save")
     agree.close()
+    saver.close()
     finished = step == steps
     result: dict[str, Any] = {"status": "done" if finished else "stopped", "step": step, "steps": steps}
     if finished and val_set is not None:

@@ -13,12 +13,13 @@ import socket
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
@@ -27,11 +28,14 @@ from vimscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 _CHUNK = 1 << 18
 _PROGRESS = 1 << 20
 """After so many bytes more, failures are counted anew: only a connection that leads nowhere is given up."""
 _BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _UNLISTED = "%s cannot be listed, so its shards are checked only when they are fetched: %s"
+WRITTEN = "give a folder, or s3://, gs:// or az://BUCKET/FOLDER"
 _READ = "folders and http(s):// are always read; s3://, gs:// and az:// with vimscale[s3]"
 
 
@@ -138,14 +142,49 @@ class Remote(ABC):
                 return
             except _Broken as error:
                 failures += 1
-                if failures == self.retry.tries:
-                    raise DataError(
-                        f"{self.where(name)}: {error}; tried {failures} times, with pauses of up to"
-                        f" {self.retry.pause(failures):g} s; once it can be reached again, repeat the command"
-                    ) from None
-                pause = self.retry.pause(failures)
-                log.warning("%s: %s; again in %g s", self.where(name), error, pause)
-                time.sleep(pause)
+                self._failed(name, error, failures)
+
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Write a file, which others see when all of it is there.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        self._try(name, partial(self._put, name, content))
+
+    def delete(self, name: str) -> None:
+        """Raises:
+        DataError: it cannot be deleted; that it is not there is no error.
+        """
+        self._try(name, partial(self._delete, name))
+
+    def listed(self) -> dict[str, int]:
+        """All files below and their bytes.
+
+        Raises:
+            DataError: they cannot be listed.
+        """
+        return self._try("", self._list)
+
+    def _try(self, name: str, action: Callable[[], _T]) -> _T:
+        failures = 0
+        while True:
+            try:
+                return action()
+            except _Broken as error:
+                failures += 1
+                self._failed(name, error, failures)
+
+    def _failed(self, name: str, error: _Broken, failures: int) -> None:
+        """Pause before the next try, unless there have been enough."""
+        if failures == self.retry.tries:
+            raise DataError(
+                f"{self.where(name)}: {error}; tried {failures} times, with pauses of up to"
+                f" {self.retry.pause(failures):g} s; once it can be reached again, repeat the command"
+            ) from None
+        pause = self.retry.pause(failures)
+        log.warning("%s: %s; again in %g s", self.where(name), error, pause)
+        time.sleep(pause)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
         """Bytes of those of the files that are there; None where asking for that would be a request a file."""
@@ -154,6 +193,15 @@ class Remote(ABC):
     @abstractmethod
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
         """(bytes of the whole file, its bytes from `start` on); raises _Broken for what may go better next time."""
+
+    def _put(self, name: str, content: Path | bytes) -> None:
+        raise DataError(f"{self.where(name)} cannot be written: {WRITTEN}")
+
+    def _delete(self, name: str) -> None:
+        raise DataError(f"{self.where(name)} cannot be deleted: {WRITTEN}")
+
+    def _list(self) -> dict[str, int]:
+        raise DataError(f"{self.where('')} cannot be listed: {WRITTEN}")
 
 
 class Web(Remote):
@@ -234,28 +282,55 @@ class Bucket(Remote):
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
         try:
-            return {entry["path"]: entry["size"] for page in self._obstore.list(self._bucket) for entry in page}
+            return self._entries()
         except Exception as error:
             log.warning(_UNLISTED, shown(self.url), _first_line(error))
             return None
+
+    def _entries(self) -> dict[str, int]:
+        return {entry["path"]: entry["size"] for page in self._obstore.list(self._bucket) for entry in page}
 
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
         options = {"range": {"offset": start}} if start else None
         try:
             found = self._obstore.get(self._bucket, name, options=options)
-        except FileNotFoundError:
-            raise Missing(f"{self.where(name)} is not there; check bucket, folder and AWS_ENDPOINT_URL") from None
         except Exception as error:
-            said = _first_line(error)
-            refused = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
-            if refused or re.search(r"status code: 4(?!08|25|29)|incorrectly configured|[Cc]redential", said):
-                raise DataError(
-                    f"{self.where(name)}: {said}; check the region and the keys in the environment"
-                    " (AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true)"
-                ) from None
-            asked = "169.254.169.254" in said  # a cloud machine's own address for keys, which others do not have
-            raise _Broken(said + (" (no keys in the environment)" if asked else "")) from None
+            raise self._fault(name, error) from None
         return found.meta["size"], _pieces(found.stream(min_chunk_size=_CHUNK))
+
+    def _put(self, name: str, content: Path | bytes) -> None:
+        try:
+            self._obstore.put(self._bucket, name, content)
+        except Exception as error:
+            raise self._fault(name, error) from None
+
+    def _delete(self, name: str) -> None:
+        try:
+            self._obstore.delete(self._bucket, name)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._fault(name, error) from None
+
+    def _list(self) -> dict[str, int]:
+        try:
+            return self._entries()
+        except Exception as error:
+            raise self._fault("", error) from None
+
+    def _fault(self, name: str, error: Exception) -> Exception:
+        """What to raise for an error of obstore's."""
+        if isinstance(error, FileNotFoundError):
+            return Missing(f"{self.where(name)} is not there; check bucket, folder and AWS_ENDPOINT_URL")
+        said = _first_line(error)
+        refused = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
+        if refused or re.search(r"status code: 4(?!08|25|29)|incorrectly configured|[Cc]redential", said):
+            return DataError(
+                f"{self.where(name)}: {said}; check the region and the keys in the environment"
+                " (AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true)"
+            )
+        asked = "169.254.169.254" in said  # a cloud machine's own address for keys, which others do not have
+        return _Broken(said + (" (no keys in the environment)" if asked else ""))
 
 
 class Filesystem(Remote):
@@ -276,12 +351,39 @@ class Filesystem(Remote):
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
         try:
+            return self._list()
+        except _Broken as error:
+            log.warning(_UNLISTED, shown(self.url), error)
+            return None
+
+    def _list(self) -> dict[str, int]:
+        try:
             files, root = self._fsspec.core.url_to_fs(self.url)
             found = files.find(root, detail=True)
-        except Exception as error:
-            log.warning(_UNLISTED, shown(self.url), _first_line(error))
-            return None
+        except Exception as error:  # every driver has its own
+            raise _Broken(_first_line(error)) from None
         return {posixpath.relpath(path, root): entry["size"] for path, entry in found.items()}
+
+    def _put(self, name: str, content: Path | bytes) -> None:
+        try:
+            files, root = self._fsspec.core.url_to_fs(self.url)
+            path = posixpath.join(root, name)
+            files.makedirs(posixpath.dirname(path), exist_ok=True)
+            if isinstance(content, Path):
+                files.put_file(str(content), path)
+            else:
+                files.pipe_file(path, content)
+        except Exception as error:
+            raise _Broken(_first_line(error)) from None
+
+    def _delete(self, name: str) -> None:
+        try:
+            files, root = self._fsspec.core.url_to_fs(self.url)
+            files.rm_file(posixpath.join(root, name))
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise _Broken(_first_line(error)) from None
 
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
         try:

@@ -1,0 +1,226 @@
+"""Checkpoints: whole or not there, whatever is damaged, in the way or killed; and their second place."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+import torch.distributed as dist
+from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
+
+from tests.shell import Shell
+from vimscale import checkpoint, manifest, run_folder, second
+from vimscale.checkpoint import Reader, Trainer
+from vimscale.errors import CheckpointError, RunFailed
+from vimscale.recipe import Checkpoint
+from vimscale.saving import Saver, write_state
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one rank."""
+    store = dist.FileStore(str(tmp_path / "meeting"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+TENSORS = {"weight/a@0": torch.arange(40.0), "weight/b@3": torch.randn(7), "ema/a@0": torch.randn(40)}
+
+
+def _trainer(step: int) -> Trainer:
+    return Trainer(step, {}, step, {"a": [8, 5], "b": [10]}, 1, 1, True)
+
+
+def _save(folder: Path, *steps: int, **rules: Any) -> list[dict]:
+    """What was emitted."""
+    events: list[dict] = []
+    saver = Saver(folder, Checkpoint(**rules), "run", events.append)
+    for step in steps:
+        saver.save(TENSORS, _trainer(step))
+    saver.close()
+    return events
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_told_of_once_it_exists_and_holds_what_was_copied(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, Checkpoint(), "run", lambda event: seen.append(checkpoint.newest(folder)))
+    seen: list[Path | None] = []
+    mine = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    saver.save(mine, _trainer(10))
+    for tensor in mine.values():
+        tensor.zero_()  # the next step's update
+    saver.wait()
+    path = folder / "step_00000010"
+    assert seen == [path]
+    assert _names(folder) == [path.name]
+    assert _names(path) == ["manifest.json", "state-00000-of-00001.safetensors", "trainer.json"]
+    found = load_file(path / "state-00000-of-00001.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_the_newest_are_kept_and_multiples_for_good(tmp_path: Path) -> None:
+    events = _save(tmp_path / "c", *range(10, 80, 10), keep=2, keep_every=30)
+    assert [event["step"] for event in events] == [10, 20, 30, 40, 50, 60, 70]
+    assert _names(tmp_path / "c") == [f"step_000000{n}" for n in (30, 60, 70)]
+
+
+def test_every_damage_is_detected(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    path = tmp_path / "step_00000010"
+    assert manifest.damage(path) is None
+    rng = random.Random(0)
+    files = sorted(path.iterdir())
+    for number in range(400):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        if rng.random() < 0.2:
+            file.write_bytes(whole[: rng.randrange(len(whole))])
+        else:
+            data = bytearray(whole)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(data)
+        assert manifest.damage(path) is not None, (number, file)
+        file.write_bytes(whole)
+    assert manifest.damage(path) is None
+
+
+def test_a_checkpoint_of_an_older_version_is_named_and_left_alone(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    path = tmp_path / "step_00000010"
+    listing = path / "manifest.json"
+    listing.write_text(json.dumps({"format": 1, "files": json.loads(listing.read_text())["files"]}))
+    with pytest.raises(CheckpointError, match="its format is 1, this version reads 2"):
+        checkpoint.newest(tmp_path)
+    assert path.is_dir()
+
+
+class _Hostile:
+    def __init__(self, witness: Path):
+        self._witness = witness
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self._witness,)
+
+
+def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    folder, witness = tmp_path / "c", tmp_path / "run"
+    _save(folder, 10)
+    path = folder / "step_00000010"
+    hostile = pickle.dumps(_Hostile(witness))
+    for name in ("state-00001-of-00002.safetensors", "extra.pt", "extra.pkl"):
+        (path / name).write_bytes(hostile)
+    assert checkpoint.newest(folder) == path
+    assert torch.equal(Reader(path).read("weight", "a", 0, 40), TENSORS["weight/a@0"])
+
+    state = path / "state-00000-of-00001.safetensors"
+    state.write_bytes(hostile)
+    assert manifest.damage(path) is not None
+    manifest.write(path, [manifest.seal(state), manifest.seal(path / "trainer.json")])  # made to look whole
+    assert checkpoint.newest(folder) == path
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        Reader(path)
+    assert not witness.exists()
+
+
+def test_a_state_file_is_what_the_library_reads(tmp_path: Path) -> None:
+    odd = {"a": torch.randn(3), "empty": torch.zeros(0), "ü": torch.randn(2, 5)}
+    write_state(tmp_path / "x.safetensors", odd)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == odd.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in odd.items())
+
+
+# ---- the second place
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    urlopen(Request(f"http://{host}:{port}/runs", method="PUT")).close()
+    yield "s3://runs/all"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "elsewhere") if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "c"
+    for step in (10, 20, 30):
+        _save(folder, step, keep=2, second=place)
+    there = second.open_place(place, "run")
+    assert there is not None
+    assert there.names() == ["step_00000030", "step_00000020"]
+    shutil.rmtree(folder / "step_00000030")
+    shutil.rmtree(folder / "step_00000020")
+    found = checkpoint.newest(folder, there)
+    assert found == folder / "step_00000030"
+    assert torch.equal(Reader(found).read("ema", "a", 0, 40), TENSORS["ema/a@0"])
+
+    data = bytearray((found / "trainer.json").read_bytes())
+    data[3] ^= 1
+    (found / "trainer.json").write_bytes(data)
+    assert checkpoint.newest(folder, there) == found, "a damaged one is replaced by its copy"
+    assert (folder / "damaged_step_00000030").is_dir()
+
+
+def test_the_second_place_takes_what_the_first_cannot(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    saver = Saver(tmp_path / "file" / "c", Checkpoint(second=place), "run", lambda event: None)
+    saver.save(TENSORS, _trainer(10))
+    with pytest.raises(RunFailed, match=rf"could not be written: .*; it is at {place}/run/step_00000010 instead"):
+        saver.wait()
+    found = checkpoint.newest(tmp_path / "c", second.open_place(place, "run"))
+    assert found == tmp_path / "c/step_00000010"
+    assert checkpoint.read_trainer(found) == _trainer(10)
+
+
+# ---- kills
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_after_a_kill_at_any_instant_the_newest_checkpoint_loads(shell: Shell, kills: int) -> None:
+    rng = random.Random(kills)
+    folder = shell.folder / "runs/small/checkpoints"
+    arguments = ("launch", "small.yaml", "steps=100000", "checkpoint.every=1", "--no-ray", "--workers", "1")
+    for _ in range(kills):
+        before = run_folder.checkpoints(folder)[:1]
+        process = shell.popen(*arguments)
+        while run_folder.checkpoints(folder)[:1] == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.3)
+        text = (shell.folder / "runs/small/logs/rank_00000.txt").read_text()
+        os.kill(int(re.findall(r"process (\d+) on", text)[-1]), signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        whole = run_folder.checkpoints(folder)
+        assert manifest.damage(whole[0]) is None
+        assert checkpoint.consolidated(whole[0], "weight")
+        assert checkpoint.read_trainer(whole[0]).step == int(whole[0].name.removeprefix("step_"))
