@@ -168,6 +168,12 @@ class Saver:
         self._partial.rename(target)
         manifest.sync(self._folder)
         self._emit({"kind": "checkpoint", "step": self._trainer.step, "path": str(target)})
+        try:
+            self._tidy(target)
+        except OSError as error:  # the checkpoint itself is written
+            log.warning("older checkpoints under %s could not be removed: %s", self._folder, error)
+
+    def _tidy(self, target: Path) -> None:
         needed = set()
         if self._copier is not None:
             self._copier.offer(target)
