@@ -248,6 +248,15 @@ def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, z
     assert (config["about"]["step"], config["classes"]) == (50, [str(i) for i in range(10)])
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_evaluation_leaves_training_as_it_was(shell: Shell, zero: int) -> None:
+    changes = ("steps=14", "log.every=1", f"parallel.zero={zero}", "parallel.persist=0")
+    shell.run("launch", "small.yaml", "name=unseen", *changes, *PROCESSES)
+    shell.run("launch", "small.yaml", "name=seen", "evaluate.every=4", *changes, *PROCESSES)
+    assert len(shell.rows("seen", "eval")) == 4
+    assert shell.losses("seen") == shell.losses("unseen")
+
+
 def test_only_the_newest_checkpoints_are_kept_and_each_is_whole(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "checkpoint.every=10", "checkpoint.keep=2", *PROCESSES)
     left = run_folder.checkpoints(shell.folder / "runs/small/checkpoints")

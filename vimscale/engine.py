@@ -246,7 +246,8 @@ class Engine:
                 fragment.weight.copy_(value)
             return
         if self.stage == 3:
-            self._engine.optimizer._partition_all_parameters()  # what is still gathered would stay as it was
+            # what is still gathered from the last forward pass would be used again as it is
+            self._engine.empty_partition_cache()
             for fragment, value in zip(self.fragments, values, strict=True):
                 self._parameters[fragment.name].ds_tensor.data[: fragment.numel].copy_(value)
             kept = self._engine.optimizer.persistent_parameters  # small ones, gathered on every rank for good
