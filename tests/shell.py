@@ -88,8 +88,11 @@ class Shell:
                     found[int(environ.parts[2])] = command.replace(b"\0", b" ").decode(errors="replace")
         return found
 
-    def nothing_is_left(self, within: float = 30) -> None:
-        """Wait until no process of this folder is left; fails, and ends them, if they stay."""
+    def nothing_is_left(self, within: float = 90) -> None:
+        """Wait until no process of this folder is left; fails, and ends them, if they stay.
+
+        Two agents of Ray's take a minute to see that a killed launcher took its Ray along.
+        """
         deadline = time.monotonic() + within
         while left := self.processes():
             if time.monotonic() > deadline:
