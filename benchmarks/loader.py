@@ -7,7 +7,7 @@
              with those steps under torch's DataLoader
     start    opening sets of 1,000 shards, and finding a position of a run, for shards of 10 and of 10,000 samples
 
-Images are 415 x 355 JPEGs of smooth noise, about 56 KiB, near ImageNet's mean. CPU seconds of the process; medians.
+Images are 415 x 355 JPEGs of smooth noise and grain, about 64 KiB. CPU seconds of the process; medians.
 """
 
 import argparse
