@@ -52,7 +52,12 @@ class RunFailed(Exception):
     exit_code = 1
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was perhaps meant."""
+    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """What to put behind a word that is not known: the nearest that is, or all."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"

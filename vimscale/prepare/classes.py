@@ -1,10 +1,9 @@
 """Labels as people write them, names or numbers, to the whole numbers that a model learns."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vimscale.errors import DataError
+from vimscale.errors import DataError, nearest
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -84,5 +83,6 @@ def _check_dense(numbers: dict[str | int, int], where: str) -> None:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    """Behind a word of which there may be thousands."""
+    near = nearest(word, known)
+    return f" (did you mean {near}?)" if near else ""
