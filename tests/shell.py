@@ -106,6 +106,12 @@ class Shell:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def reaches(self, process: subprocess.Popen, name: str, step: int) -> None:
+        """Wait until the run has written down that step."""
+        while len(self.rows(name)) < step:
+            assert process.poll() is None, f"{name} ended before step {step}: {process.communicate()}"
+            time.sleep(0.01)
+
     def process_of(self, name: str, rank: int) -> int | None:
         """The newest process of a rank, as it wrote down itself; it may have ended since."""
         path = self.folder / "runs" / name / "logs" / f"rank_{rank:05d}.txt"

@@ -45,19 +45,6 @@ def _same_weights(shell: Shell, a: str, b: str) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def _reaches(shell: Shell, process: subprocess.Popen, name: str, step: int) -> None:
-    """Wait until the run has written down that step."""
-    while len(shell.rows(name)) < step:
-        assert process.poll() is None, f"{name} ended before step {step}: {process.communicate()}"
-        time.sleep(0.01)
-
-
-def _process_of(shell: Shell, name: str, rank: int) -> int:
-    """The newest process of a rank, as it wrote down itself."""
-    text = (shell.folder / "runs" / name / "logs" / f"rank_{rank:05d}.txt").read_text()
-    return int(re.findall(r"process (\d+) on", text)[-1])
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", [("--no-ray",), pytest.param((), marks=pytest.mark.slow)], ids=["processes", "ray"])
 def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell, how: tuple[str, ...]) -> None:
@@ -158,8 +145,8 @@ def _as_if_nothing_had_been(shell: Shell, name: str, calm: Shell) -> bool:
 )
 def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, calm: Shell, how: tuple[str, ...], rank: int) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
-    _reaches(shell, process, "hit", 100)
-    os.kill(_process_of(shell, "hit", rank), signal.SIGKILL)
+    shell.reaches(process, "hit", 100)
+    os.kill(shell.process_of("hit", rank), signal.SIGKILL)
     output = shell.finish(process)
     assert re.search(rf"rank {rank}: process \d+ (was killed by SIGKILL|died); starting again from the last", output)
     assert "Traceback" not in output
@@ -169,7 +156,7 @@ def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, calm: Shell, how: 
 @pytest.mark.parametrize("how", [RAY, PROCESSES], ids=["ray", "processes"])
 def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: tuple[str, ...]) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
-    _reaches(shell, process, "hit", 100)
+    shell.reaches(process, "hit", 100)
     os.killpg(process.pid, signal.SIGINT)  # a Ctrl-C reaches the whole group
     output = shell.finish(process, expect=3)
     assert "stopped on request, with a checkpoint" in output
@@ -190,8 +177,8 @@ def test_a_killed_launcher_leaves_no_rank_running_and_the_command_goes_on(
     shell: Shell, calm: Shell, how: tuple[str, ...]
 ) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
-    _reaches(shell, process, "hit", 100)
-    ranks = [_process_of(shell, "hit", rank) for rank in (0, 1)]
+    shell.reaches(process, "hit", 100)
+    ranks = [shell.process_of("hit", rank) for rank in (0, 1)]
     process.kill()
     while any(_runs(pid) for pid in ranks):
         time.sleep(0.01)
@@ -214,7 +201,7 @@ def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell) -> Non
             "launch", "small.yaml", "name=moved", *options, f"parallel.zero={zero}", "--no-ray", "--workers", world
         )
         if number < len(layouts) - 1:
-            _reaches(shell, process, "moved", 15 * (number + 1))
+            shell.reaches(process, "moved", 15 * (number + 1))
             process.send_signal(signal.SIGTERM)
             shell.finish(process, expect=3)
             assert len(shell.rows("moved")) < 90

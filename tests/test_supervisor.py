@@ -282,22 +282,11 @@ RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")
 
 
-def _reaches(shell: Shell, process: subprocess.Popen, name: str, step: int) -> None:
-    while len(shell.rows(name)) < step:
-        assert process.poll() is None, f"{name} ended before step {step}: {process.communicate()}"
-        time.sleep(0.01)
-
-
-def _process_of(shell: Shell, name: str, rank: int) -> int:
-    text = (shell.folder / "runs" / name / "logs" / f"rank_{rank:05d}.txt").read_text()
-    return int(re.findall(r"process (\d+) on", text)[-1])
-
-
 @pytest.mark.parametrize("how", [PROCESSES, pytest.param(RAY, marks=pytest.mark.slow)], ids=["processes", "ray"])
 def test_a_rank_that_is_stopped_is_noticed_and_replaced(shell: Shell, how: tuple[str, ...]) -> None:
     process = shell.popen("launch", "small.yaml", *LONG, *how, "--hang-after", "3")
-    _reaches(shell, process, "small", 100)
-    os.kill(_process_of(shell, "small", 1), signal.SIGSTOP)
+    shell.reaches(process, "small", 100)
+    os.kill(shell.process_of("small", 1), signal.SIGSTOP)
     output = shell.finish(process)
     assert re.search(r"rank 1: no progress for \d+ s after step \d+ \(\w+\), and does not answer", output)
     assert "going on after" in output
@@ -313,8 +302,8 @@ def test_a_rank_that_is_stopped_is_noticed_and_replaced(shell: Shell, how: tuple
 @pytest.mark.slow
 def test_ranks_that_do_not_end_in_time_are_ended_and_the_message_says_so(shell: Shell) -> None:
     process = shell.popen("launch", "small.yaml", *LONG, *PROCESSES, "--grace", "2")
-    _reaches(shell, process, "small", 100)
-    os.kill(_process_of(shell, "small", 1), signal.SIGSTOP)
+    shell.reaches(process, "small", 100)
+    os.kill(shell.process_of("small", 1), signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
     output = shell.finish(process, expect=1)
     assert "had not saved and ended 2 s after the request to stop (--grace) and was ended" in output
@@ -325,8 +314,8 @@ def test_ranks_that_do_not_end_in_time_are_ended_and_the_message_says_so(shell: 
 @pytest.mark.parametrize("to", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
 def test_slurms_warning_leads_to_a_checkpoint_and_an_end(shell: Shell, to: str) -> None:
     process = shell.popen("launch", "small.yaml", *LONG, *PROCESSES)
-    _reaches(shell, process, "small", 100)
-    os.kill(process.pid if to == "launcher" else _process_of(shell, "small", 1), signal.SIGUSR1)
+    shell.reaches(process, "small", 100)
+    os.kill(process.pid if to == "launcher" else shell.process_of("small", 1), signal.SIGUSR1)
     shell.finish(process, expect=3)
     done = len(shell.losses("small"))
     newest = run_folder.checkpoints(shell.folder / "runs/small/checkpoints")[0]
@@ -356,7 +345,7 @@ def test_a_killed_launcher_leaves_nothing_of_its_ray(shell: Shell) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="v-"))
     shell.env["TMPDIR"] = str(temporary)
     process = shell.popen("launch", "small.yaml", *LONG, *RAY)
-    _reaches(shell, process, "small", 100)
+    shell.reaches(process, "small", 100)
     (folder,) = temporary.glob("vimscale-ray-*")
     started = list(_below(process.pid))
     process.kill()
@@ -369,12 +358,12 @@ def test_a_killed_launcher_leaves_nothing_of_its_ray(shell: Shell) -> None:
 @pytest.mark.slow
 def test_a_killed_head_of_ray_ends_the_launch_and_the_same_command_goes_on(shell: Shell) -> None:
     process = shell.popen("launch", "small.yaml", *LONG, "steps=2000", *RAY)
-    _reaches(shell, process, "small", 100)
+    shell.reaches(process, "small", 100)
     (head,) = [pid for pid in _below(process.pid) if _command(pid).split("\0")[0].endswith("gcs_server")]
     os.kill(head, signal.SIGKILL)
     assert "Failed to connect to GCS" in shell.finish(process, expect=1)
     process = shell.popen("launch", "small.yaml", *LONG, "steps=2000", *RAY)
-    _reaches(shell, process, "small", 300)
+    shell.reaches(process, "small", 300)
     process.send_signal(signal.SIGTERM)
     assert "resumed from" in shell.finish(process, expect=3)
 
@@ -408,9 +397,9 @@ def test_a_run_shrinks_with_the_nodes_and_grows_with_them(shell: Shell) -> None:
     with _cluster() as cluster:
         node = cluster.add_node(num_cpus=1)
         process = shell.popen("launch", "small.yaml", *options, "--address", cluster.address, "--workers", "1:2")
-        _reaches(shell, process, "small", 50)
+        shell.reaches(process, "small", 50)
         cluster.remove_node(node, allow_graceful=False)
-        _reaches(shell, process, "small", 60)
+        shell.reaches(process, "small", 60)
         cluster.add_node(num_cpus=1)
         output = shell.finish(process)
     assert "small: 2 ranks on the Ray" in output
@@ -429,7 +418,7 @@ def test_rays_notice_of_preemption_leads_to_a_checkpoint_and_an_end(shell: Shell
     with _cluster() as cluster:
         node = cluster.add_node(num_cpus=1)
         process = shell.popen("launch", "small.yaml", "steps=2000", "--address", cluster.address, *RAY)
-        _reaches(shell, process, "small", 50)
+        shell.reaches(process, "small", 50)
         where = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "60"]
         subprocess.run([ray, *drain, *where], check=True, env=shell.env, capture_output=True)
         output = shell.finish(process, expect=3)
