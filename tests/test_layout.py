@@ -15,6 +15,7 @@ FLOORS = [
     {"errors", "manifest", "pulse"},
     # the shape of a model: no torch, so recipes can check it
     {"model.presets", "model.schedule", "model.cost", "model.published", "model"},
+    {"typed_yaml", "devices"},
     {"sections", "ops"},
     {"recipe"},
     {"distributed", "run_folder", "data.store"},

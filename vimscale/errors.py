@@ -10,13 +10,21 @@ class UserError(Exception):
     exit_code = 2
 
 
-class RecipeError(UserError):
-    """Every fault of a recipe at once, one a line."""
+class FileFaults(UserError):
+    """Every fault of a file at once, one a line."""
 
     def __init__(self, title: str, faults: list[str]):
         self.faults = faults
         count = f"{len(faults)} faults" if len(faults) > 1 else "a fault"
         super().__init__(f"{title} has {count}\n" + "\n".join("  " + fault.replace("\n", "\n  ") for fault in faults))
+
+
+class RecipeError(FileFaults):
+    """A recipe, or what it asks for where it is to run."""
+
+
+class ClusterError(FileFaults):
+    """A cluster file."""
 
 
 class DataError(UserError):

@@ -1,27 +1,16 @@
-"""What to train: the typed recipe, and the loader that reports every fault of one at once."""
+"""What to train: the typed recipe, and the YAML files that hold it."""
 
 import dataclasses
-import re
 import sys
 from collections.abc import Iterable, Iterator
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from vimscale.errors import RecipeError, suggest
+from vimscale.errors import RecipeError
 from vimscale.sections import (
-    UNION,
     Augment,
     Checkpoint,
     Data,
@@ -33,23 +22,14 @@ from vimscale.sections import (
     Optim,
     Parallel,
     Phase,
-    Section,
-    Whole,
 )
-
-
-def _check_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(
-            f"{name!r} cannot name a folder: use letters, digits, '.', '_', '-', and a letter or digit first"
-        )
-    return name
+from vimscale.typed_yaml import Kind, Section, Whole, check_name
 
 
 class Recipe(Section):
     """What to train. Names no machine."""
 
-    name: Annotated[str, AfterValidator(_check_name)]
+    name: Annotated[str, AfterValidator(check_name)]
     """The run's folder under runs/."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     steps: Annotated[Whole, Field(ge=1)] | None = None
@@ -197,179 +177,18 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
+_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"))
+
+
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe `source`, a YAML file or the name of a shipped one, with `a.b=c` overrides put on top.
 
     Raises:
         RecipeError: with every fault that was found.
     """
-    path = find(str(source))
-    faults: list[str] = []
-    changes: dict = {}
-    for text in overrides:
-        _override(changes, text, faults)
-    tree = _lay_over(_read(path, ()), changes)
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        faults += [line for fault in error.errors() for line in _explain(fault)]
-    if faults:
-        raise RecipeError(f"recipe {path.stem}", faults)
-    return recipe
+    return _KIND.load(source, overrides)
 
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("vimscale") / "recipes"))
-    if not folder.exists():  # a source tree: recipes/ stands beside the package
-        folder = Path(__file__).resolve().parent.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find(source: str) -> Path:
-    if source in shipped():
-        return shipped()[source]
-    path = Path(source)
-    if path.is_file():
-        return path
-    near = suggest(source, shipped())
-    raise RecipeError(f"recipe {source}", [f"there is no such file, and no shipped recipe of that name{near}"])
-
-
-# ---- reading YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key given twice."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _read(path: Path, above: tuple[Path, ...]) -> dict:
-    """The file's tree, laid over the tree of its `base`."""
-    path = path.resolve()
-    title = f"recipe {path.stem}"
-    if path in above:
-        chain = " -> ".join(p.stem for p in (*above, path))
-        raise RecipeError(title, [f"base: the recipes build on each other in a circle: {chain}"])
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(title, [f"{path}, line {line}: {error.problem}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(title, [f"{path} cannot be read: {error}"]) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(title, [f"{path} holds {type(tree).__name__}, not sections and keys"])
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
-    return _lay_over(_read(beside if beside.is_file() else find(str(base)), (*above, path)), tree)
-
-
-def _lay_over(base: dict, top: dict) -> dict:
-    """`top` over `base`, section by section. A length given as steps replaces one given as epochs, and vice versa."""
-    merged = dict(base)
-    if ("steps" in top) != ("epochs" in top):
-        merged.pop("epochs" if "steps" in top else "steps", None)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _lay_over(merged[key], value) if both else value
-    return merged
-
-
-def _override(tree: dict, text: str, faults: list[str]) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        faults.append(f"{text!r} is no override; write section.key=value")
-        return
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if not isinstance(node.setdefault(parent, {}), dict):
-            faults.append(f"{key}: {parent} is a value, not a section")
-            return
-        node = node[parent]
-    try:
-        node[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        faults.append(f"{key}: {value!r} is not a YAML value; quote it")
-
-
-# ---- explaining faults
-
-
-_WANTED = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "float_type": "a number",
-    "string_type": "text (quote it if it looks like a number)",
-    "bool_type": "true or false",
-    "model_type": "a section of keys",
-    "dict_type": "a section of keys",
-    "tuple_type": "a list",
-}
-_BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below")}
-_BOUNDS |= {"less_than_equal": ("le", "at most")}
-
-
-def _explain(fault: Any) -> list[str]:
-    """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
-    place = [part for part in fault["loc"] if part not in UNION]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
-    kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
-    if kind == "value_error":
-        broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
-        return [f"{key}: {rule}" if key else rule for rule in broken]
-    if kind == "extra_forbidden":
-        section = _section(place[:-1])
-        return [f"{key}: no such key{suggest(str(place[-1]), section.model_fields)}"]
-    if kind == "missing":
-        field: FieldInfo = _section(place[:-1]).model_fields[place[-1]]
-        about = f": {field.description}" if field.description else ""
-        return [f"{key}: missing, and it has no default{about}"]
-    if kind == "literal_error":
-        return [f"{key}: {value!r} is not one of {context['expected']}"]
-    if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        return [f"{key}: {value!r} must be {words} {context[name]}"]
-    return [f"{key}: {value!r} is not {_WANTED.get(kind, fault['msg'])}"]
-
-
-def _section(location: Iterable[str | int]) -> type[BaseModel]:
-    """The section that a location in the recipe's tree lies in."""
-    section: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, int):  # which one of a list: all are alike
-            continue
-        annotation = section.model_fields[part].annotation
-        annotation = _innermost(annotation)
-        assert annotation is not None
-        section = annotation
-    return section
-
-
-def _innermost(annotation: Any) -> type[BaseModel] | None:
-    """The section in an annotation: `Stage` of `tuple[Stage, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _innermost(part)) is not None), None)
+    return _KIND.shipped()

@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -19,17 +17,8 @@ from pydantic import (
 from vimscale.errors import suggest
 from vimscale.model import presets, schedule
 from vimscale.model.presets import PRESETS, ClassToken, Fuse, Pool, VimConfig
+from vimscale.typed_yaml import UNION, Section, Whole
 
-Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
-"""An integer that may be written 1e6."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-UNION = ("one", "several")
-"""Tags of a union's members, which pydantic puts into the places of faults."""
 _Either = Discriminator(lambda value: UNION[isinstance(value, list | tuple)])
 Sides = Annotated[tuple[Whole, Whole], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 """Two whole numbers, written as a list."""
