@@ -116,9 +116,14 @@ def show(
 
 
 @app.command()
-def schema() -> None:
-    """Print the recipe's JSON schema, for editors."""
-    print(json.dumps(recipes.Recipe.model_json_schema(), indent=1))
+def schema(
+    of: Annotated[Literal["recipe", "cluster"], typer.Argument(help="Which kind of file.")] = "recipe",
+) -> None:
+    """Print the JSON schema of recipes, or of cluster files, for editors."""
+    from .cluster import Cluster
+
+    described = recipes.Recipe if of == "recipe" else Cluster
+    print(json.dumps(described.model_json_schema(), indent=1))
 
 
 @app.command()

@@ -161,6 +161,7 @@ def test_show_prints_the_resolved_recipe_and_what_follows(shell: Shell) -> None:
 
 def test_the_schema_is_json(shell: Shell) -> None:
     assert json.loads(shell.run("schema"))["title"] == "Recipe"
+    assert json.loads(shell.run("schema", "cluster"))["title"] == "Cluster"
 
 
 def test_the_run_folder_holds_what_ran_and_where(shell: Shell) -> None:
