@@ -223,7 +223,7 @@ def launch(
         )
         console.print(f"  or: vimscale export {folder.path} --to safetensors", highlight=False, soft_wrap=True)
     else:
-        console.print("stopped on request, with a checkpoint; the same command goes on from there", highlight=False)
+        console.print(f"stopped on request; {supervisor.goes_on(folder)}", highlight=False)
     raise typer.Exit(code)
 
 

@@ -127,7 +127,7 @@ def supervise(
     progress: Progress,
     policy: Policy = Policy(),
 ) -> int:
-    """Run to the end; returns the exit code: 0 finished, 3 stopped on request with a checkpoint saved.
+    """Run to the end; returns the exit code: 0 finished, 3 stopped on request, with all that can be saved.
 
     Raises:
         UserError: a rank found the input wrong.
@@ -158,7 +158,7 @@ def supervise(
             if not failed:
                 raise RunFailed(
                     f"{_ranks(watch.unheard)} had not saved and ended {policy.grace:g} s after the request to stop"
-                    f" (--grace) and was ended; {_goes_on(folder)}"
+                    f" (--grace) and was ended; {goes_on(folder)}"
                 )
             first = first_cause(failed)
             if first.cause == "user":
@@ -173,7 +173,7 @@ def supervise(
             if first.cause == "error":
                 raise RunFailed(f"{message}\n  traceback: {folder.errors}")
             if stop.asked:
-                raise RunFailed(f"{message}, after the request to stop; {_goes_on(folder)}")
+                raise RunFailed(f"{message}, after the request to stop; {goes_on(folder)}")
             if (why := failures.hopeless()) is not None:
                 raise RunFailed(f"{message}\n  {why}")
             progress.note("warning", f"{message}; starting again from the last checkpoint ({failures.count()})")
@@ -268,7 +268,7 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _goes_on(folder: RunFolder) -> str:
+def goes_on(folder: RunFolder) -> str:
     newest = checkpoints(folder.checkpoints)[:1]
     where = newest[0].name if newest else "step 0: there is no checkpoint yet"
     return f"the same command goes on from {where}"

@@ -5,10 +5,15 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -20,7 +25,7 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from tests.shell import Shell
-from vimscale import checkpoint, manifest, run_folder, second
+from vimscale import checkpoint, manifest, recipe, run_folder, second
 from vimscale.checkpoint import Reader, Trainer
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe import Checkpoint
@@ -53,6 +58,12 @@ def _save(folder: Path, *steps: int, **rules: Any) -> list[dict]:
     return events
 
 
+def _damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -78,6 +89,40 @@ def test_the_newest_are_kept_and_multiples_for_good(tmp_path: Path) -> None:
     events = _save(tmp_path / "c", *range(10, 80, 10), keep=2, keep_every=30)
     assert [event["step"] for event in events] == [10, 20, 30, 40, 50, 60, 70]
     assert _names(tmp_path / "c") == [f"step_000000{n}" for n in (30, 60, 70)]
+
+
+def test_the_newest_regular_one_is_kept_whatever_stops_add(tmp_path: Path) -> None:
+    _save(tmp_path / "c", 10, 20, 21, 22, 23, every=10, keep=1)
+    assert _names(tmp_path / "c") == ["step_00000020", "step_00000023"]
+
+
+def test_a_rollback_takes_what_was_saved_for_a_stop_only_if_there_is_no_other(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, Checkpoint(), "run", lambda event: None)
+    for step in (10, 13):
+        saver.save(TENSORS, replace(_trainer(step), asked=step == 13))
+    saver.close()
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000013"
+    assert checkpoint.newest(tmp_path, regular=True) == tmp_path / "step_00000010"
+    second.remove(tmp_path / "step_00000010")
+    assert checkpoint.newest(tmp_path, regular=True) == tmp_path / "step_00000013"
+
+
+def test_the_same_state_saved_again_leaves_the_checkpoint_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000010"
+    state = path / "state-00000-of-00001.safetensors"
+    _save(tmp_path, 10)
+    before = state.stat()
+    assert [event["step"] for event in _save(tmp_path, 10)] == [10]
+    assert state.stat() == before
+    saver = Saver(tmp_path, Checkpoint(), "run", lambda event: None)
+    saver.save(TENSORS, replace(_trainer(10), updates=9))
+    saver.close()
+    assert checkpoint.read_trainer(path).updates == 9, "another state of that step takes its place"
+    for number in ("", "_2"):
+        _damage(state)
+        _save(tmp_path, 10)
+        assert manifest.damage(path) is None
+        assert manifest.damage(tmp_path / f"damaged_step_00000010{number}") is not None
 
 
 def test_every_damage_is_detected(tmp_path: Path) -> None:
@@ -182,11 +227,141 @@ def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_pat
     assert found == folder / "step_00000030"
     assert torch.equal(Reader(found).read("ema", "a", 0, 40), TENSORS["ema/a@0"])
 
-    data = bytearray((found / "trainer.json").read_bytes())
-    data[3] ^= 1
-    (found / "trainer.json").write_bytes(data)
-    assert checkpoint.newest(folder, there) == found, "a damaged one is replaced by its copy"
-    assert (folder / "damaged_step_00000030").is_dir()
+    for number in ("", "_2"):
+        _damage(found / "trainer.json")
+        (folder / ".step_00000030.fetched").mkdir()  # by a process that was killed then
+        assert checkpoint.newest(folder, there) == found, "a damaged one is replaced by its copy"
+        assert (folder / f"damaged_step_00000030{number}").is_dir()
+
+
+def test_what_is_whole_at_the_second_place_is_not_written_again(tmp_path: Path, place: str) -> None:
+    there = second.open_place(place, "run")
+    assert there is not None
+    _save(tmp_path, 10, second=place)
+    text = (tmp_path / "step_00000010/trainer.json").read_bytes()
+    assert second.has(there, "step_00000010", text)
+    assert not second.has(there, "step_00000010", text + b" ")
+    assert not second.has(there, "step_00000020", text)
+    there.put("step_00000010", "trainer.json", text[:-1])
+    if not place.startswith("s3:"):
+        (Path(place) / "run/.step_00000010.partial/trainer.json").rename(Path(place) / "run/step_00000010/trainer.json")
+    assert list(second.faults(there, "step_00000010")) == ["trainer.json does not have the sha256 it was written with"]
+    _save(tmp_path, 10, second=place)
+    assert second.has(there, "step_00000010", text), "a damaged copy is replaced"
+
+
+class _Held:
+    """A place that takes nothing until it may."""
+
+    def __init__(self, place: second.Place):
+        self._place, self.may = place, threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._place, name)
+
+    def put(self, *arguments: Any) -> None:
+        self.may.wait()
+        self._place.put(*arguments)
+
+
+def test_a_slow_second_place_gets_the_newest_first_and_all_that_stay_for_good(tmp_path: Path) -> None:
+    there = second.open_place(str(tmp_path / "there"), "run")
+    assert there is not None
+    held = _Held(there)
+    copier = second.Copier(held, Checkpoint(keep=1, keep_every=20))
+    _save(tmp_path / "c", 10, 20, 30, 40, 50, keep=9)
+    for step in (10, 20, 30, 40, 50):
+        copier.offer(tmp_path / f"c/step_000000{step}")
+    assert copier.needed() >= {"step_00000020", "step_00000040", "step_00000050"}
+    held.may.set()
+    copier.wait()
+    assert there.names() == ["step_00000050", "step_00000040", "step_00000020"]
+
+
+def test_a_relative_second_place_is_one_of_the_folder_that_the_command_is_given_in() -> None:
+    chosen = recipe.load("vim_digits_cpu", ["checkpoint.second=../elsewhere"])
+    assert chosen.checkpoint.second == str(Path.cwd().parent / "elsewhere")
+
+
+SLOW = """
+import sys, time
+from multiprocessing import get_context
+from pathlib import Path
+from vimscale import distributed, recipe, second
+from vimscale.distributed import RankSpec
+
+class Slow:
+    def __init__(self, place):
+        self._place = place
+    def __getattr__(self, name):
+        return getattr(self._place, name)
+    def read(self, *arguments):
+        for piece in self._place.read(*arguments):
+            time.sleep(0.5)
+            yield piece
+
+def rank(number, folder):
+    spec = RankSpec(recipe.load("vim_digits_cpu"), folder, number, 2, "cpu", 1, f"file://{folder}/meet", "lo", 2.0)
+    distributed.prepare(spec)
+    distributed.join(spec)
+    from vimscale import checkpoint
+    from vimscale.pulse import pulse
+
+    place = Slow(second.open_place(f"{folder}/there", "run"))
+    found = checkpoint.newest(folder / "here", place)
+    assert found == folder / "here/step_00000010", found
+    assert pulse.beats >= 3, pulse.beats
+    moving = pulse.beats
+    distributed.together((lambda: time.sleep(3)) if number == 0 else None)
+    assert pulse.beats <= moving + 1, "nothing moves, so the watchdog is to see it"
+    distributed.leave()
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    ranks = [get_context("fork").Process(target=rank, args=(number, folder)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))
+"""
+
+
+def test_ranks_wait_for_a_slow_second_place_longer_than_for_each_other(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "c", Checkpoint(second=str(tmp_path / "there")), "run", lambda event: None)
+    saver.save({"weight/a@0": torch.zeros(2_000_000)}, _trainer(10))
+    saver.close()
+    (tmp_path / "here").mkdir()
+    done = subprocess.run([sys.executable, "-c", SLOW, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", [("--no-ray",), pytest.param((), marks=pytest.mark.slow)], ids=["processes", "ray"])
+def test_a_run_whose_disk_is_full_on_one_rank_saves_at_the_second_place_and_goes_on_from_it(
+    shell: Shell, bucket: str, how: tuple[str, ...]
+) -> None:
+    changes = ("steps=40", "checkpoint.every=10", "log.every=1", "parallel.zero=1", "--workers", "2", *how)
+    here = shell.folder / "runs/full/checkpoints"
+    shell.run("launch", "small.yaml", "name=calm", *changes)
+    shell.env |= {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+    full = ("launch", "small.yaml", "name=full", f"checkpoint.second={bucket}", *changes)
+    process = shell.popen(*full)
+    shell.reaches(process, "full", 12)
+    rank = shell.process_of("full", 1)
+    assert rank is not None
+    resource.prlimit(rank, resource.RLIMIT_FSIZE, (100 << 10, resource.RLIM_INFINITY))
+    said = shell.finish(process, expect=1)
+    found = re.search(rf"checkpoint \S+/(step_\d+) could not be written: .*; it is at {bucket}/full/\1 instead", said)
+    assert found is not None, said
+    before = run_folder.checkpoints(here)
+    assert before
+    assert all(path.name < found[1] and manifest.damage(path) is None for path in before)
+    assert f"resumed from {here / found[1]}" in shell.run(*full)
+    assert shell.losses("full") == shell.losses("calm")
+    ours, theirs = (run_folder.checkpoints(shell.folder / f"runs/{name}/checkpoints")[0] for name in ("full", "calm"))
+    for kind in ("weight", "ema"):
+        both = [checkpoint.consolidated(path, kind).values() for path in (ours, theirs)]
+        assert all(map(torch.equal, *both))
 
 
 def test_the_second_place_takes_what_the_first_cannot(tmp_path: Path, place: str) -> None:

@@ -9,8 +9,6 @@ conversion, no pickle.
 
 import json
 import logging
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vimscale import manifest, run_folder
+from vimscale import distributed, manifest, run_folder
 from vimscale.errors import CheckpointError, DataError
 from vimscale.second import Place, fetch
 
@@ -45,11 +43,14 @@ class Trainer:
     ema: bool
     guard: dict[str, Any] = field(default_factory=dict)
     """What the guard remembers, see `Guard.state`."""
+    asked: bool = False
+    """Whether it was saved because a stop was asked for: a run that nobody stops does not have it."""
 
 
-def newest(folder: Path, place: Place | None = None) -> Path | None:
+def newest(folder: Path, place: Place | None = None, *, regular: bool = False) -> Path | None:
     """The newest whole checkpoint of a run's folder and of its second `place`, agreed on by all ranks, each of which
-    reads its share of the files. One that is at the second place alone is brought here first.
+    reads its share of the files. One that is at the second place alone is brought here first. `regular`: those that
+    were saved for a stop (`Trainer.asked`) are taken only if there is no other.
 
     A damaged one is renamed to damaged_… with a warning, and its copy or the one before it taken.
 
@@ -59,30 +60,33 @@ def newest(folder: Path, place: Place | None = None) -> Path | None:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     here, there = _listed(folder, place)
-    faults = []
+    faults, spare = [], None
     for name in sorted({*here, *there}, reverse=True):
         checkpoint = folder / name
         for source in [where for where, names in (("", here), ("fetched ", there)) if name in names]:
             if source:
                 assert place is not None
-                fault = _first(_together(partial(_fetch, place, name, folder) if rank == 0 else None))
+                fault = _first(distributed.together(partial(_fetch, place, name, folder) if rank == 0 else None))
             else:
                 fault = None
             if fault is None:
-                fault = _first(_together(partial(manifest.damage, checkpoint, rank, world)))
+                fault = _first(distributed.together(partial(manifest.damage, checkpoint, rank, world)))
                 if fault is None:
-                    return checkpoint
+                    if not (regular and read_trainer(checkpoint).asked):
+                        return checkpoint
+                    spare = spare or checkpoint
+                    break
                 if rank == 0:
-                    log.warning("checkpoint %s is damaged and set aside as damaged_%s: %s", name, name, fault)
-                    _set_aside(checkpoint)
+                    aside = run_folder.set_aside(checkpoint)
+                    log.warning("checkpoint %s is damaged and set aside as %s: %s", name, aside.name, fault)
                 dist.barrier()
             faults.append(f"{source}{name}: {fault}")
-    if faults:
+    if faults and spare is None:
         raise CheckpointError(
             f"no checkpoint under {folder} is whole:\n  " + "\n  ".join(faults) + "\nrestore one from a copy,"
             " or choose another name= to start from step 0"
         )
-    return None
+    return spare
 
 
 def _listed(folder: Path, place: Place | None) -> tuple[list[str], list[str]]:
@@ -117,34 +121,8 @@ def _fetch(place: Place, name: str, folder: Path) -> str | None:
     return None
 
 
-def _set_aside(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    checkpoint.rename(aside)
-
-
 def _first(found: list[str | None]) -> str | None:
     return next((fault for fault in found if fault is not None), None)
-
-
-def _together(action: Callable[[], Any] | None) -> list[Any]:
-    """Run `action`, None on ranks that have none; what each rank's returned, or the first one's error on all ranks.
-
-    Raises:
-        CheckpointError: on every rank alike.
-    """
-    problem, result = None, None
-    try:
-        result = action() if action is not None else None
-    except (OSError, CheckpointError) as error:
-        problem = str(error)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (problem, result))
-    for problem, _ in outcomes:
-        if problem is not None:
-            raise CheckpointError(problem)
-    return [result for _, result in outcomes]
 
 
 def read_trainer(checkpoint: Path) -> Trainer:
@@ -178,6 +156,15 @@ class Reader:
                 name, start = key.rsplit("@", 1)
                 numel = file.get_slice(key).get_shape()[0]
                 self._pieces.setdefault(name, []).append((int(start), numel, file, key))
+
+    @property
+    def kinds(self) -> dict[str, set[str]]:
+        """The parameters that it holds something of, by kind."""
+        found: dict[str, set[str]] = {}
+        for name in self._pieces:
+            kind, parameter = name.split("/", 1)
+            found.setdefault(kind, set()).add(parameter)
+        return found
 
     def read(self, kind: str, parameter: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter, fp32, on the CPU.

@@ -4,16 +4,22 @@ import datetime
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vimscale.errors import CheckpointError, UserError
 from vimscale.model.presets import VimConfig
+from vimscale.pulse import pulse
 from vimscale.recipe import Recipe
 
 
@@ -115,6 +121,48 @@ class Agreement:
     def close(self) -> None:
         if self._pending is not None:
             self._pending.wait()
+
+
+_MEET_S = 1.0
+"""How often ranks meet while one of them works alone."""
+
+
+def together(action: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Run `action`, None on ranks that have none, however long it takes; what each rank's returned.
+
+    It runs in a thread, and all ranks meet every second meanwhile: no collective waits longer, and every rank's pulse
+    goes on for as long as some rank moves bytes (`Pulse.moved`).
+
+    Raises:
+        CheckpointError: on every rank alike, the first OSError or UserError of one.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action() if action is not None else None)
+        except BaseException as error:  # raised again below, in the thread that waits for it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="together").start()
+    states: list[Any] = [(False, 0)] * dist.get_world_size(group)
+    while not all(done for done, _ in states):
+        wait([future], _MEET_S)
+        before = states
+        states = [None] * len(before)
+        dist.all_gather_object(states, (future.done(), pulse.moved), group)
+        if [moved for _, moved in states] != [moved for _, moved in before]:
+            pulse.beat(pulse.doing)
+    problem = future.exception()
+    if problem is not None and not isinstance(problem, (OSError, UserError)):
+        raise problem
+    outcomes: list[Any] = [None] * len(states)
+    told = None if problem is None else str(problem)
+    dist.all_gather_object(outcomes, (told, None if told is not None else future.result()), group)
+    for told, _ in outcomes:
+        if told is not None:
+            raise CheckpointError(told)
+    return [result for _, result in outcomes]
 
 
 def rank() -> int:

@@ -35,6 +35,7 @@ def examine(
     feed: Feed,
     train_set: TrainingSet,
     recipe: Recipe,
+    rollbacks: int,
 ) -> dict[str, Any]:
     """Look into a bad step and write down what is found; the report, the same on every rank. Called by all of them."""
     rank = dist.get_rank()
@@ -55,6 +56,7 @@ def examine(
     dist.all_gather_object(ranks, own)
     report = {
         "step": seen.step,
+        "rollbacks": rollbacks,
         "reason": seen.reason,
         "seen": asdict(seen),
         "compared_with_step": good.step if good is not None else None,

@@ -97,7 +97,7 @@ def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], 
     Raises:
         OSError: that cannot be done.
     """
-    path = place(folder, report["step"])
+    path = place(folder, report["step"], report["rollbacks"])
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / f"rank_{rank:05d}.safetensors")
     if rank == 0:
@@ -107,18 +107,21 @@ def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], 
             shutil.rmtree(old)
 
 
-def place(folder: RunFolder, step: int) -> Path:
-    return folder.guard / run_folder.checkpoint_name(step)
+def place(folder: RunFolder, step: int, rollbacks: int) -> Path:
+    """Of a step that comes again after a rollback there is another report."""
+    name = run_folder.checkpoint_name(step)
+    return folder.guard / (f"{name}_{rollbacks + 1}" if rollbacks else name)
 
 
 def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, Any], list[Tensor]]:
-    """(folder, report, images (3, h, w) uint8 in the order of its samples) of a step, or of the newest report.
+    """(folder, report, images (3, h, w) uint8 in the order of its samples) of the last time a step was bad, or of the
+    last bad step.
 
     Raises:
         CheckpointError: there is none.
     """
     there = sorted(path.parent for path in folder.guard.glob("step_*/report.json"))
-    chosen = [path for path in there if step is None or path == place(folder, step)]
+    chosen = [path for path in there if step is None or path.name.startswith(run_folder.checkpoint_name(step))]
     if not chosen:
         names = ", ".join(path.name for path in there) or "none; the guard has seen no bad step"
         wanted = "no report" if step is None else f"no report of step {step}"

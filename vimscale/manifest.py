@@ -3,19 +3,22 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vimscale.errors import CheckpointError
+from vimscale.pulse import pulse
 
 FORMAT = 2
 NAME = "manifest.json"
+_PIECE = 1 << 20
 
 
 def seal(path: Path) -> dict[str, Any]:
     """The manifest's entry for a file, which is on disk for good when this returns."""
     sync(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(pieces(path))}
 
 
 def seal_bytes(name: str, content: bytes) -> dict[str, Any]:
@@ -54,13 +57,17 @@ def files(folder: Path) -> list[dict[str, Any]]:
         ValueError: it is damaged.
         CheckpointError: another version of this package wrote it.
     """
-    raw = (folder / NAME).read_bytes()
+    return entries((folder / NAME).read_bytes(), folder)
+
+
+def entries(raw: bytes, where: Path | str) -> list[dict[str, Any]]:
+    """Those of a manifest's text; `where` it was read, for messages. Raises as `files` does."""
     content = json.loads(raw)
     if not isinstance(content, dict):
         raise ValueError("it holds no entries")
     if content.get("format") == 1 and "sha256" not in content:
         raise CheckpointError(
-            f"{folder}: its format is 1, this version reads {FORMAT}; go on with the version that wrote it, or choose"
+            f"{where}: its format is 1, this version reads {FORMAT}; go on with the version that wrote it, or choose"
             " another name="
         )
     if not isinstance(content.get("files"), list) or raw != text(content["files"]):
@@ -68,28 +75,54 @@ def files(folder: Path) -> list[dict[str, Any]]:
     return content["files"]
 
 
-def damage(folder: Path, part: int = 0, of: int = 1) -> str | None:
-    """What is wrong with a folder's files, or None. Of its files, every `of`-th from `part` on is read.
+def faults(folder: Path, part: int = 0, of: int = 1, *, glance: bool = False) -> Iterator[str]:
+    """What is wrong with a folder's files. Of its files, every `of`-th from `part` on is read; at a `glance` none is,
+    and their sizes alone are looked at.
 
     Raises:
         CheckpointError: another version of this package wrote it.
     """
     try:
-        entries = files(folder)
+        listed = files(folder)
     except (OSError, ValueError) as error:
-        return f"{NAME} cannot be read ({error})"
-    for entry in entries[part::of]:
+        yield f"{NAME} cannot be read ({error})"
+        return
+    for entry in listed[part::of]:
         name, size = entry["name"], entry["bytes"]
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
-        if _sha256(path) != entry["sha256"]:
-            return f"{name} does not have the sha256 it was written with"
-    return None
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
+        elif not glance and not holds(entry, pieces(path)):
+            yield f"{name} does not have the sha256 it was written with"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def damage(folder: Path, part: int = 0, of: int = 1) -> str | None:
+    """The first of a folder's `faults`, or None."""
+    return next(faults(folder, part, of), None)
+
+
+def holds(entry: dict[str, Any], content: Iterable[bytes]) -> bool:
+    """Whether a file is what its entry says."""
+    return _sha256(content) == entry["sha256"]
+
+
+def pieces(content: Path | bytes) -> Iterator[bytes]:
+    """A file piece by piece; the pulse is told of each."""
+    if isinstance(content, bytes):
+        for start in range(0, len(content), _PIECE):
+            pulse.moved += len(piece := content[start : start + _PIECE])
+            yield piece
+        return
+    with content.open("rb") as file:
+        while piece := file.read(_PIECE):
+            pulse.moved += len(piece)
+            yield piece
+
+
+def _sha256(content: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return digest.hexdigest()

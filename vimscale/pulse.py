@@ -17,6 +17,10 @@ class Pulse:
         self.doing: Doing = "start"
         self.step: int | None = None
         """The last step that was finished since the process began."""
+        self.moved = 0
+        """Bytes of checkpoints that were read, written or sent, by whatever thread. They are no beat: a thread that
+        writes says nothing about the loop. Whoever waits for such a thread may beat for them (`distributed.together`).
+        """
         self._seconds: deque[float] = deque(maxlen=100)
         self._last = time.monotonic()
 

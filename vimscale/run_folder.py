@@ -14,7 +14,7 @@ from typing import Any
 
 from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
-from vimscale.recipe import Recipe, load
+from vimscale.recipe import Checkpoint, Recipe, load
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,32 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def surplus(names: Iterable[str], keep: int, keep_every: int | None) -> list[str]:
-    """Of checkpoints by name, those to remove: all but the `keep` newest, and multiples of `keep_every`."""
-    older = sorted(names, reverse=True)[keep:]
-    return [name for name in older if not keep_every or int(name.removeprefix("step_")) % keep_every]
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step_"))
+
+
+def surplus(names: Iterable[str], rules: Checkpoint) -> list[str]:
+    """Of checkpoints by name, those to remove: all but the `keep` newest, multiples of `keep_every`, and the newest
+    regular one, which the guard may go back to.
+    """
+    ordered = sorted(names, reverse=True)
+    goal = next((name for name in ordered if step_of(name) % rules.every == 0), None)
+    return [name for name in ordered[rules.keep :] if name != goal and not stays(name, rules)]
+
+
+def stays(name: str, rules: Checkpoint) -> bool:
+    """Whether a checkpoint is kept for good."""
+    return rules.keep_every is not None and step_of(name) % rules.keep_every == 0
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, beside those of the same step that were set aside before."""
+    number, aside = 1, checkpoint.with_name(f"damaged_{checkpoint.name}")
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}_{number}")
+    checkpoint.rename(aside)
+    return aside
 
 
 def checkpoints(folder: Path) -> list[Path]:

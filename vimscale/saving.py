@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vimscale import manifest, run_folder, second
+from vimscale import distributed, manifest, run_folder, second
 from vimscale.checkpoint import Trainer
-from vimscale.errors import DataError, RunFailed
+from vimscale.errors import CheckpointError, RunFailed
+from vimscale.pulse import pulse
 from vimscale.recipe import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Saver:
         self._second = second.open_place(rules.second, run)
         self._copier = None
         if self._second is not None and self._rank == 0:
-            self._copier = second.Copier(self._second, rules.keep, rules.keep_every)
+            self._copier = second.Copier(self._second, rules)
         if self._rank == 0:
             _clear(folder)
         # what processes of an earlier group may still be writing is nothing to this one
@@ -81,9 +82,9 @@ class Saver:
         """
         if self._thread is None:
             return
-        self._written.wait()
+        distributed.together(self._written.wait, self._group)
         if not any(self._gather(self._problem)):  # else rank 0 would wait for entries that do not come
-            self._thread.join()
+            distributed.together(self._thread.join, self._group)
         self._hopeless.set()
         self._thread.join()
         self._thread = None
@@ -94,8 +95,7 @@ class Saver:
     def close(self) -> None:
         """`wait`, and for the copy at the second place too."""
         self.wait()
-        if self._copier is not None:
-            self._copier.wait()
+        distributed.together(self._copier.wait if self._copier is not None else None, self._group)
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self._world
@@ -163,15 +163,28 @@ class Saver:
         trainer_file.write_bytes(_trainer_text(self._trainer))
         manifest.write(self._partial, [*entries, manifest.seal(trainer_file)])
         target = self._folder / self._name
-        if target.exists():
-            second.remove(target)
-        self._partial.rename(target)
-        manifest.sync(self._folder)
+        if target.exists() and self._is(target):
+            shutil.rmtree(self._partial)
+        else:
+            if target.exists():
+                second.remove(target)
+            self._partial.rename(target)
+            manifest.sync(self._folder)
         self._emit({"kind": "checkpoint", "step": self._trainer.step, "path": str(target)})
         try:
             self._tidy(target)
         except OSError as error:  # the checkpoint itself is written
             log.warning("older checkpoints under %s could not be removed: %s", self._folder, error)
+
+    def _is(self, target: Path) -> bool:
+        """Whether the checkpoint of that name is whole, and of the state that is being saved: then it stays, and no
+        instant is without it.
+        """
+        if (fault := manifest.damage(target)) is not None:
+            log.warning("checkpoint %s is damaged and set aside: %s", target, fault)
+            run_folder.set_aside(target)
+            return False
+        return (target / "trainer.json").read_bytes() == _trainer_text(self._trainer)
 
     def _tidy(self, target: Path) -> None:
         needed = set()
@@ -179,7 +192,7 @@ class Saver:
             self._copier.offer(target)
             needed = self._copier.needed()
         names = [path.name for path in run_folder.checkpoints(self._folder)]
-        for name in run_folder.surplus(names, self._rules.keep, self._rules.keep_every):
+        for name in run_folder.surplus(names, self._rules):
             if name not in needed:
                 second.remove(self._folder / name)
 
@@ -210,9 +223,15 @@ class Saver:
 
     def _save_at(self, place: second.Place) -> str | None:
         """Write the same checkpoint to the second place, all ranks together; the first problem, or None."""
-        if self._copier is not None:
-            self._copier.wait()
         entries: list[dict[str, Any]] = []
+
+        def begin() -> bool:
+            assert self._copier is not None
+            self._copier.wait()
+            if second.has(place, self._name, _trainer_text(self._trainer)):
+                return True
+            place.begin(self._name)
+            return False
 
         def write() -> None:
             content = safetensors.torch.save(self._host)
@@ -225,20 +244,15 @@ class Saver:
             everything = [*(entry for part in parts for entry in part), manifest.seal_bytes("trainer.json", text)]
             place.finish(self._name, manifest.text(everything))
 
-        problem = self._together((lambda: place.begin(self._name)) if self._rank == 0 else None)
-        problem = problem or self._together(write)
-        parts = self._gather(entries)
-        return problem or self._together(finish if self._rank == 0 else None)
-
-    def _together(self, action: Callable[[], None] | None) -> str | None:
-        """The first problem of any rank's `action`, the same on all."""
-        problem = None
         try:
-            if action is not None:
-                action()
-        except (OSError, DataError) as error:
-            problem = str(error)
-        return next(filter(None, self._gather(problem)), None)
+            there = distributed.together(begin if self._rank == 0 else None, self._group)[0]
+            if not there:
+                distributed.together(write, self._group)
+                parts = self._gather(entries)
+                distributed.together(finish if self._rank == 0 else None, self._group)
+        except CheckpointError as error:
+            return str(error)
+        return None
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -258,6 +272,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():
             assert tensor.dtype == torch.float32
             file.write(tensor.numpy().data)
+            pulse.moved += tensor.nbytes
 
 
 def _trainer_text(trainer: Trainer) -> bytes:

@@ -6,12 +6,15 @@ PLACE/NAME/step_00002000/   the same files; a folder is renamed when it is whole
 import logging
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from vimscale import manifest, run_folder
 from vimscale.data.store import WRITTEN, Folder, Remote, Web, open_store, shown
 from vimscale.errors import CheckpointError, DataError
+from vimscale.pulse import pulse
+from vimscale.recipe import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,9 @@ class Place(Protocol):
         """Make it exist: its manifest comes last."""
         ...
 
-    def get(self, checkpoint: str, name: str, target: Path) -> None: ...
+    def read(self, checkpoint: str, name: str) -> Iterator[bytes]:
+        """A file's content, piece by piece."""
+        ...
 
     def remove(self, checkpoint: str) -> None: ...
 
@@ -62,10 +67,8 @@ class _Folder:
     def put(self, checkpoint: str, name: str, content: Path | bytes) -> None:
         target = self._partial(checkpoint) / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, target)
-        else:
-            target.write_bytes(content)
+        with target.open("wb") as file:
+            file.writelines(manifest.pieces(content))
         manifest.sync(target)
 
     def finish(self, checkpoint: str, listing: bytes) -> None:
@@ -76,8 +79,8 @@ class _Folder:
         self._partial(checkpoint).rename(self._path / checkpoint)
         manifest.sync(self._path)
 
-    def get(self, checkpoint: str, name: str, target: Path) -> None:
-        shutil.copyfile(self._path / checkpoint / name, target)
+    def read(self, checkpoint: str, name: str) -> Iterator[bytes]:
+        return manifest.pieces(self._path / checkpoint / name)
 
     def remove(self, checkpoint: str) -> None:
         remove(self._path / checkpoint)
@@ -104,9 +107,10 @@ class _Address:
     def finish(self, checkpoint: str, listing: bytes) -> None:
         self.put(checkpoint, manifest.NAME, listing)
 
-    def get(self, checkpoint: str, name: str, target: Path) -> None:
-        with target.open("wb") as file:
-            file.writelines(self._remote.stream(f"{checkpoint}/{name}"))
+    def read(self, checkpoint: str, name: str) -> Iterator[bytes]:
+        for piece in self._remote.stream(f"{checkpoint}/{name}"):
+            pulse.moved += len(piece)
+            yield piece
 
     def remove(self, checkpoint: str) -> None:
         mine = [name for name in self._remote.listed() if name.startswith(f"{checkpoint}/")]
@@ -140,6 +144,45 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def remove_after(checkpoint: Path) -> None:
+    """Remove what is newer than a checkpoint that the run goes back to, and was saved on the way that it leaves."""
+    for path in run_folder.checkpoints(checkpoint.parent):
+        if path.name > checkpoint.name:
+            remove(path)
+
+
+def faults(place: Place, name: str) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint at the second place; reads all of them.
+
+    Raises:
+        CheckpointError: another version of this package wrote it.
+    """
+    try:
+        entries = manifest.entries(b"".join(place.read(name, manifest.NAME)), place.where(name))
+    except (OSError, DataError, ValueError) as error:
+        yield f"{manifest.NAME} cannot be read ({error})"
+        return
+    for entry in entries:
+        try:
+            if not manifest.holds(entry, place.read(name, entry["name"])):
+                yield f"{entry['name']} does not have the sha256 it was written with"
+        except (OSError, DataError) as error:
+            yield f"{entry['name']} cannot be read ({error})"
+
+
+def has(place: Place, name: str, trainer: bytes) -> bool:
+    """Whether this very state, told by its trainer.json, is there and whole: then it is not written again, and no
+    instant is without it.
+    """
+    if name not in place.names():
+        return False
+    try:
+        same = b"".join(place.read(name, "trainer.json")) == trainer
+    except (OSError, DataError):
+        return False
+    return same and next(faults(place, name), None) is None
+
+
 def fetch(place: Place, name: str, folder: Path) -> None:
     """Bring a checkpoint into a run's folder, where it is looked at before it is used like any other.
 
@@ -147,17 +190,23 @@ def fetch(place: Place, name: str, folder: Path) -> None:
         OSError, DataError: it cannot be had.
     """
     partial = folder / f".{name}.fetched"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed meanwhile
     partial.mkdir(parents=True)
     try:
-        place.get(name, manifest.NAME, partial / manifest.NAME)
+        _bring(place, name, manifest.NAME, partial)
         for entry in _entries(partial):
-            place.get(name, entry, partial / entry)
-            manifest.sync(partial / entry)
+            _bring(place, name, entry, partial)
         manifest.sync(partial)
         partial.rename(folder / name)
         manifest.sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bring(place: Place, checkpoint: str, name: str, folder: Path) -> None:
+    with (folder / name).open("wb") as file:
+        file.writelines(place.read(checkpoint, name))
+    manifest.sync(folder / name)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -168,18 +217,21 @@ def _entries(folder: Path) -> list[str]:
 
 
 class Copier:
-    """Copies checkpoints to the second place in a thread; one that is no longer the newest is passed over."""
+    """Copies checkpoints to the second place in a thread, the newest first; one that is no longer the newest is passed
+    over unless it is kept for good.
+    """
 
-    def __init__(self, place: Place, keep: int, keep_every: int | None):
-        self._place, self._keep, self._keep_every = place, keep, keep_every
+    def __init__(self, place: Place, rules: Checkpoint):
+        self._place, self._rules = place, rules
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._next: Path | None = None
+        self._waiting: list[Path] = []
         self._now: Path | None = None
 
     def offer(self, checkpoint: Path) -> None:
         with self._lock:
-            self._next = checkpoint
+            self._waiting = [path for path in self._waiting if run_folder.stays(path.name, self._rules)]
+            self._waiting.append(checkpoint)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint-copy")
                 self._thread.start()
@@ -187,7 +239,7 @@ class Copier:
     def needed(self) -> set[str]:
         """Checkpoints that must not be removed yet."""
         with self._lock:
-            return {path.name for path in (self._now, self._next) if path is not None}
+            return {path.name for path in (self._now, *self._waiting) if path is not None}
 
     def wait(self) -> None:
         """Until everything offered is copied or given up."""
@@ -199,20 +251,22 @@ class Copier:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._now, self._next = self._next, None
+                self._now = self._waiting.pop() if self._waiting else None
                 if self._now is None:
                     self._thread = None
                     return
             try:
                 self._copy(self._now)
-            except (OSError, DataError) as error:
+            except (OSError, DataError, CheckpointError) as error:
                 where = self._place.where(self._now.name)
                 log.warning("checkpoint %s could not be copied to %s: %s", self._now, where, error)
 
     def _copy(self, checkpoint: Path) -> None:
-        self._place.begin(checkpoint.name)
-        for name in _entries(checkpoint):
-            self._place.put(checkpoint.name, name, checkpoint / name)
-        self._place.finish(checkpoint.name, (checkpoint / manifest.NAME).read_bytes())
-        for name in run_folder.surplus(self._place.names(), self._keep, self._keep_every):
-            self._place.remove(name)
+        name = checkpoint.name
+        if not has(self._place, name, (checkpoint / "trainer.json").read_bytes()):
+            self._place.begin(name)
+            for entry in _entries(checkpoint):
+                self._place.put(name, entry, checkpoint / entry)
+            self._place.finish(name, (checkpoint / manifest.NAME).read_bytes())
+        for old in run_folder.surplus(self._place.names(), self._rules):
+            self._place.remove(old)

@@ -1,6 +1,7 @@
 """The sections of a recipe: what each key means, and which values it takes."""
 
 import dataclasses
+import os
 import re
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -351,8 +352,15 @@ class Checkpoint(Section):
     """Checkpoints at multiples of this many steps are kept for good."""
     second: str | None = None
     """A second place, a folder or an address such as s3://bucket/runs: the newest checkpoint is copied there in the
-    background, and written there if the run's own folder cannot be.
+    background, and written there if the run's own folder cannot be. A relative folder is one of the working directory
+    that the recipe is read in.
     """
+
+    @field_validator("second")
+    @classmethod
+    def _of_here(cls, second: str | None) -> str | None:
+        """Ranks may work in other directories, and later commands, which read the recipe of the run's folder."""
+        return second if second is None or "://" in second else os.path.abspath(second)
 
 
 class Guard(Section):

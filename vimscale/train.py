@@ -79,6 +79,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         step = trainer.step
         if rank == 0:
             log.info("resumed from %s", newest)
+    kept = step  # the newest checkpoint's
     metrics = Metrics(folder, step) if rank == 0 else None
     agree = distributed.Agreement(spec.patience_s)
     saver = Saver(folder.checkpoints, recipe.checkpoint, recipe.name, emit)
@@ -163,6 +164,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         wish = distributed.STOP if stop() else distributed.NOTHING
         agreed = agree(distributed.SAVE_FAILED if saver.failed else wish)
         if agreed == distributed.SAVE_FAILED:
+            pulse.beat("save")
             saver.wait()
         stopping = agreed == distributed.STOP
 
@@ -174,9 +176,17 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         hopeless: tuple[Seen, Path] | None = None
         for seen, record in guard.read(wait=logging_now):
             report = examine(
-                folder, seen, record, guard.good, engine=engine, feed=feed, train_set=train_set, recipe=recipe
+                folder,
+                seen,
+                record,
+                guard.good,
+                engine=engine,
+                feed=feed,
+                train_set=train_set,
+                recipe=recipe,
+                rollbacks=guard.rollbacks,
             )
-            path = guard_report.place(folder, seen.step)
+            path = guard_report.place(folder, seen.step, guard.rollbacks)
             note(
                 "skip",
                 {"step": seen.step, "row": seen.row, "loss": seen.loss, "grad_norm": seen.grad_norm},
@@ -193,8 +203,9 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             losses, rates = [], []
         if hopeless is not None:
             seen, path = hopeless
+            pulse.beat("save")
             saver.wait()
-            newest = checkpoint.newest(folder.checkpoints, place)
+            newest = checkpoint.newest(folder.checkpoints, place, regular=True)
             if newest is None or guard.rollbacks >= recipe.guard.rollbacks:
                 raise RunFailed(_given_up(seen, path, newest, guard))
             trainer = checkpoint.read_trainer(newest)
@@ -202,6 +213,9 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             _restore(engine, ema, checkpoint.Reader(newest), trainer)
             guard.go_back(trainer.step, trainer.guard)
             step, losses, rates = trainer.step, [], []
+            kept = step
+            if rank == 0:
+                second.remove_after(newest)
             feed, meter = open_feed()
             if metrics is not None:
                 metrics.close()
@@ -213,27 +227,37 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 f"going back to step {step}, and past the data of steps {first_bad} to {seen.step}"
                 f" ({guard.rollbacks} of {recipe.guard.rollbacks} times)",
             )
+            pulse.beat("step")
             continue
         if evaluating:
             evaluation()
-        if saving and (guard.row or _broken(engine)) and not last:
-            saving = False  # bad steps may be the weights' fault: what is saved, the run may go back to
-            log.warning("step %d: no checkpoint, because the guard has just seen a bad step", step)
-        if saving:
-            if _broken(engine):
+        at, wanted = step, saving
+        if saving and guard.row and not last:
+            # bad steps may be the weights' fault, and what is saved, the run may go back to; a run that is stopped
+            # saves what is still the state of the step before them, and meets them again
+            at = step - guard.row
+            saving = stopping and at > kept
+        if saving and _broken(engine):
+            if last:
                 raise RunFailed(f"step {step}: weights are not finite after the last update; lower optim.lr")
+            saving = False
+        if wanted and not (saving and at == step):
+            log.warning("step %d: no checkpoint of it, because the guard has just seen a bad step", step)
+        if saving:
             pulse.beat("save")
             trainer = Trainer(
-                step=step,
-                stream=train_set.state(recipe, step, skipped),
+                step=at,
+                stream=train_set.state(recipe, at, skipped),
                 guard=guard.state(),
                 updates=engine.updates,
                 shapes=engine.shapes,
                 world=world,
                 zero=recipe.parallel.zero,
                 ema=ema is not None,
+                asked=not last and at % recipe.checkpoint.every != 0,
             )
             saver.save(_state(engine, ema), trainer)
+            kept = at
             meter.restart()
         if saving or evaluating:
             pulse.beat("step")
@@ -326,4 +350,5 @@ def _restore(engine: Engine, ema: list[torch.Tensor] | None, reader: checkpoint.
         for kind, tensor in kinds.items():
             assert tensor is not None
             tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+        pulse.beat(pulse.doing)
     engine.publish([fragment.weight for fragment in engine.fragments])

@@ -24,6 +24,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+from vimscale import manifest
 from vimscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -300,7 +301,7 @@ class Bucket(Remote):
 
     def _put(self, name: str, content: Path | bytes) -> None:
         try:
-            self._obstore.put(self._bucket, name, content)
+            self._obstore.put(self._bucket, name, manifest.pieces(content))
         except Exception as error:
             raise self._fault(name, error) from None
 
@@ -369,10 +370,8 @@ class Filesystem(Remote):
             files, root = self._fsspec.core.url_to_fs(self.url)
             path = posixpath.join(root, name)
             files.makedirs(posixpath.dirname(path), exist_ok=True)
-            if isinstance(content, Path):
-                files.put_file(str(content), path)
-            else:
-                files.pipe_file(path, content)
+            with files.open(path, "wb") as file:
+                file.writelines(manifest.pieces(content))
         except Exception as error:
             raise _Broken(_first_line(error)) from None
 
