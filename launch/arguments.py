@@ -6,3 +6,5 @@ import typer
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it: section.key=value.", metavar="[A.B=C]...")]
+RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]

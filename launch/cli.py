@@ -14,8 +14,8 @@ from rich.table import Table
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
-from . import data_commands, rank
-from .arguments import Overrides, RecipeArgument
+from . import checkpoint_commands, data_commands, rank
+from .arguments import Overrides, RecipeArgument, RunArgument
 
 if TYPE_CHECKING:
     from vimscale.data.shards import Manifest
@@ -31,8 +31,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_commands.data, name="data")
+app.add_typer(checkpoint_commands.checkpoints, name="checkpoints")
 
-RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
 StepOption = Annotated[int | None, typer.Option(help="Take the checkpoint of this step, not the newest.")]
 RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not their moving average.")]
 

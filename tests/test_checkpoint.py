@@ -20,7 +20,6 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
@@ -31,15 +30,7 @@ from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe import Checkpoint
 from vimscale.saving import Saver, write_state
 
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A group of one rank."""
-    store = dist.FileStore(str(tmp_path / "meeting"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
+pytestmark = pytest.mark.usefixtures("alone")
 
 TENSORS = {"weight/a@0": torch.arange(40.0), "weight/b@3": torch.randn(7), "ema/a@0": torch.randn(40)}
 

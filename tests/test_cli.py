@@ -131,7 +131,7 @@ def test_a_folder_in_use_is_refused(shell: Shell) -> None:
     while not shell.rows("small"):
         assert first.poll() is None
     output = shell.run(*LAUNCH, "steps=3000", expect=2)
-    assert "is in use by another launch" in output
+    assert "is in use by a launch" in output
     first.terminate()
     shell.finish(first, expect=3)
 

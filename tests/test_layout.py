@@ -21,7 +21,7 @@ FLOORS = [
     {"distributed", "run_folder", "data.store"},
     {"second"},
     {"checkpoint"},
-    {"saving"},
+    {"saving", "compare"},
     {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},
     {"objectives", "engine", "evaluate", "export", "recompute", "prepare", "guard", "guard_report", "examine"},
     {"train"},

@@ -119,11 +119,11 @@ class RunFolder:
         wanted = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
         raise CheckpointError(f"run {self.path}: {wanted}; there are: {others}")
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder this run's, for as long as the process lives; write down what runs and where.
+    def hold(self, otherwise: str) -> None:
+        """Keep other launches out for as long as the process lives; `otherwise`: what to do if one is in.
 
         Raises:
-            LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
+            LaunchError: one is, or the folder cannot be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -135,9 +135,15 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise LaunchError(
-                f"run folder {self.path} is in use by another launch; end that one, or choose another name="
-            ) from None
+            raise LaunchError(f"run folder {self.path} is in use by a launch; {otherwise}") from None
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this run's, for as long as the process lives; write down what runs and where.
+
+        Raises:
+            LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
+        """
+        self.hold("end that one, or choose another name=")
         trained = self.metrics.exists() or checkpoints(self.checkpoints)
         if self._recipe.exists() and trained:  # a launch that never came so far leaves nothing to protect
             changed = _differences(self.recipe().model_dump(), recipe.model_dump())
