@@ -33,6 +33,7 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.startup
 	$(VENV)/bin/python -m benchmarks.scan_cpu
 	$(VENV)/bin/python -m benchmarks.loader
+	$(VENV)/bin/python -m benchmarks.checkpoint
 	$(VENV)/bin/python -m benchmarks.directions
 	$(VENV)/bin/python -m benchmarks.vit
 

@@ -1,6 +1,7 @@
 """A run of two ranks into which something bad is put: `python -m tests.injected FOLDER WORLD FAULT [KEY=VALUE]...`.
 
-Nothing in the package helps with it: a rank wraps methods of its own process before it trains.
+Nothing in the package helps with it: a rank wraps methods of its own process before it trains. stopped_at_STEP is no
+fault but a request to stop when that step is done, which the ranks agree on in the next one.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from tests.shell import SMALL
 from vimscale import recipe as recipes
 from vimscale.distributed import RankSpec
+from vimscale.pulse import pulse
 
 BAD = range(25, 29)
 """Steps, counted from 1, whose data are bad in the faults of batches; once passed over they do not come again."""
@@ -52,10 +54,12 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
     if rank == 0:
         RunFolder(spec.folder).claim(chosen)
     dist.barrier()
+    stops = [int(name.removeprefix("stopped_at_")) for name in fault.split() if name.startswith("stopped_at_")]
     for name in fault.split():
-        FAULTS[name](rank)
+        if not name.startswith("stopped_at_"):
+            FAULTS[name](rank)
     try:
-        train(spec, lambda event: None, lambda: False)
+        train(spec, lambda event: None, lambda: pulse.step in stops)
     except RunFailed as error:
         if rank == 0:
             print(json.dumps({"failed": str(error)}), flush=True)

@@ -301,6 +301,24 @@ def test_a_run_that_went_back_and_is_killed_goes_on_bit_for_bit(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_run_that_is_stopped_before_and_among_bad_steps_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    changes = ("checkpoint.keep=1", "guard.lower_lr=0.5", "guard.lower_steps=22")
+    calm = _run(tmp_path / "calm", "nan_in_batches", *changes)
+    (rollback,) = calm["guard"]
+    assert (rollback["step"], rollback["to"]) == (28, 20)
+    folder = tmp_path / "stopped"
+    there = {21: ["step_00000020", "step_00000022"], 25: ["step_00000020", "step_00000024"]}
+    for step, names in there.items():
+        stopped = _run(folder, f"nan_in_batches stopped_at_{step}", *changes)
+        assert len(stopped["losses"]) == step + 1
+        assert sorted(path.name for path in (folder / "run/checkpoints").iterdir()) == names
+    resumed = _run(folder, "nan_in_batches", *changes)
+    assert [resumed[key] for key in ("losses", "rates", "eval")] == [calm[key] for key in ("losses", "rates", "eval")]
+    assert [{**row, "report": None} for row in resumed["guard"]] == [{**row, "report": None} for row in calm["guard"]]
+    assert not (folder / "run/checkpoints/step_00000024").exists(), "it was saved on the way that was left"
+
+
+@pytest.mark.slow
 def test_one_rank_decides_as_two_do(tmp_path: Path) -> None:
     one, two = (_run(tmp_path / str(world), "spike_in_batches", *SPIKES, world=world) for world in (1, 2))
     assert [row["step"] for row in one["guard"]] == [row["step"] for row in two["guard"]] == [28]
@@ -312,6 +330,8 @@ def test_one_rank_decides_as_two_do(tmp_path: Path) -> None:
 def test_a_fault_that_stays_ends_the_run_when_the_budget_is_used_up(tmp_path: Path) -> None:
     run = _run(tmp_path, "nan_from_a_step_on", "guard.rollbacks=2", "guard.skips=1", expect=1)
     assert "after going back 2 times" in run["output"]
+    names = {path.name for path in (tmp_path / "run/guard").iterdir()}
+    assert names == {f"step_000000{step}{time}" for step in (25, 26) for time in ("", "_2", "_3")}
     assert "Lower optim.lr" in run["output"]
 
 

@@ -370,8 +370,10 @@ class Filesystem(Remote):
             files, root = self._fsspec.core.url_to_fs(self.url)
             path = posixpath.join(root, name)
             files.makedirs(posixpath.dirname(path), exist_ok=True)
-            with files.open(path, "wb") as file:
-                file.writelines(manifest.pieces(content))
+            if isinstance(content, Path):
+                files.put_file(str(content), path)
+            else:
+                files.pipe_file(path, content)
         except Exception as error:
             raise _Broken(_first_line(error)) from None
 
