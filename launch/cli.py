@@ -14,7 +14,7 @@ from rich.table import Table
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
-from . import checkpoint_commands, data_commands, rank
+from . import checkpoint_commands, data_commands, job_commands, rank
 from .arguments import Overrides, RecipeArgument, RunArgument
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.data, name="data")
 app.add_typer(checkpoint_commands.checkpoints, name="checkpoints")
+app.add_typer(job_commands.jobs)
 
 StepOption = Annotated[int | None, typer.Option(help="Take the checkpoint of this step, not the newest.")]
 RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not their moving average.")]
@@ -154,6 +155,9 @@ def launch(
         float | None,
         typer.Option(min=0, help="Seconds to save and end in once a stop is asked for; absent: what it takes."),
     ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(help="45m, 12h or 7d, after which the run saves and stops; the same command goes on.")
+    ] = None,
 ) -> None:
     """Train a recipe; go on where an interrupted run of its name stopped."""
     from vimscale.data.dataset import Dataset
@@ -181,7 +185,7 @@ def launch(
 
     progress = Progress(console)
     progress.phase("command", time.perf_counter() - _STARTED)
-    stop = supervisor.StopSignal()
+    stop = supervisor.StopSignal(after=_seconds(time_limit))
     policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.installed())
@@ -225,6 +229,16 @@ def launch(
     else:
         console.print(f"stopped on request; {supervisor.goes_on(folder)}", highlight=False)
     raise typer.Exit(code)
+
+
+def _seconds(time_limit: str | None) -> float:
+    from .cluster import seconds
+
+    if time_limit is None:
+        return float("inf")
+    if (found := seconds(time_limit)) is None:
+        raise LaunchError(f"--time-limit {time_limit}: write 45m, 12h or 7d")
+    return found
 
 
 def _summary(result: dict) -> str:

@@ -11,6 +11,8 @@ from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, suggest
 from vimscale.typed_yaml import Kind, Section, Whole
 
+from .workers import usual
+
 NODES = {"local": 1}
 """Backends that cannot have more."""
 
@@ -160,6 +162,12 @@ class Cluster(Section):
     kuberay: KubeRay | None = None
     slurm: Slurm | None = None
 
+    @property
+    def ranks(self) -> str:
+        """`workers`, or what its absence means."""
+        usually = self.nodes * self.gpus or (self.nodes if self.nodes > 1 else usual(self.cpus, 0))
+        return self.workers or str(usually)
+
     @field_validator("secrets", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -185,7 +193,7 @@ class Cluster(Section):
             faults.append(f"gpu {self.gpu}: gpus is 0; say how many a node has, or leave gpu out")
         if self.backend == "kuberay" and self.image is None:
             faults.append("image: kuberay needs the image that pods run; docs/clusters.md shows how to build it")
-        if self.backend in ("kuberay", "slurm") and not self.runs.startswith("/"):
+        if self.backend != "local" and not self.runs.startswith("/"):
             faults.append(f"runs {self.runs!r}: give the full path, as all nodes see it")
         both = sorted(set(self.environment) & set(self.secrets))
         faults += [f"{name}: stands in environment and in secrets; a secret's value is in no file" for name in both]

@@ -4,11 +4,20 @@ On every backend a job is `vimscale launch` on the run's resolved recipe, in a p
 them resume alike: what is submitted again goes on from the newest checkpoint, and a job that is stopped saves first.
 """
 
-from collections.abc import Iterator
+import importlib
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from vimscale.errors import LaunchError, RecipeError, suggest
 from vimscale.recipe import Recipe
+
+from .cluster import Cluster
+
+_POLL_S = 0.5
+"""How often a job that is followed is asked for more, unless an answer takes long."""
 
 State = Literal["waiting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -58,3 +67,103 @@ class Backend(Protocol):
     def recipe(self, job: str) -> Recipe:
         """What was submitted, to `submit` it again."""
         ...
+
+
+_BACKENDS = {
+    "local": ("on_local_jobs", "LocalJobs"),
+    "ray": ("on_ray_jobs", "RayJobs"),
+    "kuberay": ("on_kuberay", "KubeRayJobs"),
+    "slurm": ("on_slurm", "SlurmJobs"),
+}
+
+
+def open_backend(cluster: Cluster) -> Backend:
+    """The backend of a cluster, which is asked no earlier than by the first call.
+
+    Raises:
+        LaunchError: what it needs on this machine is not there.
+    """
+    file, name = _BACKENDS[cluster.backend]
+    backend: Backend = getattr(importlib.import_module(f"vimscale.launch.{file}"), name)(cluster)
+    return backend
+
+
+def launch_arguments(cluster: Cluster, recipe: str, runs: str) -> list[str]:
+    """What stands behind `vimscale` in a job, but for where its ranks are."""
+    limit = ["--time-limit", cluster.time_limit] if cluster.time_limit is not None else []
+    return ["launch", recipe, "--runs", runs, "--grace", str(cluster.grace), *limit]
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """Variables that every process of a job gets; secrets are not among them."""
+    named = (
+        {}
+        if cluster.interface is None
+        else dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), cluster.interface)
+    )
+    return named | cluster.environment
+
+
+def completed(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with what the cluster adds to it.
+
+    Raises:
+        RecipeError: it names files by paths that mean nothing where the job runs.
+    """
+    if recipe.checkpoint.second is None and cluster.second is not None:
+        recipe = recipe.model_copy(
+            update={"checkpoint": recipe.checkpoint.model_copy(update={"second": cluster.second})}
+        )
+    if cluster.backend == "local":
+        return recipe
+    places = [("data.train", source.data) for source in recipe.data.sources]
+    named = {
+        "data.val": recipe.data.val,
+        "model.weights": recipe.model.weights,
+        "checkpoint.second": recipe.checkpoint.second,
+    }
+    places += [(key, place) for key, place in named.items() if place is not None]
+    faults = [
+        f"{key}: an address with a password, which everybody who may look at the cluster's jobs could read; give the"
+        " store's own variables instead, and name them under secrets"
+        for key, place in places
+        if re.search(r"//[^/@]*:[^/@]*@", place)
+    ]
+    faults += [
+        f"{key} {place}: a job starts in a folder of its own; give the full path, as the nodes of the cluster see it"
+        for key, place in places
+        if not re.match(r"/|[a-z0-9+]+:", place)
+    ]
+    if faults:
+        raise RecipeError(f"recipe {recipe.name}", faults)
+    return recipe
+
+
+def unknown(job: str, known: Collection[str], where: str) -> LaunchError:
+    """There is no such job."""
+    return LaunchError(f"there is no job {job} on {where}{suggest(job, known) if known else '; it has none'}")
+
+
+def reason(log: str) -> str:
+    """Why a job failed, by the end of its log: the last error in one line, else the last line."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it left no word"])[-1].removeprefix("error: ").strip()
+
+
+def lines_of(text: Callable[[], str], ended: Callable[[], bool]) -> Iterator[str]:
+    """Lines of a growing text until it has ended, for backends that can only give all of it.
+
+    Texts of days take long to give: at most a tenth of the time is spent on that.
+    """
+    shown = 0
+    while True:
+        last = ended()  # asked first: what was written before the end is then in the text
+        began = time.monotonic()
+        whole = text()
+        new = whole[shown:] if last else whole[shown : whole.rfind("\n") + 1]
+        shown += len(new)
+        yield from new.splitlines()
+        if last:
+            return
+        time.sleep(max(_POLL_S, 9 * (time.monotonic() - began)))

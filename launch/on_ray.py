@@ -70,6 +70,9 @@ class Ray:
         chosen = local if address is None else {"address": address}
         try:
             ray.init(**chosen, logging_level="error", log_to_driver=False)
+        except SystemExit:  # Ray's own answer to a SIGTERM while it starts; nothing has been trained yet
+            self._clean()
+            raise SystemExit(3) from None
         except (ConnectionError, RuntimeError, ValueError) as error:
             self._clean()
             raise LaunchError(f"Ray at {address or 'this machine'} cannot be used: {error}") from None

@@ -85,17 +85,19 @@ class StopSignal:
     """SIGINT and SIGTERM ask for a checkpoint and an end; a second later, for an end at once.
 
     What comes within that second is the same wish: timeout(1) and Slurm signal a process and its group. SIGUSR1, which
-    Slurm is often told to send some time before its SIGTERM, asks for a checkpoint and an end and never for more.
+    Slurm is often told to send some time before its SIGTERM, asks for a checkpoint and an end and never for more. Nor
+    does the run's time limit, which is `after` seconds from now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after: float = float("inf")) -> None:
         self.count = 0
+        self._limit = time.monotonic() + after
         self._warned = False
         self._last = -1.0
 
     @property
     def asked(self) -> bool:
-        return self._warned or self.count > 0
+        return self._warned or self.count > 0 or time.monotonic() > self._limit
 
     @contextmanager
     def installed(self) -> Iterator[None]:

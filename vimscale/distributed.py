@@ -49,7 +49,7 @@ def prepare(spec: RankSpec) -> None:
     device = torch.device(spec.device)
     os.environ.update(
         DS_ACCELERATOR=device.type,
-        GLOO_SOCKET_IFNAME=spec.interface,
+        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", spec.interface),
         # DeepSpeed wants all five, though it adopts the process group it finds
         RANK=str(spec.rank),
         WORLD_SIZE=str(spec.world),
