@@ -1,5 +1,6 @@
 """What went wrong in a run so far, in runs/NAME/failures.json, and whether to try again."""
 
+import itertools
 import json
 import re
 import time
@@ -13,8 +14,8 @@ from .rank import Cause, Ending
 
 _SAME = 3
 """So often the same failure at the same place ends a run."""
-_NEAR = 5
-"""Steps that count as the same place: what a rank that died had done is known to a few steps."""
+_NEAR = 2
+"""Steps that count as the same place: how far a rank that died had come is known from the others, to a step or two."""
 _PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Before each restart that follows on one without a new checkpoint in between; the last one from then on."""
 _ORDER: tuple[Cause, ...] = ("died", "memory", "device", "user", "run", "hung", "error", "lost")
@@ -51,10 +52,18 @@ class Failure:
         return self.cause, self.exception, re.sub(r"0x[0-9a-f]+|\d[\d.,:]*", "#", self.message)
 
     def same_as(self, other: "Failure") -> bool:
+        """Whether this one, the later, may be the other again: at the same place, and nothing was saved past it."""
         if self.shape != other.shape or (self.step is None) != (other.step is None):
             return False
-        mine, theirs = (f.saved if f.step is None else f.step for f in (self, other))
-        return abs(mine - theirs) <= _NEAR
+        if self.step is None or other.step is None:
+            return self.saved == other.saved
+        return abs(self.step - other.step) <= _NEAR and self.saved <= other.step
+
+    def is_past(self, other: "Failure") -> bool:
+        """Whether the run was further here than where the other failed: nothing at that place stops it each time."""
+        if other.step is None:
+            return self.step is not None
+        return self.step is not None and self.step > other.step + _NEAR
 
 
 def first_cause(failures: list[Ending]) -> Ending:
@@ -101,7 +110,8 @@ class Failures:
     def hopeless(self) -> str | None:
         """Why another try would be of no use, for a person to read; None while one may be."""
         last = self._own[-1]
-        alike = [f for f in self._own if f.same_as(last)]
+        since = itertools.takewhile(lambda f: not f.is_past(last), reversed(self._own))
+        alike = [f for f in since if last.same_as(f)][::-1]
         if len(alike) >= _SAME:
             return self._common(alike)
         if self._recent() > self._restarts:

@@ -156,6 +156,18 @@ def test_the_same_failure_at_the_same_step_ends_the_run_with_what_is_common(runs
     assert f"all are in {runs.path}/failures.json" in report
 
 
+def test_deaths_near_each_other_are_not_the_same_where_the_run_came_past_in_between(runs: RunFolder) -> None:
+    saved = [Scripted([_pulse(46), _died()]), Scripted([_pulse(48), _checkpoint(runs, 47), _died()])]
+    further = [Scripted([_pulse(49), _died()]), Scripted([_pulse(52), _died()]), Scripted([_pulse(49), _died()])]
+    at_the_start = [Scripted([_died()]), Scripted([_died()]), Scripted([_pulse(70), _died()]), Scripted([_died()])]
+    assert _supervise(runs, *saved, *further, *at_the_start, Scripted([DONE]))[0] == 0
+
+
+def test_a_start_that_fails_three_times_ends_the_run(runs: RunFolder) -> None:
+    with pytest.raises(RunFailed, match="the same failure 3 times before the first step"):
+        _supervise(runs, *(Scripted([_died(pid=n)]) for n in range(3)))
+
+
 @pytest.mark.parametrize(
     "other",
     [
