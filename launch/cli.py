@@ -209,7 +209,7 @@ def launch(
             where = f"on the Ray at {address}" if address else "on a Ray of this machine"
 
             def make_group() -> supervisor.Group:
-                return on_ray.RayGroup(chosen, folder.path, allowed, gpu=gpus > 0, patience_s=policy.patience_s)
+                return on_ray.RayGroup(ray, chosen, folder.path, allowed, gpu=gpus > 0, patience_s=policy.patience_s)
 
         stack.callback(progress.close)
         world = next(size for size in allowed if size <= (gpus or cpus))

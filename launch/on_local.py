@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -16,6 +15,7 @@ from vimscale.pulse import pulse
 
 from . import rank
 from .rank import Ending, Event
+from .temporary import Temporary
 
 if TYPE_CHECKING:
     from vimscale.recipe import Recipe
@@ -53,7 +53,7 @@ class LocalGroup:
         self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
         self._processes: list[subprocess.Popen] = []
         self._pipes: dict[Connection, int] = {}
-        self._meeting = tempfile.TemporaryDirectory(prefix="vimscale-")
+        self._meeting = Temporary("vimscale-")
 
     def start(self) -> None:
         self._killed_for_memory = _killed_for_memory()
@@ -74,7 +74,7 @@ class LocalGroup:
                     "world": self.size,
                     "device": f"cuda:{number}" if on_gpus else "cpu",
                     "threads": max(1, cpus() // self.size),
-                    "rendezvous": f"file://{self._meeting.name}/store",
+                    "rendezvous": f"file://{self._meeting.path}/store",
                     "interface": "lo",
                     "patience_s": self._patience_s,
                 }
@@ -129,7 +129,7 @@ class LocalGroup:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], {}
-        self._meeting.cleanup()
+        self._meeting.remove()
 
 
 def _killed_for_memory() -> int:

@@ -9,11 +9,9 @@ import os
 import platform
 import queue
 import secrets
-import shutil
+import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from vimscale.pulse import pulse
 from . import rank
 from .on_local import cpus
 from .rank import Ending, Event
+from .temporary import Temporary
 
 if TYPE_CHECKING:
     from vimscale.recipe import Recipe
@@ -47,48 +46,70 @@ class Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self._temporary: str | None = None
+        self._temporary: Temporary | None = None
+        self._heart: dict[int, str] = {}
+        """Processes that a Ray of our own cannot do without."""
         if address is not None:
             _check_reachable(address)
-        else:
-            # Ray's ports listen on every interface: without a token anyone who reaches them runs code here
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-            # a head of our own that is killed never comes back: Ray would wait a minute for it
-            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-            self._temporary = tempfile.mkdtemp(prefix="vimscale-ray-")
-            self._broom = _broom(self._temporary)
+            self._connect(address)
+            return
+        # Ray's ports listen on every interface: without a token anyone who reaches them runs code here;
+        # a process reads it once, so a second Ray has the same
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # how long a call may wait for a head that died (Ray then ends the launcher); to shut down takes half of that
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
+        self._start()
+
+    def _start(self) -> None:
+        import psutil
+
+        self._temporary = Temporary("vimscale-ray-")
+        self._connect(
+            "local",
+            num_cpus=cpus(),
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            _temp_dir=self._temporary.path,
+        )
+        children = {process.pid: process.name() for process in psutil.Process().children()}
+        self._heart = {pid: name for pid, name in children.items() if name in ("gcs_server", "raylet")}
+
+    def _connect(self, address: str, **options: Any) -> None:
         import ray
 
-        local: dict[str, Any] = {
-            "address": "local",
-            "num_cpus": cpus(),
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-            "_temp_dir": self._temporary,
-        }
-        chosen = local if address is None else {"address": address}
         try:
-            ray.init(**chosen, logging_level="error", log_to_driver=False)
+            ray.init(address, **options, logging_level="error", log_to_driver=False)
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts; nothing has been trained yet
-            self._clean()
+            self.close()
             raise SystemExit(3) from None
         except (ConnectionError, RuntimeError, ValueError) as error:
-            self._clean()
-            raise LaunchError(f"Ray at {address or 'this machine'} cannot be used: {error}") from None
+            where = "this machine" if address == "local" else address
+            self.close()
+            raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
 
     def close(self) -> None:
         import ray
 
-        ray.shutdown()
-        self._clean()
+        died = self.died() is not None
+        ray.shutdown()  # takes 7 s without a head, 16 s if the raylet is gone too
+        if self._temporary is not None and died:
+            self._temporary.sweep()
+        elif self._temporary is not None:
+            self._temporary.remove()
 
-    def _clean(self) -> None:
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            assert self._broom.stdin is not None
-            self._broom.stdin.close()
-            self._broom.wait()
+    def died(self) -> str | None:
+        """Which process that a Ray of our own cannot do without has ended, if one has.
+
+        Ray takes seconds to tell, and calls that ask its head for something do not return.
+        """
+        return next((name for pid, name in self._heart.items() if _has_ended(pid)), None)
+
+    def revive(self) -> None:
+        """Start another Ray of our own in place of one that died."""
+        if self.died() is not None:
+            self.close()
+            self._start()
 
     def resources(self) -> tuple[int, int]:
         """(CPUs, GPUs) of all nodes."""
@@ -98,22 +119,11 @@ class Ray:
         return int(total.get("CPU", 0)), int(total.get("GPU", 0))
 
 
-def _broom(temporary: str) -> subprocess.Popen:
-    """A process that waits for this one to end, however it does, then ends what its Ray left and removes its folder.
-
-    A launcher that is killed cannot do that, and Ray's agents outlive it by a minute.
-    """
-    script = """
-        read -r nothing
-        [ -d "$1" ] || exit 0
-        sleep 1
-        for process in /proc/[0-9]*; do
-            pid=${process#/proc/}
-            [ "$pid" != $$ ] && grep -qsF "$1" "$process/cmdline" && kill -9 "$pid"
-        done
-        rm -rf "$1"
-    """
-    return subprocess.Popen(["sh", "-c", script, "broom", temporary], stdin=subprocess.PIPE, start_new_session=True)
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # Ray has asked how it ended
+        return True
 
 
 def _check_reachable(address: str) -> None:
@@ -191,9 +201,9 @@ class _Rank:
 class RayGroup:
     """Ranks in a placement group of the Ray of this process: as many of `sizes` as there is room for."""
 
-    def __init__(self, recipe: "Recipe", folder: Path, sizes: list[int], *, gpu: bool, patience_s: float):
+    def __init__(self, ray: Ray, recipe: "Recipe", folder: Path, sizes: list[int], *, gpu: bool, patience_s: float):
         self.size = sizes[0]
-        self._sizes = sizes
+        self._ray, self._sizes = ray, sizes
         self._recipe, self._folder, self._gpu, self._patience_s = recipe, folder, gpu, patience_s
         self._actors: list[Any] = []
         self._running: dict[Any, int] = {}
@@ -207,6 +217,7 @@ class RayGroup:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        self._ray.revive()
         self._find_room()
         remote = ray.remote(_Rank)
         for number in range(self.size):
@@ -301,6 +312,9 @@ class RayGroup:
                 ending = self._died(number, error)
             if isinstance(ending, Ending):
                 reports.append(ending)
+        if (name := self._ray.died()) is not None:
+            message = f"Ray's {name} on this machine died, and takes the ranks along"
+            return [Ending(number, "failed", cause="died", message=message) for number in range(self.size)]
         return reports
 
     def _news(self, timeout: float) -> list[Event | Ending]:
@@ -354,10 +368,15 @@ class RayGroup:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._bundles is not None:
-            remove_placement_group(self._bundles)
+        if self._ray.died() is None:
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._bundles is not None:
+                remove_placement_group(self._bundles)
+        else:
+            for pid in [where["pid"] for where in self._where if where["pid"]]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._actors, self._running, self._asked, self._bundles = [], {}, {}, None
 
 

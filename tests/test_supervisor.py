@@ -353,12 +353,13 @@ def _below(pid: int) -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_leaves_nothing_of_its_ray(shell: Shell) -> None:
+@pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
+def test_a_killed_launcher_leaves_nothing_behind(shell: Shell, how: tuple[str, ...]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="v-"))
     shell.env["TMPDIR"] = str(temporary)
-    process = shell.popen("launch", "small.yaml", *LONG, *RAY)
+    process = shell.popen("launch", "small.yaml", *LONG, *how)
     shell.reaches(process, "small", 100)
-    (folder,) = temporary.glob("vimscale-ray-*")
+    (folder,) = temporary.glob("vimscale-*")
     started = list(_below(process.pid))
     process.kill()
     process.wait()
@@ -368,16 +369,18 @@ def test_a_killed_launcher_leaves_nothing_of_its_ray(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_head_of_ray_ends_the_launch_and_the_same_command_goes_on(shell: Shell) -> None:
-    process = shell.popen("launch", "small.yaml", *LONG, "steps=2000", *RAY)
+@pytest.mark.parametrize("victims", [["gcs_server"], ["raylet"], ["gcs_server", "raylet"]], ids="-".join)
+def test_a_run_outlives_its_own_ray(shell: Shell, victims: list[str]) -> None:
+    process = shell.popen("launch", "small.yaml", *LONG, "steps=400", *RAY)
     shell.reaches(process, "small", 100)
-    (head,) = [pid for pid in _below(process.pid) if _command(pid).split("\0")[0].endswith("gcs_server")]
-    os.kill(head, signal.SIGKILL)
-    assert "Failed to connect to GCS" in shell.finish(process, expect=1)
-    process = shell.popen("launch", "small.yaml", *LONG, "steps=2000", *RAY)
-    shell.reaches(process, "small", 300)
-    process.send_signal(signal.SIGTERM)
-    assert "resumed from" in shell.finish(process, expect=3)
+    named = {_command(pid).split("\0")[0].rsplit("/")[-1]: pid for pid in _below(process.pid)}
+    for victim in victims:
+        os.kill(named[victim], signal.SIGKILL)
+    output = shell.finish(process)
+    assert re.search(rf"Ray's ({'|'.join(victims)}) on this machine died.*starting again .*restart 1", output)
+    assert "resumed from" in output
+    assert len(shell.losses("small")) == 400
+    shell.nothing_is_left(within=3)
 
 
 def _command(pid: int) -> str:
