@@ -46,10 +46,13 @@ _PULSE_S = 0.25
 
 
 class LocalGroup:
-    """Ranks that meet through a file and talk to the launcher through pipes."""
+    """Ranks that meet through a file and talk to the launcher through pipes. `threads`: a rank's; absent: its share of
+    this machine's.
+    """
 
-    def __init__(self, recipe: "Recipe", folder: Path, world: int, patience_s: float):
+    def __init__(self, recipe: "Recipe", folder: Path, world: int, patience_s: float, threads: int | None = None):
         self.size = world
+        self._threads = threads or max(1, cpus() // world)
         self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
         self._processes: list[subprocess.Popen] = []
         self._pipes: dict[Connection, int] = {}
@@ -73,7 +76,7 @@ class LocalGroup:
                     "rank": number,
                     "world": self.size,
                     "device": f"cuda:{number}" if on_gpus else "cpu",
-                    "threads": max(1, cpus() // self.size),
+                    "threads": self._threads,
                     "rendezvous": f"file://{self._meeting.path}/store",
                     "interface": "lo",
                     "patience_s": self._patience_s,

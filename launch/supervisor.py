@@ -243,6 +243,7 @@ class _Watch:
 
     def _ask(self, reason: Reason, message: str) -> None:
         self._progress.note("info", message)
+        self._progress.lap()
         if self.asked is None:
             self._group.request_stop()
         self.asked = reason

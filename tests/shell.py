@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +47,16 @@ class Shell:
     env: dict[str, str]
 
     def popen(
-        self, *arguments: str, file_limit: int | None = None, memory_limit: int | None = None
+        self,
+        *arguments: str,
+        file_limit: int | None = None,
+        memory_limit: int | None = None,
+        inside: Sequence[str] = (),
     ) -> subprocess.Popen:
-        """No file may grow beyond `file_limit` KB, no process beyond `memory_limit` KB of addresses."""
-        command = [sys.executable, "-m", "vimscale.launch.cli", *arguments]
+        """No file may grow beyond `file_limit` KB, no process beyond `memory_limit` KB of addresses. `inside`: what
+        runs the rest of its line.
+        """
+        command = [*inside, sys.executable, "-m", "vimscale.launch.cli", *arguments]
         for letter, limit in (("f", file_limit), ("v", memory_limit)):
             if limit is not None:
                 command = ["bash", "-c", f'ulimit -{letter} {limit}; exec "$@"', "limited", *command]

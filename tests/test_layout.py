@@ -104,9 +104,14 @@ def test_vimscale_knows_no_scheduler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "only"), [("deepspeed", {"vimscale.engine"}), ("ray", {"launch.on_ray", "launch.on_ray_jobs"})]
+    ("library", "only"),
+    [
+        ("deepspeed", {"vimscale.engine"}),
+        ("ray", {"launch.on_ray", "launch.on_ray_jobs", "launch.on_tune"}),
+        ("matplotlib", {"launch.pictures"}),
+    ],
 )
-def test_a_framework_is_imported_where_it_is_at_home(library: str, only: set[str]) -> None:
+def test_a_framework_is_imported_where_it_is_put_to_use_alone(library: str, only: set[str]) -> None:
     users = {
         _module(path)
         for package in PACKAGES

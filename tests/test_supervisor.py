@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests import nodes
 from tests.shell import Shell
 from vimscale import manifest, run_folder
 from vimscale.errors import LaunchError, RecipeError, RunFailed
@@ -391,25 +391,12 @@ def _command(pid: int) -> str:
 # ---- nodes
 
 
-@contextmanager
-def _cluster() -> Iterator:
-    """Ray on this machine as several nodes of one CPU; the first is the head."""
-    from ray.cluster_utils import Cluster
-
-    limits = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=limits)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_shrinks_with_the_nodes_and_grows_with_them(shell: Shell) -> None:
     options = ("steps=400", "checkpoint.every=20", "checkpoint.keep=100", "log.every=10")
     shell.run("launch", "small.yaml", "name=calm", *options, *PROCESSES)
-    with _cluster() as cluster:
+    with nodes.one_address() as cluster:
         node = cluster.add_node(num_cpus=1)
         process = shell.popen("launch", "small.yaml", *options, "--address", cluster.address, "--workers", "1:2")
         shell.reaches(process, "small", 50)
@@ -430,7 +417,7 @@ def test_a_run_shrinks_with_the_nodes_and_grows_with_them(shell: Shell) -> None:
 def test_rays_notice_of_preemption_leads_to_a_checkpoint_and_an_end(shell: Shell) -> None:
     ray = str(Path(sys.executable).parent / "ray")
     drain = ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    with _cluster() as cluster:
+    with nodes.one_address() as cluster:
         node = cluster.add_node(num_cpus=1)
         process = shell.popen("launch", "small.yaml", "steps=2000", "--address", cluster.address, *RAY)
         shell.reaches(process, "small", 50)

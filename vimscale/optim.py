@@ -50,6 +50,8 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / optim.warmup
     if optim.schedule == "constant":
         return optim.lr
+    if optim.schedule == "rise":  # the last update, too, has its end
+        return optim.min_lr * (optim.lr / optim.min_lr) ** ((step - optim.warmup) / max(steps - optim.warmup - 1, 1))
     done = (step - optim.warmup) / max(steps - optim.warmup, 1)
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 

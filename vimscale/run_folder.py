@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError
@@ -119,8 +119,9 @@ class RunFolder:
         wanted = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
         raise CheckpointError(f"run {self.path}: {wanted}; there are: {others}")
 
-    def hold(self, otherwise: str) -> None:
-        """Keep other launches out for as long as the process lives; `otherwise`: what to do if one is in.
+    def hold(self, otherwise: str, wait_s: float = 0.0) -> None:
+        """Keep other launches out for as long as this object lives; `otherwise`: what to do if one is in, `wait_s`: how
+        long that one has to end.
 
         Raises:
             LaunchError: one is, or the folder cannot be written.
@@ -132,18 +133,20 @@ class RunFolder:
             raise LaunchError(
                 f"run folder {self.path} cannot be written: {error.strerror}; choose another with --runs"
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LaunchError(f"run folder {self.path} is in use by a launch; {otherwise}") from None
+        until = time.monotonic() + wait_s
+        while not _locked(self._lock):
+            if time.monotonic() >= until:
+                raise LaunchError(f"run folder {self.path} is in use by a launch; {otherwise}")
+            time.sleep(0.05)
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder this run's, for as long as the process lives; write down what runs and where.
+    def claim(self, recipe: Recipe, wait_s: float = 0.0) -> None:
+        """Make the folder this run's, for as long as this object lives; write down what runs and where. `wait_s`: how
+        long another launch that uses it has to end.
 
         Raises:
             LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
         """
-        self.hold("end that one, or choose another name=")
+        self.hold("end that one, or choose another name=", wait_s)
         trained = self.metrics.exists() or checkpoints(self.checkpoints)
         if self._recipe.exists() and trained:  # a launch that never came so far leaves nothing to protect
             changed = _differences(self.recipe().model_dump(), recipe.model_dump())
@@ -155,6 +158,14 @@ class RunFolder:
                 )
         self._recipe.write_text(recipe.to_yaml())
         (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:

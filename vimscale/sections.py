@@ -302,7 +302,8 @@ class Optim(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     warmup: Annotated[Whole, Field(ge=0)] = 0
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "rise"] = "cosine"
+    """After the warm-up: a cosine from lr down to min_lr, lr, or exponentially from min_lr up to lr (`lr-range`)."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient over all parameters; null does not clip."""
     decay: Literal["fixed", "published"] = "fixed"

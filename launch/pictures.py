@@ -1,0 +1,113 @@
+"""Pictures of runs, drawn by matplotlib: a sweep's curves and results, a range test's losses over the rate."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+if TYPE_CHECKING:
+    from .lr_range import Found
+    from .trials import By, Group
+
+_SMOOTH = 0.95
+_NAMED = 10
+"""Curves that a legend can name."""
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(1.2 + 4.6 * panels, 4.2), squeeze=False, layout="constrained")
+    for one in axes[0]:
+        one.grid(visible=True, alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
+    """An exponential average, free of the bias of its start; it ends before the first value that is not finite."""
+    average, weight, found = 0.0, 0.0, []
+    for value in values:
+        if not math.isfinite(value):
+            break
+        average = factor * average + (1 - factor) * value
+        weight = factor * weight + 1 - factor
+        found.append(average / weight)
+    return found
+
+
+def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
+    """Losses of all trials, one colour a setting, the best one's the strongest; and the result over each dimension."""
+    keys = list(groups[0].outcomes[0].trial.point)
+    figure, (curves, *results) = _figure(1 + len(keys))
+    from matplotlib import colormaps
+
+    shades, early = colormaps["viridis"], False
+    for number, group in enumerate(groups):
+        colour = shades(0.9 * number / max(len(groups) - 1, 1))
+        name = ", ".join(value for _, value in group.outcomes[0].trial.setting) if number < _NAMED else None
+        for one in group.outcomes:
+            line = smoothed(one.losses)
+            curves.plot(range(1, len(line) + 1), line, color=colour, lw=2 if number == 0 else 1.2, label=name)
+            name = None
+            if one.status != "finished" and line:
+                early = True
+                curves.plot(len(line), line[-1], "o", color=colour, mfc="white", ms=5)
+    curves.set(
+        xlabel="step",
+        ylabel="training loss, smoothed",
+        title=f"losses{', hollow where trials ended early' if early else ''}",
+    )
+    curves.legend(frameon=False, fontsize=8, title="from the best on", title_fontsize=8)
+    for key, axes in zip(keys, results, strict=True):
+        _over(axes, key, groups, by, shades)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _over(axes: Any, key: str, groups: "Sequence[Group]", by: "By", shades: Any) -> None:
+    """Each trial's result over its value of `key`; numbers where they are on the axis, words side by side."""
+    values = list(dict.fromkeys(one.trial.point[key] for group in groups for one in group.outcomes))
+    try:
+        places = {value: float(value) for value in values}
+    except ValueError:
+        places = {value: float(number) for number, value in enumerate(sorted(values))}
+        axes.set_xticks(list(places.values()), list(places), rotation=20 if max(map(len, places)) > 6 else 0)
+        axes.margins(x=0.2)
+    else:
+        if min(places.values()) > 0 and max(places.values()) / min(places.values()) >= 8:
+            axes.set_xscale("log")
+        if key == "seed":
+            axes.set_xticks(list(places.values()), list(places))
+    for number, group in enumerate(groups):
+        colour = shades(0.9 * number / max(len(groups) - 1, 1))
+        for one in group.outcomes:
+            if one.value is not None and math.isfinite(one.value):
+                hollow = {} if one.status == "finished" else {"mfc": "white"}
+                axes.plot(places[one.trial.point[key]], one.value, "o", color=colour, ms=7, **hollow)
+    if by == "top1":
+        from matplotlib.ticker import PercentFormatter
+
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(xlabel=key, ylabel="top-1" if by == "top1" else "loss")
+
+
+def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", title: str, path: Path) -> None:
+    """Losses over the learning rate, raw and smoothed, with what was read from them."""
+    figure, (axes,) = _figure(1)
+    figure.set_size_inches(7.5, 4.6)
+    axes.plot(rates, losses, color="C0", alpha=0.3, lw=1)
+    axes.plot(rates[: len(found.smooth)], found.smooth, color="C0", lw=2)
+    axes.axvline(found.suggested, color="C2", ls="--", label=f"suggested: {found.suggested:.1e}")
+    if found.diverges is not None:
+        axes.axvline(found.diverges, color="C3", ls="--", label=f"diverges from {found.diverges:.1e} on")
+    low, high = min(found.smooth), found.smooth[0]
+    axes.set_ylim(low - 0.2 * (high - low), high + 0.6 * (high - low))
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="training loss, smoothed")
+    axes.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

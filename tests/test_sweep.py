@@ -1,0 +1,198 @@
+"""Sweeps and learning-rate range tests: what is tried, what came of it, and a real sweep that is killed."""
+
+import json
+import math
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.shell import Shell
+from vimscale import optim, run_folder
+from vimscale.errors import LaunchError, RecipeError, RunFailed
+from vimscale.launch import lr_range, trials
+from vimscale.sections import Optim
+
+
+def _points(folder: Path, *overrides: str, samples: int | None = None) -> list[trials.Trial]:
+    return trials.plan("vim_digits_cpu", overrides, samples, folder)[1]
+
+
+def test_values_are_parted_at_commas_outside_of_brackets_and_quotes(tmp_path: Path) -> None:
+    found = _points(
+        tmp_path,
+        "optim.lr=1e-3, 2e-3",
+        "model.directions=(fwd bwd)*2,bi*4",
+        "data.train=[{data: 'digits:train', weight: 1}, {data: 'digits:val', weight: 2}]",
+        "data.val='digits:val'",
+    )
+    assert [trial.name for trial in found] == [
+        "lr-1e-3_directions-fwd-bwd-2",
+        "lr-1e-3_directions-bi-4",
+        "lr-2e-3_directions-fwd-bwd-2",
+        "lr-2e-3_directions-bi-4",
+    ]
+    assert found[1].recipe.model.directions == "bi*4"
+    assert {len(trial.recipe.data.sources) for trial in found} == {2}
+    assert found[0].folder.path == tmp_path / "vim_digits_cpu-sweep/lr-1e-3_directions-fwd-bwd-2"
+
+
+def test_names_that_would_be_the_same_are_told_apart(tmp_path: Path) -> None:
+    names = [trial.name for trial in _points(tmp_path, "model.directions=bi*4,(bi)*4")]
+    assert len(set(names)) == 2
+    long = _points(tmp_path, f"name={'a' * 99}", "seed=0,1")
+    assert {len(trial.recipe.name) for trial in long} == {100}
+    assert len({trial.recipe.name for trial in long}) == 2
+
+
+def test_more_samples_add_to_those_that_were_drawn(tmp_path: Path) -> None:
+    key = "optim.lr=1e-4..1e-2"
+    few, many = (_points(tmp_path, key, "optim.beta2=0.9..0.999", samples=n) for n in (3, 5))
+    assert [trial.point for trial in few] == [trial.point for trial in many[:3]]
+    rates = [trial.recipe.optim.lr for trial in many]
+    assert all(1e-4 < rate < 1e-2 for rate in rates)
+    assert len(set(rates)) == 5
+    assert len(_points(tmp_path, key, "seed=0,1", samples=3)) == 6
+
+
+def test_a_sweep_that_cannot_be_says_why(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="nothing to try: give some key several values"):
+        _points(tmp_path, "optim.lr=1e-3")
+    with pytest.raises(LaunchError, match="how many values of this range are to be tried"):
+        _points(tmp_path, "optim.lr=1e-4..1e-2")
+    with pytest.raises(LaunchError, match="with 0 < LOW < HIGH"):
+        _points(tmp_path, "optim.lr=1e-2..1e-4", samples=2)
+    with pytest.raises(LaunchError, match="a value is there twice"):
+        _points(tmp_path, "optim.lr=1e-3,1e-3")
+    with pytest.raises(RecipeError) as error:
+        _points(tmp_path, "optim.lr=1e-3,-1,many", "seed=0")
+    assert "optim.lr=-1: optim.lr: -1 must be above 0" in str(error.value)
+    assert "optim.lr=many: optim.lr: 'many' is not a number" in str(error.value)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/recipe.yaml").touch()
+    with pytest.raises(LaunchError, match="is a run, and the sweep's trials would be inside"):
+        _points(tmp_path, "name=taken", "seed=0,1")
+
+
+def _ended(trial: trials.Trial, losses: list[float], top1: float | None) -> None:
+    trial.folder.path.mkdir(parents=True)
+    rows = [{"kind": "train", "step": step + 1, "loss": loss} for step, loss in enumerate(losses)]
+    rows += [{"kind": "eval", "step": step, "top1": 1 - losses[step - 1]} for step in range(2, len(losses) + 1, 2)]
+    trial.folder.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"half')
+    if top1 is not None:
+        trial.folder.finish({"steps": len(losses), "top1": top1})
+    else:
+        trial.stop(len(losses))
+
+
+def test_settings_are_ranked_by_the_mean_over_their_seeds_and_the_stopped_come_last(tmp_path: Path) -> None:
+    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
+    for trial, top1 in zip(all_, (0.5, 0.7, 0.9, 0.5, None, 0.65), strict=True):
+        _ended(trial, [0.9, 0.8, 0.7, 0.6] if top1 else [0.1, 0.05], top1)
+    groups = trials.ranked([trials.outcome(trial, "top1", 2) for trial in all_], "top1")
+    assert [dict(group.outcomes[0].trial.setting)["optim.lr"] for group in groups] == ["2e-3", "3e-3", "1e-3"]
+    best, half, _ = groups
+    assert (best.mean, best.spread) == (pytest.approx(0.7), pytest.approx(0.2828, abs=1e-4))
+    assert (half.finished, half.spread) == ([0.65], None)
+    assert [one.status for one in half.outcomes] == ["stopped", "finished"]
+    groups = trials.ranked([trials.outcome(trial, "loss", 2) for trial in all_], "loss")
+    assert groups[0].mean == pytest.approx(0.65)
+    assert trials.figures(trials.rows(all_[0].folder), "loss", 2) == [
+        (2, pytest.approx(0.85)),
+        (4, pytest.approx(0.65)),
+    ]
+
+
+# ---- the range test
+
+
+def test_the_rate_rises_from_the_least_to_the_greatest_by_equal_factors() -> None:
+    rates = [optim.learning_rate(Optim(lr=1.0, min_lr=1e-6, schedule="rise"), step, 7) for step in range(7)]
+    assert rates == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+@pytest.mark.parametrize("end", [5.0, math.nan])
+def test_the_range_test_finds_where_the_loss_falls_and_where_it_diverges(end: float) -> None:
+    rates = [10 ** (-6 + 6 * i / 99) for i in range(100)]
+    losses = [2.3 - 1.3 / (1 + (3e-3 / rate) ** 2) if rate < 0.1 else end for rate in rates]
+    found = lr_range.read(rates, losses)
+    assert found.steepest == pytest.approx(3e-3, rel=0.3)
+    assert found.diverges == pytest.approx(0.1, rel=0.5)
+    assert found.suggested == pytest.approx(3e-3, rel=0.3)
+    calm = lr_range.read(rates, [2.3 - 1.3 / (1 + (3e-3 / rate) ** 2) for rate in rates])
+    assert calm.diverges is None
+
+
+def test_a_loss_that_never_falls_is_said_to_be_one() -> None:
+    with pytest.raises(RunFailed, match="falls at none of these rates"):
+        lr_range.read([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan])
+
+
+def test_a_range_test_ends_at_the_first_loss_that_is_not_finite_and_suggests_a_rate(shell: Shell) -> None:
+    command = ("lr-range", "small.yaml", "--to", "1e20", "--from", "1e-4", "--steps", "40", "--workers", "1")
+    output = shell.run(*command)
+    assert "suggested: optim.lr=" in output
+    assert "diverges from" in output
+    assert (shell.folder / "runs/small-lr-range/lr_range.png").stat().st_size > 10_000
+
+
+# ---- a real sweep
+
+SWEEP = ("sweep", "small.yaml", "name=s", "steps=40", "checkpoint.every=5", "data.val=null", "--by", "loss")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "rates", ["1e-2,2e-5", pytest.param("1e-2,2e-3,5e-4,2e-5", marks=pytest.mark.slow)], ids=["two", "four"]
+)
+def test_a_killed_sweep_goes_on_where_its_trials_stood(shell: Shell, rates: str) -> None:
+    command = (*SWEEP, f"optim.lr={rates}", "--grace", "10", "--keep", "2")
+    trials_ = [f"lr-{rate}" for rate in rates.split(",")]
+    process = shell.popen(*command)
+    shell.reaches(process, f"s/{trials_[-1]}", 10)
+    process.kill()
+    process.wait()
+    output = shell.run(*command)
+    ended = re.search(rf"{len(trials_)} trials, (\d) of them ended before", output)
+    began = re.findall(r"(\S+): started", output)
+    assert len(began) + (int(ended[1]) if ended else 0) == len(trials_)
+    assert "best: optim.lr=1e-2, 1." in output
+    for name in trials_:
+        folder = shell.folder / "runs/s" / name
+        steps = len(shell.losses(f"s/{name}"))
+        finished = (folder / "result.json").exists()
+        assert steps == 40 if finished else steps < 40
+        assert finished or (folder / "stopped.json").exists()
+        assert run_folder.checkpoints(folder / "checkpoints")[0].name == run_folder.checkpoint_name(steps)
+        said = (folder / "logs/launch.txt").read_text()
+        assert said.count("step 1/40") == 1, "it went on, and did not begin again"
+    assert (shell.folder / "runs/s/sweep.png").stat().st_size > 10_000
+    assert f"{len(trials_)} of them ended before" in shell.run(*command)
+    shell.nothing_is_left()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_saves_every_trial(shell: Shell) -> None:
+    command = (*SWEEP, "steps=2000", "optim.lr=1e-2,2e-3", "--keep", "1")
+    process = shell.popen(*command)
+    shell.reaches(process, "s/lr-1e-2", 20)
+    shell.reaches(process, "s/lr-2e-3", 20)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on from there" in shell.finish(process, expect=3)
+    for name in ("lr-1e-2", "lr-2e-3"):
+        folder = shell.folder / "runs/s" / name
+        newest = run_folder.checkpoints(folder / "checkpoints")[0].name
+        assert newest == run_folder.checkpoint_name(len(shell.losses(f"s/{name}")))
+        assert not (folder / "stopped.json").exists()
+    shell.nothing_is_left()
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_told_and_the_others_finish(shell: Shell) -> None:
+    bad = "optim.lr=1e-2,1e30"
+    output = shell.run(*SWEEP, bad, "guard.rollbacks=0", "guard.skips=0", "--keep", "1")
+    assert "best: optim.lr=1e-2, 1." in output
+    assert re.search(r"lr-1e30: failed: step \d+: .* is not finite", output)
+    output = shell.run(*SWEEP, "name=worse", "optim.lr=1e29,1e30", "guard.rollbacks=0", "guard.skips=0", expect=1)
+    assert "error: no trial finished; lr-1e29: step" in output
