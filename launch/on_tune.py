@@ -17,10 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from vimscale.errors import RunFailed
+from vimscale.errors import LaunchError, RunFailed
 
 from . import trials, unattended
 from .on_ray import Ray
@@ -154,8 +155,22 @@ class _Told(tune.Callback):
         self._say(f"{trial}: failed: {said or 'its process ended'}")
 
 
+def check_room(workers: int) -> None:
+    """Whether some node of Ray has devices for all ranks of a trial; Tune would wait for one for ever.
+
+    Raises:
+        LaunchError: none has.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if any("GPU" in node for node in nodes) else "CPU"
+    most = int(max(node.get(kind, 0) for node in nodes))
+    if workers > most:
+        rule = f"a trial's ranks share a machine and take one {kind} each, and the largest here has {most}"
+        raise LaunchError(f"--workers {workers}: {rule}; use 1 to {most}")
+
+
 def run(
-    ray: Ray,
+    connection: Ray,
     open_: list[Trial],
     past: list[Trial],
     *,
@@ -176,7 +191,7 @@ def run(
     os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S="0")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
-    _, gpus = ray.resources()
+    _, gpus = connection.resources()
     threads = None if gpus else 1
     orders = {one.name: _Order(one, steps(one), by, every, workers, threads, Path.cwd()) for one in open_}
     resources = {"cpu": workers, "gpu": workers if gpus else 0}

@@ -48,8 +48,6 @@ def sweep(
     """Train a recipe with several values of some keys, and compare; the same command goes on where it was stopped."""
     from vimscale.data.training_set import TrainingSet
 
-    from . import on_local
-
     _check_installed()
     folder, all_ = trials.plan(recipe, overrides, samples, runs)
     lengths = {}
@@ -58,16 +56,9 @@ def sweep(
         if by == "top1" and one.recipe.data.val is None:
             raise LaunchError("--by top1: the recipe has no data.val to evaluate on; set it, or use --by loss")
         lengths[one.name] = one.recipe.length(TrainingSet.open(one.recipe.data).samples)
-    cpus, gpus = on_local.cpus(), on_local.gpus()
-    if address is None and workers > (gpus or cpus):
-        kind = "GPU" if gpus else "CPU"
-        raise LaunchError(f"--workers {workers}: a worker takes one {kind} and this machine has {gpus or cpus}")
     every = grace or max(max(lengths.values()) // _RUNGS, 1)
-    open_ = [one for one in all_ if not one.ended]
-    for one in open_:  # then each is its trial's to claim
-        RunFolder(one.folder.path).claim(_judged(one, by, every), wait_s=_CLAIM_S)
+    open_, past = ([one for one in all_ if one.ended is ended] for ended in (False, True))
     console = Console()
-    past = [one for one in all_ if one.ended]
     ended = f", {len(past)} of them ended before" if past else ""
     _say(console, f"{folder.name}: {len(all_)} trials{ended}; each in {folder}/TRIAL")
     stop = StopSignal()
@@ -78,6 +69,9 @@ def sweep(
         with stop.installed(), contextlib.closing(on_ray.Ray(address)) as ray, stop.installed():
             from . import on_tune
 
+            on_tune.check_room(workers)
+            for one in open_:  # each folder is its trial's to claim from then on
+                RunFolder(one.folder.path).claim(_judged(one, by, every), wait_s=_CLAIM_S)
             on_tune.run(
                 ray,
                 open_,

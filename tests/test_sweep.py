@@ -10,8 +10,8 @@ import pytest
 
 from tests.shell import Shell
 from vimscale import optim, run_folder
-from vimscale.errors import LaunchError, RecipeError, RunFailed
-from vimscale.launch import lr_range, trials
+from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
+from vimscale.launch import lr_range, sweep, trials
 from vimscale.sections import Optim
 
 
@@ -73,6 +73,19 @@ def test_a_sweep_that_cannot_be_says_why(tmp_path: Path) -> None:
     (tmp_path / "taken/recipe.yaml").touch()
     with pytest.raises(LaunchError, match="is a run, and the sweep's trials would be inside"):
         _points(tmp_path, "name=taken", "seed=0,1")
+
+
+def test_what_is_asked_for_wrongly_leaves_nothing_behind(tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"overrides": ["seed=0,1", "data.val=null"]}, "--by top1: the recipe has no data.val to evaluate on"),
+        ({"overrides": ["seed=0,1"], "address": "127.0.0.1:9"}, "--address 127.0.0.1:9: nobody answers there"),
+        ({"overrides": ["seed=0,1"], "workers": 3}, "batch 64 is not a multiple of 3 ranks; use batch=63"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweep.sweep("vim_digits_cpu", runs=tmp_path / "runs", **arguments)
+    with pytest.raises(LaunchError, match=r"--from 1 --to 0\.1: the rate rises, so write 0 < --from < --to"):
+        lr_range.lr_range("vim_digits_cpu", low=1.0, high=0.1, runs=tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _ended(trial: trials.Trial, losses: list[float], top1: float | None) -> None:
