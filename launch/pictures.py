@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 _SMOOTH = 0.95
 _NAMED = 10
-"""Curves that a legend can name."""
+"""Curves that a legend can name, and values that an axis can."""
+_DECADES = 4
+"""Numbers that differ by this factor stand on a logarithmic axis."""
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
@@ -41,11 +43,11 @@ def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
 
 def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
     """Losses of all trials, one colour a setting, the best one's the strongest; and the result over each dimension."""
-    keys = list(groups[0].outcomes[0].trial.point)
+    keys = [key for key, _ in groups[0].outcomes[0].trial.setting] or ["seed"]
     figure, (curves, *results) = _figure(1 + len(keys))
     from matplotlib import colormaps
 
-    shades, early = colormaps["viridis"], False
+    shades = colormaps["viridis"]
     for number, group in enumerate(groups):
         colour = shades(0.9 * number / max(len(groups) - 1, 1))
         name = ", ".join(value for _, value in group.outcomes[0].trial.setting) if number < _NAMED else None
@@ -54,12 +56,11 @@ def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
             curves.plot(range(1, len(line) + 1), line, color=colour, lw=2 if number == 0 else 1.2, label=name)
             name = None
             if one.status != "finished" and line:
-                early = True
                 curves.plot(len(line), line[-1], "o", color=colour, mfc="white", ms=5)
     curves.set(
         xlabel="step",
         ylabel="training loss, smoothed",
-        title=f"losses{', hollow where trials ended early' if early else ''}",
+        title="losses, a circle where trials ended early",
     )
     curves.legend(frameon=False, fontsize=8, title="from the best on", title_fontsize=8)
     for key, axes in zip(keys, results, strict=True):
@@ -69,30 +70,34 @@ def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
 
 
 def _over(axes: Any, key: str, groups: "Sequence[Group]", by: "By", shades: Any) -> None:
-    """Each trial's result over its value of `key`; numbers where they are on the axis, words side by side."""
+    """Each finished trial's result over its value of `key`: numbers where they are on the axis, words side by side.
+    Trials that ended early are crosses at the foot, since their results are of other steps.
+    """
     values = list(dict.fromkeys(one.trial.point[key] for group in groups for one in group.outcomes))
     try:
         places = {value: float(value) for value in values}
     except ValueError:
         places = {value: float(number) for number, value in enumerate(sorted(values))}
-        axes.set_xticks(list(places.values()), list(places), rotation=20 if max(map(len, places)) > 6 else 0)
         axes.margins(x=0.2)
     else:
-        if min(places.values()) > 0 and max(places.values()) / min(places.values()) >= 8:
+        if min(places.values()) > 0 and max(places.values()) / min(places.values()) >= _DECADES:
             axes.set_xscale("log")
-        if key == "seed":
-            axes.set_xticks(list(places.values()), list(places))
+            axes.minorticks_off()
+    if len(places) <= _NAMED:
+        axes.set_xticks(list(places.values()), list(places), rotation=20 if max(map(len, places)) > 6 else 0)
     for number, group in enumerate(groups):
         colour = shades(0.9 * number / max(len(groups) - 1, 1))
         for one in group.outcomes:
-            if one.value is not None and math.isfinite(one.value):
-                hollow = {} if one.status == "finished" else {"mfc": "white"}
-                axes.plot(places[one.trial.point[key]], one.value, "o", color=colour, ms=7, **hollow)
+            place = places[one.trial.point[key]]
+            if one.status == "finished":
+                axes.plot(place, one.value, "o", color=colour, ms=7)
+            else:
+                axes.plot(place, 0.03, "x", color=colour, transform=axes.get_xaxis_transform())
     if by == "top1":
         from matplotlib.ticker import PercentFormatter
 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel=key, ylabel="top-1" if by == "top1" else "loss")
+    axes.set(xlabel=key, ylabel="top-1" if by == "top1" else "loss", title="results, a cross where trials ended early")
 
 
 def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", title: str, path: Path) -> None:
