@@ -5,6 +5,7 @@ alone takes seconds; their versions are read. Sizes are in GB of 10^9 bytes.
 """
 
 import fcntl
+import http.client
 import os
 import platform
 import re
@@ -33,7 +34,7 @@ Address = IPv4Address | IPv6Address
 
 BOUNDS = {"torch": ">=2.11", "triton": ">=3.6", "numba": ">=0.65", "deepspeed": ">=0.19.8,<0.20", "ray": ">=2.60,<2.61"}
 """As in pyproject.toml; a test compares. Not read from there: a wheel has no such file, a source tree no metadata."""
-RAY_PORTS = {6379: "GCS", 8265: "dashboard"}
+RAY_PORTS = {6379: "GCS", 8265: "dashboard", 10001: "client"}
 
 
 @dataclass(frozen=True)
@@ -284,19 +285,38 @@ def listeners() -> list[tuple[Address, int]]:
 
 
 def _ray_ports() -> Finding:
-    return ray_ports(listeners(), os.environ.get("RAY_AUTH_MODE", ""))
+    listening = listeners()
+    return ray_ports(listening, wants_token=_wants_token(listening))
 
 
-def ray_ports(listening: list[tuple[Address, int]], auth_mode: str) -> Finding:
+def _wants_token(listening: list[tuple[Address, int]]) -> bool:
+    """Whether the Ray of this machine does: its dashboard is asked; without one, this shell's environment tells."""
+    for address, port in listening:
+        if RAY_PORTS.get(port) == "dashboard":
+            host = ("[::1]" if address.version == 6 else "127.0.0.1") if address.is_unspecified else str(address)
+            connection = http.client.HTTPConnection(host, port, timeout=2)
+            try:
+                connection.request("GET", "/api/version")
+                return connection.getresponse().status == 401
+            except (OSError, http.client.HTTPException):  # it hangs, or is something else
+                continue
+            finally:
+                connection.close()
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def ray_ports(listening: list[tuple[Address, int]], *, wants_token: bool) -> Finding:
     """Whether a Ray listens on this machine, and whether that is an open door: its API is to run others' code.
 
     Ray's GCS binds every interface whatever --node-ip-address says (2.60), so a token or a firewall has to close it.
     """
     here = [(address, port) for address, port in listening if port in RAY_PORTS]
     if not here:
-        return Finding("Ray ports", "ok", "nothing listens on 6379 or 8265")
+        return Finding("Ray ports", "ok", f"nothing listens on {', '.join(map(str, RAY_PORTS))}")
     found = "; ".join(f"{RAY_PORTS[port]} port {port} listens on {address}" for address, port in here)
-    if auth_mode == "token" or all(address.is_loopback for address, _ in here):
+    if wants_token:
+        return Finding("Ray ports", "ok", f"{found}; it wants a token")
+    if all(address.is_loopback for address, _ in here):
         return Finding("Ray ports", "ok", found)
     mend = "Start Ray with RAY_AUTH_MODE=token and --dashboard-host=127.0.0.1, or close the ports in the firewall."
     return Finding("Ray ports", "note", f"{found}: an open Ray port lets anybody who reaches it run code", mend)

@@ -3,7 +3,9 @@
 import resource
 import shutil
 import socket
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -183,13 +185,34 @@ def test_an_open_ray_port_is_noted_unless_it_is_loopback_or_wants_a_token(monkey
         opened, closed = everywhere.getsockname()[1], local.getsockname()[1]
         listening = doctor.listeners()
     monkeypatch.setattr(doctor, "RAY_PORTS", {opened: "GCS", closed: "dashboard"})
-    exposed = doctor.ray_ports(listening, "")
+    exposed = doctor.ray_ports(listening, wants_token=False)
     assert exposed.state == "note"
     assert f"{opened} listens on 0.0.0.0" in exposed.found
     assert "RAY_AUTH_MODE=token" in exposed.mend
-    assert doctor.ray_ports(listening, "token").state == "ok"
+    assert doctor.ray_ports(listening, wants_token=True).state == "ok"
     monkeypatch.setattr(doctor, "RAY_PORTS", {closed: "dashboard"})
-    assert doctor.ray_ports(listening, "").state == "ok"
+    assert doctor.ray_ports(listening, wants_token=False).state == "ok"
+
+
+@pytest.mark.parametrize(("status", "state"), [(200, "note"), (401, "ok")])
+def test_a_dashboard_is_asked_whether_it_wants_a_token(
+    status: int, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("0.0.0.0", 0), Dashboard) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr(doctor, "RAY_PORTS", {server.server_port: "dashboard"})
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        finding = doctor._ray_ports()
+    assert finding.state == state
+    assert f"{server.server_port} listens on 0.0.0.0" in finding.found
 
 
 def test_a_cluster_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

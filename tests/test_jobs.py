@@ -107,7 +107,7 @@ def _answers(port: int) -> bool:
 def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(head: Head) -> None:
     shell, on = head.shell, head.on
     baked = (*on, "--with", "image=has-the-code", "--with", "secrets=[TEST_SECRET]")
-    submitter = shell.popen("submit", "small.yaml", "steps=200", *baked, "--follow")
+    submitter = shell.popen("submit", "small.yaml", "steps=120", *baked, "--follow")
     assert submitter.stdout is not None
     assert any(line.startswith("small: 2 ranks on the Ray") for line in submitter.stdout)
     submitter.kill()
@@ -133,8 +133,8 @@ def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(
     assert set(head.jobs()) == {"small"}, "what is refused leaves no job behind"
 
     shell.run("resume", "small", *baked, "--follow")
-    shell.run("launch", "small.yaml", "steps=200", "name=plain", "--no-ray", "--workers", "2")
-    assert done < 200
+    shell.run("launch", "small.yaml", "steps=120", "name=plain", "--no-ray", "--workers", "2")
+    assert done < 120
     assert shell.losses("small") == shell.losses("plain")
     assert "is finished" in shell.run("resume", "small", *on, expect=2)
 
