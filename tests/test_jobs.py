@@ -103,45 +103,55 @@ def _answers(port: int) -> bool:
         connection.close()
 
 
+def _wait_for_rows(head: Head, name: str) -> None:
+    while not head.shell.rows(name):
+        assert head.jobs()[name]["state"] == "running"
+
+
 @pytest.mark.timeout(900)
 def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(head: Head) -> None:
-    shell, on = head.shell, head.on
-    baked = (*on, "--with", "image=has-the-code", "--with", "secrets=[TEST_SECRET]")
-    submitter = shell.popen("submit", "small.yaml", "steps=120", *baked, "--follow")
+    shell = head.shell
+    on = (*head.on, "--with", "image=has-the-code", "--with", "secrets=[TEST_SECRET]")
+    submitter = shell.popen("submit", "small.yaml", "steps=100", *on, "--follow")
     assert submitter.stdout is not None
     assert any(line.startswith("small: 2 ranks on the Ray") for line in submitter.stdout)
     submitter.kill()
     submitter.communicate()
-    assert head.jobs()["small"]["state"] == "running"
-    assert "small is running" in shell.run("submit", "small.yaml", *on, expect=2)
     _wait_for_rows(head, "small")
-    assert "has 2, 0 of them free" in shell.run(
-        "submit", "small.yaml", "name=big", *on, "--with", "workers=16", expect=2
-    )
-    assert SECRET not in (told := head.told())
-    assert head.token not in told
-
     shell.run("stop", "small", *on)
     assert "stopped on request, with a checkpoint" in shell.run("logs", "small", *on, "--follow", expect=3)
     done = len(shell.rows("small"))
+    assert done < 100
     assert run_folder.checkpoints(shell.folder / "runs/small/checkpoints")[0].name == f"step_{done:08d}"
     assert head.jobs()["small"]["state"] == "stopped"
-    assert "does not run: it is stopped" in shell.run("stop", "small", *on, expect=2)
+    shell.run("resume", "small", *on, "--follow")
+    assert len(shell.losses("small")) == 100
+    told = head.told()
+    assert "small@2" in told
+    assert SECRET not in told
+    assert head.token not in told
 
-    missing = shell.run("submit", "small.yaml", "name=poor", *on, "--with", "secrets=[NOT_THERE]", expect=2)
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_a_ray_cannot_take_is_refused_and_leaves_nothing_behind(head: Head) -> None:
+    shell, on = head.shell, (*head.on, "--with", "image=has-the-code")
+    missing = shell.run("submit", "small.yaml", *on, "--with", "secrets=[NOT_THERE]", expect=2)
     assert "secret NOT_THERE is not set" in missing
-    assert set(head.jobs()) == {"small"}, "what is refused leaves no job behind"
-
-    shell.run("resume", "small", *baked, "--follow")
-    shell.run("launch", "small.yaml", "steps=120", "name=plain", "--no-ray", "--workers", "2")
-    assert done < 120
-    assert shell.losses("small") == shell.losses("plain")
-    assert "is finished" in shell.run("resume", "small", *on, expect=2)
-
-
-def _wait_for_rows(head: Head, name: str) -> None:
-    while not head.shell.rows(name):
-        assert head.jobs()[name]["state"] == "running"
+    assert head.jobs() == {}
+    shell.run("submit", "small.yaml", "steps=100000", *on)
+    _wait_for_rows(head, "small")
+    assert "small is running" in shell.run("submit", "small.yaml", *on, expect=2)
+    for workers in ("1", "16", "3:4"):
+        refused = shell.run("submit", "small.yaml", "name=other", *on, "--with", f"workers={workers}", expect=2)
+        assert "has 2, 0 of them free" in refused
+    shell.run("stop", "small", *on)
+    shell.run("logs", "small", *on, "--follow", expect=3)
+    assert "does not run: it is stopped" in shell.run("stop", "small", *on, expect=2)
+    assert "did you mean small?" in shell.run("stop", "smal", *on, expect=2)
+    assert set(head.jobs()) == {"small"}
+    shell.env.pop("RAY_AUTH_TOKEN")
+    assert "wants its token" in shell.run("jobs", *on, expect=2)
 
 
 @pytest.mark.slow
@@ -152,16 +162,21 @@ def test_code_is_sent_and_a_run_folder_beside_it_is_not(head: Head) -> None:
     with (shell.folder / "runs/old/weights").open("w") as sparse:
         sparse.truncate(5 << 30)
     began = time.monotonic()
-    follower = shell.popen("submit", "small.yaml", "steps=10", "checkpoint.every=5", *head.on, "--follow")
+    follower = shell.popen("submit", "small.yaml", "steps=150", "checkpoint.every=5", *head.on, "--follow")
     assert follower.stdout is not None
     assert any(line.startswith("small: 2 ranks on the Ray") for line in follower.stdout)
     print(f"submit to the launcher's first line: {time.monotonic() - began:.1f} s")
-    shell.finish(follower)
-    packages = list(head.temporary.glob("session_2*/runtime_resources/working_dir_files/*"))
-    assert packages
-    assert sum(path.stat().st_size for path in head.temporary.glob("session_2*/runtime_resources/**/*")) < 5e6
-    assert len(shell.losses("small")) == 10
-    assert head.token not in head.told()
+    while len(shell.rows("small")) < 10:
+        assert follower.poll() is None
+    shell.run("stop", "small", *head.on)
+    shell.finish(follower, expect=3)
+    sent = list(head.temporary.glob("session_2*/runtime_resources/**/*"))
+    assert any(path.name == "digits.csv.gz" for path in sent)
+    assert sum(path.stat().st_size for path in sent) < 5e6
+    shell.run("resume", "small", *head.on, "--follow")
+    shell.run("launch", "small.yaml", "steps=150", "name=plain", "--no-ray", "--workers", "2")
+    assert shell.losses("small") == shell.losses("plain")
+    assert "is finished" in shell.run("resume", "small", *head.on, expect=2)
 
 
 @pytest.mark.slow
