@@ -54,7 +54,7 @@ def _check_kubernetes(name: str) -> str:
 
 
 def _check_word(text: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@%+,=\[\]-]*", text) is None:
+    if re.fullmatch(r"[A-Za-z0-9/][A-Za-z0-9._:/@%+,=\[\]-]*", text) is None:
         raise ValueError(f"{text!r} is not one word of letters, digits and . _ : / @ % + , = [ ] -")
     return text
 
@@ -88,6 +88,8 @@ class KubeRay(Section):
     service_account: KubernetesName | None = None
     claim: KubernetesName | None = None
     """The PersistentVolumeClaim, ReadWriteMany, that `runs` lies on: mounted at its first folder."""
+    secret: KubernetesName | None = None
+    """The Kubernetes secret whose keys the names in `secrets` are."""
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: Annotated[dict[str, str], Field(default_factory=dict)]
     tolerations: tuple[Toleration, ...] = ()
@@ -193,6 +195,10 @@ class Cluster(Section):
             faults.append(f"gpu {self.gpu}: gpus is 0; say how many a node has, or leave gpu out")
         if self.backend == "kuberay" and self.image is None:
             faults.append("image: kuberay needs the image that pods run; docs/clusters.md shows how to build it")
+        if self.backend == "kuberay" and (self.kuberay is None or self.kuberay.claim is None):
+            faults.append("kuberay.claim: name the PersistentVolumeClaim that runs lies on; all pods must see it")
+        if self.backend == "kuberay" and self.secrets and (self.kuberay is None or self.kuberay.secret is None):
+            faults.append(f"kuberay.secret: name the Kubernetes secret that holds {', '.join(self.secrets)}")
         if self.backend != "local" and not self.runs.startswith("/"):
             faults.append(f"runs {self.runs!r}: give the full path, as all nodes see it")
         both = sorted(set(self.environment) & set(self.secrets))
@@ -200,6 +206,12 @@ class Cluster(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def least_nodes(self) -> int:
+        """So many have room for the fewest ranks that `workers` allows; all, where it allows one number."""
+        least, colon, _ = self.ranks.partition(":")
+        return min(self.nodes, -(-int(least) // (self.gpus or self.cpus))) if colon else self.nodes
 
 
 _KIND = Kind("cluster", Cluster, ClusterError, "cluster")

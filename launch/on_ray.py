@@ -111,6 +111,11 @@ class Ray:
             self.close()
             self._start()
 
+    def nodes(self) -> int:
+        import ray
+
+        return sum(node["Alive"] for node in ray.nodes())
+
     def resources(self) -> tuple[int, int]:
         """(CPUs, GPUs) of all nodes."""
         import ray
@@ -149,6 +154,28 @@ def _check_reachable(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=5)
         except grpc.FutureTimeoutError:
             raise LaunchError(f"--address {address}: what answers there is no Ray; {way_out}") from None
+
+
+def wait_for_nodes(address: str, count: int, patience_s: float = 300) -> None:
+    """Return once a Ray that others are starting has so many nodes.
+
+    Raises:
+        LaunchError: it has not come up, or not whole.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            cluster = Ray(address)
+            break
+        except LaunchError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+    while (up := cluster.nodes()) < count:
+        if time.monotonic() > end:
+            raise LaunchError(f"Ray at {address} has {up} of {count} nodes after {patience_s:g} s")
+        time.sleep(0.2)
+    cluster.close()
 
 
 class _Rank:

@@ -126,7 +126,7 @@ def _lay_over(base: dict, top: dict) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key given twice."""
+    """YAML that reads 1e-3 as a number and 1:4 as text, and refuses a key given twice."""
 
 
 _Loader.add_implicit_resolver(
@@ -134,6 +134,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+for _digit in "0123456789":  # YAML 1.1 has 1:4 for minutes and seconds, 64
+    _words = ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d+)+$"))
+    _Loader.yaml_implicit_resolvers[_digit] = [_words, *_Loader.yaml_implicit_resolvers[_digit]]
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
