@@ -19,7 +19,7 @@ from vimscale.launch.jobs import Job
 from vimscale.launch.on_slurm import SlurmJobs
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = ("steps=80", "checkpoint.every=40", "log.every=10")
+LONG = ("steps=60", "checkpoint.every=20", "log.every=10")
 
 
 def _cluster(shell: Shell, **changes: object) -> Cluster:
@@ -158,7 +158,7 @@ def test_a_job_that_slurm_signals_is_queued_again_and_ends_with_the_bits_of_an_u
     assert jobs.submit(_small(shell, "name=hit", *LONG)).state == "waiting"
     with pytest.raises(LaunchError, match="a job named hit is in the queue"):
         jobs.submit(_small(shell, "name=hit", *LONG))
-    _reaches(shell, jobs, "hit", 30)
+    _reaches(shell, jobs, "hit", 25)
     (number,) = re.findall(r"\d+", (shell.folder / "runs/hit/job/id").read_text())
     subprocess.run(["scancel", "--batch", "--signal=USR1", number], check=True)
 
@@ -179,10 +179,13 @@ def test_a_job_that_is_stopped_saves_stays_stopped_and_goes_on_when_submitted_ag
     shell.run("launch", "small.yaml", "name=calm", *LONG, "--workers", "2", "--no-ray")
     jobs = SlurmJobs(_cluster(shell))
     jobs.submit(_small(shell, "name=hit", *LONG))
-    _reaches(shell, jobs, "hit", 30)
+    _reaches(shell, jobs, "hit", 25)
     jobs.stop("hit")
     _until(jobs, "stopped")
-    assert len(run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")) == 1
+    done = len(shell.rows("hit"))
+    assert 25 <= done < 60
+    newest = run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")[0]
+    assert newest.name == run_folder.checkpoint_name(done)
     assert "requeue" not in (slurm / "calls").read_text()
     with pytest.raises(LaunchError, match="hit has stopped already"):
         jobs.stop("hit")
