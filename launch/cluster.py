@@ -199,6 +199,8 @@ class Cluster(Section):
             faults.append("kuberay.claim: name the PersistentVolumeClaim that runs lies on; all pods must see it")
         if self.backend == "kuberay" and self.secrets and (self.kuberay is None or self.kuberay.secret is None):
             faults.append(f"kuberay.secret: name the Kubernetes secret that holds {', '.join(self.secrets)}")
+        if self.backend == "kuberay" and re.fullmatch(r"[\w./-]+", self.runs) is None:  # Ray's shells would read them
+            faults.append(f"runs {self.runs!r}: in pods, use letters, digits and . _ / - alone")
         if self.backend != "local" and not self.runs.startswith("/"):
             faults.append(f"runs {self.runs!r}: give the full path, as all nodes see it")
         both = sorted(set(self.environment) & set(self.secrets))

@@ -15,8 +15,8 @@ import yaml
 
 from vimscale.recipe import Recipe
 
-from .cluster import Cluster, KubeRay, seconds
-from .jobs import launch_command, placed
+from .cluster import Cluster, KubeRay
+from .jobs import completed, environment, launch_arguments
 
 RUN = "vimscale/run"
 """The annotation that holds the run's name, which may be longer than Kubernetes' names and labels."""
@@ -25,6 +25,8 @@ OURS = {"app.kubernetes.io/managed-by": "vimscale"}
 _USER = 1000
 """As the Dockerfile has it."""
 _RETRIES, _RETRIES_PREEMPTIBLE = 3, 20
+_AFTER_S = 30
+"""What a pod has beside the grace: for Ray to end once the ranks have."""
 _LONGEST = 47
 """Characters of a RayJob's name: KubeRay makes others by adding to it."""
 _FOLDER = "/etc/vimscale"
@@ -51,7 +53,7 @@ def manifest(cluster: Cluster, recipe: Recipe) -> str:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": about,
-        "data": {"recipe.yaml": placed(cluster, recipe).to_yaml()},
+        "data": {"recipe.yaml": completed(recipe, cluster).to_yaml()},
     }
     queue = (cluster.kuberay or KubeRay.model_validate({})).queue
     if queue is not None:
@@ -73,9 +75,8 @@ def kubernetes_name(run: str) -> str:
 
 def _job(cluster: Cluster, name: str, labels: dict[str, str]) -> dict[str, Any]:
     kuberay = cluster.kuberay or KubeRay.model_validate({})
-    command = launch_command(cluster, f"{_FOLDER}/recipe.yaml")
-    if cluster.time_limit is not None:  # then it saves, and a pod that is started anew goes on
-        command = ["timeout", "--preserve-status", "--signal=USR1", str(seconds(cluster.time_limit)), *command]
+    command = ["vimscale", *launch_arguments(cluster, f"{_FOLDER}/recipe.yaml", cluster.runs)]
+    command += ["--address", "auto", "--workers", cluster.ranks]
     head = _pod(cluster, labels, "ray-head", {"cpu": "2", "memory": "8G"}, head=True)
     head["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
     head["spec"]["containers"][0]["volumeMounts"].append({"name": "recipe", "mountPath": _FOLDER, "readOnly": True})
@@ -125,12 +126,12 @@ def _pod(cluster: Cluster, labels: dict[str, str], name: str, resources: dict[st
     kuberay = cluster.kuberay or KubeRay.model_validate({})
     shared = str(PurePosixPath(*PurePosixPath(cluster.runs).parts[:2]))
     container = _container(cluster, name, resources) | {
-        "env": _environment(cluster, kuberay, head=head),
+        "env": _variables(cluster, kuberay, head=head),
         "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _BEFORE_THE_END]}}},
         "volumeMounts": [{"name": "shared", "mountPath": shared}, {"name": "memory", "mountPath": "/dev/shm"}],
     }
     spec = _who(kuberay) | {
-        "terminationGracePeriodSeconds": cluster.grace,
+        "terminationGracePeriodSeconds": cluster.grace + _AFTER_S,
         "containers": [container],
         "volumes": [
             {"name": "shared", "persistentVolumeClaim": {"claimName": kuberay.claim}},
@@ -178,14 +179,11 @@ def _who(kuberay: KubeRay) -> dict[str, Any]:
     return who
 
 
-def _environment(cluster: Cluster, kuberay: KubeRay, *, head: bool) -> list[dict[str, Any]]:
-    before_the_end = str(max(1, cluster.grace * 5 // 6))
-    plain = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": before_the_end}
+def _variables(cluster: Cluster, kuberay: KubeRay, *, head: bool) -> list[dict[str, Any]]:
+    plain = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(cluster.grace)}
     if head:  # who stops the job gives it as long
-        plain["RAY_JOB_STOP_WAIT_TIME_S"] = before_the_end
-    if cluster.interface is not None:
-        plain["NCCL_SOCKET_IFNAME"] = cluster.interface
-    written = [{"name": name, "value": value} for name, value in (plain | cluster.environment).items()]
+        plain["RAY_JOB_STOP_WAIT_TIME_S"] = str(cluster.grace)
+    written = [{"name": name, "value": value} for name, value in (plain | environment(cluster)).items()]
     secret = {"name": kuberay.secret}
     named = [{"name": name, "valueFrom": {"secretKeyRef": secret | {"key": name}}} for name in cluster.secrets]
     return [*written, *named]

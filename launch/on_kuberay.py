@@ -17,7 +17,7 @@ from vimscale.errors import LaunchError
 from vimscale.recipe import Recipe
 
 from .cluster import Cluster, KubeRay
-from .jobs import Job, State
+from .jobs import Job, State, unknown
 from .kuberay_manifest import OURS, RUN, kubernetes_name, manifest
 
 _LOOK_S = 2.0
@@ -103,7 +103,7 @@ class KubeRayJobs:
     def _job(self, name: str) -> Job:
         known = {job.id: job for job in self.jobs()}
         if name not in known:
-            raise LaunchError(f"{self._where}: no job {name}; there are: {', '.join(known) or 'none'}")
+            raise unknown(name, known, self._where)
         return known[name]
 
     def _check_secrets(self) -> None:

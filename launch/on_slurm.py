@@ -19,10 +19,12 @@ from vimscale.errors import ClusterError, LaunchError
 from vimscale.recipe import Recipe
 
 from .cluster import Cluster, Slurm, seconds
-from .jobs import Job, State, launch_command, placed
+from .jobs import Job, State, completed, environment, launch_arguments, unknown
 
 _LOOK_S = 1.0
 """How often a log that is followed is looked at."""
+_AFTER_S = 30
+"""What the script needs once the ranks have saved and ended."""
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
 _RECIPE = ("<< 'END_OF_RECIPE'\n", "END_OF_RECIPE\n")
 
@@ -83,7 +85,7 @@ class SlurmJobs:
             "account": slurm.account,
             "qos": slurm.qos,
             "constraint": slurm.constraint,
-            "signal": f"B:USR1@{cluster.grace}",
+            "signal": f"B:USR1@{cluster.grace + _AFTER_S}",
             "open-mode": "append",
             "output": f'"{folder}/slurm-%j.log"',
             "export": ",".join(cluster.secrets) or "NONE",
@@ -98,22 +100,21 @@ class SlurmJobs:
         address = "hostname -I | cut -d' ' -f1"
         if cluster.interface is not None:
             address = f"ip -4 -o addr show dev {cluster.interface} | awk '{{print $4}}' | cut -d/ -f1"
-        environment = {"NCCL_SOCKET_IFNAME": cluster.interface} if cluster.interface is not None else {}
+        launch = ["vimscale", *launch_arguments(cluster, f"{folder}/recipe.yaml", cluster.runs)]
+        launch += ["--address", "auto", "--workers", cluster.ranks]
         return _SCRIPT.format(
             options="\n".join(f"#SBATCH {line}" for line in [*lines, *[f"--{flag}" for flag in flags]]),
             name=recipe.name,
             folder=shlex.quote(str(folder)),
             grace=cluster.grace,
-            environment="".join(
-                f"export {key}={shlex.quote(value)}\n" for key, value in (environment | cluster.environment).items()
-            ),
-            recipe=placed(cluster, recipe).to_yaml(),
+            environment="".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment(cluster).items()),
+            recipe=completed(recipe, cluster).to_yaml(),
             setup="".join(line + "\n" for line in slurm.setup),
             step=shlex.join(step),
             here='"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head"' if slurm.container is not None else "",
             address=address,
             ray=shlex.join(ray),
-            launch=shlex.join(launch_command(cluster, f"{folder}/recipe.yaml")),
+            launch=shlex.join(launch),
         )
 
     def jobs(self) -> list[Job]:
@@ -159,8 +160,7 @@ class SlurmJobs:
     def _number(self, job: str) -> str:
         known = sorted(path.parts[-3] for path in self._runs.glob("*/job/id"))
         if job not in known:
-            there = f"those in {self._runs}: {', '.join(known)}" if known else f"there are none in {self._runs}"
-            raise LaunchError(f"Slurm: no job {job}; {there}")
+            raise unknown(job, known, f"Slurm, by {self._runs}")
         return (self._folder(job) / "id").read_text().strip()
 
     def _queued(self, names: list[str]) -> dict[str, tuple[str, str]]:

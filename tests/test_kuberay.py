@@ -35,8 +35,8 @@ EVERYTHING = (
 )
 
 
-def _rendered(cluster: Cluster, name: str = "vim_tiny_in1k") -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(KubeRayJobs(cluster).render(recipes.load("vim_tiny_in1k", [f"name={name}"]))))
+def _rendered(cluster: Cluster, name: str = "vim_digits_cpu") -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(KubeRayJobs(cluster).render(recipes.load("vim_digits_cpu", [f"name={name}"]))))
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +116,11 @@ def test_secrets_are_named_and_never_written(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_entrypoint_is_a_launch_whose_time_ends_with_a_checkpoint() -> None:
-    _, job = _rendered(load("kuberay_h100", ["time_limit=12h", "runs=/a b; touch x/runs"]))
-    assert shlex.split(job["spec"]["entrypoint"]) == [
-        *("exec", "timeout", "--preserve-status", "--signal=USR1", "43200"),
-        *("vimscale", "launch", "/etc/vimscale/recipe.yaml", "--address", "auto", "--workers", "32"),
-        *("--runs", "/a b; touch x/runs", "--grace", "100"),
-    ]
+    _, job = _rendered(load("kuberay_h100", ["time_limit=12h"]))
+    assert job["spec"]["entrypoint"] == (
+        "exec vimscale launch /etc/vimscale/recipe.yaml --runs /shared/runs --grace 120 --time-limit 12h"
+        " --address auto --workers 32"
+    )
 
 
 @pytest.mark.parametrize("run", ["vim-tiny", "vim_tiny", "Vim-Tiny", "7b", "a.b", "x" * 100, "b_" + "1" * 90 + "."])
@@ -140,8 +139,8 @@ def test_names_that_differ_in_their_signs_alone_stay_apart() -> None:
 
 def test_a_cluster_file_without_what_kuberay_needs_is_refused_with_all_that_is_missing() -> None:
     with pytest.raises(ClusterError) as refused:
-        load("kuberay_h100", ["image=null", "kuberay.claim=null", "secrets=[KEY]", "runs=runs"])
-    for part in ("image: ", "kuberay.claim: ", "kuberay.secret: ", "runs 'runs': "):
+        load("kuberay_h100", ["image=null", "kuberay.claim=null", "secrets=[KEY]", "runs=a b"])
+    for part in ("image: ", "kuberay.claim: ", "kuberay.secret: ", "runs 'a b': in pods", "runs 'a b': give the full"):
         assert part in str(refused.value)
 
 
@@ -161,7 +160,7 @@ def _now(kubernetes: Path, name: str, **status: str) -> None:
 
 def test_a_job_is_submitted_followed_stopped_and_submitted_again(kubernetes: Path) -> None:
     jobs = KubeRayJobs(load("kuberay_h100"))
-    recipe = recipes.load("vim_tiny_in1k", ["name=tiny"])
+    recipe = recipes.load("vim_digits_cpu", ["name=tiny"])
     assert jobs.submit(recipe).state == "waiting"
     assert [job.state for job in jobs.jobs()] == ["waiting"]
     with pytest.raises(LaunchError, match="tiny is waiting; stop it"):
@@ -206,13 +205,13 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again(kubernetes: Pat
 )
 def test_what_the_operator_says_becomes_one_of_six_states(kubernetes: Path, status: dict[str, str], state: str) -> None:
     jobs = KubeRayJobs(load("kuberay_h100"))
-    jobs.submit(recipes.load("vim_tiny_in1k", ["name=tiny"]))
+    jobs.submit(recipes.load("vim_digits_cpu", ["name=tiny"]))
     _now(kubernetes, "tiny", **status)
     assert [job.state for job in jobs.jobs()] == [state]
 
 
 def test_refusals_are_one_message_and_leave_nothing_behind(kubernetes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipes.load("vim_tiny_in1k")
+    recipe = recipes.load("vim_digits_cpu")
 
     def refusal(*changes: str) -> str:
         with pytest.raises(LaunchError) as refused:

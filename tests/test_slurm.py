@@ -74,10 +74,10 @@ def test_options_follow_from_the_cluster_file() -> None:
             "slurm={partition: gpu, setup: [module load cuda], container: /shared/vimscale.sqsh}",
         ],
     )
-    script = SlurmJobs(cluster).render(recipes.load("vim_tiny_in1k"))
+    script = SlurmJobs(cluster).render(recipes.load("vim_digits_cpu"))
     given = re.findall(r"^#SBATCH --(\S+)", script, re.MULTILINE)
     assert given == [
-        "job-name=vim_tiny_in1k",
+        "job-name=vim_digits_cpu",
         "nodes=1-4",
         "ntasks-per-node=1",
         "cpus-per-task=96",
@@ -85,15 +85,15 @@ def test_options_follow_from_the_cluster_file() -> None:
         "mem=953674M",
         "time=2",
         "partition=gpu",
-        "signal=B:USR1@120",
+        "signal=B:USR1@150",
         "open-mode=append",
-        'output="/shared/runs/vim_tiny_in1k/job/slurm-%j.log"',
+        'output="/shared/runs/vim_digits_cpu/job/slurm-%j.log"',
         "export=AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY",
         "requeue",
         "exclusive",
         "no-kill",
     ]
-    assert "--workers 8:32 --runs /shared/runs --grace 100 &" in script
+    assert "--runs /shared/runs --grace 120 --time-limit 90s --address auto --workers 8:32 &" in script
     assert "--container-image=/shared/vimscale.sqsh" in script
     assert "export NCCL_DEBUG=WARN" in script
     _is_bash(script)
@@ -136,7 +136,7 @@ def test_refusals_are_one_message_and_leave_nothing_behind(
     with pytest.raises(LaunchError, match="secrets VIMSCALE_NOWHERE: not set in this environment"):
         SlurmJobs(_cluster(shell, secrets=["VIMSCALE_NOWHERE"])).submit(_small(shell))
     jobs = SlurmJobs(_cluster(shell))
-    with pytest.raises(LaunchError, match="no job absent; there are none"):
+    with pytest.raises(LaunchError, match="no job absent on Slurm"):
         jobs.stop("absent")
     (slurm / "bin" / "sbatch").write_text(
         "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n"
