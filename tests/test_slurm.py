@@ -15,7 +15,6 @@ from vimscale import recipe as recipes
 from vimscale import run_folder
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch.cluster import Cluster, Slurm, load
-from vimscale.launch.jobs import Job
 from vimscale.launch.on_slurm import SlurmJobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,14 +43,6 @@ def slurm(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _small(shell: Shell, *overrides: str) -> recipes.Recipe:
     return recipes.load(shell.folder / "small.yaml", overrides)
-
-
-def _until(jobs: SlurmJobs, state: str) -> Job:
-    deadline = time.monotonic() + 120
-    while (job := jobs.jobs()[0]).state != state:
-        assert time.monotonic() < deadline, [job, *jobs.logs(job.id, follow=False)]
-        time.sleep(0.1)
-    return job
 
 
 def _reaches(shell: Shell, jobs: SlurmJobs, name: str, step: int) -> None:
@@ -150,47 +141,54 @@ def test_refusals_are_one_message_and_leave_nothing_behind(
 
 
 @pytest.mark.timeout(400)
-def test_a_job_that_slurm_signals_is_queued_again_and_ends_with_the_bits_of_an_undisturbed_run(
+def test_a_job_trains_on_a_ray_of_its_own_and_when_stopped_saves_and_is_not_queued_again(
     shell: Shell, slurm: Path
 ) -> None:
-    shell.run("launch", "small.yaml", "name=calm", *LONG, "--workers", "2", "--no-ray")
     jobs = SlurmJobs(_cluster(shell))
     assert jobs.submit(_small(shell, "name=hit", *LONG)).state == "waiting"
     with pytest.raises(LaunchError, match="a job named hit is in the queue"):
         jobs.submit(_small(shell, "name=hit", *LONG))
-    _reaches(shell, jobs, "hit", 25)
-    (number,) = re.findall(r"\d+", (shell.folder / "runs/hit/job/id").read_text())
-    subprocess.run(["scancel", "--batch", "--signal=USR1", number], check=True)
-
-    log = "\n".join(jobs.logs("hit", follow=True))
-    assert jobs.jobs()[0].state == "finished"
-    assert log.count("stopped on request, with a checkpoint") == 1, log
-    assert "resumed from" in log
-    assert f"scontrol requeue {number}" in (slurm / "calls").read_text()
-    assert shell.losses("hit") == shell.losses("calm")
-    assert jobs.recipe("hit") == _small(shell, "name=hit", *LONG)
-    assert not Path(f"/tmp/vimscale-{number}").exists()
-    shell.nothing_is_left()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_job_that_is_stopped_saves_stays_stopped_and_goes_on_when_submitted_again(shell: Shell, slurm: Path) -> None:
-    shell.run("launch", "small.yaml", "name=calm", *LONG, "--workers", "2", "--no-ray")
-    jobs = SlurmJobs(_cluster(shell))
-    jobs.submit(_small(shell, "name=hit", *LONG))
-    _reaches(shell, jobs, "hit", 25)
+    _reaches(shell, jobs, "hit", 10)
+    assert [job.state for job in jobs.jobs()] == ["running"]
     jobs.stop("hit")
-    _until(jobs, "stopped")
+    assert "stopped on request, with a checkpoint" in "\n".join(jobs.logs("hit", follow=True))
+    assert [job.state for job in jobs.jobs()] == ["stopped"]
     done = len(shell.rows("hit"))
-    assert 25 <= done < 60
+    assert 10 <= done < 60
     newest = run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")[0]
     assert newest.name == run_folder.checkpoint_name(done)
     assert "requeue" not in (slurm / "calls").read_text()
     with pytest.raises(LaunchError, match="hit has stopped already"):
         jobs.stop("hit")
+    assert jobs.recipe("hit") == _small(shell, "name=hit", *LONG)
+    assert not Path(f"/tmp/vimscale-{_number(shell)}").exists()
+    shell.nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_is_requeued_by_a_signal_then_stopped_and_submitted_again_has_the_bits_of_an_undisturbed_run(
+    shell: Shell, slurm: Path
+) -> None:
+    shell.run("launch", "small.yaml", "name=calm", *LONG, "--workers", "2", "--no-ray")
+    jobs = SlurmJobs(_cluster(shell))
+    jobs.submit(_small(shell, "name=hit", *LONG))
+    _reaches(shell, jobs, "hit", 10)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", _number(shell)], check=True)
+    _reaches(shell, jobs, "hit", 35)
+    assert f"scontrol requeue {_number(shell)}" in (slurm / "calls").read_text()
+    jobs.stop("hit")
+    log = "\n".join(jobs.logs("hit", follow=True))
+    assert log.count("stopped on request, with a checkpoint") == 2, log
+    assert log.count("resumed from") == 1
+    assert [job.state for job in jobs.jobs()] == ["stopped"]
 
     jobs.submit(jobs.recipe("hit"))
-    _until(jobs, "finished")
+    assert "finished: 60 steps" in "\n".join(jobs.logs("hit", follow=True))
+    assert [job.state for job in jobs.jobs()] == ["finished"]
     assert shell.losses("hit") == shell.losses("calm")
     shell.nothing_is_left()
+
+
+def _number(shell: Shell) -> str:
+    return (shell.folder / "runs/hit/job/id").read_text().strip()
