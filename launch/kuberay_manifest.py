@@ -46,19 +46,18 @@ done
 
 def manifest(cluster: Cluster, recipe: Recipe) -> str:
     """The two documents, as `kubectl apply -f -` takes them."""
-    name = kubernetes_name(recipe.name)
-    labels = OURS | {"app.kubernetes.io/name": name}
-    about = {"name": name, "labels": labels, "annotations": {RUN: recipe.name}}
+    kuberay, name = cluster.kuberay, kubernetes_name(recipe.name)
+    assert kuberay is not None  # a cluster file without its claim is refused
+    about = {"name": name, "labels": OURS, "annotations": {RUN: recipe.name}}
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": about,
         "data": {"recipe.yaml": completed(recipe, cluster).to_yaml()},
     }
-    queue = (cluster.kuberay or KubeRay.model_validate({})).queue
-    if queue is not None:
-        about = about | {"labels": labels | {"kueue.x-k8s.io/queue-name": queue}}
-    job = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": about, "spec": _job(cluster, name, labels)}
+    if kuberay.queue is not None:
+        about = about | {"labels": OURS | {"kueue.x-k8s.io/queue-name": kuberay.queue}}
+    job = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": about, "spec": _job(cluster, kuberay, name)}
     return yaml.dump_all([config_map, job], Dumper=_Dumper, sort_keys=False, width=120)
 
 
@@ -73,14 +72,13 @@ def kubernetes_name(run: str) -> str:
     return f"{safe[: _LONGEST - 9].rstrip('-')}-{digest}"
 
 
-def _job(cluster: Cluster, name: str, labels: dict[str, str]) -> dict[str, Any]:
-    kuberay = cluster.kuberay or KubeRay.model_validate({})
+def _job(cluster: Cluster, kuberay: KubeRay, name: str) -> dict[str, Any]:
     command = ["vimscale", *launch_arguments(cluster, f"{_FOLDER}/recipe.yaml", cluster.runs)]
     command += ["--address", "auto", "--workers", cluster.ranks]
-    head = _pod(cluster, labels, "ray-head", {"cpu": "2", "memory": "8G"}, head=True)
+    head = _pod(cluster, kuberay, "ray-head", {"cpu": "2", "memory": "8G"}, head=True)
     head["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
     head["spec"]["containers"][0]["volumeMounts"].append({"name": "recipe", "mountPath": _FOLDER, "readOnly": True})
-    worker = _pod(cluster, labels, "ray-worker", _resources(cluster, kuberay), head=False)
+    worker = _pod(cluster, kuberay, "ray-worker", _resources(cluster, kuberay), head=False)
     worker["spec"]["nodeSelector"] = kuberay.node_selector
     worker["spec"]["tolerations"] = [each.model_dump(exclude_none=True) for each in kuberay.tolerations]
     object_store = {"object-store-memory": "200000000"}
@@ -96,7 +94,7 @@ def _job(cluster: Cluster, name: str, labels: dict[str, str]) -> dict[str, Any]:
         # the shell's place is taken: a signal to the job reaches the launcher
         "entrypoint": "exec " + shlex.join(command),
         "submissionMode": "K8sJobMode",
-        "submitterPodTemplate": {"metadata": {"labels": labels}, "spec": _submitter(cluster, kuberay)},
+        "submitterPodTemplate": {"metadata": {"labels": OURS}, "spec": _submitter(cluster, kuberay)},
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 0,
         "backoffLimit": _RETRIES_PREEMPTIBLE if cluster.preemptible else _RETRIES,
@@ -122,8 +120,7 @@ def _resources(cluster: Cluster, kuberay: KubeRay) -> dict[str, str]:
     return {"cpu": str(cluster.cpus), "memory": f"{round(cluster.memory * 1000)}M", **gpus}
 
 
-def _pod(cluster: Cluster, labels: dict[str, str], name: str, resources: dict[str, str], *, head: bool) -> dict:
-    kuberay = cluster.kuberay or KubeRay.model_validate({})
+def _pod(cluster: Cluster, kuberay: KubeRay, name: str, resources: dict[str, str], *, head: bool) -> dict:
     shared = str(PurePosixPath(*PurePosixPath(cluster.runs).parts[:2]))
     container = _container(cluster, name, resources) | {
         "env": _variables(cluster, kuberay, head=head),
@@ -138,7 +135,7 @@ def _pod(cluster: Cluster, labels: dict[str, str], name: str, resources: dict[st
             {"name": "memory", "emptyDir": {"medium": "Memory"}},
         ],
     }
-    return {"metadata": {"labels": labels}, "spec": spec}
+    return {"metadata": {"labels": OURS}, "spec": spec}
 
 
 def _submitter(cluster: Cluster, kuberay: KubeRay) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import yaml
 from vimscale.errors import LaunchError
 from vimscale.recipe import Recipe
 
-from .cluster import Cluster, KubeRay
+from .cluster import Cluster
 from .jobs import Job, State, unknown
 from .kuberay_manifest import OURS, RUN, kubernetes_name, manifest
 
@@ -35,8 +35,8 @@ _STATES: dict[str, State] = {
 
 class KubeRayJobs:
     def __init__(self, cluster: Cluster):
-        self._cluster = cluster
-        self._kuberay = cluster.kuberay or KubeRay.model_validate({})
+        assert cluster.kuberay is not None  # a cluster file without its claim is refused
+        self._cluster, self._kuberay = cluster, cluster.kuberay
 
     def submit(self, recipe: Recipe) -> Job:
         documents = self.render(recipe)

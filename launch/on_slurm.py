@@ -129,13 +129,13 @@ class SlurmJobs:
         while True:
             active = follow and self._job(job, self._queued([job])).state in ("waiting", "running", "stopping")
             if path.exists():
-                with path.open(errors="replace") as file:
+                with path.open("rb") as file:
                     file.seek(begun)
-                    for line in iter(file.readline, ""):
-                        if active and not line.endswith("\n"):  # it is still being written
+                    for line in file:
+                        if active and not line.endswith(b"\n"):  # it is still being written
                             break
-                        begun += len(line.encode())
-                        yield line.rstrip("\n")
+                        begun += len(line)
+                        yield line.decode(errors="replace").rstrip("\n")
             if not active:
                 return
             time.sleep(_LOOK_S)
