@@ -5,6 +5,7 @@ itself. To stop it is to delete the RayJob: Kubernetes then ends its pods, and p
 """
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -158,7 +159,8 @@ class KubeRayJobs:
         except subprocess.TimeoutExpired:
             raise LaunchError(f"{self._where}: kubectl {arguments[0]} has had no answer for 300 s") from None
         if done.returncode:
-            raise LaunchError(f"{self._where}: kubectl {arguments[0]} said: {done.stderr.strip()}")
+            said = [line for line in done.stderr.splitlines() if not re.match(r"[EWI]\d{4} ", line)]
+            raise LaunchError(f"{self._where}: kubectl {arguments[0]} said: {' '.join(said)}")
         return done.stdout
 
 

@@ -218,7 +218,9 @@ def test_refusals_are_one_message_and_leave_nothing_behind(kubernetes: Path, mon
             KubeRayJobs(load("kuberay_h100", changes)).submit(recipe)
         return str(refused.value)
 
-    assert 'context "there" does not exist' in refusal("kuberay.context=there")
+    assert refusal("kuberay.context=there") == (
+        'Kubernetes, context there, namespace default: kubectl get said: error: context "there" does not exist'
+    )
     assert 'persistentvolumeclaims "lost" not found' in refusal("kuberay.claim=lost")
     needs = ("secrets=[KEY, OTHER]", "kuberay.secret=bucket")
     assert 'secrets "bucket" not found' in refusal(*needs)
