@@ -1,11 +1,14 @@
-"""Cluster files: what is read, and what is said of faults."""
+"""Cluster files: what is read, and what is said of faults; and those of Ray's own launcher."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vimscale.errors import ClusterError
 from vimscale.launch import cluster
+
+RAY_UP = sorted((cluster.shipped()["ray_aws"].parent / "ray_up").glob("*.yaml"))
 
 
 def _faults(source: str | Path, *overrides: str) -> list[str]:
@@ -40,9 +43,11 @@ def test_what_does_not_fit_together_is_said(tmp_path: Path) -> None:
     ]
     path = tmp_path / "mine.yaml"
     path.write_text("backend: kuberay\ngpus: 8\nenvironment: {TOKEN: abc}\nsecrets: [TOKEN]\n")
-    gpu, image, runs, token = _faults(path)
+    gpu, image, claim, secret, runs, token = _faults(path)
     assert gpu.startswith("gpu: say which the 8 GPUs of a node are")
     assert image.startswith("image: kuberay needs the image")
+    assert claim.startswith("kuberay.claim: name the PersistentVolumeClaim")
+    assert secret.startswith("kuberay.secret: name the Kubernetes secret that holds TOKEN")
     assert runs.startswith("runs 'runs': give the full path")
     assert token.startswith("TOKEN: stands in environment and in secrets")
 
@@ -60,3 +65,31 @@ def test_a_cluster_file_may_build_on_another(tmp_path: Path) -> None:
 def test_words_of_commands_are_words(name: str) -> None:
     text = "\n".join(_faults("local", f'image="{name}"'.replace("\n", "\\n")))
     assert "is not one word" in text
+
+
+def test_numbers_with_a_colon_are_ranks_and_not_minutes() -> None:
+    assert cluster.load("local", ["workers=1:4"]).workers == "1:4"
+    assert cluster.load("kuberay_h100", ["workers=10:32"]).least_nodes == 2
+    with pytest.raises(ClusterError, match="'0:4' is neither a number of ranks nor MIN:MAX"):
+        cluster.load("local", ["workers=0:4"])
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_what_ray_up_reads_is_valid_for_it(path: Path) -> None:
+    from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+    validate_config(fillout_defaults(yaml.safe_load(path.read_text())))
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_ray_up_files_and_ours_mean_the_same_cluster_with_its_dashboard_on_loopback(path: Path) -> None:
+    theirs, ours = yaml.safe_load(path.read_text()), cluster.load(f"ray_{path.stem}")
+    worker = theirs["available_node_types"]["worker"]
+    assert (ours.nodes, ours.gpus, ours.cpus) == (
+        worker["max_workers"],
+        worker["resources"]["GPU"],
+        worker["resources"]["CPU"],
+    )
+    (head,) = [line for line in theirs["head_start_ray_commands"] if "--head" in line]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert any("RAY_AUTH_MODE=token" in line for line in theirs["setup_commands"])
