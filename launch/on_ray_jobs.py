@@ -38,6 +38,8 @@ _STALE_S = 8
 """Ray counts what is free every 5 s."""
 _BEGIN_S = 60
 """How long a job that needs secrets has to begin and look for them."""
+_WATCHED_S = 3
+"""Ray looks at its jobs every second, and one that was deleted before that is written down anew, without its name."""
 _KILL_AFTER_S = 60
 """Beyond the grace that the launcher itself gives its ranks."""
 _FOUND = "secrets are set"
@@ -68,9 +70,10 @@ class RayJobs:
                 f"job {recipe.name} is {job.state} on {self._where}; stop it first, or choose another name="
             )
         self._check_room(int(least))
-        number = _attempt(attempts[-1].submission_id) + 1 if attempts else 1
         with tempfile.TemporaryDirectory(prefix="vimscale-job-") as folder, self._asking() as client:
             self._pack(Path(folder), recipe)
+            taken = [each.submission_id or "" for each in client.list_jobs()]
+            number = 1 + max((_attempt(id_) for id_ in taken if id_.startswith(f"{recipe.name}@")), default=0)
             id_ = client.submit_job(
                 entrypoint=self._entrypoint(recipe),
                 submission_id=f"{recipe.name}@{number}",
@@ -187,7 +190,8 @@ class RayJobs:
         try:
             yield self._client
         except (OSError, RuntimeError) as error:
-            last = str(error).strip().splitlines()[-1]
+            # of a traceback of the other side, where there is one
+            last = [line for line in str(error).splitlines() if line.strip(" .")][-1].strip(" .")
             raise LaunchError(f"{self._where} does not do it: {last}") from None
         except Exception as error:
             if type(error).__name__ != "AuthenticationError":  # Ray's, not to be imported before the address is known
@@ -256,6 +260,7 @@ class RayJobs:
                 if _FOUND in text.splitlines():
                     return
                 if details.status.is_terminal():
+                    time.sleep(_WATCHED_S)
                     client.delete_job(id_)
                     raise LaunchError(reason(text))
             time.sleep(0.3)

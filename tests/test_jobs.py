@@ -139,10 +139,11 @@ def test_what_a_ray_cannot_take_is_refused_and_leaves_nothing_behind(head: Head)
     missing = shell.run("submit", "small.yaml", *on, "--with", "secrets=[NOT_THERE]", expect=2)
     assert "secret NOT_THERE is not set" in missing
     assert head.jobs() == {}
+    assert "small@" not in head.told(), "Ray itself has forgotten it, too"
     shell.run("submit", "small.yaml", "steps=100000", *on)
     _wait_for_rows(head, "small")
     assert "small is running" in shell.run("submit", "small.yaml", *on, expect=2)
-    for workers in ("1", "16", "3:4"):
+    for workers in ("1", "16", "'3:4'"):
         refused = shell.run("submit", "small.yaml", "name=other", *on, "--with", f"workers={workers}", expect=2)
         assert "has 2, 0 of them free" in refused
     shell.run("stop", "small", *on)
