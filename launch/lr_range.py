@@ -66,7 +66,7 @@ def lr_range(
 
     if not 0 < low < high:
         raise LaunchError(f"--from {low:g} --to {high:g}: the rate rises, so write 0 < --from < --to")
-    _check_installed()
+    trials.check_installed("matplotlib")
     chosen = rising(recipes.load(recipe, overrides or ()), low, high, steps)
     TrainingSet.open(chosen.data)
     asked = str(workers) if workers is not None else None
@@ -116,13 +116,6 @@ def rising(chosen: Recipe, low: float, high: float, steps: int) -> Recipe:
         section, _, last = key.rpartition(".")
         (tree[section] if section else tree)[last] = value
     return Recipe.model_validate(tree)
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise LaunchError("the picture needs matplotlib: pip install 'vimscale[sweep]'")
 
 
 def _diverged(folder: RunFolder) -> bool:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vimscale.errors import LaunchError, RunFailed
+from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
 from . import trials
@@ -48,7 +49,7 @@ def sweep(
     """Train a recipe with several values of some keys, and compare; the same command goes on where it was stopped."""
     from vimscale.data.training_set import TrainingSet
 
-    _check_installed()
+    trials.check_installed("pandas", "pyarrow", "fsspec", "matplotlib")
     folder, all_ = trials.plan(recipe, overrides, samples, runs)
     lengths = {}
     for one in all_:
@@ -95,20 +96,12 @@ def sweep(
         raise RunFailed(f"no trial finished; {left[0].trial.name}: {left[0].words or 'its process ended'}")
 
 
-def _judged(trial: Trial, by: By, every: int) -> "trials.Recipe":
+def _judged(trial: Trial, by: By, every: int) -> Recipe:
     """Its recipe, with an evaluation wherever it is judged: those change nothing of what it computes."""
     if by == "loss":
         return trial.recipe
     evaluate = trial.recipe.evaluate.model_copy(update={"every": every})
     return trial.recipe.model_copy(update={"evaluate": evaluate})
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    needed = ("pandas", "pyarrow", "fsspec", "matplotlib")
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise LaunchError(f"a sweep needs {', '.join(missing)} besides: pip install 'vimscale[sweep]'")
 
 
 def show(groups: list[Group], by: By, folder: Path, console: Console) -> None:

@@ -12,6 +12,7 @@ import statistics
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +182,16 @@ def _names(points: Sequence[dict[str, str]]) -> list[str]:
 
 def _short(name: str, most: int = 100) -> str:
     return name if len(name) <= most else f"{name[: most - 9]}-{zlib.crc32(name.encode()):08x}"
+
+
+def check_installed(*modules: str) -> None:
+    """Before anything is begun.
+
+    Raises:
+        LaunchError: what a sweep or its picture needs is not there.
+    """
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise LaunchError(f"{', '.join(missing)} is not installed: pip install 'vimscale[sweep]'")
 
 
 # ---- what came of them
