@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: 
     shell.reaches(process, "hit", 100)
     os.killpg(process.pid, signal.SIGINT)  # a Ctrl-C reaches the whole group
     output = shell.finish(process, expect=3)
-    assert "stopped on request, with a checkpoint" in output
+    assert "stopped on request; the same command goes on from step_" in output
     stopped = len(shell.rows("hit"))
     assert 100 <= stopped < 200
     assert run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")[0].name == run_folder.checkpoint_name(stopped)
