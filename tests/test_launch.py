@@ -138,7 +138,7 @@ def _as_if_nothing_had_been(shell: Shell, name: str, calm: Shell) -> bool:
     ("how", "rank"),
     [
         pytest.param(RAY, 1, id="ray-1"),
-        pytest.param(PROCESSES, 0, id="processes-0"),
+        pytest.param(PROCESSES, 0, id="processes-0", marks=pytest.mark.slow),
         pytest.param(RAY, 0, id="ray-0", marks=pytest.mark.slow),
         pytest.param(PROCESSES, 1, id="processes-1", marks=pytest.mark.slow),
     ],
