@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import kernel, run
+from .cpu import kernel, numbers, run
 
 # Rows of a work item, which sums its own share of the weight's gradient.
 ROWS = 32
@@ -25,7 +25,7 @@ def forward(
     normed, total, stats = torch.empty(m, d), torch.empty(m, d), torch.empty(m, 2)
     added = torch.empty(0, d) if residual is None else residual
     shift = torch.zeros(d) if bias is None else bias
-    arrays = [t.detach().numpy() for t in (x.float(), added, weight, shift, normed, total, stats)]
+    arrays = [numbers(t) for t in (x.float(), added, weight, shift, normed, total, stats)]
     run(_forward, -(-m // ROWS), *arrays, kind == "layer", eps)
     return normed.to(x.dtype), total, stats
 
@@ -41,7 +41,7 @@ def backward(
     dresidual = torch.empty(m, d)
     dweight, dbias = torch.zeros(items, d), torch.zeros(items, d)
     added = torch.empty(0, d) if dtotal is None else dtotal
-    arrays = [t.detach().numpy() for t in (total, weight, stats, dnormed.float(), added, dresidual, dweight, dbias)]
+    arrays = [numbers(t) for t in (total, weight, stats, dnormed.float(), added, dresidual, dweight, dbias)]
     run(_backward, items, *arrays, kind == "layer")
     return (
         dnormed.new_empty(0) if dnormed.dtype == torch.float32 else dresidual.to(dnormed.dtype),

@@ -1,6 +1,9 @@
 """Which implementation of an op runs: plain torch, numba on a CPU, Triton on a GPU."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -11,6 +14,23 @@ Backend = Literal["reference", "cpu", "triton"]
 
 SETTING = "VIMSCALE_BACKEND"
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_counted: ContextVar[Backend | None] = ContextVar("counted", default=None)
+
+
+@contextmanager
+def counted(backend: Backend) -> Iterator[None]:
+    """While it lasts every op takes `backend`, wherever its tensors are, and CPU kernels allocate but compute nothing:
+    for fake tensors, whose bytes are counted.
+    """
+    token = _counted.set(backend)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+def counting() -> bool:
+    return _counted.get() is not None
 
 
 def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
@@ -20,6 +40,9 @@ def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
     Raises:
         ValueError: the backend asked for is unknown or cannot run on x, with the reason.
     """
+    counted = _counted.get()
+    if counted is not None:
+        return counted
     name, source = (asked, "backend") if asked is not None else (os.environ.get(SETTING), SETTING)
     if not name:
         preferred: Backend = "cpu" if x.device.type == "cpu" else "triton"

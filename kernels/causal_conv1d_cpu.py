@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import BLOCK, COLUMNS, kernel, read, run, spread, tile, write
+from .cpu import BLOCK, COLUMNS, kernel, numbers, read, run, spread, tile, write
 from .simd import Variable, emitted, sigmoid
 
 # Tokens of a tile, and tiles of a work item; the backward's item has its own sum of the gradients of taps and bias.
@@ -46,7 +46,7 @@ def backward(
     dtaps = torch.zeros(_items(x), directions, k + 1, -(-e // BLOCK) * BLOCK)  # the last one is the bias
     run(
         _backward, _items(x), tuple(x.shape), *_inputs(x, weight, bias, image, reverse), silu,
-        spread(dy), spread(dx.unsqueeze(0)), dtaps.numpy(),
+        spread(dy), spread(dx.unsqueeze(0)), numbers(dtaps),
     )  # fmt: skip
     total = dtaps.sum(0)[..., :e]
     return dx.to(x.dtype), _taps(total[:, :k].transpose(1, 2), reverse).contiguous(), total[:, k].contiguous()
@@ -60,8 +60,8 @@ def _inputs(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, rever
     """What both kernels read. Taps, and the bias after them, are (directions, k + 1, e) with e in whole blocks."""
     taps = torch.cat([_taps(weight, reverse).transpose(1, 2), bias.unsqueeze(1)], dim=1).detach()
     taps = F.pad(taps, (0, -taps.shape[-1] % BLOCK))
-    numbers = np.empty((0, 0), np.int32) if image is None else image.contiguous().numpy()
-    return spread(x.unsqueeze(0)), taps.contiguous().numpy(), numbers, np.array(reverse)
+    images = np.empty((0, 0), np.int32) if image is None else numbers(image.contiguous())
+    return spread(x.unsqueeze(0)), numbers(taps.contiguous()), images, np.array(reverse)
 
 
 def _taps(weight: Tensor, reverse: Sequence[bool]) -> Tensor:

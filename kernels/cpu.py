@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backend import counting
 from .simd import LANES
 
 # NaN and infinity must reach the outputs, so the two flags that assume them away stay off. numpy's error model divides
@@ -85,11 +86,16 @@ def write(rows, y, at, row, width):
             target[j] = rows[m, j]
 
 
+def numbers(t: Tensor) -> np.ndarray:
+    """The tensor's numbers, not copied; none of a fake tensor, which has none."""
+    return np.empty((0,) * t.ndim, np.float32) if counting() else t.detach().numpy()
+
+
 def array(t: Tensor | None, axes: int) -> np.ndarray:
     """The tensor as a contiguous fp32 array; an absent one as an empty array of as many axes."""
     if t is None:
         return np.empty((0,) * axes, np.float32)
-    return t.detach().float().contiguous().numpy()
+    return numbers(t.float().contiguous())
 
 
 def spread(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -99,7 +105,7 @@ def spread(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     t = t.detach().float()
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
     last = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
-    return t.as_strided((last + 1,), (1,)).numpy(), t.stride()[:-1]
+    return numbers(t.as_strided((last + 1,), (1,))), t.stride()[:-1]
 
 
 def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
@@ -109,6 +115,8 @@ def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
     two threads enter at once (workqueue) or need an OpenMP library that the machine may not have. What an item computes
     must not depend on the range it is in: results are then the same for any number of threads.
     """
+    if counting():
+        return
     threads = min(torch.get_num_threads(), items)
     if threads <= 1:
         kernel(0, items, *arguments)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, read, run, spread, tile, write, zeros
+from .backend import counting
+from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, numbers, read, run, spread, tile, write, zeros
 from .scan_gate_cpu import combine, combine_backward
 from .simd import LANES, Variable, emitted, exp2, exp2_of_product, softplus_and_slope, sums
 
@@ -401,7 +402,7 @@ def _place(strides, k, b, token, channel, reverse):
 
 def _total(parts: Tensor) -> Tensor:
     """Their sum over the first axis, in a fixed order; so small that waking torch's threads would take longer."""
-    return torch.from_numpy(parts.numpy().sum(0))
+    return parts.sum(0) if counting() else torch.from_numpy(parts.numpy().sum(0))
 
 
 def _items(k: int, b: int, e: int) -> int:
@@ -439,17 +440,17 @@ def forward(
         spread(x),
         spread(dt),
         array(dt_proj, 3),
-        A.numpy(),
+        numbers(A),
         spread(B),
         spread(C),
-        D.numpy(),
-        torch.zeros_like(D).numpy() if dt_bias is None else dt_bias.numpy(),
+        numbers(D),
+        numbers(torch.zeros_like(D)) if dt_bias is None else numbers(dt_bias),
         array(initial, 4),
-        np.empty((0, 0), np.int32) if image is None else image.numpy(),
+        np.empty((0, 0), np.int32) if image is None else numbers(image),
         np.array(reverse),
         spread(s),
-        final.numpy(),
-        states.view(-1).numpy(),
+        numbers(final),
+        numbers(states.view(-1)),
     )
     return s.to(x.dtype), final, states
 
@@ -491,21 +492,21 @@ def backward(
         spread(x),
         spread(dt),
         array(dt_proj, 3),
-        A.numpy(),
+        numbers(A),
         spread(B),
         spread(C),
-        D.numpy(),
-        torch.zeros_like(D).numpy() if dt_bias is None else dt_bias.numpy(),
-        np.empty((0, 0), np.int32) if image is None else image.numpy(),
+        numbers(D),
+        numbers(torch.zeros_like(D)) if dt_bias is None else numbers(dt_bias),
+        np.empty((0, 0), np.int32) if image is None else numbers(image),
         np.array(reverse),
-        states.view(-1).numpy(),
+        numbers(states.view(-1)),
         spread(ds),
         array(dfinal, 4),
         spread(dx),
         spread(ddt),
-        *(t.numpy() for t in (dA, dBC, dD, dbias, dinitial)),
+        *(numbers(t) for t in (dA, dBC, dD, dbias, dinitial)),
     )
-    run(_gather, k * b * chunks, (b, length, n), dBC.numpy(), np.array(reverse), spread(dB), spread(dC))
+    run(_gather, k * b * chunks, (b, length, n), numbers(dBC), np.array(reverse), spread(dB), spread(dC))
     no_bias = dt_bias is None
     return (
         dx.to(x.dtype),

@@ -14,7 +14,7 @@ from rich.table import Table
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
-from . import checkpoint_commands, data_commands, job_commands, lr_range, rank, sweep
+from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep
 from .arguments import Overrides, RecipeArgument, RunArgument
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ app.add_typer(checkpoint_commands.checkpoints, name="checkpoints")
 app.add_typer(job_commands.jobs)
 app.command()(sweep.sweep)
 app.command(name="lr-range")(lr_range.lr_range)
+app.command(name="plan")(plan_command.command)
 
 StepOption = Annotated[int | None, typer.Option(help="Take the checkpoint of this step, not the newest.")]
 RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not their moving average.")]

@@ -23,7 +23,11 @@ FLOORS = [
     {"checkpoint"},
     {"saving", "compare"},
     {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},
+    {"sharding"},
+    {"roofline"},
     {"objectives", "engine", "evaluate", "export", "recompute", "prepare", "guard", "guard_report", "examine"},
+    {"memory"},
+    {"plan"},
     {"train"},
 ]
 

@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kernels.add_norm import add_norm
+    from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
     from kernels.selective_scan import bidirectional_scan, selective_scan
 else:
     from vimscale.kernels.add_norm import add_norm
+    from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
     from vimscale.kernels.selective_scan import bidirectional_scan, selective_scan
@@ -19,5 +21,6 @@ __all__ = [
     "bidirectional_scan",
     "bimamba_inner",
     "causal_conv1d",
+    "counted",
     "selective_scan",
 ]

@@ -1,0 +1,250 @@
+"""`vimscale plan`, and `show --on`: what a recipe needs, takes and costs on a cluster, as tables, a picture or JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vimscale import recipe as recipes
+from vimscale.devices import DEVICES
+from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError
+
+from . import cluster as clusters
+from .arguments import Overrides, RecipeArgument
+
+if TYPE_CHECKING:
+    from vimscale.plan import Outlook, Place, Planner
+
+OnOption = Annotated[str, typer.Option("--on", help="A cluster file, or the name of one that comes with the package.")]
+WithOption = Annotated[list[str] | None, typer.Option("--with", help="A change to the cluster: key=value.")]
+
+
+def command(
+    recipe: RecipeArgument,
+    on: OnOption,
+    overrides: Overrides = None,
+    with_: WithOption = None,
+    gpus: Annotated[str | None, typer.Option(help="GPU counts to compare: 8,64,512; absent: 8 to 4,096.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures, in bytes and seconds, for programs.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory, days and cost against GPUs into a PNG.")] = None,
+) -> None:
+    """Say what a recipe will need and cost on a cluster, before it runs; refuse what cannot run there."""
+    chosen = recipes.load(recipe, overrides or ())
+    cluster = clusters.load(on, with_ or ())
+    world = ranks(cluster)
+    planner, notes = prepare(chosen, cluster)
+    planner.refuse(world)
+    rows = outlooks(planner, _counts(gpus))
+    here = planner.outlook(world)
+    options = list(planner.options(world))
+    if picture is not None:
+        _draw(planner, rows, picture)
+    if as_json:
+        figures = {
+            "recipe": chosen.name,
+            "cluster": on,
+            "parameters": planner.whole,
+            "flops": planner.flops,
+            "steps": planner.steps,
+            "checkpoint": planner.checkpoint,
+            "notes": notes,
+            "here": dataclasses.asdict(here),
+            "options": [dataclasses.asdict(option) | {"total": option.need.total} for option in options],
+            "counts": [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows],
+        }
+        print(json.dumps(figures, indent=1))
+        return
+    console = Console()
+    console.print(summary(planner, here, notes))
+    console.print()
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title="a rank, GB", title_justify="left")
+    for title in (
+        "ZeRO",
+        "recompute",
+        "states",
+        "gradients",
+        "buckets",
+        "activations",
+        "in all",
+        "largest micro-batch",
+    ):
+        table.add_column(title, justify="left" if title == "recompute" else "right")
+    for option in options:
+        need = option.need
+        mine = (option.zero, option.recompute) == (chosen.parallel.zero, chosen.parallel.recompute)
+        sizes = (need.held.between_steps, need.gradients, need.buckets + need.gathered, need.activations, need.total)
+        table.add_row(
+            str(option.zero),
+            option.recompute,
+            *(_gb(size) for size in sizes),
+            str(option.largest or "none"),
+            style="bold" if mine else "" if option.fits else "dim",
+        )
+    console.print(table)
+    console.print()
+    console.print(_comparison(rows))
+
+
+def ranks(cluster: clusters.Cluster) -> int:
+    """How many ranks run there, at most."""
+    if cluster.workers is not None:
+        return int(cluster.workers.rpartition(":")[2])
+    return cluster.nodes * cluster.gpus or max(cluster.nodes, 2)
+
+
+def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster) -> tuple["Planner", list[str]]:
+    """What plans the recipe there, and what is to be said of its data.
+
+    Raises:
+        ClusterError: the cluster does not say which GPUs it has.
+    """
+    from vimscale.data.training_set import TrainingSet
+    from vimscale.plan import Planner, lanes_and_shards
+
+    notes = []
+    classes, samples = 1000, 0
+    try:
+        data = TrainingSet.open(chosen.data)
+        classes, samples = len(data.manifest.classes), data.samples
+        shards = [len(dataset.manifest.shards) for dataset in data.datasets]
+        notes = lanes_and_shards(chosen, shards, cluster.nodes, remote=any(dataset.remote for dataset in data.datasets))
+    except DataError as error:
+        notes.append(f"data not readable from here: 1,000 classes assumed ({error})")
+    planner = Planner(chosen, chosen.model.shape(classes), _place(cluster), samples)
+    if planner.steps is None:
+        notes.append(f"days and cost are of one step: how many steps {chosen.epochs:g} epochs are, only the data say")
+    return planner, notes
+
+
+def _place(cluster: clusters.Cluster) -> "Place":
+    from vimscale.plan import Place
+    from vimscale.roofline import Fabric
+
+    out = cluster.fabric * 1e9 / 8
+    if not cluster.gpus:
+        a_node = max(ranks(cluster) // cluster.nodes, 1)
+        price = None if cluster.price is None else cluster.price / a_node
+        return Place("CPUs", None, int(cluster.memory * 1e9 / a_node), Fabric(a_node, out, out), price)
+    if cluster.gpu is None:
+        fault = f"gpu: a plan needs to know which the {cluster.gpus} GPUs of a node are; known: {', '.join(DEVICES)}"
+        raise ClusterError("cluster", [fault])
+    device = DEVICES[cluster.gpu]
+    return Place(cluster.gpu, device, device.memory, Fabric(cluster.gpus, device.link, out), cluster.price)
+
+
+def _counts(text: str | None) -> list[int]:
+    from vimscale.plan import COUNTS
+
+    if text is None:
+        return list(COUNTS)
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise LaunchError(f"--gpus {text!r} is no list of numbers; write 8,64,512")
+    return [int(part) for part in parts]
+
+
+def outlooks(planner: "Planner", counts: list[int]) -> list["Outlook | dict[str, Any]"]:
+    """An outlook for each number of ranks, or why there is none."""
+    rows: list[Outlook | dict[str, Any]] = []
+    for world in counts:
+        try:
+            rows.append(planner.outlook(world))
+        except RecipeError as error:
+            rows.append({"world": world, "fault": error.faults[0]})
+    return rows
+
+
+def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
+    """What follows for the ranks that the cluster has."""
+    recipe, place, need, sent = planner.recipe, planner.place, here.need, here.sent
+    held = need.held
+    kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
+    ranks_ = f"{here.world:,} rank{'s' * (here.world > 1)}"
+    rows = {
+        "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
+        "where": f"{ranks_} of {place.name}, {_gb(place.room)} GB each to use",
+        "parameters": f"{planner.whole:,}",
+        "a step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
+        "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-steps",
+        "states a rank": f"{_gb(held.between_steps)} GB: parameters {_gb(held.parameters)}, their fp32 copy"
+        f" {_gb(held.weights)}, AdamW {_gb(held.optimizer)}, average {_gb(held.ema)}",
+        "gradients a rank": f"{_gb(held.gradients)} GB at a step's end",
+        "at its peak": f"{_gb(need.total)} GB: states, {_gb(need.activations)} activations, {_gb(need.buckets)}"
+        f" buckets, {_gb(need.gathered)} gathered, {_gb(need.gradients)} gradients",
+        "communication": ", ".join(f"{kind} {_gb(size)} GB" for kind, size in kinds.items() if size) or "none",
+        "checkpoint": f"{_gb(planner.checkpoint)} GB, stops the loop for {here.stall_s:.2f} s (predicted)",
+    }
+    if place.device is not None:
+        rows["a step takes"] = f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} % (a roofline's prediction)"
+        cost = "" if here.money is None else f", costs {here.money:,.0f}"
+        length = f"{planner.steps:,} steps" if planner.steps else "one step"
+        rows["the run"] = f"{length}: {here.days:.2f} days, {here.rank_hours:,.0f} GPU hours{cost}"
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for note in notes:
+        table.add_row("note", note)
+    return table
+
+
+def _comparison(rows: list["Outlook | dict[str, Any]"]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption="*: the largest micro-batch that fits")
+    for title in ("GPUs", "micro-batch", "GB", "sent GB", "s a step", "MFU", "days", "GPU hours", "money"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        if isinstance(row, dict):
+            table.add_row(f"{row['world']:,}", "-", *[""] * 7, style="dim")
+            continue
+        micro = f"{row.micro:,} x {row.accumulation}" + ("" if row.given else "*")
+        figures = [f"{row.step_s:.3f}", f"{100 * row.mfu:.0f} %", f"{row.days:.2f}", f"{row.rank_hours:,.0f}"]
+        money = "" if row.money is None else f"{row.money:,.0f}"
+        if not row.fits:
+            micro, figures, money = "too large", [""] * 4, ""
+        table.add_row(f"{row.world:,}", micro, _gb(row.need.total), _gb(row.sent.total), *figures, money)
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f}"
+
+
+def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LaunchError(
+            "--picture needs matplotlib, which is not installed: pip install 'vimscale[bench]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    known = [row for row in rows if not isinstance(row, dict) and row.fits]
+    counts = [row.world for row in known]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    parts = {
+        "states": [row.need.held.between_steps for row in known],
+        "gradients": [row.need.gradients for row in known],
+        "buckets, gathered": [row.need.buckets + row.need.gathered for row in known],
+        "activations": [row.need.activations + row.need.images for row in known],
+    }
+    base = [0.0] * len(known)
+    for name, sizes in parts.items():
+        values = [size / 1e9 for size in sizes]
+        left.bar([f"{count:,}" for count in counts], values, bottom=base, label=name)
+        base = [a + b for a, b in zip(base, values, strict=True)]
+    left.axhline(planner.place.room / 1e9, color="k", linestyle=":", label="there is")
+    left.set(xlabel="GPUs", ylabel="GB a GPU at its peak", title=f"{planner.recipe.name} on {planner.place.name}")
+    left.tick_params(axis="x", rotation=45)
+    left.legend(fontsize=8)
+    right.loglog(counts, [row.days for row in known], "o-", label="days")
+    right.loglog(counts, [row.rank_hours / 1000 for row in known], "s--", label="thousand GPU hours")
+    right.set(xlabel="GPUs", title="predicted by a roofline")
+    right.grid(visible=True, which="major", alpha=0.3)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
