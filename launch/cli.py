@@ -15,6 +15,7 @@ from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep
+from . import cluster as clusters
 from .arguments import Overrides, RecipeArgument, RunArgument
 
 if TYPE_CHECKING:
@@ -74,49 +75,14 @@ def presets() -> None:
 def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(help="Ranks to reckon with.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Ranks to reckon with; absent: the cluster's, or one.")] = None,
+    on: plan_command.OnOption = "local",
+    with_: plan_command.WithOption = None,
 ) -> None:
     """Print the resolved recipe, its model as a picture, and what follows from both; run nothing."""
-    from vimscale import recompute
-    from vimscale.data.training_set import TrainingSet
-    from vimscale.errors import DataError
-    from vimscale.model.cost import flops, parameters
-
-    from . import stack
-
     chosen = recipes.load(recipe, overrides or ())
-    micro, accumulation = chosen.micro_batch(workers)
-    try:
-        data = TrainingSet.open(chosen.data)
-        classes, samples, about = len(data.manifest.classes), data.samples, f"{data.samples:,} images"
-    except DataError as error:
-        classes, samples, about = 1000, 0, f"not readable from here, 1,000 classes assumed ({error})"
-    config = chosen.model.shape(classes)
     print(chosen.to_yaml())
-    device = "cpu"  # what a layer keeps is a little less in a GPU's kernels
-    levels = recompute.levels(chosen.parallel, config, micro, device)
-    kept = {level: recompute.kept_bytes(config, level, micro, chosen.parallel.precision, device) for level in {*levels}}
-    sizes = [kept[level][i] for i, level in enumerate(levels)]
-    Console().print(stack.picture(config, sizes, levels, micro))
-    print()
-    length = f"{chosen.length(samples):,} steps" if samples or chosen.steps else f"{chosen.epochs} epochs"
-    # fp32 weights, gradients and two moments; a ZeRO stage shards the moments, then gradients, then weights
-    shard = [16, 8 + 8 / workers, 4 + 12 / workers, 16 / workers][chosen.parallel.zero]
-    rows = {
-        "parameters": f"{parameters(config):,}",
-        "tokens an image": f"{config.tokens:,}",
-        "forward an image": f"{flops(config) / 1e9:.3f} GFLOPs",
-        "a training step": f"{3 * chosen.batch * flops(config) / 1e12:.3f} TFLOPs (backward as two forwards)",
-        "training set": about,
-        "length": length,
-        "a rank's micro-batch": f"{micro} images x {accumulation} micro-steps on {workers} ranks",
-        "activations a rank": f"{sum(sizes) / 1e6:,.1f} MB kept by the layers, recompute: {chosen.parallel.recompute}",
-        "states a rank": f"{parameters(config) * shard / 1e6:,.1f} MB (weights, gradients, AdamW; no activations)",
-    }
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
+    plan_command.show(chosen, clusters.load(on, with_ or ()), workers, Console())
 
 
 @app.command()

@@ -14,12 +14,13 @@ from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError
 
 from . import cluster as clusters
+from . import stack
 from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from vimscale.plan import Outlook, Place, Planner
 
-OnOption = Annotated[str, typer.Option("--on", help="A cluster file, or the name of one that comes with the package.")]
+OnOption = Annotated[str, typer.Option("--on", help="A cluster file, or the name of one that comes along.")]
 WithOption = Annotated[list[str] | None, typer.Option("--with", help="A change to the cluster: key=value.")]
 
 
@@ -87,6 +88,23 @@ def command(
     console.print(table)
     console.print()
     console.print(_comparison(rows))
+
+
+def show(chosen: recipes.Recipe, cluster: clusters.Cluster, workers: int | None, console: Console) -> None:
+    """The model as a picture, and what follows for the recipe on `workers` ranks, or as many as the cluster has."""
+    from vimscale import recompute
+
+    if workers is None:
+        workers = ranks(cluster) if cluster.backend != "local" or cluster.workers else 1
+    micro, _ = chosen.micro_batch(workers)
+    planner, notes = prepare(chosen, cluster)
+    device = "cpu"  # what a layer keeps is a little less in a GPU's kernels
+    precision = chosen.parallel.precision
+    levels = recompute.levels(chosen.parallel, planner.config, micro, device)
+    kept = {level: recompute.kept_bytes(planner.config, level, micro, precision, device) for level in {*levels}}
+    console.print(stack.picture(planner.config, [kept[level][i] for i, level in enumerate(levels)], levels, micro))
+    console.print()
+    console.print(summary(planner, planner.outlook(workers), notes))
 
 
 def ranks(cluster: clusters.Cluster) -> int:
@@ -160,28 +178,39 @@ def outlooks(planner: "Planner", counts: list[int]) -> list["Outlook | dict[str,
 
 def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     """What follows for the ranks that the cluster has."""
+    from vimscale.model.cost import flops
+
     recipe, place, need, sent = planner.recipe, planner.place, here.need, here.sent
     held = need.held
     kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
     ranks_ = f"{here.world:,} rank{'s' * (here.world > 1)}"
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
-        "where": f"{ranks_} of {place.name}, {_gb(place.room)} GB each to use",
+        "where": f"{place.name}, {_size(place.room)} a rank to use",
         "parameters": f"{planner.whole:,}",
+        "an image": f"{planner.config.tokens:,} tokens, {flops(planner.config) / 1e9:.3f} GFLOPs forward",
         "a step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
-        "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-steps",
-        "states a rank": f"{_gb(held.between_steps)} GB: parameters {_gb(held.parameters)}, their fp32 copy"
-        f" {_gb(held.weights)}, AdamW {_gb(held.optimizer)}, average {_gb(held.ema)}",
-        "gradients a rank": f"{_gb(held.gradients)} GB at a step's end",
-        "at its peak": f"{_gb(need.total)} GB: states, {_gb(need.activations)} activations, {_gb(need.buckets)}"
-        f" buckets, {_gb(need.gathered)} gathered, {_gb(need.gradients)} gradients",
-        "communication": ", ".join(f"{kind} {_gb(size)} GB" for kind, size in kinds.items() if size) or "none",
-        "checkpoint": f"{_gb(planner.checkpoint)} GB, stops the loop for {here.stall_s:.2f} s (predicted)",
+        "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-steps on {ranks_}"
+        + ("" if here.given else ": the recipe's own does not fit"),
+        "states a rank": f"{_size(held.between_steps)}: parameters {_size(held.parameters)}, their fp32 copy"
+        f" {_size(held.weights)}, AdamW {_size(held.optimizer)}, average {_size(held.ema)}",
+        "gradients a rank": f"{_size(held.gradients)} at a step's end",
+        "at its peak": f"{_size(need.total)}: states, {_size(need.activations)} activations, {_size(need.buckets)}"
+        f" buckets, {_size(need.gathered)} gathered, {_size(need.gradients)} gradients",
+        "communication": ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items() if size) or "none",
+        "checkpoint": f"{_size(planner.checkpoint)}, stops the loop for {here.stall_s:.2f} s (predicted)",
     }
-    if place.device is not None:
+    if planner.samples:
+        rows["training set"] = f"{planner.samples:,} images"
+    length = f"{planner.steps:,} steps" if planner.steps else f"{recipe.epochs:g} epochs"
+    if not here.fits:
+        rows["at its peak"] += "; DOES NOT FIT"
+    if place.device is None:
+        rows["the run"] = length
+    else:
         rows["a step takes"] = f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} % (a roofline's prediction)"
         cost = "" if here.money is None else f", costs {here.money:,.0f}"
-        length = f"{planner.steps:,} steps" if planner.steps else "one step"
+        length = length if planner.steps else "one step"
         rows["the run"] = f"{length}: {here.days:.2f} days, {here.rank_hours:,.0f} GPU hours{cost}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
@@ -210,6 +239,10 @@ def _comparison(rows: list["Outlook | dict[str, Any]"]) -> Table:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.2f}"
+
+
+def _size(size: float) -> str:
+    return f"{stack.short(size)}B"
 
 
 def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], path: Path) -> None:

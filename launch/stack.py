@@ -48,18 +48,19 @@ def picture(config: VimConfig, kept: Sequence[int], levels: Sequence[str], batch
             kind,
             f"{tokens:,}",
             f"{width:,}",
-            _short(sum(part.parameters for part, _, _ in parts)),
+            short(sum(part.parameters for part, _, _ in parts)),
             f"{operations / 1e9:.3f}",
-            f"{_short(bytes_kept)}B" if layer is not None else "",
+            f"{short(bytes_kept)}B" if layer is not None else "",
             level if level != "none" else "",
             "█" * round(12 * operations / total),
         )
     table.add_section()
-    table.add_row("sum", "", "", "", "", _short(parameters(config)), f"{total / 1e9:.3f}", f"{_short(sum(kept))}B")
+    table.add_row("sum", "", "", "", "", short(parameters(config)), f"{total / 1e9:.3f}", f"{short(sum(kept))}B")
     return table
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """With one digit behind the point and a unit's prefix."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -106,7 +106,7 @@ class Planner:
 
     def __init__(self, recipe: Recipe, config: VimConfig, place: Place, samples: int):
         """`samples`: of the training set; 0 if it is not known."""
-        self.recipe, self.config, self.place = recipe, config, place
+        self.recipe, self.config, self.place, self.samples = recipe, config, place, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None
         self.parameters: tuple[Parameter, ...] = sharding.parameters(config, recipe)
         self._known: dict[tuple[int, int], Held] = {}
@@ -137,14 +137,20 @@ class Planner:
         bucket = sharding.buckets(self.parameters, zero)
         gathered = sharding.gathered(self.parameters, world, persist=self.recipe.parallel.persist) if zero == 3 else 0
         whole = 4 * self.whole
+        reducing = sharding.transient(self.parameters, zero, world)
         # where gradients stay until a step's end they are there during every pass but the first
-        stay = zero == 0 or (zero == 1 and accumulation > 1)
-        gradients = whole if stay else held.gradients if zero == 3 or accumulation > 1 else 0
-        activations = passes.peak
         if zero == 0 and accumulation == 1:
-            gradients, activations = 0, passes.with_gradients
-        after = held.gradients + sharding.transient(self.parameters, zero, world)
-        activations = max(activations, after - gradients - gathered)
+            gradients, activations = 0, max(passes.with_gradients, whole + reducing)
+        elif zero == 3:
+            gradients = held.gradients
+            # gloo, which CPUs reduce with, scatters what it has copied
+            activations = max(passes.peak, reducing * (1 if self.place.device else 2))
+        else:
+            gradients = whole if (zero < 2 and accumulation > 1) or zero == 0 else 0
+            if zero == 2 and (accumulation > 1 or self.whole > sharding.BUCKET):
+                gradients = held.gradients
+            # a rank's share of the gradients is copied out of the bucket, which is given up before the update
+            activations = max(passes.peak, held.gradients, held.gradients + reducing - gradients - bucket)
         return Need(held, gradients, bucket, gathered, activations, images)
 
     def _held(self, zero: int, world: int) -> Held:
