@@ -41,6 +41,10 @@ class Passes:
     """Where each parameter's gradient is handed on as soon as it is there."""
     with_gradients: int
     """Where the gradients stay until the backward pass has ended."""
+    end: int
+    """Most on the way back through the first layer and the embedding: when the last gradients come, and DeepSpeed
+    reduces them, this is there.
+    """
     seconds: float
     """Of the device's clock, one operation after the other."""
 
@@ -162,15 +166,17 @@ def _added_up(entries: list[_Entry], places: list[int]) -> Passes:
     kinds = len(entries) // 2 - 1
     there, turn, back = entries[1 : kinds + 1], entries[kinds + 1], entries[-2 : kinds + 1 : -1]
     whole = [entries[0], *(there[i] for i in places), turn, *(back[i] for i in reversed(places)), entries[-1]]
-    live = gradients = kept = peak = with_gradients = 0.0
+    live = gradients = kept = peak = with_gradients = before = end = 0.0
     for entry in whole:
         if entry is turn:
             kept = live
+        end = max(before, live + entry.peak)
+        before = live + entry.peak
         peak = max(peak, live + entry.peak)
         with_gradients = max(with_gradients, live + gradients + entry.gradients_peak)
         live += entry.change
         gradients += entry.gradients
-    return Passes(round(kept), round(peak), round(with_gradients), sum(entry.seconds for entry in whole))
+    return Passes(round(kept), round(peak), round(with_gradients), round(end), sum(entry.seconds for entry in whole))
 
 
 def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimConfig, tuple[Recompute, ...], list[int]]:

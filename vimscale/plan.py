@@ -150,7 +150,7 @@ class Planner:
             if zero == 2 and (accumulation > 1 or self.whole > sharding.BUCKET):
                 gradients = held.gradients
             # a rank's share of the gradients is copied out of the bucket, which is given up before the update
-            activations = max(passes.peak, held.gradients, held.gradients + reducing - gradients - bucket)
+            activations = max(passes.peak, held.gradients + passes.end, held.gradients + reducing - gradients - bucket)
         return Need(held, gradients, bucket, gathered, activations, images)
 
     def _held(self, zero: int, world: int) -> Held:
