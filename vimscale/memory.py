@@ -42,8 +42,8 @@ class Passes:
     with_gradients: int
     """Where the gradients stay until the backward pass has ended."""
     end: int
-    """Most on the way back through the first layer and the embedding: when the last gradients come, and DeepSpeed
-    reduces them, this is there.
+    """Most on the way back through the first layer and the embedding: when the last gradients come, this is
+    there.
     """
     seconds: float
     """Of the device's clock, one operation after the other."""

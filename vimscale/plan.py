@@ -149,8 +149,10 @@ class Planner:
             gradients = whole if (zero < 2 and accumulation > 1) or zero == 0 else 0
             if zero == 2 and (accumulation > 1 or self.whole > sharding.BUCKET):
                 gradients = held.gradients
-            # a rank's share of the gradients is copied out of the bucket, which is given up before the update
-            activations = max(passes.peak, held.gradients + passes.end, held.gradients + reducing - gradients - bucket)
+            # a rank's share of the gradients is copied out of the bucket, which is given up before the update; at stage
+            # 1 that begins while the backward pass still has something
+            copied = held.gradients + (passes.end if zero == 1 else 0)
+            activations = max(passes.peak, copied, held.gradients + reducing - gradients - bucket)
         return Need(held, gradients, bucket, gathered, activations, images)
 
     def _held(self, zero: int, world: int) -> Held:
