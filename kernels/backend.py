@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -14,7 +13,7 @@ Backend = Literal["reference", "cpu", "triton"]
 
 SETTING = "VIMSCALE_BACKEND"
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_counted: ContextVar[Backend | None] = ContextVar("counted", default=None)
+_counted: Backend | None = None
 
 
 @contextmanager
@@ -22,15 +21,16 @@ def counted(backend: Backend) -> Iterator[None]:
     """While it lasts every op takes `backend`, wherever its tensors are, and CPU kernels allocate but compute nothing:
     for fake tensors, whose bytes are counted.
     """
-    token = _counted.set(backend)
+    global _counted  # torch.compile would stop at a ContextVar
+    before, _counted = _counted, backend
     try:
         yield
     finally:
-        _counted.reset(token)
+        _counted = before
 
 
 def counting() -> bool:
-    return _counted.get() is not None
+    return _counted is not None
 
 
 def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
@@ -40,9 +40,8 @@ def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
     Raises:
         ValueError: the backend asked for is unknown or cannot run on x, with the reason.
     """
-    counted = _counted.get()
-    if counted is not None:
-        return counted
+    if _counted is not None:
+        return _counted
     name, source = (asked, "backend") if asked is not None else (os.environ.get(SETTING), SETTING)
     if not name:
         preferred: Backend = "cpu" if x.device.type == "cpu" else "triton"
