@@ -97,11 +97,6 @@ class KubeRay(Section):
     """Kueue's LocalQueue."""
     pull_secret: KubernetesName | None = None
 
-    @field_validator("tolerations", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
 
 class Slurm(Section):
     """A Slurm cluster, submitted to from a node that has sbatch."""
@@ -115,11 +110,6 @@ class Slurm(Section):
     """Shell lines that every node runs first, such as `module load cuda` or `source /shared/venv/bin/activate`."""
     container: Word | None = None
     """An image for srun's --container-image (pyxis); absent: what is installed on the nodes."""
-
-    @field_validator("setup", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class Cluster(Section):
@@ -169,11 +159,6 @@ class Cluster(Section):
         """`workers`, or what its absence means."""
         usually = self.nodes * self.gpus or (self.nodes if self.nodes > 1 else usual(self.cpus, 0))
         return self.workers or str(usually)
-
-    @field_validator("secrets", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("workers", mode="before")
     @classmethod

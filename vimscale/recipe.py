@@ -4,10 +4,10 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
 from vimscale.sections import (
@@ -50,11 +50,6 @@ class Recipe(Section):
     guard: Guard = Guard()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
-
-    @field_validator("phases", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

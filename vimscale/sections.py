@@ -3,11 +3,10 @@
 import dataclasses
 import os
 import re
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -20,8 +19,8 @@ from vimscale.model import presets, schedule
 from vimscale.model.presets import PRESETS, ClassToken, Fuse, Pool, VimConfig
 from vimscale.typed_yaml import UNION, Section, Whole
 
-_Either = Discriminator(lambda value: UNION[isinstance(value, list | tuple)])
-Sides = Annotated[tuple[Whole, Whole], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+_Either = Discriminator(lambda value: UNION[isinstance(value, tuple)])
+Sides = tuple[Whole, Whole]
 """Two whole numbers, written as a list."""
 Size = Annotated[Annotated[Whole, Tag(UNION[0])] | Annotated[Sides, Tag(UNION[1])], _Either]
 """One whole number or two."""
@@ -85,11 +84,6 @@ class Model(Section):
     backward_ramp: Sides | None = None
     """[first, last] step over which the backward path comes in."""
 
-    @field_validator("stages", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
     @model_validator(mode="after")
     def _fits_together(self) -> "Model":
         if self.preset not in PRESETS:
@@ -151,11 +145,6 @@ class Reweight(Section):
     weights: tuple[float, ...]
     """One for each source, from this step on; 0 leaves one out."""
 
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
 
 class Data(Section):
     """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
@@ -177,11 +166,6 @@ class Data(Section):
     """Largest size of the node's cache of remote shards."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the images that may be unreadable, and replaced by others, before the run stops."""
-
-    @field_validator("train", "reweight", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Data":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vimscale.errors import FileFaults, suggest
@@ -21,6 +21,14 @@ UNION = ("one", "several")
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen(cls, values: Any) -> Any:
+        """YAML has lists; what is frozen has tuples."""
+        if not isinstance(values, dict):
+            return values
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 File = TypeVar("File", bound=Section)
