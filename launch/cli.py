@@ -16,7 +16,7 @@ from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep
 from . import cluster as clusters
-from .arguments import Overrides, RecipeArgument, RunArgument
+from .arguments import OnOption, Overrides, RecipeArgument, RunArgument, WithOption
 
 if TYPE_CHECKING:
     from vimscale.data.shards import Manifest
@@ -76,8 +76,8 @@ def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     workers: Annotated[int | None, typer.Option(help="Ranks to reckon with; absent: the cluster's, or one.")] = None,
-    on: plan_command.OnOption = "local",
-    with_: plan_command.WithOption = None,
+    on: OnOption = "local",
+    with_: WithOption = None,
 ) -> None:
     """Print the resolved recipe, its model as a picture, and what follows from both; run nothing."""
     chosen = recipes.load(recipe, overrides or ())

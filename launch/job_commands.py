@@ -16,15 +16,11 @@ from vimscale.errors import LaunchError
 from vimscale.typed_yaml import check_name
 
 from . import cluster as clusters
-from .arguments import Overrides, RecipeArgument
+from .arguments import OnOption, Overrides, RecipeArgument, WithOption
 
 if TYPE_CHECKING:
     from .jobs import Backend
 
-OnOption = Annotated[str, typer.Option("--on", help="A shipped cluster's name, or the path of a YAML file.")]
-WithOption = Annotated[
-    list[str] | None, typer.Option("--with", help="A change to the cluster, key=value; may be given several times.")
-]
 JobArgument = Annotated[str, typer.Argument(help="The job's name: that of its run.")]
 FollowOption = Annotated[
     bool, typer.Option("--follow", help="Print its log until it ends, and exit as it does: 0, 3 when stopped, else 1.")

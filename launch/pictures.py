@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn by matplotlib: a sweep's curves and results, a range test's losses over the rate."""
+"""Pictures drawn by matplotlib: a sweep's curves and results, losses over the learning rate, what a plan foresees."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 if TYPE_CHECKING:
+    from vimscale.plan import Outlook, Planner
+
     from .lr_range import Found
     from .trials import By, Group
 
@@ -115,4 +117,29 @@ def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", ti
     axes.set(xlabel="learning rate", ylabel="training loss, smoothed")
     axes.legend(frameon=False)
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
+    """What stands in a GPU's memory at its peak, and the time and GPU hours it takes, over the number of GPUs."""
+    figure, (memory, time) = _figure(2)
+    counts = [row.world for row in rows]
+    parts = {
+        "states": [row.need.held.between_steps for row in rows],
+        "gradients": [row.need.gradients for row in rows],
+        "buckets, gathered": [row.need.buckets + row.need.gathered for row in rows],
+        "activations": [row.need.activations + row.need.images for row in rows],
+    }
+    below = [0.0] * len(rows)
+    for name, sizes in parts.items():
+        memory.bar([f"{count:,}" for count in counts], [size / 1e9 for size in sizes], bottom=below, label=name)
+        below = [low + size / 1e9 for low, size in zip(below, sizes, strict=True)]
+    memory.axhline(planner.place.room / 1e9, color="k", linestyle=":", label="there is")
+    memory.set(xlabel="GPUs", ylabel="GB a GPU at its peak", title=f"{planner.recipe.name} on {planner.place.name}")
+    memory.tick_params(axis="x", rotation=45)
+    memory.legend(frameon=False, fontsize=8)
+    time.loglog(counts, [row.days for row in rows], "o-", label="days")
+    time.loglog(counts, [row.rank_hours / 1000 for row in rows], "s--", label="thousand GPU hours")
+    time.set(xlabel="GPUs", title="predicted by a roofline")
+    time.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -15,13 +15,11 @@ from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError
 
 from . import cluster as clusters
 from . import stack
-from .arguments import Overrides, RecipeArgument
+from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+from .trials import check_installed
 
 if TYPE_CHECKING:
     from vimscale.plan import Outlook, Place, Planner
-
-OnOption = Annotated[str, typer.Option("--on", help="A cluster file, or the name of one that comes along.")]
-WithOption = Annotated[list[str] | None, typer.Option("--with", help="A change to the cluster: key=value.")]
 
 
 def command(
@@ -34,6 +32,8 @@ def command(
     picture: Annotated[Path | None, typer.Option(help="Draw memory, days and cost against GPUs into a PNG.")] = None,
 ) -> None:
     """Say what a recipe will need and cost on a cluster, before it runs; refuse what cannot run there."""
+    if picture is not None:
+        check_installed("matplotlib")
     chosen = recipes.load(recipe, overrides or ())
     cluster = clusters.load(on, with_ or ())
     world = ranks(cluster)
@@ -43,7 +43,9 @@ def command(
     here = planner.outlook(world)
     options = list(planner.options(world))
     if picture is not None:
-        _draw(planner, rows, picture)
+        from . import pictures
+
+        pictures.plan(planner, [row for row in rows if not isinstance(row, dict) and row.fits], picture)
     if as_json:
         figures = {
             "recipe": chosen.name,
@@ -243,41 +245,3 @@ def _gb(size: float) -> str:
 
 def _size(size: float) -> str:
     return f"{stack.short(size)}B"
-
-
-def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise LaunchError(
-            "--picture needs matplotlib, which is not installed: pip install 'vimscale[bench]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    known = [row for row in rows if not isinstance(row, dict) and row.fits]
-    counts = [row.world for row in known]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    parts = {
-        "states": [row.need.held.between_steps for row in known],
-        "gradients": [row.need.gradients for row in known],
-        "buckets, gathered": [row.need.buckets + row.need.gathered for row in known],
-        "activations": [row.need.activations + row.need.images for row in known],
-    }
-    base = [0.0] * len(known)
-    for name, sizes in parts.items():
-        values = [size / 1e9 for size in sizes]
-        left.bar([f"{count:,}" for count in counts], values, bottom=base, label=name)
-        base = [a + b for a, b in zip(base, values, strict=True)]
-    left.axhline(planner.place.room / 1e9, color="k", linestyle=":", label="there is")
-    left.set(xlabel="GPUs", ylabel="GB a GPU at its peak", title=f"{planner.recipe.name} on {planner.place.name}")
-    left.tick_params(axis="x", rotation=45)
-    left.legend(fontsize=8)
-    right.loglog(counts, [row.days for row in known], "o-", label="days")
-    right.loglog(counts, [row.rank_hours / 1000 for row in known], "s--", label="thousand GPU hours")
-    right.set(xlabel="GPUs", title="predicted by a roofline")
-    right.grid(visible=True, which="major", alpha=0.3)
-    right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

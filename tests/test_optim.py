@@ -88,16 +88,16 @@ def test_backward_paths_are_dropped_as_seed_and_step_say_and_on_average_are_all_
 
 def test_deepspeed_is_told_what_the_recipe_says() -> None:
     chosen = recipe.load("vim_digits_cpu", ["parallel.micro_batch=8", "parallel.zero=2", "parallel.precision=bf16"])
-    config = ds_config(chosen, world=4)
+    config = ds_config(chosen, world=4, numel=10**9)
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 4 == chosen.batch
-    assert config["zero_optimization"] == {"stage": 2}
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 500_000_000}
     assert config["torch_autocast"]["enabled"]
     assert "bf16" not in config, "that engine casts the parameters themselves"
 
 
 def test_no_clipping_is_said_out_loud() -> None:
     """DeepSpeed clips to 1.0 where the key is absent."""
-    assert ds_config(recipe.load("vim_digits_cpu", ["optim.clip=null"]), 1)["gradient_clipping"] == 0.0
+    assert ds_config(recipe.load("vim_digits_cpu", ["optim.clip=null"]), 1, 10**6)["gradient_clipping"] == 0.0
 
 
 def test_draws_are_uniform_and_belong_to_seed_and_step() -> None:

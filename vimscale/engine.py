@@ -19,21 +19,26 @@ from torch import Tensor, nn
 
 from vimscale import optim
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.cost import parameters
 from vimscale.recipe import Recipe
+from vimscale.sharding import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Judge = Callable[[Tensor], Tensor]
 """From the norm of a step's gradient to 1 where its update is to be left out, 0 elsewhere: fp32 (), on the device."""
 
 
-def ds_config(recipe: Recipe, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for this recipe on that many ranks. What is not named here is not used."""
+def ds_config(recipe: Recipe, world: int, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for this recipe and a model of `numel` parameters on that many ranks. What is not named
+    here is not used.
+    """
     micro, accumulation = recipe.micro_batch(world)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.clip or 0.0,  # absent would mean 1.0
-        "zero_optimization": {"stage": recipe.parallel.zero},
+        # room for as much is made, whether or not there are so many gradients
+        "zero_optimization": {"stage": recipe.parallel.zero, "reduce_bucket_size": min(BUCKET, numel)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -75,7 +80,7 @@ class Engine:
         a time, so that no rank ever holds all of them.
         """
         world = dist.get_world_size()
-        settings = ds_config(recipe, world)
+        settings = ds_config(recipe, world, parameters(config))
         # Built at every start otherwise, 40 s, and with ninja only; gloo does its work. No public switch.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = recipe.parallel.zero

@@ -2,7 +2,7 @@
 
 `tests/test_planning.py` holds these figures to what a real engine holds and sends. They follow DeepSpeed 0.19 under
 `engine.ds_config`: fp32 parameters whatever the compute is, groups flattened and padded at stages 1 and 2, each
-parameter for itself at stage 3, and a bucket of fixed size that gradients are copied into.
+parameter for itself at stage 3, and a bucket that gradients are copied into.
 """
 
 from bisect import bisect_left, bisect_right
@@ -18,7 +18,7 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.recipe import Recipe
 
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce_bucket_size."""
+"""Most elements of gradients that DeepSpeed sends at once, its reduce_bucket_size."""
 _SUB_GROUP = 1_000_000_000
 _REUSE = 1_000_000_000
 """stage3_max_reuse_distance: at stage 3 what is used again within so many elements is not given up."""
@@ -160,7 +160,8 @@ def buckets(parameters: Sequence[Parameter], zero: int) -> int:
     """
     if zero == 0:
         return 0
-    return sum(BUCKET * (2 if narrow and zero == 3 else 4) for narrow in {p.narrow for p in parameters})
+    room = min(BUCKET, sum(p.numel for p in parameters))
+    return sum(room * (2 if narrow and zero == 3 else 4) for narrow in {p.narrow for p in parameters})
 
 
 def gathered(parameters: Sequence[Parameter], world: int, *, persist: int) -> int:
