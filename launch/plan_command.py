@@ -210,7 +210,8 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     if place.device is None:
         rows["the run"] = length
     else:
-        rows["a step takes"] = f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} % (a roofline's prediction)"
+        mean = ", mean of all phases" if recipe.phases else ""
+        rows["a step takes"] = f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} %{mean} (a roofline's prediction)"
         cost = "" if here.money is None else f", costs {here.money:,.0f}"
         length = length if planner.steps else "one step"
         rows["the run"] = f"{length}: {here.days:.2f} days, {here.rank_hours:,.0f} GPU hours{cost}"

@@ -93,6 +93,7 @@ class Outlook:
     fits: bool
     sent: Sent
     step_s: float
+    """Mean over all phases; and so is what follows."""
     mfu: float
     days: float
     rank_hours: float
@@ -225,12 +226,11 @@ class Planner:
             micro, accumulation = other, self.recipe.batch // world // other
             need, fits = self.most(zero, rule, micro, accumulation, world, exact=False), True
         sent = sharding.sent(self.parameters, zero, world, accumulation, persist=self.recipe.parallel.persist)
-        first, seconds, work = 0.0, 0.0, 0.0
+        seconds, work = 0.0, 0.0
         starts = self._starts()
         ends = [*starts[1:], self.steps or starts[-1] + 1]
         for start, end in zip(starts, ends, strict=True):
             step_s = self._step(start, rule, micro, accumulation, zero, world, sent)
-            first = first or step_s
             seconds += (end - start) * step_s
             work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
         device, price = self.place.device, self.place.price
@@ -243,7 +243,7 @@ class Planner:
             need=need,
             fits=fits,
             sent=sent,
-            step_s=first,
+            step_s=seconds / ends[-1],
             mfu=work / (seconds * world * device.bf16) if device else 0.0,
             days=hours / 24,
             rank_hours=hours * world,
