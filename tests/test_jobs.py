@@ -119,7 +119,9 @@ def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(
     submitter.communicate()
     _wait_for_rows(head, "small")
     shell.run("stop", "small", *on)
-    assert "stopped on request, with a checkpoint" in shell.run("logs", "small", *on, "--follow", expect=3)
+    assert "stopped on request; the same command goes on from step_" in shell.run(
+        "logs", "small", *on, "--follow", expect=3
+    )
     done = len(shell.rows("small"))
     assert done < 100
     assert run_folder.checkpoints(shell.folder / "runs/small/checkpoints")[0].name == f"step_{done:08d}"
@@ -188,7 +190,9 @@ def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(she
     while len(shell.rows("small")) < 3:
         assert json.loads(shell.run("jobs", *on, "--json"))[0]["state"] == "running"
     shell.run("stop", "small", *on)
-    assert "stopped on request, with a checkpoint" in shell.run("logs", "small", *on, "--follow", expect=3)
+    assert "stopped on request; the same command goes on from step_" in shell.run(
+        "logs", "small", *on, "--follow", expect=3
+    )
     assert json.loads(shell.run("jobs", *on, "--json"))[0]["state"] == "stopped"
     shell.run("resume", "small", *on, "--follow")
     shell.run("launch", "small.yaml", "steps=200", "name=plain", "--no-ray", "--workers", "2")
@@ -204,7 +208,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint(shell: Shell) -> None:
     said = shell.run(
         "launch", "small.yaml", "steps=100000", "--no-ray", "--workers", "1", "--time-limit", "5s", expect=3
     )
-    assert "stopped on request, with a checkpoint" in said
+    assert "stopped on request; the same command goes on from step_" in said
     assert run_folder.checkpoints(shell.folder / "runs/small/checkpoints")
 
 

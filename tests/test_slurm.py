@@ -151,7 +151,7 @@ def test_a_job_trains_on_a_ray_of_its_own_and_when_stopped_saves_and_is_not_queu
     _reaches(shell, jobs, "hit", 10)
     assert [job.state for job in jobs.jobs()] == ["running"]
     jobs.stop("hit")
-    assert "stopped on request, with a checkpoint" in "\n".join(jobs.logs("hit", follow=True))
+    assert "stopped on request; the same command goes on from step_" in "\n".join(jobs.logs("hit", follow=True))
     assert [job.state for job in jobs.jobs()] == ["stopped"]
     done = len(shell.rows("hit"))
     assert 10 <= done < 60
@@ -179,7 +179,7 @@ def test_a_job_that_is_requeued_by_a_signal_then_stopped_and_submitted_again_has
     assert f"scontrol requeue {_number(shell)}" in (slurm / "calls").read_text()
     jobs.stop("hit")
     log = "\n".join(jobs.logs("hit", follow=True))
-    assert log.count("stopped on request, with a checkpoint") == 2, log
+    assert log.count("stopped on request; the same command goes on from step_") == 2, log
     assert log.count("resumed from") == 1
     assert [job.state for job in jobs.jobs()] == ["stopped"]
 
