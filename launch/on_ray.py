@@ -379,6 +379,8 @@ class RayGroup:
             actor.stacks.remote()
 
     def leaving(self) -> str | None:
+        if self._ray.died() is not None:
+            return None  # for poll to say: the question would get no answer
         if gone := _draining() & {where["node"] for where in self._where}:
             return f"Ray takes away {'nodes' if len(gone) > 1 else 'node'} {', '.join(sorted(gone))[:60]}"
         return None
@@ -386,6 +388,8 @@ class RayGroup:
     def room(self) -> int:
         import ray
 
+        if self._ray.died() is not None:
+            return self.size
         devices = self._devices()
         if self._actors:  # others may use what this group does not
             devices = min(devices, self.size + _bundles_of(ray.available_resources(), self._gpu))
