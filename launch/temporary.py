@@ -1,12 +1,13 @@
 """Temporary folders that go when their process ends, also where it is killed and can remove nothing itself."""
 
+import os
 import shutil
 import subprocess
 import tempfile
 
 
 class Temporary:
-    """A folder of this process; whatever still runs with its name in the command line is ended with it."""
+    """A folder of this process; what names it in its command line, or has a file of it open, is swept with it."""
 
     def __init__(self, prefix: str):
         self.path = tempfile.mkdtemp(prefix=prefix)
@@ -27,16 +28,18 @@ class Temporary:
 def _broom(folder: str) -> subprocess.Popen:
     """A shell that waits for this process to end, however it does, then ends what is left and removes the folder.
 
-    A launcher that is killed cannot do that, and Ray's agents outlive it by a minute.
+    A launcher that is killed cannot do that, and Ray's agents outlive it by a minute. Some of them overwrite their
+    command line, but have a log open. This process may have one open too.
     """
     script = """
         read -r nothing
         [ -d "$1" ] || exit 0
         sleep 1
-        for process in /proc/[0-9]*; do
-            pid=${process#/proc/}
-            [ "$pid" != $$ ] && grep -qsF "$1" "$process/cmdline" && kill -9 "$pid"
+        named() { grep -lsF "$1" /proc/[0-9]*/cmdline; find /proc/[0-9]*/fd -lname "$1/*" 2>/dev/null; }
+        for pid in $(named "$1" | cut -d/ -f3 | sort -u); do
+            [ "$pid" = $$ ] || [ "$pid" = "$2" ] || kill -9 "$pid" 2>/dev/null
         done
         rm -rf "$1"
     """
-    return subprocess.Popen(["sh", "-c", script, "broom", folder], stdin=subprocess.PIPE, start_new_session=True)
+    command = ["sh", "-c", script, "broom", folder, str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -365,6 +365,7 @@ def test_a_killed_launcher_leaves_nothing_behind(shell: Shell, how: tuple[str, .
     process.wait()
     while folder.exists() or any(_command(pid).count(str(folder)) for pid in started):
         time.sleep(0.01)
+    shell.nothing_is_left(within=20)
     shutil.rmtree(temporary)
 
 
@@ -380,7 +381,7 @@ def test_a_run_outlives_its_own_ray(shell: Shell, victims: list[str]) -> None:
     assert re.search(rf"Ray's ({'|'.join(victims)}) on this machine died.*starting again .*restart 1", output)
     assert "resumed from" in output
     assert len(shell.losses("small")) == 400
-    shell.nothing_is_left(within=3)
+    shell.nothing_is_left(within=20)
 
 
 def _command(pid: int) -> str:
