@@ -134,15 +134,9 @@ def _as_if_nothing_had_been(shell: Shell, name: str, calm: Shell) -> bool:
     return same and shell.losses(name) == calm.losses("small")
 
 
-@pytest.mark.parametrize(
-    ("how", "rank"),
-    [
-        pytest.param(RAY, 1, id="ray-1"),
-        pytest.param(PROCESSES, 0, id="processes-0", marks=pytest.mark.slow),
-        pytest.param(RAY, 0, id="ray-0", marks=pytest.mark.slow),
-        pytest.param(PROCESSES, 1, id="processes-1", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # test_faults kills them too
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", [RAY, PROCESSES], ids=["ray", "processes"])
 def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, calm: Shell, how: tuple[str, ...], rank: int) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
     shell.reaches(process, "hit", 100)
