@@ -147,7 +147,9 @@ def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, calm: Shell, how: 
     assert _as_if_nothing_had_been(shell, "hit", calm)
 
 
-@pytest.mark.parametrize("how", [RAY, PROCESSES], ids=["ray", "processes"])
+@pytest.mark.parametrize(
+    "how", [pytest.param(RAY, id="ray"), pytest.param(PROCESSES, id="processes", marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: tuple[str, ...]) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
     shell.reaches(process, "hit", 100)
@@ -207,7 +209,9 @@ def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell) -> Non
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, zero: int) -> None:
     shell.run("launch", "small.yaml", f"parallel.zero={zero}", "evaluate.every=20", *PROCESSES)
     during = shell.rows("small", "eval")
@@ -229,7 +233,7 @@ def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, z
     assert (config["about"]["step"], config["classes"]) == (50, [str(i) for i in range(10)])
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_evaluation_leaves_training_as_it_was(shell: Shell, zero: int) -> None:
     changes = ("steps=14", "log.every=1", f"parallel.zero={zero}", "parallel.persist=0")
     shell.run("launch", "small.yaml", "name=unseen", *changes, *PROCESSES)
