@@ -153,8 +153,9 @@ def _one_rank(rank: int, world: int, folder: Path, cases: list[list[str]]) -> No
 def _rows() -> list[tuple[str, int, list[str]]]:
     """(name, ranks, changes): recomputation changes the activations, the stage what stands beside them."""
     cases = [(preset, size, level, 1) for preset in SIZES for size in (96, 160, 224) for level in LEVELS]
-    # where activations are least, what else a stage takes shows most
-    cases += [(preset, 96, "block", zero) for preset in SIZES for zero in (0, 2, 3)]
+    # where activations are least, and where they are most
+    ends = ((96, "block"), (224, "none"))
+    cases += [(preset, size, level, zero) for preset in SIZES for size, level in ends for zero in (0, 2, 3)]
     rows = []
     for preset, size, level, zero in cases:
         changes = [f"model.preset=vim_{preset}", f"model.image_size={size}", "model.patch_size=16", "batch=2"]
