@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimscale import optim
+from vimscale.errors import RunFailed
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.cost import parameters
 from vimscale.recipe import Recipe
@@ -86,7 +87,9 @@ class Engine:
         self.stage = recipe.parallel.zero
         self.device = device
         if self.stage == 3:
-            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+            # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without one it
+            # takes fp32 from settings that enable neither.
+            with deepspeed.zero.Init(config_dict_or_path=settings):
                 model = VisionMamba(config, gather=_whole)
         else:
             model = VisionMamba(config).to(device)
@@ -96,6 +99,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
         self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
         self._parameters = dict(self._engine.module.named_parameters())
+        self._check_fp32()
         self.fragments = list(self._fragments())
         self._judge: Judge | None = None
         self.broken_gradients: Callable[[], list[str]] = list
@@ -105,6 +109,19 @@ class Engine:
         self._adamw.register_step_pre_hook(self._before_update)
         if recipe.optim.backward_lr != 1:
             optim.scale_updates(self._adamw, list(self._backward_stretches()), recipe.optim.backward_lr)
+
+    def _check_fp32(self) -> None:
+        """Raises:
+        RunFailed: DeepSpeed holds some parameter, or this rank's share of it, in another type than fp32.
+        """
+        for name, p in self._parameters.items():
+            held = {p.dtype, p.ds_tensor.dtype} if self.stage == 3 else {p.dtype}
+            if held != {torch.float32}:
+                found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
+                raise RunFailed(
+                    f"DeepSpeed {deepspeed.__version__} holds {name} in {found} at ZeRO stage {self.stage}, and vimscale"
+                    " trains fp32 parameters only; set parallel.zero=2, or install the DeepSpeed of constraints.txt"
+                )
 
     @property
     def module(self) -> VisionMamba:
