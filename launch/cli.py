@@ -14,7 +14,7 @@ from rich.table import Table
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
-from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep
+from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep, temporary
 from . import cluster as clusters
 from .arguments import OnOption, Overrides, RecipeArgument, RunArgument, WithOption
 
@@ -238,6 +238,7 @@ def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest
     from vimscale.data.dataset import Dataset
     from vimscale.evaluate import evaluate
 
+    temporary.shorten()
     assert recipe.data.val is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)

@@ -16,6 +16,7 @@ from vimscale import recipe as recipes
 from vimscale import sections
 from vimscale.errors import DataError
 
+from . import temporary
 from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
@@ -289,6 +290,7 @@ def order(
     _, accumulation = chosen.micro_batch(world)
     opened = TrainingSet.open(chosen.data)
     config = chosen.model.shape(len(opened.manifest.classes))
+    temporary.shorten()
     batches = stream.training(chosen, opened, config, rank=rank, world=world, start=start, steps=start + steps)
     print("step\tepoch\tposition\tshard\tkey\tpixels")
     for number, batch in enumerate(batches):

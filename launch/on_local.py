@@ -15,7 +15,7 @@ from vimscale.pulse import pulse
 
 from . import rank
 from .rank import Ending, Event
-from .temporary import Temporary
+from .temporary import SOCKETS, Temporary
 
 if TYPE_CHECKING:
     from vimscale.recipe import Recipe
@@ -56,7 +56,7 @@ class LocalGroup:
         self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
         self._processes: list[subprocess.Popen] = []
         self._pipes: dict[Connection, int] = {}
-        self._meeting = Temporary("vimscale-")
+        self._meeting = Temporary("vimscale-", SOCKETS)
 
     def start(self) -> None:
         self._killed_for_memory = _killed_for_memory()
@@ -79,6 +79,7 @@ class LocalGroup:
                     "threads": self._threads,
                     "rendezvous": f"file://{self._meeting.path}/store",
                     "interface": "lo",
+                    "temporary": self._meeting.path,
                     "patience_s": self._patience_s,
                 }
             )

@@ -29,6 +29,8 @@ from .temporary import Temporary
 if TYPE_CHECKING:
     from vimscale.recipe import Recipe
 
+_RAY_SOCKETS = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""What Ray adds to the path of our temporary folder for its sockets; process ids have seven digits at most."""
 _ROOM_S = 30
 """How long a cluster has to find room for the ranks."""
 _LESS_ROOM_S = 5
@@ -64,13 +66,14 @@ class Ray:
     def _start(self) -> None:
         import psutil
 
-        self._temporary = Temporary("vimscale-ray-")
+        self._temporary = Temporary("vimscale-ray-", _RAY_SOCKETS)
         self._connect(
             "local",
             num_cpus=cpus(),
             include_dashboard=False,
             object_store_memory=100 << 20,
-            _temp_dir=self._temporary.path,
+            # one level down: Ray opens its folder, and all within, to every user of the machine
+            _temp_dir=f"{self._temporary.path}/r",
         )
         children = {process.pid: process.name() for process in psutil.Process().children()}
         self._heart = {pid: name for pid, name in children.items() if name in ("gcs_server", "raylet")}
@@ -97,6 +100,11 @@ class Ray:
             self._temporary.sweep()
         elif self._temporary is not None:
             self._temporary.remove()
+
+    @property
+    def temporary(self) -> str | None:
+        """A folder that goes with this launch, where all ranks are on this machine."""
+        return self._temporary.path if self._temporary is not None else None
 
     def died(self) -> str | None:
         """Which process that a Ray of our own cannot do without has ended, if one has.
@@ -276,6 +284,7 @@ class RayGroup:
                 "threads": max(1, where["cpus"] // on_node[where["node"]]),
                 "rendezvous": f"tcp://{first['ip']}:{first['port']}",
                 "interface": where["interface"],
+                "temporary": self._ray.temporary,
                 "patience_s": self._patience_s,
             }
             self._running[actor.run.remote(arguments)] = number

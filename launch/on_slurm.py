@@ -234,8 +234,12 @@ export temporary="/tmp/vimscale-$SLURM_JOB_ID"
 read -r -d '' on_node << 'END_OF_SETUP'
 {setup}exec "$@"
 END_OF_SETUP
-# Ray leaves its folder behind
+# Ray leaves its folder behind, and opens it to every user of the node: it lies in one that is ours alone
 read -r -d '' ray_on_node << 'END_OF_NODE'
+if ! mkdir -m 700 "$temporary" 2> /dev/null && [ ! -O "$temporary" ]; then
+    echo "$temporary cannot be made, or belongs to another user" >&2
+    exit 1
+fi
 trap 'kill "$!"' TERM
 "$@" > /dev/null &
 wait "$!"
@@ -264,7 +268,7 @@ steps=()
 agent=$((port + 2))
 ray --nodes=1 --ntasks=1 --nodelist="$head" --head --node-ip-address="$address" --port="$port" \\
     --ray-client-server-port=$((port + 1)) --dashboard-agent-listen-port="$agent" --include-dashboard=false \\
-    --temp-dir="$temporary"
+    --temp-dir="$temporary/r"
 others=$((SLURM_JOB_NUM_NODES - 1))
 if [ "$others" -gt 0 ]; then
     ray --nodes="$others" --ntasks="$others" --exclude="$head" --address="$address:$port" \\

@@ -5,6 +5,7 @@ import faulthandler
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 import traceback
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vimscale.errors import RunFailed, UserError
 from vimscale.pulse import pulse
+
+from .temporary import SOCKETS, private_folder, use
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -72,7 +75,11 @@ def run(
         emit = _silent
     _redirect_output(spec)
     _forward_logs(spec, emit)
+    temporary = spec.temporary
     try:
+        temporary = temporary or private_folder("vimscale-rank-", SOCKETS)
+        use(temporary)
+
         from vimscale import distributed
 
         distributed.prepare(spec)
@@ -91,6 +98,9 @@ def run(
         return _failed(spec, "run", error, str(error))
     except Exception as error:  # whatever else went wrong becomes a report, with its traceback
         return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
+    finally:
+        if temporary is not None and spec.temporary is None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _silent(event: Event) -> None:

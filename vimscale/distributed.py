@@ -40,6 +40,8 @@ class RankSpec:
     """Where the ranks meet: file://PATH on one machine, tcp://HOST:PORT across machines."""
     interface: str
     """Network interface for gloo: the one of the address that other ranks reach this one at."""
+    temporary: str | None = None
+    """A folder for sockets and files of data workers that goes with the launcher; default: one that the rank makes."""
     patience_s: float = 300.0
     """How long a rank waits for the others: behind the launcher's watchdog, which knows more and acts first."""
 
@@ -47,6 +49,9 @@ class RankSpec:
 def prepare(spec: RankSpec) -> None:
     """Set this process up before DeepSpeed is imported: it reads its surroundings then."""
     device = torch.device(spec.device)
+    # left by an MPI job that the launcher runs in: DeepSpeed would take this process for one of that job's ranks
+    for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_") or name == "LOCAL_SIZE"]:
+        del os.environ[name]
     os.environ.update(
         DS_ACCELERATOR=device.type,
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", spec.interface),

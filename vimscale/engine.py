@@ -87,8 +87,8 @@ class Engine:
         self.stage = recipe.parallel.zero
         self.device = device
         if self.stage == 3:
-            # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without one it
-            # takes fp32 from settings that enable neither.
+            # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without it,
+            # settings that enable neither mean fp32.
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 model = VisionMamba(config, gather=_whole)
         else:
@@ -119,8 +119,9 @@ class Engine:
             if held != {torch.float32}:
                 found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
                 raise RunFailed(
-                    f"DeepSpeed {deepspeed.__version__} holds {name} in {found} at ZeRO stage {self.stage}, and vimscale"
-                    " trains fp32 parameters only; set parallel.zero=2, or install the DeepSpeed of constraints.txt"
+                    f"DeepSpeed {deepspeed.__version__} holds {name} in {found} at ZeRO stage {self.stage}, and"
+                    " vimscale trains fp32 parameters only; set parallel.zero=2, or install the DeepSpeed of"
+                    " constraints.txt"
                 )
 
     @property

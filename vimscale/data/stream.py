@@ -6,9 +6,13 @@ No rank, worker or restart enters into what a batch holds: the only state of the
 
 import logging
 import multiprocessing
+import multiprocessing.queues
 import os
+import shutil
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +26,7 @@ from vimscale.data import augment, decode, mix
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
 from vimscale.data.training_set import Skipped, TrainingSet
-from vimscale.errors import BadSample, DataError
+from vimscale.errors import BadSample, DataError, LaunchError, UserError
 from vimscale.model.presets import VimConfig
 from vimscale.recipe import Recipe
 
@@ -59,6 +63,27 @@ class Batch:
     @property
     def packed(self) -> bool:
         return isinstance(self.images, list)
+
+    def share(self) -> None:
+        """Move the tensors into shared memory.
+
+        Raises:
+            LaunchError: they do not fit there.
+        """
+        images = self.images if isinstance(self.images, list) else [self.images]
+        tensors = [t for t in (*images, self.labels, self.weights, self.erase, self.mix) if t is not None]
+        try:
+            for tensor in tensors:
+                tensor.share_memory_()
+        except RuntimeError as error:
+            if "No space left" not in str(error):
+                raise
+            size, free = sum(t.nbytes for t in tensors), shutil.disk_usage("/dev/shm").free
+            raise LaunchError(
+                f"/dev/shm is full: a batch takes {size / 1e6:.1f} MB of this shared memory, {free / 1e6:.1f} MB are"
+                " free, and each of data.workers keeps three batches; enlarge it (docker run --shm-size=8g), or set"
+                " data.workers=0"
+            ) from None
 
     def pin_memory(self) -> "Batch":
         images = [i.pin_memory() for i in self.images] if isinstance(self.images, list) else self.images.pin_memory()
@@ -108,15 +133,17 @@ def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch
         options = {"multiprocessing_context": context, "worker_init_fn": partial(_end_with, os.getpid())}
     loader = DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, **options)
     for batch in loader:
-        if isinstance(batch, DataError):
+        if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
 def _end_with(rank: int, worker: int) -> None:
     """End this worker process when the rank's ends, however that dies. The parent is the server that forked it, so
-    torch's own look at the parent would never notice.
+    torch's own look at the parent would never notice. Also end it when a batch cannot be sent: the queue would drop
+    the batch, and the rank would wait for it forever.
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
 
     def watch() -> None:
         while True:
@@ -129,11 +156,24 @@ def _end_with(rank: int, worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _caught(batches: Iterator[Batch]) -> Iterator[Batch | DataError]:
-    """An error as the last item: raised in a worker it would arrive as the text of a traceback."""
+def _not_sent(error: Exception, item: Any) -> None:
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _caught(batches: Iterator[Batch]) -> Iterator[Batch | UserError]:
+    """An error as the last item: raised in a worker it would arrive as the text of a traceback.
+
+    A worker moves its batches into shared memory itself: the thread that sends them would drop what does not fit.
+    """
+    worker = get_worker_info()
     try:
-        yield from batches
-    except DataError as error:
+        for batch in batches:
+            if worker is not None:
+                batch.share()
+            yield batch
+    except UserError as error:
         yield error
 
 
@@ -153,7 +193,7 @@ class _Training(IterableDataset):
         self.rank, self.world = rank, world
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         return _caught(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
@@ -229,7 +269,7 @@ class _Evaluation(IterableDataset):
     def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         return _caught(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
