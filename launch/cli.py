@@ -127,13 +127,16 @@ def launch(
     time_limit: Annotated[
         str | None, typer.Option(help="45m, 12h or 7d, after which the run saves and stops; the same command goes on.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start also what does not fit into memory by the plan.")
+    ] = False,
 ) -> None:
     """Train a recipe; go on where an interrupted run of its name stopped."""
     from vimscale.data.dataset import Dataset
     from vimscale.data.training_set import TrainingSet
     from vimscale.run_folder import RunFolder
 
-    from . import on_local, supervisor
+    from . import memory_check, on_local, supervisor
     from .progress import Progress
     from .workers import sizes
 
@@ -141,10 +144,15 @@ def launch(
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
     chosen = recipes.load(recipe, overrides or ())
     if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
-        TrainingSet.open(chosen.data)
+        data = TrainingSet.open(chosen.data)
         if chosen.data.val is not None:
             Dataset.open(chosen.data.val, chosen.data.cache)
     folder = RunFolder(runs / chosen.name)
+    if address is None and not force:
+        cpus, gpus = on_local.cpus(), on_local.gpus()
+        allowed = sizes(workers, chosen, cpus, gpus, "this machine")
+        world = next(size for size in allowed if size <= (gpus or cpus))
+        memory_check.check(chosen, data, world, ray=not no_ray)
     folder.claim(chosen)
     console = Console(stderr=False)
     if (result := folder.result()) is not None:

@@ -123,7 +123,7 @@ class Cluster(Section):
     cpus: Annotated[Whole, Field(ge=1)] = 2
     """A node."""
     memory: Annotated[float, Field(gt=0)] = 8.0
-    """A node, in GB of 10^9 bytes."""
+    """A node, in GB of 10^9 bytes; plans for `local` take what this machine has available, unless it is given."""
     workers: Annotated[str, AfterValidator(_check_workers)] | None = None
     """Ranks, or MIN:MAX for as many as there is room for. Absent: one a GPU, without GPUs one a node or two on one."""
     gpu: Annotated[str, AfterValidator(_check_gpu)] | None = None

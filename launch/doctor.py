@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import workers
-from .on_local import cpus, gpus
+from .on_local import cpus, gpus, memory
 
 Address = IPv4Address | IPv6Address
 
@@ -83,14 +83,10 @@ def _cpu() -> Finding:
 
 
 def _memory() -> Finding:
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    total, available = int(kib["MemTotal"]) * 1024 / 1e9, int(kib["MemAvailable"]) * 1024 / 1e9
-    found = f"{total:.1f} GB, {available:.1f} GB available"
-    container = Path("/sys/fs/cgroup/memory.max")  # cgroup v2, and only within a container
-    if container.exists() and (limit := container.read_text().strip()) != "max":
-        available = min(available, int(limit) / 1e9)
-        found += f", limited to {int(limit) / 1e9:.1f} GB (cgroup)"
-    if available < 4:
+    here = memory()
+    found = f"{here.total / 1e9:.1f} GB, {here.available / 1e9:.1f} GB available"
+    found += " (a control group's limit)" if here.limited else ""
+    if here.available < 4e9:
         return Finding("memory", "note", found, "Free some, or do without Ray, which takes 0.7 GB itself: --no-ray")
     return Finding("memory", "ok", found)
 

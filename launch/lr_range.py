@@ -61,16 +61,17 @@ def lr_range(
     """Find the learning rates that train a recipe, in one short run; nothing else of the recipe changes."""
     from vimscale.data.training_set import TrainingSet
 
-    from . import on_local
+    from . import memory_check, on_local
     from .workers import sizes
 
     if not 0 < low < high:
         raise LaunchError(f"--from {low:g} --to {high:g}: the rate rises, so write 0 < --from < --to")
     trials.check_installed("matplotlib")
     chosen = rising(recipes.load(recipe, overrides or ()), low, high, steps)
-    TrainingSet.open(chosen.data)
+    data = TrainingSet.open(chosen.data)
     asked = str(workers) if workers is not None else None
     (world,) = sizes(asked, chosen, on_local.cpus(), on_local.gpus(), "this machine")
+    memory_check.check(chosen, data, world, ray=False)
     folder = RunFolder(runs / chosen.name)
     folder.claim(chosen)
     console = Console()

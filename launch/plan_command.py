@@ -16,7 +16,10 @@ from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError
 from . import cluster as clusters
 from . import stack
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+from .memory_check import this_machine
+from .on_local import cpus, gpus
 from .trials import check_installed
+from .workers import usual
 
 if TYPE_CHECKING:
     from vimscale.plan import Outlook, Place, Planner
@@ -27,7 +30,9 @@ def command(
     on: OnOption,
     overrides: Overrides = None,
     with_: WithOption = None,
-    gpus: Annotated[str | None, typer.Option(help="GPU counts to compare: 8,64,512; absent: 8 to 4,096.")] = None,
+    counts: Annotated[
+        str | None, typer.Option("--gpus", help="GPU counts to compare: 8,64,512; absent: 8 to 4,096.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures, in bytes and seconds, for programs.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw memory, days and cost against GPUs into a PNG.")] = None,
 ) -> None:
@@ -37,9 +42,9 @@ def command(
     chosen = recipes.load(recipe, overrides or ())
     cluster = clusters.load(on, with_ or ())
     world = ranks(cluster)
-    planner, notes = prepare(chosen, cluster)
+    planner, notes = prepare(chosen, cluster, world)
     planner.refuse(world)
-    rows = outlooks(planner, _counts(gpus))
+    rows = outlooks(planner, _counts(counts))
     here = planner.outlook(world)
     options = list(planner.options(world))
     if picture is not None:
@@ -99,7 +104,7 @@ def show(chosen: recipes.Recipe, cluster: clusters.Cluster, workers: int | None,
     if workers is None:
         workers = ranks(cluster) if cluster.backend != "local" or cluster.workers else 1
     micro, _ = chosen.micro_batch(workers)
-    planner, notes = prepare(chosen, cluster)
+    planner, notes = prepare(chosen, cluster, workers)
     device = "cpu"  # what a layer keeps is a little less in a GPU's kernels
     precision = chosen.parallel.precision
     levels = recompute.levels(chosen.parallel, planner.config, micro, device)
@@ -113,11 +118,13 @@ def ranks(cluster: clusters.Cluster) -> int:
     """How many ranks run there, at most."""
     if cluster.workers is not None:
         return int(cluster.workers.rpartition(":")[2])
+    if _is_this_machine(cluster):
+        return usual(cpus(), gpus())
     return cluster.nodes * cluster.gpus or max(cluster.nodes, 2)
 
 
-def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster) -> tuple["Planner", list[str]]:
-    """What plans the recipe there, and what is to be said of its data.
+def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster, world: int) -> tuple["Planner", list[str]]:
+    """What plans the recipe on `world` ranks there, and what is to be said of its data.
 
     Raises:
         ClusterError: the cluster does not say which GPUs it has.
@@ -134,10 +141,17 @@ def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster) -> tuple["Planner
         notes = lanes_and_shards(chosen, shards, cluster.nodes, remote=any(dataset.remote for dataset in data.datasets))
     except DataError as error:
         notes.append(f"data not readable from here: 1,000 classes assumed ({error})")
-    planner = Planner(chosen, chosen.model.shape(classes), _place(cluster), samples)
+    config = chosen.model.shape(classes)
+    here = this_machine(chosen, config, world, ray=True) if _is_this_machine(cluster) else None
+    planner = Planner(chosen, config, here or _place(cluster), samples)
     if planner.steps is None:
         notes.append(f"days and cost are of one step: how many steps {chosen.epochs:g} epochs are, only the data say")
     return planner, notes
+
+
+def _is_this_machine(cluster: clusters.Cluster) -> bool:
+    """Whether a plan is for what this machine has, and not for what a file says of one."""
+    return cluster.backend == "local" and not {"gpus", "memory"} & cluster.model_fields_set
 
 
 def _place(cluster: clusters.Cluster) -> "Place":

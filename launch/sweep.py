@@ -12,7 +12,7 @@ from vimscale.errors import LaunchError, RunFailed
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
-from . import trials
+from . import memory_check, trials
 from .arguments import RecipeArgument
 from .supervisor import StopSignal
 from .trials import By, Group, Outcome, Trial
@@ -56,7 +56,10 @@ def sweep(
         one.recipe.micro_batch(workers)
         if by == "top1" and one.recipe.data.val is None:
             raise LaunchError("--by top1: the recipe has no data.val to evaluate on; set it, or use --by loss")
-        lengths[one.name] = one.recipe.length(TrainingSet.open(one.recipe.data).samples)
+        data = TrainingSet.open(one.recipe.data)
+        if address is None and not one.ended:
+            memory_check.check(one.recipe, data, workers, ray=True)
+        lengths[one.name] = one.recipe.length(data.samples)
     every = grace or max(max(lengths.values()) // _RUNGS, 1)
     open_, past = ([one for one in all_ if one.ended is ended] for ended in (False, True))
     console = Console()

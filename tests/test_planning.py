@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from benchmarks import plan as measuring
 from vimscale import memory, roofline, sharding
 from vimscale import recipe as recipes
-from vimscale.devices import DEVICES
+from vimscale.devices import DEVICES, key_of
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch import cluster as clusters
-from vimscale.launch import plan_command
+from vimscale.launch import memory_check, on_local, plan_command
 from vimscale.launch.cli import app
 from vimscale.model import PRESETS
 from vimscale.plan import Place, Planner, lanes_and_shards
@@ -142,7 +142,7 @@ def test_bad_input_ends_in_one_message(tmp_path: Path) -> None:
     assert "8,64,512" in str(_plan(tmp_path, "vim_base_in1k", "--gpus", "many").exception)
     local = clusters.load("local", ["gpus=2"])
     with pytest.raises(ClusterError, match="which the 2 GPUs of a node are"):
-        plan_command.prepare(recipes.load("vim_digits_cpu"), local)
+        plan_command.prepare(recipes.load("vim_digits_cpu"), local, 2)
 
 
 def test_a_cluster_of_cpus_is_planned_without_times() -> None:
@@ -159,3 +159,61 @@ def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
     assert "set data.lanes=8" in few
     (odd,) = lanes_and_shards(recipe, [7], 4, remote=False)
     assert "no multiple" in odd
+
+
+@pytest.fixture
+def four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "memory", lambda: on_local.Memory(8 * 10**9, 4 * 10**9, False))
+    monkeypatch.setattr(memory_check, "gpus", lambda: 0)
+
+
+@pytest.mark.parametrize("command", [("launch",), ("launch", "--no-ray"), ("lr-range",)])
+def test_what_this_machine_has_no_memory_for_is_refused_before_anything_starts(
+    tmp_path: Path, four_gigabytes: None, command: tuple[str, ...]
+) -> None:
+    changes = ["name=big", "batch=1000000", "steps=100", "epochs=null"]
+    done = CliRunner().invoke(app, [*command, "vim_digits_cpu", *changes, "--workers", "1", "--runs", str(tmp_path)])
+    assert isinstance(done.exception, LaunchError)
+    said = str(done.exception)
+    assert "does not fit the 4.0 GB of memory that this machine has available on 1 ranks: one needs" in said
+    assert "would fit: parallel.micro_batch=" in said
+    assert "--force" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.directions=bi attn pair*2 cross", "model.depth=5"],
+        ["model.preset=vim_tiny", "model.depth=4", "batch=8"],
+        ["phases=[{step: 0, image_size: 16, batch: 128}, {step: 60, image_size: 64}]"],
+        ["parallel.zero=3", "parallel.persist=0", "parallel.micro_batch=2"],
+    ],
+)
+def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
+    recipe = recipes.load("vim_digits_cpu", [*changes, "steps=100", "epochs=null"])
+    config = recipe.model.shape(10)
+    planner = Planner(recipe, config, Place("here", None, 0, Fabric(2, 1, 1), None), 0)
+    micro, accumulation = recipe.micro_batch(2)
+    need = planner.most(recipe.parallel.zero, recipe.parallel.recompute, micro, accumulation, 2, exact=False)
+    assert memory_check.at_most(recipe, config, 2) > need.total
+
+
+def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
+    job = tmp_path / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    for folder, limit, used, dropped in ((job, "max", 500, 0), (job.parent, "9000", 4000, 1500)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 12\ninactive_file {dropped}\nactive_file 3\n")
+    assert list(on_local._control_groups("0::/slurm/job_7\n", tmp_path)) == [(9000, 2500)]
+    assert list(on_local._control_groups("0::/\n", tmp_path)) == []
+
+
+def test_a_gpu_is_known_by_the_name_that_its_driver_gives_it() -> None:
+    assert key_of("NVIDIA H100 80GB HBM3") == "h100"
+    assert key_of("NVIDIA A10G") == "a10g"
+    assert key_of("NVIDIA A100-SXM4-40GB") == "a100"
+    assert key_of("AMD Instinct MI300X") == "mi300x"
+    assert key_of("NVIDIA GeForce RTX 4090") is None

@@ -338,7 +338,9 @@ def test_slurms_warning_leads_to_a_checkpoint_and_an_end(shell: Shell, to: str) 
 @pytest.mark.slow
 def test_memory_that_runs_out_again_and_again_ends_the_run_with_advice(shell: Shell) -> None:
     changes = ("model.d_model=4096", "model.depth=48", "batch=1000", "optim.ema=null")
-    process = shell.popen("launch", "small.yaml", *changes, "--workers", "1", "--no-ray", memory_limit=6_000_000)
+    process = shell.popen(
+        "launch", "small.yaml", *changes, "--workers", "1", "--no-ray", "--force", memory_limit=6_000_000
+    )
     output = shell.finish(process, expect=1)
     assert "the same failure 3 times before the first step" in output
     assert "cause: memory, " in output

@@ -26,3 +26,9 @@ DEVICES = {
     "l40s": Device(48 * 10**9, 362e12, 91.6e12, 0.864e12, 32e9),
     "mi300x": Device(192 * 10**9, 1307e12, 163e12, 5.3e12, 448e9),
 }
+
+
+def key_of(name: str) -> str | None:
+    """Which of DEVICES a GPU is, by the name that its driver gives it: "NVIDIA H100 80GB HBM3"."""
+    words = name.lower().replace("-", " ").split()
+    return next((key for key in DEVICES if key in words), None)

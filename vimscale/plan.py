@@ -264,9 +264,11 @@ class Planner:
 
     # ---- what to say where it cannot run
 
-    def refuse(self, world: int) -> None:
-        """Raises:
-        LaunchError: the recipe does not fit; says by how much, and what would.
+    def refuse(self, world: int, otherwise: str = "") -> None:
+        """`otherwise`: what to add to the message.
+
+        Raises:
+            LaunchError: the recipe does not fit; says by how much, and what would.
         """
         parallel = self.recipe.parallel
         micro, accumulation = self.recipe.micro_batch(world)
@@ -279,7 +281,8 @@ class Planner:
             f" and has {self.place.room / 1e9:.1f} GB"
         )
         ways = list(self._ways_out(world, micro))
-        raise LaunchError(f"{said}; {'would fit: ' + ' | '.join(ways) if ways else 'nothing that was tried would fit'}")
+        fix = f"would fit: {' | '.join(ways)}" if ways else "nothing that was tried would fit"
+        raise LaunchError("; ".join(part for part in (said, fix, otherwise) if part))
 
     def _ways_out(self, world: int, micro: int) -> Iterator[str]:
         parallel = self.recipe.parallel
@@ -298,6 +301,8 @@ class Planner:
             if fitting := self.largest(zero, "block", world):
                 yield f"parallel.zero={zero} parallel.recompute=block parallel.micro_batch={fitting}"
                 break
+        if self.place.device is None:  # more ranks on a machine share its memory
+            return
         for more in (world << i for i in range(1, 10)):
             if self.recipe.batch % more == 0 and self.largest(parallel.zero, own, more):
                 yield f"{more} GPUs"
