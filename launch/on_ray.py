@@ -29,7 +29,7 @@ from .temporary import Temporary
 if TYPE_CHECKING:
     from vimscale.recipe import Recipe
 
-_RAY_SOCKETS = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+RAY_SOCKETS = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """What Ray adds to the path of our temporary folder for its sockets; process ids have seven digits at most."""
 _ROOM_S = 30
 """How long a cluster has to find room for the ranks."""
@@ -66,7 +66,7 @@ class Ray:
     def _start(self) -> None:
         import psutil
 
-        self._temporary = Temporary("vimscale-ray-", _RAY_SOCKETS)
+        self._temporary = Temporary("vimscale-ray-", RAY_SOCKETS)
         self._connect(
             "local",
             num_cpus=cpus(),

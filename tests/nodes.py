@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_RAY = str(Path(sys.executable).parent / "ray")
+from tests.ray_head import RAY as _RAY
+from vimscale.launch.on_ray import RAY_SOCKETS
+from vimscale.launch.temporary import private_folder
+
 _PORT = 6379
 QUICK_DEATHS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -44,7 +45,7 @@ class Nodes:
 
     def __init__(self, count: int, env: dict[str, str]):
         self._env = env | {"RAY_USAGE_STATS_ENABLED": "0"}
-        self._temporary = tempfile.mkdtemp(prefix="v-")
+        self._temporary = private_folder("v-", RAY_SOCKETS)
         self._switch = f"v{os.getpid()}sw"
         self._rays: list[subprocess.Popen] = []
         self.address = f"{_ip(0)}:{_PORT}"

@@ -3,13 +3,10 @@
 import http.client
 import json
 import os
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.shell import Shell, new_shell
+from tests.ray_head import RayHead, ray_head
+from tests.shell import Shell
 from vimscale import recipe as recipes
 from vimscale import run_folder
 from vimscale.errors import ClusterError, RecipeError
@@ -36,14 +34,11 @@ class Head:
 
     shell: Shell
     """A folder whose commands know the token."""
-    process: subprocess.Popen
-    temporary: Path
-    port: int
-    token: str
+    ray: RayHead
 
     @property
     def on(self) -> tuple[str, ...]:
-        changes = (f"ray.address=http://127.0.0.1:{self.port}", f"runs={self.shell.folder}/runs")
+        changes = (f"ray.address=http://127.0.0.1:{self.ray.dashboard}", f"runs={self.shell.folder}/runs")
         return ("--on", "ray", *(part for change in changes for part in ("--with", change)))
 
     def jobs(self) -> dict[str, dict]:
@@ -52,44 +47,23 @@ class Head:
     def told(self) -> str:
         """All that Ray tells of its jobs to those with the token, and what every user of the machine sees."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
+            f"http://127.0.0.1:{self.ray.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {self.ray.token}"}
         )
         with urllib.request.urlopen(request) as answer:
             return answer.read().decode() + str(self.shell.processes())
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]
-
-
 @pytest.fixture
-def head(tmp_path: Path, cache: Path) -> Iterator[Head]:
-    shell = new_shell(tmp_path, cache)
-    token = secrets.token_hex(32)
-    shell.env |= {"RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0", "no_proxy": "127.0.0.1"}
+def head(shell: Shell) -> Iterator[Head]:
+    shell.env |= {"no_proxy": "127.0.0.1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = shell.env | {"PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "TEST_SECRET": SECRET}
-    # sockets lie in it, and their paths may not be long
-    temporary = Path(tempfile.mkdtemp(prefix="vimscale-", dir="/tmp"))
-    gcs, agent, port = (_free_port() for _ in range(3))
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}"),
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}"),
-        *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={temporary}", "--object-store-memory=100000000"),
-    ]
-    with (tmp_path / "head.txt").open("w") as said:
-        process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        while not _answers(port):
-            assert process.poll() is None, (tmp_path / "head.txt").read_text()
+    env = {"PATH": path, "PYTHONPATH": str(ROOT), "TEST_SECRET": SECRET}
+    with ray_head(shell, "--dashboard-host=127.0.0.1", env=env) as ray:
+        while not _answers(ray.dashboard):
+            assert ray.process.poll() is None, (shell.folder / "head.txt").read_text()
             time.sleep(0.1)
-        yield Head(shell, process, temporary, port, token)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        yield Head(shell, ray)
         shell.end()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _answers(port: int) -> bool:
@@ -134,7 +108,7 @@ def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(
     told = head.told()
     assert "small@2" in told
     assert SECRET not in told
-    assert head.token not in told
+    assert head.ray.token not in told
 
 
 @pytest.mark.slow
@@ -176,7 +150,7 @@ def test_code_is_sent_and_a_run_folder_beside_it_is_not(head: Head) -> None:
         assert follower.poll() is None
     shell.run("stop", "small", *head.on)
     shell.finish(follower, expect=3)
-    sent = list(head.temporary.glob("session_2*/runtime_resources/**/*"))
+    sent = list(head.ray.temporary.glob("session_2*/runtime_resources/**/*"))
     assert any(path.name == "digits.csv.gz" for path in sent)
     assert sum(path.stat().st_size for path in sent) < 5e6
     shell.run("resume", "small", *head.on, "--follow")

@@ -5,16 +5,13 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ray_head import ray_head
 from tests.shell import Shell, new_shell
 from vimscale import checkpoint, manifest, run_folder
 from vimscale.launch.failures import first_cause
@@ -312,31 +309,9 @@ def test_the_first_cause_is_told_not_the_last() -> None:
 
 
 def test_a_ray_that_exists_is_used_and_left_running(shell: Shell) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray = str(Path(sys.executable).parent / "ray")
-    limits = ["--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=false"]
-    temporary = tempfile.mkdtemp(prefix="vimscale-test-")  # sockets below pytest's own folder would have too long names
-    command = [
-        ray,
-        "start",
-        "--head",
-        f"--port={port}",
-        f"--temp-dir={temporary}",
-        *limits,
-    ]
-    with (shell.folder / "head.txt").open("w") as output:
-        head = subprocess.Popen([*command, "--block"], stdout=output, stderr=output, env=shell.env)
-    try:
-        while "--block" not in (shell.folder / "head.txt").read_text():
-            assert head.poll() is None, (shell.folder / "head.txt").read_text()
-            time.sleep(0.05)
-        assert "2 ranks on the Ray at" in shell.run("launch", "small.yaml", "--address", f"127.0.0.1:{port}")
-        assert head.poll() is None
-        refused = ("launch", "small.yaml", "name=more", "batch=36", "--address", f"127.0.0.1:{port}", "--workers", "3")
+    with ray_head(shell, "--include-dashboard=false") as head:
+        address = ("--address", f"127.0.0.1:{head.gcs}")
+        assert "2 ranks on the Ray at" in shell.run("launch", "small.yaml", *address)
+        assert head.process.poll() is None
+        refused = ("launch", "small.yaml", "name=more", "batch=36", *address, "--workers", "3")
         assert "a worker takes one CPU and the Ray cluster has 2" in shell.run(*refused, expect=2)
-    finally:
-        head.terminate()
-        head.wait(30)
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ import pytest
 from tests.shell import Shell
 from vimscale.errors import LaunchError
 from vimscale.launch import temporary
-from vimscale.launch.on_ray import _RAY_SOCKETS
+from vimscale.launch.on_ray import RAY_SOCKETS
 
 FOREIGN = {
     # of an MPI job, of torchrun and of Slurm, in which the launcher may run
@@ -65,9 +65,9 @@ def test_private_folders_leave_room_for_sockets_and_are_closed_to_others(
     long_tmpdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(long_tmpdir))
-    made = Path(temporary.private_folder("vimscale-ray-", _RAY_SOCKETS))
+    made = Path(temporary.private_folder("vimscale-ray-", RAY_SOCKETS))
     assert made.parent in (Path("/tmp"), Path("/var/tmp"))
-    assert len(os.fsencode(made)) + _RAY_SOCKETS <= 107
+    assert len(os.fsencode(made)) + RAY_SOCKETS <= 107
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     made.rmdir()
     # as long as there is room, TMPDIR is what counts

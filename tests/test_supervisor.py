@@ -357,7 +357,7 @@ def _below(pid: int) -> Iterator[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
 def test_a_killed_launcher_leaves_nothing_behind(shell: Shell, how: tuple[str, ...]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix="v-"))
+    temporary = Path(tempfile.mkdtemp(prefix="v-", dir="/tmp"))
     shell.env["TMPDIR"] = str(temporary)
     process = shell.popen("launch", "small.yaml", *LONG, *how)
     shell.reaches(process, "small", 100)
