@@ -27,8 +27,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vimscale.errors import LaunchError
+
 from . import workers
 from .on_local import cpus, gpus, memory
+from .on_ray import RAY_SOCKETS
+from .temporary import private_folder
 
 Address = IPv4Address | IPv6Address
 
@@ -51,7 +55,7 @@ def examine(runs: Path) -> list[Finding]:
     """Look at everything; `runs` is where runs' folders are to be. A few seconds, most of them to import torch."""
     machine = [_cpu, _memory, _shared_memory, _gpus]
     software = [_python, _torch, _triton, _numba, _deepspeed, _ray]
-    surroundings = [_network, _ray_ports, lambda: _disk(runs), _cache, _open_files]
+    surroundings = [_network, _ray_ports, lambda: _disk(runs), _temporary, _cache, _open_files]
     findings = []
     for probe in (*machine, *software, *surroundings):
         try:
@@ -343,6 +347,15 @@ def _disk(runs: Path) -> Finding:
     if free < 5:
         return Finding("runs", "note", found, "Checkpoints fill it soon: free some, or use another disk: --runs")
     return Finding("runs", "ok", found)
+
+
+def _temporary() -> Finding:
+    try:
+        folder = Path(private_folder("vimscale-doctor-", RAY_SOCKETS))
+    except LaunchError as error:
+        return Finding("temporary", "broken", str(error).partition(";")[0], "Set TMPDIR to a short, writable folder.")
+    folder.rmdir()
+    return Finding("temporary", "ok", f"writable, and short enough for sockets: {folder.parent}")
 
 
 def _cache() -> Finding:

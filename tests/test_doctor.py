@@ -58,6 +58,7 @@ def test_what_is_broken_or_short_says_what_to_do(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda _: tiny)
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "RAY_SOCKETS", 100)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
@@ -65,7 +66,7 @@ def test_what_is_broken_or_short_says_what_to_do(tmp_path: Path, monkeypatch: py
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     short = {"/dev/shm", "runs", "open files"}
-    broken = {"torch", "triton", "numba", "deepspeed", "ray", "data cache", "will run"}
+    broken = {"torch", "triton", "numba", "deepspeed", "ray", "temporary", "data cache", "will run"}
     assert {finding.what for finding in findings if finding.state == "broken"} >= broken
     assert {finding.what for finding in findings if finding.state == "note"} >= short
     assert [f for f in findings if not f.mend and (f.state == "broken" or f.what in short)] == []
