@@ -2,17 +2,21 @@
 
 import json
 import math
+import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.shell import Shell
-from vimscale import optim, run_folder
+from vimscale import optim, recipe, run_folder
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 from vimscale.launch import lr_range, sweep, trials
+from vimscale.run_folder import RunFolder
 from vimscale.sections import Optim
 
 
@@ -138,9 +142,71 @@ def test_the_range_test_finds_where_the_loss_falls_and_where_it_diverges(end: fl
     assert calm.diverges is None
 
 
-def test_a_loss_that_never_falls_is_said_to_be_one() -> None:
-    with pytest.raises(RunFailed, match="falls at none of these rates"):
-        lr_range.read([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan])
+RATES = [10 ** (-6 + 6 * i / 99) for i in range(100)]
+
+
+def _noisy(curve: Callable[[float], float], seed: int, noise: float = 0.05) -> list[float]:
+    draw = random.Random(seed)
+    return [curve(rate) + draw.gauss(0, noise) for rate in RATES]
+
+
+def _fall(rate: float) -> float:
+    return 2.3 - 1.3 / (1 + (3e-3 / rate) ** 2)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda rate: 6.0,
+        lambda rate: 1e9 * rate,
+        lambda rate: 8.0 if rate < 0.4 else 0.2,  # it falls fastest, and is lowest, where it has diverged
+        lambda rate: 2.3 + math.sin(40 * rate),
+        lambda rate: math.inf,
+    ],
+)
+def test_what_comes_after_the_divergence_changes_nothing_of_what_is_suggested(
+    after: Callable[[float], float],
+) -> None:
+    for seed in range(5):
+        found = lr_range.read(RATES, _noisy(lambda rate: _fall(rate) if rate < 0.08 else after(rate), seed))
+        assert found.diverges is not None
+        assert found.suggested is not None
+        assert found.suggested <= found.steepest < found.lowest < found.diverges < 0.12
+        assert found.diverges > 0.03
+        assert found.steepest == pytest.approx(3e-3, rel=0.5)
+
+
+def test_the_suggestion_lies_before_the_minimum_of_its_own_picture() -> None:
+    for seed in range(5):
+        found = lr_range.read(RATES, _noisy(lambda rate: _fall(rate) + 0.2 * math.log10(max(rate, 1e-2) / 1e-2), seed))
+        lowest = min(range(len(found.smooth)), key=found.smooth.__getitem__)
+        assert found.suggested <= found.steepest < found.lowest == RATES[lowest]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.5])
+def test_a_loss_that_does_not_fall_by_more_than_its_noise_suggests_nothing(noise: float) -> None:
+    for seed in range(5):
+        for curve in (lambda rate: 2.3, lambda rate: 2.3 + 5 * rate):
+            found = lr_range.read(RATES, _noisy(curve, seed, noise))
+            assert (found.steepest, found.suggested) == (None, None)
+            assert found.story.startswith("falls at none of these rates by more than its noise")
+    assert lr_range.read([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan]).suggested is None
+    assert lr_range.read([1e-3, 1e-2], [math.nan, math.nan]).diverges == 1e-3
+
+
+@pytest.mark.parametrize("losses", [_noisy(_fall, 0), _noisy(lambda rate: 2.3, 0), [2.3] * 100, [math.nan] * 100])
+def test_every_curve_has_its_picture_and_one_story(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], losses: list[float]
+) -> None:
+    chosen, console = recipe.load("vim_digits_cpu"), Console(width=200)
+    found = lr_range.read(RATES, losses)
+    if found.suggested is None:
+        with pytest.raises(RunFailed, match=re.escape(found.story)):
+            lr_range.show(RATES, losses, chosen, RunFolder(tmp_path), console)
+    else:
+        lr_range.show(RATES, losses, chosen, RunFolder(tmp_path), console)
+        assert f"suggested: optim.lr={found.suggested:.1e}" in capsys.readouterr().out
+    assert (tmp_path / "lr_range.png").stat().st_size > 5_000
 
 
 def test_a_range_test_ends_at_the_first_loss_that_is_not_finite_and_suggests_a_rate(shell: Shell) -> None:
