@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -104,22 +105,72 @@ def _ended(trial: trials.Trial, losses: list[float], top1: float | None) -> None
         trial.stop(len(losses))
 
 
-def test_settings_are_ranked_by_the_mean_over_their_seeds_and_the_stopped_come_last(tmp_path: Path) -> None:
-    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
-    for trial, top1 in zip(all_, (0.5, 0.7, 0.9, 0.5, None, 0.65), strict=True):
+def test_settings_are_ranked_by_the_mean_over_their_seeds_and_those_without_all_of_them_come_later(
+    tmp_path: Path,
+) -> None:
+    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3,4e-3", "seed=0,1")
+    for trial, top1 in zip(all_, (0.5, 0.7, 0.9, 0.5, None, 0.95, None, None), strict=True):
         _ended(trial, [0.9, 0.8, 0.7, 0.6] if top1 else [0.1, 0.05], top1)
     groups = trials.ranked([trials.outcome(trial, "top1", 2) for trial in all_], "top1")
-    assert [dict(group.outcomes[0].trial.setting)["optim.lr"] for group in groups] == ["2e-3", "3e-3", "1e-3"]
-    best, half, _ = groups
+    # 3e-3 has the best seed, and the other one was lost
+    assert [dict(group.outcomes[0].trial.setting)["optim.lr"] for group in groups] == ["2e-3", "1e-3", "3e-3", "4e-3"]
+    best, _, half, none = groups
     assert (best.mean, best.spread) == (pytest.approx(0.7), pytest.approx(0.2828, abs=1e-4))
-    assert (half.finished, half.spread) == ([0.65], None)
+    assert (half.finished, half.spread) == ([0.95], None)
     assert [one.status for one in half.outcomes] == ["stopped", "finished"]
+    assert none.finished == []
     groups = trials.ranked([trials.outcome(trial, "loss", 2) for trial in all_], "loss")
     assert groups[0].mean == pytest.approx(0.65)
     assert trials.figures(trials.rows(all_[0].folder), "loss", 2) == [
         (2, pytest.approx(0.85)),
         (4, pytest.approx(0.65)),
     ]
+
+
+def test_seeds_are_never_compared_with_each_other_and_a_setting_is_given_up_as_a_whole(tmp_path: Path) -> None:
+    from vimscale.launch import on_tune
+
+    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
+    firsts = trials.firsts(all_)
+    assert [firsts[one.name].name for one in all_] == [one.name for one in all_[::2] for _ in range(2)]
+    orders = {one.name: on_tune._Order(one, 80, "loss", 10, 1, 1, tmp_path, firsts[one.name]) for one in all_}
+    judge = on_tune._Asha([], orders, keep=3)
+    running = {}
+    for one in all_:
+        running[one.name] = SimpleTrial(one.name, {"name": one.name})
+        judge.on_trial_add(None, running[one.name])
+    # the second seeds are far worse than the first, and come first to the rung
+    losses = {1: 9.0, 3: 7.0, 5: 8.0, 0: 1.0, 2: 0.5, 4: 2.0}
+    decisions = {
+        all_[i].name: judge.on_trial_result(None, running[all_[i].name], {"at": 10, "figure": loss})
+        for i, loss in losses.items()
+    }
+    assert [one.name for one in all_ if decisions[one.name] == "STOP"] == [all_[4].name]
+    assert all_[4].stopped
+    later = {"at": 20, "figure": 0.1}
+    assert [judge.on_trial_result(None, running[all_[i].name], later) for i in (1, 3, 5)] == [
+        "CONTINUE",
+        "CONTINUE",
+        "STOP",
+    ]
+    assert all_[5].stopped
+    judge.on_trial_complete(None, running[all_[1].name], {"at": 80, "figure": 0.0})
+    judge.on_trial_complete(None, running[all_[0].name], {"at": 80, "figure": 0.0})
+    alone = _points(tmp_path, "name=alone", "seed=0,1,2,3")
+    orders = {one.name: on_tune._Order(one, 80, "loss", 10, 1, 1, tmp_path, alone[0]) for one in alone}
+    judge = on_tune._Asha([], orders, keep=3)
+    for loss, one in enumerate(alone):
+        trial = SimpleTrial(one.name, {"name": one.name})
+        judge.on_trial_add(None, trial)
+        assert judge.on_trial_result(None, trial, {"at": 10, "figure": float(loss)}) == "CONTINUE"
+
+
+@dataclass(frozen=True)
+class SimpleTrial:
+    """What a scheduler sees of a trial of Tune's."""
+
+    trial_id: str
+    config: dict[str, str]
 
 
 # ---- the range test
