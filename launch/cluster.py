@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from vimscale import addresses
 from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, suggest
-from vimscale.typed_yaml import Kind, Section, Whole
+from vimscale.typed_yaml import Address, Flag, Kind, Section, Whole
 
 from .workers import usual
 
@@ -18,8 +19,9 @@ NODES = {"local": 1}
 
 
 def _check_workers(text: str) -> str:
-    if re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", text) is None:
-        raise ValueError(f"{text!r} is neither a number of ranks nor MIN:MAX")
+    found = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", text, re.ASCII)
+    if found is None or int(found[1]) > int(found[2] or found[1]):
+        raise ValueError(f"{text!r} is neither a number of ranks nor MIN:MAX (up to 999,999)")
     return text
 
 
@@ -31,7 +33,7 @@ def _check_time(text: str) -> str:
 
 def seconds(text: str) -> int | None:
     """Of 45m, 12h or 7d; None of anything else."""
-    found = re.fullmatch(r"(\d+)([smhd])", text)
+    found = re.fullmatch(r"(\d{1,8})([smhd])", text, re.ASCII)
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else None
 
 
@@ -68,7 +70,7 @@ KubernetesName = Annotated[str, AfterValidator(_check_kubernetes)]
 class Ray(Section):
     """A Ray cluster that exists."""
 
-    address: str = "http://127.0.0.1:8265"
+    address: Address = "http://127.0.0.1:8265"
     """Where its jobs are submitted: the dashboard's address."""
 
 
@@ -105,7 +107,7 @@ class Slurm(Section):
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    exclusive: bool = True
+    exclusive: Flag = True
     setup: tuple[str, ...] = ()
     """Shell lines that every node runs first, such as `module load cuda` or `source /shared/venv/bin/activate`."""
     container: Word | None = None
@@ -116,27 +118,27 @@ class Cluster(Section):
     """Where to train."""
 
     backend: Literal["local", "ray", "kuberay", "slurm"]
-    nodes: Annotated[Whole, Field(ge=1)] = 1
+    nodes: Annotated[Whole, Field(ge=1, le=100_000)] = 1
     """Machines."""
-    gpus: Annotated[Whole, Field(ge=0)] = 0
+    gpus: Annotated[Whole, Field(ge=0, le=1_000)] = 0
     """A node; each is one worker. 0: workers compute on CPUs."""
-    cpus: Annotated[Whole, Field(ge=1)] = 2
+    cpus: Annotated[Whole, Field(ge=1, le=100_000)] = 2
     """A node."""
-    memory: Annotated[float, Field(gt=0)] = 8.0
+    memory: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     """A node, in GB of 10^9 bytes; plans for `local` take what this machine has available, unless it is given."""
     workers: Annotated[str, AfterValidator(_check_workers)] | None = None
     """Ranks, or MIN:MAX for as many as there is room for. Absent: one a GPU, without GPUs one a node or two on one."""
     gpu: Annotated[str, AfterValidator(_check_gpu)] | None = None
     """Which GPU: what a plan reckons with."""
-    fabric: Annotated[float, Field(gt=0)] = 10.0
+    fabric: Annotated[float, Field(gt=0, le=1e6)] = 10.0
     """Bandwidth of a node to the others, in Gbit/s and each direction."""
-    price: Annotated[float, Field(ge=0)] | None = None
+    price: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """Of a GPU hour (without GPUs: of a node's), in whatever money plans are to be made in."""
     image: Word | None = None
     """The container image that nodes run; kuberay needs one."""
     runs: str = "runs"
     """The folder of runs, as all nodes see it."""
-    second: str | None = None
+    second: Address | None = None
     """The recipe's checkpoint.second, where it names none."""
     environment: Annotated[dict[Variable, str], Field(default_factory=dict)]
     """For every rank. No secrets: these stand in files."""
@@ -144,9 +146,9 @@ class Cluster(Section):
     """Names of variables of the submitter's environment, or of the Kubernetes secret, that ranks get too."""
     time_limit: Annotated[str, AfterValidator(_check_time)] | None = None
     """45m, 12h, 7d: then the run saves, stops, and is started again where the backend can."""
-    preemptible: bool = False
+    preemptible: Flag = False
     """Whether nodes may be taken away: the run saves in `grace` seconds, and goes on when there is room again."""
-    grace: Annotated[Whole, Field(ge=1)] = 120
+    grace: Annotated[Whole, Field(ge=1, le=7 * 86400)] = 120
     """Seconds between the notice and the end."""
     interface: Word | None = None
     """Network interface between nodes, such as ib0; absent: the one of the node's address."""
@@ -189,6 +191,11 @@ class Cluster(Section):
         if self.backend != "local" and not self.runs.startswith("/"):
             faults.append(f"runs {self.runs!r}: give the full path, as all nodes see it")
         both = sorted(set(self.environment) & set(self.secrets))
+        faults += [
+            f"environment.{name}: the address holds {what}, and this stands in files; name the variable under secrets"
+            for name, value in self.environment.items()
+            if (what := addresses.secret(value)) is not None
+        ]
         faults += [f"{name}: stands in environment and in secrets; a secret's value is in no file" for name in both]
         if faults:
             raise ValueError("\n".join(faults))

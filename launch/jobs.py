@@ -5,12 +5,16 @@ them resume alike: what is submitted again goes on from the newest checkpoint, a
 """
 
 import importlib
+import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
+from vimscale import addresses
 from vimscale.errors import LaunchError, RecipeError, suggest
 from vimscale.recipe import Recipe
 
@@ -18,6 +22,9 @@ from .cluster import Cluster
 
 _POLL_S = 0.5
 """How often a job that is followed is asked for more, unless an answer takes long."""
+
+_TOOL_S = 300
+"""How long squeue, kubectl and their like have to answer."""
 
 State = Literal["waiting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -124,10 +131,10 @@ def completed(recipe: Recipe, cluster: Cluster) -> Recipe:
     }
     places += [(key, place) for key, place in named.items() if place is not None]
     faults = [
-        f"{key}: an address with a password, which everybody who may look at the cluster's jobs could read; give the"
-        " store's own variables instead, and name them under secrets"
+        f"{key}: takes {name} from the environment, which jobs get by name alone; add it to the cluster's secrets"
         for key, place in places
-        if re.search(r"//[^/@]*:[^/@]*@", place)
+        for name in addresses.variables(place)
+        if name not in cluster.secrets and name not in cluster.environment
     ]
     faults += [
         f"{key} {place}: a job starts in a folder of its own; give the full path, as the nodes of the cluster see it"
@@ -142,6 +149,48 @@ def completed(recipe: Recipe, cluster: Cluster) -> Recipe:
 def unknown(job: str, known: Collection[str], where: str) -> LaunchError:
     """There is no such job."""
     return LaunchError(f"there is no job {job} on {where}{suggest(job, known) if known else '; it has none'}")
+
+
+def ask(command: list[str], where: str, way_out: str, text: str | None = None, name: str = "") -> str:
+    """What a cluster's own tool prints; `name`: of the question, for messages.
+
+    Raises:
+        LaunchError: it is not there (`way_out` says what to do), cannot be run, fails, or does not answer.
+    """
+    tool = command[0]
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=_TOOL_S
+        )
+    except FileNotFoundError:
+        raise LaunchError(f"{where}: there is no {tool} here; {way_out}") from None
+    except OSError as error:
+        raise LaunchError(f"{where}: {tool} cannot be run: {error.strerror}; {way_out}") from None
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"{where}: {name or tool} has had no answer for {_TOOL_S} s") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if not re.match(r"[EWI]\d{4} ", line)]  # kubectl's own log
+        raise LaunchError(
+            f"{where}: {name or tool} said: {' '.join(said) or done.stdout.strip() or f'exit code {done.returncode}'}"
+        )
+    return done.stdout
+
+
+def files(runs: Path, name: str) -> list[Path]:
+    """RUNS/RUN/job/NAME of every run that has it.
+
+    Raises:
+        LaunchError: the folder of runs cannot be read.
+    """
+    try:
+        found = sorted(os.listdir(runs))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise LaunchError(
+            f"runs {runs} cannot be read: {error.strerror}; is `runs` in the cluster file right?"
+        ) from None
+    return [path for run in found if os.path.isfile(path := runs / run / "job" / name)]
 
 
 def reason(log: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vimscale.recipe import Recipe
+from vimscale.typed_yaml import Dumper
 
 from .cluster import Cluster, KubeRay
 from .jobs import completed, environment, launch_arguments
@@ -186,7 +187,7 @@ def _variables(cluster: Cluster, kuberay: KubeRay, *, head: bool) -> list[dict[s
     return [*written, *named]
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(Dumper):
     """Writes texts of several lines as they are, and nothing as a reference to what stands above."""
 
     def ignore_aliases(self, data: Any) -> bool:

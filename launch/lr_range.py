@@ -1,8 +1,10 @@
 """`vimscale lr-range`: one short run whose learning rate rises exponentially; the losses say which rates train."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,12 @@ _WIDTH = 0.03
 """Standard deviation of the smoothing, as a share of the steps: on both sides, so that nothing comes late."""
 _LOST = 0.5
 """A loss that has lost this share of what it had gained diverges."""
+_NOISE = 5.0
+"""A fall or a rise counts from this many standard deviations of the smoothed losses' noise."""
+_CEILING = 1.25
+"""Losses count as at most this many times the largest one of the first tenth, or one explosion would cover what came
+before it.
+"""
 _MARGIN = 10.0
 """The suggestion stays this factor below the rate that diverges."""
 _SHOWN = 12
@@ -31,20 +39,33 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Found:
-    """What a range test says."""
+    """What a range test says. The rates rise in the order of the fields."""
 
     smooth: list[float]
     """Smoothed losses, as far as they are finite."""
-    steepest: float
-    """The rate at which the loss falls fastest."""
+    steepest: float | None
+    """The rate at which the loss falls fastest before it is lowest; None if it does not fall by more than its noise."""
+    lowest: float
+    """The rate at which the smoothed loss is lowest before it diverges."""
     diverges: float | None
-    """The rate from which on it does not come back; None if it always did."""
+    """The rate from which on it diverges; None if it does not."""
 
     @property
-    def suggested(self) -> float:
-        """Where the loss falls fastest, well below where it diverges; to two digits."""
-        bound = self.diverges / _MARGIN if self.diverges is not None else math.inf
-        return float(f"{min(self.steepest, bound):.1e}")
+    def suggested(self) -> float | None:
+        """Where the loss falls fastest, well below where it diverges; two digits, rounded down."""
+        if self.steepest is None:
+            return None
+        rate = min(self.steepest, self.diverges / _MARGIN if self.diverges is not None else math.inf)
+        digits, exponent = f"{rate:.17e}".split("e")
+        return float(f"{math.floor(float(digits) * 10) / 10}e{exponent}")
+
+    @property
+    def story(self) -> str:
+        """In one sentence."""
+        ends = f"diverges from {self.diverges:.1e} on" if self.diverges is not None else "diverges nowhere up to --to"
+        if self.steepest is None:
+            return f"falls at none of these rates by more than its noise, {ends}"
+        return f"falls fastest at {self.steepest:.1e}, is lowest at {self.lowest:.1e}, {ends}"
 
 
 def lr_range(
@@ -126,25 +147,34 @@ def _diverged(folder: RunFolder) -> bool:
 
 
 def read(rates: Sequence[float], losses: Sequence[float]) -> Found:
-    """What losses at rising rates say.
-
-    Raises:
-        RunFailed: nothing; the loss falls nowhere, or it is not finite from the start.
-    """
+    """What losses at rising rates say. What comes after the divergence says nothing more."""
     finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-    smooth = _smooth(losses[:finite], max(_WIDTH * len(losses), 1.0))
-    slopes = [
-        (smooth[i + 1] - smooth[i - 1]) / math.log(rates[i + 1] / rates[i - 1]) for i in range(1, len(smooth) - 1)
-    ]
-    if not slopes or min(slopes) >= 0:
-        raise RunFailed("the loss falls at none of these rates; start with a lower --from")
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    lost = smooth[lowest] + _LOST * (max(smooth[: lowest + 1]) - smooth[lowest])
-    late = next((i for i in range(lowest, len(smooth)) if smooth[i] > lost), None)
-    if late is None and finite < len(losses):
-        late = finite
-    steepest = min(range(len(slopes)), key=slopes.__getitem__) + 1
-    return Found(smooth, rates[steepest], rates[late] if late is not None else None)
+    if finite == 0:
+        return Found([], None, rates[0], rates[0])
+    width = max(_WIDTH * len(losses), 1.0)
+    ceiling = _CEILING * abs(max(losses[: max(finite // 10, 1)]))
+    smooth = _smooth([min(loss, ceiling) for loss in losses[:finite]], width)
+    calm = next((i for i, loss in enumerate(losses[:finite]) if loss > ceiling), finite)
+    noise = _NOISE * _noise(losses[:calm]) / math.sqrt(2 * math.sqrt(math.pi) * width) + 1e-6 * ceiling
+    highest = smooth[0]
+    lowest, fall, end = 0, 0.0, len(smooth)
+    for i, loss in enumerate(smooth):
+        highest = max(highest, loss)
+        if loss < smooth[lowest]:
+            lowest, fall = i, highest - loss
+        if loss - smooth[lowest] > max(_LOST * fall, noise):
+            end = i
+            break
+    diverges = rates[end] if end < len(losses) else None
+    slopes = {i: (smooth[i + 1] - smooth[i - 1]) / math.log(rates[i + 1] / rates[i - 1]) for i in range(1, lowest)}
+    steepest = min(slopes, key=slopes.__getitem__) if slopes and fall > noise else None
+    return Found(smooth, rates[steepest] if steepest is not None else None, rates[lowest], diverges)
+
+
+def _noise(losses: Sequence[float]) -> float:
+    """Standard deviation of one step's loss about the curve, by the median change from step to step."""
+    changes = [abs(after - before) for before, after in pairwise(losses)]
+    return statistics.median(changes) / (0.6745 * math.sqrt(2)) if changes else 0.0
 
 
 def _smooth(values: Sequence[float], width: float) -> list[float]:
@@ -173,7 +203,8 @@ def show(rates: Sequence[float], losses: Sequence[float], chosen: Recipe, folder
     console.print(table)
     picture = folder.path / "lr_range.png"
     pictures.lr_range(rates, losses, found, f"{chosen.name}: batch {chosen.batch}", picture)
-    ends = f"diverges from {found.diverges:.1e} on" if found.diverges is not None else "diverges nowhere up to --to"
-    console.print(f"falls fastest at {found.steepest:.1e}, {ends}", highlight=False, soft_wrap=True)
-    console.print(f"suggested: optim.lr={found.suggested:.1e}", style="bold", highlight=False)
+    console.print(found.story, highlight=False, soft_wrap=True)
     console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    if found.suggested is None:
+        raise RunFailed(f"the loss {found.story}; give another --from and --to, or more --steps")
+    console.print(f"suggested: optim.lr={found.suggested:.1e}", style="bold", highlight=False)

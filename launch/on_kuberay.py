@@ -5,20 +5,19 @@ itself. To stop it is to delete the RayJob: Kubernetes then ends its pods, and p
 """
 
 import json
-import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import yaml
-
+from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
 from vimscale.recipe import Recipe
 
 from .cluster import Cluster
-from .jobs import Job, State, unknown
+from .jobs import Job, State, ask, unknown
 from .kuberay_manifest import OURS, RUN, kubernetes_name, manifest
 
 _LOOK_S = 2.0
@@ -58,7 +57,7 @@ class KubeRayJobs:
         return manifest(self._cluster, recipe)
 
     def jobs(self) -> list[Job]:
-        found = json.loads(self._kubectl("get", f"{_JOBS},{_RECIPES}", f"--selector={_selector()}", "--output=json"))
+        found = self._read("get", f"{_JOBS},{_RECIPES}", f"--selector={_selector()}")
         of_kind: dict[str, dict[str, Any]] = {"ConfigMap": {}, "RayJob": {}}
         for each in found["items"]:
             of_kind[each["kind"]][each["metadata"]["annotations"][RUN]] = each
@@ -93,8 +92,8 @@ class KubeRayJobs:
 
     def recipe(self, job: str) -> Recipe:
         self._job(job)
-        kept = json.loads(self._kubectl("get", _RECIPES, kubernetes_name(job), "--output=json"))
-        return Recipe.model_validate(yaml.safe_load(kept["data"]["recipe.yaml"]))
+        kept = self._read("get", _RECIPES, kubernetes_name(job))
+        return recipes.parse(kept["data"]["recipe.yaml"], f"in the config map {kubernetes_name(job)}")
 
     @property
     def _where(self) -> str:
@@ -127,41 +126,53 @@ class KubeRayJobs:
     def _pod_with_log(self, job: str) -> str | None:
         """The newest pod that hands the job to Ray, once it has something to say."""
         selector = f"--selector=job-name={kubernetes_name(job)}"
-        pods = json.loads(self._kubectl("get", "pods", selector, "--output=json"))["items"]
+        pods = self._read("get", "pods", selector)["items"]
         begun = [pod for pod in pods if pod["status"]["phase"] != "Pending"]
         return max(begun, key=_made)["metadata"]["name"] if begun else None
 
     def _lines(self, pod: str, follow: bool, after: str) -> Iterator[tuple[str, str]]:
-        """(time, text) of each line later than `after`; a connection that is lost ends them early."""
+        """(time, text) of each line later than `after`; a connection that is lost ends them early.
+
+        Raises:
+            LaunchError: there are none, and kubectl says why.
+        """
         since = [f"--since-time={after}"] if after else []
         command = self._command("logs", pod, "--timestamps", f"--follow={str(follow).lower()}", *since)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as said,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace") as process,
+        ):
             assert process.stdout is not None
+            none = True
             try:
                 for line in process.stdout:
+                    none = False
                     stamp, _, text = line.rstrip("\n").partition(" ")
                     if stamp > after:  # --since-time knows whole seconds
                         yield stamp, text
+                code = process.wait()
             finally:
                 process.terminate()
+            said.seek(0)
+            why = said.read(2000).strip()
+            if none and code and "NotFound" not in why:  # a pod may go between two questions
+                raise LaunchError(f"{self._where}: kubectl logs said: {why or f'exit code {code}'}")
 
     def _command(self, *arguments: str) -> list[str]:
         context = [f"--context={self._kuberay.context}"] if self._kuberay.context is not None else []
         return ["kubectl", *context, f"--namespace={self._kuberay.namespace}", *arguments]
 
     def _kubectl(self, *arguments: str, text: str | None = None) -> str:
+        return ask(
+            self._command(*arguments), self._where, "install it, or use another --on", text, f"kubectl {arguments[0]}"
+        )
+
+    def _read(self, *arguments: str) -> dict[str, Any]:
+        answer = self._kubectl(*arguments, "--output=json")
         try:
-            done = subprocess.run(
-                self._command(*arguments), input=text, capture_output=True, text=True, check=False, timeout=300
-            )
-        except FileNotFoundError:
-            raise LaunchError(f"{self._where}: there is no kubectl here; install it, or use another --on") from None
-        except subprocess.TimeoutExpired:
-            raise LaunchError(f"{self._where}: kubectl {arguments[0]} has had no answer for 300 s") from None
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if not re.match(r"[EWI]\d{4} ", line)]
-            raise LaunchError(f"{self._where}: kubectl {arguments[0]} said: {' '.join(said)}")
-        return done.stdout
+            return json.loads(answer)
+        except ValueError:
+            raise LaunchError(f"{self._where}: kubectl's answer is not understood: {answer[:200]!r}") from None
 
 
 def _selector() -> str:

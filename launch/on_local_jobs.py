@@ -23,7 +23,7 @@ from vimscale.errors import LaunchError
 
 from . import workers
 from .cluster import Cluster
-from .jobs import Job, State, completed, environment, launch_arguments, lines_of, reason, unknown
+from .jobs import Job, State, completed, environment, files, launch_arguments, lines_of, reason, unknown
 from .on_local import cpus, gpus
 
 
@@ -73,7 +73,7 @@ class LocalJobs:
         return f"# {folder}/recipe.yaml\n{recipe.to_yaml()}\n# with its output in {folder}/log.txt\n{command}"
 
     def jobs(self) -> list[Job]:
-        found = [job for folder in self._runs.glob("*/job") if (job := self._job(folder)) is not None]
+        found = [job for path in files(self._runs, "job.json") if (job := self._job(path.parent)) is not None]
         return sorted(found, key=lambda job: job.began or 0.0, reverse=True)
 
     def logs(self, job: str, *, follow: bool) -> Iterator[str]:
@@ -163,6 +163,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path} cannot be read: {error}; remove {path.parent} to forget the job") from None
 
 
 def _write(path: Path, about: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ _LESS_ROOM_S = 5
 """The same where fewer ranks would do."""
 _NEWS_S = 0.5
 """How long ranks that run have to answer once one has ended."""
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds it"
 _MEET_S = 120
 """How long the ranks' processes have to come up."""
 
@@ -140,9 +142,13 @@ def _has_ended(child: int) -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself retries for minutes before it says that nobody answers."""
+    """Check that a Ray answers there that takes our token: Ray's client asks again and again for minutes, with a raw
+    warning each time, and does not say why.
+    """
     if address == "auto":
-        return
+        if "RAY_ADDRESS" not in os.environ:
+            return
+        address = os.environ["RAY_ADDRESS"]  # where auto leads
     host, _, port = address.removeprefix("ray://").rpartition(":")
     way_out = "check it with `ray status --address`, or leave --address out to start Ray on this machine"
     try:
@@ -155,13 +161,59 @@ def _check_reachable(address: str) -> None:
         raise LaunchError(f"--address {address}: nobody answers there ({error}); {way_out}") from None
     if os.environ.get("RAY_USE_TLS") == "1":
         return
-    import grpc  # Ray speaks it, and brings it
-
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    with _quiet_grpc() as grpc, grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=5)
+            answer = "" if address.startswith("ray://") else _ask_alive(channel, token=None)
+            if answer == "UNAUTHENTICATED":
+                token = _token()
+                if token is None:
+                    raise LaunchError(f"--address {address}: that Ray wants its token; {_TOKEN}")
+                if _ask_alive(channel, token) == "UNAUTHENTICATED":
+                    raise LaunchError(f"--address {address}: that Ray does not take the token that is set; {_TOKEN}")
+            elif answer:
+                raise LaunchError(f"--address {address}: what answers there is no Ray ({answer}); {way_out}")
         except grpc.FutureTimeoutError:
             raise LaunchError(f"--address {address}: what answers there is no Ray; {way_out}") from None
+
+
+@contextlib.contextmanager
+def _quiet_grpc() -> Iterator[Any]:
+    """The library that Ray speaks with, and brings; it would print what a caller is told anyway."""
+    given = os.environ.get("GRPC_VERBOSITY")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        import grpc
+
+        yield grpc
+    finally:
+        if given is None:
+            del os.environ["GRPC_VERBOSITY"]
+
+
+def _ask_alive(channel: Any, token: str | None) -> str:
+    """Ask Ray's head whether it is alive: "" if it is, else the name of gRPC's code."""
+    import grpc
+
+    header = [("authorization", f"Bearer {token}")] if token is not None else None
+    try:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=5, metadata=header)
+    except grpc.RpcError as error:
+        return error.code().name
+    return ""
+
+
+def _token() -> str | None:
+    """The token that Ray's client would send."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
 
 
 def wait_for_nodes(address: str, count: int, patience_s: float = 300) -> None:

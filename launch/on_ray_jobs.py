@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import vimscale
+from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
 from vimscale.recipe import Recipe
 
@@ -120,7 +121,7 @@ class RayJobs:
             client.stop_job(newest.submission_id)
 
     def recipe(self, job: str) -> Recipe:
-        return Recipe.model_validate_json(self._newest(job).metadata["recipe"])
+        return recipes.parse(self._newest(job).metadata["recipe"], f"of job {job} on {self._where}")
 
     # ---- what is handed over
 

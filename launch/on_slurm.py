@@ -8,18 +8,16 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
+from vimscale import recipe as recipes
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.recipe import Recipe
 
 from .cluster import Cluster, Slurm, seconds
-from .jobs import Job, State, completed, environment, launch_arguments, unknown
+from .jobs import Job, State, ask, completed, environment, files, launch_arguments, unknown
 
 _LOOK_S = 1.0
 """How often a log that is followed is looked at."""
@@ -58,7 +56,9 @@ class SlurmJobs:
                 f"Slurm: {folder} cannot be made: {error.strerror}; `runs` must be reached from here"
             ) from None
         try:
-            number = _ask("sbatch", "--parsable", text=script).strip().partition(";")[0]
+            answer = _ask("sbatch", "--parsable", text=script).strip()
+            if not (number := answer.partition(";")[0]).isdecimal():
+                raise LaunchError(f"Slurm: sbatch's answer is not understood: {answer[:200]!r}")
         except LaunchError:
             for path in made:
                 path.rmdir()
@@ -118,8 +118,8 @@ class SlurmJobs:
         )
 
     def jobs(self) -> list[Job]:
-        names = [path.parts[-3] for path in self._runs.glob("*/job/id")]
-        queued = self._queued(names) if names else {}
+        names = self._known()
+        queued = self._queued(names)
         jobs = [self._job(name, queued) for name in names]
         return sorted(jobs, key=lambda job: -self._time(job.id, "id"))
 
@@ -152,21 +152,31 @@ class SlurmJobs:
     def recipe(self, job: str) -> Recipe:
         self._number(job)
         text = (self._folder(job) / "script").read_text()
-        return Recipe.model_validate(yaml.safe_load(text.partition(_RECIPE[0])[2].partition(_RECIPE[1])[0]))
+        return recipes.parse(text.partition(_RECIPE[0])[2].partition(_RECIPE[1])[0], f"in {self._folder(job)}/script")
 
     def _folder(self, name: str) -> Path:
         return self._runs / name / "job"
 
     def _number(self, job: str) -> str:
-        known = sorted(path.parts[-3] for path in self._runs.glob("*/job/id"))
+        known = self._known()
         if job not in known:
             raise unknown(job, known, f"Slurm, by {self._runs}")
         return (self._folder(job) / "id").read_text().strip()
 
+    def _known(self) -> list[str]:
+        """Runs that were submitted here."""
+        return [path.parts[-3] for path in files(self._runs, "id")]
+
     def _queued(self, names: list[str]) -> dict[str, tuple[str, str]]:
-        """(state, reason) of each job in the queue, by its number."""
-        lines = _ask("squeue", "--noheader", f"--name={','.join(names)}", "--format=%i|%T|%r").splitlines()
-        return {number: (state, reason) for number, state, reason in (line.strip().split("|", 2) for line in lines)}
+        """(state, reason) of each job in the queue, by its number. Slurm is asked even if no job is known: whether it
+        answers is news too.
+        """
+        named = ",".join(names) or "vimscale"
+        answer = _ask("squeue", "--noheader", f"--name={named}", "--format=%i|%T|%r")
+        parts = [line.strip().split("|", 2) for line in answer.splitlines() if line.strip()]
+        if any(len(part) != 3 for part in parts):
+            raise LaunchError(f"Slurm: squeue's answer is not understood: {answer[:200]!r}")
+        return {number: (state, reason) for number, state, reason in parts}
 
     def _job(self, name: str, queued: dict[str, tuple[str, str]]) -> Job:
         folder, number = self._folder(name), self._number(name)
@@ -200,13 +210,7 @@ def _slurm_time(limit: str | None) -> str | None:
 
 
 def _ask(program: str, *arguments: str, text: str | None = None) -> str:
-    try:
-        done = subprocess.run([program, *arguments], input=text, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise LaunchError(f"Slurm: there is no {program} here; log in to a node that submits jobs") from None
-    if done.returncode:
-        raise LaunchError(f"Slurm: {program} said: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+    return ask([program, *arguments], "Slurm", "log in to a node that submits jobs", text)
 
 
 _SCRIPT = """\

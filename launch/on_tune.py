@@ -47,6 +47,8 @@ class _Order:
     workers: int
     threads: int | None
     cwd: Path
+    first: Trial
+    """The seed of its setting that is judged for all of them; most often itself."""
 
 
 class _Run(tune.Trainable):
@@ -87,7 +89,9 @@ class _Run(tune.Trainable):
 
 
 class _Asha(ASHAScheduler):
-    """ASHA that knows what became of trials in earlier launches, and writes down which ones it gives up."""
+    """ASHA over settings: the first seed of each is judged, and the others go its way. Knows what became of trials in
+    earlier launches, and writes down which ones it gives up.
+    """
 
     def __init__(self, past: list[Trial], orders: dict[str, _Order], keep: int):
         order = next(iter(orders.values()))
@@ -113,10 +117,21 @@ class _Asha(ASHAScheduler):
         super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        decision = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP and not isinstance(trial, SimpleNamespace):
-            self._orders[trial.config["name"]].trial.stop(result["at"])
+        if isinstance(trial, SimpleNamespace):
+            return super().on_trial_result(tune_controller, trial, result)
+        order = self._orders[trial.config["name"]]
+        if order.trial is order.first:
+            decision = super().on_trial_result(tune_controller, trial, result)
+        else:
+            decision = TrialScheduler.STOP if order.first.stopped else TrialScheduler.CONTINUE
+        if decision == TrialScheduler.STOP:
+            order.trial.stop(result["at"])
         return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+        order = self._orders[trial.config["name"]]
+        if order.trial is order.first:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 class _Wish(tune.Stopper):
@@ -174,6 +189,7 @@ def run(
     open_: list[Trial],
     past: list[Trial],
     *,
+    firsts: dict[str, Trial],
     folder: Path,
     steps: Callable[[Trial], int],
     by: By,
@@ -183,8 +199,9 @@ def run(
     stop: StopSignal,
     say: Callable[[str], None],
 ) -> None:
-    """Run the trials that are open, as many at once as there is room for. `keep`: one in so many goes on past every
-    rung of ASHA, at `every`, `every` x keep, ... steps; None lets all of them finish.
+    """Run the trials that are open, as many at once as there is room for. `keep`: one setting in so many goes on past
+    every rung of ASHA, at `every`, `every` x keep, ... steps; None lets all of them finish. `firsts`: by trial, the one
+    that is judged for it.
     """
     # Tune's own reports, files and handling of signals are in the way of ours
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
@@ -193,13 +210,16 @@ def run(
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
     _, gpus = connection.resources()
     threads = None if gpus else 1
-    orders = {one.name: _Order(one, steps(one), by, every, workers, threads, Path.cwd()) for one in open_}
+    orders = {
+        one.name: _Order(one, steps(one), by, every, workers, threads, Path.cwd(), firsts[one.name]) for one in open_
+    }
+    judged = [one for one in past if firsts[one.name] is one]
     resources = {"cpu": workers, "gpu": workers if gpus else 0}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_Run, orders=orders), resources),
         param_space={"name": tune.grid_search(list(orders))},
         tune_config=tune.TuneConfig(
-            scheduler=_Asha(past, orders, keep) if keep is not None else FIFOScheduler(),
+            scheduler=_Asha(judged, orders, keep) if keep is not None else FIFOScheduler(),
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),

@@ -108,14 +108,23 @@ def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", ti
     figure.set_size_inches(7.5, 4.6)
     axes.plot(rates, losses, color="C0", alpha=0.3, lw=1)
     axes.plot(rates[: len(found.smooth)], found.smooth, color="C0", lw=2)
-    axes.axvline(found.suggested, color="C2", ls="--", label=f"suggested: {found.suggested:.1e}")
+    if found.suggested is not None:
+        axes.axvline(found.suggested, color="C2", ls="--", label=f"suggested: {found.suggested:.1e}")
+        axes.axvline(found.lowest, color="0.5", ls=":", label=f"lowest at {found.lowest:.1e}")
     if found.diverges is not None:
         axes.axvline(found.diverges, color="C3", ls="--", label=f"diverges from {found.diverges:.1e} on")
-    low, high = min(found.smooth), found.smooth[0]
-    axes.set_ylim(low - 0.2 * (high - low), high + 0.6 * (high - low))
+        axes.axvspan(found.diverges, rates[-1], color="C3", alpha=0.08, lw=0)
+    before = [i for i, rate in enumerate(rates[: len(found.smooth)]) if found.diverges is None or rate < found.diverges]
+    if shown := [value for i in before for value in (losses[i], found.smooth[i])]:
+        low, high = min(shown), max(shown)
+        room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + (3 if found.diverges is not None else 1) * room)
     axes.set_xscale("log")
-    axes.set(xlabel="learning rate", ylabel="training loss, smoothed")
-    axes.legend(frameon=False)
+    axes.set(xlabel="learning rate", ylabel="training loss, and smoothed")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    else:
+        axes.set_title(found.story, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

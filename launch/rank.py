@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vimscale.addresses import masked
 from vimscale.errors import RunFailed, UserError
 from vimscale.pulse import pulse
 
@@ -108,7 +109,7 @@ def _silent(event: Event) -> None:
 
 
 def _failed(spec: "RankSpec", cause: Cause, error: Exception, message: str) -> Ending:
-    trace = traceback.format_exc()
+    message, trace = masked(message), masked(traceback.format_exc())
     sys.stderr.write(trace)
     sys.stderr.flush()
     name = type(error).__name__

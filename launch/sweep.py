@@ -1,4 +1,6 @@
-"""`vimscale sweep`: the same recipe with other values, the poor ones given up early; a table and a picture."""
+"""`vimscale sweep`: the same recipe with other values, the poor ones given up early; a table and a picture. Seeds are
+repeats of a setting: they are averaged, and never compared with each other.
+"""
 
 import contextlib
 from pathlib import Path
@@ -39,7 +41,9 @@ def sweep(
     grace: Annotated[
         int | None, typer.Option(min=1, help="Steps that every trial has; absent: an eighth of the longest.")
     ] = None,
-    keep: Annotated[int, typer.Option(min=1, help="ASHA: one in so many goes on past each rung; 1 gives up none.")] = 3,
+    keep: Annotated[
+        int, typer.Option(min=1, help="ASHA: one setting in so many goes on past a rung; 1 gives up none.")
+    ] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Ranks a trial, all on one machine.")] = 1,
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a Ray that exists, or auto; absent: start one.")
@@ -61,6 +65,10 @@ def sweep(
             memory_check.check(one.recipe, data, workers, ray=True)
         lengths[one.name] = one.recipe.length(data.samples)
     every = grace or max(max(lengths.values()) // _RUNGS, 1)
+    firsts = trials.firsts(all_)
+    for one in all_:
+        if keep > 1 and not one.ended and firsts[one.name].stopped:  # its setting was given up in an earlier launch
+            one.stop(0)
     open_, past = ([one for one in all_ if one.ended is ended] for ended in (False, True))
     console = Console()
     ended = f", {len(past)} of them ended before" if past else ""
@@ -80,6 +88,7 @@ def sweep(
                 ray,
                 open_,
                 past,
+                firsts=firsts,
                 folder=folder,
                 steps=lambda one: lengths[one.name],
                 by=by,

@@ -56,6 +56,7 @@ class Trial:
 
     def stop(self, step: int) -> None:
         """Write down that the sweep has given it up."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
         (self.folder.path / _STOPPED).write_text(json.dumps({"step": step}) + "\n")
 
     @property
@@ -66,6 +67,12 @@ class Trial:
     def ended(self) -> bool:
         """Whether there is nothing left to do."""
         return self.stopped or self.folder.result() is not None
+
+
+def firsts(trials: Iterable[Trial]) -> dict[str, Trial]:
+    """By trial, the first one of its setting: the seed that is judged for all seeds of the setting."""
+    settings: dict[tuple, Trial] = {}
+    return {one.name: settings.setdefault(one.setting, one) for one in trials}
 
 
 def read(overrides: Iterable[str], samples: int | None, seed: int = 0) -> tuple[list[str], list[Dimension]]:
@@ -271,11 +278,14 @@ class Group:
 
     @property
     def rank(self) -> tuple:
-        """To sort by, the best first: what finished, then what came far, each by its value."""
+        """To sort by, the best first: settings all of whose seeds finished, then those with some, then those that came
+        far; each by its mean.
+        """
         mean = self.mean
         sound = mean is not None and math.isfinite(mean)
         value = (mean if self.by == "loss" else -mean) if sound and mean is not None else math.inf
-        return -bool(self.finished), 0 if self.finished else -max(one.step for one in self.outcomes), value
+        complete = len(self.finished) == len(self.outcomes)
+        return -complete, -bool(self.finished), 0 if self.finished else -max(one.step for one in self.outcomes), value
 
 
 def ranked(outcomes: Iterable[Outcome], by: By) -> list[Group]:

@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from vimscale.recipe import Recipe
 
 
+_MOST = 65_536
+"""Ranks that can be asked for: each number up to that is tried."""
+
+
 def sizes(asked: str | None, recipe: "Recipe", cpus: int, gpus: int, where: str) -> list[int]:
     """The numbers of ranks that are allowed, largest first: as asked, else the usual number. Of MIN:MAX only those that
     the recipe's batch can be divided among; MAX may be more than there is now.
@@ -41,8 +45,8 @@ def _range(asked: str) -> tuple[int, int]:
         low, high = int(least), int(most if colon else least)
     except ValueError:
         low, high = 0, 0
-    if not 1 <= low <= high:
-        raise LaunchError(f"--workers {asked}: write a number from 1 on, or MIN:MAX, as 2 or 1:4")
+    if not 1 <= low <= high <= _MOST:
+        raise LaunchError(f"--workers {asked}: write a number from 1 to {_MOST:,}, or MIN:MAX, as 2 or 1:4")
     return low, high
 
 

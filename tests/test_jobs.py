@@ -252,13 +252,15 @@ def test_what_is_sent_is_the_code_and_it_runs_from_there(tmp_path: Path) -> None
     assert sum((tmp_path / name).stat().st_size for name in files) < 5e6
 
 
-def test_paths_that_mean_nothing_on_a_cluster_are_refused_and_so_are_passwords() -> None:
-    small = recipes.load("vim_digits_cpu", ["data.train=data/x", "data.val=https://me:pass@host/val"])
+def test_paths_that_mean_nothing_on_a_cluster_are_refused_and_so_are_secrets_that_jobs_do_not_get() -> None:
+    small = recipes.load("vim_digits_cpu", ["data.train=data/x", "data.val=https://me:${PASSWORD}@host/val"])
     with pytest.raises(RecipeError) as refused:
         jobs.completed(small, _ray())
     assert "data.train data/x: a job starts in a folder of its own" in str(refused.value)
-    assert "data.val: an address with a password" in str(refused.value)
-    assert "pass@" not in str(refused.value)
+    assert "data.val: takes PASSWORD from the environment" in str(refused.value)
+    with pytest.raises(RecipeError) as refused:
+        jobs.completed(small, _ray(secrets=["PASSWORD"]))
+    assert "PASSWORD" not in str(refused.value)
     assert jobs.completed(small, clusters.load("local")) == small
     with pytest.raises(ClusterError, match="give the full path"):
         _ray(runs="runs")

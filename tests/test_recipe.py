@@ -61,7 +61,7 @@ def test_all_faults_are_reported_at_once_each_with_a_way_out() -> None:
     assert len(faults) == 8
     for expected in (
         "optim.lrr: no such key; did you mean lr?",
-        "batch: True is not a whole number",
+        "batch: true is not a whole number",
         "parallel.zero: 4 is not one of 0, 1, 2 or 3",
         "data.workers: -1 must be at least 0",
         "modell: no such key; did you mean model?",

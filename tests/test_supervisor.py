@@ -277,7 +277,7 @@ def test_workers_are_a_number_or_a_range_that_divides_the_batch() -> None:
     assert sizes("3", recipe, 4, 0, "here") == [3]
     assert sizes(None, recipe, 4, 0, "here") == [2]
     for wrong in ("0", "2:1", "a", "1:", ":2", "-1"):
-        with pytest.raises(LaunchError, match="write a number from 1 on, or MIN:MAX"):
+        with pytest.raises(LaunchError, match="write a number from 1 to 65,536, or MIN:MAX"):
             sizes(wrong, recipe, 4, 0, "here")
     with pytest.raises(LaunchError, match="--workers 5:6: a worker takes one CPU and here has 4; use 1 to 4"):
         sizes("5:6", recipe, 4, 0, "here")

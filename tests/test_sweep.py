@@ -2,17 +2,22 @@
 
 import json
 import math
+import random
 import re
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.shell import Shell
-from vimscale import optim, run_folder
+from vimscale import optim, recipe, run_folder
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 from vimscale.launch import lr_range, sweep, trials
+from vimscale.run_folder import RunFolder
 from vimscale.sections import Optim
 
 
@@ -100,22 +105,72 @@ def _ended(trial: trials.Trial, losses: list[float], top1: float | None) -> None
         trial.stop(len(losses))
 
 
-def test_settings_are_ranked_by_the_mean_over_their_seeds_and_the_stopped_come_last(tmp_path: Path) -> None:
-    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
-    for trial, top1 in zip(all_, (0.5, 0.7, 0.9, 0.5, None, 0.65), strict=True):
+def test_settings_are_ranked_by_the_mean_over_their_seeds_and_those_without_all_of_them_come_later(
+    tmp_path: Path,
+) -> None:
+    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3,4e-3", "seed=0,1")
+    for trial, top1 in zip(all_, (0.5, 0.7, 0.9, 0.5, None, 0.95, None, None), strict=True):
         _ended(trial, [0.9, 0.8, 0.7, 0.6] if top1 else [0.1, 0.05], top1)
     groups = trials.ranked([trials.outcome(trial, "top1", 2) for trial in all_], "top1")
-    assert [dict(group.outcomes[0].trial.setting)["optim.lr"] for group in groups] == ["2e-3", "3e-3", "1e-3"]
-    best, half, _ = groups
+    # 3e-3 has the best seed, and the other one was lost
+    assert [dict(group.outcomes[0].trial.setting)["optim.lr"] for group in groups] == ["2e-3", "1e-3", "3e-3", "4e-3"]
+    best, _, half, none = groups
     assert (best.mean, best.spread) == (pytest.approx(0.7), pytest.approx(0.2828, abs=1e-4))
-    assert (half.finished, half.spread) == ([0.65], None)
+    assert (half.finished, half.spread) == ([0.95], None)
     assert [one.status for one in half.outcomes] == ["stopped", "finished"]
+    assert none.finished == []
     groups = trials.ranked([trials.outcome(trial, "loss", 2) for trial in all_], "loss")
     assert groups[0].mean == pytest.approx(0.65)
     assert trials.figures(trials.rows(all_[0].folder), "loss", 2) == [
         (2, pytest.approx(0.85)),
         (4, pytest.approx(0.65)),
     ]
+
+
+def test_seeds_are_never_compared_with_each_other_and_a_setting_is_given_up_as_a_whole(tmp_path: Path) -> None:
+    from vimscale.launch import on_tune
+
+    all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
+    firsts = trials.firsts(all_)
+    assert [firsts[one.name].name for one in all_] == [one.name for one in all_[::2] for _ in range(2)]
+    orders = {one.name: on_tune._Order(one, 80, "loss", 10, 1, 1, tmp_path, firsts[one.name]) for one in all_}
+    judge = on_tune._Asha([], orders, keep=3)
+    running = {}
+    for one in all_:
+        running[one.name] = SimpleTrial(one.name, {"name": one.name})
+        judge.on_trial_add(None, running[one.name])
+    # the second seeds are far worse than the first, and come first to the rung
+    losses = {1: 9.0, 3: 7.0, 5: 8.0, 0: 1.0, 2: 0.5, 4: 2.0}
+    decisions = {
+        all_[i].name: judge.on_trial_result(None, running[all_[i].name], {"at": 10, "figure": loss})
+        for i, loss in losses.items()
+    }
+    assert [one.name for one in all_ if decisions[one.name] == "STOP"] == [all_[4].name]
+    assert all_[4].stopped
+    later = {"at": 20, "figure": 0.1}
+    assert [judge.on_trial_result(None, running[all_[i].name], later) for i in (1, 3, 5)] == [
+        "CONTINUE",
+        "CONTINUE",
+        "STOP",
+    ]
+    assert all_[5].stopped
+    judge.on_trial_complete(None, running[all_[1].name], {"at": 80, "figure": 0.0})
+    judge.on_trial_complete(None, running[all_[0].name], {"at": 80, "figure": 0.0})
+    alone = _points(tmp_path, "name=alone", "seed=0,1,2,3")
+    orders = {one.name: on_tune._Order(one, 80, "loss", 10, 1, 1, tmp_path, alone[0]) for one in alone}
+    judge = on_tune._Asha([], orders, keep=3)
+    for loss, one in enumerate(alone):
+        trial = SimpleTrial(one.name, {"name": one.name})
+        judge.on_trial_add(None, trial)
+        assert judge.on_trial_result(None, trial, {"at": 10, "figure": float(loss)}) == "CONTINUE"
+
+
+@dataclass(frozen=True)
+class SimpleTrial:
+    """What a scheduler sees of a trial of Tune's."""
+
+    trial_id: str
+    config: dict[str, str]
 
 
 # ---- the range test
@@ -138,9 +193,71 @@ def test_the_range_test_finds_where_the_loss_falls_and_where_it_diverges(end: fl
     assert calm.diverges is None
 
 
-def test_a_loss_that_never_falls_is_said_to_be_one() -> None:
-    with pytest.raises(RunFailed, match="falls at none of these rates"):
-        lr_range.read([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan])
+RATES = [10 ** (-6 + 6 * i / 99) for i in range(100)]
+
+
+def _noisy(curve: Callable[[float], float], seed: int, noise: float = 0.05) -> list[float]:
+    draw = random.Random(seed)
+    return [curve(rate) + draw.gauss(0, noise) for rate in RATES]
+
+
+def _fall(rate: float) -> float:
+    return 2.3 - 1.3 / (1 + (3e-3 / rate) ** 2)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda rate: 6.0,
+        lambda rate: 1e9 * rate,
+        lambda rate: 8.0 if rate < 0.4 else 0.2,  # it falls fastest, and is lowest, where it has diverged
+        lambda rate: 2.3 + math.sin(40 * rate),
+        lambda rate: math.inf,
+    ],
+)
+def test_what_comes_after_the_divergence_changes_nothing_of_what_is_suggested(
+    after: Callable[[float], float],
+) -> None:
+    for seed in range(5):
+        found = lr_range.read(RATES, _noisy(lambda rate: _fall(rate) if rate < 0.08 else after(rate), seed))
+        assert found.diverges is not None
+        assert found.suggested is not None
+        assert found.suggested <= found.steepest < found.lowest < found.diverges < 0.12
+        assert found.diverges > 0.03
+        assert found.steepest == pytest.approx(3e-3, rel=0.5)
+
+
+def test_the_suggestion_lies_before_the_minimum_of_its_own_picture() -> None:
+    for seed in range(5):
+        found = lr_range.read(RATES, _noisy(lambda rate: _fall(rate) + 0.2 * math.log10(max(rate, 1e-2) / 1e-2), seed))
+        lowest = min(range(len(found.smooth)), key=found.smooth.__getitem__)
+        assert found.suggested <= found.steepest < found.lowest == RATES[lowest]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.5])
+def test_a_loss_that_does_not_fall_by_more_than_its_noise_suggests_nothing(noise: float) -> None:
+    for seed in range(5):
+        for curve in (lambda rate: 2.3, lambda rate: 2.3 + 5 * rate):
+            found = lr_range.read(RATES, _noisy(curve, seed, noise))
+            assert (found.steepest, found.suggested) == (None, None)
+            assert found.story.startswith("falls at none of these rates by more than its noise")
+    assert lr_range.read([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan]).suggested is None
+    assert lr_range.read([1e-3, 1e-2], [math.nan, math.nan]).diverges == 1e-3
+
+
+@pytest.mark.parametrize("losses", [_noisy(_fall, 0), _noisy(lambda rate: 2.3, 0), [2.3] * 100, [math.nan] * 100])
+def test_every_curve_has_its_picture_and_one_story(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], losses: list[float]
+) -> None:
+    chosen, console = recipe.load("vim_digits_cpu"), Console(width=200)
+    found = lr_range.read(RATES, losses)
+    if found.suggested is None:
+        with pytest.raises(RunFailed, match=re.escape(found.story)):
+            lr_range.show(RATES, losses, chosen, RunFolder(tmp_path), console)
+    else:
+        lr_range.show(RATES, losses, chosen, RunFolder(tmp_path), console)
+        assert f"suggested: optim.lr={found.suggested:.1e}" in capsys.readouterr().out
+    assert (tmp_path / "lr_range.png").stat().st_size > 5_000
 
 
 def test_a_range_test_ends_at_the_first_loss_that_is_not_finite_and_suggests_a_rate(shell: Shell) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
 from vimscale.sections import (
     Augment,
     Checkpoint,
+    Count,
     Data,
     Evaluate,
     Guard,
@@ -22,8 +22,9 @@ from vimscale.sections import (
     Optim,
     Parallel,
     Phase,
+    Step,
 )
-from vimscale.typed_yaml import Kind, Section, Whole, check_name
+from vimscale.typed_yaml import Kind, Section, Whole, check_name, dump
 
 
 class Recipe(Section):
@@ -32,11 +33,11 @@ class Recipe(Section):
     name: Annotated[str, AfterValidator(check_name)]
     """The run's folder under runs/."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
-    steps: Annotated[Whole, Field(ge=1)] | None = None
+    steps: Step | None = None
     """Length of the run in optimizer steps; or give `epochs`."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Length of the run in passes over the training set, rounded to whole steps."""
-    batch: Annotated[Whole, Field(ge=1)] = 1024
+    batch: Count = 1024
     """Images a step over all ranks; gradient accumulation is derived from it."""
     phases: tuple[Phase, ...] = ()
     """Other image sizes and batches from given steps on: progressive training."""
@@ -171,7 +172,7 @@ class Recipe(Section):
         return (self.batch if step is None else self.batch_at(step)) // cuts, accumulation
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return dump(self.model_dump())
 
 
 _KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"))
@@ -184,6 +185,15 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with every fault that was found.
     """
     return _KIND.load(source, overrides)
+
+
+def parse(text: str, where: str) -> Recipe:
+    """A recipe from what `to_yaml` or `model_dump_json` wrote; `where` names the text in messages.
+
+    Raises:
+        RecipeError: with every fault that was found.
+    """
+    return _KIND.parse(text, where)
 
 
 def shipped() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vimscale import manifest
-from vimscale.errors import CheckpointError, LaunchError
+from vimscale.errors import CheckpointError, LaunchError, RecipeError
 from vimscale.recipe import Checkpoint, Recipe, load
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,18 @@ class RunFolder:
         raise CheckpointError(f"run {run}: no recipe.yaml in it; {here}")
 
     def recipe(self) -> Recipe:
-        return load(self._recipe)
+        """The recipe as the launch resolved it.
+
+        Raises:
+            RecipeError: the file is damaged, or of another version.
+        """
+        try:
+            return load(self._recipe)
+        except RecipeError as error:
+            way_out = "it is the run's own copy: bring it back, or remove it and launch the same recipe again"
+            raise RecipeError(
+                f"recipe {self._recipe}", [*error.faults[:-1], f"{error.faults[-1]}\n{way_out}"]
+            ) from None
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended; None while it has not."""

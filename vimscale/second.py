@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from vimscale import manifest, run_folder
-from vimscale.data.store import WRITTEN, Folder, Remote, Web, open_store, shown
+from vimscale.addresses import shown
+from vimscale.data.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets
 from vimscale.errors import CheckpointError, DataError
 from vimscale.pulse import pulse
 from vimscale.recipe import Checkpoint
@@ -127,7 +128,7 @@ def open_place(second: str | None, run: str) -> Place | None:
     if second is None:
         return None
     try:
-        opened = open_store(f"{second.rstrip('/')}/{run}")
+        opened = open_store(f"{with_secrets(second).rstrip('/')}/{run}")
     except DataError as error:
         raise CheckpointError(f"checkpoint.second {shown(second)}: {error}") from None
     if isinstance(opened, Folder):

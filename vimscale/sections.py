@@ -17,8 +17,12 @@ from pydantic import (
 from vimscale.errors import suggest
 from vimscale.model import presets, schedule
 from vimscale.model.presets import PRESETS, ClassToken, Fuse, Pool, VimConfig
-from vimscale.typed_yaml import UNION, Section, Whole
+from vimscale.typed_yaml import UNION, Address, Flag, Section, Whole
 
+Count = Annotated[Whole, Field(ge=1, le=2**24)]
+"""Images, steps of a window, and the like."""
+Step = Annotated[Whole, Field(ge=1, le=10**9)]
+"""A number of optimizer steps."""
 _Either = Discriminator(lambda value: UNION[isinstance(value, tuple)])
 Sides = tuple[Whole, Whole]
 """Two whole numbers, written as a list."""
@@ -40,7 +44,7 @@ class Model(Section):
     """A preset, and what is changed of it; keys mean what `vimscale.model.presets.VimConfig` says."""
 
     preset: str = "vim_small"
-    weights: str | None = None
+    weights: Address | None = None
     """The folder of an exported or imported model to start from; its position embedding is resized, its head kept if
     there are as many classes.
     """
@@ -68,16 +72,16 @@ class Model(Section):
     mlp: Literal["none", "swiglu"] | None = None
     norm: Literal["rms", "layer"] | None = None
     norm_eps: float | None = None
-    ssm_norm: bool | None = None
+    ssm_norm: Flag | None = None
     layer_scale: float | None = None
     cls_token: ClassToken | None = None
     registers: Whole | None = None
     pool: Pool | None = None
     register_reduce: Whole | None = None
-    pos_embed: bool | None = None
+    pos_embed: Flag | None = None
     drop_path: float | None = None
     init: Literal["fixed", "published"] | None = None
-    backward_gate: bool | None = None
+    backward_gate: Flag | None = None
     """A learned factor a layer on the backward path."""
     backward_drop: float | None = None
     """Chance that a layer does without its backward path in a step."""
@@ -124,7 +128,7 @@ def _check_size(text: str) -> str:
 
 def size_bytes(text: str) -> int | None:
     """Bytes of 500MB, 8GB or 2TB; None of anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB)", text)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(MB|GB|TB)", text, re.ASCII)
     return int(float(found[1]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]]) if found else None
 
 
@@ -135,30 +139,30 @@ MIX_BLOCK = 4096
 class Source(Section):
     """One data set of a mixture."""
 
-    data: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    data: Address
+    weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Its share of the images, over the sum of all weights."""
 
 
 class Reweight(Section):
-    step: Annotated[Whole, Field(ge=1)]
-    weights: tuple[float, ...]
+    step: Step
+    weights: tuple[Annotated[float, Field(le=1e9)], ...]
     """One for each source, from this step on; 0 leaves one out."""
 
 
 class Data(Section):
     """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
 
-    train: Annotated[Annotated[str, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], _Either]
+    train: Annotated[Annotated[Address, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], _Either]
     """One data set, or a mixture of several."""
     reweight: tuple[Reweight, ...] = ()
     """Other weights of a mixture from given steps on."""
-    val: str | None = None
-    workers: Annotated[Whole, Field(ge=0)] = 0
+    val: Address | None = None
+    workers: Annotated[Whole, Field(ge=0, le=1024)] = 0
     """Processes a rank that read and decode ahead; 0 reads between steps, in the rank itself."""
-    window: Annotated[Whole, Field(ge=1)] = 16
+    window: Count = 16
     """Shards whose samples are shuffled with each other; so many must fit into the cache."""
-    lanes: Annotated[Whole, Field(ge=1)] = 1
+    lanes: Count = 1
     """Equal parts of an epoch that a batch is drawn from side by side, so that a node needs only its own parts' shards:
     at least the number of nodes for remote data, 1 for a disk that all nodes share.
     """
@@ -211,20 +215,20 @@ class RandAugment(NamedTuple):
 def randaugment(policy: str) -> RandAugment | None:
     """What a policy's text says, in timm's notation; None if it is no RandAugment."""
     kind, *parts = policy.split("-")
-    found = [re.fullmatch(r"(mstd|m|n|inc)(\d+(?:\.\d+)?)", part) for part in parts]
+    found = [re.fullmatch(r"(mstd|m|n|inc)(\d{1,9}(?:\.\d{1,9})?)", part, re.ASCII) for part in parts]
     values = {match[1]: float(match[2]) for match in found if match}
     whole = all(values.get(key, 1.0).is_integer() for key in ("n", "inc"))
     if kind != "rand" or None in found or len(values) < len(parts) or "m" not in values or not whole:
         return None
     rule = RandAugment(values["m"], values.get("mstd", 0.0), int(values.get("n", 2)), bool(values.get("inc", 0)))
-    return rule if rule.magnitude <= 10 and rule.operations >= 1 else None
+    return rule if rule.magnitude <= 10 and rule.std <= 10 and 1 <= rule.operations <= 100 else None
 
 
 def _check_policy(text: str) -> str:
     if text != "3-augment" and randaugment(text) is None:
         raise ValueError(
             f"{text!r} is neither 3-augment nor a RandAugment such as rand-m9-mstd0.5-inc1"
-            " (magnitude m 0 to 10; mstd, n and inc may be left out)"
+            " (magnitude m and its deviation mstd 0 to 10, n operations 1 to 100; mstd, n and inc may be left out)"
         )
     return text
 
@@ -232,7 +236,7 @@ def _check_policy(text: str) -> str:
 class Augment(Section):
     crop_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Least share of the image's area that a random crop keeps; 1 switches cropping off."""
-    aspect_max: Annotated[float, Field(ge=1)] = 4 / 3
+    aspect_max: Annotated[float, Field(ge=1, le=100)] = 4 / 3
     """Crops are stretched by at most this factor, in either direction."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Chance of a horizontal flip."""
@@ -244,13 +248,13 @@ class Augment(Section):
     """Largest relative change of brightness, contrast and saturation."""
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that a rectangle of the image is replaced by noise."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Beta parameter by which two images are blended; 0 is off. With both mixup and cutmix, each pair draws one."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Beta parameter by which two images swap a rectangle; 0 is off."""
-    repeats: Annotated[Whole, Field(ge=1)] = 1
+    repeats: Count = 1
     """Differently augmented copies of each image in its batch (repeated augmentation)."""
-    buckets: Annotated[Whole, Field(ge=1)] = 1
+    buckets: Annotated[Whole, Field(ge=1, le=256)] = 1
     """Aspect ratios that images may keep, from 1:2 to 2:1, about as many tokens each; the model packs them into rows.
     1 makes all of them model.image_size.
     """
@@ -263,10 +267,10 @@ class Augment(Section):
 class Phase(Section):
     """What changes at a step of progressive training; the rest stays as it was."""
 
-    step: Annotated[Whole, Field(ge=0)]
+    step: Annotated[Whole, Field(ge=0, le=10**9)]
     image_size: Size | None = None
     """Of training images; model.image_size at first."""
-    batch: Annotated[Whole, Field(ge=1)] | None = None
+    batch: Count | None = None
     """Images a step, cut into as many micro-steps as the recipe's own, which it is at first."""
 
 
@@ -277,14 +281,14 @@ class Objective(Section):
 
 class Optim(Section):
     name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, lt=1e38)] = 1e-3
     """Peak learning rate, at `batch` images a step."""
-    min_lr: Annotated[float, Field(ge=0)] = 1e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    min_lr: Annotated[float, Field(ge=0, lt=1e38)] = 1e-5
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.05
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    warmup: Annotated[Whole, Field(ge=0)] = 0
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    warmup: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant", "rise"] = "cosine"
     """After the warm-up: a cosine from lr down to min_lr, lr, or exponentially from min_lr up to lr (`lr-range`)."""
@@ -292,9 +296,9 @@ class Optim(Section):
     """Largest norm of the gradient over all parameters; null does not clip."""
     decay: Literal["fixed", "published"] = "fixed"
     """What weight decay shrinks: matrices alone, or A_log too, as in every published Vim run."""
-    gate_decay: Annotated[float, Field(ge=0)] | None = None
+    gate_decay: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Weight decay of `model.backward_gate`'s factors; absent: weight_decay."""
-    backward_lr: Annotated[float, Field(gt=0)] = 1.0
+    backward_lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Learning rate of the backward paths' own parameters, in units of everything else's."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the weights, approached as (1 + step) / (10 + step); null keeps none."""
@@ -308,16 +312,16 @@ def _check_recompute(rule: str) -> str:
 
 def recompute_every(rule: str) -> int | None:
     """The k of block/k."""
-    found = re.fullmatch(r"block/([1-9]\d*)", rule)
+    found = re.fullmatch(r"block/([1-9]\d{0,4})", rule, re.ASCII)
     return int(found[1]) if found else None
 
 
 class Parallel(Section):
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
-    persist: Annotated[Whole, Field(ge=0)] = 100_000
+    persist: Annotated[Whole, Field(ge=0, le=10**12)] = 100_000
     """At stage 3, parameters with fewer elements stay whole on every rank."""
-    micro_batch: Annotated[Whole, Field(ge=1)] | None = None
+    micro_batch: Count | None = None
     """Images a rank computes at once; accumulation follows from it. Absent: all of a rank's share."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 parameters, states and scans, bf16 matrix products (autocast)."""
@@ -329,13 +333,13 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
-    every: Annotated[Whole, Field(ge=1)] = 1_000
+    every: Step = 1_000
     """Steps between checkpoints; one is also written at the end and on request."""
-    keep: Annotated[Whole, Field(ge=1)] = 3
+    keep: Count = 3
     """How many of the newest to keep."""
-    keep_every: Annotated[Whole, Field(ge=1)] | None = None
+    keep_every: Step | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
-    second: str | None = None
+    second: Address | None = None
     """A second place, a folder or an address such as s3://bucket/runs: the newest checkpoint is copied there in the
     background, and written there if the run's own folder cannot be. A relative folder is one of the working directory
     that the recipe is read in.
@@ -355,24 +359,24 @@ class Guard(Section):
     """Robust z-score (distance from the median in units of 1.4826 median absolute deviations) from which a loss or a
     gradient norm is a spike; null looks for what is not finite alone.
     """
-    window: Annotated[Whole, Field(ge=10)] = 100
+    window: Annotated[Whole, Field(ge=10, le=100_000)] = 100
     """Steps that the median is of; no spike is seen before so many."""
-    skips: Annotated[Whole, Field(ge=0)] = 3
+    skips: Annotated[Whole, Field(ge=0, le=10**9)] = 3
     """Bad steps in a row whose updates are left out; at one more the run goes back to its last checkpoint, and past the
     data of those steps.
     """
-    rollbacks: Annotated[Whole, Field(ge=0)] = 3
+    rollbacks: Annotated[Whole, Field(ge=0, le=10**9)] = 3
     """How often it does that before the run ends."""
     lower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor of the learning rate for `lower_steps` steps after going back."""
-    lower_steps: Annotated[Whole, Field(ge=0)] = 0
+    lower_steps: Annotated[Whole, Field(ge=0, le=10**9)] = 0
 
 
 class Evaluate(Section):
-    every: Annotated[Whole, Field(ge=0)] = 0
+    every: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps between evaluations; 0 evaluates at the end only."""
 
 
 class Log(Section):
-    every: Annotated[Whole, Field(ge=1)] = 20
+    every: Step = 20
     """Steps between lines of progress. The loss of every step is kept in any case."""

@@ -1,26 +1,50 @@
 """YAML files whose sections are typed: `base` files, dotted overrides, and every fault of one explained at once."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from vimscale.errors import FileFaults, suggest
+from vimscale import addresses
+from vimscale.errors import FileFaults, brief, kind_of, shortened, suggest
 
+_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
 """An integer that may be written 1e6."""
-UNION = ("one", "several")
-"""Tags of a union's members, which pydantic puts into the places of faults."""
+Flag = Annotated[bool, BeforeValidator(lambda v: _WORDS.get(v.lower(), v) if isinstance(v, str) else v)]
+"""True or false, which may be written yes, no, on or off; elsewhere these are text."""
+UNION = ("\0one", "\0several")
+"""Tags of a union's members, which pydantic puts into the paths of faults; no key of a file has such characters."""
+_EXPLAINED = 50
+"""Faults of one file that are put into words."""
+
+
+def check_address(address: str) -> str:
+    """A folder or an address; whatever is in a recipe is also in files, jobs and messages, so no secrets."""
+    if (what := addresses.secret(address)) is not None:
+        raise ValueError(
+            f"the address holds {what}, and would stand in files; name an environment variable in its place, as in"
+            " https://me:${PASSWORD}@host/train or https://host/train?${SIGNATURE}; for buckets set the store's own,"
+            " such as AWS_ACCESS_KEY_ID (in a path, write @ as %40)"
+        )
+    return address
+
+
+Address = Annotated[str, AfterValidator(check_address)]
+"""Where something is: a folder or an address without secrets."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -71,10 +95,24 @@ class Kind(Generic[File]):
         try:
             loaded = self.section.model_validate(tree)
         except ValidationError as error:
-            faults += [line for fault in error.errors() for line in _explain(self.section, fault)]
+            faults += _explained(self.section, error)
         if faults:
-            raise self.error(f"{self.name} {path.stem}", faults)
+            raise self.error(self._title(path), faults)
         return loaded
+
+    def parse(self, text: str, where: str) -> File:
+        """A resolved file's text, as `dump` writes it; `where` names it in messages.
+
+        Raises:
+            FileFaults: with every fault that was found.
+        """
+        title = f"{self.name} {where}"
+        try:
+            return self.section.model_validate(_mapping_of(text))
+        except _Unread as error:
+            raise self.error(title, [str(error)]) from None
+        except ValidationError as error:
+            raise self.error(title, _explained(self.section, error)) from None
 
     def shipped(self) -> dict[str, Path]:
         """Those that come with the package, by name."""
@@ -86,34 +124,39 @@ class Kind(Generic[File]):
     def find(self, source: str) -> Path:
         if source in self.shipped():
             return self.shipped()[source]
-        path = Path(source)
-        if path.is_file():
-            return path
+        if os.path.isfile(source):
+            return Path(source)
         near = suggest(source, self.shipped())
         fault = f"there is no such file, and no shipped {self.name} of that name{near}"
         raise self.error(f"{self.name} {source}", [fault])
 
+    def _title(self, path: Path) -> str:
+        """A shipped file's name; others' path, since their names (recipe.yaml) may be anybody's."""
+        return f"{self.name} {path.stem if path.resolve() in self.shipped().values() else path}"
+
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict:
         """The file's tree, laid over the tree of its `base`."""
+        title = self._title(path)
         path = path.resolve()
-        title = f"{self.name} {path.stem}"
         if path in above:
             chain = " -> ".join(p.stem for p in (*above, path))
             raise self.error(title, [f"base: the {self.name}s build on each other in a circle: {chain}"])
         try:
-            tree = yaml.load(path.read_text(), _Loader)
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise self.error(title, [f"{path}, line {line}: {error.problem}"]) from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise self.error(title, [f"{path} cannot be read: {error}"]) from None
-        if not isinstance(tree, dict):
-            raise self.error(title, [f"{path} holds {type(tree).__name__}, not sections and keys"])
+            with path.open("rb") as file:
+                tree = _mapping_of(file.read(_MOST_BYTES + 1).decode())
+        except _Unread as error:
+            raise self.error(title, [f"{path}{error.where}: {error}" if error.where else f"{path} {error}"]) from None
+        except UnicodeDecodeError:
+            raise self.error(title, [f"{path} is not text in UTF-8"]) from None
+        except OSError as error:
+            raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
         base = tree.pop("base", None)
         if base is None:
             return tree
-        beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
-        return self._lay_over(self._read(beside if beside.is_file() else self.find(str(base)), (*above, path)), tree)
+        if not isinstance(base, str):
+            raise self.error(title, [f"base: {brief(base)} is neither a {self.name}'s name nor a file"])
+        beside = path.parent / f"{base.removesuffix('.yaml')}.yaml"
+        return self._lay_over(self._read(beside if os.path.isfile(beside) else self.find(base), (*above, path)), tree)
 
     def _lay_over(self, base: dict, top: dict) -> dict:
         """`top` over `base`, section by section."""
@@ -132,38 +175,158 @@ def _lay_over(base: dict, top: dict) -> dict:
 
 # ---- reading YAML
 
+_MOST_BYTES = 256 << 10
+_MOST_VALUES = 10_000
+"""Of one file, an alias counted with all that it stands for."""
+_MOST_LEVELS = 20
+_DIGITS = r"\d+(?:_\d+)*"
+_FORMS = {
+    "int": (rf"(?=.{{1,30}}\Z)[-+]?{_DIGITS}\Z", "-+0123456789"),
+    "float": (
+        rf"(?:[-+]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?|(?=[eE]))|\.{_DIGITS})(?:[eE][-+]?\d+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z",
+        "-+.0123456789",
+    ),
+    "bool": (r"(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
+    "null": (r"(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
+}
+"""How values that are not text are written unquoted, and what they begin with. All digits are decimal (010 is ten,
+1e-3 a number); 0x10, 0o10, 1:30, 2024-11-30, yes and off are text.
+"""
+
+
+class _Unread(Exception):
+    """A text that is not YAML of the kind that is read here."""
+
+    def __init__(self, why: str, mark: yaml.Mark | None = None):
+        super().__init__(why)
+        self.where = f", line {mark.line + 1}" if mark is not None else ""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and 1:4 as text, and refuses a key given twice."""
+    """YAML that means what it says: numbers, true, false, null, text, lists and mappings with distinct keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]  # PyYAML shares them among its classes too
+    yaml_constructors: ClassVar[dict] = {}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._levels = self._values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """Values in a node that is complete."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._levels += 1
+        before, self._values = self._values, self._values + 1
+        if self._levels > _MOST_LEVELS:
+            raise _Unread(f"values are nested more than {_MOST_LEVELS} levels deep", mark)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if is_alias and node not in self._sizes:
+            raise _Unread("an alias (*) stands inside of what it names", mark)
+        self._values += self._sizes[node] if is_alias else 0
+        if self._values > _MOST_VALUES:
+            raise _Unread(f"there are more than {_MOST_VALUES:,} values, each alias counted in full", mark)
+        self._sizes.setdefault(node, self._values - before)
+        self._levels -= 1
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-for _digit in "0123456789":  # YAML 1.1 has 1:4 for minutes and seconds, 64
-    _words = ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d+)+$"))
-    _Loader.yaml_implicit_resolvers[_digit] = [_words, *_Loader.yaml_implicit_resolvers[_digit]]
+def _checked(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """The text of a node, which fits its tag even where that is written (!!int x)."""
+    form = _FORMS.get(node.tag.rpartition(":")[2])
+    if form is not None and re.match(form[0], node.value, re.ASCII) is None:
+        raise _Unread(f"{brief(node.value)} is not {node.tag.rpartition(':')[2]}, as its tag says", node.start_mark)
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", node.value):
+        raise _Unread(f"{brief(node.value)} holds a control character", node.start_mark)
+    return node.value
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Keys are text, however they look: `on` and `1` too."""
+    found: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _Unread("a key is a list or a mapping, not a word", key_node.start_mark)
+        key = _checked(loader, key_node)
+        if key in found:
+            raise _Unread(f"key {brief(key)} is given twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+def _list(loader: _Loader, node: yaml.SequenceNode) -> list:
+    return [loader.construct_object(each, deep=True) for each in node.value]
+
+
+def _refused(loader: _Loader, node: yaml.Node) -> Any:
+    raise _Unread(
+        f"the tag {shortened(node.tag.replace('tag:yaml.org,2002:', '!!'), 80)} is not read here", node.start_mark
+    )
+
+
+_TAG = "tag:yaml.org,2002:"
+for _name, (_form, _first) in _FORMS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_form, re.ASCII), list(_first))
+_CONSTRUCTORS: dict[str, Callable[[_Loader, Any], Any]] = {
+    "str": _checked,
+    "int": lambda loader, node: int(_checked(loader, node)),
+    "float": lambda loader, node: float(re.sub(r"\.(?=inf|nan)", "", _checked(loader, node).lower())),
+    "bool": lambda loader, node: _checked(loader, node).lower() == "true",
+    "null": lambda loader, node: (_checked(loader, node), None)[1],
+    "map": _mapping,
+    "seq": _list,
+}
+for _name, _construct in _CONSTRUCTORS.items():
+    _Loader.add_constructor(_TAG + _name, _construct)
+_Loader.add_constructor(None, _refused)  # any other
+
+
+def _value_of(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        _Unread: it is no YAML, or more of it than a recipe needs.
+    """
+    if len(text) > _MOST_BYTES:
+        raise _Unread(f"is longer than {_MOST_BYTES >> 10} KiB")
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        again = (error.problem or "").startswith("but ")
+        raise _Unread(
+            f"{error.context}, {error.problem}" if again else str(error.problem), error.problem_mark
+        ) from None
+    except yaml.reader.ReaderError as error:
+        raise _Unread(f"holds the character {error.character:#04x}, which YAML does not allow") from None
+
+
+def _mapping_of(text: str) -> dict[str, Any]:
+    tree = _value_of(text)
+    if not isinstance(tree, dict):
+        raise _Unread("is empty" if tree is None else f"holds {kind_of(tree)}, not sections and keys")
+    return tree
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1, YAML 1.2 or the loader here takes for something else."""
+
+
+for _name, (_form, _first) in {**_FORMS, "int": (r"[-+]?(?:\d[\d_]*|0o[0-7]+)\Z", "-+0123456789")}.items():
+    Dumper.add_implicit_resolver(_TAG + _name, re.compile(_form, re.ASCII), list(_first))
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """The YAML text of plain values, which reads back as the same values."""
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
 
 
 def _override(tree: dict, text: str, faults: list[str]) -> None:
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        faults.append(f"{text!r} is no override; write section.key=value")
+    if not equals or not key or not key.isprintable():
+        faults.append(f"{brief(text)} is no override; write section.key=value")
         return
     *parents, leaf = key.split(".")
     node = tree
@@ -173,9 +336,9 @@ def _override(tree: dict, text: str, faults: list[str]) -> None:
             return
         node = node[parent]
     try:
-        node[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        faults.append(f"{key}: {value!r} is not a YAML value; quote it")
+        node[leaf] = _value_of(value)
+    except _Unread as error:
+        faults.append(f"{key}: {brief(value)} is not a YAML value ({error}); quote it")
 
 
 # ---- explaining faults
@@ -185,8 +348,9 @@ _WANTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "float_type": "a number",
-    "string_type": "text (quote it if it looks like a number)",
+    "string_type": "text",
     "bool_type": "true or false",
+    "finite_number": "a finite number",
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
     "tuple_type": "a list",
@@ -195,9 +359,15 @@ _BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at lea
 _BOUNDS |= {"less_than_equal": ("le", "at most")}
 
 
+def _explained(whole: type[Section], error: ValidationError) -> list[str]:
+    faults = error.errors(include_url=False)
+    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(whole, fault)]
+    return lines + [f"and {len(faults) - _EXPLAINED:,} more"] * (len(faults) > _EXPLAINED)
+
+
 def _explain(whole: type[Section], fault: Any) -> list[str]:
     """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
-    place = [part for part in fault["loc"] if part not in UNION]
+    place = [part for part in fault["loc"] if part not in (*UNION, "[key]")]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
     if kind == "value_error":
@@ -206,16 +376,26 @@ def _explain(whole: type[Section], fault: Any) -> list[str]:
     if kind == "extra_forbidden":
         section = _section(whole, place[:-1])
         return [f"{key}: no such key{suggest(str(place[-1]), section.model_fields)}"]
+    if kind == "missing" and isinstance(place[-1], int):
+        return [f"{key}: missing; {key.rpartition('[')[0]} takes a list of {place[-1] + 1} values"]
     if kind == "missing":
         field: FieldInfo = _section(whole, place[:-1]).model_fields[place[-1]]
         about = f": {field.description}" if field.description else ""
         return [f"{key}: missing, and it has no default{about}"]
+    if kind == "too_long":
+        return [f"{key}: takes {context['max_length']} values, not {context['actual_length']:,}"]
     if kind == "literal_error":
-        return [f"{key}: {value!r} is not one of {context['expected']}"]
+        return [f"{key}: {brief(value)} is not one of {context['expected']}"]
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return [f"{key}: {value!r} must be {words} {context[name]}"]
-    return [f"{key}: {value!r} is not {_WANTED.get(kind, fault['msg'])}"]
+        bound = context[name]
+        return [f"{key}: {brief(value)} must be {words} {f'{bound:g}' if isinstance(bound, float) else f'{bound:,}'}"]
+    hint = ""
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        hint = """; a number that is meant as text is quoted: '"10"' on the command line"""
+    elif kind in ("int_type", "float_type") and isinstance(value, str) and re.match(r"[-+]?0[xob]\w", value):
+        hint = "; write it in decimal"
+    return [f"{key}: {brief(value)} is not {_WANTED.get(kind, fault['msg'])}{hint}"]
 
 
 def _section(whole: type[Section], location: Iterable[str | int]) -> type[BaseModel]:

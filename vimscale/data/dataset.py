@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from vimscale.addresses import shown
 from vimscale.data.cache import Ahead, Cache, read_index
 from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
-from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, shown
+from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, with_secrets
 from vimscale.errors import DataError
 from vimscale.sections import size_bytes
 
@@ -77,7 +78,7 @@ class Dataset:
         limit = size_bytes(cache)
         if limit is None:
             raise DataError(f"data.cache {cache!r} is not a size; write 500MB, 100GB or 2TB")
-        place = _embedded(source) if source.startswith("digits:") else source
+        place = _embedded(source) if source.startswith("digits:") else with_secrets(source)
         store = open_store(place, retry)
         source = shown(source)
         try:

@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from vimscale import manifest
+from vimscale.addresses import filled, masked, shown
 from vimscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -415,7 +416,7 @@ def _pieces(pieces: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).partition(": <")[0].splitlines()
+    lines = masked(str(error)).partition(": <")[0].splitlines()  # some quote the signed address
     return lines[0] if lines else type(error).__name__
 
 
@@ -430,9 +431,19 @@ def _library(name: str, url: str, extra: str) -> Any:
         ) from None
 
 
-def shown(url: str) -> str:
-    """The address without its password, and without what follows a ?, which may be a signature."""
-    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1@", url.partition("?")[0]) if "://" in url else url
+def with_secrets(url: str) -> str:
+    """An address that the user gave, with the environment variables that it names; never one out of a manifest, which
+    could send them anywhere.
+
+    Raises:
+        DataError: one is not set.
+    """
+    try:
+        return filled(url)
+    except KeyError as error:
+        raise DataError(
+            f"data {url}: {error.args[0]} is not set in the environment; export it (for a job: name it under secrets)"
+        ) from None
 
 
 def open_store(url: str, retry: Retry | None = None) -> Folder | Remote:

@@ -1,6 +1,8 @@
 """The shape of a Vision Mamba, and the named shapes people ask for."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,30 +94,24 @@ class VimConfig:
     layers: tuple[Layer, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {value}; it must be at least {least}"
-            for least, names in ((1, _AT_LEAST_ONE), (0, ("registers",)))
-            for name in names
-            for value in (getattr(self, name),)
-            if value is not None and min(value if isinstance(value, tuple) else (value,)) < least
-        ]
+        faults = list(_out_of_range("", self, _RANGES))
         for i, stage in enumerate(self.stages):
-            faults += [
-                f"stages[{i}].{name} is {getattr(stage, name)}; it must be at least 1"
-                for name in ("depth", "d_model", "downsample")
-                if getattr(stage, name) < 1
-            ]
-        if not faults:
-            faults = self._size_faults() + self._part_faults()
+            faults += _out_of_range(f"stages[{i}].", stage, _STAGE_RANGES)
+        if sum(stage.depth for stage in self.stages) > schedule.MOST_LAYERS:
+            faults.append(f"there are more than {schedule.MOST_LAYERS:,} layers in all stages")
         layers: list[Layer] = []
-        for where, text, depth in self._schedules():
+        computable = not faults
+        if computable:
+            faults = self._size_faults() + self._part_faults()
+        for where, text, depth in self._schedules() if computable else ():
             try:
                 layers += schedule.parse(text, depth)
             except ValueError as fault:
                 faults.append(f"{where}directions: {fault}")
         object.__setattr__(self, "layers", tuple(layers))
-        heads = {d % self.d_head for layer, d in zip(layers, self.widths, strict=False) if layer.kind == "attn"}
-        if heads - {0} and self.d_head > 0:
+        widths = self.widths if computable else ()
+        heads = {d % self.d_head for layer, d in zip(layers, widths, strict=False) if layer.kind == "attn"}
+        if heads - {0}:
             faults.append(f"attn layers need a d_model that is a multiple of d_head {self.d_head}")
         if self.fuse in ("gate", "concat") and (found := {"pair", "shared"} & {layer.kind for layer in layers}):
             faults.append(
@@ -143,6 +139,10 @@ class VimConfig:
             faults.append(f"stem conv needs a patch_size of 4, 8, 16 ... without stride; patch_size is {patch}")
         if step > patch:
             faults.append(f"stride {step} is above patch_size {patch}: pixels would be left out")
+        if not faults and self.patches > _MOST_TOKENS:
+            faults.append(
+                f"image_size {self.image_size} makes {self.patches:,} tokens; at most {_MOST_TOKENS:,} are read"
+            )
         if faults or not self.stages:
             return faults
         shrink = 1
@@ -163,6 +163,10 @@ class VimConfig:
         for name in ("drop_path", "backward_drop"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 < self.norm_eps < 1:
+            faults.append(f"norm_eps is {self.norm_eps}; it must be above 0 and below 1")
+        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
+            faults.append(f"layer_scale is {self.layer_scale}; it must be a finite number")
         if self.stages and (self.cls_token != "none" or self.registers):
             faults.append("stages merge neighbouring tokens: set cls_token: none and registers: 0")
         if self.pooling == "cls" and self.cls_token == "none":
@@ -270,10 +274,34 @@ class VimConfig:
         return cls(**values, stages=stages)
 
 
-_AT_LEAST_ONE = (
-    *("num_classes", "image_size", "patch_size", "stride", "d_model", "depth", "d_state", "d_conv", "expand"),
-    *("window", "d_head", "register_reduce"),
-)
+_STAGE_RANGES = {"depth": (1, schedule.MOST_LAYERS), "d_model": (1, 2**16), "downsample": (1, 2**10)}
+_RANGES = {
+    "num_classes": (1, 2**24),
+    "image_size": (1, 2**15),
+    "patch_size": (1, 2**12),
+    "stride": (1, 2**12),
+    "d_model": (1, 2**16),
+    "depth": (1, schedule.MOST_LAYERS),
+    "d_state": (1, 2**12),
+    "d_conv": (1, 2**8),
+    "expand": (1, 2**8),
+    "window": (1, 2**15),
+    "d_head": (1, 2**16),
+    "registers": (0, 2**16),
+    "register_reduce": (1, 2**16),
+}
+"""Least and largest values: wide of anything that has been trained, and small enough for what is computed from them."""
+_MOST_TOKENS = 2**24
+
+
+def _out_of_range(where: str, of: Any, ranges: dict[str, tuple[int, int]]) -> Iterator[str]:
+    for name, (least, most) in ranges.items():
+        value = getattr(of, name)
+        for one in () if value is None else value if isinstance(value, tuple) else (value,):
+            if not least <= one <= most:
+                rule = f"at least {least}" if one < least else f"at most {most:,}"
+                yield f"{where}{name} is {value}; it must be {rule}"
+                break
 
 
 def _sizes() -> dict[str, VimConfig]:

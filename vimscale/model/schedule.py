@@ -43,7 +43,12 @@ class Layer:
 
 
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<mark>[()*@])|(?P<count>\d+))")
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
+_MOST_LETTERS = 10_000
+_MOST_BRACKETS = 50
+"""That stand inside of each other."""
+_SHOWN = 60
+"""Characters of a text that are shown on each side of a fault."""
 _Tokens = list[tuple[str, int]]
 _Layers = list[tuple[Layer, int]]  # each with the column it is named at
 
@@ -55,6 +60,10 @@ def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
         ValueError: the text does not follow the grammar, or names more or fewer layers; the message shows it with a
             caret under the fault.
     """
+    if len(text) > _MOST_LETTERS:
+        raise _fault(
+            text, _MOST_LETTERS, f"the text is longer than {_MOST_LETTERS:,} characters; use counts, such as bi*24"
+        )
     tokens = _tokens(text)
     layers, rest = _schedule(text, tokens, 0)
     if rest < len(tokens):
@@ -96,13 +105,15 @@ def _tokens(text: str) -> _Tokens:
     return tokens
 
 
-def _schedule(text: str, tokens: _Tokens, at: int) -> tuple[_Layers, int]:
+def _schedule(text: str, tokens: _Tokens, at: int, inside: int = 0) -> tuple[_Layers, int]:
+    if inside > _MOST_BRACKETS:
+        raise _fault(text, tokens[at - 1][1], f"more than {_MOST_BRACKETS} brackets are open here")
     layers: _Layers = []
     start = at
     while at < len(tokens) and tokens[at][0] != ")":
         token, column = tokens[at]
         if token == "(":
-            item, at = _schedule(text, tokens, at + 1)
+            item, at = _schedule(text, tokens, at + 1, inside + 1)
             if at == len(tokens):
                 raise _fault(text, column, "this '(' is never closed")
             at += 1
@@ -111,11 +122,14 @@ def _schedule(text: str, tokens: _Tokens, at: int) -> tuple[_Layers, int]:
             item = [(layer, column)]
         if at < len(tokens) and tokens[at][0] == "*":
             count = tokens[at + 1][0] if at + 1 < len(tokens) else ""
-            if not count.isdigit() or int(count) < 1 or int(count) * len(item) > _MOST_LAYERS:
+            known = count.isdigit() and len(count) <= len(str(MOST_LAYERS))
+            if not known or not 1 <= int(count) <= MOST_LAYERS // len(item):
                 column = tokens[at][1] + 1
-                raise _fault(text, column, f"'*' takes a count from 1 (and at most {_MOST_LAYERS:,} layers)")
+                raise _fault(text, column, f"'*' takes a count from 1 (and at most {MOST_LAYERS:,} layers)")
             item *= int(count)
             at += 2
+        if len(layers) + len(item) > MOST_LAYERS:
+            raise _fault(text, column, f"there are more than {MOST_LAYERS:,} layers")
         layers += item
     if at == start:
         column = tokens[at][1] if at < len(tokens) else len(text)
@@ -146,4 +160,8 @@ def _check_pairs(text: str, layers: _Layers) -> None:
 
 
 def _fault(text: str, column: int, why: str) -> ValueError:
-    return ValueError(f"{why}\n    {text}\n    {' ' * column}^")
+    """Shows the text around its fault."""
+    start, end = max(column - _SHOWN, 0), column + _SHOWN
+    left, right = "… " if start else "", " …" if end < len(text) else ""
+    window = "".join(letter if letter.isprintable() else " " for letter in text[start:end])
+    return ValueError(f"{why}\n    {left}{window}{right}\n    {' ' * (len(left) + column - start)}^")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vimscale.addresses import secret
 from vimscale.data import decode
 from vimscale.data.cache import local_copy
 from vimscale.data.shards import MANIFEST, Manifest, Shard, sha256_of, write_file, write_index
@@ -173,6 +174,10 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
     remote = [pattern for pattern in patterns if "://" in pattern]
     if remote and len(remote) < len(patterns):
         raise DataError(f"index {remote[0]}: give addresses or local files, not both")
+    if kept := next((what for pattern in remote if (what := secret(pattern))), None):
+        raise DataError(
+            f"index {remote[0]}: the address holds {kept}, which the manifest would hold too; download the tars first"
+        )
     places = [place for pattern in patterns for place in (braces(pattern) if remote else _local(pattern))]
     if twice := [place for place, count in Counter(places).items() if count > 1]:
         raise DataError(f"index: {twice[0]} is given twice")
