@@ -18,7 +18,7 @@ FLOORS = [
     {"typed_yaml", "devices"},
     {"sections", "ops"},
     {"recipe"},
-    {"distributed", "run_folder", "data.store"},
+    {"distributed", "run_folder", "data.store", "data.web"},
     {"second"},
     {"checkpoint"},
     {"saving", "compare"},

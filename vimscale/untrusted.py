@@ -31,6 +31,12 @@ def shown(value: object, most: int = 60) -> str:
     return text if len(text) <= most + 2 else f"{text[:most]}..."
 
 
+def line(text: str, most: int = 200) -> str:
+    """What somebody else says, in a message: a short line without control characters."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def read(path: Path, most: int = SMALL) -> bytes:
     """A small regular file.
 
