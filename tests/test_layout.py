@@ -12,13 +12,13 @@ PACKAGES = ("vimscale", "kernels", "launch")
 
 # Within vimscale: what may be imported by what stands on the same line or below it.
 FLOORS = [
-    {"addresses", "errors", "manifest", "pulse"},
+    {"addresses", "errors", "untrusted", "manifest", "pulse"},
     # the shape of a model: no torch, so recipes can check it
     {"model.presets", "model.schedule", "model.cost", "model.published", "model"},
     {"typed_yaml", "devices"},
     {"sections", "ops"},
     {"recipe"},
-    {"distributed", "run_folder", "data.store"},
+    {"distributed", "run_folder", "data.store", "data.web"},
     {"second"},
     {"checkpoint"},
     {"saving", "compare"},

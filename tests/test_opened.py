@@ -8,7 +8,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tests.noise import BYTES, SAMPLE, SAMPLES, everything, moved, overwrite, resized, write_set
-from vimscale.data import opened
+from vimscale.data import opened, tar
 from vimscale.data.dataset import Dataset
 from vimscale.errors import DataError
 
@@ -119,7 +119,7 @@ def test_a_sample_is_what_webdataset_makes_of_it(case: str, kind: int) -> None:
     ],
 )
 def test_what_is_not_one_sample_is_refused(members: list) -> None:
-    with pytest.raises(opened._NoSample):
+    with pytest.raises(tar.Fault):
         opened.parse(_tar(*members), "shard")
 
 

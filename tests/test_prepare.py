@@ -478,3 +478,20 @@ def test_the_commands_say_what_they_did(shell: Shell, images: Path) -> None:
     assert not (shell.folder / "set/train/manifest.json.before").exists()
     assert "done; the old manifest is" in shell.run("data", "repair", "set/train", "--yes", "--jobs", "1")
     assert "merge wants two sets" in shell.run("data", "merge", "set/val", "all", expect=2)
+
+
+def test_shards_below_folders_are_repaired_where_they_are(made: Path, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        shutil.copy(made / f"{number:05d}.tar", tmp_path / "many" / name / "0.tar")
+    adopt.index([str(tmp_path / "many/{a,b}/0.tar")], tmp_path / "index")
+    before = _samples(tmp_path / "index")
+    tar = tmp_path / "many/b/0.tar"
+    os.truncate(tar, tar.stat().st_size // 2)
+    located = inspect.locate(str(tmp_path / "index"))
+    repair.repair(located, repair.steps(inspect.verify(located, deep=True)))
+    after = _samples(tmp_path / "index")
+    repaired = Dataset.open(str(tmp_path / "index")).manifest
+    assert [shard.name for shard in repaired.shards] == ["a/0.tar", "b/0-salvaged.tar"]
+    assert len(after) < len(before)
+    assert all(before[key]["cls"] == sample["cls"] for key, sample in after.items())

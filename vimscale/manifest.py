@@ -4,15 +4,24 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vimscale import untrusted
 from vimscale.errors import CheckpointError
 from vimscale.pulse import pulse
 
 FORMAT = 2
 NAME = "manifest.json"
 _PIECE = 1 << 20
+
+
+@dataclass
+class _Entry:
+    name: str
+    bytes: int
+    sha256: str
 
 
 def seal(path: Path) -> dict[str, Any]:
@@ -57,12 +66,12 @@ def files(folder: Path) -> list[dict[str, Any]]:
         ValueError: it is damaged.
         CheckpointError: another version of this package wrote it.
     """
-    return entries((folder / NAME).read_bytes(), folder)
+    return entries(untrusted.read(folder / NAME), folder)
 
 
 def entries(raw: bytes, where: Path | str) -> list[dict[str, Any]]:
     """Those of a manifest's text; `where` it was read, for messages. Raises as `files` does."""
-    content = json.loads(raw)
+    content = untrusted.loads(raw)
     if not isinstance(content, dict):
         raise ValueError("it holds no entries")
     if content.get("format") == 1 and "sha256" not in content:
@@ -72,7 +81,11 @@ def entries(raw: bytes, where: Path | str) -> list[dict[str, Any]]:
         )
     if not isinstance(content.get("files"), list) or raw != text(content["files"]):
         raise ValueError("it does not have the sha256 it was written with")
-    return content["files"]
+    listed = [asdict(entry) for entry in untrusted.build(list[_Entry], content["files"], "files")]
+    names = {untrusted.file_name(entry["name"]) for entry in listed}
+    if NAME in names or len(names) < len(listed):
+        raise ValueError("it lists a file twice, or itself")
+    return listed
 
 
 def faults(folder: Path, part: int = 0, of: int = 1, *, glance: bool = False) -> Iterator[str]:

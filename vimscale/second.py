@@ -8,9 +8,9 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from vimscale import manifest, run_folder
+from vimscale import manifest, run_folder, untrusted
 from vimscale.addresses import shown
 from vimscale.data.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets
 from vimscale.errors import CheckpointError, DataError
@@ -159,13 +159,13 @@ def faults(place: Place, name: str) -> Iterator[str]:
         CheckpointError: another version of this package wrote it.
     """
     try:
-        entries = manifest.entries(b"".join(place.read(name, manifest.NAME)), place.where(name))
+        entries = manifest.entries(_small(place, name, manifest.NAME), place.where(name))
     except (OSError, DataError, ValueError) as error:
         yield f"{manifest.NAME} cannot be read ({error})"
         return
     for entry in entries:
         try:
-            if not manifest.holds(entry, place.read(name, entry["name"])):
+            if not manifest.holds(entry, _at_most(entry["bytes"], place.read(name, entry["name"]))):
                 yield f"{entry['name']} does not have the sha256 it was written with"
         except (OSError, DataError) as error:
             yield f"{entry['name']} cannot be read ({error})"
@@ -178,7 +178,7 @@ def has(place: Place, name: str, trainer: bytes) -> bool:
     if name not in place.names():
         return False
     try:
-        same = b"".join(place.read(name, "trainer.json")) == trainer
+        same = _small(place, name, "trainer.json") == trainer
     except (OSError, DataError):
         return False
     return same and next(faults(place, name), None) is None
@@ -194,9 +194,9 @@ def fetch(place: Place, name: str, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed meanwhile
     partial.mkdir(parents=True)
     try:
-        _bring(place, name, manifest.NAME, partial)
+        _bring(place, name, manifest.NAME, untrusted.SMALL, partial)
         for entry in _entries(partial):
-            _bring(place, name, entry, partial)
+            _bring(place, name, entry["name"], entry["bytes"], partial)
         manifest.sync(partial)
         partial.rename(folder / name)
         manifest.sync(folder)
@@ -204,15 +204,31 @@ def fetch(place: Place, name: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _bring(place: Place, checkpoint: str, name: str, folder: Path) -> None:
+def _small(place: Place, checkpoint: str, name: str) -> bytes:
+    return b"".join(_at_most(untrusted.SMALL, place.read(checkpoint, name)))
+
+
+def _at_most(most: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces, of which there may be no end.
+
+    Raises:
+        OSError: there are more than `most` bytes.
+    """
+    for piece in pieces:
+        if (most := most - len(piece)) < 0:
+            raise OSError("it has more bytes than it may have")
+        yield piece
+
+
+def _bring(place: Place, checkpoint: str, name: str, most: int, folder: Path) -> None:
     with (folder / name).open("wb") as file:
-        file.writelines(place.read(checkpoint, name))
+        file.writelines(_at_most(most, place.read(checkpoint, name)))
     manifest.sync(folder / name)
 
 
-def _entries(folder: Path) -> list[str]:
+def _entries(folder: Path) -> list[dict[str, Any]]:
     try:
-        return [entry["name"] for entry in manifest.files(folder)]
+        return manifest.files(folder)
     except ValueError as error:
         raise OSError(f"{manifest.NAME} cannot be read ({error})") from None
 
@@ -267,7 +283,7 @@ class Copier:
         if not has(self._place, name, (checkpoint / "trainer.json").read_bytes()):
             self._place.begin(name)
             for entry in _entries(checkpoint):
-                self._place.put(name, entry, checkpoint / entry)
+                self._place.put(name, entry["name"], checkpoint / entry["name"])
             self._place.finish(name, (checkpoint / manifest.NAME).read_bytes())
         for old in run_folder.surplus(self._place.names(), self._rules):
             self._place.remove(old)

@@ -87,7 +87,7 @@ class Cache:
             part = _claim(path)
             try:
                 with open(part, "wb", closefd=False) as file:
-                    for piece in store.stream(name):
+                    for piece in store.stream(name, self.limit):
                         file.write(piece)
                 self._make_room(0)
                 path.rename(target)

@@ -1,20 +1,17 @@
 """One shard opened: its index, and any sample of it at the cost of one read.
 
-Plain tar headers are read here, which takes a sixth of what the general parser does for a small sample; where a header
-is of another kind (long names, for one), webdataset's parser reads the sample.
+Plain tar headers are read here, which is faster for small samples; where a header is of another kind (long names, for
+one), tar.py reads the sample.
 """
 
-import io
 import os
 from typing import Any
 
 import numpy as np
 
+from vimscale.data import tar
 from vimscale.data.shards import Shard
 from vimscale.errors import DataError
-
-_BLOCK = 512
-_SPACES = 8 * ord(" ")
 
 
 class Opened:
@@ -31,7 +28,7 @@ class Opened:
         self.where = where
         self.offsets = offsets(index, shard, where)
         end = int(self.offsets[-1])
-        if any(os.pread(descriptor, _BLOCK, end)):
+        if any(os.pread(descriptor, tar.BLOCK, end)):
             raise _unfit(where, end, "the index has the last sample end there, and the tar goes on")
 
     def __del__(self) -> None:
@@ -44,7 +41,8 @@ class Opened:
             DataError: one does not; names its offset.
         """
         for offset in self.offsets[:-1].tolist():
-            if not _holds(os.pread(self.descriptor, _BLOCK, offset)):
+            header = os.pread(self.descriptor, tar.BLOCK, offset)
+            if len(header) < tar.BLOCK or not tar.holds(header):
                 raise _unfit(self.where, offset, "no sample starts there")
 
     def read(self, i: int) -> tuple[dict[str, Any], int]:
@@ -54,13 +52,15 @@ class Opened:
             DataError: the bytes there are no sample; names shard and offset.
         """
         start, end = int(self.offsets[i]), int(self.offsets[i + 1])
-        data = os.pread(self.descriptor, end - start, start)
         try:
+            if end - start > tar.MEMBER_LIMIT:
+                raise tar.Fault(0, f"it has {end - start:,} bytes; at most {tar.MEMBER_LIMIT:,} are read")
+            data = os.pread(self.descriptor, end - start, start)
             if len(data) < end - start:
-                raise _NoSample(len(data), "the file ends there")
+                raise tar.Fault(len(data), "the file ends there")
             return parse(data, self.shard.name), len(data)
-        except _NoSample as error:
-            raise DataError(f"{self.where}, offset {start + error.at}: no sample there ({error})") from None
+        except tar.Fault as error:
+            raise DataError(f"{self.where}, offset {start + error.at}: no sample there ({error.why})") from None
 
 
 def offsets(index: bytes, shard: Shard, where: str) -> np.ndarray:
@@ -70,7 +70,7 @@ def offsets(index: bytes, shard: Shard, where: str) -> np.ndarray:
         DataError: it is not that of `samples` samples in `bytes` bytes.
     """
     found = np.frombuffer(index, dtype="<u8") if len(index) == 8 * (shard.samples + 1) else None
-    if found is None or found[-1] > shard.bytes or (found[1:] <= found[:-1]).any() or (found % _BLOCK).any():
+    if found is None or found[-1] > shard.bytes or (found[1:] <= found[:-1]).any() or (found % tar.BLOCK).any():
         raise DataError(
             f"{where}.idx does not index {shard.samples} samples of a {shard.bytes:,} byte shard;"
             " `vimscale data repair` writes it anew"
@@ -83,73 +83,58 @@ def _unfit(where: str, offset: int, why: str) -> DataError:
     return DataError(f"{where}, offset {offset}: the index does not fit the tar: {why}; {way_out}")
 
 
-class _NoSample(Exception):
-    """What is wrong with the bytes of a sample, and at which of them."""
-
-    def __init__(self, at: int, why: str):
-        super().__init__(why)
-        self.at = at
-
-
 def parse(data: bytes, url: str) -> dict[str, Any]:
     """The one sample that these bytes of a tar are, as webdataset has it: `__key__`, `__url__`, and by extension the
     members' bytes, whatever they hold.
 
     Raises:
-        _NoSample: they are not whole members of one sample.
+        tar.Fault: they are not whole members of one sample.
     """
     from webdataset.tariterators import base_plus_ext  # brings torch, which a check of the shards does not need
 
     sample: dict[str, Any] = {}
-    plain = True
     at = 0
     while at < len(data):
-        header = data[at : at + _BLOCK]
-        if not _holds(header):
-            raise _NoSample(at, "no header of a member")
-        try:
-            size = int(header[124:136].rstrip(b" \0"), 8)
-        except ValueError:
-            raise _NoSample(at, "a member without a size") from None
-        start, at = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
-        if at > len(data):
-            raise _NoSample(start, f"a member of {size:,} bytes does not end with the sample")
+        header = data[at : at + tar.BLOCK]
+        if len(header) < tar.BLOCK or not tar.holds(header):
+            raise tar.Fault(at, "no header of a member")
         name = header[: header.find(b"\0", 0, 100)].decode(errors="surrogateescape")
         key, extension = base_plus_ext(name)
         # links, folders, long names, several directories, and what webdataset passes over
         if header[156] not in b"0\0" or not header[99] == header[345] == 0 or key is None or name.startswith("__"):
-            plain = False
-        if plain:
-            extension = extension.lower()
-            if not sample:
-                sample = {"__key__": key, "__url__": url}
-            plain = key == sample["__key__"] and extension not in sample
-            sample[extension] = data[start : start + size]
-    return sample if plain and sample else _parse_generally(data, url)
+            return _parse_generally(data, url)
+        if (size := tar.number(header[124:136])) < 0:
+            raise tar.Fault(at, "a member without a size")
+        start, at = at + tar.BLOCK, at + tar.BLOCK + tar.padded(size)
+        if at > len(data):
+            raise tar.Fault(start, f"a member of {size:,} bytes does not end with the sample")
+        extension = extension.lower()
+        if not sample:
+            sample = {"__key__": key, "__url__": url}
+        if key != sample["__key__"] or extension in sample:
+            return _parse_generally(data, url)
+        sample[extension] = data[start : start + size]
+    return sample or _parse_generally(data, url)
 
 
 def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    """The same for headers of any kind."""
+    from webdataset.tariterators import base_plus_ext
 
-    stream = {"url": url, "stream": io.BytesIO(data)}
-    try:
-        samples = list(group_by_keys(tar_file_expander([stream], handler=_reraise), handler=_reraise))
-    except Exception as error:  # tarfile and webdataset raise what they like on bytes that are no tar
-        raise _NoSample(0, str(error)) from error
+    samples: list[dict[str, Any]] = []
+    at = 0
+    while at < len(data):
+        member = tar.member(lambda size, offset: data[offset : offset + size], at, len(data))
+        at = member.end
+        key, extension = base_plus_ext(member.name)
+        if not member.regular or tar.META.match(member.name) or key is None:
+            continue
+        if not samples or samples[-1]["__key__"] != key:
+            samples.append({"__key__": key, "__url__": url})
+        if extension.lower() in samples[-1]:
+            raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice")
+        samples[-1][extension.lower()] = data[member.data : member.data + member.size]
     if len(samples) != 1:
-        keys = ", ".join(sample["__key__"] for sample in samples[:3])
-        raise _NoSample(0, f"{len(samples)} samples where one should be{keys and ': '}{keys}")
+        keys = ", ".join(tar.short(sample["__key__"]) for sample in samples[:3])
+        raise tar.Fault(0, f"{len(samples)} samples where one should be{keys and ': '}{keys}")
     return samples[0]
-
-
-def _reraise(error: Exception) -> bool:
-    raise error
-
-
-def _holds(header: bytes) -> bool:
-    """Whether a tar header's checksum is that of its bytes."""
-    try:
-        told = int(header[148:156].rstrip(b" \0"), 8)
-    except ValueError:
-        return False
-    return told == sum(header) - sum(header[148:156]) + _SPACES

@@ -8,6 +8,7 @@ A `.tar.idx` is n + 1 little-endian uint64: where each sample starts in the tar,
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vimscale import untrusted
 from vimscale.errors import DataError
 from vimscale.manifest import sync
 
@@ -75,22 +77,54 @@ class Manifest:
         DataError: the text is no manifest; `where` names it.
         """
         try:
-            tree = json.loads(text)
+            tree = untrusted.loads(text)
         except ValueError as error:
             raise DataError(f"data {where}: {MANIFEST} cannot be read: {error}") from None
+        if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
+            found = untrusted.shown(tree["format"])
+            raise DataError(f"data {where}: manifest format {found}, this version reads {FORMAT}")
         try:
-            if tree["format"] != FORMAT:
-                raise DataError(f"data {where}: manifest format {tree['format']}, this version reads {FORMAT}")
-            samples = tree.pop("samples")
-            shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
-            tree |= {key: tuple(tree[key]) for key in ("classes", "mean", "std")}
-            tree["labels"] = tuple(tree.get("labels", ()))
-            manifest = cls(shards=shards, **tree)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"data {where}: {MANIFEST} is not of format {FORMAT}: {error!r}") from None
-        if manifest.samples != samples or not samples:
-            raise DataError(f"data {where}: {MANIFEST} says {samples} samples, its shards {manifest.samples}")
+            said = tree.pop("samples", None) if isinstance(tree, dict) else None
+            manifest = untrusted.build(cls, tree)
+            _check(manifest)
+            untrusted.build(int, said, "samples")
+        except ValueError as error:
+            raise DataError(f"data {where}: {MANIFEST} is not of format {FORMAT}: {error}") from None
+        if manifest.samples != said or not said:
+            raise DataError(f"data {where}: {MANIFEST} says {said} samples, its shards {manifest.samples}")
         return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """What the types of a manifest do not say; raises ValueError."""
+    names = Counter(checked_name(shard.name) for shard in manifest.shards)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"the shard {twice[0]} is there twice")
+    for shard in manifest.shards:
+        # every sample has a header, and its index is read in one piece
+        if not 0 <= shard.samples <= min(shard.bytes // 512, untrusted.SMALL // 8 - 1) or shard.bytes >> 60:
+            raise ValueError(f"{shard.name} cannot hold {shard.samples:,} samples in {shard.bytes:,} bytes")
+        if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"{shard.name} has {untrusted.shown(shard.sha256)} as its sha256")
+    if any(value <= 0 for value in manifest.std):
+        raise ValueError(f"std is {list(manifest.std)}, and images are divided by it")
+    if manifest.labels and (len(manifest.labels) != len(manifest.classes) or min(manifest.labels) < 0):
+        raise ValueError(f"labels does not count the samples of {len(manifest.classes):,} classes")
+    if strange := [side for side in manifest.sides if not re.fullmatch("[0-9]{1,9}", side)]:
+        raise ValueError(f"sides has {untrusted.shown(strange[0])}, which is no number of pixels")
+    if re.search(r"[\x00-\x1f\x7f]", manifest.base):
+        raise ValueError(f"base is {untrusted.shown(manifest.base)}, which is no folder or address")
+
+
+def checked_name(name: str) -> str:
+    """A shard's name: its own or a path below the set's folder, and never that of an index or a manifest.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not untrusted.file_path(name).endswith(".tar"):
+        raise ValueError(f"the name {untrusted.shown(name)} cannot be used: shards end in .tar")
+    return name
 
 
 def new_folder(folder: Path) -> Path:

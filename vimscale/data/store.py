@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from http.client import HTTPException, HTTPResponse, InvalidURL
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
-from vimscale import manifest
+from vimscale import manifest, untrusted
 from vimscale.addresses import filled, masked, shown
+from vimscale.data import web
 from vimscale.errors import DataError
+from vimscale.untrusted import line
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ class Retry:
     first: float = 0.1
     longest: float = 15.0
     stall: float = 60.0
-    """Seconds without a byte after which a connection counts as broken; a request to a bucket may take no longer, and
-    goes on with another.
+    """Seconds without a byte after which a connection counts as broken, as does one that is slower than 1,000 bytes per
+    second for that long; a request to a bucket may take no longer, and goes on with another.
     """
 
     def pause(self, failures: int) -> float:
@@ -76,17 +78,17 @@ class Folder:
         """The file's full name."""
         return str(self.path / name)
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, most: int = untrusted.SMALL) -> bytes:
         """The whole of a small file.
 
         Raises:
-            DataError: it cannot be read; `Missing` if it is not there.
+            DataError: it cannot be read, or has more than `most` bytes; `Missing` if it is not there.
         """
         try:
-            return (self.path / name).read_bytes()
+            return untrusted.read(self.path / name, most)
         except FileNotFoundError:
             raise Missing(f"{self.where(name)} is not there") from None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.where(name)} cannot be read: {error}") from None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
@@ -116,26 +118,28 @@ class Remote(ABC):
         """The file's full address, for messages and as the name it is cached by."""
         return f"{shown(self.url).rstrip('/')}/{name}"
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, most: int = untrusted.SMALL) -> bytes:
         """The whole of a small file.
 
         Raises:
-            DataError: it cannot be had; `Missing` if it is not there.
+            DataError: it cannot be had, or has more than `most` bytes; `Missing` if it is not there.
         """
-        return b"".join(self.stream(name))
+        return b"".join(self.stream(name, most))
 
-    def stream(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, most: int | None = None) -> Iterator[bytes]:
         """The file piece by piece, whole and in order, over as many connections as it takes.
 
         Raises:
-            DataError: it cannot be had; `Missing` if it is not there.
+            DataError: it cannot be had, or has more than `most` bytes; `Missing` if it is not there.
         """
         done = mark = failures = 0
         while True:
             try:
                 size, pieces = self._open(name, done)
+                self._check(name, size or 0, most)
                 for piece in pieces:
                     done += len(piece)
+                    self._check(name, done, most)
                     if done - mark >= _PROGRESS:
                         mark, failures = done, 0
                     yield piece
@@ -145,6 +149,10 @@ class Remote(ABC):
             except _Broken as error:
                 failures += 1
                 self._failed(name, error, failures)
+
+    def _check(self, name: str, size: int, most: int | None) -> None:
+        if most is not None and size > most:
+            raise DataError(f"{self.where(name)} has more than {most:,} bytes, which is all that is read of it")
 
     def put(self, name: str, content: Path | bytes) -> None:
         """Write a file, which others see when all of it is there.
@@ -228,10 +236,15 @@ class Web(Remote):
                 user = f"{unquote(self._parts.username)}:{unquote(self._parts.password or '')}"
                 # this server's password is no business of one that it sends us on to
                 request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
-            response = urlopen(request, timeout=self.retry.stall)
+            response = web.urlopen(request, self.retry.stall)
         except HTTPError as error:
             error.close()
-            said = f"HTTP {error.code} {error.reason}"
+            said = f"HTTP {error.code} {line(error.reason)}"
+            if error.code in (301, 302, 303, 307, 308):
+                raise DataError(
+                    f"{self.where(name)}: it leads on without end, or to another place than http(s):// ({said});"
+                    " give the address where the files are"
+                ) from None
             if error.code >= 500 or error.code in (408, 425, 429):
                 raise _Broken(said) from None
             if error.code in (404, 410):
@@ -244,21 +257,24 @@ class Web(Remote):
             unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
             if unknown or isinstance(reason, ssl.SSLCertVerificationError):
                 raise DataError(f"{self.where(name)}: {reason}; check the address") from None
-            raise _Broken(str(reason) or type(reason).__name__) from None
+            raise _Broken(line(str(reason)) or type(reason).__name__) from None
+        try:
+            length = web.length(response, start)
+        except ValueError as error:
+            response.close()
+            raise DataError(f"{self.where(name)}: the server {error}; serve the files as they are") from None
         skip = start if response.status != 206 else 0
-        length = response.headers["Content-Length"]
-        size = int(length) + start - skip if length and length.isdecimal() else None
-        return size, _body(response, skip)
+        return None if length is None else length + start - skip, _body(response, skip)
 
 
-def _body(response: HTTPResponse, skip: int) -> Iterator[bytes]:
+def _body(response: web.Response, skip: int) -> Iterator[bytes]:
     """What is left of a response, without the first `skip` bytes of it."""
     with response:
         while True:
             try:
-                piece = response.read(_CHUNK)
+                piece = response.read_some(_CHUNK)
             except (OSError, HTTPException) as error:
-                raise _Broken(str(error) or type(error).__name__) from None
+                raise _Broken(line(str(error)) or type(error).__name__) from None
             if not piece:
                 return
             if len(piece) > skip:

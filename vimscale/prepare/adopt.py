@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vimscale import untrusted
 from vimscale.addresses import secret
 from vimscale.data import decode
 from vimscale.data.cache import local_copy
-from vimscale.data.shards import MANIFEST, Manifest, Shard, sha256_of, write_file, write_index
+from vimscale.data.shards import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool, shapes
 from vimscale.prepare.index import Sample, scan
@@ -196,7 +197,13 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
     else:
         places = [os.path.abspath(place) for place in places]
         base = _above(places)
-    return base, [Tar(place[len(base) :].lstrip("/"), place) for place in places]
+    tars = [Tar(place[len(base) :].lstrip("/"), place) for place in places]
+    for tar in tars:
+        try:
+            checked_name(tar.name)
+        except ValueError as error:
+            raise DataError(f"index {untrusted.shown(tar.where, 200)}: {error}; rename it") from None
+    return base, tars
 
 
 def _above(paths: list[str]) -> str:

@@ -8,24 +8,17 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from vimscale.data import tar
+from vimscale.data.tar import BLOCK, META
 from vimscale.errors import DataError
 
-BLOCK = 512
-_ZERO = bytes(BLOCK)
-_WITH_DATA = b"\x0007S"
-"""Types of members that webdataset reads; links, folders and devices hold no bytes."""
-_NO_BYTES = b"123456"
-_NAMES = b"LKxXg"
-"""Headers whose payload says more about the member after them."""
-_NAME_LIMIT = 1 << 20
 _SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-META = re.compile(r"__[^/]*__($|/)")
-"""Names that webdataset passes over."""
 
 
 class Sample(NamedTuple):
@@ -52,23 +45,6 @@ class Scan:
     def offsets(self) -> np.ndarray:
         """uint64 (n + 1): what the index file holds."""
         return np.array([*(sample.start for sample in self.samples), self.end], dtype="<u8")
-
-
-class _Fault(Exception):
-    def __init__(self, offset: int, what: str):
-        super().__init__(f"offset {offset}: {what}")
-
-
-class _Member(NamedTuple):
-    start: int
-    name: str
-    data: int
-    size: int
-    regular: bool
-
-    @property
-    def end(self) -> int:
-        return self.data + _padded(self.size)
 
 
 def walk(path: Path) -> tuple[np.ndarray, list[str]]:
@@ -101,14 +77,14 @@ def scan(path: Path) -> Scan:
             if extension is not None:
                 _add(found, seen, member, key, extension)
             found.end = member.end
-    except _Fault as fault:
+    except tar.Fault as fault:
         found.fault = str(fault)
     finally:
         os.close(descriptor)
     return found
 
 
-def _split(member: _Member) -> tuple[str, str | None]:
+def _split(member: tar.Member) -> tuple[str, str | None]:
     """Key and extension by webdataset's rule; no extension for what is part of no sample."""
     name = member.name
     matched = _SPLIT.match(name)
@@ -116,82 +92,31 @@ def _split(member: _Member) -> tuple[str, str | None]:
     return (matched[1], matched[2].lower()) if ours and matched else (name, None)
 
 
-def _add(found: Scan, seen: set[str], member: _Member, key: str, extension: str) -> None:
+def _add(found: Scan, seen: set[str], member: tar.Member, key: str, extension: str) -> None:
     if not found.samples or found.samples[-1].key != key:
         if key in seen:
-            raise _Fault(member.start, f"sample {key} comes back after others: members of a sample must be neighbours")
+            raise tar.Fault(
+                member.start, f"sample {tar.short(key)} comes back after others: members of a sample must be neighbours"
+            )
         seen.add(key)
         found.samples.append(Sample(key, member.start, {}))
     members = found.samples[-1].members
     if extension in members:
-        raise _Fault(member.start, f"member {member.name} is there twice")
+        raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice")
     members[extension] = (member.data, member.size)
 
 
-def _members(descriptor: int) -> Iterator[_Member]:
+def _members(descriptor: int) -> Iterator[tar.Member]:
     """Every member with the long-name headers before it, as POSIX pax and GNU tar write them."""
     length = os.fstat(descriptor).st_size
     if not length:
-        raise _Fault(0, "the file is empty")
+        raise tar.Fault(0, "the file is empty")
     offset = 0
-    start: int | None = None  # of long-name headers that wait for their member
-    long_name: str | None = None
-    long_size: int | None = None
-    while True:
-        header = os.pread(descriptor, BLOCK, offset)
-        if len(header) < BLOCK:
-            raise _Fault(offset, "the file ends here, without the zero blocks that end a tar: it is cut")
-        if header == _ZERO:
-            if start is not None:
-                raise _Fault(start, "a long name without its member")
-            _check_end(descriptor, offset)
-            return
-        kind, name, size = _read_header(header, offset)
-        first = offset if start is None else start
-        data = offset + BLOCK
-        if kind in _NAMES:
-            if size > _NAME_LIMIT:
-                raise _Fault(offset, f"a long-name header of {size:,} bytes; the header is damaged")
-            payload = os.pread(descriptor, size, data)
-            if kind == b"L":
-                long_name = _text(payload.rstrip(b"\x00"))
-            elif kind in b"xX":
-                records = _pax(payload, offset)
-                long_name = records.get("path", long_name)
-                long_size = _pax_size(records["size"], offset) if "size" in records else long_size
-            start, offset = first, data + _padded(size)
-            continue
-        size = 0 if kind in _NO_BYTES else size if long_size is None else long_size
-        if data + size > length:
-            raise _Fault(
-                first, f"member {long_name or name} has {size:,} bytes, {length - data:,} are there: it is cut"
-            )
-        name = long_name or name
-        member = _Member(first, name, data, size, kind in _WITH_DATA and not name.endswith("/"))
+    while os.pread(descriptor, BLOCK, offset) != tar.ZERO:
+        member = tar.member(partial(os.pread, descriptor), offset, length)
         yield member
-        offset, start, long_name, long_size = member.end, None, None, None
-
-
-def _read_header(header: bytes, offset: int) -> tuple[bytes, str, int]:
-    """Type, name and size; the checksum is that of the header with its own eight bytes as blanks."""
-    try:
-        said = _number(header[148:156])
-        size = _number(header[124:136])
-    except ValueError:
-        said = size = -1
-    if size < 0 or said != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise _Fault(offset, f"no tar header{_what(header) if offset == 0 else ': it is damaged'}")
-    name = _text(header[:100].split(b"\x00", 1)[0])
-    prefix = header[345:500].split(b"\x00", 1)[0] if header[257:263] == b"ustar\x00" else b""
-    return header[156:157], f"{_text(prefix)}/{name}" if prefix else name, size
-
-
-def _what(header: bytes) -> str:
-    if header[:2] == b"\x1f\x8b":
-        return ": the file is compressed; shards are plain tars (gunzip it)"
-    if header.lstrip()[:1] == b"<":
-        return f": the file is a web page ({_text(header.lstrip()[:20])!r} ...), perhaps of a failed download"
-    return f": the file begins {header[:12]!r}"
+        offset = member.end
+    _check_end(descriptor, offset)
 
 
 def _check_end(descriptor: int, offset: int) -> None:
@@ -199,40 +124,7 @@ def _check_end(descriptor: int, offset: int) -> None:
     at = offset
     while block := os.pread(descriptor, 1 << 20, at):
         if block.count(0) != len(block):
-            raise _Fault(offset, "the tar ends here, and more follows: unpack it, and pack it anew")
+            raise tar.Fault(offset, "the tar ends here, and more follows: unpack it, and pack it anew")
         at += len(block)
     if at - offset < 2 * BLOCK:
-        raise _Fault(offset, "the tar ends in one zero block, not two: it is cut")
-
-
-def _number(text: bytes) -> int:
-    if text[0] & 0x80:  # GNU's binary numbers, for members of 8 GiB and more
-        return int.from_bytes(text[1:], "big")
-    return int(text.split(b"\x00", 1)[0].strip() or b"0", 8)
-
-
-def _pax(payload: bytes, offset: int) -> dict[str, str]:
-    """Records are "LENGTH key=value\\n", LENGTH counting all of it."""
-    records = {}
-    while payload.strip(b"\x00"):
-        digits, _, _ = payload.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(payload):
-            raise _Fault(offset, "a pax header that cannot be read: it is damaged")
-        key, _, value = payload[len(digits) + 1 : int(digits) - 1].partition(b"=")
-        records[_text(key)] = _text(value)
-        payload = payload[int(digits) :]
-    return records
-
-
-def _pax_size(text: str, offset: int) -> int:
-    if not text.isdecimal():
-        raise _Fault(offset, f"a pax header says a size of {text!r}: it is damaged")
-    return int(text)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+        raise tar.Fault(offset, "the tar ends in one zero block, not two: it is cut")

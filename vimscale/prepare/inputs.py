@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vimscale import untrusted
 from vimscale.errors import DataError
 from vimscale.prepare import tables
 from vimscale.prepare.classes import class_map
@@ -133,6 +134,10 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
     splits: dict[str, list[Entry]] = {}
     for split, rows in found.items():
         where = f"input {source}" + (f", split {split}" if split else "")
+        try:
+            untrusted.file_name(split or "set")
+        except ValueError as error:
+            raise DataError(f"input {source}: a split, which becomes a folder: {error}") from None
         if not rows.keys:
             known = ", ".join(IMAGE_FILES)
             raise DataError(f"{where}: no images in it; looked for {known} below folders named after classes")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vimscale import untrusted
 from vimscale.data import decode
 from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, sha256_of
 from vimscale.errors import BadSample, DataError
@@ -47,8 +48,8 @@ def locate(source: str) -> Located:
     else:
         folder = Path(source)
     try:
-        text = (folder / MANIFEST).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = untrusted.read(folder / MANIFEST)
+    except (OSError, ValueError) as error:
         below = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
         hint = f"sets below it: {', '.join(below)}" if below else "`vimscale data index` makes one for tars"
         missing = f"has no {MANIFEST}" if folder.is_dir() else "is not there"

@@ -131,5 +131,6 @@ def _salvage(located: Located, step: Step) -> Shard:
     finally:
         os.close(descriptor)
     write_file(path, b"".join(pieces) + bytes(2 * BLOCK))
-    write_index(located.folder / path.name, np.array(offsets))
-    return Shard(path.name, len(step.good), path.stat().st_size, sha256_of(path))
+    name = _salvaged(step.health.shard)
+    write_index(located.folder / name, np.array(offsets))
+    return Shard(name, len(step.good), path.stat().st_size, sha256_of(path))
