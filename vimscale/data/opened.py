@@ -6,6 +6,7 @@ is of another kind (long names, for one), webdataset's parser reads the sample.
 
 import io
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,30 @@ from vimscale.errors import DataError
 
 _BLOCK = 512
 _SPACES = 8 * ord(" ")
+_SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+META = re.compile(r"__[^/]*__(?:$|/)")
+"""Names that webdataset passes over."""
+_HIDDEN = re.compile(
+    r"(?:.*/|)(?:[.](?![.]?(?:/|$))|(?:__MACOSX|@eaDir)/|(?:thumbs[.]db|desktop[.]ini)$)", re.IGNORECASE
+)
+
+
+def hidden(name: str) -> bool:
+    """Whether Macs, Windows or notebooks leave files of this name: ._0001.jpg, .DS_Store, Thumbs.db,
+    .ipynb_checkpoints/0001.jpg. A folder's name ends in a slash.
+    """
+    return _HIDDEN.match(name) is not None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member by webdataset's rule: the key ends at the first dot after the folder.
+
+    None for what is part of no sample: a hidden file, a name without a dot, and webdataset's own __x__ and x.__key__.
+    """
+    found = None if META.match(name) or hidden(name) else _SPLIT.fullmatch(name)
+    if found is None or (found[2].startswith("__") and found[2].endswith("__")):
+        return None
+    return found[1], found[2].lower()
 
 
 class Opened:
@@ -98,8 +123,6 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
     Raises:
         _NoSample: they are not whole members of one sample.
     """
-    from webdataset.tariterators import base_plus_ext  # brings torch, which a check of the shards does not need
-
     sample: dict[str, Any] = {}
     plain = True
     at = 0
@@ -115,12 +138,11 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
         if at > len(data):
             raise _NoSample(start, f"a member of {size:,} bytes does not end with the sample")
         name = header[: header.find(b"\0", 0, 100)].decode(errors="surrogateescape")
-        key, extension = base_plus_ext(name)
-        # links, folders, long names, several directories, and what webdataset passes over
-        if header[156] not in b"0\0" or not header[99] == header[345] == 0 or key is None or name.startswith("__"):
+        # links, folders, long names, several directories
+        if header[156] not in b"0\0" or not header[99] == header[345] == 0:
             plain = False
-        if plain:
-            extension = extension.lower()
+        if plain and (found := split_name(name)):
+            key, extension = found
             if not sample:
                 sample = {"__key__": key, "__url__": url}
             plain = key == sample["__key__"] and extension not in sample
@@ -133,7 +155,8 @@ def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
 
     stream = {"url": url, "stream": io.BytesIO(data)}
     try:
-        samples = list(group_by_keys(tar_file_expander([stream], handler=_reraise), handler=_reraise))
+        members = tar_file_expander([stream], handler=_reraise, select_files=lambda name: split_name(name) is not None)
+        samples = list(group_by_keys(members, handler=_reraise))
     except Exception as error:  # tarfile and webdataset raise what they like on bytes that are no tar
         raise _NoSample(0, str(error)) from error
     if len(samples) != 1:

@@ -5,7 +5,6 @@ member, and last where the marker that ends the tar stands.
 """
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vimscale.data.opened import split_name
 from vimscale.errors import DataError
 
 BLOCK = 512
@@ -23,9 +23,8 @@ _NO_BYTES = b"123456"
 _NAMES = b"LKxXg"
 """Headers whose payload says more about the member after them."""
 _NAME_LIMIT = 1 << 20
-_SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-META = re.compile(r"__[^/]*__($|/)")
-"""Names that webdataset passes over."""
+AGAIN = "copy it again, or leave it out"
+"""The fix for most faults."""
 
 
 class Sample(NamedTuple):
@@ -37,6 +36,11 @@ class Sample(NamedTuple):
     members: dict[str, tuple[int, int]]
     """Offset and size of each member's bytes, by extension."""
 
+    @property
+    def end(self) -> int:
+        """Where its last member ends."""
+        return max(offset + _padded(size) for offset, size in self.members.values())
+
 
 @dataclass
 class Scan:
@@ -47,6 +51,10 @@ class Scan:
     """Where the last whole member ends."""
     fault: str | None = None
     """With its offset."""
+    fix: str = AGAIN
+    """What helps against the fault."""
+    passed: list[str] = field(default_factory=list)
+    """Files that are part of no sample."""
 
     @property
     def offsets(self) -> np.ndarray:
@@ -55,8 +63,9 @@ class Scan:
 
 
 class _Fault(Exception):
-    def __init__(self, offset: int, what: str):
+    def __init__(self, offset: int, what: str, fix: str = AGAIN):
         super().__init__(f"offset {offset}: {what}")
+        self.fix = fix
 
 
 class _Member(NamedTuple):
@@ -83,67 +92,76 @@ def walk(path: Path) -> tuple[np.ndarray, list[str]]:
     return found.offsets, [sample.key for sample in found.samples]
 
 
-def scan(path: Path) -> Scan:
+def scan(path: Path, *, scattered: bool = False) -> Scan:
     """All samples up to the end or to the first fault, which is told and not raised.
+
+    A training reader takes a sample in one read, so that its members have to be neighbours; not so if `scattered`, and
+    then only the members say where a sample is.
 
     Raises:
         DataError: the file cannot be opened.
     """
     found = Scan()
-    seen: set[str] = set()
+    seen: dict[str, Sample] = {}
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     try:
         for member in _members(descriptor):
-            key, extension = _split(member)
-            if extension is not None:
-                _add(found, seen, member, key, extension)
+            _add(found, seen, member, scattered)
             found.end = member.end
     except _Fault as fault:
-        found.fault = str(fault)
+        found.fault, found.fix = str(fault), fault.fix
     finally:
         os.close(descriptor)
     return found
 
 
-def _split(member: _Member) -> tuple[str, str | None]:
-    """Key and extension by webdataset's rule; no extension for what is part of no sample."""
-    name = member.name
-    matched = _SPLIT.match(name)
-    ours = member.regular and not META.match(name) and matched
-    return (matched[1], matched[2].lower()) if ours and matched else (name, None)
+def _add(found: Scan, seen: dict[str, Sample], member: _Member, scattered: bool) -> None:
+    split = split_name(member.name) if member.regular else None
+    if split is None:
+        if member.regular:
+            found.passed.append(member.name)
+        return
+    key, extension = split
+    sample = found.samples[-1] if found.samples else None
+    if sample is None or sample.key != key:
+        sample = seen.get(key)
+        if sample is not None and not scattered:
+            raise _Fault(
+                member.start,
+                f"sample {key} comes back after others: members of a sample must be neighbours",
+                "pack it again with `tar --sort=name`, or let `vimscale data prepare` make a new set of it",
+            )
+        if sample is None:
+            sample = seen[key] = Sample(key, member.start, {})
+            found.samples.append(sample)
+    if extension in sample.members:
+        fix = "pack it again without the second, or leave it out"
+        raise _Fault(member.start, f"member {member.name} is there twice", fix)
+    sample.members[extension] = (member.data, member.size)
 
 
-def _add(found: Scan, seen: set[str], member: _Member, key: str, extension: str) -> None:
-    if not found.samples or found.samples[-1].key != key:
-        if key in seen:
-            raise _Fault(member.start, f"sample {key} comes back after others: members of a sample must be neighbours")
-        seen.add(key)
-        found.samples.append(Sample(key, member.start, {}))
-    members = found.samples[-1].members
-    if extension in members:
-        raise _Fault(member.start, f"member {member.name} is there twice")
-    members[extension] = (member.data, member.size)
-
-
-def _members(descriptor: int) -> Iterator[_Member]:
-    """Every member with the long-name headers before it, as POSIX pax and GNU tar write them."""
+def _members(descriptor: int, offset: int = 0, end: int | None = None) -> Iterator[_Member]:
+    """Every member with the long-name headers before it, as POSIX pax and GNU tar write them, from `offset` to `end`
+    (default: to the mark that ends the tar).
+    """
     length = os.fstat(descriptor).st_size
     if not length:
         raise _Fault(0, "the file is empty")
-    offset = 0
     start: int | None = None  # of long-name headers that wait for their member
     long_name: str | None = None
     long_size: int | None = None
-    while True:
+    while end is None or offset < end:
         header = os.pread(descriptor, BLOCK, offset)
         if len(header) < BLOCK:
             raise _Fault(offset, "the file ends here, without the zero blocks that end a tar: it is cut")
         if header == _ZERO:
             if start is not None:
                 raise _Fault(start, "a long name without its member")
+            if end is not None:
+                raise _Fault(offset, "zeros where a member should start")
             _check_end(descriptor, offset)
             return
         kind, name, size = _read_header(header, offset)

@@ -123,7 +123,7 @@ def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
         health.sha256 = sha256_of(path)
         if health.sha256 != shard.sha256 and size == shard.bytes:
             health.faults.append(f"{path} does not have the sha256 it was written with")
-        _decode_all(path, health, len(located.manifest.classes))
+        _decode_all(path, health, located.manifest)
     return health
 
 
@@ -140,13 +140,13 @@ def _index_fault(path: Path, found: Scan) -> str | None:
     return f"{path} says that sample {first} starts at {said[first]}; in the tar it does at {found.offsets[first]}"
 
 
-def _decode_all(path: Path, health: Health, classes: int) -> None:
+def _decode_all(path: Path, health: Health, manifest: Manifest) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for number, sample in enumerate(health.found.samples):
             try:
                 where = f"{path}, offset {sample.start}"
-                label = decode.decode(read(descriptor, sample), where, classes)[1]
+                label = decode.decode(read(descriptor, sample), where, len(manifest.classes), manifest.image)[1]
                 health.labels[label] += 1
             except BadSample as error:
                 health.bad.append(number)

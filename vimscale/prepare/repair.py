@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from vimscale.data import decode
 from vimscale.data.shards import MANIFEST, Shard, sha256_of, write_file, write_index
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, pool
@@ -94,7 +95,8 @@ def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
     if not shards:
         raise DataError(f"data {located.folder}: no sample can be read any more; prepare the set again")
     tars = [adopt.Tar(shard.name, str(located.tar(shard))) for shard in shards]
-    looked = dict(pool.run(partial(adopt.look, quota=1, classes=None), tars, jobs))
+    image = located.manifest.image or decode.EXTENSIONS
+    looked = dict(pool.run(partial(adopt.look, quota=1, classes=None, image=image), tars, jobs))
     tally = Tally.sum(looked[number].tally for number in range(len(tars)))
     manifest = replace(
         located.manifest,
