@@ -551,7 +551,29 @@ def _cut(folder: Path) -> None:
     os.truncate(folder / "00001.tar", offset + size // 2)
 
 
+def _harm_headers(folder: Path) -> None:
+    """Of the second and the last but one of eight samples, a header each, one of them by zeros."""
+    data = bytearray((folder / "00001.tar").read_bytes())
+    samples = scan(folder / "00001.tar").samples
+    data[samples[1].start] ^= 1
+    data[samples[6].start : samples[6].start + 512] = bytes(512)
+    (folder / "00001.tar").write_bytes(data)
+
+
+def _lose_the_padding(folder: Path) -> None:
+    last = scan(folder / "00001.tar").samples[-1]
+    os.truncate(folder / "00001.tar", max(offset + size for offset, size in last.members.values()))
+
+
+def _harm_tar_and_index(folder: Path) -> None:
+    _harm_headers(folder)
+    (folder / "00001.tar.idx").unlink()
+
+
 HARM = {
+    "headers of two samples": (_harm_headers, r"00001.tar, offset \d+: no tar header: it is damaged", 2, False),
+    "headers, and the index is gone": (_harm_tar_and_index, "no tar header: it is damaged", 7, False),
+    "a tar without its last zeros": (_lose_the_padding, r"00001.tar, offset \d+: the file ends here", 0, False),
     "an index of other offsets": (_harm_index, r"00001.tar.idx says that sample 1 starts at 512; in the tar", 0, False),
     "an index that is gone": (lambda f: (f / "00001.tar.idx").unlink(), "00001.tar.idx is missing", 0, False),
     "a shard that is cut": (_cut, r"00001.tar, offset \d+: member .*jpg has .* it is cut", 3, False),

@@ -7,6 +7,7 @@ member, and last where the marker that ends the tar stands.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +117,26 @@ def scan(path: Path, *, scattered: bool = False) -> Scan:
     finally:
         os.close(descriptor)
     return found
+
+
+def intact(path: Path, offsets: np.ndarray) -> list[Sample]:
+    """The samples between the `offsets` of an index that are complete, whatever is damaged around them."""
+    samples = []
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for start, end in pairwise(offsets.tolist()):
+            found = Scan()
+            try:
+                for member in _members(descriptor, start, end):
+                    _add(found, {}, member, scattered=False)
+                    found.end = member.end
+            except _Fault:
+                continue
+            if found.end == end and len(found.samples) == 1:
+                samples += found.samples
+    finally:
+        os.close(descriptor)
+    return samples
 
 
 def _add(found: Scan, seen: dict[str, Sample], member: _Member, scattered: bool) -> None:
