@@ -29,6 +29,10 @@ ClassesOption = Annotated[
     Path | None, typer.Option("--classes", help="File of class names, one a line, in the order of their labels.")
 ]
 JobsOption = Annotated[int | None, typer.Option(min=1, help="Processes; absent: one a CPU.")]
+ImageOption = Annotated[
+    str | None,
+    typer.Option("--image", help="Extension of the image where a tar's samples hold several, such as jpg or jpg,tif."),
+]
 OriginOption = Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")]
 LicenceOption = Annotated[str, typer.Option(help="Their licence, for the manifest.")]
 
@@ -64,6 +68,7 @@ def prepare(
     label_column: Annotated[
         str | None, typer.Option(help="Of a table, or of the .json in tars without .cls: the labels.")
     ] = None,
+    image: ImageOption = None,
     prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put a tar's name before its keys.")] = False,
     jobs: JobsOption = None,
     origin: OriginOption = "",
@@ -76,7 +81,9 @@ def prepare(
     from vimscale.prepare.shapes import Options
 
     options = Options(per_shard, _size(shard_bytes), seed, shuffle, val, resize, quality, min_size, max_aspect, decode)
-    columns = Columns(image_column, label_column, read_classes(classes) if classes else None, prefix_keys)
+    columns = Columns(
+        image_column, label_column, read_classes(classes) if classes else None, prefix_keys, _extensions(image)
+    )
     with Bar("images") as bar:
         written = make.prepare(
             source,
@@ -107,6 +114,7 @@ def index(
         Path | None, typer.Option(help="Folder for manifest and indexes; absent: beside the tars.")
     ] = None,
     classes: ClassesOption = None,
+    image: ImageOption = None,
     jobs: JobsOption = None,
     origin: OriginOption = "",
     licence: LicenceOption = "",
@@ -120,6 +128,7 @@ def index(
             tars,
             output,
             classes=read_classes(classes) if classes else None,
+            image=_extensions(image),
             origin=origin,
             licence=licence,
             jobs=jobs or _cpus(),
@@ -315,6 +324,10 @@ def _say(title: str, lines: Iterable[str]) -> None:
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _extensions(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip(" .").lower() for part in (text or "").split(",") if part.strip(" ."))
 
 
 def _size(text: str | None) -> int | None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.shell import Shell
 from tests.web_server import WebServer
-from vimscale.data import shards
+from vimscale.data import decode, shards
 from vimscale.data.dataset import Dataset
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, inspect, merge, repair
@@ -246,6 +246,134 @@ def test_tars_are_cut_anew_with_all_their_members(tmp_path: Path) -> None:
     assert prepare(str(tmp_path / "c.tar"), tmp_path / "c", Options(), columns)[""].labels == (0, 2)
 
 
+# ---- labels
+
+
+NUMBERED = (*range(12), 11)
+
+
+def _numbered_folders(folder: Path, *others: str) -> str:
+    for i, label in enumerate((*NUMBERED, *others)):
+        (folder / f"in/{label}").mkdir(parents=True, exist_ok=True)
+        (folder / f"in/{label}/{i}.jpg").write_bytes(_image(i))
+    return "in"
+
+
+def _table(folder: Path, labels: list, image: str = "jpg", name: str = "in.csv") -> str:
+    for i in range(len(labels)):
+        (folder / f"{i}.{image}").write_bytes(_image(i))
+    rows = "".join(f"{i}.{image},{label}\n" for i, label in enumerate(labels))
+    (folder / name).write_text(f"path,label\n{rows}", "utf-8-sig")
+    return name
+
+
+def _parquet(folder: Path, labels: list) -> str:
+    pa.parquet.write_table(
+        pa.table({"image": [_image(i) for i in range(len(labels))], "label": labels}), folder / "in.parquet"
+    )
+    return "in.parquet"
+
+
+def _jsons(folder: Path, labels: list) -> str:
+    samples = [
+        {"__key__": str(i), "jpg": _image(i), "json": json.dumps({"label": label}).encode()}
+        for i, label in enumerate(labels)
+    ]
+    shards.write_shard(folder / "in.tar", samples)
+    return "in.tar"
+
+
+def _cls(folder: Path, labels: list) -> str:
+    samples = [{"__key__": str(i), "jpg": _image(i), "cls": str(label).encode()} for i, label in enumerate(labels)]
+    shards.write_shard(folder / "in.tar", samples)
+    return "in.tar"
+
+
+COUNTED = {
+    "folders": _numbered_folders,
+    "a table of floats": lambda folder: _table(folder, [f"{label}.0" for label in NUMBERED]),
+    "a column of floats": lambda folder: _parquet(folder, [float(label) for label in NUMBERED]),
+    "fields of json": lambda folder: _jsons(folder, [*NUMBERED[:11], 11.0, "11"]),
+    "members with byte order marks": lambda folder: _cls(folder, [*NUMBERED[:11], "\ufeff11", "11.0\r\n"]),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_label_k_is_class_k_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = COUNTED[case](tmp_path)
+    manifest = prepare(source, Path("set"), Options(), Columns())[""]
+    assert manifest.classes == tuple(map(str, range(12)))
+    assert manifest.labels == (1,) * 11 + (2,)
+    for key, sample in _samples(Path("set")).items():
+        assert int(sample["cls"]) == NUMBERED[int(key.rpartition("/")[2])]
+    if case == "members with byte order marks":
+        adopt.index([source], tmp_path / "index")
+        assert sorted(decode.decode(s, "in", 12)[1] for s in _samples(tmp_path / "index").values()) == [*NUMBERED]
+
+
+ODD = {
+    "a name": (
+        lambda folder: _table(folder, [0, "cat", 2]),
+        "label 'cat' of ./1.jpg, sample 1 (1 rows) is not a whole",
+    ),
+    "below 0": (lambda folder: _parquet(folder, [0, 1, -1]), "label -1 of rows-00000"),
+    "a gap in a table": (
+        lambda folder: _table(folder, [0, 1, "nan"]),
+        "1 rows have no label; leave them out; the first is",
+    ),
+    "a gap in a column": (lambda folder: _parquet(folder, [0.0, None, float("nan")]), "2 rows have no label"),
+    "a list in json": (lambda folder: _jsons(folder, [0, [1]]), "in.tar, sample 1: its .json holds [1] (list)"),
+    "an empty member": (lambda folder: _cls(folder, [0, "\n"]), "1 rows have no label"),
+    "a folder of another name": (
+        lambda folder: _numbered_folders(folder, "cat"),
+        "label 'cat' of in/cat/13.jpg, sample cat/13 (1 rows) is not a whole number from 0 on, as 13 others are",
+    ),
+    "one number twice": (lambda folder: _numbered_folders(folder, "07"), "the folders 07 and 7 are both class 7"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_label_that_is_none_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    make, expected = ODD[case]
+    monkeypatch.chdir(tmp_path)
+    source = make(tmp_path)
+    with pytest.raises(DataError) as caught:
+        prepare(source, Path("set"), Options(), Columns())
+    assert expected in str(caught.value)
+
+
+def test_gaps_between_numbers_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards.write_shard(tmp_path / "0.tar", [{"__key__": f"{i}", "jpg": _image(i), "cls": b"%d" % i} for i in (0, 1, 5)])
+    assert prepare(str(tmp_path), tmp_path / "set", Options(), Columns())[""].labels == (1, 1, 0, 0, 0, 1)
+    assert adopt.index([str(tmp_path)], None)[1].labels == (1, 1, 0, 0, 0, 1)
+    assert caplog.text.count("3 of 6 classes have no images: 2, 3, 4") == 2
+    shards.write_shard(tmp_path / "x0.tar", [{"__key__": "k", "jpg": _image(0), "cls": b"99999"}])
+    with pytest.raises(DataError, match="labels go up to 99,999, and only 1 of them occur"):
+        adopt.index([str(tmp_path / "x0.tar")], tmp_path / "out")
+
+
+def test_numbers_of_a_hugging_face_set_stay_with_its_own_names(tmp_path: Path) -> None:
+    def save(split: str, names: list[str], labels: list[int]) -> None:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = [{"image": {"bytes": _image(i), "path": None}, "label": label} for i, label in enumerate(labels)]
+        (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_list(rows, features=features)
+        table.to_parquet(tmp_path / "in" / split / f"{'-'.join(names)}.parquet")
+
+    save("train", ["cat", "dog"], [0, 0, 1])
+    save("val", ["dog", "cat"], [0, 1, 1])
+    written = prepare(str(tmp_path / "in"), tmp_path / "set", Options(), Columns())
+    assert {split: manifest.labels for split, manifest in written.items()} == {"train": (2, 1), "val": (2, 1)}
+    for names, labels in ((("dog", "cat"), (1, 2)), (("chien", "chat"), (2, 1)), (("cat", "cow", "dog"), (2, 0, 1))):
+        columns = Columns(classes=names)
+        found = prepare(str(tmp_path / "in/train"), tmp_path / "-".join(names), Options(), columns)
+        assert found[""].labels == labels, names
+    save("train", ["dog", "cat"], [0])
+    with pytest.raises(DataError, match=r"dog-cat.parquet: it names other classes than .*cat-dog.parquet"):
+        prepare(str(tmp_path / "in"), tmp_path / "other", Options(), Columns())
+
+
 # ---- bad input
 
 
@@ -296,7 +424,11 @@ WRONG = {
     "an unknown kind": ("in.zip", _file("in.zip", ""), "files ending in .zip; known: .tar, .parquet, .csv, .tsv"),
     "a csv without the column": ("in.csv", _file("in.csv", "path,klass\n"), "no column for the label, such as label"),
     "a csv that is empty": ("in.csv", _file("in.csv", ""), "it has none; name one with --image-column"),
-    "a row without label": ("in.csv", _file("in.csv", "path,label\na.jpg,\n"), "1 rows have no label, a the first"),
+    "a row without label": (
+        "in.csv",
+        _file("in.csv", "path,label\na.jpg,\n"),
+        "1 rows have no label; leave them out; the first is ./a.jpg",
+    ),
     "labels far apart": ("in.csv", _file("in.csv", "path,label\na.jpg,99999\n"), "labels go up to 99,999, and only 1"),
     "labels that are fractions": ("in.parquet", _floats, "column 'label' holds 0.5 (float)"),
     "images that are numbers": ("in.parquet", _numbers, "column 'image' is of type int64; images are bytes or paths"),
@@ -320,7 +452,9 @@ def test_an_input_that_cannot_be_used_gets_one_message(
 
 
 def test_a_label_outside_the_class_map_is_named_with_the_nearest(tmp_path: Path, images: Path) -> None:
-    with pytest.raises(DataError, match=r"label 'owl' \(10 rows\) is none of the 3 classes \(did you mean owls\?\)"):
+    with pytest.raises(
+        DataError, match=r"label 'owl' of .*/owl/owl.0.jpg.* \(10 rows\) is none of .* \(did you mean owls\?\)"
+    ):
         prepare(str(images), tmp_path / "set", Options(), Columns(classes=("dog", "cat", "owls")))
 
 
@@ -417,7 +551,29 @@ def _cut(folder: Path) -> None:
     os.truncate(folder / "00001.tar", offset + size // 2)
 
 
+def _harm_headers(folder: Path) -> None:
+    """Of the second and the last but one of eight samples, a header each, one of them by zeros."""
+    data = bytearray((folder / "00001.tar").read_bytes())
+    samples = scan(folder / "00001.tar").samples
+    data[samples[1].start] ^= 1
+    data[samples[6].start : samples[6].start + 512] = bytes(512)
+    (folder / "00001.tar").write_bytes(data)
+
+
+def _lose_the_padding(folder: Path) -> None:
+    last = scan(folder / "00001.tar").samples[-1]
+    os.truncate(folder / "00001.tar", max(offset + size for offset, size in last.members.values()))
+
+
+def _harm_tar_and_index(folder: Path) -> None:
+    _harm_headers(folder)
+    (folder / "00001.tar.idx").unlink()
+
+
 HARM = {
+    "headers of two samples": (_harm_headers, r"00001.tar, offset \d+: no tar header: it is damaged", 2, False),
+    "headers, and the index is gone": (_harm_tar_and_index, "no tar header: it is damaged", 7, False),
+    "a tar without its last zeros": (_lose_the_padding, r"00001.tar, offset \d+: the file ends here", 0, False),
     "an index of other offsets": (_harm_index, r"00001.tar.idx says that sample 1 starts at 512; in the tar", 0, False),
     "an index that is gone": (lambda f: (f / "00001.tar.idx").unlink(), "00001.tar.idx is missing", 0, False),
     "a shard that is cut": (_cut, r"00001.tar, offset \d+: member .*jpg has .* it is cut", 3, False),
@@ -436,7 +592,7 @@ def test_damage_is_found_and_what_is_whole_is_saved(made: Path, case: str) -> No
     assert any(re.search(expected, fault) for fault in faults), faults
     todo = repair.steps(inspect.verify(located, deep=True))
     old = repair.repair(located, todo)
-    assert (old is None) == (lost == 0)
+    assert (old is None) == all(step.kind == "index" for step in todo)
     mended = inspect.locate(str(made))
     healths = inspect.verify(mended, deep=True)
     assert not repair.steps(healths)

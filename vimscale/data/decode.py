@@ -1,6 +1,7 @@
 """Bytes of an image file to an upright RGB uint8 tensor (3, h, w)."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -27,32 +28,42 @@ _METADATA = {
 """Bytes without which a file does not say how it is turned. To ask Pillow costs more, for a PNG all of the decoding."""
 _DAMAGE = (ValueError, OSError, EOFError, SyntaxError, IndexError, TypeError, struct.error, zlib.error)
 """What the decoders raise on damaged files."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""Tags of a TIFF."""
+_WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
 
 
-def decode(sample: dict, where: str, classes: int) -> tuple[Tensor, int]:
+def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) -> tuple[Tensor, int]:
     """(image, label) of a webdataset sample: its member with an image's extension, and its `cls` below `classes`.
 
-    No other member is looked into.
+    `image` names the extensions to look for, first match first (default: EXTENSIONS). No other member is looked into.
 
     Raises:
         BadSample: no image or label, or an image that cannot be read; `where` and the sample's key are named. Causes:
             "no image", "no label", "label", and those of `pixels`.
     """
     where = f"{where}, sample {sample.get('__key__')}"
-    data = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
+    data = next((sample[extension] for extension in image or EXTENSIONS if extension in sample), None)
     if data is None:
-        known = ", ".join(EXTENSIONS)
+        known = ", ".join(image or EXTENSIONS)
         raise BadSample("no image", f"{where}: no image among its members; known extensions: {known}")
-    try:
-        label = int(sample["cls"])
-    except (KeyError, ValueError):
-        raise BadSample("no label", f"{where}: no whole number in a member .cls, the label") from None
+    label = whole_number(sample.get("cls", b"").decode("utf-8", "replace"))
+    if label is None:
+        raise BadSample("no label", f"{where}: no whole number in a member .cls, the label")
     if not 0 <= label < classes:
         raise BadSample("label", f"{where}: label {label} is none of the {classes} classes, 0 to {classes - 1}")
     try:
         return pixels(data), label
     except BadSample as error:
         raise BadSample(error.cause, f"{where}: {error}") from None
+
+
+def whole_number(text: str) -> int | None:
+    """What a label's text counts to, or None: 3 may be written as 3.0 (a table with gaps makes it so), after a byte
+    order mark, or between blanks.
+    """
+    text = text.strip("\ufeff \t\r\n")
+    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
 
 
 def pixels(data: bytes) -> Tensor:
@@ -149,12 +160,54 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 
 def _decode_any(image: Image.Image) -> np.ndarray:
     with warnings.catch_warnings(action="ignore"):
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        return np.array(rgb(image))
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as RGB of 8 bits a channel, on white where it is transparent.
+
+    Raises:
+        ValueError: as `eight_bits` does.
+    """
+    image = eight_bits(image)
+    if image.has_transparency_data:
+        if image.mode == "La":  # which Pillow converts to nothing else
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image, with 8 bits a channel: of 12 or 16 bits the upper eight, of floats 0 to 1 as 0 to 255.
+
+    Pillow converts such pixels by clipping: all above 255 are white.
+
+    Raises:
+        ValueError: pixels whose range nothing tells: signed, of 32 bits, or floats beyond 0 to 1.
+    """
+    tags = getattr(image, "tag_v2", {})  # a TIFF's, whose modes do not say all
+    signed = 2 in tags.get(_SAMPLE_FORMAT, ())
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            found = f"from {values.min():g} to {values.max():g}"
+            raise ValueError(f"its pixels are floats {found}, and are read from 0 to 1; scale them, or save 8 bits")
+        grey = (values * 255 + 0.5).astype(np.uint8)
+    elif image.mode.startswith("I") or signed:
+        bits = max(tags.get(_BITS, (16,)))
+        if signed or bits > 16:
+            kind = f"{'signed ' if signed else ''}whole numbers of {bits} bits"
+            raise ValueError(f"its pixels are {kind}, whose range is not known; save it with 8 or 16 bits, unsigned")
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    else:
+        return image
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow minds for 8 bits alone
+        grey = 255 - grey
+    scaled = Image.fromarray(grey)
+    if "transparency" in image.info:
+        scaled.putalpha(Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype("u1")))
+    return scaled
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:

@@ -90,8 +90,6 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
     Raises:
         tar.Fault: they are not whole members of one sample.
     """
-    from webdataset.tariterators import base_plus_ext  # brings torch, which a check of the shards does not need
-
     sample: dict[str, Any] = {}
     at = 0
     while at < len(data):
@@ -99,16 +97,16 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
         if len(header) < tar.BLOCK or not tar.holds(header):
             raise tar.Fault(at, "no header of a member")
         name = header[: header.find(b"\0", 0, 100)].decode(errors="surrogateescape")
-        key, extension = base_plus_ext(name)
-        # links, folders, long names, several directories, and what webdataset passes over
-        if header[156] not in b"0\0" or not header[99] == header[345] == 0 or key is None or name.startswith("__"):
+        split = tar.split_name(name)
+        # links, folders, long names, several directories, and what is part of no sample
+        if header[156] not in b"0\0" or not header[99] == header[345] == 0 or split is None:
             return _parse_generally(data, url)
+        key, extension = split
         if (size := tar.number(header[124:136])) < 0:
             raise tar.Fault(at, "a member without a size")
         start, at = at + tar.BLOCK, at + tar.BLOCK + tar.padded(size)
         if at > len(data):
             raise tar.Fault(start, f"a member of {size:,} bytes does not end with the sample")
-        extension = extension.lower()
         if not sample:
             sample = {"__key__": key, "__url__": url}
         if key != sample["__key__"] or extension in sample:
@@ -119,21 +117,20 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
 
 def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
     """The same for headers of any kind."""
-    from webdataset.tariterators import base_plus_ext
-
     samples: list[dict[str, Any]] = []
     at = 0
     while at < len(data):
         member = tar.member(lambda size, offset: data[offset : offset + size], at, len(data))
         at = member.end
-        key, extension = base_plus_ext(member.name)
-        if not member.regular or tar.META.match(member.name) or key is None:
+        split = tar.split_name(member.name) if member.regular else None
+        if split is None:
             continue
+        key, extension = split
         if not samples or samples[-1]["__key__"] != key:
             samples.append({"__key__": key, "__url__": url})
-        if extension.lower() in samples[-1]:
+        if extension in samples[-1]:
             raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice")
-        samples[-1][extension.lower()] = data[member.data : member.data + member.size]
+        samples[-1][extension] = data[member.data : member.data + member.size]
     if len(samples) != 1:
         keys = ", ".join(tar.short(sample["__key__"]) for sample in samples[:3])
         raise tar.Fault(0, f"{len(samples)} samples where one should be{keys and ': '}{keys}")

@@ -6,10 +6,12 @@ A `.tar.idx` is n + 1 little-endian uint64: where each sample starts in the tar,
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +59,8 @@ class Manifest:
     """Inputs that did not become samples, by cause."""
     plan: str = ""
     """sha256 of what the set was made from and how: the same plan gives the same bytes."""
+    image: tuple[str, ...] = ()
+    """Extensions of the image among a sample's members, first match first, where the usual ones do not say it."""
     format: int = FORMAT
     samples: int = field(init=False)
 
@@ -64,7 +68,10 @@ class Manifest:
         object.__setattr__(self, "samples", sum(shard.samples for shard in self.shards))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        tree = asdict(self)
+        if not self.image:  # manifests of before have none, and keep their fingerprints
+            del tree["image"]
+        return json.dumps(tree, indent=1) + "\n"
 
     @property
     def fingerprint(self) -> str:
@@ -192,22 +199,18 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
 
     Neither has its name before it is whole and on disk: a crash leaves nothing but files that begin with a dot.
     """
-    from webdataset import TarWriter
-
     offsets = []
     partial = _partial(path)
     try:
         with partial.open("wb") as file:
-            tee = _Hashing(file)
-            # mtime 0 and fixed owners: the bytes depend on nothing but the samples
-            with TarWriter(tee, mtime=0, user="vimscale", group="vimscale", encoder=False) as tar:
+            tee: Any = _Hashing(file)
+            # webdataset's own writer passes over members whose extension begins with _
+            with tarfile.open(fileobj=tee, mode="w|") as tar:
                 for sample in samples:
-                    offsets.append(tar.tarstream.offset)
-                    # webdataset's own encoder would take a .json for something to be encoded once more
-                    tar.write(
-                        {key: str(value).encode() if isinstance(value, int) else value for key, value in sample.items()}
-                    )
-                offsets.append(tar.tarstream.offset)
+                    offsets.append(tar.offset)
+                    for extension in sorted(sample.keys() - {"__key__"}):
+                        _add(tar, f"{sample['__key__']}.{extension}", sample[extension])
+                offsets.append(tar.offset)
             file.flush()
             os.fsync(file.fileno())
         write_index(path, np.array(offsets))
@@ -216,6 +219,14 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
         partial.unlink(missing_ok=True)
     sync(path.parent)
     return Shard(path.name, len(offsets) - 1, tee.bytes, tee.sha256.hexdigest())
+
+
+def _add(tar: tarfile.TarFile, name: str, value: bytes | int) -> None:
+    """A member that depends on nothing but these: mtime 0, fixed owners."""
+    data = str(value).encode() if isinstance(value, int) else value
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = len(data), 0o444, "vimscale", "vimscale"
+    tar.addfile(member, io.BytesIO(data))
 
 
 def index_of(path: Path) -> Path:

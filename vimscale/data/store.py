@@ -24,9 +24,9 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request
 
+import vimscale.data.web as web
 from vimscale import manifest, untrusted
 from vimscale.addresses import filled, masked, shown
-from vimscale.data import web
 from vimscale.errors import DataError
 from vimscale.untrusted import line
 

@@ -299,7 +299,8 @@ class _Evaluation(IterableDataset):
 def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
     """(image, label, key) of a sample."""
     raw = dataset.read(shard, sample)
-    image, label = decode.decode(raw, dataset.where(shard), len(dataset.manifest.classes))
+    manifest = dataset.manifest
+    image, label = decode.decode(raw, dataset.where(shard), len(manifest.classes), manifest.image)
     return image, label, raw["__key__"]
 
 

@@ -12,8 +12,14 @@ from vimscale.untrusted import shown
 
 BLOCK = 512
 ZERO = bytes(BLOCK)
-META = re.compile(r"__[^/]*__($|/)")
+META = re.compile(r"__[^/]*__(?:$|/)")
 """Names that webdataset passes over."""
+_SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_HIDDEN = re.compile(
+    r"(?:.*/|)(?:[.](?![.]?(?:/|$))|(?:__MACOSX|@eaDir)/|(?:thumbs[.]db|desktop[.]ini)$)", re.IGNORECASE
+)
+AGAIN = "copy it again, or leave it out"
+"""The fix for most faults."""
 MEMBER_LIMIT = 1 << 30
 """Bytes of a member, and of a sample: each is read in one piece."""
 _WITH_DATA = b"\x0007"
@@ -32,12 +38,13 @@ Read = Callable[[int, int], bytes]
 
 
 class Fault(Exception):
-    """What is wrong with a tar, and at which of its bytes."""
+    """What is wrong with a tar, at which of its bytes, and what helps."""
 
-    def __init__(self, at: int, why: str):
+    def __init__(self, at: int, why: str, fix: str = AGAIN):
         super().__init__(why)
         self.at = at
         self.why = why
+        self.fix = fix
 
     def __str__(self) -> str:
         return f"offset {self.at}: {self.why}"
@@ -99,6 +106,24 @@ def member(read: Read, offset: int, length: int) -> Member:
     if size > MEMBER_LIMIT:
         raise Fault(start, f"member {short(name)} has {size:,} bytes; at most {MEMBER_LIMIT:,} are read")
     return Member(start, name, data, size, kind in _WITH_DATA and not name.endswith("/"))
+
+
+def hidden(name: str) -> bool:
+    """Whether Macs, Windows or notebooks leave files of this name: ._0001.jpg, .DS_Store, Thumbs.db,
+    .ipynb_checkpoints/0001.jpg. A folder's name ends in a slash.
+    """
+    return _HIDDEN.match(name) is not None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member by webdataset's rule: the key ends at the first dot after the folder.
+
+    None for what is part of no sample: a hidden file, a name without a dot, and webdataset's own __x__ and x.__key__.
+    """
+    found = None if META.match(name) or hidden(name) else _SPLIT.fullmatch(name)
+    if found is None or (found[2].startswith("__") and found[2].endswith("__")):
+        return None
+    return found[1], found[2].lower()
 
 
 def holds(header: bytes) -> bool:

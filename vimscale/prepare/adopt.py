@@ -1,5 +1,6 @@
 """Tars that exist already become a data set: each gets an index, all a manifest, and none is touched."""
 
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -14,14 +15,22 @@ from vimscale.addresses import secret
 from vimscale.data import decode
 from vimscale.data.cache import local_copy
 from vimscale.data.shards import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
+from vimscale.data.tar import hidden
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare import pool, shapes
+from vimscale.prepare import members, pool, shapes
+from vimscale.prepare.classes import check_dense
 from vimscale.prepare.index import Sample, scan
-from vimscale.prepare.inputs import braces, expand
+from vimscale.prepare.inputs import braces, expand, passed_over, without_images
 from vimscale.prepare.tally import Tally
+
+_log = logging.getLogger(__name__)
 
 MEASURED = 2000
 """Images, about, that mean and deviation are taken from: as many of each shard."""
+
+
+_READ = (*decode.EXTENSIONS, "jpe", "jfif")
+"""Last parts of extensions of files that training reads."""
 
 
 class Tar(NamedTuple):
@@ -40,6 +49,8 @@ class Found:
     tally: Tally
     unread: tuple[str, ...]
     """Messages about images whose header cannot be read."""
+    passed: tuple[str, ...]
+    """Files that are part of no sample."""
 
 
 def index(
@@ -47,6 +58,7 @@ def index(
     output: Path | None,
     *,
     classes: tuple[str, ...] | None = None,
+    image: tuple[str, ...] = (),
     origin: str = "",
     licence: str = "",
     jobs: int = 1,
@@ -54,7 +66,8 @@ def index(
 ) -> tuple[Path, Manifest, list[str]]:
     """Write index and manifest of the tars in folders, globs, braces or addresses: (folder, manifest, what was odd).
 
-    They go beside the tars, or to `output`, and then the manifest says where the tars are.
+    They go beside the tars, or to `output`, and then the manifest says where the tars are. `image`: extensions of the
+    samples' images, first match first, where there are others.
 
     Raises:
         DataError: no tars, a damaged tar, a sample without image or label, or a folder with a manifest.
@@ -66,7 +79,13 @@ def index(
     if (folder / MANIFEST).exists():
         raise DataError(f"data {folder}: it has a {MANIFEST}; `vimscale data repair` mends a set, or remove the file")
     quota = -(-MEASURED // len(tars))
-    work = partial(look, quota=quota, classes=len(classes) if classes else None)
+    for name in image:
+        if name.rpartition(".")[2] not in _READ:
+            raise DataError(
+                f"--image {name}: training reads {', '.join(_READ)}; `vimscale data prepare --image {name}` makes"
+                " such of these"
+            )
+    work = partial(look, quota=quota, classes=len(classes) if classes else None, image=image)
     found: dict[int, Found] = {}
     progress(0, len(tars))
     for number, result in pool.run(work, tars, jobs):
@@ -80,7 +99,13 @@ def index(
         progress(len(found), len(tars))
     parts = [found[number] for number in range(len(tars))]
     tally = Tally.sum(part.tally for part in parts)
+    if classes is None:
+        check_dense(tally.labels, f"index {patterns[0]}")
     names = classes or tuple(map(str, range(max(tally.labels) + 1)))
+    if empty := [name for number, name in enumerate(names) if number not in tally.labels]:
+        _log.warning("%s: %s", folder, without_images(empty, len(names)))
+    if passed := [name for part in parts for name in part.passed]:
+        _log.warning("%s: %s", folder, passed_over(passed))
     if not tally.measured:
         raise DataError(f"index {patterns[0]}: no image could be decoded: {parts[0].unread[0]}")
     mean, std = tally.normalisation()
@@ -95,12 +120,13 @@ def index(
         base="" if output is None else base,
         labels=tally.label_counts(len(names)),
         sides=tally.side_counts(),
+        image=image,
     )
     write_file(folder / MANIFEST, manifest.to_json().encode())
     return folder, manifest, [message for part in parts for message in part.unread]
 
 
-def look(tar: Tar, *, quota: int, classes: int | None) -> Found:
+def look(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...]) -> Found:
     """All that the manifest says of one tar; `quota` of its images are decoded.
 
     Raises:
@@ -109,7 +135,7 @@ def look(tar: Tar, *, quota: int, classes: int | None) -> Found:
     path = local_copy(tar.where)
     found = scan(path)
     if found.fault is not None:
-        raise DataError(f"{tar.where}, {found.fault}; copy it again, or leave it out")
+        raise DataError(f"{tar.where}, {found.fault}; {found.fix}")
     if not found.samples:
         raise DataError(f"{tar.where} holds no samples; leave it out")
     tally, unread = Tally(), []
@@ -119,7 +145,7 @@ def look(tar: Tar, *, quota: int, classes: int | None) -> Found:
         for i, sample in enumerate(found.samples):
             where = f"{tar.where}, offset {sample.start}, sample {sample.key}"
             label = _label(descriptor, sample, where, classes)
-            offset, size = _image(sample, where)
+            offset, size = _image(sample, where, image)
             data = os.pread(descriptor, size, offset)
             try:
                 _, height, width = shapes.header(data, where)
@@ -132,24 +158,25 @@ def look(tar: Tar, *, quota: int, classes: int | None) -> Found:
     finally:
         os.close(descriptor)
     shard = Shard(tar.name, len(found.samples), path.stat().st_size, sha256_of(path))
-    return Found(shard, found.offsets, tally, tuple(unread))
+    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.passed))
 
 
 def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
-    has = ", ".join(sample.members)
     if "cls" not in sample.members:
         raise DataError(
-            f"{where}: no member .cls, the label (it has {has}); `vimscale data prepare` of the tars writes one from a"
-            " .json"
+            f"{where}: no member .cls, the label (it has {_has(sample)}); `vimscale data prepare` of the tars takes one"
+            " from a .json, and names with more dots apart"
         )
     offset, size = sample.members["cls"]
-    text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip()
-    if not text.isdecimal():
+    text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip("\ufeff \t\r\n")
+    label = decode.whole_number(text)
+    if label is None and text.lower() not in ("", "nan"):
         raise DataError(
             f"{where}: its .cls is {text[:40]!r}, and training reads whole numbers; `vimscale data prepare` of the tars"
             " with --classes FILE numbers them"
         )
-    label = int(text)
+    if label is None or label < 0:
+        raise DataError(f"{where}: its .cls is {text[:40]!r}, and labels count from 0; leave the sample out")
     if classes is not None and label >= classes:
         raise DataError(
             f"{where}: label {label} is none of the {classes} classes; --classes FILE lists all, one a line"
@@ -157,15 +184,20 @@ def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> 
     return label
 
 
-def _image(sample: Sample, where: str) -> tuple[int, int]:
-    place = next((sample.members[extension] for extension in decode.EXTENSIONS if extension in sample.members), None)
-    if place is None:
-        known, has = ", ".join(decode.EXTENSIONS), ", ".join(sample.members)
-        raise DataError(
-            f"{where}: no image among its members ({has}); training reads {known}: `vimscale data prepare` of the tars"
-            " writes such"
-        )
-    return place
+def _image(sample: Sample, where: str, image: tuple[str, ...]) -> tuple[int, int]:
+    found = members.image_of(sample.members, image, where)
+    if found is None or not (image or found in decode.EXTENSIONS):
+        known = ", ".join(image or decode.EXTENSIONS)
+        advice = "`vimscale data prepare` of the tars writes such"
+        if found is not None and found.rpartition(".")[2] in _READ:
+            advice = f"say --image {found} if that is the image"
+        raise DataError(f"{where}: no image among its members ({_has(sample)}); training reads {known}: {advice}")
+    return sample.members[found]
+
+
+def _has(sample: Sample) -> str:
+    names = list(sample.members)
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
 def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
@@ -212,7 +244,8 @@ def _above(paths: list[str]) -> str:
 
 def _local(pattern: str) -> list[str]:
     folder = Path(pattern)
-    found = sorted(folder.glob("*.tar")) if folder.is_dir() else expand(pattern)
+    within = [path for path in sorted(folder.glob("*.tar")) if not hidden(path.name)]
+    found = within if folder.is_dir() else expand(pattern)
     if not found:
         raise DataError(f"index {pattern}: there are no tars; give a folder of them, a glob or braces")
     return [str(path) for path in found]

@@ -1,9 +1,14 @@
 """Labels as people write them, names or numbers, to the whole numbers that a model learns."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from vimscale.data.decode import whole_number
 from vimscale.errors import DataError, nearest
+
+Label = str | int | None
+_NUMBER = re.compile(r"[+-]?(\d+[.]?\d*|[.]\d+)(e[+-]?\d+)?|[+-]?inf", re.ASCII | re.IGNORECASE)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -13,7 +18,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         DataError: the file cannot be read, is empty, or has a name twice.
     """
     try:
-        names = path.read_text().splitlines()
+        names = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--classes {path} cannot be read: {error}") from None
     while names and not names[-1].strip():
@@ -29,55 +34,101 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def class_map(
-    labels: Sequence[str | int], names: tuple[str, ...] | None, where: str
+    labels: Sequence[str | int],
+    names: tuple[str, ...] | None,
+    where: str,
+    row: Callable[[int], str],
+    *,
+    counted: bool = False,
 ) -> tuple[tuple[str, ...], list[int]]:
-    """(class names, label of each row). Labels are names, or numbers counted from 0.
+    """(class names, label of each row). Labels are names, or numbers counted from 0. `row` says where one is from.
 
-    Without `names`, numbers are taken as they are and other labels in alphabetical order.
+    Without `names`, numbers are taken as they are and names in alphabetical order. Of `names`, a text is one if it can
+    be, and else a number that counts them; a number is one only where it cannot count them, and never if `counted`.
 
     Raises:
-        DataError: a label that is none of `names`, or a negative one.
+        DataError: a label that is none of `names`, numbers of which one is odd, or numbers that could be both.
     """
     distinct = set(labels)
-    if names is None:
-        if numbers := _numbers(distinct):
-            names = tuple(map(str, range(max(numbers.values()) + 1)))
-            _check_dense(numbers, where)
-        else:
-            names = tuple(sorted({str(label) for label in distinct}))
-            known = {name: number for number, name in enumerate(names)}
-            numbers = {label: known[str(label)] for label in distinct}
-    else:
-        known = {name: number for number, name in enumerate(names)}
-        by_name = {label: known[str(label)] for label in distinct if str(label) in known}
-        by_number = {label: number for label, number in _numbers(distinct).items() if number < len(names)}
-        # a column of numbers counts classes, whose names may look like numbers; text is a name if it can be one
-        counted = len(by_number) == len(distinct) and all(isinstance(label, int) for label in distinct)
-        numbers = by_number if counted else by_name or by_number
-        strange = sorted(str(label) for label in distinct - numbers.keys())
-        if strange:
-            rows = sum(label not in numbers for label in labels)
-            more = f" and {len(strange) - 1} others" if len(strange) > 1 else ""
-            hint = suggestion(strange[0], names)
-            raise DataError(
-                f"{where}: label {strange[0]!r}{more} ({rows:,} rows) is none of the {len(names)} classes{hint};"
-                " give all of them with --classes FILE, one a line"
-            )
-    return names, [numbers[label] for label in labels]
-
-
-def _numbers(labels: Iterable[str | int]) -> dict[str | int, int]:
-    """What each label counts to, if all of them are whole numbers from 0 on."""
-    numbers = {label: int(label) for label in labels if str(label).isdecimal()}
-    return numbers if len(numbers) == len(set(labels)) else {}
-
-
-def _check_dense(numbers: dict[str | int, int], where: str) -> None:
-    """A typo of 10 million would become a head of 10 million classes."""
-    highest = max(numbers.values())
-    if highest >= 10 * len(numbers) + 1000:
+    whole = {label: number for label in distinct if (number := _whole(label)) is not None and number >= 0}
+    if names is not None:
+        return names, _among(labels, names, whole, where, row, counted)
+    odd = distinct - whole.keys()
+    if odd and (whole or any(_NUMBER.fullmatch(str(label)) for label in odd)):
+        first, count, more = _first(labels, odd, row)
+        others = f", as {len(labels) - count:,} others are" if whole else ""
         raise DataError(
-            f"{where}: labels go up to {highest:,}, and only {len(numbers):,} of them occur; number them from 0 on,"
+            f"{where}: {first} is not a whole number from 0 on{others}{more}; leave such rows out, or, if labels are"
+            " names, give all of them with --classes FILE, one a line"
+        )
+    if whole:
+        check_dense(whole.values(), where)
+        names = tuple(map(str, range(max(whole.values()) + 1)))
+        return names, [whole[label] for label in labels]
+    names = tuple(sorted(map(str, distinct)))
+    known = {name: number for number, name in enumerate(names)}
+    return names, [known[str(label)] for label in labels]
+
+
+def _among(
+    labels: Sequence[str | int],
+    names: tuple[str, ...],
+    whole: dict[str | int, int],
+    where: str,
+    row: Callable[[int], str],
+    counted: bool,
+) -> list[int]:
+    """The label of each row, where the classes have names."""
+    distinct = set(labels)
+    known = {name: number for number, name in enumerate(names)}
+    by_number = {label: number for label, number in whole.items() if number < len(names)}
+    by_name = {}
+    for label in distinct:
+        name = str(label) if str(label) in known else str(whole.get(label))
+        if name in known:
+            by_name[label] = known[name]
+    numbers = by_name if by_name and not counted else by_number
+    if all(isinstance(label, int) for label in distinct) and len(by_number) == len(distinct):
+        if numbers is by_name and len(by_name) == len(distinct) and by_name != by_number:
+            label = min(label for label in distinct if by_name[label] != by_number[label])
+            raise DataError(
+                f"{where}: labels are numbers, and so are names of classes: {label} may be the class of that name,"
+                f" number {by_name[label]}, or the one that counts to {label}, {names[by_number[label]]!r}; give the"
+                " classes other names, such as class_0"
+            )
+        numbers = by_number
+    if strange := distinct - numbers.keys():
+        first, _, more = _first(labels, strange, row)
+        label = next(label for label in labels if label in strange)
+        fix = (
+            "leave such rows out"
+            if _NUMBER.fullmatch(str(label))
+            else "give all of them with --classes FILE, one a line"
+        )
+        hint = suggestion(str(label), names)
+        raise DataError(f"{where}: {first} is none of the {len(names)} classes{hint}{more}; {fix}")
+    return [numbers[label] for label in labels]
+
+
+def _first(labels: Sequence[str | int], odd: set[str | int], row: Callable[[int], str]) -> tuple[str, int, str]:
+    """(the first row with an odd label, how many such rows there are, a word on the others)."""
+    rows = [i for i, label in enumerate(labels) if label in odd]
+    other = [repr(label)[:40] for label in dict.fromkeys(labels[i] for i in rows)][1:]
+    more = f"; nor is {other[0]}" + (f" and {len(other) - 1:,} more" if len(other) > 1 else "") if other else ""
+    return f"label {repr(labels[rows[0]])[:40]} of {row(rows[0])} ({len(rows):,} rows)", len(rows), more
+
+
+def _whole(label: str | int) -> int | None:
+    return label if isinstance(label, int) else whole_number(label)
+
+
+def check_dense(numbers: Iterable[int], where: str) -> None:
+    """A typo of 10 million would become a head of 10 million classes."""
+    distinct = set(numbers)
+    highest = max(distinct)
+    if highest >= 10 * len(distinct) + 1000:
+        raise DataError(
+            f"{where}: labels go up to {highest:,}, and only {len(distinct):,} of them occur; number them from 0 on,"
             " or give their names with --classes FILE"
         )
 

@@ -83,7 +83,9 @@ def _samples(located: Located, seed: int) -> list[tuple[str, Tensor, int]]:
             for i in rng.permutation(len(shards))[:16]:
                 sample = shards[i]
                 try:
-                    image, label = decode.decode(read(descriptor, sample), str(path), len(manifest.classes))
+                    image, label = decode.decode(
+                        read(descriptor, sample), str(path), len(manifest.classes), manifest.image
+                    )
                 except BadSample:
                     continue
                 new = label not in {label for _, _, label in found}

@@ -5,20 +5,18 @@ member, and last where the marker that ends the tar stands.
 """
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vimscale.data import tar
-from vimscale.data.tar import BLOCK, META
+from vimscale.data.tar import AGAIN, BLOCK
 from vimscale.errors import DataError
-
-_SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
 class Sample(NamedTuple):
@@ -30,6 +28,11 @@ class Sample(NamedTuple):
     members: dict[str, tuple[int, int]]
     """Offset and size of each member's bytes, by extension."""
 
+    @property
+    def end(self) -> int:
+        """Where its last member ends."""
+        return max(offset + tar.padded(size) for offset, size in self.members.values())
+
 
 @dataclass
 class Scan:
@@ -40,6 +43,10 @@ class Scan:
     """Where the last whole member ends."""
     fault: str | None = None
     """With its offset."""
+    fix: str = AGAIN
+    """What helps against the fault."""
+    passed: list[str] = field(default_factory=list)
+    """Files that are part of no sample."""
 
     @property
     def offsets(self) -> np.ndarray:
@@ -59,64 +66,90 @@ def walk(path: Path) -> tuple[np.ndarray, list[str]]:
     return found.offsets, [sample.key for sample in found.samples]
 
 
-def scan(path: Path) -> Scan:
+def scan(path: Path, *, scattered: bool = False) -> Scan:
     """All samples up to the end or to the first fault, which is told and not raised.
+
+    A training reader takes a sample in one read, so that its members have to be neighbours; not so if `scattered`, and
+    then only the members say where a sample is.
 
     Raises:
         DataError: the file cannot be opened.
     """
     found = Scan()
-    seen: set[str] = set()
+    seen: dict[str, Sample] = {}
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     try:
         for member in _members(descriptor):
-            key, extension = _split(member)
-            if extension is not None:
-                _add(found, seen, member, key, extension)
+            _add(found, seen, member, scattered)
             found.end = member.end
     except tar.Fault as fault:
-        found.fault = str(fault)
+        found.fault, found.fix = str(fault), fault.fix
     finally:
         os.close(descriptor)
     return found
 
 
-def _split(member: tar.Member) -> tuple[str, str | None]:
-    """Key and extension by webdataset's rule; no extension for what is part of no sample."""
-    name = member.name
-    matched = _SPLIT.match(name)
-    ours = member.regular and not META.match(name) and matched
-    return (matched[1], matched[2].lower()) if ours and matched else (name, None)
+def intact(path: Path, offsets: np.ndarray) -> list[Sample]:
+    """The samples between the `offsets` of an index that are complete, whatever is damaged around them."""
+    samples = []
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for start, end in pairwise(offsets.tolist()):
+            found = Scan()
+            try:
+                for member in _members(descriptor, start, end):
+                    _add(found, {}, member, scattered=False)
+                    found.end = member.end
+            except tar.Fault:
+                continue
+            if found.end == end and len(found.samples) == 1:
+                samples += found.samples
+    finally:
+        os.close(descriptor)
+    return samples
 
 
-def _add(found: Scan, seen: set[str], member: tar.Member, key: str, extension: str) -> None:
-    if not found.samples or found.samples[-1].key != key:
-        if key in seen:
+def _add(found: Scan, seen: dict[str, Sample], member: tar.Member, scattered: bool) -> None:
+    split = tar.split_name(member.name) if member.regular else None
+    if split is None:
+        if member.regular:
+            found.passed.append(member.name)
+        return
+    key, extension = split
+    sample = found.samples[-1] if found.samples else None
+    if sample is None or sample.key != key:
+        sample = seen.get(key)
+        if sample is not None and not scattered:
             raise tar.Fault(
-                member.start, f"sample {tar.short(key)} comes back after others: members of a sample must be neighbours"
+                member.start,
+                f"sample {tar.short(key)} comes back after others: members of a sample must be neighbours",
+                "pack it again with `tar --sort=name`, or let `vimscale data prepare` make a new set of it",
             )
-        seen.add(key)
-        found.samples.append(Sample(key, member.start, {}))
-    members = found.samples[-1].members
-    if extension in members:
-        raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice")
-    members[extension] = (member.data, member.size)
+        if sample is None:
+            sample = seen[key] = Sample(key, member.start, {})
+            found.samples.append(sample)
+    if extension in sample.members:
+        fix = "pack it again without the second, or leave it out"
+        raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice", fix)
+    sample.members[extension] = (member.data, member.size)
 
 
-def _members(descriptor: int) -> Iterator[tar.Member]:
-    """Every member with the long-name headers before it, as POSIX pax and GNU tar write them."""
+def _members(descriptor: int, offset: int = 0, end: int | None = None) -> Iterator[tar.Member]:
+    """Every member with the long-name headers before it, as POSIX pax and GNU tar write them, from `offset` to `end`
+    (default: to the mark that ends the tar).
+    """
     length = os.fstat(descriptor).st_size
     if not length:
         raise tar.Fault(0, "the file is empty")
-    offset = 0
-    while os.pread(descriptor, BLOCK, offset) != tar.ZERO:
+    while offset < end if end is not None else os.pread(descriptor, BLOCK, offset) != tar.ZERO:
         member = tar.member(partial(os.pread, descriptor), offset, length)
         yield member
         offset = member.end
-    _check_end(descriptor, offset)
+    if end is None:
+        _check_end(descriptor, offset)
 
 
 def _check_end(descriptor: int, offset: int) -> None:

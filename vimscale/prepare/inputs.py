@@ -6,17 +6,30 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vimscale import untrusted
+from vimscale.data import decode
+from vimscale.data.tar import META, hidden
 from vimscale.errors import DataError
-from vimscale.prepare import tables
-from vimscale.prepare.classes import class_map
-from vimscale.prepare.index import META, Scan, scan
-from vimscale.prepare.rows import IMAGE_FILES, LABEL_COLUMNS, Columns, Files, Label, Reader, Rows, key_of, pick, size_of
+from vimscale.prepare import members, tables
+from vimscale.prepare.classes import Label, class_map
+from vimscale.prepare.index import scan
+from vimscale.prepare.rows import (
+    IMAGE_FILES,
+    LABEL_COLUMNS,
+    Columns,
+    Files,
+    Reader,
+    Rows,
+    checked_label,
+    key_of,
+    pick,
+    size_of,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +94,15 @@ def _parts(source: str) -> dict[str, tuple[list[Path], str]]:
     path = Path(source)
     if not path.is_dir():
         return {"": _files(source)}
-    below = {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
+    below = {entry.name for entry in os.scandir(path) if entry.is_dir() and not hidden(f"{entry.name}/")}
     if "train" in below and below <= set(SPLITS):
         return {split: _files(str(path / split)) for split in sorted(below, key=SPLITS.index)}
+    if "train" in below and len(below & set(SPLITS)) > 1:
+        others = sorted(below - set(SPLITS))
+        raise DataError(
+            f"input {source}: it has splits, and other folders ({', '.join(others[:3])}), so {others[0]} may be a class"
+            " or not; move those elsewhere, or prepare the splits one by one"
+        )
     return {"": _files(source)}
 
 
@@ -91,7 +110,7 @@ def _files(source: str) -> tuple[list[Path], str]:
     path = Path(source)
     if path.is_dir():
         for kind, pattern in (("tar", "*.tar"), ("parquet", "*.parquet")):
-            if found := sorted(path.glob(pattern)):
+            if found := [file for file in sorted(path.glob(pattern)) if not hidden(file.name)]:
                 return found, kind
         return [path], "images"
     paths = expand(source)
@@ -128,6 +147,8 @@ def braces(pattern: str) -> list[str]:
 
 
 def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Columns) -> Input:
+    if columns.members and not isinstance(reader, Tars):
+        raise DataError(f"input {source}: --image names a member of samples in tars, and it has none; leave it out")
     found = dict(sorted(found.items(), key=lambda item: item[0] != "train"))  # what it says of classes and pixels holds
     first = next(iter(found.values()))
     names = columns.classes or first.classes
@@ -141,12 +162,17 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
         if not rows.keys:
             known = ", ".join(IMAGE_FILES)
             raise DataError(f"{where}: no images in it; looked for {known} below folders named after classes")
-        missing = [key for key, label in zip(rows.keys, rows.labels, strict=True) if label is None]
-        if missing:
-            raise DataError(f"{where}: {len(missing):,} rows have no label, {missing[0]} the first; leave them out")
-        if hidden := next((key for key in rows.keys if META.match(key)), None):
+
+        def row(i: int, rows: Rows = rows) -> str:
+            return f"{reader.where(rows.places[i])}, sample {rows.keys[i]}"
+
+        if missing := [i for i, label in enumerate(rows.labels) if label is None]:
             raise DataError(
-                f"{where}: {hidden} would be passed over, as webdataset keeps names like __x__ for itself;"
+                f"{where}: {len(missing):,} rows have no label; leave them out; the first is {row(missing[0])}"
+            )
+        if own := next((key for key in rows.keys if META.match(f"{key}.x")), None):
+            raise DataError(
+                f"{where}: {own} would be passed over, as webdataset keeps names like __x__ for itself;"
                 " rename its folder"
             )
         if twice := [key for key, count in Counter(rows.keys).items() if count > 1]:
@@ -154,32 +180,65 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
             more = f" ({len(twice):,} such keys)" if len(twice) > 1 else ""
             way_out = "--prefix-keys tells tars apart" if isinstance(reader, Tars) else "rename one"
             raise DataError(f"{where}: {' and '.join(places)} both have the key {twice[0]}{more}; {way_out}")
-        names, labels = class_map([label for label in rows.labels if label is not None], names, where)
-        splits[split] = [Entry(*row) for row in zip(rows.keys, labels, rows.sizes, rows.places, strict=True)]
+        mine, counted = _by_name(rows, names)
+        names, labels = class_map(mine, names, where, row, counted=counted)
+        if not splits and (empty := sorted(set(range(len(names))) - set(labels))):
+            _log.warning("%s: %s", where, without_images([names[number] for number in empty], len(names)))
+        splits[split] = [Entry(*entry) for entry in zip(rows.keys, labels, rows.sizes, rows.places, strict=True)]
     assert names is not None
     return Input(reader, names, splits)
+
+
+def without_images(empty: list[str], classes: int) -> str:
+    """A word on numbers that no label has: they stay what they are, gaps and all."""
+    shown = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
+    return f"{len(empty):,} of {classes:,} classes have no images: {shown}"
+
+
+def _by_name(rows: Rows, names: tuple[str, ...] | None) -> tuple[list[str | int], bool]:
+    """(labels, whether their numbers count the classes). Where an input names its own classes and `names` has some of
+    them in another order, its numbers become names.
+    """
+    labels = [label for label in rows.labels if label is not None]
+    own = rows.classes
+    if own is None or names is None or own == names:
+        return labels, own is not None
+    if len(own) == len(names) and not set(own) & set(names):
+        return labels, True  # other names for the same
+    return [own[label] if isinstance(label, int) and 0 <= label < len(own) else label for label in labels], False
 
 
 def _folder_rows(paths: list[Path]) -> Rows:
     (root,) = paths
     rows, others = Rows(), Counter[str]()
-    for folder, below, names in os.walk(root, followlinks=True, onerror=_refuse):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, below, files in os.walk(root, followlinks=True, onerror=_refuse):
+        below[:] = sorted(name for name in below if not hidden(f"{name}/"))
         inside = Path(folder).relative_to(root)
-        for name in sorted(names):
+        for name in sorted(files):
             extension = name.rpartition(".")[2].lower()
-            if extension not in IMAGE_FILES or name.startswith("."):
-                others[extension] += 1
+            if extension not in IMAGE_FILES or hidden(name):
+                others["hidden" if hidden(name) else f".{extension}"] += 1
                 continue
             path = os.path.join(folder, name)
             if not inside.parts:
                 raise DataError(f"input {root}: {name} lies in no class's folder; move it to {root}/CLASS/{name}")
             rows.add(key_of(str(inside / name)), inside.parts[0], size_of(path), path)
-    rows.classes = tuple(sorted({str(label) for label in rows.labels}))
     if others:
-        counts = ", ".join(f"{count:,} .{extension}" for extension, count in others.most_common(5))
+        counts = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5))
         _log.warning("%s: files that are no images are passed over: %s", root, counts)
+    _check_folders(root, {str(label) for label in rows.labels})
     return rows
+
+
+def _check_folders(root: Path, names: set[str]) -> None:
+    """Each folder is a class: 7 and 07 would be one."""
+    numbers: dict[int, str] = {}
+    for name in sorted(names):
+        number = decode.whole_number(name)
+        if number is not None and numbers.setdefault(number, name) != name:
+            raise DataError(
+                f"input {root}: the folders {numbers[number]} and {name} are both class {number}; rename one"
+            )
 
 
 def _refuse(error: OSError) -> None:
@@ -194,57 +253,79 @@ def _csv_rows(paths: list[Path], columns: Columns) -> Rows:
                 table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
                 image, label = pick(path, table.fieldnames or (), columns)
                 for row in table:
-                    rows.add_file(path, row[image] or "", row[label])
+                    value = checked_label(row[label], f"{path}: column {label!r}", columns.classes)
+                    rows.add_file(path, row[image] or "", value)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"input {path} cannot be read: {error}") from None
     return rows
 
 
 class Tars:
-    """Each place is a tar, and where its members' bytes are."""
+    """Each place is a tar, where its members' bytes are, and which of them is the image."""
 
-    def where(self, place: tuple[str, dict[str, tuple[int, int]]]) -> str:
+    def where(self, place: tuple[str, dict[str, tuple[int, int]], str | None]) -> str:
         return place[0]
 
-    def read(self, place: tuple[str, dict[str, tuple[int, int]]]) -> dict[str, bytes]:
-        path, members = place
+    def read(self, place: tuple[str, dict[str, tuple[int, int]], str | None]) -> dict[str, bytes]:
+        path, parts, image = place
         with open(path, "rb") as file:
-            read = {ext: os.pread(file.fileno(), size, offset) for ext, (offset, size) in members.items()}
-        image = next((ext for ext in IMAGE_FILES if ext in read), None)
-        return {"image" if ext == image else ext: data for ext, data in read.items() if ext != "cls"}
+            read = {name: os.pread(file.fileno(), size, offset) for name, (offset, size) in parts.items()}
+        found = {"image": read.pop(image)} if image is not None else {}
+        for name, data in read.items():
+            # training takes a member of such an extension for the image
+            while name in (*decode.EXTENSIONS, "image") or name in found:
+                name = f"other.{name}"
+            found[name] = data
+        return found
 
 
 def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
     rows = Rows()
+    passed: list[str] = []
     for path in paths:
-        found = scan(path)
+        found = scan(path, scattered=True)
         if found.fault is not None:
-            raise DataError(f"input {path}, {found.fault}; copy it again, or leave it out")
-        for key, label, size, members in tar_labels(path, found, columns.label):
-            rows.add(f"{path.stem}/{key}" if columns.prefix_keys else key, label, size, (str(path), members))
+            raise DataError(f"input {path}, {found.fault}; {found.fix}")
+        passed += found.passed
+        with path.open("rb") as file:
+            for sample in found.samples:
+                for key, parts in members.samples_of(sample):
+                    where = f"{path}, sample {key}"
+                    label, parts = _tar_label(file.fileno(), parts, columns, where)
+                    image = members.image_of(parts, columns.members, f"input {where}")
+                    key = f"{path.stem}/{key}" if columns.prefix_keys else key
+                    size = sum(size for _, size in parts.values())
+                    rows.add(key, label, size, (str(path), parts, image))
+    if passed:
+        _log.warning("%s", passed_over(passed))
     return rows
 
 
-def tar_labels(path: Path, found: Scan, field: str | None) -> Iterator[tuple[str, Label, int, dict]]:
-    """Key, label, bytes and members of each sample: the label is its .cls, or else `field` of its .json."""
-    with path.open("rb") as file:
-        for sample in found.samples:
-            label: Label = None
-            if "cls" in sample.members:
-                offset, size = sample.members["cls"]
-                text = os.pread(file.fileno(), size, offset).decode("utf-8", "replace").strip()
-                label = text or None
-            elif "json" in sample.members:
-                offset, size = sample.members["json"]
-                label = _field(os.pread(file.fileno(), size, offset), field)
-            yield sample.key, label, sum(size for _, size in sample.members.values()), sample.members
+def passed_over(names: list[str]) -> str:
+    """A word on files that are hidden, or have no name of a sample."""
+    shown = ", ".join(name[:60] for name in names[:3]) + (" ..." if len(names) > 3 else "")
+    return f"{len(names):,} files in the tars are part of no sample and passed over: {shown}"
 
 
-def _field(data: bytes, name: str | None) -> Label:
+def _tar_label(
+    file: int, parts: dict[str, tuple[int, int]], columns: Columns, where: str
+) -> tuple[Label, dict[str, tuple[int, int]]]:
+    """(a sample's label, its other members): the .cls, or else a field of the .json."""
+    name = members.label_of(parts)
+    if name is None:
+        return None, parts
+    offset, size = parts[name]
+    data = os.pread(file, size, offset)
+    if name.endswith("json"):
+        return checked_label(_field(data, columns.label), f"{where}: its .{name}", columns.classes), parts
+    rest = {other: place for other, place in parts.items() if other != name}
+    return checked_label(data.decode("utf-8", "replace"), where, columns.classes), rest
+
+
+def _field(data: bytes, name: str | None) -> Any:
     try:
         tree = json.loads(data)
     except ValueError:
         return None
     keys: Sequence[str] = (name,) if name else LABEL_COLUMNS
-    value = next((tree[key] for key in keys if key in tree), None) if isinstance(tree, dict) else None
-    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+    return next((tree[key] for key in keys if key in tree), None) if isinstance(tree, dict) else None

@@ -10,10 +10,11 @@ import numpy as np
 
 from vimscale import untrusted
 from vimscale.data import decode
+from vimscale.data.opened import offsets
 from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, sha256_of
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool
-from vimscale.prepare.index import Sample, Scan, scan
+from vimscale.prepare.index import Sample, Scan, intact, scan
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
         health.faults.append(f"{path} has {size:,} bytes, not {shard.bytes:,}")
     if found.fault is not None:
         health.faults.append(f"{path}, {found.fault}")
+        if deep:
+            found.samples = _rescued(located, shard, found)
     elif len(found.samples) != shard.samples:
         health.faults.append(f"{path} holds {len(found.samples):,} samples, not {shard.samples:,}")
     if found.fault is None and (fault := _index_fault(located.index(shard), found)):
@@ -124,8 +127,21 @@ def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
         health.sha256 = sha256_of(path)
         if health.sha256 != shard.sha256 and size == shard.bytes:
             health.faults.append(f"{path} does not have the sha256 it was written with")
-        _decode_all(path, health, len(located.manifest.classes))
+        _decode_all(path, health, located.manifest)
     return health
+
+
+def _rescued(located: Located, shard: Shard, found: Scan) -> list[Sample]:
+    """Complete samples of a damaged tar: those before the fault, or by its index those after it, too."""
+    try:
+        index = offsets(located.index(shard).read_bytes(), shard, located.tar(shard).name)
+        by_index = intact(located.tar(shard), index)
+    except (OSError, DataError):
+        by_index = []
+    # where a tar is cut between two members, its last sample lacks what the others have
+    last = found.samples[-1:]
+    short = last and len(found.samples) > 1 and last[0].members.keys() != found.samples[-2].members.keys()
+    return max(by_index, found.samples[:-1] if short else found.samples, key=len)
 
 
 def _index_fault(path: Path, found: Scan) -> str | None:
@@ -141,13 +157,13 @@ def _index_fault(path: Path, found: Scan) -> str | None:
     return f"{path} says that sample {first} starts at {said[first]}; in the tar it does at {found.offsets[first]}"
 
 
-def _decode_all(path: Path, health: Health, classes: int) -> None:
+def _decode_all(path: Path, health: Health, manifest: Manifest) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for number, sample in enumerate(health.found.samples):
             try:
                 where = f"{path}, offset {sample.start}"
-                label = decode.decode(read(descriptor, sample), where, classes)[1]
+                label = decode.decode(read(descriptor, sample), where, len(manifest.classes), manifest.image)[1]
                 health.labels[label] += 1
             except BadSample as error:
                 health.bad.append(number)

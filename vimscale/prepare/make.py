@@ -85,7 +85,7 @@ def prepare(
         with _locked(partial):
             content = open_input(source, columns, partial)
             plan = make_plan(content, options)
-            digest = plan_hash(content, options, plan, (origin, licence))
+            digest = plan_hash(content, options, plan, (origin, licence, *columns.members))
             _same_plan(partial, digest)
             records = _run(content, plan, partial, options, jobs, strict, progress)
             written, lists = {}, {}
@@ -174,7 +174,7 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, key]))
 
 
-def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[str, str]) -> str:
+def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[str, ...]) -> str:
     """sha256 of everything the set follows from, but for the images' own bytes."""
     digest = hashlib.sha256()
     for line in (dataclasses.asdict(options), content.classes, about):

@@ -56,6 +56,12 @@ def _check(sets: list[Located]) -> None:
                 f"data {one.folder}: {what} as in {first.folder}; prepare one of them again with the other's names in"
                 " --classes FILE"
             )
+        if one.manifest.image != first.manifest.image:
+            own, other = (", ".join(part.manifest.image) or "the usual member" for part in (one, first))
+            raise DataError(
+                f"data {one.folder}: its images are {own}, not {other} as in {first.folder}; `vimscale data prepare` of"
+                " its tars makes a set without such a choice"
+            )
         for shard in one.manifest.shards:
             name = str(one.tar(shard))
             for path, size in ((one.tar(shard), shard.bytes), (one.index(shard), 8 * (shard.samples + 1))):
@@ -100,4 +106,5 @@ def _merged(name: str, parts: list[Manifest], shards: tuple[Shard, ...]) -> Mani
         labels=tally.label_counts(len(classes)) if all(part.labels for part in parts) else (),
         sides=tally.side_counts() if all(part.sides for part in parts) else {},
         skipped=tally.skipped_counts(),
+        image=parts[0].image,
     )

@@ -1,7 +1,6 @@
 """A damaged data set made whole again, with what is left of it. Files of shards are added, and never changed."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from vimscale.data import decode
 from vimscale.data.shards import MANIFEST, Shard, sha256_of, write_file, write_index
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, pool
@@ -41,7 +41,7 @@ def steps(healths: list[Health]) -> list[Step]:
     """What a deep look calls for; nothing where nothing is wrong."""
     found = []
     for health in healths:
-        good = tuple(number for number in _whole(health) if number not in set(health.bad))
+        good = tuple(number for number in range(len(health.found.samples)) if number not in set(health.bad))
         if not good:
             found.append(Step("drop", health, ()))
         elif health.found.fault is not None or len(good) < len(health.found.samples):
@@ -51,15 +51,6 @@ def steps(healths: list[Health]) -> list[Step]:
         elif health.index_faults:
             found.append(Step("index", health, good))
     return found
-
-
-def _whole(health: Health) -> Iterator[int]:
-    """Where a tar is cut between two members, its last sample lacks what the others have."""
-    samples = health.found.samples
-    for number, sample in enumerate(samples):
-        at_the_cut = health.found.fault is not None and number == len(samples) - 1
-        if not at_the_cut or number == 0 or sample.members.keys() == samples[number - 1].members.keys():
-            yield number
 
 
 def repair(located: Located, todo: list[Step], jobs: int = 1) -> Path | None:
@@ -94,7 +85,8 @@ def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
     if not shards:
         raise DataError(f"data {located.folder}: no sample can be read any more; prepare the set again")
     tars = [adopt.Tar(shard.name, str(located.tar(shard))) for shard in shards]
-    looked = dict(pool.run(partial(adopt.look, quota=1, classes=None), tars, jobs))
+    image = located.manifest.image or decode.EXTENSIONS
+    looked = dict(pool.run(partial(adopt.look, quota=1, classes=None, image=image), tars, jobs))
     tally = Tally.sum(looked[number].tally for number in range(len(tars)))
     manifest = replace(
         located.manifest,
@@ -118,14 +110,13 @@ def _salvaged(shard: Shard) -> str:
 def _salvage(located: Located, step: Step) -> Shard:
     """The good samples, byte for byte, as a tar of their own."""
     path = located.shards / _salvaged(step.health.shard)
-    ends = [*(sample.start for sample in step.health.found.samples[1:]), step.health.found.end]
     offsets = [0]
     pieces = []
     descriptor = os.open(located.tar(step.health.shard), os.O_RDONLY)
     try:
         for number in step.good:
-            start = step.health.found.samples[number].start
-            piece = os.pread(descriptor, ends[number] - start, start)
+            sample = step.health.found.samples[number]
+            piece = os.pread(descriptor, sample.end - sample.start, sample.start)
             pieces.append(piece + bytes(-len(piece) % BLOCK))  # a cut may have taken the zeros after the last bytes
             offsets.append(offsets[-1] + len(pieces[-1]))
     finally:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vimscale.errors import DataError
-from vimscale.prepare.classes import suggestion
+from vimscale.prepare.classes import Label, suggestion
 
-IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")
 _IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "filepath", "file_name", "image_path", "jpg")
-
-Label = str | int | None
 
 
 class Reader(Protocol):
@@ -36,6 +34,8 @@ class Columns:
     """Names in the order of their labels."""
     prefix_keys: bool = False
     """Whether a tar's name is put before its keys."""
+    members: tuple[str, ...] = ()
+    """Extensions of the image in a tar's samples, first match first; default: the only one that may be it."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Rows:
     def add_file(self, table: Path, name: str, label: Label) -> None:
         """A row of a table of paths, which stand relative to the table."""
         place = os.path.join(table.parent, name)
-        self.add(key_of(name), None if label == "" else label, size_of(place), place)
+        self.add(key_of(name), label, size_of(place), place)
 
 
 class Files:
@@ -106,15 +106,23 @@ def pick(path: Path | str, there: Iterable[str], columns: Columns) -> tuple[str,
     return found[0], found[1]
 
 
-def checked_labels(where: str, column: str, labels: list[Any]) -> list[Label]:
-    """Raises:
-    DataError: labels that are neither names nor whole numbers.
+def checked_label(label: Any, where: str, names: tuple[str, ...] | None) -> Label:
+    """A label as it stands in an input, without blanks; None where there is none. `names` are those of the classes, if
+    the user gave them.
+
+    Raises:
+        DataError: it is neither a name nor a whole number.
     """
-    for label in labels:
-        if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
-            kind = type(label).__name__
-            raise DataError(
-                f"input {where}: column {column!r} holds {label!r} ({kind}), and labels are names or whole numbers;"
-                " name another with --label-column"
-            )
-    return labels
+    if isinstance(label, float):
+        label = None if label != label else int(label) if label.is_integer() else label
+    if isinstance(label, str):
+        label = label.strip("\ufeff \t\r\n")
+        # what tables write where there is no label
+        return None if label == "" or (label.lower() == "nan" and label not in (names or ())) else label
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        kind = type(label).__name__
+        raise DataError(
+            f"input {where} holds {repr(label)[:40]} ({kind}), and labels are names or whole numbers;"
+            " name another with --label-column"
+        )
+    return label

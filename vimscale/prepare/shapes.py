@@ -16,6 +16,10 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """All that Pillow may take a file for: some of its other readers start programs."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that are kept as they are."""
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+"""Modes of Pillow's that a PNG holds and training reads alike."""
+_JPEG_SIDE = 65_500
+"""Pixels of a side that libjpeg writes at most."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Options:
     resize: int | None = None
     """Images with a larger shorter side are made that small; others keep their bytes."""
     quality: int = 90
-    """Of the JPEGs that result."""
+    """Of the JPEGs that result; a side that is too long for a JPEG makes a PNG."""
     min_size: int = 1
     max_aspect: float | None = None
     decode: bool = True
@@ -64,8 +68,11 @@ def shape(
     image = pixels(data, name)
     if shrink:
         assert options.resize is not None
-        data, image = _smaller(image, options.resize, options.quality)
-        kind, (height, width) = "JPEG", image.shape[1:]
+        try:
+            kind, data, image = _smaller(image, options.resize, options.quality)
+        except (OSError, ValueError) as error:
+            raise BadSample("image", f"{name}: it cannot be made smaller: {error}") from None
+        height, width = image.shape[1:]
     return _EXTENSIONS[kind], data, height, width, image
 
 
@@ -106,22 +113,27 @@ def pixels(data: bytes, where: str) -> Tensor:
 
 
 def _as_png(data: bytes, where: str) -> bytes:
-    """The first frame of a format that training does not read, without loss."""
+    """The first frame of a format that training does not read, as training would see it."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            file = io.BytesIO()
-            keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
-            (image if keep else image.convert("RGB")).save(file, "PNG")
-            return file.getvalue()
-    except (OSError, ValueError, SyntaxError) as error:
+            kept = decode.eight_bits(image)
+            return _saved(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
+    except Exception as error:  # decoders raise what they like on damaged files
         raise BadSample("image", f"{where}: the image cannot be decoded: {error}") from None
 
 
-def _smaller(image: Tensor, side: int, quality: int) -> tuple[bytes, Tensor]:
+def _smaller(image: Tensor, side: int, quality: int) -> tuple[str, bytes, Tensor]:
+    """(format, bytes, pixels) of the image with `side` as its shorter side."""
     height, width = image.shape[1:]
     scale = side / min(height, width)
     size = (max(round(width * scale), side), max(round(height * scale), side))
     pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    kind = "JPEG" if max(size) <= _JPEG_SIDE else "PNG"
+    data = _saved(pixels, kind, quality=quality)
+    return kind, data, torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
     file = io.BytesIO()
-    pixels.save(file, "JPEG", quality=quality)
-    return file.getvalue(), torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    image.save(file, kind, **options)
+    return file.getvalue()

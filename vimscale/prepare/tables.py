@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare.rows import Columns, Files, Reader, Rows, checked_labels, pick
+from vimscale.prepare.rows import Columns, Files, Reader, Rows, checked_label, pick
 
 _BATCH = 256
 
@@ -31,19 +31,24 @@ def parquet(files: dict[str, list[Path]], columns: Columns, scratch: Path) -> tu
             except (OSError, pyarrow.ArrowException) as error:
                 raise DataError(f"input {path} cannot be read: {error}") from None
             image, label = pick(path, table.schema_arrow.names, columns)
-            rows.classes = rows.classes or _named(table.schema_arrow.metadata, label)
+            named = _named(table.schema_arrow.metadata, label)
+            if number and named != rows.classes:
+                raise DataError(
+                    f"input {path}: it names other classes than {paths[0]}, and labels would mean two things; prepare"
+                    " them one by one with --classes FILE, and merge the sets"
+                )
+            rows.classes = named
             kind = table.schema_arrow.field(image).type
             if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
                 content = table.read([image, label])
-                labels = checked_labels(str(path), label, content[label].to_pylist())
-                for name, value in zip(content[image].to_pylist(), labels, strict=True):
-                    rows.add_file(path, name or "", value)
+                for name, value in zip(content[image].to_pylist(), content[label].to_pylist(), strict=True):
+                    rows.add_file(path, name or "", checked_label(value, f"{path}: column {label!r}", columns.classes))
             else:
                 inside = True
                 about = path.stat()
                 unpacked = scratch / f"{split or 'rows'}-{number:05d}-{about.st_size}-{about.st_mtime_ns}.arrow"
                 _unpack(path, table, image, label, unpacked)
-                _add_unpacked(rows, path, unpacked, label)
+                _add_unpacked(rows, path, unpacked, label, columns.classes)
     return Unpacked() if inside else Files(), found
 
 
@@ -70,7 +75,7 @@ def _unpack(path: Path, table: Any, image: str, label: str, to: Path) -> None:
     partial.replace(to)
 
 
-def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str) -> None:
+def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str, names: tuple[str, ...] | None) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -81,8 +86,8 @@ def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str) -> None:
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             sizes = pc.binary_length(batch.column("image")).to_pylist()
-            labels = checked_labels(str(path), label, batch.column("label").to_pylist())
-            for i, (size, value) in enumerate(zip(sizes, labels, strict=True)):
+            for i, (size, value) in enumerate(zip(sizes, batch.column("label").to_pylist(), strict=True)):
+                value = checked_label(value, f"{path}: column {label!r}", names)
                 rows.add(f"{len(rows.keys):08d}", value, size or 0, (str(unpacked), number, i))
 
 
@@ -165,8 +170,8 @@ def hub(source: str, columns: Columns) -> tuple[Reader, dict[str, Rows]]:
             table = table.cast_column(image, datasets.Image(decode=False))
         rows = found[split] = Rows(classes=_class_label(table.features[label]))
         for batch in table.select_columns([image, label]).with_format("arrow").iter(_BATCH):
-            labels = checked_labels(source, label, batch[label].to_pylist())
-            for size, value in zip(_sizes(source, image, batch[image]), labels, strict=True):
+            for size, value in zip(_sizes(source, image, batch[image]), batch[label].to_pylist(), strict=True):
+                value = checked_label(value, f"{source}: column {label!r}", columns.classes)
                 rows.add(f"{len(rows.keys):08d}", value, size, (split, len(rows.keys)))
         images[split] = table.select_columns([image])
     return Hub(images), found
