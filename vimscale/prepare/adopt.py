@@ -1,6 +1,7 @@
 """Tars that exist already become a data set: each gets an index, all a manifest, and none is touched."""
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +144,7 @@ def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> 
         )
     offset, size = sample.members["cls"]
     text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip()
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise DataError(
             f"{where}: its .cls is {text[:40]!r}, and training reads whole numbers; `vimscale data prepare` of the tars"
             " with --classes FILE numbers them"

@@ -243,7 +243,7 @@ def tar_labels(path: Path, found: Scan, field: str | None) -> Iterator[tuple[str
 def _field(data: bytes, name: str | None) -> Label:
     try:
         tree = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     keys: Sequence[str] = (name,) if name else LABEL_COLUMNS
     value = next((tree[key] for key in keys if key in tree), None) if isinstance(tree, dict) else None

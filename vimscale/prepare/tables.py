@@ -106,7 +106,7 @@ def _named(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] |
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(features[label]["names"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
 
 
