@@ -15,16 +15,37 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vimscale import recipe as recipes
+from vimscale import untrusted
 from vimscale.errors import LaunchError
 
 from . import workers
 from .cluster import Cluster
 from .jobs import Job, State, completed, environment, files, launch_arguments, lines_of, reason, unknown
 from .on_local import cpus, gpus
+
+
+@dataclass
+class _About:
+    """job.json"""
+
+    pid: int
+    start: int | None
+    began: float
+    log: int
+    """Bytes of log.txt before the job's own."""
+
+
+@dataclass
+class _Ended:
+    """ended.json"""
+
+    code: int
+    at: float
 
 
 class LocalJobs:
@@ -106,12 +127,12 @@ class LocalJobs:
 
     def _known(self, job: str) -> tuple[Path, dict[str, Any]]:
         folder = self._folder(job)
-        if (about := _read(folder / "job.json")) is None:
+        if (about := _read(folder / "job.json", _About)) is None:
             raise unknown(job, [each.id for each in self.jobs()], self._where)
         return folder, about
 
     def _job(self, folder: Path) -> Job | None:
-        about = _read(folder / "job.json")
+        about = _read(folder / "job.json", _About)
         if about is None:
             return None
         state, ended = self._state(folder, about)
@@ -123,7 +144,7 @@ class LocalJobs:
         """How it is, and when it ended. A job that is killed leaves no word of its end but its log's last change."""
         if _lives(about):
             return "stopping" if (folder / "stopping").exists() else "running", None
-        if (ended := _read(folder / "ended.json")) is None:
+        if (ended := _read(folder / "ended.json", _Ended)) is None:
             return "failed", (folder / "log.txt").stat().st_mtime
         states: dict[int, State] = {0: "finished", 3: "stopped"}
         return states.get(ended["code"], "failed"), ended["at"]
@@ -158,13 +179,13 @@ def _lives(about: dict[str, Any]) -> bool:
     return about["start"] is not None and _start(about["pid"]) == about["start"]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, kind: type) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return asdict(untrusted.build(kind, untrusted.loads(untrusted.read(path))))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise LaunchError(f"{path} cannot be read: {error}; remove {path.parent} to forget the job") from None
+        raise LaunchError(f"{path} cannot be read: {error}; remove it to forget the job") from None
 
 
 def _write(path: Path, about: dict[str, Any]) -> None:

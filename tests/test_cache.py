@@ -272,3 +272,8 @@ def test_a_file_without_a_manifest_is_fetched_anew_each_time(server: WebServer, 
     assert local_copy(f"file://{folder}/00000.tar") == folder / "00000.tar"
     with pytest.raises(DataError, match=r"none.tar is not there"):
         local_copy(f"{server.url}/train/none.tar")
+
+
+def test_what_was_fetched_is_for_this_user_alone(server: WebServer, shards_cache: Path) -> None:
+    Dataset.open(f"{server.url}/train").read(0, 0)
+    assert shards_cache.stat().st_mode & 0o777 == 0o700

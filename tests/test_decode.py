@@ -1,6 +1,7 @@
 """Image files of every kind, whole and damaged, to upright RGB."""
 
 import io
+import os
 import pickle
 import struct
 import warnings
@@ -15,6 +16,8 @@ from PIL import Image
 
 from vimscale.data import decode
 from vimscale.errors import BadSample
+from vimscale.prepare import shapes
+from vimscale.prepare.rows import Files
 
 RED = Image.new("RGB", (20, 10), (200, 30, 40))
 NOISE = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8))
@@ -227,6 +230,8 @@ def test_the_size_needs_no_more_than_the_header(kind: str) -> None:
         ({"png": KINDS["png"][0], "cls": b"cat"}, "no label", "member .cls"),
         ({"png": KINDS["png"][0], "cls": b"10"}, "label", "label 10 is none of the 10 classes, 0 to 9"),
         ({"png": KINDS["png"][0], "cls": b"-1"}, "label", "label -1 is none"),
+        ({"png": KINDS["png"][0], "cls": b"9" * 4000}, "label", r"label 9{60}\.\.\. is none"),
+        ({"png": KINDS["png"][0], "cls": b"9" * 5000}, "no label", "member .cls"),
         ({"txt": b"a caption", "cls": b"1"}, "no image", "no image among its members"),
     ],
 )
@@ -258,3 +263,84 @@ def test_pickles_in_a_sample_are_never_run(tmp_path: Path) -> None:
     assert not trace.exists()
     pickle.loads(hostile)
     assert trace.exists(), "it would have left a trace"
+
+
+# ---- files that were made to do harm
+
+
+def _many_scans(side: int, more: int) -> bytes:
+    """A progressive JPEG whose last scan comes again."""
+    data = _encoded(Image.new("RGB", (side, side)), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + b"\xff\xd9"
+
+
+def _behind(data: bytes, at: int, part: bytes, times: int) -> bytes:
+    return data[:at] + part * times + data[at:]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+PLAIN = {kind: _encoded(Image.new("RGB", (40, 60)), kind) for kind in ("JPEG", "PNG")}
+EXIF = b"\xff\xe1\0\2"  # which leads to Pillow
+MANY = 100_001
+BOMBS = {
+    "scans": (_many_scans(16, 91), "it has 101 scans, and at most 100 are read"),
+    "fewer scans of more pixels": (_many_scans(4000, 71), "it has 81 scans, and at most 80 are read"),
+    "scans behind a thumbnail": (_behind(_many_scans(16, 91), 2, EXIF, 1), "it has 101 scans"),
+    "scans behind fill bytes": (_many_scans(16, 91).replace(b"\xff\xda", b"\xff\xff\xff\xda"), "it has 101 scans"),
+    "scans behind segments": (_behind(_many_scans(16, 91), 2, b"\xff\xfe\0\2", MANY), "more than 100,000 parts"),
+    "segments": (_behind(PLAIN["JPEG"], 2, EXIF, MANY), "more than 100,000 parts"),
+    "chunks": (_behind(PLAIN["PNG"], 33, _chunk(b"abCd", b""), MANY), "more than 100,000 parts"),
+    "chunks at the end": (_behind(PLAIN["PNG"], -12, _chunk(b"abCd", b""), MANY), "more than 100,000 parts"),
+    "a colour profile": (
+        _behind(PLAIN["PNG"], 33, _chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000))), 1),
+        "cannot be decoded",
+    ),
+    "texts": (
+        _behind(PLAIN["PNG"], 33, _chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2_000_000))), 3),
+        "cannot be decoded",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_small_file_that_costs_minutes_is_refused(case: str) -> None:
+    data, said = BOMBS[case]
+    with pytest.raises(BadSample, match=said) as caught:
+        decode.pixels(data)
+    assert caught.value.cause == "image"
+    assert len(str(caught.value)) < 300
+
+
+def test_what_looks_like_a_bomb_and_is_none_is_read() -> None:
+    kept = decode.pixels(_many_scans(16, 90))
+    assert kept.shape == (3, 16, 16)
+    marks = b"\xff\xe2" + struct.pack(">H", 60_002) + b"\xff\xda" * 30_000  # metadata may hold anything
+    for data in (_many_scans(16, 0), PLAIN["JPEG"]):
+        assert torch.equal(decode.pixels(_behind(data, 2, marks, 20)), decode.pixels(data))
+    assert torch.equal(decode.pixels(PLAIN["JPEG"] + b"\xff\xda" * 9999), decode.pixels(PLAIN["JPEG"]))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_thousands_of_frames_the_first_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), (250 if i == 0 else 0, i % 256, i // 256)) for i in range(1000)]
+    data = _encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    extension, _, height, width, image = shapes.shape(data, "here", "a", shapes.Options(), look=True)
+    assert (extension, height, width) == ("png" if kind == "GIF" else kind.lower(), 8, 8)
+    assert image is not None
+    assert image[0].min() > 200
+
+
+def test_a_gif_of_comments_alone_is_refused() -> None:
+    data = _encoded(Image.new("P", (8, 8)), "GIF")
+    with pytest.raises(BadSample, match="more than 100,000 parts"):
+        shapes.header(_behind(data, data.index(b","), b"!\xfe\1c\0", 50_001), "here")
+
+
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (str(tmp_path / "pipe.png"), "/dev/zero"):
+        with pytest.raises(BadSample, match="not a regular file"):
+            Files().read(path)

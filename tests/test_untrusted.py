@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.noise import SAMPLE, overwrite, write_set
 from tests.web_server import WebServer
-from vimscale import manifest, second, untrusted
+from vimscale import checkpoint, guard_report, manifest, second, untrusted
 from vimscale.data import shards
 from vimscale.data.dataset import Dataset
-from vimscale.errors import DataError
+from vimscale.errors import CheckpointError, DataError, LaunchError
+from vimscale.launch.cluster import Cluster
+from vimscale.launch.on_local_jobs import LocalJobs
 from vimscale.prepare import adopt, inputs, inspect
 from vimscale.prepare.rows import Columns, Files, Rows
+from vimscale.run_folder import RunFolder
 
 # ---- names
 
@@ -202,3 +207,63 @@ def test_a_mirror_writes_nothing_outside_the_run_and_no_more_than_its_manifest_s
             second.fetch(place, "step_00000001", tmp_path / "here")
         assert list((tmp_path / "here").iterdir()) == []
         assert len(list(second.faults(place, "step_00000001"))) == 1
+
+
+TRAINER = {"step": 1, "stream": {}, "updates": 1, "shapes": {"a": [2]}, "world": 1, "zero": 0, "ema": False}
+TRAINERS: dict[str, Any] = {
+    "depth": b"[" * 100_000,
+    "depth below a key": TRAINER | {"guard": {"a": json.loads("[" * 50 + "]" * 50)}},
+    "a number of 5,000 digits": b'{"step": ' + b"9" * 5000 + b"}",
+    "a key twice": b'{"step": 1, "step": 2}',
+    "text for a number": TRAINER | {"step": "1"},
+    "a fraction": TRAINER | {"world": 1.5},
+    "true": TRAINER | {"zero": True},
+    "shapes of text": TRAINER | {"shapes": {"a": "2"}},
+    "an unknown key": TRAINER | {"x" * 100_000: 1},
+    "a list": b"[]",
+    "nothing": b"",
+    "no text": b"\xff\xfe\xfd",
+}
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_a_trainer_file_that_is_none_is_one_message(tmp_path: Path, case: str) -> None:
+    content = TRAINERS[case]
+    (tmp_path / "trainer.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(
+        CheckpointError, match=r"trainer.json is not what this version writes \([^\n]{,200}\);"
+    ) as caught:
+        checkpoint.read_trainer(tmp_path)
+    assert len(str(caught.value)) < 500
+    infinite = TRAINER | {"guard": {"losses": [float("nan"), float("inf")]}}  # which a guard may have seen
+    (tmp_path / "trainer.json").write_text(json.dumps(infinite))
+    assert checkpoint.read_trainer(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("name", ["a", "weight/a", "weight@0", "weight/a@-1", "weight/a@" + "9" * 5000, "weight/a@x"])
+def test_a_tensor_that_is_no_fragment_is_named(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.zeros(2)}, tmp_path / "state-0")
+    manifest.write(tmp_path, [manifest.seal(tmp_path / "state-0")])
+    with pytest.raises(CheckpointError, match=r"^[^\n]{,300} is no fragment of a parameter"):
+        checkpoint.Reader(tmp_path)
+
+
+# ---- what runs and jobs leave
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "[]", '{"pid": "1"}', '{"pid": -1, "start": 1}', '{"pid": 1e999}'])
+def test_a_damaged_file_of_a_job_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run" / "job").mkdir(parents=True)
+    (tmp_path / "run" / "job" / "job.json").write_text(text)
+    jobs = LocalJobs(Cluster(backend="local", runs=str(tmp_path)))
+    for ask in (jobs.jobs, lambda: jobs.stop("run")):
+        with pytest.raises(LaunchError, match=r"run/job/job.json cannot be read: [^\n]{,200}; remove it"):
+            ask()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[1]", '{"samples": [{"rank": "../x"}]}', '{"samples": 5}'])
+def test_a_damaged_report_of_a_bad_step_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "guard" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "guard" / "step_00000001" / "report.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"report [^\n]*step_00000001 cannot be read: [^\n]{,300}; remove it"):
+        guard_report.read(RunFolder(tmp_path))

@@ -7,8 +7,8 @@ of the optimizer's moments; saving.py writes them. Loading puts together whateve
 conversion, no pickle.
 """
 
-import json
 import logging
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vimscale import distributed, manifest, run_folder
+from vimscale import distributed, manifest, run_folder, untrusted
 from vimscale.errors import CheckpointError, DataError
 from vimscale.second import Place, fetch
 
 log = logging.getLogger(__name__)
+
+_FRAGMENT = re.compile(r"([^/]+/.+)@([0-9]{1,18})")
+"""KIND/PARAMETER@START"""
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,11 @@ def _first(found: list[str | None]) -> str | None:
 
 def read_trainer(checkpoint: Path) -> Trainer:
     """Raises:
-    CheckpointError: another version of this package wrote it.
+    CheckpointError: it cannot be read, or another version of this package wrote it.
     """
     try:
-        return Trainer(**json.loads((checkpoint / "trainer.json").read_text()))
-    except TypeError as error:
+        return untrusted.build(Trainer, untrusted.loads(untrusted.read(checkpoint / "trainer.json"), finite=False))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}/trainer.json is not what this version writes ({error}); go on with the version that wrote"
             " it, or choose another name="
@@ -153,9 +156,13 @@ class Reader:
                     " on from the one before, or choose another name="
                 ) from None
             for key in file.keys():  # noqa: SIM118  safe_open is no dict
-                name, start = key.rsplit("@", 1)
-                numel = file.get_slice(key).get_shape()[0]
-                self._pieces.setdefault(name, []).append((int(start), numel, file, key))
+                shape, found = file.get_slice(key).get_shape(), _FRAGMENT.fullmatch(key)
+                if found is None or len(shape) != 1:
+                    raise CheckpointError(
+                        f"{path}: the tensor {untrusted.shown(key)} of shape {shape} is no fragment of a parameter;"
+                        " remove the checkpoint to continue from the one before"
+                    )
+                self._pieces.setdefault(found[1], []).append((int(found[2]), shape[0], file, key))
 
     @property
     def kinds(self) -> dict[str, set[str]]:

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vimscale import run_folder
+from vimscale import run_folder, untrusted
 from vimscale.errors import CheckpointError
 from vimscale.run_folder import RunFolder
 
@@ -118,7 +119,7 @@ def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, An
     last bad step.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read.
     """
     there = sorted(path.parent for path in folder.guard.glob("step_*/report.json"))
     chosen = [path for path in there if step is None or path.name.startswith(run_folder.checkpoint_name(step))]
@@ -127,11 +128,18 @@ def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, An
         wanted = "no report" if step is None else f"no report of step {step}"
         raise CheckpointError(f"run {folder.path}: {wanted}; there are: {names}")
     path = chosen[-1]
-    report = json.loads((path / "report.json").read_text())
+    try:
+        return path, *_read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"report {path} cannot be read: {untrusted.line(repr(error))}; remove it") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    report = untrusted.loads(untrusted.read(path / "report.json"), finite=False)
     files = {rank: load_file(path / f"rank_{rank:05d}.safetensors") for rank in {s["rank"] for s in report["samples"]}}
     images, counted = [], dict[tuple[int, int], int]()
     for sample in report["samples"]:
         part = sample["rank"], sample["part"]
         number = counted[part] = counted.get(part, -1) + 1
         images.append(files[sample["rank"]][f"{sample['part']}/images/{number}"])
-    return path, report, images
+    return report, images

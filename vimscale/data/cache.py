@@ -210,7 +210,7 @@ def _remove_dead(part: Path) -> bool:
 
 def _claim(path: Path) -> int:
     """The file `path`, made or emptied, for this thread alone of all on this machine; waits until it can be had."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)  # what is in it may need a key where it came from
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

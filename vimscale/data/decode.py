@@ -5,7 +5,9 @@ import re
 import struct
 import warnings
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -14,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vimscale.errors import BadSample
+from vimscale.untrusted import shown
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header alone: a few bytes can ask for gigabytes."""
@@ -26,6 +29,14 @@ _METADATA = {
     "WEBP": (b"EXIF", b"XMP "),
 }
 """Bytes without which a file does not say how it is turned. To ask Pillow costs more, for a PNG all of the decoding."""
+MAX_SCANS = 100
+"""Of a JPEG; libjpeg writes 10 of a progressive one. Each costs a pass over all pixels, and a file of a few bytes."""
+MAX_WORK = 20 * MAX_PIXELS
+"""Scans times pixels."""
+_PARTS = 100_000
+"""Segments of a JPEG, chunks of a PNG and blocks of a GIF: each costs time, and can be of no bytes."""
+_T = TypeVar("_T")
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _DAMAGE = (ValueError, OSError, EOFError, SyntaxError, IndexError, TypeError, struct.error, zlib.error)
 """What the decoders raise on damaged files."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -51,7 +62,7 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
     if label is None:
         raise BadSample("no label", f"{where}: no whole number in a member .cls, the label")
     if not 0 <= label < classes:
-        raise BadSample("label", f"{where}: label {label} is none of the {classes} classes, 0 to {classes - 1}")
+        raise BadSample("label", f"{where}: label {shown(label)} is none of the {classes} classes, 0 to {classes - 1}")
     try:
         return pixels(data), label
     except BadSample as error:
@@ -74,6 +85,7 @@ def pixels(data: bytes) -> Tensor:
     """
     header = _header(data)
     try:
+        _check_scans(data, header)
         array = _decode_jpeg(data) if header.image is None else _decode_any(header.image)
     except _DAMAGE as error:
         raise BadSample("image", f"the image cannot be decoded: {error}") from None
@@ -124,9 +136,95 @@ def _fast_header(data: bytes) -> _Header | None:
 
 
 def _header_by_pillow(data: bytes) -> _Header:
+    check_parts(data)
     image = _open(data)
     plain = data.startswith(b"\xff\xd8") and image.mode in ("RGB", "L")
-    return _Header(image.height, image.width, _orientation(image, data), None if plain else image)
+    height, width = image.height, image.width
+    if plain:
+        with suppress(ValueError):  # as who decodes it sees it: Pillow reads the headers on its own
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    return _Header(height, width, _orientation(image, data), None if plain else image)
+
+
+def _check_scans(data: bytes, header: _Header) -> None:
+    """Refuse a JPEG whose scans take minutes."""
+    if not data.startswith(b"\xff\xd8"):
+        return
+    colours = 0
+    for marker, at in _markers(data):
+        if marker in (0xC0, 0xC1):
+            colours = data[at + 7] if at + 7 < len(data) else 0
+        elif marker == 0xDA:
+            if colours and data[at + 2 : at + 3] == bytes([colours]):
+                return  # not progressive, and all colours are in the first scan: there is no second
+            break
+    most = min(MAX_SCANS, MAX_WORK // max(header.height * header.width, 1))
+    if data.count(b"\xff\xda") > most:  # some of which may be metadata's
+        scans = sum(marker == 0xDA for marker, _ in _markers(data))
+        if scans > most:
+            raise ValueError(f"it has {scans:,} scans, and at most {most} are read of an image of this size")
+
+
+def check_parts(data: bytes) -> None:
+    """Refuse a file of so many parts that to open it takes minutes.
+
+    Raises:
+        ValueError: it has more than 100,000.
+    """
+    kinds: dict[bytes, Callable[[bytes], Iterator[Any]]]
+    kinds = {b"\xff\xd8": _markers, b"\x89P": _chunks, b"GI": _extensions}
+    if walk := kinds.get(data[:2]):
+        for _ in walk(data):
+            pass
+
+
+def _limited(parts: Iterator[_T]) -> Iterator[_T]:
+    for count, part in enumerate(parts):
+        if count == _PARTS:
+            raise ValueError(f"it has more than {_PARTS:,} parts")
+        yield part
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """Markers of a JPEG up to its end, and where what they bring begins, with its length."""
+
+    def walk() -> Iterator[tuple[int, int]]:
+        at = 2
+        while (found := _MARKER.search(data, at)) and (marker := found[1][0]) != 0xD9:
+            yield marker, found.end()
+            # after the header of a scan come its bytes, in which a marker's first byte is followed by a zero
+            bare = marker in (0x01, 0xD8)
+            at = found.end() + (0 if bare else int.from_bytes(data[found.end() : found.end() + 2], "big"))
+
+    return _limited(walk())
+
+
+def _chunks(data: bytes) -> Iterator[int]:
+    """Chunks of a PNG, by their offsets."""
+
+    def walk() -> Iterator[int]:
+        at = 8
+        while at < len(data):
+            yield at
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+
+    return _limited(walk())
+
+
+def _extensions(data: bytes) -> Iterator[int]:
+    """Blocks before the first image of a GIF, by their offsets."""
+
+    def walk() -> Iterator[int]:
+        at = 13 + (3 << (data[10] % 8 + 1) if data[10:11] >= b"\x80" else 0)
+        while data[at : at + 1] == b"!":
+            at += 2
+            while size := int.from_bytes(data[at : at + 1], "big"):
+                yield at
+                at += 1 + size
+            yield at
+            at += 1
+
+    return _limited(walk())
 
 
 def _open(data: bytes) -> Image.Image:

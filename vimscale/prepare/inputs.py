@@ -325,7 +325,7 @@ def _tar_label(
 def _field(data: bytes, name: str | None) -> Any:
     try:
         tree = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     keys: Sequence[str] = (name,) if name else LABEL_COLUMNS
     return next((tree[key] for key in keys if key in tree), None) if isinstance(tree, dict) else None

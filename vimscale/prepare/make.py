@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vimscale import untrusted
 from vimscale.data.shards import (
     MANIFEST,
     Manifest,
@@ -188,7 +189,7 @@ def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[st
 
 def _same_plan(partial: Path, digest: str) -> None:
     path = partial / _PLAN
-    if path.exists() and json.loads(path.read_text())["plan"] != digest:
+    if path.exists() and path.read_text(errors="replace") != json.dumps({"plan": digest}):
         raise DataError(
             f"data {partial}: an unfinished set of other options or other inputs is there;"
             f" give the same again to finish it, or start over: rm -r {partial}"
@@ -303,10 +304,10 @@ def _strict_error(message: str) -> DataError:
 
 def _finished(record: Path, tar: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(record.read_text())
+        found = untrusted.loads(untrusted.read(record))
         shard = found["shard"]
         whole = shard is None or (sha256_of(tar) == shard["sha256"] and index_of(tar).exists())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a record that is damaged is made again
         return None
     return found if whole else None
 

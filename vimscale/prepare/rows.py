@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale.errors import DataError
+from vimscale import untrusted
+from vimscale.data.tar import MEMBER_LIMIT
+from vimscale.errors import BadSample, DataError
 from vimscale.prepare.classes import Label, suggestion
 
 IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
@@ -70,7 +72,18 @@ class Files:
         return place
 
     def read(self, place: str) -> dict[str, bytes]:
-        return {"image": Path(place).read_bytes()}
+        return {"image": image_file(place)}
+
+
+def image_file(path: str) -> bytes:
+    """Raises:
+    OSError: it cannot be read.
+    BadSample: it is a pipe or a device, which may have no end, or larger than any image.
+    """
+    try:
+        return untrusted.read(Path(path), MEMBER_LIMIT)
+    except ValueError as error:
+        raise BadSample("unreadable", f"{path}: {error}") from None
 
 
 def key_of(path: str) -> str:

@@ -83,6 +83,7 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
         BadSample: no known format, or too large.
     """
     try:
+        decode.check_parts(data)
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             kind, height, width = image.format or "", image.height, image.width
         if kind in _EXTENSIONS:

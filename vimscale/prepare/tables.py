@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare.rows import Columns, Files, Reader, Rows, checked_label, pick
+from vimscale.prepare.rows import Columns, Files, Reader, Rows, checked_label, image_file, pick
 
 _BATCH = 256
 
@@ -111,7 +111,7 @@ def _named(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] |
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(features[label]["names"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -203,8 +203,7 @@ class Hub:
         (image,) = self._tables[split][row].values()
         if isinstance(image, dict):
             if image["bytes"] is None and image["path"]:
-                with open(os.fspath(image["path"]), "rb") as file:
-                    return {"image": file.read()}
+                return {"image": image_file(os.fspath(image["path"]))}
             image = image["bytes"]
         if image is None:
             raise BadSample("unreadable", f"{self.where(place)} holds no bytes")
