@@ -7,8 +7,9 @@ of the optimizer's moments; saving.py writes them. Loading puts together whateve
 conversion, no pickle.
 """
 
-import json
 import logging
+import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vimscale import distributed, manifest, run_folder
+from vimscale import distributed, manifest, run_folder, untrusted
 from vimscale.errors import CheckpointError, DataError
 from vimscale.second import Place, fetch
 
@@ -130,12 +131,17 @@ def read_trainer(checkpoint: Path) -> Trainer:
     CheckpointError: another version of this package wrote it.
     """
     try:
-        return Trainer(**json.loads((checkpoint / "trainer.json").read_text()))
-    except TypeError as error:
+        raw = untrusted.read(checkpoint / "trainer.json")
+        return untrusted.build(Trainer, untrusted.loads(raw, finite=False))
+    except ValueError as error:
         raise CheckpointError(
             f"{checkpoint}/trainer.json is not what this version writes ({error}); go on with the version that wrote"
             " it, or choose another name="
         ) from None
+
+
+_KEY = re.compile(r"(\w+/[\w.]+)@(\d{1,18})", re.ASCII)
+"""Of a piece of a parameter: KIND/PARAMETER and where in it the piece starts."""
 
 
 class Reader:
@@ -153,9 +159,10 @@ class Reader:
                     " on from the one before, or choose another name="
                 ) from None
             for key in file.keys():  # noqa: SIM118  safe_open is no dict
-                name, start = key.rsplit("@", 1)
-                numel = file.get_slice(key).get_shape()[0]
-                self._pieces.setdefault(name, []).append((int(start), numel, file, key))
+                named, piece = _KEY.fullmatch(key), file.get_slice(key)
+                if named is None or len(piece.get_shape()) != 1 or piece.get_dtype() != "F32":
+                    raise CheckpointError(f"{path} holds {key[:100]!r}, which this version does not write")
+                self._pieces.setdefault(named[1], []).append((int(named[2]), piece.get_shape()[0], file, key))
 
     @property
     def kinds(self) -> dict[str, set[str]]:
@@ -172,20 +179,26 @@ class Reader:
         Raises:
             CheckpointError: the checkpoint does not hold all of them.
         """
-        result = torch.empty(numel)
-        filled = 0
-        for begin, length, file, key in self._pieces.get(f"{kind}/{parameter}", []):
-            low, high = max(start, begin), min(start + numel, begin + length)
+        found = []
+        reached = start
+        for begin, length, file, key in sorted(self._pieces.get(f"{kind}/{parameter}", []), key=lambda piece: piece[0]):
+            low, high = max(reached, begin), min(start + numel, begin + length)
+            if begin > reached:
+                break
             if low < high:
-                result[low - start : high - start] = file.get_slice(key)[low - begin : high - begin]
-                filled += high - low
-        if filled != numel:
-            raise CheckpointError(f"the checkpoint holds {filled} of {numel} elements of {kind} {parameter}")
+                found.append((low, high, begin, file, key))
+                reached = high
+        if reached != start + numel:
+            raise CheckpointError(f"the checkpoint holds {reached - start} of {numel} elements of {kind} {parameter}")
+        result = torch.empty(numel)
+        for low, high, begin, file, key in found:
+            result[low - start : high - start] = file.get_slice(key)[low - begin : high - begin]
         return result
 
 
 def consolidated(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     """Whole parameters, `kind` weight or ema, fp32 on the CPU."""
     reader, shapes = Reader(checkpoint), read_trainer(checkpoint).shapes
-    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    return {name: reader.read(kind, name, 0, numels[name]).view(shape) for name, shape in shapes.items()}
+    if strange := [name for name, shape in shapes.items() if min(shape, default=0) < 0]:
+        raise CheckpointError(f"{checkpoint}/trainer.json has shapes below 0, of {strange[0][:100]}")
+    return {name: reader.read(kind, name, 0, math.prod(shape)).view(shape) for name, shape in shapes.items()}

@@ -1,0 +1,209 @@
+"""JSON and file names that other people wrote, read within limits. What does not fit raises ValueError, in one line."""
+
+import json
+import math
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+SMALL = 64 << 20
+"""Largest manifest, index or state file in bytes: 390,000 shards, or the index of 8 million samples."""
+_DIGITS = 40
+_DEPTH = 32
+_PART, _PATH = 200, 1000
+"""Bytes of a name, and letters of a path. A file system allows 255, and `.NAME.idx.partial-PID` has to fit, too."""
+
+_PLAIN = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value in a message: one short line, whatever it is."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= most + 2 else f"{text[:most]}..."
+
+
+def read(path: Path, most: int = SMALL) -> bytes:
+    """A small regular file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than `most` bytes, or a pipe or device, which may have no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return data
+
+
+def loads(text: str | bytes, *, finite: bool = True) -> Any:
+    """JSON; if `finite`, without NaN and infinities.
+
+    Raises:
+        ValueError: it is not JSON, has a key twice, a number of too many digits, or is nested too deep.
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_int=_whole,
+            parse_float=_finite if finite else None,
+            parse_constant=_finite if finite else None,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} is there twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {shown(text)} is not finite")
+    return number
+
+
+def build(kind: Any, value: Any, at: str = "") -> Any:
+    """What JSON gave as a `kind`: a dataclass, or any type that its fields may have. Numbers stay as they are written.
+
+    Raises:
+        ValueError: it is not one; names the first value that does not fit, by its position below `at`.
+    """
+    if type(value) is kind and kind in (int, float, bool, str):
+        return _text(value, at) if kind is str else value
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        _check_depth(value, at)
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        (kind,) = (each for each in inner if each is not NoneType)
+        return build(kind, value, at)
+    if is_dataclass(kind):
+        return _dataclass(kind, _of(dict, value, at, "an object"), at)
+    if origin is dict:
+        items = _of(dict, value, at, "an object").items()
+        return {build(str, key, at): build(inner[1], item, f"{at}.{shown(key, 20)}") for key, item in items}
+    if origin in (list, tuple):
+        items = _of(list, value, at, "a list")
+        kinds = inner if origin is tuple and inner[1:] != (Ellipsis,) else inner[:1] * len(items)
+        if len(kinds) != len(items):
+            raise ValueError(f"{_named(at)} has {len(items):,} values, not {len(kinds)}")
+        return origin(build(each, item, f"{at}[{i}]") for i, (each, item) in enumerate(zip(kinds, items, strict=True)))
+    if kind is float and type(value) is int:
+        return value
+    raise _misfit(value, at, {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind])
+
+
+@cache
+def _keys(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """(type of each field, those without a default)."""
+    hints, given = get_type_hints(kind), [field for field in fields(kind) if field.init]
+    needed = {field.name for field in given if field.default is MISSING and field.default_factory is MISSING}
+    return {field.name: hints[field.name] for field in given}, needed
+
+
+def _dataclass(kind: Any, tree: dict[str, Any], at: str) -> Any:
+    known, needed = _keys(kind)
+    if unknown := tree.keys() - known.keys():
+        raise ValueError(f"{_named(at)} has an unknown key {shown(min(unknown))}")
+    if missing := needed - tree.keys():
+        raise ValueError(f"{_named(at)} has no {min(missing)}")
+    return kind(**{name: build(known[name], value, f"{at}.{name}" if at else name) for name, value in tree.items()})
+
+
+def _of(kind: Any, value: Any, at: str, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise _misfit(value, at, what)
+    return value
+
+
+def _misfit(value: Any, at: str, what: str) -> ValueError:
+    return ValueError(f"{_named(at)} is {shown(value)}, not {what}")
+
+
+def _named(at: str) -> str:
+    return at or "it"
+
+
+def _text(text: str, at: str) -> str:
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{_named(at)} is {shown(text)}, which is not Unicode") from None
+    return text
+
+
+def _check_depth(value: Any, at: str, left: int = _DEPTH) -> None:
+    if not left:
+        raise ValueError(f"{_named(at)} is nested too deep")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, at, left - 1)
+
+
+def file_name(value: object) -> str:
+    """A file's name, which leads nowhere but into the folder that it is put behind.
+
+    Raises:
+        ValueError: it is not one; says the rule.
+    """
+    return _parts(value, 1)
+
+
+def file_path(value: object) -> str:
+    """A relative path that stays below its folder, such as a/00000.tar.
+
+    Raises:
+        ValueError: it is not one; says the rule.
+    """
+    return _parts(value, _PATH)
+
+
+def _parts(value: object, most: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the name {shown(value)} is not a text")
+    if _PLAIN.fullmatch(value):
+        return value
+    parts = value[: _PATH + 1].split("/")
+    if len(value) > _PATH or any(len(part.encode(errors="replace")) > _PART for part in parts):
+        rule = f"it is longer than {_PART} bytes ({_PATH:,} letters with its folders)"
+    elif len(parts) > most:
+        rule = "it has a /"
+    elif not all(parts):
+        rule = "it is absolute" if value.startswith("/") else "it is empty" if not value else "a part of it is empty"
+    elif "." in parts or ".." in parts:
+        rule = "it has . or .. in it"
+    elif "\\" in value or re.match("[A-Za-z]:", value):
+        rule = "it has a backslash or a drive's letter"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value):
+        rule = "it has a control character, or is not Unicode"
+    else:
+        return value
+    raise ValueError(f"the name {shown(value)} cannot be used: {rule}")
