@@ -44,6 +44,10 @@ class Layer:
 
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<mark>[()*@])|(?P<count>\d+))")
 _MOST_LAYERS = 10_000
+_LONGEST, _DEEPEST = 10_000, 50
+"""Characters of a schedule, and parentheses around each other in it."""
+_SHOWN = 150
+"""Characters on either side of a fault that its message shows."""
 _Tokens = list[tuple[str, int]]
 _Layers = list[tuple[Layer, int]]  # each with the column it is named at
 
@@ -55,6 +59,8 @@ def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
         ValueError: the text does not follow the grammar, or names more or fewer layers; the message shows it with a
             caret under the fault.
     """
+    if len(text) > _LONGEST:
+        raise ValueError(f"a schedule of {len(text):,} characters; write it with counts, in at most {_LONGEST:,}")
     tokens = _tokens(text)
     layers, rest = _schedule(text, tokens, 0)
     if rest < len(tokens):
@@ -96,13 +102,15 @@ def _tokens(text: str) -> _Tokens:
     return tokens
 
 
-def _schedule(text: str, tokens: _Tokens, at: int) -> tuple[_Layers, int]:
+def _schedule(text: str, tokens: _Tokens, at: int, depth: int = 0) -> tuple[_Layers, int]:
     layers: _Layers = []
     start = at
     while at < len(tokens) and tokens[at][0] != ")":
         token, column = tokens[at]
         if token == "(":
-            item, at = _schedule(text, tokens, at + 1)
+            if depth == _DEEPEST:
+                raise _fault(text, column, f"more than {_DEEPEST} parentheses around each other")
+            item, at = _schedule(text, tokens, at + 1, depth + 1)
             if at == len(tokens):
                 raise _fault(text, column, "this '(' is never closed")
             at += 1
@@ -111,12 +119,14 @@ def _schedule(text: str, tokens: _Tokens, at: int) -> tuple[_Layers, int]:
             item = [(layer, column)]
         if at < len(tokens) and tokens[at][0] == "*":
             count = tokens[at + 1][0] if at + 1 < len(tokens) else ""
-            if not count.isdigit() or int(count) < 1 or int(count) * len(item) > _MOST_LAYERS:
+            if not count.isdigit() or len(count) > 9 or not 1 <= int(count) * len(item) <= _MOST_LAYERS:
                 column = tokens[at][1] + 1
                 raise _fault(text, column, f"'*' takes a count from 1 (and at most {_MOST_LAYERS:,} layers)")
             item *= int(count)
             at += 2
         layers += item
+        if len(layers) > _MOST_LAYERS:
+            raise _fault(text, column, f"more than {_MOST_LAYERS:,} layers")
     if at == start:
         column = tokens[at][1] if at < len(tokens) else len(text)
         raise _fault(text, column, f"a layer is missing; known: {', '.join(get_args(Kind))}")
@@ -126,7 +136,7 @@ def _schedule(text: str, tokens: _Tokens, at: int) -> tuple[_Layers, int]:
 def _layer(text: str, tokens: _Tokens, at: int) -> tuple[Layer, int]:
     kind, column = tokens[at]
     if kind not in get_args(Kind):
-        raise _fault(text, column, f"{kind!r} is no kind of layer; known: {', '.join(get_args(Kind))}")
+        raise _fault(text, column, f"{kind[:40]!r} is no kind of layer; known: {', '.join(get_args(Kind))}")
     if at + 1 == len(tokens) or tokens[at + 1][0] != "@":
         return Layer(kind), at + 1  # type: ignore[arg-type]  # membership in the Literal was just tested
     order, column = tokens[at + 2] if at + 2 < len(tokens) else ("", len(text))
@@ -146,4 +156,6 @@ def _check_pairs(text: str, layers: _Layers) -> None:
 
 
 def _fault(text: str, column: int, why: str) -> ValueError:
-    return ValueError(f"{why}\n    {text}\n    {' ' * column}^")
+    start = max(column - _SHOWN, 0)
+    shown = text[start : column + _SHOWN].replace("\n", " ")
+    return ValueError(f"{why[: 2 * _SHOWN]}\n    {shown}\n    {' ' * (column - start)}^")
