@@ -214,8 +214,10 @@ def test_pipes_programs_and_zips_of_others_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones(3))
     with pytest.raises(CheckpointError, match=r"a zip file without a data.pkl in it"):
         unwrap.read(tmp_path / "a.npz")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a TorchScript program|holds __torch__"):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as program:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            program.writestr(f"a/{name}", b"")
+    with pytest.raises(CheckpointError, match="a TorchScript program, not a checkpoint"):
         unwrap.read(tmp_path / "a.pt")
 
 
