@@ -169,7 +169,7 @@ print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 
 def test_recipes_and_run_folders_are_checked_without_importing_torch() -> None:
     code = """
-import sys, vimscale.recipe, vimscale.run_folder, vimscale.data.shards, vimscale.launch.supervisor
+import sys, vimscale.recipe, vimscale.run_folder, vimscale.export.starting, vimscale.launch.supervisor
 vimscale.recipe.load("vim_digits_cpu")
 print("torch" in sys.modules)
 """
