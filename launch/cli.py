@@ -134,6 +134,7 @@ def launch(
     """Train a recipe; go on where an interrupted run of its name stopped."""
     from vimscale.data.dataset import Dataset
     from vimscale.data.training_set import TrainingSet
+    from vimscale.export import starting
     from vimscale.run_folder import RunFolder
 
     from . import memory_check, on_local, supervisor
@@ -144,15 +145,16 @@ def launch(
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
     chosen = recipes.load(recipe, overrides or ())
     if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
-        data = TrainingSet.open(chosen.data)
+        train_set = TrainingSet.open(chosen.data)
         if chosen.data.val is not None:
             Dataset.open(chosen.data.val, chosen.data.cache)
+        starting.check(chosen, RunFolder(runs / chosen.name), train_set.manifest)
     folder = RunFolder(runs / chosen.name)
     if address is None and not force:
         cpus, gpus = on_local.cpus(), on_local.gpus()
         allowed = sizes(workers, chosen, cpus, gpus, "this machine")
         world = next(size for size in allowed if size <= (gpus or cpus))
-        memory_check.check(chosen, data, world, ray=not no_ray)
+        memory_check.check(chosen, train_set, world, ray=not no_ray)
     folder.claim(chosen)
     console = Console(stderr=False)
     if (result := folder.result()) is not None:
@@ -300,7 +302,7 @@ def export(
         model = _pruned(model, prune_directions, recipe, manifest)
     target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
     if to == "hustvl":
-        hustvl.write(target, model)
+        hustvl.write(target, model, manifest)
         difference = hustvl.largest_difference(target, model)
     else:
         about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
@@ -337,34 +339,33 @@ def _say_same(target: Path, what: str, difference: float) -> None:
 
 @app.command(name="import")
 def import_published(
-    file: Annotated[Path, typer.Argument(help="A published checkpoint of Vim, Mamba-R or ARM: .pth or .safetensors.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A published checkpoint of Vim, Mamba-R or ARM: .pth, .safetensors or an .index.json."),
+    ],
     model: Annotated[
         str | None,
         typer.Option(help="A published model's name, or JSON of its arguments; absent: what the file tells."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; absent: named after the file.")] = None,
-    ema: Annotated[bool, typer.Option(help="Take the moving average (model_ema), where the file has one.")] = False,
+    ema: Annotated[bool, typer.Option(help="Take the moving average, where the file has one.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Resize the position embedding for such images.")] = None,
 ) -> None:
     """Read published weights, write them as a model of this package, load that again, and compare logits."""
-    from vimscale.data.shards import Manifest
-    from vimscale.export import hustvl, safetensors
+    from vimscale.export import hustvl, safetensors, unwrap
     from vimscale.model.hustvl import from_published
 
-    state, args = hustvl.read_published(file, ema=ema)
-    arguments, notes = hustvl.arguments_for(state, args, model)
+    state, args, notes = unwrap.read(file, ema=ema)
+    arguments, reasons = hustvl.arguments_for(state, args, model, file)
     imported = from_published(arguments, state, resize_to=image_size).eval()
+    manifest, about, origin = hustvl.manifest_for(file, arguments["num_classes"])
     target = output or file.with_suffix("")
     if target.is_file():
         raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")
     console = Console()
-    for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    # what ImageNet models are trained with; the files do not say
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    classes = tuple(map(str, range(arguments["num_classes"])))
-    manifest = Manifest(name=file.stem, classes=classes, shards=(), mean=mean, std=std)
-    safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments})
+    for note in (*notes, *reasons, origin):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments, **about})
     parameters = sum(p.numel() for p in imported.parameters())
     _say_same(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
 

@@ -81,6 +81,7 @@ def lr_range(
 ) -> None:
     """Find the learning rates that train a recipe, in one short run; nothing else of the recipe changes."""
     from vimscale.data.training_set import TrainingSet
+    from vimscale.export import starting
 
     from . import memory_check, on_local
     from .workers import sizes
@@ -89,10 +90,11 @@ def lr_range(
         raise LaunchError(f"--from {low:g} --to {high:g}: the rate rises, so write 0 < --from < --to")
     trials.check_installed("matplotlib")
     chosen = rising(recipes.load(recipe, overrides or ()), low, high, steps)
-    data = TrainingSet.open(chosen.data)
+    train_set = TrainingSet.open(chosen.data)
+    starting.check(chosen, RunFolder(runs / chosen.name), train_set.manifest)
     asked = str(workers) if workers is not None else None
     (world,) = sizes(asked, chosen, on_local.cpus(), on_local.gpus(), "this machine")
-    memory_check.check(chosen, data, world, ray=False)
+    memory_check.check(chosen, train_set, world, ray=False)
     folder = RunFolder(runs / chosen.name)
     folder.claim(chosen)
     console = Console()

@@ -52,6 +52,7 @@ def sweep(
 ) -> None:
     """Train a recipe with several values of some keys, and compare; the same command goes on where it was stopped."""
     from vimscale.data.training_set import TrainingSet
+    from vimscale.export import starting
 
     trials.check_installed("pandas", "pyarrow", "fsspec", "matplotlib")
     folder, all_ = trials.plan(recipe, overrides, samples, runs)
@@ -60,10 +61,11 @@ def sweep(
         one.recipe.micro_batch(workers)
         if by == "top1" and one.recipe.data.val is None:
             raise LaunchError("--by top1: the recipe has no data.val to evaluate on; set it, or use --by loss")
-        data = TrainingSet.open(one.recipe.data)
+        train_set = TrainingSet.open(one.recipe.data)
+        starting.check(one.recipe, RunFolder(one.folder.path), train_set.manifest)
         if address is None and not one.ended:
-            memory_check.check(one.recipe, data, workers, ray=True)
-        lengths[one.name] = one.recipe.length(data.samples)
+            memory_check.check(one.recipe, train_set, workers, ray=True)
+        lengths[one.name] = one.recipe.length(train_set.samples)
     every = grace or max(max(lengths.values()) // _RUNGS, 1)
     firsts = trials.firsts(all_)
     for one in all_:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from benchmarks import published
 from tests.shell import Shell
+from vimscale.data.dataset import Dataset
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export import hustvl, safetensors
+from vimscale.export import hustvl, safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.hustvl import PUBLISHED, from_published, guess, named, published_config, to_published
 from vimscale.model.published import complete, config_of
@@ -369,18 +371,17 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None
     for i, content in enumerate(({"model": state, "args": _Trap(tmp_path / "made")}, _Trap(tmp_path / "made"))):
         torch.save(content, tmp_path / f"{i}.pth")
         with pytest.raises(CheckpointError, match=r"holds \w+\.mkdir, and a checkpoint .* could run code"):
-            hustvl.read_published(tmp_path / f"{i}.pth")
+            unwrap.read(tmp_path / f"{i}.pth")
     assert not (tmp_path / "made").exists()
 
 
 def test_the_command_line_kept_in_a_file_is_let_in(tmp_path: Path) -> None:
     state = _state(complete(VIM))
-    args = argparse.Namespace(model="vim", drop_path=0.1, output_dir=tmp_path)
-    torch.save({"model": state, "args": args, "epoch": 3, "model_ema": {"x": torch.ones(1)}}, tmp_path / "a.pth")
-    found, found_args = hustvl.read_published(tmp_path / "a.pth")
-    assert found_args == args
-    assert found.keys() == state.keys()
-    assert hustvl.read_published(tmp_path / "a.pth", ema=True)[0] == {"x": torch.ones(1)}
+    args = argparse.Namespace(model="vim", drop_path=np.float64(0.5), output_dir=tmp_path, sizes=[1, (2, None)])
+    torch.save({"model": state, "args": args, "epoch": np.int64(3), "rng": np.random.get_state()}, tmp_path / "a.pth")
+    found = unwrap.read(tmp_path / "a.pth")
+    assert found.args == args
+    assert found.state.keys() == state.keys()
 
 
 def test_a_bare_state_dict_and_safetensors_are_read(tmp_path: Path) -> None:
@@ -389,7 +390,7 @@ def test_a_bare_state_dict_and_safetensors_are_read(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "wrapped.pth")
     for name in ("a.pth", "a.safetensors", "wrapped.pth"):
-        found, args = hustvl.read_published(tmp_path / name)
+        found, args, _ = unwrap.read(tmp_path / name)
         assert args is None
         assert all(torch.equal(found[key], state[key]) for key in state)
 
@@ -406,16 +407,16 @@ def test_files_of_something_else_are_refused_by_type(case: str, tmp_path: Path) 
     content, message = UNREADABLE[case]
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=message):
-        hustvl.read_published(tmp_path / "a.pth")
+        unwrap.read(tmp_path / "a.pth")
 
 
 def test_damaged_and_missing_files_are_said(tmp_path: Path) -> None:
     for name in ("a.pth", "a.safetensors"):
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            hustvl.read_published(tmp_path / name)
+        with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+            unwrap.read(tmp_path / name)
         (tmp_path / name).write_bytes(b"no checkpoint at all")
-        with pytest.raises(CheckpointError, match=r"no checkpoint that torch can read|cannot be read"):
-            hustvl.read_published(tmp_path / name)
+        with pytest.raises(CheckpointError, match="is text, not a checkpoint"):
+            unwrap.read(tmp_path / name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -424,7 +425,7 @@ def test_every_mode_survives_folders_of_both_formats(case: str, tmp_path: Path) 
     model = from_published(arguments, _state(arguments)).eval()
     manifest = _manifest(arguments["num_classes"])
     safetensors.write(tmp_path / "ours", model, manifest, {})
-    hustvl.write(tmp_path / "theirs", model)
+    hustvl.write(tmp_path / "theirs", model, manifest)
     for folder, load in ((tmp_path / "ours", safetensors.load), (tmp_path / "theirs", hustvl.load)):
         again = load(folder)
         assert type(again) is type(model)
@@ -443,7 +444,7 @@ def test_published_quirks_are_no_starting_weights(tmp_path: Path) -> None:
     model = from_published(arguments, _state(arguments))
     safetensors.write(tmp_path, model, _manifest(5), {})
     with pytest.raises(CheckpointError, match="what no recipe trains: if_bidirectional"):
-        safetensors.starting_weights(tmp_path, model.config)
+        safetensors.starting_weights(tmp_path, model.config, _manifest(5))
 
 
 # ---- commands
@@ -490,14 +491,34 @@ def test_import_refuses_a_trap_with_one_message(shell: Shell) -> None:
     assert not (shell.folder / "made").exists()
 
 
-def test_a_run_is_exported_for_the_published_code(shell: Shell) -> None:
+def test_a_run_is_exported_for_the_published_code_and_started_from(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shell.run("launch", "small.yaml", "--no-ray", "--workers", "1", "steps=6")
     output = shell.run("export", "small", "--to", "hustvl", "--output", "theirs")
     assert "loaded again, it gives the same logits on 8 images" in output
-    state, _ = hustvl.read_published(shell.folder / "theirs/model.pth")
+    state = unwrap.read(shell.folder / "theirs/model.pth").state
     arguments = json.loads((shell.folder / "theirs/config.json").read_text())
     assert arguments["embed_dim"] == 32
     assert from_published(arguments, state).config.cls_token == "middle"
+    kept = json.loads((shell.folder / "theirs/preprocessing.json").read_text())
+    assert kept["classes"] == [str(digit) for digit in range(10)]
+    assert kept["mean"] == [0.3053] * 3
     output = shell.run("import", "theirs/model.pth", "--output", "back", "--image-size", "48")
     assert "same logits" in output
+    assert "classes, mean and std are those of theirs/preprocessing.json" in output
     assert safetensors.load(shell.folder / "back").config.image_size == 48
+    config = json.loads((shell.folder / "back/config.json").read_text())
+    assert {key: config[key] for key in kept} == kept
+
+    shell.run("export", "small")
+    monkeypatch.setenv("XDG_CACHE_HOME", shell.env["XDG_CACHE_HOME"])
+    manifest = Dataset.open("digits:train").manifest
+    exported = safetensors.load(shell.folder / "runs/small/export").state_dict()
+    for folder in ("back", "runs/small", "runs/small/export"):
+        source = starting.read(shell.folder / folder)
+        assert (source.classes, source.mean, source.std) == (manifest.classes, manifest.mean, manifest.std)
+        weights, _ = safetensors.starting_weights(shell.folder / folder, source.config, manifest)
+        assert all(torch.equal(weights[name], exported[name]) for name in exported if name != "pos_embed")
+    output = shell.run("launch", "small.yaml", "--no-ray", "--workers", "1", "name=b", "steps=6", "model.weights=back")
+    assert "model.weights: image_size, stride: the grid goes from 6 x 6 patches" in output

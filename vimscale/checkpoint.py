@@ -8,6 +8,7 @@ conversion, no pickle.
 """
 
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,6 @@ from vimscale.second import Place, fetch
 
 log = logging.getLogger(__name__)
 
-_FRAGMENT = re.compile(r"([^/]+/.+)@([0-9]{1,18})")
 """KIND/PARAMETER@START"""
 
 
@@ -133,12 +133,17 @@ def read_trainer(checkpoint: Path) -> Trainer:
     CheckpointError: it cannot be read, or another version of this package wrote it.
     """
     try:
-        return untrusted.build(Trainer, untrusted.loads(untrusted.read(checkpoint / "trainer.json"), finite=False))
+        raw = untrusted.read(checkpoint / "trainer.json")
+        return untrusted.build(Trainer, untrusted.loads(raw, finite=False))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}/trainer.json is not what this version writes ({error}); go on with the version that wrote"
             " it, or choose another name="
         ) from None
+
+
+_KEY = re.compile(r"(\w+/[\w.]+)@(\d{1,18})", re.ASCII)
+"""Of a piece of a parameter: KIND/PARAMETER and where in it the piece starts."""
 
 
 class Reader:
@@ -156,13 +161,10 @@ class Reader:
                     " on from the one before, or choose another name="
                 ) from None
             for key in file.keys():  # noqa: SIM118  safe_open is no dict
-                shape, found = file.get_slice(key).get_shape(), _FRAGMENT.fullmatch(key)
-                if found is None or len(shape) != 1:
-                    raise CheckpointError(
-                        f"{path}: the tensor {untrusted.shown(key)} of shape {shape} is no fragment of a parameter;"
-                        " remove the checkpoint to continue from the one before"
-                    )
-                self._pieces.setdefault(found[1], []).append((int(found[2]), shape[0], file, key))
+                named, piece = _KEY.fullmatch(key), file.get_slice(key)
+                if named is None or len(piece.get_shape()) != 1 or piece.get_dtype() != "F32":
+                    raise CheckpointError(f"{path} holds {key[:100]!r}, which this version does not write")
+                self._pieces.setdefault(named[1], []).append((int(named[2]), piece.get_shape()[0], file, key))
 
     @property
     def kinds(self) -> dict[str, set[str]]:
@@ -179,20 +181,26 @@ class Reader:
         Raises:
             CheckpointError: the checkpoint does not hold all of them.
         """
-        result = torch.empty(numel)
-        filled = 0
-        for begin, length, file, key in self._pieces.get(f"{kind}/{parameter}", []):
-            low, high = max(start, begin), min(start + numel, begin + length)
+        found = []
+        reached = start
+        for begin, length, file, key in sorted(self._pieces.get(f"{kind}/{parameter}", []), key=lambda piece: piece[0]):
+            low, high = max(reached, begin), min(start + numel, begin + length)
+            if begin > reached:
+                break
             if low < high:
-                result[low - start : high - start] = file.get_slice(key)[low - begin : high - begin]
-                filled += high - low
-        if filled != numel:
-            raise CheckpointError(f"the checkpoint holds {filled} of {numel} elements of {kind} {parameter}")
+                found.append((low, high, begin, file, key))
+                reached = high
+        if reached != start + numel:
+            raise CheckpointError(f"the checkpoint holds {reached - start} of {numel} elements of {kind} {parameter}")
+        result = torch.empty(numel)
+        for low, high, begin, file, key in found:
+            result[low - start : high - start] = file.get_slice(key)[low - begin : high - begin]
         return result
 
 
 def consolidated(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     """Whole parameters, `kind` weight or ema, fp32 on the CPU."""
     reader, shapes = Reader(checkpoint), read_trainer(checkpoint).shapes
-    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    return {name: reader.read(kind, name, 0, numels[name]).view(shape) for name, shape in shapes.items()}
+    if strange := [name for name, shape in shapes.items() if min(shape, default=0) < 0]:
+        raise CheckpointError(f"{checkpoint}/trainer.json has shapes below 0, of {strange[0][:100]}")
+    return {name: reader.read(kind, name, 0, math.prod(shape)).view(shape) for name, shape in shapes.items()}

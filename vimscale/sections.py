@@ -45,8 +45,8 @@ class Model(Section):
 
     preset: str = "vim_small"
     weights: Address | None = None
-    """The folder of an exported or imported model to start from; its position embedding is resized, its head kept if
-    there are as many classes.
+    """The folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this
+    one; the position embedding is resized, the head follows the names of the classes or starts again.
     """
     image_size: Size | None = None
     """Side of the square image the model sees, or [height, width], in pixels; a multiple of patch_size."""

@@ -69,7 +69,10 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     place = second.open_place(recipe.checkpoint.second, recipe.name)
     newest = checkpoint.newest(folder.checkpoints, place)
     if newest is None and recipe.model.weights is not None:
-        engine.load(starting_weights(Path(recipe.model.weights), config))
+        weights, notes = starting_weights(Path(recipe.model.weights), config, manifest)
+        engine.load(weights)
+        for line in notes if rank == 0 else ():
+            log.info("model.weights: %s", line)
     ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
     if newest is not None:
         trainer = checkpoint.read_trainer(newest)

@@ -1,86 +1,32 @@
-"""Published checkpoints as files: model.pth as hustvl/Vim's code writes and reads it, and config.json with the
-constructor's arguments.
+"""Published checkpoints as files: model.pth as hustvl/Vim's code writes and reads it, config.json with its
+constructor's arguments, and preprocessing.json with what that code does not keep: classes, mean and std.
 """
 
 import argparse
 import json
-import pathlib
-import pickle
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from vimscale import untrusted
+from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export.safetensors import difference
+from vimscale.export import starting, unwrap
+from vimscale.export.safetensors import difference, preprocessing
 from vimscale.model import VisionMamba
 from vimscale.model.hustvl import from_published, guess, named, published_config, to_published
 from vimscale.model.published import DEFAULTS, PUBLISHED, complete, family
 
-_ALLOWED: list[Any] = [argparse.Namespace, pathlib.PosixPath]
-"""What may stand in a file besides tensors and plain values: the command line that published runs keep there."""
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and std that published models were trained with; their files do not say."""
+_ARGUMENTS, _PREPROCESSING = "config.json", "preprocessing.json"
 
 
-def read_published(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], argparse.Namespace | None]:
-    """(state dict, arguments of the training run if they are there) of a `.pth` or `.safetensors` file.
-
-    A `.pth` is a pickle, which can hold any code: only tensors, plain values and argparse.Namespace are let in.
-    `ema`: take the moving average, kept as model_ema, where there is one.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds anything else.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path), None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-    whole = _unpickled(path)
-    if not isinstance(whole, dict):
-        raise CheckpointError(f"{path} holds a {_type(whole)}, not a dict of tensors")
-    names = ("model_ema", "model") if ema else ("model", "model_ema")
-    state = next((whole[name] for name in names if isinstance(whole.get(name), dict)), whole)
-    strange = {key: _type(value) for key, value in state.items() if not isinstance(value, Tensor)}
-    if strange or not state:
-        found = ", ".join(f"{key} ({kind})" for key, kind in list(strange.items())[:4]) or "nothing"
-        raise CheckpointError(f"{path} holds {found}; a state dict of tensors must be there, by itself or as model")
-    args = whole.get("args") if state is not whole else None
-    if all(key.startswith("module.") for key in state):  # of a model that was wrapped for several GPUs
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state), args if isinstance(args, argparse.Namespace) else None
-
-
-def _unpickled(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        refused = re.search(r"(?:GLOBAL |class |function )[`'\"]?([\w.]+)", str(error))
-        if refused is None:
-            raise CheckpointError(f"{path} is no checkpoint that torch can read: {_first_line(error)}") from None
-        raise CheckpointError(
-            f"{path} holds {refused[1]}, and a checkpoint that is read here holds tensors, plain values and"
-            " argparse.Namespace only: unpickling anything else could run code. Where you trust the file, load it"
-            " elsewhere and save its state dict alone"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-
-
-def _type(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def write(folder: Path, model: VisionMamba) -> None:
-    """Write `model` to `folder`.
+def write(folder: Path, model: VisionMamba, manifest: Manifest) -> None:
+    """Write `model`, trained on the set of that manifest, to `folder`.
 
     Raises:
         CheckpointError: the published code cannot express the model.
@@ -88,7 +34,8 @@ def write(folder: Path, model: VisionMamba) -> None:
     arguments, state = published_config(model), to_published(model)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": state}, folder / "model.pth")
-    (folder / "config.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    for name, content in ((_ARGUMENTS, arguments), (_PREPROCESSING, preprocessing(manifest))):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load(folder: Path) -> VisionMamba:
@@ -97,8 +44,8 @@ def load(folder: Path) -> VisionMamba:
     Raises:
         CheckpointError: the folder does not hold one.
     """
-    state, _ = read_published(folder / "model.pth")
-    return from_published(read_arguments(folder / "config.json"), state).eval()
+    state = unwrap.read(folder / "model.pth").state
+    return from_published(read_arguments(folder / _ARGUMENTS), state).eval()
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
@@ -108,33 +55,62 @@ def read_arguments(path: Path) -> dict[str, Any]:
         CheckpointError: the file does not hold any.
     """
     try:
-        arguments = json.loads(path.read_text())
+        arguments = untrusted.loads(untrusted.read(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(arguments, dict):
-        raise CheckpointError(f"{path} holds a {_type(arguments)}, not the constructor's arguments by name")
+        raise CheckpointError(f"{path} holds {untrusted.shown(arguments)}, not the constructor's arguments by name")
     return arguments
 
 
+def manifest_for(file: Path, classes: int) -> tuple[Manifest, dict[str, Any], str]:
+    """(classes, mean and std of the published checkpoint `file`, what a folder says of their origin, a line to print):
+    those that `write` put next to it, else ImageNet's mean and std and classes that are numbers.
+
+    Raises:
+        CheckpointError: what stands there does not fit.
+    """
+    numbers = tuple(map(str, range(classes)))
+    plain = Manifest(name=file.stem[:60], classes=numbers, shards=(), mean=_IMAGENET[0], std=_IMAGENET[1])
+    path = file.with_name(_PREPROCESSING)
+    if not path.is_file():
+        return plain, {"unnamed": True}, "mean and std are taken to be ImageNet's, and classes are called by number"
+    tree = read_arguments(path)
+    try:
+        names, mean, std = starting.preprocessing_of(tree)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if len(names) != classes:
+        raise CheckpointError(f"{path} names {len(names):,} classes, and the checkpoint has {classes:,}")
+    return (
+        replace(plain, classes=names, mean=mean, std=std),
+        {"unnamed": False},
+        f"classes, mean and std are those of {path}",
+    )
+
+
 def arguments_for(
-    state: dict[str, Tensor], args: argparse.Namespace | None, model: str | None
+    state: dict[str, Tensor], args: argparse.Namespace | None, model: str | None, beside: Path | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """The published arguments of a state dict, and lines that say where they are from: `model`, a name or a file of
-    JSON; else the training run's own `args`; else keys and shapes.
+    JSON; else, where `write` wrote the file `beside`, the arguments it put there; else the training run's own `args`;
+    else keys and shapes.
 
     Raises:
         CheckpointError: the model cannot be told.
     """
+    if model is None and beside is not None and beside.with_name(_PREPROCESSING).is_file():
+        model = str(beside.with_name(_ARGUMENTS))  # `write` put it there
     if model is not None and model.endswith(".json"):
         return complete(read_arguments(Path(model))), [f"arguments from {model}"]
     if model is not None:
         return named(model, state), [f"a {model}"]
     name = getattr(args, "model", None)
-    if name in PUBLISHED:
+    if isinstance(name, str) and name in PUBLISHED:
         arguments = named(name, state)
         given = {ours: getattr(args, theirs, None) for theirs, ours in _FROM_ARGS.items() if ours in arguments}
         arguments |= {ours: value for ours, value in given.items() if value is not None}
-        return arguments, [f"the file says it is a {name}"]
+        return complete(arguments), [f"the file says it is a {name}"]
     arguments, taken = guess(state)
     whole = ", ".join(f"{key} {value}" for key, value in arguments.items() if value != DEFAULTS[family(arguments)][key])
     return arguments, [

@@ -1,32 +1,45 @@
 """Weights as model.safetensors, and everything else an image needs to meet them as config.json."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
+from vimscale.evaluate import restore
+from vimscale.export import starting
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.published import complete
-from vimscale.model.quirks import PublishedVim, quirks
+from vimscale.model.published import complete, config_of
+from vimscale.model.quirks import PublishedVim
 from vimscale.model.tokens import resized
+from vimscale.run_folder import RunFolder
+
+_SHOWN, _NAME, _LONGEST = 5, 60, 1000
 
 
 def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str, Any]) -> None:
     """Write `model` to `folder`. `about`: where the weights come from, for people."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    whole = asdict(manifest)
-    preprocessing = {key: whole[key] for key in ("classes", "mean", "std")}
-    config = {"format": 1, "model": model.config.to_dict(), "backward": model.backward, **preprocessing, "about": about}
+    config = {"format": 1, "model": model.config.to_dict(), "backward": model.backward}
+    config |= {**preprocessing(manifest), "about": about}
     if isinstance(model, PublishedVim):
         config["published"] = model.arguments
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def preprocessing(manifest: Manifest) -> dict[str, Any]:
+    """What an image needs besides the model: what its classes are called, and mean and std of its channels."""
+    whole = asdict(manifest)
+    return {key: whole[key] for key in ("classes", "mean", "std")}
 
 
 def load(folder: Path) -> VisionMamba:
@@ -36,55 +49,81 @@ def load(folder: Path) -> VisionMamba:
         CheckpointError: the folder does not hold one.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if "published" in config:  # what our own config does not say
-            model: VisionMamba = PublishedVim(complete(config["published"]))
+        tree = starting.read_config(folder)
+        if "published" in tree:  # what our own config does not say
+            arguments = complete(starting.object_of(tree, "published"))
+            config = config_of(arguments)
+            make: Callable[[], VisionMamba] = partial(PublishedVim, arguments)
         else:
-            model = VisionMamba(VimConfig.from_dict(config["model"]))
-        model.backward = config.get("backward", 1.0)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} does not hold an exported model: {error}") from None
+            config = VimConfig.from_dict(starting.object_of(tree, "model"))
+            make = partial(VisionMamba, config)
+        backward = starting.backward_of(tree)
+        found = starting.header(folder / starting.WEIGHTS)
+        layers = {name.split(".")[1] for name in found if name.startswith("blocks.")}
+        if len(layers) != len(config.layers):
+            raise ValueError(f"{starting.WEIGHTS} has {len(layers)} layers, {starting.CONFIG} {len(config.layers)}")
+        with torch.device("meta"):  # before room is made for whatever the config says
+            _check(found, {name: tuple(value.shape) for name, value in make().state_dict().items()})
+        model = make()
+        model.backward = backward
+        model.load_state_dict(load_file(folder / starting.WEIGHTS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} does not hold an exported model: {str(error)[:_LONGEST]}") from None
     return model.eval()
 
 
-def starting_weights(folder: Path, config: VimConfig) -> dict[str, Tensor]:
-    """The weights of an exported model for a new one of shape `config`: the position embedding is resized, and the
-    head left out where it has other classes.
+def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError: tensors are missing, superfluous or of another shape."""
+    faults = [f"{name[:_NAME]} is not in the model" for name in found if name not in wanted]
+    faults += [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{n} is {found[n]}, not {shape}" for n, shape in wanted.items() if n in found and found[n] != shape]
+    if faults:
+        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise ValueError("weights and config are of different models\n  " + "\n  ".join([*faults[:_SHOWN], *more]))
+
+
+def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tuple[dict[str, Tensor], list[str]]:
+    """(weights, what was done to them, for people) of an exported or imported model, or of a run, for a new model of
+    shape `config` on images of the training set `manifest`.
+
+    The position embedding is resized; rows of the head are put in order by the names of their classes, and the head is
+    left out where the classes are others; the patch embedding is converted to the set's mean and std. With these the
+    new model gives for an image what the old one gave.
 
     Raises:
-        CheckpointError: the two models differ in anything else.
+        CheckpointError: there are none, or the two models do not compute the same.
     """
-    old = load(folder)
-    if isinstance(old, PublishedVim):
-        asked = ", ".join(quirks(old.arguments)) or "cls_position"
-        raise CheckpointError(
-            f"model.weights {folder} is a published model with what no recipe trains: {asked}; import it with"
-            " --model and arguments without these, if its weights are to be taken all the same"
-        )
-    state = dict(old.state_dict())
+    source = starting.read(folder)
+    notes = starting.compare(source, config, manifest)
+    old = restore(RunFolder(folder), raw=False, step=None)[0] if source.is_run else load(folder)
+    state = {name: value.detach() for name, value in old.state_dict().items()}
     if old.pos_embed is not None:
-        state["pos_embed"] = resized(old.pos_embed.detach(), old.config, config.grid)
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in VisionMamba(config).named_parameters()}
-    if old.config.num_classes != config.num_classes:
-        state = {name: t for name, t in state.items() if not name.startswith("head.")}
-    faults = [f"{name} is not in the new model" for name in state if name not in wanted]
-    faults += [f"{name} is missing" for name in wanted if name not in state and not name.startswith("head.")]
-    faults += [
-        f"{name} is {tuple(t.shape)}, wanted {tuple(wanted[name])}"
-        for name, t in state.items()
-        if name in wanted and t.shape != wanted[name]
-    ]
-    if faults:
-        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(
-            f"model.weights {folder} is of another shape than the recipe's model:\n  "
-            + "\n  ".join(faults[:5])
-            + more
-            + "\nset the recipe's model section as in its config.json"
-        )
-    return state
+        state["pos_embed"] = resized(state["pos_embed"], old.config, config.grid)
+    rows = starting.rows(source, manifest)
+    for name in ("head.weight", "head.bias"):
+        value = state.pop(name)
+        if rows is not None:
+            state[name] = value[rows]
+    if config.stem == "patch":
+        state |= _renormalised(state, source, manifest)
+    return state, notes
+
+
+def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: Manifest) -> dict[str, Tensor]:
+    """The patch embedding of images that are normalised by the manifest's mean and std, not by the source's.
+
+    Of one pixel x: (x - m) / s = (x - m') / s' * s'/s + (m' - m) / s, and a convolution without padding is linear.
+    """
+    if (source.mean, source.std) == (manifest.mean, manifest.std):
+        return {}
+    old_mean, old_std, mean, std = (
+        torch.tensor(values, dtype=torch.float64)[:, None, None]
+        for values in (source.mean, source.std, manifest.mean, manifest.std)
+    )
+    weight, bias = (state[f"patch_embed.{name}"] for name in ("weight", "bias"))  # (d, 3, p, p), (d)
+    shift = (weight.double() * ((mean - old_mean) / old_std)).sum(dim=(1, 2, 3))
+    scaled = weight.double() * (std / old_std)
+    return {"patch_embed.weight": scaled.to(weight.dtype), "patch_embed.bias": (bias + shift).to(bias.dtype)}
 
 
 def largest_difference(folder: Path, model: VisionMamba) -> float:
@@ -93,11 +132,17 @@ def largest_difference(folder: Path, model: VisionMamba) -> float:
 
 
 def difference(one: VisionMamba, other: VisionMamba) -> float:
-    """The largest one between the logits of two models on eight images; chance falls for both in the same way."""
+    """The largest one between the logits of two models on eight images; chance falls for both in the same way.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
     channels = one.arguments["channels"] if isinstance(one, PublishedVim) else 3
     logits = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for model in (one, other):
             torch.manual_seed(0)
             logits.append(model(torch.randn(8, channels, *model.config.size)))
+    if not all(bool(one.isfinite().all()) for one in logits):
+        raise CheckpointError("the model gives logits that are not finite for images of noise: its run had diverged")
     return float((logits[0] - logits[1]).abs().max())

@@ -6,6 +6,7 @@ apart by a suffix, there.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vimscale.errors import CheckpointError
 from vimscale.model.mixer import Mamba
-from vimscale.model.published import PUBLISHED, Arguments, arguments_of, complete, family
+from vimscale.model.published import PUBLISHED, Arguments, arguments_of, complete, config_of, family
 from vimscale.model.quirks import PublishedVim, build
 from vimscale.model.tokens import layout, resized
 from vimscale.model.vim import VisionMamba
@@ -47,7 +48,15 @@ def from_published(
             raise CheckpointError(f"{arguments} is no published model; known: {', '.join(PUBLISHED)}")
         arguments = PUBLISHED[arguments]
     whole = complete(dict(arguments))
-    model = build(whole) if cls_position is None and token_order is None else PublishedVim(whole)
+    make = partial(build if cls_position is None and token_order is None else PublishedVim, whole)
+    config_of(whole)
+    if state and (found := _depth(state)) != whole["depth"]:
+        raise CheckpointError(
+            f"the state dict is of another model\n  it has {found} layers, not depth {whole['depth']}"
+        )
+    with torch.device("meta"):  # before room is made for whatever the arguments say
+        _check(make(), state)
+    model = make()
     _fill(model, state)
     if resize_to is not None:
         model = _resized(model, whole, resize_to)
@@ -177,14 +186,13 @@ def _norm(model: VisionMamba, key: str, name: str) -> Iterator[_Slot]:
 @torch.no_grad()
 def _fill(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
-    slots = {slot.key: slot for slot in _slots(model)}
-    shapes = {key: tuple(slot.read(own).shape) for key, slot in slots.items()}
-    _check(model, state, shapes)
-    for key, slot in slots.items():
-        slot.write(own, state[key])
+    for slot in _slots(model):
+        slot.write(own, state[slot.key])
 
 
-def _check(model: VisionMamba, state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    shapes = {slot.key: tuple(slot.read(own).shape) for slot in _slots(model)}
     missing = [key for key in shapes if key not in state]
     unexpected = [key for key in state if key not in shapes]
     wrong = [
@@ -244,7 +252,10 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
         norm = state["norm_f.weight"]
     except KeyError as error:
         raise CheckpointError(f"the state dict is of no published Vision Mamba: it has no {error}") from None
-    d, depth = len(norm), len({key.split(".")[1] for key in state if key.startswith("layers.")})
+    for key, rank in _RANKS.items():
+        if key in state and (state[key].dim() != rank or 0 in state[key].shape):
+            raise CheckpointError(f"the state dict is of no published Vision Mamba: {key} is {tuple(state[key].shape)}")
+    d, depth = len(norm), _depth(state)
     head = state.get("head.weight")
     arguments: Arguments = {
         "embed_dim": d,
@@ -279,6 +290,19 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
     if family(arguments) != "mambar":
         arguments["stride"] = stride
     return complete(arguments), taken
+
+
+_RANKS = {
+    "patch_embed.proj.weight": 4,
+    "layers.0.mixer.A_log": 2,
+    "layers.0.mixer.conv1d.weight": 3,
+    "norm_f.weight": 1,
+}
+_RANKS |= {"head.weight": 2, "pos_embed": 3, "pos_embed_cls": 3, "neck.weight": 2, "rope.freqs_cos": 2}
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith("layers.")})
 
 
 def _guess_tokens(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str], int]:
@@ -324,8 +348,8 @@ def _guess_size(patches: int, patch: int, *, fixed: bool) -> tuple[int, int]:
     """(image size, stride) of a square of so many patches: 224 pixels if a stride below the patch gives them, else
     patches side by side.
     """
-    side = math.isqrt(patches)
-    if side * side != patches:
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or patches < 1:
         raise CheckpointError(f"{patches} patches are no square: give img_size, with the other published arguments")
     if not fixed and side > 1 and side * patch > 224 and (224 - patch) % (side - 1) == 0:
         return 224, (224 - patch) // (side - 1)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vimscale.model import schedule
 from vimscale.model.schedule import Layer
@@ -268,10 +269,47 @@ class VimConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VimConfig":
-        """The inverse of `to_dict`, also after a way through JSON."""
+        """The inverse of `to_dict`, also after a way through JSON.
+
+        Raises:
+            ValueError: the values are not those of a model, by name, type or size.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__} is not a model's values by name")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        stages = tuple(Stage(**stage) for stage in values.pop("stages", ()))
-        return cls(**values, stages=stages)
+        stages = values.pop("stages", ())
+        if not isinstance(stages, tuple) or not all(isinstance(stage, dict) for stage in stages):
+            raise ValueError("stages is not a list of stages")
+        faults = _type_faults(cls, values)
+        for i, stage in enumerate(stages):
+            faults += [f"stages[{i}].{fault}" for fault in _type_faults(Stage, stage)]
+        if faults:
+            raise ValueError("\n".join(faults[:5]))
+        return cls(**values, stages=tuple(Stage(**stage) for stage in stages))
+
+
+def _type_faults(kind: type, values: dict[str, Any]) -> list[str]:
+    """What of the values, read from a file, is not a field of the dataclass or not of its type."""
+    hints = get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
+    return [f"{str(name)[:40]}: no such field" for name in values.keys() - known] + [
+        f"{name} is {reprlib.repr(value)}, a {type(value).__name__}, which it cannot be"
+        for name, value in values.items()
+        if name in known and not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if origin is not None:  # a union
+        return any(_fits(value, one) for one in arguments)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e9
+    return type(value) is hint and (hint is not int or abs(value) < 10**9)
 
 
 _STAGE_RANGES = {"depth": (1, schedule.MOST_LAYERS), "d_model": (1, 2**16), "downsample": (1, 2**10)}

@@ -5,6 +5,8 @@ Three families: `vim` (hustvl/Vim, arXiv:2401.09417), `mambar` (wangf3014/Mamba-
 `vimscale.model.quirks`.
 """
 
+import reprlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 from vimscale.errors import CheckpointError
@@ -144,12 +146,67 @@ def complete(arguments: Arguments) -> Arguments:
             )
     if unknown := sorted(given.keys() - DEFAULTS[kind].keys()):
         raise CheckpointError(
-            f"{', '.join(unknown)}: no argument of the published {kind} constructor; it takes"
-            f" {', '.join(sorted(DEFAULTS[kind]))}"
+            f"{', '.join(name[:_NAME] for name in unknown[:_SHOWN])}: no argument of the published {kind} constructor;"
+            f" it takes {', '.join(sorted(DEFAULTS[kind]))}"
         )
     if isinstance(given.get("img_size"), list):  # out of JSON
         given["img_size"] = tuple(given["img_size"])
+    faults = [
+        f"{name} is {reprlib.repr(value)}; it must be {_RULES[name][0]}"
+        for name, value in given.items()
+        if not _RULES[name][1](value)
+    ]
+    if faults:
+        raise CheckpointError(_NO_MODEL + "".join(f"\n  {fault}" for fault in faults[:_SHOWN]))
     return DEFAULTS[kind] | given
+
+
+_NO_MODEL = "the published arguments do not make a model"
+_SHOWN, _NAME = 4, 40
+"""Names that an error lists, and characters of each."""
+_Rule = tuple[str, Callable[[Any], bool]]
+_LARGEST = 4096
+"""Pixels a side; no Vision Mamba was published for images near that size."""
+_MOST_PATCHES = 2**20
+
+
+def _whole(least: int, most: int) -> _Rule:
+    return f"a whole number from {least} to {most:,}", lambda value: type(value) is int and least <= value <= most
+
+
+def _number(low: float, high: float) -> _Rule:
+    return f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def _or_none(rule: _Rule) -> _Rule:
+    return f"{rule[0]}, or null", lambda value: value is None or rule[1](value)
+
+
+def _size(value: Any) -> bool:
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    return all(type(side) is int and 1 <= side <= _LARGEST for side in sides)
+
+
+_YES_OR_NO: _Rule = "true or false", lambda value: isinstance(value, bool)
+_WORD: _Rule = "a word", lambda value: isinstance(value, str)
+_RULES: dict[str, _Rule] = {
+    **{name: _YES_OR_NO for kind in DEFAULTS.values() for name, value in kind.items() if isinstance(value, bool)},
+    **dict.fromkeys(("final_pool_type", "bimamba_type"), _WORD),
+    **dict.fromkeys(("patch_size", "stride", "channels", "d_state", "cls_reduce"), _whole(1, _LARGEST)),
+    **dict.fromkeys(("num_classes", "num_cls_tokens"), _whole(0, 10**6)),
+    **dict.fromkeys(("drop_rate", "drop_path_rate"), _number(0, 1)),
+    "img_size": (f"a whole number from 1 to {_LARGEST:,}, or two of them", _size),
+    "depth": _whole(1, 10_000),
+    "embed_dim": _whole(1, 10**6),
+    "norm_epsilon": _number(0, 1),
+    "flip_img_sequences_ratio": _number(-1e9, 1e9),
+    "init_layer_scale": _or_none(_number(-1e9, 1e9)),
+    "ft_seq_len": _or_none(_whole(1, _LARGEST)),
+    "pt_hw_seq_len": _whole(1, _LARGEST),
+    "if_bidirectional": ('true, false or "halved"', lambda value: isinstance(value, bool) or value == "halved"),
+    "ssm_cfg": _or_none(("the mixer's arguments by name", lambda value: isinstance(value, dict))),
+}
+"""What each argument may be."""
 
 
 def config_of(arguments: Arguments) -> VimConfig:
@@ -162,7 +219,7 @@ def config_of(arguments: Arguments) -> VimConfig:
     ssm = _ssm(arguments, kind)
     faults = _faults(arguments, kind)
     if faults:
-        raise CheckpointError("the published arguments do not make a model\n" + "\n".join(f"  {f}" for f in faults))
+        raise CheckpointError(_NO_MODEL + "".join(f"\n  {fault}" for fault in faults[:_SHOWN]))
     depth, d = arguments["depth"], arguments["embed_dim"]
     shape: dict[str, Any] = {
         "num_classes": max(arguments["num_classes"], 1),  # without a head: see quirks
@@ -191,9 +248,12 @@ def config_of(arguments: Arguments) -> VimConfig:
     else:
         shape |= _vim(arguments)
     try:
-        return VimConfig(**shape)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"the published arguments do not make a model\n  {error}") from None
+        config = VimConfig(**shape)
+    except ValueError as error:
+        raise CheckpointError(f"{_NO_MODEL}\n  {error}") from None
+    if config.patches > _MOST_PATCHES:
+        raise CheckpointError(f"{_NO_MODEL}\n  {config.patches:,} patches an image; at most {_MOST_PATCHES:,}")
+    return config
 
 
 def _vim(arguments: Arguments) -> dict[str, Any]:
@@ -221,6 +281,25 @@ def scan_type(arguments: Arguments) -> str:
     return "v1" if arguments["if_bimamba"] else arguments["bimamba_type"]
 
 
+def quirks(arguments: Arguments) -> list[str]:
+    """Names of the (complete) arguments that ask for what only `PublishedVim` does."""
+    asked = {
+        "num_classes": arguments["num_classes"] < 1,
+        "channels": arguments["channels"] != 3,
+        "drop_rate": arguments["drop_rate"] > 0,
+        "ssm_cfg": slow(arguments),
+        "if_rope": arguments.get("if_rope", False),
+        "if_bidirectional": arguments.get("if_bidirectional", False),
+        "flip_img_sequences_ratio": arguments.get("flip_img_sequences_ratio", -1) > 0,
+        "final_pool_type": arguments.get("final_pool_type") == "max"
+        or (arguments.get("final_pool_type") == "all" and not arguments["if_cls_token"]),
+    }
+    if arguments.get("bimamba_type") == "v3":  # ARM's code takes these and does not look at them
+        for name in ("if_bidirectional", "flip_img_sequences_ratio", "final_pool_type"):
+            asked[name] = False
+    return [name for name, wanted in asked.items() if wanted]
+
+
 def slow(arguments: Arguments) -> bool:
     """Whether the mixer's slow path is asked for, which runs the forward direction alone."""
     return not (arguments["ssm_cfg"] or {}).get("use_fast_path", True)
@@ -231,30 +310,32 @@ def _ssm(arguments: Arguments, kind: Family) -> dict[str, Any]:
     rank = -(-arguments["embed_dim"] // 16)
     fixed = {"dt_rank": ("auto", rank), "conv_bias": (True,), "bias": (False,)}
     faults = [
-        f"ssm_cfg.{name} is {ssm[name]!r}; only {values[0]!r} is known here"
+        f"ssm_cfg.{name} is {reprlib.repr(ssm[name])}; only {values[0]!r} is known here"
         for name, values in fixed.items()
         if name in ssm and ssm[name] not in values
     ]
+    faults += [
+        f"ssm_cfg.{name} is {reprlib.repr(ssm[name])}; it must be {_whole(1, _LARGEST)[0]}"
+        for name in ("d_state", "d_conv", "expand")
+        if name in ssm and not _whole(1, _LARGEST)[1](ssm[name])
+    ]
     known = {"d_state", "d_conv", "expand", "use_fast_path"} | fixed.keys() | _SCAN_INIT
-    faults += [f"ssm_cfg.{name} is no argument of the published mixer" for name in ssm if name not in known]
+    faults += [
+        f"ssm_cfg.{str(name)[:_NAME]} is no argument of the published mixer" for name in ssm if name not in known
+    ]
     twice = {"vim": "d_state", "arm": "expand", "mambar": ""}[kind]
     if twice in ssm:
         faults.append(f"ssm_cfg.{twice}: the constructor passes {twice} itself, and fails when it is given twice")
     if kind != "vim" and slow(arguments):
         faults.append("ssm_cfg.use_fast_path false is not known here; leave it out")
     if faults:
-        raise CheckpointError("the published arguments do not make a model\n" + "\n".join(f"  {f}" for f in faults))
+        raise CheckpointError(_NO_MODEL + "".join(f"\n  {fault}" for fault in faults[:_SHOWN]))
     return ssm
 
 
 def _faults(arguments: Arguments, kind: Family) -> list[str]:
     """What the original code fails on, or this one does not have."""
     faults = []
-    for name in ("patch_size", "stride"):
-        if not isinstance(arguments.get(name, 1), int):
-            faults.append(f"{name} is {arguments[name]}; it must be one number")
-    if faults:
-        return faults
     if kind == "mambar":
         m, reduce, d = arguments["num_cls_tokens"], arguments["cls_reduce"], arguments["embed_dim"]
         if m < 1:
@@ -276,9 +357,9 @@ def _faults(arguments: Arguments, kind: Family) -> list[str]:
             )
         return faults
     if scan_type(arguments) not in ("none", "v1", "v2"):
-        faults.append(f"bimamba_type is {scan_type(arguments)!r}; known: none, v1, v2, and v3 for ARM")
+        faults.append(f"bimamba_type is {reprlib.repr(scan_type(arguments))}; known: none, v1, v2, and v3 for ARM")
     if arguments["final_pool_type"] not in ("none", "mean", "max", "all"):
-        faults.append(f"final_pool_type is {arguments['final_pool_type']!r}; known: none, mean, max, all")
+        faults.append(f"final_pool_type is {reprlib.repr(arguments['final_pool_type'])}; known: none, mean, max, all")
     if arguments["if_rope"]:
         faults += _rope_faults(arguments, rows * columns)
     return faults

@@ -11,28 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimscale.model.published import Arguments, config_of, slow
+from vimscale.model.published import Arguments, config_of, quirks
 from vimscale.model.tokens import Place, Tokens, layout, resized
 from vimscale.model.vim import VisionMamba
-
-
-def quirks(arguments: Arguments) -> list[str]:
-    """Names of the (complete) arguments that ask for what only `PublishedVim` does."""
-    asked = {
-        "num_classes": arguments["num_classes"] < 1,
-        "channels": arguments["channels"] != 3,
-        "drop_rate": arguments["drop_rate"] > 0,
-        "ssm_cfg": slow(arguments),
-        "if_rope": arguments.get("if_rope", False),
-        "if_bidirectional": arguments.get("if_bidirectional", False),
-        "flip_img_sequences_ratio": arguments.get("flip_img_sequences_ratio", -1) > 0,
-        "final_pool_type": arguments.get("final_pool_type") == "max"
-        or (arguments.get("final_pool_type") == "all" and not arguments["if_cls_token"]),
-    }
-    if arguments.get("bimamba_type") == "v3":  # ARM's code takes these and does not look at them
-        for name in ("if_bidirectional", "flip_img_sequences_ratio", "final_pool_type"):
-            asked[name] = False
-    return [name for name, wanted in asked.items() if wanted]
 
 
 @dataclass

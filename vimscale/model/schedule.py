@@ -140,7 +140,7 @@ def _schedule(text: str, tokens: _Tokens, at: int, inside: int = 0) -> tuple[_La
 def _layer(text: str, tokens: _Tokens, at: int) -> tuple[Layer, int]:
     kind, column = tokens[at]
     if kind not in get_args(Kind):
-        raise _fault(text, column, f"{kind!r} is no kind of layer; known: {', '.join(get_args(Kind))}")
+        raise _fault(text, column, f"{kind[:40]!r} is no kind of layer; known: {', '.join(get_args(Kind))}")
     if at + 1 == len(tokens) or tokens[at + 1][0] != "@":
         return Layer(kind), at + 1  # type: ignore[arg-type]  # membership in the Literal was just tested
     order, column = tokens[at + 2] if at + 2 < len(tokens) else ("", len(text))

@@ -187,6 +187,8 @@ class VisionMamba(nn.Module):
         self._init_all(gather or (lambda parameters: nullcontext()))
 
     def _init_all(self, gather: Gather) -> None:
+        if self.norm.weight.is_meta:  # nothing to set; drawing nothing makes torch load its compiler, for seconds
+            return
         for module in self.modules():
             init = getattr(module, "init_weights", None)
             if init is not None:

@@ -1,0 +1,358 @@
+"""What a run starts from (`model.weights`): which model the weights are of, and whether the recipe's computes the same.
+
+No torch: `vimscale launch` asks before it starts any rank. `safetensors.starting_weights` then reads the numbers.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vimscale import second, untrusted
+from vimscale.data.shards import Manifest
+from vimscale.data.training_set import TrainingSet
+from vimscale.errors import CheckpointError, DataError, UserError
+from vimscale.model.presets import VimConfig
+from vimscale.model.published import complete, quirks
+from vimscale.model.schedule import compact
+from vimscale.recipe import Recipe
+from vimscale.run_folder import RunFolder, checkpoints, step_of
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+Triple = tuple[float, float, float]
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of weights before they are read."""
+
+    folder: Path
+    config: VimConfig
+    classes: tuple[str, ...] | None
+    """None: an imported model, of which nobody knows what its classes are called."""
+    mean: Triple
+    std: Triple
+    backward: float
+    """How much of the backward paths was in."""
+
+    @property
+    def is_run(self) -> bool:
+        return (self.folder / "recipe.yaml").is_file()
+
+
+# ---- every field of a VimConfig is one of three things to weights that are loaded
+
+
+def _plain(config: VimConfig, value: Any) -> Any:
+    return None if len(config.parts) > 1 else value
+
+
+def _kinds(config: VimConfig) -> set[str]:
+    return {layer.kind for layer in config.layers}
+
+
+def _scans(config: VimConfig, value: Any) -> Any:
+    return value if _kinds(config) - {"attn"} else None
+
+
+MEANING: dict[str, Callable[[VimConfig], Any]] = {
+    "patch_size": lambda c: c.patch_size,
+    "stem": lambda c: c.stem,
+    "stages": lambda c: [(s.depth, s.d_model, i and s.downsample) for i, s in enumerate(c.parts)] * (len(c.parts) > 1),
+    "d_model": lambda c: _plain(c, c.parts[0].d_model),
+    "depth": lambda c: _plain(c, c.parts[0].depth),
+    "directions": lambda c: compact(c.layers),
+    "d_state": lambda c: _scans(c, c.d_state),
+    "d_conv": lambda c: _scans(c, c.d_conv),
+    "expand": lambda c: _scans(c, c.expand),
+    "fuse": lambda c: c.fuse if any(len(x.paths) > 1 or x.kind == "pair" for x in c.layers) else None,
+    "window": lambda c: c.window if any(layer.order == "window" for layer in c.layers) else None,
+    "d_head": lambda c: c.d_head if "attn" in _kinds(c) else None,
+    "mlp": lambda c: c.mlp,
+    "norm": lambda c: c.norm,
+    "norm_eps": lambda c: c.norm_eps,
+    "ssm_norm": lambda c: _scans(c, c.ssm_norm),
+    "cls_token": lambda c: c.cls_token,
+    "registers": lambda c: c.registers,
+    "pool": lambda c: c.pooling,
+    "register_reduce": lambda c: c.register_reduce,
+    "pos_embed": lambda c: c.pos_embed,
+}
+"""What the model computes, or what shape its weights are of: it must be the same. None where it has no effect."""
+OWN_RULE = frozenset({"num_classes", "image_size", "stride", "layer_scale", "backward_gate", "backward_ramp"})
+"""See `compare`: what is loaded can be adapted to some of their values."""
+TRAINING = frozenset({"drop_path", "backward_drop", "init"})
+"""How a model is trained: nothing to weights that exist."""
+
+
+def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
+    """How the weights are adapted to the recipe's model `config` and its training set, for people.
+
+    Raises:
+        CheckpointError: the recipe's model would compute something else with them; lists every difference.
+    """
+    old = source.config
+    faults, notes = [], []
+    for name, effective in MEANING.items():
+        theirs, ours = effective(old), effective(config)
+        if theirs != ours and theirs is not None and ours is not None:
+            fix = f"set model.{name}={_value(theirs)}"
+            if name in ("stages", "directions") and len(old.parts) > 1:
+                fix = f"set model.stages as {source.folder / CONFIG} has them"
+            faults.append(f"{name}: the weights have {_said(theirs)}, the recipe {_said(ours)}; {fix}")
+    if (old.layer_scale is None) != (config.layer_scale is None):
+        faults.append(
+            f"layer_scale: the weights have {_said(old.layer_scale)}, the recipe {_said(config.layer_scale)};"
+            + (" leave it out" if old.layer_scale is None else f" set model.layer_scale={old.layer_scale}")
+        )
+    if old.backward_gate and not config.backward_gate and old.optional:
+        faults.append("backward_gate: the weights have gates, the recipe has none; set model.backward_gate=true")
+    elif config.backward_gate and not old.backward_gate and config.optional:
+        notes.append("backward_gate: every gate starts at 1, as if there were none")
+    if old.optional and source.backward != config.backward_at(0):
+        if source.backward != 1:
+            faults.append(
+                f"backward_ramp: the weights are of a run whose backward paths were in by {source.backward:.2g}; train"
+                " that one to the end of its ramp"
+            )
+        else:
+            notes.append("backward_ramp: the weights are of a model with all its backward paths; they come in again")
+    if source.mean != manifest.mean or source.std != manifest.std:
+        change = f"mean {_said(source.mean)} and std {_said(source.std)} of the weights' data"
+        to = f"those of {manifest.name[:60]}, {_said(manifest.mean)} and {_said(manifest.std)}"
+        if old.stem == "patch":
+            notes.append(f"{change} are not {to}: patch_embed is converted, so that the same image gives the same")
+        else:
+            faults.append(
+                f"{change} are not {to}, and a conv stem cannot be converted; write the weights' mean and std into"
+                " manifest.json of the training set and of the validation set"
+            )
+    if faults:
+        more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
+        raise CheckpointError(
+            f"model.weights {source.folder}: the recipe's model is another one than the weights are of\n  "
+            + "\n  ".join([*faults[:12], *more])
+        )
+    if old.grid != config.grid or old.step != config.step:
+        grids = " to ".join(f"{c.grid[0]} x {c.grid[1]} patches, one every {c.step} pixels" for c in (old, config))
+        how = "its position embedding is resized" if old.pos_embed else "it has no position embedding to resize"
+        notes.append(f"image_size, stride: the grid goes from {grids}; {how}")
+    return notes + _head_notes(source, manifest)
+
+
+def rows(source: Source, manifest: Manifest) -> list[int] | None:
+    """Which row of the weights' head each class of the training set takes; None: the head starts again."""
+    if source.classes is None:
+        same = source.config.num_classes == len(manifest.classes)
+        return list(range(len(manifest.classes))) if same else None
+    at = {name: i for i, name in enumerate(source.classes)}
+    if at.keys() != set(manifest.classes) or len(at) != len(source.classes) or len(at) != len(manifest.classes):
+        return None
+    return [at[name] for name in manifest.classes]
+
+
+def _head_notes(source: Source, manifest: Manifest) -> list[str]:
+    taken = rows(source, manifest)
+    if taken is None:
+        have = source.config.num_classes
+        new = [name for name in manifest.classes if name not in (source.classes or ())]
+        what = f"{have:,} classes, not {len(manifest.classes):,}"
+        if source.classes is not None and have == len(manifest.classes):
+            what = f"other classes: no {', '.join(name[:40] for name in new[:_SHOWN])}"
+        return [f"head: it starts again, because the weights are of {what}"]
+    if source.classes is None:
+        return [
+            f"head: kept as it is; what its {len(taken):,} classes are called is not known, so class 0 is taken for"
+            f" {manifest.classes[0][:40]} and so on"
+        ]
+    if taken != list(range(len(taken))):
+        return ["head: its classes stand in another order; its rows are put into the training set's by name"]
+    return []
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return json.dumps(value)[:150] if isinstance(value, list | tuple) else str(value)[:150]
+
+
+def _value(value: Any) -> str:
+    """As an override on the command line."""
+    said = _said(value)
+    return f'"{said}"' if " " in said else said
+
+
+# ---- reading
+
+
+def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
+    """Refuse `model.weights` that this run could not start from; a run that is resumed needs none.
+
+    Raises:
+        CheckpointError: they are not there, or of another model.
+    """
+    if recipe.model.weights is None or checkpoints(folder.checkpoints) or _elsewhere(recipe):
+        return
+    compare(read(Path(recipe.model.weights)), recipe.model.shape(len(manifest.classes)), manifest)
+
+
+def _elsewhere(recipe: Recipe) -> bool:
+    """Whether there may be a checkpoint in the second place: the ranks find out."""
+    try:
+        place = second.open_place(recipe.checkpoint.second, recipe.name)
+        return place is not None and bool(place.names())
+    except (OSError, DataError):
+        return True
+
+
+def read(folder: Path) -> Source:
+    """What an exported or imported folder, or a run's, holds.
+
+    Raises:
+        CheckpointError: it holds no weights to start from; says what it is, and how it becomes some.
+    """
+    if (folder / "recipe.yaml").is_file():
+        return _of_run(folder)
+    if (fix := _not_ours(folder)) is not None:
+        raise CheckpointError(f"model.weights {folder} does not hold an exported model: {fix}")
+    try:
+        source = described(folder, read_config(folder))
+        header(folder / WEIGHTS)
+        return source
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model.weights {folder} does not hold an exported model: {_short(error)}") from None
+
+
+def described(folder: Path, tree: dict[str, Any]) -> Source:
+    """Raises:
+    ValueError: the config does not describe a model.
+    CheckpointError: it describes one that no recipe trains.
+    """
+    if "published" in tree:
+        asked = ", ".join(quirks(complete(object_of(tree, "published")))) or "cls_position"
+        raise CheckpointError(
+            f"model.weights {folder} is a published model with what no recipe trains: {asked}; import it with"
+            " --model and arguments without these, if its weights are to be taken all the same"
+        )
+    config = VimConfig.from_dict(object_of(tree, "model"))
+    names, mean, std = preprocessing_of(tree)
+    if len(names) != config.num_classes:
+        raise ValueError(f"{CONFIG} names {len(names):,} classes, its model has {config.num_classes:,}")
+    about = tree.get("about")
+    unnamed = isinstance(about, dict) and "published" in about and about.get("unnamed", True)
+    return Source(folder, config, None if unnamed else names, mean, std, backward_of(tree))
+
+
+def preprocessing_of(tree: dict[str, Any]) -> tuple[tuple[str, ...], Triple, Triple]:
+    """(classes, mean, std); raises ValueError."""
+    names = tree.get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"classes is {untrusted.shown(names)}, not a list of names")
+    mean, std = (_triple(tree, key) for key in ("mean", "std"))
+    if min(std) <= 0:
+        raise ValueError(f"std is {_said(std)}, and images are divided by it")
+    return tuple(names), mean, std
+
+
+def backward_of(tree: dict[str, Any]) -> float:
+    value = tree.get("backward", 1.0)
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"backward is {untrusted.shown(value)}, not a number from 0 to 1")
+    return float(value)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises:
+    OSError, ValueError: there is none, or it is not JSON of an export.
+    """
+    tree = untrusted.loads(untrusted.read(folder / CONFIG))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{CONFIG} holds {untrusted.shown(tree)}, not a model's description")
+    if tree.get("format") != 1:
+        found = untrusted.shown(tree.get("format"))
+        raise ValueError(f"{CONFIG} has format {found}, this version reads 1")
+    return tree
+
+
+def header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, of which the header alone is read.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not one, or cut short.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        total = path.stat().st_size
+        if not 2 <= size <= min(total - 8, untrusted.SMALL):
+            raise ValueError(f"{path.name} is not a safetensors file, or is cut short at {total:,} bytes")
+        tree = untrusted.loads(file.read(size))
+    try:
+        entries = {name: entry for name, entry in tree.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        if end + size + 8 != total:
+            raise ValueError(f"{path.name} has {total:,} bytes, not the {end + size + 8:,} that its header says")
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise ValueError(f"{path.name} has a header of another format") from None
+    return shapes
+
+
+def _of_run(folder: Path) -> Source:
+    run = RunFolder(folder)
+    recipe = run.recipe()
+    if not checkpoints(run.checkpoints):
+        raise CheckpointError(f"model.weights {folder} is a run without a checkpoint; launch that one first")
+    try:
+        manifest = TrainingSet.open(recipe.data).manifest
+    except UserError as error:
+        raise CheckpointError(
+            f"model.weights {folder} is a run whose training set, which its classes are read from, is not to be had:"
+            f" {_short(error)}; export the run where it is, and give that folder"
+        ) from None
+    config = recipe.model.shape(len(manifest.classes))
+    backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
+    return Source(folder, config, manifest.classes, manifest.mean, manifest.std, backward)
+
+
+def _not_ours(folder: Path) -> str | None:
+    """What else stands there, if it is a thing that is often given."""
+    if not folder.exists():
+        return "it is not there"
+    if folder.is_file():
+        if folder.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+            return f"it is a file; `vimscale import {folder}` makes a folder of a published checkpoint"
+        return "it is a file; give the folder that it is in"
+    if (folder / "model.pth").is_file():
+        return (
+            f"it is for the published code; `vimscale import {folder / 'model.pth'}` makes one that a run starts from"
+        )
+    if not (folder / CONFIG).is_file():
+        exports = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        near = f"; perhaps {folder / exports[0]} is meant" if exports else ""
+        return f"it has no {CONFIG}{near}"
+    if not (folder / WEIGHTS).is_file():
+        return f"it has no {WEIGHTS}"
+    return None
+
+
+def object_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Raises ValueError: it is not there, or something else."""
+    value = tree.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {untrusted.shown(value)}, not an object")
+    return value
+
+
+def _triple(tree: dict[str, Any], key: str) -> Triple:
+    value = tree.get(key)
+    if not isinstance(value, list) or len(value) != 3 or any(type(x) not in (int, float) for x in value):
+        raise ValueError(f"{key} is {untrusted.shown(value)}, not three numbers")
+    return (value[0], value[1], value[2])
+
+
+def _short(error: Exception) -> str:
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    return text.replace("\n", "; ")[:500]

@@ -1,0 +1,298 @@
+"""A published checkpoint's file, whatever it is wrapped in, as one state dict of tensors."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vimscale.errors import CheckpointError
+from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
+
+_ANCHOR = "patch_embed.proj.weight"
+"""Every published Vision Mamba has it: what stands before it is the wrapping."""
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that torch.compile, FSDP and recomputation put anywhere into them."""
+_COUNTERS = {"n_averaged", "num_updates", "updates", "decay"}
+_AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa|teacher)($|[._])", re.IGNORECASE)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DEEPEST, _SHOWN, _NAME, _LONGEST = 5, 4, 60, 200
+_LARGEST_INDEX = 64 << 20
+
+
+class Published(NamedTuple):
+    state: dict[str, Tensor]
+    args: argparse.Namespace | None
+    """Of the training run, where the file has them."""
+    notes: list[str]
+    """What was taken and what left out, for people."""
+
+
+def read(path: Path, *, ema: bool = False) -> Published:
+    """The model in a `.pth`, `.bin` or `.safetensors` file, or in the shards that an `.index.json` lists.
+
+    What the file is decides, not what it is called. `ema`: take the moving average where there is one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else; it says what.
+    """
+    if path.name.endswith(".index.json"):
+        return _sharded(path, ema)
+    _check_complete(path)
+    tree, tensor, args = _opened(path)
+    return _checked(path, tree, tensor, args, ema)
+
+
+def _opened(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespace | None]:
+    """(what the file holds, how a tensor in it is read, the training run's arguments)."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} cannot be read: it is {_what(path)}")
+        with path.open("rb") as file:
+            head = file.read(4096)
+        size = path.stat().st_size
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:  # no text begins like this
+            return load_file(path), lambda value: value, None
+        if (found := _something_else(head)) is not None:
+            raise CheckpointError(f"{path} {found}")
+        archive = Archive(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:_LONGEST]}") from None
+    except Refused as name:
+        raise CheckpointError(
+            f"{path} holds {name}, and a checkpoint that is read here holds tensors, plain values and"
+            " argparse.Namespace only: unpickling anything else could run code. Where you trust the file, load it"
+            " elsewhere and save its state dict alone"
+        ) from None
+    except Damaged as error:
+        short = head[:2] == b"PK" and "BadZipFile" in str(error)
+        what = f"it is cut short or damaged, at {size:,} bytes: fetch it again" if short else error
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {what}") from None
+    whole = archive.content
+    args = whole.get("args", whole.get("hyper_parameters")) if isinstance(whole, dict) else None
+    if isinstance(args, dict):
+        args = argparse.Namespace(**{key: value for key, value in args.items() if isinstance(key, str)})
+    return whole, archive.tensor, args if isinstance(args, argparse.Namespace) else None
+
+
+def _what(path: Path) -> str:
+    if not path.is_dir():
+        return "not a file but a pipe or a device"
+    inside = sorted(p.name for p in path.iterdir() if re.search(r"\.(pth?|bin|ckpt|safetensors|index\.json)$", p.name))
+    inside.sort(key=lambda name: not name.endswith(".index.json"))
+    return "a folder" + (f"; give a file of it: {', '.join(inside[:_SHOWN])}"[:_LONGEST] if inside else "")
+
+
+_MAGIC = {
+    b"version https://git-lfs": "is a git-lfs pointer, which stands for the file; fetch that with `git lfs pull`",
+    b"\x1f\x8b": "is a gzip archive; unpack it, and give what is in it",
+    b"\xfd7zXZ": "is an xz archive; unpack it, and give what is in it",
+    b"7z\xbc\xaf": "is a 7z archive; unpack it, and give what is in it",
+    b"\x89HDF": "is an HDF5 file, not a checkpoint of torch",
+    b"%PDF": "is a PDF",
+}
+
+
+def _something_else(head: bytes) -> str | None:
+    """What a file that is no checkpoint is, by how it begins."""
+    if not head:
+        return "is empty: fetch it again"
+    if (known := next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)) is not None:
+        return known
+    if head[257:262] == b"ustar":
+        return "is a tar archive; unpack it, and give what is in it"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text[:1] == b"<" and re.match(rb"<(!doctype|html|\?xml|head|body|!--)", text, re.IGNORECASE):
+        return "is a web page, not a checkpoint: the server sent a page in place of the file; fetch it again"
+    try:
+        words = head.decode("utf-8", "strict" if len(head) < 4096 else "ignore")
+    except UnicodeDecodeError:
+        return None
+    if any(ord(letter) < 32 and letter not in "\t\r\n\f" for letter in words):
+        return None
+    if text[:1] in (b"{", b"["):
+        return "is JSON, not a checkpoint; an index of shards is called ....index.json"
+    if re.match(rb"(---|#[^\n]*\n|[\w.-]+:(\s|$))", text):
+        return "is YAML, not a checkpoint"
+    return "is text, not a checkpoint"
+
+
+def _check_complete(path: Path) -> None:
+    if found := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", path.name):
+        raise CheckpointError(
+            f"{path} is shard {int(found[2])} of {int(found[3])}; give the index of all of them,"
+            f" {found[1]}{found[4]}.index.json"
+        )
+
+
+def _sharded(path: Path, ema: bool) -> Published:
+    try:
+        if path.stat().st_size > _LARGEST_INDEX:
+            raise CheckpointError(f"{path} is too large for an index of shards: {path.stat().st_size:,} bytes")
+        places = json.loads(path.read_bytes())["weight_map"]
+        files = dict.fromkeys(places.values())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path} is not an index of shards: it has no weight_map of names to files") from None
+    if any(not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name) or name[0] == "." for name in files):
+        raise CheckpointError(f"{path} names a shard that is not a file next to it")
+    tree: dict[str, Tensor] = {}
+    for name in files:
+        whole, tensor, _ = _opened(path.with_name(name))
+        if not isinstance(whole, dict):
+            raise CheckpointError(f"{path.with_name(name)} holds a {_type(whole)}, not a dict of tensors")
+        for key, value in whole.items():
+            if places.get(key) == name and isinstance(value, Stored | Tensor):
+                tree[key] = _read(path.with_name(name), key, value, tensor)
+    if missing := [key for key in places if key not in tree]:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors are not in the shards it names: {_listed(missing)}; fetch the shards again"
+        )
+    published = _checked(path, tree, lambda value: value, None, ema)
+    return published._replace(notes=[f"{len(files)} shards", *published.notes])
+
+
+# ---- which of what is in it
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model in a checkpoint."""
+
+    tree: dict[str, Any]
+    path: tuple[str, ...]
+    """Keys on the way to `tree`."""
+    prefix: str
+    """Of its names there."""
+    others: tuple[str, ...]
+    """Longer prefixes there, of other models."""
+
+    @property
+    def name(self) -> str:
+        return ".".join((*self.path, self.prefix.rstrip("."))).strip(".")
+
+    @property
+    def averaged(self) -> bool:
+        return bool(_AVERAGED.search(self.name)) or "n_averaged" in self.tree
+
+
+def _checked(
+    path: Path, whole: Any, tensor: Callable[[Any], Tensor], args: argparse.Namespace | None, ema: bool
+) -> Published:
+    if not isinstance(whole, dict):
+        raise CheckpointError(f"{path} holds a {_type(whole)}, not a dict of tensors")
+    chosen, notes = _chosen(path, whole, ema)
+    values: dict[str, Any] = {}
+    left = []
+    for key, value in chosen.tree.items():
+        if not isinstance(key, str) or not key.isprintable() or len(key) > _LONGEST:
+            shown = ascii(key[:_NAME]) if isinstance(key, str) else f"a value of type {_type(key)}"
+            raise CheckpointError(f"{path} names a tensor by {shown}; names are printable, and short")
+        if not key.startswith(chosen.prefix) or key.startswith(chosen.others) or key in _COUNTERS:
+            left.append(key)
+            continue
+        name = ".".join(part for part in key.removeprefix(chosen.prefix).split(".") if part not in _WRAPPERS)
+        if name in values:
+            raise CheckpointError(f"{path} holds {name[:_NAME]} twice, once in a wrapping")
+        values[name] = value
+    strange = {key: _type(value) for key, value in values.items() if not isinstance(value, Stored | Tensor)}
+    if strange or not values:
+        found = ", ".join(f"{key[:_NAME]} ({kind})" for key, kind in list(strange.items())[:_SHOWN]) or "nothing"
+        raise CheckpointError(f"{path} holds {found}; a state dict of tensors must be there, by itself or as model")
+    if chosen.name:
+        notes.insert(0, f"the weights are those under {chosen.name[:_NAME]}")
+    if left:
+        notes.append(f"left out: {_listed(left)}")
+    claimed = sum(value.bytes if isinstance(value, Stored) else value.nbytes for value in values.values())
+    if not path.name.endswith(".json") and claimed > 4 * path.stat().st_size + (1 << 20):
+        raise CheckpointError(f"{path} claims {claimed:,} bytes of tensors, in {path.stat().st_size:,} of file")
+    return Published({key: _read(path, key, value, tensor) for key, value in values.items()}, args, notes)
+
+
+def _chosen(path: Path, whole: dict[Any, Any], ema: bool) -> tuple[_Found, list[str]]:
+    found = []
+    for at, tree in _dicts(whole):
+        prefixes = [
+            key.removesuffix(_ANCHOR)
+            for key, value in tree.items()
+            if isinstance(key, str) and isinstance(value, Stored | Tensor) and _anchored(key)
+        ]
+        for prefix in prefixes:
+            longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+            found.append(_Found(tree, at, prefix, longer))
+    if not found:  # of no published model: what is there is said, or its keys are
+        names = ("model_ema", "model", "state_dict") if ema else ("model", "state_dict", "model_ema")
+        inner = next((name for name in names if isinstance(whole.get(name), dict)), None)
+        return _Found(whole if inner is None else whole[inner], () if inner is None else (inner,), "", ()), []
+    wanted = [one for one in found if one.averaged == ema]
+    taken = wanted or found
+    if len(taken) > 1:
+        shown = ", ".join(one.name[:_NAME] or "the file itself" for one in taken[:_SHOWN])
+        raise CheckpointError(f"{path} holds {len(taken)} models, under {shown}; save the one you mean by itself")
+    (chosen,) = taken
+    others = [one.name[:_NAME] for one in found if one is not chosen]
+    notes = []
+    if others:
+        notes.append(f"{_listed(others)} is left out; {'without --ema' if ema else '--ema'} takes it instead")
+    if not wanted:
+        notes.append("there is no moving average in the file" if ema else "the file holds a moving average alone")
+    return chosen, notes
+
+
+def _anchored(key: str) -> bool:
+    return key == _ANCHOR or key.endswith(f".{_ANCHOR}")
+
+
+def _dicts(whole: dict[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
+    """Every dict of dicts, each once, with the keys on its way."""
+    seen: set[int] = set()
+    waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), whole)]
+    while waiting:
+        at, tree = waiting.pop(0)
+        if id(tree) in seen or len(seen) > 1000:
+            continue
+        seen.add(id(tree))
+        yield at, tree
+        if len(at) < _DEEPEST:
+            inside = [(key, value) for key, value in tree.items() if isinstance(key, str) and isinstance(value, dict)]
+            waiting += [((*at, key), value) for key, value in inside]
+
+
+def _read(path: Path, key: str, value: Any, tensor: Callable[[Any], Tensor]) -> Tensor:
+    """A tensor that can be a weight."""
+    name = key[:_NAME]
+    if value.dtype not in _FLOATS:
+        raise CheckpointError(f"{path}: {name} is {value.dtype}; weights are floating point numbers")
+    try:
+        read = tensor(value)
+    except Damaged as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from None
+    if read.numel() and not all(map(math.isfinite, map(float, read.aminmax()))):  # NaN is its own least and largest
+        bad = int((~read.isfinite()).sum())
+        raise CheckpointError(
+            f"{path}: {bad:,} of {read.numel():,} numbers of {name} are not finite: the run that saved it had diverged"
+        )
+    return read
+
+
+def _listed(names: list[Any]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(str(name)[:_NAME] for name in names[:_SHOWN]) + more
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Opaque):
+        return str(value).removeprefix("builtins.").removeprefix("__builtin__.").removeprefix("torch._utils._rebuild_")
+    kind = "tensor" if isinstance(value, Stored | Tensor) else type(value).__name__
+    return kind.removeprefix("_").lower() if kind.startswith("_") else kind
