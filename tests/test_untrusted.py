@@ -267,3 +267,10 @@ def test_a_damaged_report_of_a_bad_step_is_named(tmp_path: Path, text: str) -> N
     (tmp_path / "guard" / "step_00000001" / "report.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"report [^\n]*step_00000001 cannot be read: [^\n]{,300}; remove it"):
         guard_report.read(RunFolder(tmp_path))
+
+
+def test_an_index_of_terabytes_is_not_read_to_be_verified(folder: Path) -> None:
+    os.truncate(folder / "00000.tar.idx", 1 << 42)
+    located = inspect.locate(str(folder))
+    health = inspect.examine(located, located.manifest.shards[0], deep=False)
+    assert [fault.partition(" has ")[2] for fault in health.index_faults] == ["4,398,046,511,104 bytes, not 72"]

@@ -147,9 +147,9 @@ def _rescued(located: Located, shard: Shard, found: Scan) -> list[Sample]:
 def _index_fault(path: Path, found: Scan) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
-    said = np.fromfile(path, "<u8")
     if path.stat().st_size != 8 * len(found.offsets):
         return f"{path} has {path.stat().st_size:,} bytes, not {8 * len(found.offsets):,}"
+    said = np.fromfile(path, "<u8")
     wrong = np.flatnonzero(said != found.offsets)
     if not len(wrong):
         return None
