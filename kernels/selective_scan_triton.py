@@ -362,10 +362,9 @@ def backward(
         _unpack[slots // CHUNK, b, k](
             partial, dB, dC, length, blocks, _mask(reverse), n=n, N=width, num_warps=1, **_COMMON
         )
-    empty = A.new_empty(0)
     return (
         dx, ddt, dA.sum(1), dB, dC, dD.sum(1),
-        empty if ddt_bias is None else ddt_bias.sum(1), empty if dinitial is None else dinitial,
+        A.new_empty(0) if ddt_bias is None else ddt_bias.sum(1), A.new_empty(0) if dinitial is None else dinitial,
     )  # fmt: skip
 
 
