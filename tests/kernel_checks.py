@@ -50,13 +50,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def _layout(t: Tensor) -> tuple[Any, ...]:
     """Strides of axes of one do not matter, not even to a compiler."""
     strides = [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1]
-    return t.dtype, t.shape, strides
+    return t.dtype, t.shape, strides, t.storage_offset()
 
 
 class OpRules(TorchDispatchMode):
     """Checks every call of a vimscale op while it is active: no output shares memory with an input or another output,
-    not even an empty one (torch refuses that, on a GPU as here); inputs keep their values; and outputs have the shape,
-    strides and dtype that the op's fake implementation promises to a compiler.
+    not even an empty one (torch refuses that, on a GPU as here); inputs keep their values; and outputs have the layout
+    that the op's fake implementation promises to a compiler.
     """
 
     def __init__(self) -> None:
