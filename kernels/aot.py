@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,20 @@ def examine(case: CompileCase, target: str, dtype: torch.dtype, width: int) -> R
 
 
 def cases(dtype: torch.dtype, width: int, target: str) -> list[CompileCase]:
-    """What the *_triton modules beside this one launch on `target` for a model of inner width `width`."""
+    """What the *_triton modules beside this one launch on `target` for a model of inner width `width`; in fp16 also the
+    LARGE forms, whose offsets are no different in another dtype.
+    """
     names = sorted(path.stem for path in Path(__file__).parent.glob("*_triton.py"))
     modules = [importlib.import_module(f".{name}", __package__) for name in names]
-    return [case for module in modules for case in module.compile_cases(dtype, width, target)]
+    usual = [case for module in modules for case in module.compile_cases(dtype, width, target)]
+    if dtype != torch.float16:
+        return usual
+    large = [
+        replace(case, name=f"{case.name}_large", constexprs={**case.constexprs, "LARGE": True})
+        for case in usual
+        if "LARGE" in case.constexprs
+    ]
+    return usual + large
 
 
 class _Source:
@@ -228,7 +238,7 @@ def _line(row: Row) -> str:
     mix = " ".join(f"{row.mix[kind]:6.1f}" for kind in (*_KINDS, "rest"))
     ratio = "   -" if row.ratio is None else f"{row.ratio:4.2f}"
     return (
-        f"{row.target:7}{row.kernel:22}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
+        f"{row.target:7}{row.kernel:27}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
         f" {row.issued:7.1f} {mix} {row.exponential_clocks:6.1f} {row.issue_clocks:6.1f} {row.memory_clocks:6.1f}"
         f" {row.bound:12}{ratio}"
     )
@@ -246,7 +256,7 @@ def main() -> None:
     kinds = " ".join(f"{kind[:6]:>6}" for kind in (*_KINDS, "rest"))
     print(
         "instructions a warp issues, and clocks of a multiprocessor, for one token of 32 channels; spills in bytes\n"
-        f"{'target':7}{'kernel':22}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
+        f"{'target':7}{'kernel':27}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
         f" {'exp':>6} {'issue':>6} {'memory':>6} {'bound':12}issue/floor"
     )
     rows = []

@@ -49,7 +49,8 @@ def backward(
         spread(dy), spread(dx.unsqueeze(0)), numbers(dtaps),
     )  # fmt: skip
     total = dtaps.sum(0)[..., :e]
-    return dx.to(x.dtype), _taps(total[:, :k].transpose(1, 2), reverse).contiguous(), total[:, k].contiguous()
+    dbias = total[:, k].clone(memory_format=torch.contiguous_format)
+    return dx.to(x.dtype), _taps(total[:, :k].transpose(1, 2), reverse).contiguous(), dbias
 
 
 def _items(x: Tensor) -> int:

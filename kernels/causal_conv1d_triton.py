@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
+from .large import is_large, tile_grid, tile_program, token_number
 
 # Channels of a program, which is one warp; they divide the inner widths of all presets. Forwards 4 a lane (of NVIDIA's
 # 32): loads of 8 bytes in 16 bits, of 16 in fp32, 80-130 registers. Backwards 2 a lane, 96-146 registers: with 4, the
@@ -43,10 +44,12 @@ def forward(
     directions, _, k = weight.shape
     y = x.new_empty(directions, b, length, e)
     tiles, tile = _tiles(length + k - 1)
+    grid = triton.cdiv(e, FORWARD_CHANNELS), tiles, b
+    large = is_large(grid, length, e, x.stride(1))
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(e, FORWARD_CHANNELS), tiles, b)](
+        _forward_kernel[tile_grid(grid, large)](
             x, weight, bias, image, y, length, e, tile, *x.stride()[:2],
-            *_constants(reverse, k, silu, FORWARD_CHANNELS), **LAUNCH,
+            *_constants(reverse, k, silu, FORWARD_CHANNELS), LARGE=large, **LAUNCH,
         )  # fmt: skip
     return y
 
@@ -61,10 +64,12 @@ def backward(
     dx = x.new_empty(x.shape)
     dweight_parts = weight.new_empty(b * tiles, directions, k, e)
     dbias_parts = bias.new_empty(b * tiles, directions, e)
+    grid = triton.cdiv(e, BACKWARD_CHANNELS), tiles, b
+    large = is_large(grid, length, e, x.stride(1))
     with torch.cuda.device_of(x):
-        _backward_kernel[(triton.cdiv(e, BACKWARD_CHANNELS), tiles, b)](
+        _backward_kernel[tile_grid(grid, large)](
             x, weight, bias, image, dy, dx, dweight_parts, dbias_parts, length, e, tile, *x.stride()[:2],
-            *_constants(reverse, k, silu, BACKWARD_CHANNELS), **LAUNCH,
+            *_constants(reverse, k, silu, BACKWARD_CHANNELS), LARGE=large, **LAUNCH,
         )  # fmt: skip
     dweight = torch.empty_like(weight)
     torch.sum(dweight_parts, 0, out=dweight.transpose(1, 2))
@@ -145,10 +150,11 @@ def _load_bias(bias, channel, e, DIRECTIONS: tl.constexpr):
 def _forward_kernel(
     x, weight, bias, image, y, length, e, tile, x_b_stride, x_l_stride,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, number, b, _, images = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length + K - 1, tile), LARGE)
+    b = b.to(tl.int64)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     x += b * x_b_stride
     if image is not None:
         image += b * length
@@ -156,11 +162,12 @@ def _forward_kernel(
     taps = _load_taps(weight, channel, e, DIRECTIONS, REVERSED, K)
     biases = _load_bias(bias, channel, e, DIRECTIONS)
 
-    first = tl.program_id(1) * tile - (K - 1)
+    first = token_number(number * tile - (K - 1), LARGE)
     last = tl.minimum(first + tile, length)
     window = _load_rows(x, first, length, x_l_stride, channel, e, K - 1)
     numbers = _load_numbers(image, first, length, K - 1)
-    for start in range(first, last, ROWS):
+    for at in range(first, last, ROWS):
+        start = token_number(at, LARGE)
         rows = _load_rows(x, start + K - 1, length, x_l_stride, channel, e, ROWS)
         row_numbers = _load_numbers(image, start + K - 1, length, ROWS)
         for i in tl.static_range(ROWS):
@@ -173,7 +180,7 @@ def _forward_kernel(
                 if SILU:
                     out *= _sigmoid(out)
                 token = start + i + (0 if (REVERSED >> d) & 1 else K - 1)
-                y_row = y + ((d * tl.num_programs(2) + b) * length + token) * e
+                y_row = y + ((d * images + b) * length + token) * e
                 inside = (channel < e) & (token >= 0) & (token < length)
                 tl.store(y_row + channel, out.to(y.dtype.element_ty), mask=inside)
             window = window[1:]
@@ -184,13 +191,14 @@ def _forward_kernel(
 def _backward_kernel(
     x, weight, bias, image, dy, dx, dweight, dbias, length, e, tile, x_b_stride, x_l_stride,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """A tile of `tile` rows of dx. A row is complete when the window has left it, so positions start k - 1 before the
     tile; their share of dweight and dbias belongs to the tile before, but for the first tile's.
     """
-    b = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, number, b, tiles, images = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, tile), LARGE)
+    b = b.to(tl.int64)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     x += b * x_b_stride
     dx += b * length * e
     if image is not None:
@@ -206,7 +214,7 @@ def _backward_kernel(
     for _ in tl.static_range(DIRECTIONS):
         dbiases += (zero,)
 
-    begin = tl.program_id(1) * tile
+    begin = token_number(number * tile, LARGE)
     end = tl.minimum(begin + tile, length)
     first = begin - (K - 1)
     first_owned = tl.where(begin == 0, first, begin)
@@ -215,13 +223,14 @@ def _backward_kernel(
     dwindow = ()
     for _ in tl.static_range(K - 1):
         dwindow += (zero,)
-    for start in range(first, end, ROWS):
+    for at in range(first, end, ROWS):
+        start = token_number(at, LARGE)
         rows = _load_rows(x, start + K - 1, length, x_l_stride, channel, e, ROWS)
         row_numbers = _load_numbers(image, start + K - 1, length, ROWS)
         dy_rows = ()
         for d in tl.static_range(DIRECTIONS):
             dy_first = start if (REVERSED >> d) & 1 else start + K - 1
-            dy_direction = dy + (d * tl.num_programs(2) + b) * length * e
+            dy_direction = dy + (d * images + b) * length * e
             dy_rows += _load_rows(dy_direction, dy_first, length, e, channel, e, ROWS)
         for i in tl.static_range(ROWS):
             window += (rows[i],)
@@ -253,7 +262,7 @@ def _backward_kernel(
             numbers = numbers[1:]
             dwindow = dwindow[1:]
 
-    program = b * tl.num_programs(1) + tl.program_id(1)
+    program = b * tiles + number
     dweight += program * DIRECTIONS * e * K
     dbias += program * DIRECTIONS * e
     for d in tl.static_range(DIRECTIONS):
@@ -277,6 +286,7 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
         for packed in (False, True):
             names = ("DIRECTIONS", "REVERSED", "K", "SILU", "CHANNELS", "ROWS")
             constants: dict[str, Any] = dict(zip(names, _constants((False, True), 4, True, channels), strict=True))
+            constants["LARGE"] = False
             constants |= {} if packed else {"image": None}
             types = activation | parameter | {"image": "*i32"} | dict.fromkeys(constants, "constexpr")
             cases.append(

@@ -8,7 +8,7 @@ import torch
 
 def target_of(device: torch.device) -> str:
     """A device in the words of `kernels.aot`: sm_90, gfx942. sm_90 without a GPU, where kernels are interpreted."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]

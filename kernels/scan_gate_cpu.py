@@ -88,7 +88,7 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
 def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of s, the same for every direction (b, l, e), and of z."""
     if z is None:
-        return dy * scale, dy.new_empty(0)
+        return dy.contiguous() * scale, dy.new_empty(0)
     directions, b, length, e = s.shape
     ds, dz = torch.empty(dy.shape), torch.empty(dy.shape)
     pairs = spread(dy), spread(s), spread(z), np.float32(scale), spread(ds), spread(dz)

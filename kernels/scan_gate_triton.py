@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
+from .large import Grid, is_large, tile_grid, tile_program, token_number
 
 # (tokens, channels) of a program: rows of whole 128-byte lines in the 16-bit types, sixteen elements a lane
 TILE = (32, 64)
@@ -18,20 +19,28 @@ TILE = (32, 64)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def _sum_directions(s, cell, inside, s_k, K: tl.constexpr):
+    total = tl.load(s + cell, mask=inside, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, K):
+        s += s_k
+        total += tl.load(s + cell, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
 @triton.jit(do_not_specialize=["length"])
 def _combine(
     s, z, y, length, e, scale, s_k, z_b, z_l,
-    K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    b = tl.program_id(2).to(tl.int64)
+    block, tile, b, _, _ = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, TOKENS), LARGE)
+    channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    token = token_number(tile * TOKENS + tl.arange(0, TOKENS), LARGE)[:, None]
+    b = b.to(tl.int64)
     inside = (token < length) & (channel < e)
     cell = token * e + channel
 
-    total = tl.load(s + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(1, K):
-        total += tl.load(s + k * s_k + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
+    total = _sum_directions(s + b * length * e, cell, inside, s_k, K)
     total *= scale
     if z is not None:
         gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
@@ -42,20 +51,19 @@ def _combine(
 @triton.jit(do_not_specialize=["length"])
 def _combine_backward(
     dy, s, z, ds, dz, length, e, scale, dy_b, dy_l, s_k, z_b, z_l,
-    K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    b = tl.program_id(2).to(tl.int64)
+    block, tile, b, _, _ = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, TOKENS), LARGE)
+    channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    token = token_number(tile * TOKENS + tl.arange(0, TOKENS), LARGE)[:, None]
+    b = b.to(tl.int64)
     inside = (token < length) & (channel < e)
     cell = token * e + channel
 
     grad = tl.load(dy + b * dy_b + token * dy_l + channel, mask=inside, other=0.0).to(tl.float32) * scale
     if z is not None:
         gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
-        total = tl.load(s + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
-        for k in tl.static_range(1, K):
-            total += tl.load(s + k * s_k + b * length * e + cell, mask=inside, other=0.0).to(tl.float32)
+        total = _sum_directions(s + b * length * e, cell, inside, s_k, K)
         sigmoid = 1.0 / (1.0 + tl.exp2(gate * -_LOG2_E))
         dgate = grad * total * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         tl.store(dz + b * length * e + cell, dgate.to(dz.dtype.element_ty), mask=inside)
@@ -68,21 +76,13 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
     k, b, length, e = s.shape
     y = s.new_empty(b, length, e)
     z_strides = (0, 0) if z is None else z.stride()[:2]
+    grid = _grid(b, length, e)
+    large = is_large(grid, length, e, z_strides[1])
     with torch.cuda.device_of(s):
-        _combine[_grid(b, length, e)](
-            s,
-            z,
-            y,
-            length,
-            e,
-            scale,
-            s.stride(0),
-            *z_strides,
-            K=k,
-            TOKENS=TILE[0],
-            CHANNELS=TILE[1],
-            enable_fp_fusion=True,
-        )
+        _combine[tile_grid(grid, large)](
+            s, z, y, length, e, scale, s.stride(0), *z_strides,
+            K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
+        )  # fmt: skip
     return y
 
 
@@ -92,21 +92,23 @@ def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> t
     ds = s.new_empty(b, length, e)
     dz = s.new_empty(0) if z is None else z.new_empty(b, length, e)
     z_strides = (0, 0) if z is None else z.stride()[:2]
+    grid = _grid(b, length, e)
+    large = is_large(grid, length, e, z_strides[1], dy.stride(1))
     with torch.cuda.device_of(s):
-        _combine_backward[_grid(b, length, e)](
+        _combine_backward[tile_grid(grid, large)](
             dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *z_strides,
-            K=k, TOKENS=TILE[0], CHANNELS=TILE[1], enable_fp_fusion=True,
+            K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
         )  # fmt: skip
     return ds, dz
 
 
-def _grid(b: int, length: int, e: int) -> tuple[int, int, int]:
+def _grid(b: int, length: int, e: int) -> Grid:
     return triton.cdiv(e, TILE[1]), triton.cdiv(length, TILE[0]), b
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """Two directions and a gate, for `kernels.aot`."""
-    constants = {"K": 2, "TOKENS": TILE[0], "CHANNELS": TILE[1]}
+    constants = {"K": 2, "TOKENS": TILE[0], "CHANNELS": TILE[1], "LARGE": False}
     types = dict.fromkeys(["s", "z", "y", "dy", "ds", "dz"], TRITON_TYPE[dtype]) | {"scale": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
     return [

@@ -202,6 +202,7 @@ def _scan_backward(
         with torch.autocast(x.device.type, enabled=False):
             return _reference_backward(x, dt, A, B, C, D, dt_bias, initial, image, ds, dfinal, reverse)  # type: ignore[return-value]
     x, dt, B, C, ds = (_rows(t) for t in (x, dt, B, C, ds))
+    dfinal = None if dfinal is None else dfinal.contiguous()
     return _fused(backend).backward(x, dt, A, B, C, D, dt_bias, initial, image, states, ds, dfinal, reverse, chunk)
 
 
@@ -240,7 +241,7 @@ _scan.register_autograd(_scan_vjp, setup_context=_scan_setup)
 def _combine(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     """scale silu(z) (sum of s over directions): (b, l, e) from s (k, b, l, e) and a gate (b, l, e) that they share."""
     if backend != "reference":
-        return _fused(backend).combine(_rows(s), None if z is None else _rows(z), scale)
+        return _fused(backend).combine(s.contiguous(), None if z is None else _rows(z), scale)
     y = s.to(_sums(s)).sum(0) * scale
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(s.dtype)
 
@@ -254,7 +255,8 @@ def _(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
 def _combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of s, the same for each direction (b, l, e), and of z."""
     if backend != "reference":
-        return _fused(backend).combine_backward(_rows(dy), _rows(s), None if z is None else _rows(z), scale)
+        return _fused(backend).combine_backward(_rows(dy), s.contiguous(), None if z is None else _rows(z), scale)
+    dy = dy.contiguous()  # results have the strides of what they are computed from
     if z is None:
         return dy * scale, dy.new_empty(0)
     upstream, v = dy.to(_sums(s)) * scale, z.to(_sums(s))

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase, target_of
+from .large import is_large, scan_grid, scan_program, token_number
 from .scan_gate_triton import combine, combine_backward
 from .triton_tiles import LOG2_E, row_pairs, rows, softplus, sum_channels, sum_states
 
@@ -57,18 +58,18 @@ def _restart(starts, slot, h):
 def _pack(
     B, C, image, packed, starts, length, slots, backwards,
     B_k, B_b, B_l, C_k, C_b, C_l,
-    n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """B and C of one direction as fp32 rows (slots, 2, N) in scan order, zero where there is no token or state; and,
     with `image`, whether the state starts anew at each: the scans then read both at constant offsets."""
-    b, k = tl.program_id(1), tl.program_id(2)
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, b, k, _, images = scan_program(tl.cdiv(slots, ROWS), LARGE)
+    slot = token_number(tile * ROWS + tl.arange(0, ROWS), LARGE)
     backward = (backwards >> k) & 1
     token = tl.where(backward == 1, length - 1 - slot, slot)
     valid = slot < length
     state = tl.arange(0, N)
     cell = valid[:, None] & (state < n)[None, :]
-    row = (k * tl.num_programs(1) + b).to(tl.int64) * slots
+    row = (k * images + b).to(tl.int64) * slots
 
     B += k.to(tl.int64) * B_k + b.to(tl.int64) * B_b
     C += k.to(tl.int64) * C_k + b.to(tl.int64) * C_b
@@ -91,12 +92,12 @@ def _pack(
 @triton.jit(do_not_specialize=["length", "blocks", "backwards"])
 def _unpack(
     partial, dB, dC, length, blocks, backwards,
-    n: tl.constexpr, N: tl.constexpr,
+    n: tl.constexpr, N: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """dB and dC in token order: the sum of the channel blocks' partial sums, in the order of the blocks."""
     T: tl.constexpr = 8
-    chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunks, images = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
+    chunk, b, k, chunks, images = scan_program(tl.cdiv(length, T), LARGE)
+    chunks = chunks.to(tl.int64)
     state = tl.arange(0, N)
     cell = tl.arange(0, T)[:, None] * (2 * N) + state[None, :]
 
@@ -122,12 +123,13 @@ def _forward(
     x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, backwards,
     x_k, x_b, x_l, dt_k, dt_b, dt_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+    LARGE: tl.constexpr,
 ):  # fmt: skip
     """s and the last state; with KEEP also the state before each chunk. WHOLE: no channel and no state is padding."""
     T: tl.constexpr = 8
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    b, k = tl.program_id(1), tl.program_id(2)
-    row = (k * tl.num_programs(1) + b).to(tl.int64)
+    block, b, k, _blocks, images = scan_program(tl.cdiv(e, CHANNELS), LARGE)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    row = (k * images + b).to(tl.int64)
     chunks = tl.cdiv(length, T)
     state = tl.arange(0, N)
     if WHOLE:
@@ -153,7 +155,8 @@ def _forward(
     packed += row * chunks * T * (2 * N)
     if starts is not None:
         starts += row * chunks * T
-    for chunk in range(chunks):
+    for ahead in range(chunks):
+        chunk = token_number(ahead, LARGE)
         slot = chunk * T + tl.arange(0, T)
         token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)[:, None]
         valid = (slot < length)[:, None] & here[None, :]
@@ -184,6 +187,7 @@ def _backward(
     dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, backwards,
     x_k, x_b, x_l, dt_k, dt_b, dt_l, ds_k, ds_b, ds_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
+    LARGE: tl.constexpr,
 ):  # fmt: skip
     """Every gradient; those of parameters for one image, those of B and C for one block of channels.
 
@@ -193,9 +197,9 @@ def _backward(
     """
     T: tl.constexpr = 8
     GROUPS: tl.constexpr = 2**LANES
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    b, k = tl.program_id(1), tl.program_id(2)
-    row = (k * tl.num_programs(1) + b).to(tl.int64)
+    block, b, k, blocks, images = scan_program(tl.cdiv(e, CHANNELS), LARGE)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    row = (k * images + b).to(tl.int64)
     chunks = tl.cdiv(length, T)
     state = tl.arange(0, N)
     if WHOLE:
@@ -223,10 +227,9 @@ def _backward(
     packed += row * chunks * T * (2 * N)
     if starts is not None:
         starts += row * chunks * T
-    block = k.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    partial += (block * tl.num_programs(1) + b) * chunks * T * (2 * N)
+    partial += ((k.to(tl.int64) * blocks + block) * images + b) * chunks * T * (2 * N)
     for back in range(chunks):
-        chunk = chunks - 1 - back
+        chunk = token_number(chunks - 1 - back, LARGE)
         slot = chunk * T + tl.arange(0, T)
         token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)[:, None]
         valid = (slot < length)[:, None] & here[None, :]
@@ -316,12 +319,14 @@ def forward(
     s = x.new_empty(k, b, length, e)
     final = A.new_empty(k, b, e, n)
     states = A.new_empty((k, b, triton.cdiv(length, CHUNK), e * n) if keep else (0,))
+    grid = triton.cdiv(e, channels), b, k
+    large = is_large(grid, packed.shape[2], e, 2 * width, x.stride(2), dt.stride(2))
     with torch.cuda.device_of(x):
-        _forward[triton.cdiv(e, channels), b, k](
+        _forward[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, _mask(reverse),
             *x.stride()[:3], *dt.stride()[:3],
             n=n, N=width, CHANNELS=channels, WHOLE=e % channels == 0 and n == width, KEEP=keep,
-            num_warps=WARPS, **_COMMON,
+            LARGE=large, num_warps=WARPS, **_COMMON,
         )  # fmt: skip
     return s, final, states
 
@@ -351,21 +356,23 @@ def backward(
     dA, dD = A.new_empty(k, b, e, n), D.new_empty(k, b, e)
     ddt_bias = None if dt_bias is None else D.new_empty(k, b, e)
     dinitial = None if initial is None else torch.empty_like(initial)
+    grid = blocks, b, k
+    large = is_large(grid, slots, e, 2 * width, x.stride(2), dt.stride(2), ds.stride(2))
+    chunk_grid = slots // CHUNK, b, k
     with torch.cuda.device_of(x):
-        _backward[blocks, b, k](
+        _backward[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
             dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, _mask(reverse),
             *x.stride()[:3], *dt.stride()[:3], *ds.stride()[:3],
             n=n, N=width, CHANNELS=channels, WHOLE=e % channels == 0 and n == width, LANES=_lanes(channels),
-            num_warps=WARPS, **_COMMON,
+            LARGE=large, num_warps=WARPS, **_COMMON,
         )  # fmt: skip
-        _unpack[slots // CHUNK, b, k](
-            partial, dB, dC, length, blocks, _mask(reverse), n=n, N=width, num_warps=1, **_COMMON
+        _unpack[scan_grid(chunk_grid, large)](
+            partial, dB, dC, length, blocks, _mask(reverse), n=n, N=width, LARGE=large, num_warps=1, **_COMMON
         )
-    empty = A.new_empty(0)
     return (
         dx, ddt, dA.sum(1), dB, dC, dD.sum(1),
-        empty if ddt_bias is None else ddt_bias.sum(1), empty if dinitial is None else dinitial,
+        A.new_empty(0) if ddt_bias is None else ddt_bias.sum(1), A.new_empty(0) if dinitial is None else dinitial,
     )  # fmt: skip
 
 
@@ -376,10 +383,12 @@ def _packed(
     slots = triton.cdiv(length, CHUNK) * CHUNK
     packed = B.new_empty(k, b, slots, 2, width, dtype=torch.float32)
     starts = None if image is None else B.new_empty(k, b, slots, dtype=torch.int32)
+    grid = triton.cdiv(slots, ROWS), b, k
+    large = is_large(grid, length, B.stride(2), C.stride(2))
     with torch.cuda.device_of(B):
-        _pack[triton.cdiv(slots, ROWS), b, k](
+        _pack[scan_grid(grid, large)](
             B, C, image, packed, starts, length, slots, _mask(reverse),
-            *B.stride()[:3], *C.stride()[:3], n=n, N=width, ROWS=ROWS, **_COMMON,
+            *B.stride()[:3], *C.stride()[:3], n=n, N=width, ROWS=ROWS, LARGE=large, **_COMMON,
         )  # fmt: skip
     return packed, starts
 
@@ -445,7 +454,7 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
             options={"num_warps": warps, **_COMMON}, loose=loose, **facts,
         )  # fmt: skip
 
-    scan = {"n": n, "N": n}
+    scan = {"n": n, "N": n, "LARGE": False}
     whole = {"WHOLE": e % CHANNELS == 0}
     kept = 4 * n / CHUNK
     rows = 2 * n / e

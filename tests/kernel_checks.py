@@ -1,11 +1,17 @@
-"""What the tests of kernels share: fused backends, errors relative to the largest value, poisoned buffers."""
+"""What the tests of kernels share: fused backends, errors relative to the largest value, poisoned buffers, what torch
+asks of every call of an op, launches that are only looked at, and tensors larger than the memory.
+"""
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vimscale.kernels.cases import TOLERANCE
 
@@ -39,3 +45,75 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    """Strides of axes of one do not matter, not even to a compiler."""
+    strides = [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1]
+    return t.dtype, t.shape, strides, t.storage_offset()
+
+
+class OpRules(TorchDispatchMode):
+    """Checks every call of a vimscale op while it is active: no output shares memory with an input or another output,
+    not even an empty one (torch refuses that, on a GPU as here); inputs keep their values; and outputs have the layout
+    that the op's fake implementation promises to a compiler.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        """One op and its arguments for each combination of tensors that are given and other arguments."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace != "vimscale":
+            return op(*args, **(kwargs or {}))
+        assert not kwargs
+        combination = tuple(a.ndim if isinstance(a, Tensor) else str(a) for a in args)
+        self.calls.setdefault((op._opname, *combination), (op, *args))
+        inputs = [t for t in args if isinstance(t, Tensor)]
+        before = [t.clone() for t in inputs]
+        result = op(*args)
+        outputs = result if isinstance(result, tuple) else (result,)
+
+        storages = [t.untyped_storage()._cdata for t in outputs]
+        assert len({*storages}) == len(storages), f"{op}: two outputs share their memory"
+        assert not {*storages} & {t.untyped_storage()._cdata for t in inputs}, f"{op}: an output is an input"
+        for t, value in zip(inputs, before, strict=True):
+            torch.testing.assert_close(t, value, rtol=0, atol=0, equal_nan=True)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        for t, promised in zip(outputs, fake if isinstance(fake, tuple) else (fake,), strict=True):
+            ours, theirs = _layout(t), _layout(promised)
+            assert ours == theirs, f"{op}: {ours} is not {theirs}"
+        return result
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked of Triton."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """From here on no Triton kernel runs; the list gets what would have been launched."""
+    from vimscale.kernels import selective_scan_triton
+
+    launches: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        launches.append(Launch(kernel.fn.__name__, grid, constants))
+
+    monkeypatch.setattr(type(selective_scan_triton._forward), "run", record)
+    return launches
+
+
+def untouched(numbers: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A tensor that may be larger than the memory: pages of the CPU's that nobody writes to do not exist."""
+    if device != "cpu":
+        return torch.empty(numbers, dtype=dtype, device=device)
+    no_reserve = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
+    pages = mmap.mmap(-1, numbers * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(pages, dtype=dtype)

@@ -19,6 +19,8 @@ CEILINGS = {"scan_forward": 1.6, "scan_backward": 2.5}
 # half the channels a warp would park none and issue 317. sm_80: once a program, for packed sequences that also hand
 # states in and out; what parks none issues a tenth more.
 PARKED = {("sm_100", "scan_backward"): 96, ("sm_80", "scan_backward_packed"): 16}
+# LARGE forms hold 64-bit token numbers; only launches that nothing else can serve pay for them.
+LARGE_PARKED = 128
 
 
 def _rows(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -40,7 +42,8 @@ def _check(rows: list[dict[str, Any]]) -> None:
     faults = []
     for row in rows:
         name = f"{row['target']} {row['kernel']} {row['dtype']} {row['width']}"
-        allowed = PARKED.get((row["target"], row["kernel"]), 0)
+        usual = row["kernel"].removesuffix("_large")
+        allowed = PARKED.get((row["target"], usual), 0) + (LARGE_PARKED if usual != row["kernel"] else 0)
         if row["spilled"] > allowed:
             faults.append(f"{name}: spills {row['spilled']} bytes, allowed {allowed}")
         ceiling = CEILINGS.get(row["kernel"]) if row["target"] == "sm_90" and row["dtype"] != "float32" else None
