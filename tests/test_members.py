@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.shell import Shell
 from vimscale.data import decode
 from vimscale.data.dataset import Dataset
 from vimscale.data.opened import split_name
@@ -226,7 +227,7 @@ def test_training_reads_the_member_that_was_chosen_when_the_tars_were_indexed(tm
         assert _sides(folder) == {40}
         located = inspect.locate(str(folder))
         assert not repair.steps(inspect.verify(located, deep=True))
-    with pytest.raises(DataError, match=r"training reads .*; `vimscale data prepare --image tif` makes"):
+    with pytest.raises(DataError, match=r"training reads .*; `vimscale data prepare --image tif` converts"):
         adopt.index([str(_masked(tmp_path / "tif", "tif"))], None, image=("tif",))
     with pytest.raises(DataError, match=r"s0: no image among its members \(tif, cls, png\); training reads jpg"):
         adopt.index([str(tmp_path / "tif")], None, image=("jpg",))
@@ -236,6 +237,13 @@ def test_training_reads_the_member_that_was_chosen_when_the_tars_were_indexed(tm
     adopt.index([str(tmp_path / "webp2")], None, image=("webp",))
     merge.merge([inspect.locate(str(tmp_path / name)) for name in ("webp", "webp2")], tmp_path / "all")
     assert _sides(tmp_path / "all") == {40}
+
+
+def test_the_command_takes_extensions_as_people_write_them(shell: Shell) -> None:
+    _masked(shell.folder / "in", "jfif")
+    out = shell.run("data", "prepare", "in", "set", "--image", "tif, .JFIF", "--jobs", "1")
+    assert "2 images of 1 classes" in out
+    assert _sides(shell.folder / "set") == {40}
 
 
 def test_a_choice_of_members_needs_members(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def index(
     for name in image:
         if name.rpartition(".")[2] not in _READ:
             raise DataError(
-                f"--image {name}: training reads {', '.join(_READ)}; `vimscale data prepare --image {name}` makes"
-                " such of these"
+                f"--image {name}: training reads {', '.join(_READ)}; `vimscale data prepare --image {name}`"
+                " converts these"
             )
     work = partial(look, quota=quota, classes=len(classes) if classes else None, image=image)
     found: dict[int, Found] = {}
