@@ -163,6 +163,12 @@ def test_members_of_any_extension_are_kept(tmp_path: Path, caplog: pytest.LogCap
     assert caplog.text.count("passed over: s.__key__") == 2
 
 
+def test_a_tar_of_nothing_but_hidden_files_says_so(tmp_path: Path) -> None:
+    folder = _pack(tmp_path / "in", [(".cache/s.jpg", _image()), (".cache/s.cls", b"0")])
+    with pytest.raises(DataError, match=r"holds no samples \(2 files in the tars .* passed over: .cache/s.jpg, "):
+        adopt.index([str(folder)], None)
+
+
 # ---- order
 
 

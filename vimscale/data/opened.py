@@ -153,10 +153,13 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
 def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    stream = {"url": url, "stream": io.BytesIO(data)}
+    samples: list[dict[str, Any]] = []
     try:
-        members = tar_file_expander([stream], handler=_reraise, select_files=lambda name: split_name(name) is not None)
-        samples = list(group_by_keys(members, handler=_reraise))
+        # where all names are hidden ones, an index that counts them means them
+        for select in (lambda name: split_name(name) is not None, None):
+            stream = {"url": url, "stream": io.BytesIO(data)}
+            members = tar_file_expander([stream], handler=_reraise, select_files=select)
+            samples = samples or list(group_by_keys(members, handler=_reraise))
     except Exception as error:  # tarfile and webdataset raise what they like on bytes that are no tar
         raise _NoSample(0, str(error)) from error
     if len(samples) != 1:

@@ -135,7 +135,8 @@ def look(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...]) -
     if found.fault is not None:
         raise DataError(f"{tar.where}, {found.fault}; {found.fix}")
     if not found.samples:
-        raise DataError(f"{tar.where} holds no samples; leave it out")
+        others = f" ({passed_over(found.passed)})" if found.passed else ""
+        raise DataError(f"{tar.where} holds no samples{others}; leave it out")
     tally, unread = Tally(), []
     stride = -(-len(found.samples) // quota)
     descriptor = os.open(path, os.O_RDONLY)
