@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.shell import Shell
-from vimscale.data import decode
+from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.opened import split_name
 from vimscale.errors import DataError
@@ -45,10 +45,10 @@ def _samples(folder: Path) -> dict[str, dict]:
 
 
 def _sides(folder: Path) -> set[int]:
+    """Heights of the images that training reads."""
     dataset = Dataset.open(str(folder))
-    manifest = dataset.manifest
-    read = [dataset.read(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
-    return {decode.decode(sample, "in", len(manifest.classes), manifest.image)[0].shape[1] for sample in read}
+    places = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
+    return {stream._read(dataset, *place)[0].shape[1] for place in places}
 
 
 # ---- names
@@ -209,8 +209,9 @@ def test_of_several_images_the_user_says_which(tmp_path: Path, ext: str) -> None
             DataError, match=rf"sample s0: {ext} and {mask} may each be the image; say which with --image"
         ):
             work()
-    prepare(str(folder), tmp_path / "set", Options(), Columns(members=(ext,)))
-    prepare(str(folder), tmp_path / "masks", Options(), Columns(members=("none", mask)))
+    images = prepare(str(folder), tmp_path / "set", Options(), Columns(members=(ext,)))
+    masks = prepare(str(folder), tmp_path / "masks", Options(), Columns(members=("none", mask)))
+    assert images[""].plan != masks[""].plan
     assert (_sides(tmp_path / "set"), _sides(tmp_path / "masks")) == ({40}, {8})
     kept = {"target.png"} if "." in ext else {"other.png"}
     assert _samples(tmp_path / "set")["s0"].keys() - {"jpg", "png", "webp", "cls"} == kept
