@@ -234,7 +234,8 @@ def _table(manifest: "Manifest") -> Table:
     counts = [shard.samples for shard in manifest.shards]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("name", manifest.name)
-    for title, text in (("source", manifest.source), ("licence", manifest.licence), ("shards at", manifest.base)):
+    about = {"source": manifest.source, "licence": manifest.licence, "shards at": manifest.base}
+    for title, text in (about | {"image": ", ".join(manifest.image)}).items():
         if text:
             table.add_row(title, text)
     table.add_row("samples", f"{manifest.samples:,}")

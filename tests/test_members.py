@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimscale.data import decode
+from tests.shell import Shell
+from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.tar import split_name
 from vimscale.errors import DataError
@@ -44,10 +45,10 @@ def _samples(folder: Path) -> dict[str, dict]:
 
 
 def _sides(folder: Path) -> set[int]:
+    """Heights of the images that training reads."""
     dataset = Dataset.open(str(folder))
-    manifest = dataset.manifest
-    read = [dataset.read(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
-    return {decode.decode(sample, "in", len(manifest.classes), manifest.image)[0].shape[1] for sample in read}
+    places = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
+    return {stream._read(dataset, *place)[0].shape[1] for place in places}
 
 
 # ---- names
@@ -162,6 +163,12 @@ def test_members_of_any_extension_are_kept(tmp_path: Path, caplog: pytest.LogCap
     assert caplog.text.count("passed over: s.__key__") == 2
 
 
+def test_a_tar_of_nothing_but_hidden_files_says_so(tmp_path: Path) -> None:
+    folder = _pack(tmp_path / "in", [(".cache/s.jpg", _image()), (".cache/s.cls", b"0")])
+    with pytest.raises(DataError, match=r"holds no samples \(2 files in the tars .* passed over: .cache/s.jpg, "):
+        adopt.index([str(folder)], None)
+
+
 # ---- order
 
 
@@ -202,8 +209,9 @@ def test_of_several_images_the_user_says_which(tmp_path: Path, ext: str) -> None
             DataError, match=rf"sample s0: {ext} and {mask} may each be the image; say which with --image"
         ):
             work()
-    prepare(str(folder), tmp_path / "set", Options(), Columns(members=(ext,)))
-    prepare(str(folder), tmp_path / "masks", Options(), Columns(members=("none", mask)))
+    images = prepare(str(folder), tmp_path / "set", Options(), Columns(members=(ext,)))
+    masks = prepare(str(folder), tmp_path / "masks", Options(), Columns(members=("none", mask)))
+    assert images[""].plan != masks[""].plan
     assert (_sides(tmp_path / "set"), _sides(tmp_path / "masks")) == ({40}, {8})
     kept = {"target.png"} if "." in ext else {"other.png"}
     assert _samples(tmp_path / "set")["s0"].keys() - {"jpg", "png", "webp", "cls"} == kept
@@ -226,7 +234,7 @@ def test_training_reads_the_member_that_was_chosen_when_the_tars_were_indexed(tm
         assert _sides(folder) == {40}
         located = inspect.locate(str(folder))
         assert not repair.steps(inspect.verify(located, deep=True))
-    with pytest.raises(DataError, match=r"training reads .*; `vimscale data prepare --image tif` makes"):
+    with pytest.raises(DataError, match=r"training reads .*; `vimscale data prepare --image tif` converts"):
         adopt.index([str(_masked(tmp_path / "tif", "tif"))], None, image=("tif",))
     with pytest.raises(DataError, match=r"s0: no image among its members \(tif, cls, png\); training reads jpg"):
         adopt.index([str(tmp_path / "tif")], None, image=("jpg",))
@@ -236,6 +244,13 @@ def test_training_reads_the_member_that_was_chosen_when_the_tars_were_indexed(tm
     adopt.index([str(tmp_path / "webp2")], None, image=("webp",))
     merge.merge([inspect.locate(str(tmp_path / name)) for name in ("webp", "webp2")], tmp_path / "all")
     assert _sides(tmp_path / "all") == {40}
+
+
+def test_the_command_takes_extensions_as_people_write_them(shell: Shell) -> None:
+    _masked(shell.folder / "in", "jfif")
+    out = shell.run("data", "prepare", "in", "set", "--image", "tif, .JFIF", "--jobs", "1")
+    assert "2 images of 1 classes" in out
+    assert _sides(shell.folder / "set") == {40}
 
 
 def test_a_choice_of_members_needs_members(tmp_path: Path) -> None:

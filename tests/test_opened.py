@@ -96,6 +96,7 @@ PARSED = {
     "a full header field": [(f"{'n' * 96}.png", b"x"), (f"{'n' * 96}.cls", b"1")],
     "long names": [(f"{LONG}/a.png", b"x"), (f"{LONG}/a.cls", b"1")],
     "names that are not ASCII": [("größe.png", b"x"), ("größe.cls", b"1")],
+    "in a hidden folder": [("a/.b/a.png", b"x"), ("a/.b/a.cls", b"1")],
     "what webdataset passes over": [("__meta__", b"?"), ("a.png", b"x"), ("README", b"?"), ("a.cls", b"1")],
 }
 

@@ -85,6 +85,19 @@ def test_a_folder_of_classes_becomes_a_data_set(tmp_path: Path, images: Path) ->
     assert skipped["path"] == str(images / "cat/cat.0.jpg")
 
 
+def test_a_path_of_any_name_becomes_a_key_or_is_listed(tmp_path: Path) -> None:
+    names = [".cache/a.1.jpg", "b/../.c.jpg", "./__x__.jpg", "nul\0.jpg", "gone.jpg"]
+    for name in names[:3]:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in/b").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(_image(0))
+    pa.parquet.write_table(pa.table({"path": names, "label": [0, 0, 0, 0, 0]}), tmp_path / "in/t.parquet")
+    manifest = prepare(str(tmp_path / "in/t.parquet"), tmp_path / "set", Options(), Columns())[""]
+    assert manifest.skipped == {"unreadable": 2}
+    assert _samples(tmp_path / "set").keys() == {"cache/a_1", "_c", "__x__"}
+    assert not inspect.verify(inspect.locate(str(tmp_path / "set")), deep=True)[0].faults
+
+
 def test_names_may_be_long_and_in_any_script(tmp_path: Path) -> None:
     names = ("x" * 120, "café [1] :cat:", "猫")
     (tmp_path / "in" / "Größe").mkdir(parents=True)

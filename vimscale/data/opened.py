@@ -117,12 +117,22 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
 
 def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
     """The same for headers of any kind."""
+    # where all names are hidden ones, an index that counts them means them
+    samples = _samples(data, url, hidden=False) or _samples(data, url, hidden=True)
+    if len(samples) != 1:
+        keys = ", ".join(tar.short(sample["__key__"]) for sample in samples[:3])
+        raise tar.Fault(0, f"{len(samples)} samples where one should be{keys and ': '}{keys}")
+    return samples[0]
+
+
+def _samples(data: bytes, url: str, *, hidden: bool) -> list[dict[str, Any]]:
+    """`hidden`: whether members count that are hidden files."""
     samples: list[dict[str, Any]] = []
     at = 0
     while at < len(data):
         member = tar.member(lambda size, offset: data[offset : offset + size], at, len(data))
         at = member.end
-        split = tar.split_name(member.name) if member.regular else None
+        split = tar.split_name(member.name, with_hidden=hidden) if member.regular else None
         if split is None:
             continue
         key, extension = split
@@ -131,7 +141,4 @@ def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
         if extension in samples[-1]:
             raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice")
         samples[-1][extension] = data[member.data : member.data + member.size]
-    if len(samples) != 1:
-        keys = ", ".join(tar.short(sample["__key__"]) for sample in samples[:3])
-        raise tar.Fault(0, f"{len(samples)} samples where one should be{keys and ': '}{keys}")
-    return samples[0]
+    return samples

@@ -115,12 +115,12 @@ def hidden(name: str) -> bool:
     return _HIDDEN.match(name) is not None
 
 
-def split_name(name: str) -> tuple[str, str] | None:
+def split_name(name: str, *, with_hidden: bool = False) -> tuple[str, str] | None:
     """(key, extension) of a member by webdataset's rule: the key ends at the first dot after the folder.
 
     None for what is part of no sample: a hidden file, a name without a dot, and webdataset's own __x__ and x.__key__.
     """
-    found = None if META.match(name) or hidden(name) else _SPLIT.fullmatch(name)
+    found = None if META.match(name) or (hidden(name) and not with_hidden) else _SPLIT.fullmatch(name)
     if found is None or (found[2].startswith("__") and found[2].endswith("__")):
         return None
     return found[1], found[2].lower()

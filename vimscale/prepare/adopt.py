@@ -82,8 +82,8 @@ def index(
     for name in image:
         if name.rpartition(".")[2] not in _READ:
             raise DataError(
-                f"--image {name}: training reads {', '.join(_READ)}; `vimscale data prepare --image {name}` makes"
-                " such of these"
+                f"--image {name}: training reads {', '.join(_READ)}; `vimscale data prepare --image {name}`"
+                " converts these"
             )
     work = partial(look, quota=quota, classes=len(classes) if classes else None, image=image)
     found: dict[int, Found] = {}
@@ -137,7 +137,8 @@ def look(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...]) -
     if found.fault is not None:
         raise DataError(f"{tar.where}, {found.fault}; {found.fix}")
     if not found.samples:
-        raise DataError(f"{tar.where} holds no samples; leave it out")
+        others = f" ({passed_over(found.passed)})" if found.passed else ""
+        raise DataError(f"{tar.where} holds no samples{others}; leave it out")
     tally, unread = Tally(), []
     stride = -(-len(found.samples) // quota)
     descriptor = os.open(path, os.O_RDONLY)

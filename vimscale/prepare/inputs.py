@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vimscale import untrusted
 from vimscale.data import decode
-from vimscale.data.tar import META, hidden
+from vimscale.data.tar import hidden, split_name
 from vimscale.errors import DataError
 from vimscale.prepare import members, tables
 from vimscale.prepare.classes import Label, class_map
@@ -170,9 +170,9 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
             raise DataError(
                 f"{where}: {len(missing):,} rows have no label; leave them out; the first is {row(missing[0])}"
             )
-        if own := next((key for key in rows.keys if META.match(f"{key}.x")), None):
+        if own := next((key for key in rows.keys if split_name(f"{key}.x") is None), None):
             raise DataError(
-                f"{where}: {own} would be passed over, as webdataset keeps names like __x__ for itself;"
+                f"{where}: {own} would be passed over, as names like __x__ and __MACOSX are kept for other things;"
                 " rename its folder"
             )
         if twice := [key for key, count in Counter(rows.keys).items() if count > 1]:

@@ -284,8 +284,9 @@ class _Worker:
         where = self._input.reader.where(entry.place)
         try:
             members = self._input.reader.read(entry.place)
-        except OSError as error:
-            raise BadSample("unreadable", f"{where}, sample {entry.key}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # a name may hold what no file's does
+            reason = getattr(error, "strerror", None) or error
+            raise BadSample("unreadable", f"{where}, sample {entry.key}: {reason}") from None
         if "image" not in members:
             has = ", ".join(members) or "only a label"
             raise BadSample("no image", f"{where}, sample {entry.key}: no image among its members ({has})")

@@ -87,16 +87,18 @@ def image_file(path: str) -> bytes:
 
 
 def key_of(path: str) -> str:
-    """A file's path as a key: webdataset reads all after a name's first dot as the extension."""
+    """A file's path as a key: webdataset reads all after a name's first dot as the extension, and hidden names are part
+    of no sample.
+    """
     folder, _, name = os.path.normpath(path).rpartition("/")
     stem = name.rpartition(".")[0].replace(".", "_") or name
-    return f"{folder}/{stem}".lstrip("./")
+    return "/".join(part for part in (part.lstrip(".") for part in (*folder.split("/"), stem)) if part)
 
 
 def size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):
         return 0  # a broken link: the job that reads it says so, and counts it
 
 
