@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale.errors import DataError
+from vimscale.errors import DataError, brief, kind_of
 from vimscale.prepare.classes import suggestion
 
 IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -112,9 +112,9 @@ def checked_labels(where: str, column: str, labels: list[Any]) -> list[Label]:
     """
     for label in labels:
         if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
-            kind = type(label).__name__
+            held = f"{brief(label)} ({kind_of(label)})"
             raise DataError(
-                f"input {where}: column {column!r} holds {label!r} ({kind}), and labels are names or whole numbers;"
+                f"input {where}: column {column!r} holds {held}, and labels are names or whole numbers;"
                 " name another with --label-column"
             )
     return labels
