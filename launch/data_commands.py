@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vimscale import recipe as recipes
 from vimscale import sections
+from vimscale.addresses import masked
 from vimscale.errors import DataError
 
 from . import temporary
@@ -234,7 +235,7 @@ def _table(manifest: "Manifest") -> Table:
     counts = [shard.samples for shard in manifest.shards]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("name", manifest.name)
-    about = {"source": manifest.source, "licence": manifest.licence, "shards at": manifest.base}
+    about = {"source": manifest.source, "licence": manifest.licence, "shards at": masked(manifest.base)}
     for title, text in (about | {"image": ", ".join(manifest.image)}).items():
         if text:
             table.add_row(title, text)

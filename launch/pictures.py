@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+
+from vimscale.errors import shortened
 
 if TYPE_CHECKING:
     from vimscale.plan import Outlook, Planner
@@ -16,13 +19,43 @@ if TYPE_CHECKING:
 _SMOOTH = 0.95
 _NAMED = 10
 """Curves that a legend can name, and values that an axis can."""
+_IN_SIGHT = 4
+"""The memory that there is, is drawn if it is at most this many times what is needed."""
 _DECADES = 4
 """Numbers that differ by this factor stand on a logarithmic axis."""
+
+
+_FAMILIES = (
+    *("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Droid Sans Fallback", "Arial Unicode MS", "PingFang SC", "Microsoft YaHei", "MS Gothic"),
+)
+"""Fonts that are asked for a letter in turn, as far as they are here; the first comes with matplotlib."""
+_LETTERS = 40
+"""Of a value of the user's in a picture."""
+
+
+@cache
+def _families() -> tuple[list[str], frozenset[int]]:
+    """The fonts that are here, and the letters that they have."""
+    from matplotlib import font_manager
+
+    here = [name for name in _FAMILIES if name in font_manager.get_font_names()]
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in here]
+    return here, frozenset(letter for font in fonts for letter in font.get_charmap())
+
+
+def plain(text: str) -> str:
+    """A user's text as a picture can have it: no formula, no letter that would be a box."""
+    known = _families()[1]
+    drawn = "".join(x if ord(x) in known else ascii(x)[1:-1] for x in shortened(text, _LETTERS))
+    return drawn.replace("$", r"\$")
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    matplotlib.rcParams["font.family"] = _families()[0]
 
     figure, axes = pyplot.subplots(1, panels, figsize=(1.2 + 4.6 * panels, 4.2), squeeze=False, layout="constrained")
     for one in axes[0]:
@@ -52,7 +85,7 @@ def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
     shades = colormaps["viridis"]
     for number, group in enumerate(groups):
         colour = shades(0.9 * number / max(len(groups) - 1, 1))
-        name = ", ".join(value for _, value in group.outcomes[0].trial.setting) if number < _NAMED else None
+        name = plain(", ".join(value for _, value in group.outcomes[0].trial.setting)) if number < _NAMED else None
         for one in group.outcomes:
             line = smoothed(one.losses)
             curves.plot(range(1, len(line) + 1), line, color=colour, lw=2 if number == 0 else 1.2, label=name)
@@ -86,7 +119,8 @@ def _over(axes: Any, key: str, groups: "Sequence[Group]", by: "By", shades: Any)
             axes.set_xscale("log")
             axes.minorticks_off()
     if len(places) <= _NAMED:
-        axes.set_xticks(list(places.values()), list(places), rotation=20 if max(map(len, places)) > 6 else 0)
+        names = list(map(plain, places))
+        axes.set_xticks(list(places.values()), names, rotation=20 if max(map(len, names)) > 6 else 0)
     for number, group in enumerate(groups):
         colour = shades(0.9 * number / max(len(groups) - 1, 1))
         for one in group.outcomes:
@@ -130,8 +164,10 @@ def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", ti
 
 
 def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
-    """What stands in a GPU's memory at its peak, and the time and GPU hours it takes, over the number of GPUs."""
-    figure, (memory, time) = _figure(2)
+    """What stands in a rank's memory at its peak, over the number of ranks; on GPUs also the time and the hours."""
+    device, room = planner.place.device, planner.place.room
+    what = "GPUs" if device is not None else "ranks"
+    figure, (memory, *others) = _figure(2 if device is not None else 1)
     counts = [row.world for row in rows]
     parts = {
         "states": [row.need.held.between_steps for row in rows],
@@ -139,16 +175,25 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
         "buckets, gathered": [row.need.buckets + row.need.gathered for row in rows],
         "activations": [row.need.activations + row.need.images for row in rows],
     }
+    most = max(row.need.total for row in rows)
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     below = [0.0] * len(rows)
-    for name, sizes in parts.items():
-        memory.bar([f"{count:,}" for count in counts], [size / 1e9 for size in sizes], bottom=below, label=name)
-        below = [low + size / 1e9 for low, size in zip(below, sizes, strict=True)]
-    memory.axhline(planner.place.room / 1e9, color="k", linestyle=":", label="there is")
-    memory.set(xlabel="GPUs", ylabel="GB a GPU at its peak", title=f"{planner.recipe.name} on {planner.place.name}")
-    memory.tick_params(axis="x", rotation=45)
-    memory.legend(frameon=False, fontsize=8)
-    time.loglog(counts, [row.days for row in rows], "o-", label="days")
-    time.loglog(counts, [row.rank_hours / 1000 for row in rows], "s--", label="thousand GPU hours")
-    time.set(xlabel="GPUs", title="predicted by a roofline")
-    time.legend(frameon=False, fontsize=8)
+    for label, sizes in parts.items():
+        memory.bar([f"{count:,}" for count in counts], [size / unit for size in sizes], bottom=below, label=label)
+        below = [low + size / unit for low, size in zip(below, sizes, strict=True)]
+    if room <= _IN_SIGHT * most:
+        memory.axhline(room / unit, color="k", linestyle=":", label=f"there is: {room / 1e9:,.1f} GB")
+    else:
+        memory.plot([], [], " ", label=f"there is: {room / 1e9:,.1f} GB, far above")
+    memory.set(xlabel=what, ylabel=f"{name} per {what[:-1]} at its peak")
+    memory.set_title(f"{planner.recipe.name} on {planner.place.name}")
+    memory.set_ylim(0, 1.5 * max([most, *([room] if room <= _IN_SIGHT * most else [])]) / unit)
+    memory.margins(x=0.3 if len(rows) < 3 else 0.05)
+    memory.tick_params(axis="x", rotation=45 if len(rows) > 4 else 0)
+    memory.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    for time in others:
+        time.loglog(counts, [row.days for row in rows], "o-", label="days")
+        time.loglog(counts, [row.rank_hours / 1000 for row in rows], "s--", label="thousand GPU hours")
+        time.set(xlabel="GPUs", title="predicted by a roofline")
+        time.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from vimscale import recipe as recipes
 from vimscale.devices import DEVICES
-from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError
+from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, shortened
 
 from . import cluster as clusters
 from . import stack
@@ -31,7 +32,8 @@ def command(
     overrides: Overrides = None,
     with_: WithOption = None,
     counts: Annotated[
-        str | None, typer.Option("--gpus", help="GPU counts to compare: 8,64,512; absent: 8 to 4,096.")
+        str | None,
+        typer.Option("--gpus", help="GPU counts to compare: 8,64,512; default: 8 to 4,096, or this machine's."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures, in bytes and seconds, for programs.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw memory, days and cost against GPUs into a PNG.")] = None,
@@ -39,18 +41,18 @@ def command(
     """Say what a recipe will need and cost on a cluster, before it runs; refuse what cannot run there."""
     if picture is not None:
         check_installed("matplotlib")
+        if picture.suffix.lower() != ".png":
+            raise LaunchError(f"--picture {picture}: it is a PNG; give it a name that ends in .png")
     chosen = recipes.load(recipe, overrides or ())
     cluster = clusters.load(on, with_ or ())
     world = ranks(cluster)
     planner, notes = prepare(chosen, cluster, world)
     planner.refuse(world)
-    rows = outlooks(planner, _counts(counts))
+    rows = outlooks(planner, _counts(counts, cluster, world))
+    if picture is not None:
+        _draw(planner, rows, picture)
     here = planner.outlook(world)
     options = list(planner.options(world))
-    if picture is not None:
-        from . import pictures
-
-        pictures.plan(planner, [row for row in rows if not isinstance(row, dict) and row.fits], picture)
     if as_json:
         figures = {
             "recipe": chosen.name,
@@ -94,7 +96,19 @@ def command(
         )
     console.print(table)
     console.print()
-    console.print(_comparison(rows))
+    console.print(_comparison(rows, device=planner.place.device is not None))
+
+
+def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], picture: Path) -> None:
+    from . import pictures
+
+    drawn = [row for row in rows if not isinstance(row, dict) and row.fits]
+    if not drawn:
+        raise LaunchError("--picture: the recipe fits on none of the numbers of ranks; give others with --gpus")
+    try:
+        pictures.plan(planner, drawn, picture)
+    except OSError as error:
+        raise LaunchError(f"--picture {picture} cannot be written: {error.strerror}") from None
 
 
 def show(chosen: recipes.Recipe, cluster: clusters.Cluster, workers: int | None, console: Console) -> None:
@@ -170,14 +184,16 @@ def _place(cluster: clusters.Cluster) -> "Place":
     return Place(cluster.gpu, device, device.memory, Fabric(cluster.gpus, device.link, out), cluster.price)
 
 
-def _counts(text: str | None) -> list[int]:
+def _counts(text: str | None, cluster: clusters.Cluster, world: int) -> list[int]:
+    """Numbers of ranks to compare; of a machine alone, those that it has room for."""
     from vimscale.plan import COUNTS
 
     if text is None:
-        return list(COUNTS)
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise LaunchError(f"--gpus {text!r} is no list of numbers; write 8,64,512")
+        here = [1 << i for i in range(world.bit_length()) if 1 << i < world]
+        return [*here, world] if cluster.backend == "local" else list(COUNTS)
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", part, re.ASCII) for part in parts):
+        raise LaunchError(f"--gpus {shortened(text, 80)!r} is no list of numbers from 1 to 999,999; write 8,64,512")
     return [int(part) for part in parts]
 
 
@@ -237,9 +253,10 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     return table
 
 
-def _comparison(rows: list["Outlook | dict[str, Any]"]) -> Table:
+def _comparison(rows: list["Outlook | dict[str, Any]"], *, device: bool) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption="*: the largest micro-batch that fits")
-    for title in ("GPUs", "micro-batch", "GB", "sent GB", "s a step", "MFU", "days", "GPU hours", "money"):
+    first = "GPUs" if device else "ranks"
+    for title in (first, "micro-batch", "GB", "sent GB", "s a step", "MFU", "days", "GPU hours", "money"):
         table.add_column(title, justify="right")
     for row in rows:
         if isinstance(row, dict):
@@ -249,7 +266,9 @@ def _comparison(rows: list["Outlook | dict[str, Any]"]) -> Table:
         figures = [f"{row.step_s:.3f}", f"{100 * row.mfu:.0f} %", f"{row.days:.2f}", f"{row.rank_hours:,.0f}"]
         money = "" if row.money is None else f"{row.money:,.0f}"
         if not row.fits:
-            micro, figures, money = "too large", [""] * 4, ""
+            micro = "too large"
+        if not row.fits or not device:  # how fast CPUs are is not known
+            figures, money = [""] * 4, ""
         table.add_row(f"{row.world:,}", micro, _gb(row.need.total), _gb(row.sent.total), *figures, money)
     return table
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vimscale.errors import LaunchError, RecipeError
+from vimscale.errors import LaunchError, RecipeError, shortened
 
 if TYPE_CHECKING:
     from vimscale.recipe import Recipe
@@ -46,7 +46,9 @@ def _range(asked: str) -> tuple[int, int]:
     except ValueError:
         low, high = 0, 0
     if not 1 <= low <= high <= _MOST:
-        raise LaunchError(f"--workers {asked}: write a number from 1 to {_MOST:,}, or MIN:MAX, as 2 or 1:4")
+        raise LaunchError(
+            f"--workers {shortened(asked, 40)}: write a number from 1 to {_MOST:,}, or MIN:MAX, as 2 or 1:4"
+        )
     return low, high
 
 

@@ -443,7 +443,7 @@ WRONG = {
         "1 rows have no label; leave them out; the first is ./a.jpg",
     ),
     "labels far apart": ("in.csv", _file("in.csv", "path,label\na.jpg,99999\n"), "labels go up to 99,999, and only 1"),
-    "labels that are fractions": ("in.parquet", _floats, "column 'label' holds 0.5 (float)"),
+    "labels that are fractions": ("in.parquet", _floats, "column 'label' holds 0.5 (a number)"),
     "images that are numbers": ("in.parquet", _numbers, "column 'image' is of type int64; images are bytes or paths"),
     "a parquet file that is none": ("in.parquet", _file("in.parquet", "x"), "in.parquet cannot be read"),
     "a tar that is none": ("in.tar", _file("in.tar", "<html>"), "in.tar, offset 0: the file ends here"),

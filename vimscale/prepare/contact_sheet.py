@@ -1,11 +1,12 @@
 """A picture of samples as they are and as training sees them: the quickest way to find a wrong label or crop."""
 
 import os
+from bisect import bisect
 from collections.abc import Sequence
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vimscale.data import augment, decode
@@ -13,10 +14,13 @@ from vimscale.data.plan import generator
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
 from vimscale.prepare.inspect import Located, read
+from vimscale.prepare.lettering import lettered
 from vimscale.recipe import Recipe
 from vimscale.sections import Augment
 
 ROWS, DRAWS = 6, 5
+_LETTERS = 300
+"""Of a line; more find no room on the widest sheet."""
 _SIDE, _GAP, _MARGIN, _TEXT, _HEAD = 192, 12, 32, 22, 68
 _PAPER, _INK, _GREY, _RULE = (250, 250, 248), (32, 33, 36), (120, 122, 128), (214, 214, 210)
 
@@ -104,7 +108,7 @@ def _head(pen: ImageDraw.ImageDraw, located: Located, rule: Augment, size: tuple
     manifest = located.manifest
     about = f"{manifest.samples:,} images, {len(manifest.classes):,} classes"
     _text(pen, (_MARGIN, _MARGIN), manifest.name, 22, _INK, width)
-    right = width - _MARGIN - pen.textlength(about, _font(13))
+    right = width - _MARGIN - pen.textlength(*lettered(about, 13))
     _text(pen, (right, _MARGIN + 8), about, 13, _GREY, width)
     top = _HEAD + 4
     _text(pen, (_MARGIN, top - 2), "as stored", 12, _GREY, _SIDE)
@@ -137,13 +141,8 @@ def _paste(sheet: Image.Image, image: Tensor, left: int, top: int) -> None:
 
 
 def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: tuple, room: int) -> None:
-    font = _font(size)
+    text, font = lettered(text[:_LETTERS], size)
     if pen.textlength(text, font) > room:
-        while text and pen.textlength(text + "…", font) > room:
-            text = text[:-1]
-        text += "…"
+        fitting = bisect(range(len(text)), room, key=lambda length: int(pen.textlength(f"{text[:length]}…", font)))
+        text = f"{text[: max(fitting - 1, 0)]}…"
     pen.text(at, text, colour, font)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

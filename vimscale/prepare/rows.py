@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vimscale import untrusted
 from vimscale.data.tar import MEMBER_LIMIT
-from vimscale.errors import BadSample, DataError
+from vimscale.errors import BadSample, DataError, brief, kind_of
 from vimscale.prepare.classes import Label, suggestion
 
 IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
@@ -135,9 +135,8 @@ def checked_label(label: Any, where: str, names: tuple[str, ...] | None) -> Labe
         # what tables write where there is no label
         return None if label == "" or (label.lower() == "nan" and label not in (names or ())) else label
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
-        kind = type(label).__name__
         raise DataError(
-            f"input {where} holds {repr(label)[:40]} ({kind}), and labels are names or whole numbers;"
+            f"input {where} holds {brief(label)} ({kind_of(label)}), and labels are names or whole numbers;"
             " name another with --label-column"
         )
     return label
