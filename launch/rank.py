@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vimscale.errors import RunFailed, UserError
+from vimscale.errors import RunFailed, UserError, WorkerDied
 from vimscale.pulse import pulse
 
 if TYPE_CHECKING:
@@ -64,12 +64,19 @@ def before_torch() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+def killed_for_memory() -> int:
+    """Processes that the kernel has ended since it started because memory ran out."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
 def run(
     spec: "RankSpec", emit: Callable[[Event], None], stop: Callable[[], bool], store: "dist.Store | None" = None
 ) -> Ending:
     """Train; never raises. Rank 0 alone emits. `store`: its end of the rendezvous, if it has opened one already."""
     if spec.rank > 0:
         emit = _silent
+    killed = killed_for_memory()
     _redirect_output(spec)
     _forward_logs(spec, emit)
     try:
@@ -87,6 +94,10 @@ def run(
         return Ending(spec.rank, result["status"], result)
     except UserError as error:
         return _failed(spec, "user", error, str(error))
+    except WorkerDied as error:
+        if killed_for_memory() > killed:
+            return _failed(spec, "memory", error, f"{error}: its machine ran out of memory")
+        return _failed(spec, "died", error, str(error))
     except RunFailed as error:
         return _failed(spec, "run", error, str(error))
     except Exception as error:  # whatever else went wrong becomes a report, with its traceback

@@ -60,6 +60,10 @@ class RunFailed(Exception):
     exit_code = 1
 
 
+class WorkerDied(RunFailed):
+    """A process that reads data for a rank was killed or ran out of memory; started again, the run may succeed."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that was perhaps meant."""
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)
