@@ -66,7 +66,9 @@ class LocalGroup:
             # a session of its own: a Ctrl-C in the terminal reaches the launcher alone, which then asks the ranks
             code = f"from vimscale.launch import on_local; on_local.child({theirs.fileno()})"
             command = [sys.executable, "-c", code]
-            self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True))
+            env = os.environ | {"TMPDIR": self._meeting.path}  # a rank is killed, or leaves, and removes nothing
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=env)
+            self._processes.append(process)
             theirs.close()
             self._pipes[ours] = number
             ours.send(
