@@ -135,6 +135,7 @@ def launch(
 
     from . import on_local, supervisor
     from .progress import Progress
+    from .progress import console as run_console
     from .workers import sizes
 
     if no_ray and address is not None:
@@ -146,7 +147,7 @@ def launch(
             Dataset.open(chosen.data.val, chosen.data.cache)
     folder = RunFolder(runs / chosen.name)
     folder.claim(chosen)
-    console = Console(stderr=False)
+    console = run_console()
     if (result := folder.result()) is not None:
         console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
         console.print("  to train again, choose another name= or remove the folder", highlight=False)

@@ -15,7 +15,7 @@ from vimscale.errors import LaunchError, RunFailed
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
-from . import trials, unattended
+from . import progress, trials, unattended
 from .arguments import Overrides, RecipeArgument
 from .supervisor import StopSignal
 
@@ -73,7 +73,7 @@ def lr_range(
     (world,) = sizes(asked, chosen, on_local.cpus(), on_local.gpus(), "this machine")
     folder = RunFolder(runs / chosen.name)
     folder.claim(chosen)
-    console = Console()
+    console = progress.console()
     stop = StopSignal()
     if folder.result() is None:
         with stop.installed():

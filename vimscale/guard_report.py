@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,7 +119,7 @@ def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, An
     last bad step.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     there = sorted(path.parent for path in folder.guard.glob("step_*/report.json"))
     chosen = [path for path in there if step is None or path.name.startswith(run_folder.checkpoint_name(step))]
@@ -127,11 +128,21 @@ def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, An
         wanted = "no report" if step is None else f"no report of step {step}"
         raise CheckpointError(f"run {folder.path}: {wanted}; there are: {names}")
     path = chosen[-1]
-    report = json.loads((path / "report.json").read_text())
+    try:
+        report = json.loads((path / "report.json").read_bytes())
+        return path, report, _images(path, report)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, SafetensorError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path}: this report is damaged ({why}); remove the folder, or name another step"
+        ) from None
+
+
+def _images(path: Path, report: dict[str, Any]) -> list[Tensor]:
     files = {rank: load_file(path / f"rank_{rank:05d}.safetensors") for rank in {s["rank"] for s in report["samples"]}}
     images, counted = [], dict[tuple[int, int], int]()
     for sample in report["samples"]:
         part = sample["rank"], sample["part"]
         number = counted[part] = counted.get(part, -1) + 1
         images.append(files[sample["rank"]][f"{sample['part']}/images/{number}"])
-    return path, report, images
+    return images
