@@ -70,7 +70,7 @@ def newest(folder: Path, place: Place | None = None, *, regular: bool = False) -
             else:
                 fault = None
             if fault is None:
-                fault = _first(distributed.together(partial(manifest.damage, checkpoint, rank, world)))
+                fault = _first(distributed.together(partial(run_folder.damage, checkpoint, rank, world)))
                 if fault is None:
                     if not (regular and read_trainer(checkpoint).asked):
                         return checkpoint
@@ -127,10 +127,15 @@ def _first(found: list[str | None]) -> str | None:
 
 def read_trainer(checkpoint: Path) -> Trainer:
     """Raises:
-    CheckpointError: another version of this package wrote it.
+    CheckpointError: it cannot be read, or another version of this package wrote it.
     """
+    path = checkpoint / "trainer.json"
     try:
-        return Trainer(**json.loads((checkpoint / "trainer.json").read_text()))
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); `vimscale checkpoints verify` lists damage") from None
+    try:
+        return Trainer(**content)
     except TypeError as error:
         raise CheckpointError(
             f"{checkpoint}/trainer.json is not what this version writes ({error}); go on with the version that wrote"
