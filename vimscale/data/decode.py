@@ -1,9 +1,9 @@
 """Bytes of an image file to an upright RGB uint8 tensor (3, h, w)."""
 
 import io
-import struct
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +25,25 @@ _METADATA = {
     "WEBP": (b"EXIF", b"XMP "),
 }
 """Bytes without which a file does not say how it is turned. To ask Pillow costs more, for a PNG all of the decoding."""
-_DAMAGE = (ValueError, OSError, EOFError, SyntaxError, IndexError, TypeError, struct.error, zlib.error)
-"""What the decoders raise on damaged files."""
+
+
+@contextmanager
+def damage() -> Iterator[None]:
+    """Whatever a decoder raises in here is damage of the image that it reads; except want of memory, which another try
+    may have, and which says nothing about the image.
+
+    Raises:
+        BadSample: "image", it is damaged; "pixels", it is too large.
+    """
+    try:
+        yield
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise BadSample("pixels", f"the image is too large: at most {MAX_PIXELS:,} pixels are read") from None
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise BadSample("image", f"the image cannot be decoded: {why}") from None
 
 
 def decode(sample: dict, where: str, classes: int) -> tuple[Tensor, int]:
@@ -62,10 +79,8 @@ def pixels(data: bytes) -> Tensor:
         BadSample: "image", it is damaged or of no known format; "pixels", it has more than MAX_PIXELS.
     """
     header = _header(data)
-    try:
+    with damage():
         array = _decode_jpeg(data) if header.image is None else _decode_any(header.image)
-    except _DAMAGE as error:
-        raise BadSample("image", f"the image cannot be decoded: {error}") from None
     return torch.from_numpy(_upright(array, header.orientation)).permute(2, 0, 1)
 
 
@@ -89,12 +104,8 @@ class _Header(NamedTuple):
 
 
 def _header(data: bytes) -> _Header:
-    try:
+    with damage():
         header = _fast_header(data) or _header_by_pillow(data)
-    except Image.DecompressionBombError:
-        raise BadSample("pixels", f"the image is too large: at most {MAX_PIXELS:,} pixels are read") from None
-    except _DAMAGE as error:
-        raise BadSample("image", f"the image cannot be decoded: {error}") from None
     if header.height * header.width > MAX_PIXELS:
         found = f"{header.width} x {header.height} pixels"
         raise BadSample("pixels", f"the image is too large: {found}; at most {MAX_PIXELS:,} are read")
@@ -131,9 +142,9 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     if image.width * image.height > MAX_PIXELS or not any(mark in data for mark in _METADATA[kind]):
         return 1
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with damage(), warnings.catch_warnings(action="ignore"):
             value = image.getexif().get(0x0112)
-    except _DAMAGE:
+    except BadSample:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

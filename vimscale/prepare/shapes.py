@@ -76,21 +76,24 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
         BadSample: no known format, or too large.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            kind, height, width = image.format or "", image.height, image.width
+        kind, height, width = _opened(data)
         if kind in _EXTENSIONS:
             height, width = decode.size_of(data)
     except BadSample as error:
         raise BadSample(error.cause, f"{where}: {error}") from None
-    except Image.DecompressionBombError as error:
-        raise BadSample("pixels", f"{where}: {error}") from None
-    except UnidentifiedImageError:
-        raise BadSample("image", f"{where}: no format of images begins {data[:12]!r}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample("image", f"{where}: the header cannot be read: {error}") from None
     if height * width > decode.MAX_PIXELS:
         raise BadSample("pixels", f"{where}: {height} x {width} pixels; at most {decode.MAX_PIXELS:,} are read")
     return kind, height, width
+
+
+def _opened(data: bytes) -> tuple[str, int, int]:
+    """(format, height, width), as it lies in the file."""
+    with decode.damage(), warnings.catch_warnings(action="ignore"):
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.format or "", image.height, image.width
+        except UnidentifiedImageError:  # whose message is of the buffer
+            raise ValueError(f"no format of images begins {data[:12]!r}") from None
 
 
 def pixels(data: bytes, where: str) -> Tensor:
