@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from tests import noise
 from vimscale import recipe, sections
 from vimscale.data import digits, shards, stream
 from vimscale.data.dataset import Dataset
@@ -389,6 +390,27 @@ def test_the_cached_set_is_written_once(tmp_path: Path, monkeypatch: pytest.Monk
     before = (folder / "train" / "00000.tar").stat().st_mtime_ns
     assert digits.cached() == folder
     assert (folder / "train" / "00000.tar").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("00000.tar", noise.overwrite(2048, b"\xff")),
+        ("00001.tar.idx", Path.unlink),
+        ("manifest.json", noise.resized(99)),
+    ],
+)
+def test_a_damaged_cached_set_is_written_again(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]
+) -> None:
+    from vimscale.data import digits as embedded
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shutil.copytree(digits, tmp_path / "vimscale" / f"digits-{embedded._VERSION}")
+    harm(embedded.cached() / "val" / name)
+    dataset = Dataset.open("digits:val")
+    assert dataset.read(1, 5)["png"] == Dataset.open(str(digits / "val")).read(1, 5)["png"]
+    assert sorted(path.name for path in (tmp_path / "vimscale").iterdir()) == [f"digits-{embedded._VERSION}"]
 
 
 def test_ranks_that_write_the_cached_set_at_once_all_find_it_whole(tmp_path: Path) -> None:

@@ -279,7 +279,12 @@ class _Evaluation(IterableDataset):
 def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
     """(image, label, key) of a sample."""
     raw = dataset.read(shard, sample)
-    image, label = decode.decode(raw, dataset.where(shard), len(dataset.manifest.classes))
+    try:
+        image, label = decode.decode(raw, dataset.where(shard), len(dataset.manifest.classes))
+    except BadSample:
+        if dataset.recheck(shard):  # of a damaged copy another sample would take its place
+            return _read(dataset, shard, sample)
+        raise
     return image, label, raw["__key__"]
 
 
