@@ -77,8 +77,11 @@ class Ray:
             object_store_memory=100 << 20,
             _temp_dir=self._temporary.path,
         )
-        children = {process.name(): process.pid for process in psutil.Process().children()}
-        self._heart = {name: children.get(name) for name in ("gcs_server", "raylet")}
+        self._heart = {"gcs_server": None, "raylet": None}
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (name := process.name()) in self._heart:
+                    self._heart[name] = process.pid
 
     def _connect(self, address: str, **options: Any) -> None:
         import ray
@@ -394,7 +397,9 @@ class RayGroup:
             number = self._running.pop(reference)
             try:
                 ending = ray.get(reference)
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            except ray.exceptions.RayTaskError:  # a bug: a rank reports what it meets
+                raise
+            except ray.exceptions.RayError as error:
                 ending = self._died(number, error)
             if isinstance(ending, Ending):
                 reports.append(ending)
