@@ -30,7 +30,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Calm:
     def undisturbed(changes: tuple[str, ...]) -> Shell:
         if changes not in made:
             made[changes] = new_shell(tmp_path_factory.mktemp("calm"), cache)
-            made[changes].run("launch", "small.yaml", *changes, *PROCESSES)
+            made[changes].run("launch", "small.yaml", *changes, *PROCESSES, timeout=600)
         return made[changes]
 
     return undisturbed
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_at_any_instant_ends_the_run_with_its_message_or_not_a
     assert "hangs" not in said, told
     disk.empty()
     if code:
-        said += watched.finish(watched.popen("launch", *command, inside=disk.inside))
+        said += watched.finish(watched.popen("launch", *command, inside=disk.inside), timeout=600)
     assert disk.seen.losses("hit") == calm(changes).losses("small"), told
     assert _figures(disk.seen, "hit") == _figures(calm(changes), "small"), told
 
