@@ -56,13 +56,17 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
 
     folder = RunFolder.of(run)
     place, there, problem = _second(folder)
-    entries = _entries(folder, there)
+    entries, foreign = _entries(folder, there), _foreign(folder)
     if as_json:
-        print(json.dumps({"checkpoints": [asdict(entry) for entry in entries], "second": problem or "reached"}))
+        listed = {"checkpoints": [asdict(entry) for entry in entries], "second": problem or "reached"}
+        print(json.dumps({**listed, "foreign": foreign}))
         return
     console = Console()
     if problem is not None:
         console.print(f"checkpoint.second: {problem}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if foreign:
+        text = f"not checkpoints, and passed over: {', '.join(foreign)}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if not entries:
         console.print(f"{folder.path} has no checkpoint yet", highlight=False, soft_wrap=True)
         return
@@ -110,10 +114,12 @@ def _second(folder: "RunFolder") -> tuple["Place | None", list[str], str | None]
 
 def _entries(folder: "RunFolder", there: list[str]) -> list[Entry]:
     """Newest first; what was set aside at the end."""
-    from vimscale.run_folder import step_of
+    from vimscale.run_folder import is_checkpoint, step_of
 
     found = {name: Entry(name, step_of(name), here=False, second=True) for name in there}
     for path in folder.checkpoints.glob("step_*"):
+        if not is_checkpoint(path.name):
+            continue
         entry = _look_at(path, step_of(path.name))
         entry.second = path.name in found
         found[path.name] = entry
@@ -122,22 +128,42 @@ def _entries(folder: "RunFolder", there: list[str]) -> list[Entry]:
         if entry.second or (entry.here and entry.fault is None):
             entry.resume = True
             break
-    for path in sorted(folder.checkpoints.glob("damaged_step_*"), reverse=True):
+    for path in _set_aside(folder)[::-1]:
         entry = _look_at(path, int(path.name.split("_")[2]))
         entry.set_aside = True
         entries.append(entry)
     return entries
 
 
+def _set_aside(folder: "RunFolder") -> list[Path]:
+    """Checkpoints that were damaged, and have another name since."""
+    from vimscale.run_folder import is_checkpoint
+
+    found = folder.checkpoints.glob("damaged_step_*")
+    return sorted(path for path in found if is_checkpoint("_".join(path.name.split("_")[1:3])) and path.is_dir())
+
+
+def _foreign(folder: "RunFolder") -> list[str]:
+    """What lies among the checkpoints and is none of this package's."""
+    from vimscale.run_folder import is_checkpoint
+
+    ours = {path.name for path in _set_aside(folder)}
+    names = sorted(path.name for path in folder.checkpoints.glob("[!.]*"))
+    return [name for name in names if name not in ours and not is_checkpoint(name)]
+
+
 def _look_at(path: Path, step: int) -> Entry:
-    files = [file.stat() for file in path.iterdir()]
+    from vimscale import run_folder
+
+    files = [file.stat() for file in path.iterdir() if file.is_file()] if path.is_dir() else []
     entry = Entry(path.name, step, here=True, second=False, bytes=sum(file.st_size for file in files))
     entry.saved = max((file.st_mtime for file in files), default=0.0)
-    entry.fault = next(iter(_faults(manifest.faults(path, glance=True))), None)
+    look = manifest.faults if path.name.startswith("damaged_") else run_folder.faults
+    entry.fault = next(iter(_faults(look(path, glance=True))), None)
     try:
-        trainer = json.loads((path / "trainer.json").read_text())
+        trainer = json.loads((path / "trainer.json").read_bytes())
         entry.ranks, entry.zero, entry.asked = trainer["world"], trainer["zero"], trainer.get("asked", False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         entry.fault = entry.fault or f"trainer.json cannot be read ({error})"
     return entry
 
@@ -161,7 +187,7 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
 
     folder = run_folder.RunFolder.of(run)
     place, there, problem = _second(folder)
-    found = {str(path): _faults(manifest.faults(path)) for path in run_folder.checkpoints(folder.checkpoints)}
+    found = {str(path): _faults(run_folder.faults(path)) for path in run_folder.checkpoints(folder.checkpoints)}
     if place is not None:
         found |= {place.where(name): _faults(second.faults(place, name)) for name in there}
     if problem is not None:
@@ -270,10 +296,10 @@ def prune(
     whole = folder.newest_checkpoint().name if names else None
     going = [folder.checkpoints / name for name in sorted(run_folder.surplus(names, rules)) if name != whole]
     if damaged:
-        going += sorted(folder.checkpoints.glob("damaged_step_*"))
+        going += _set_aside(folder)
     room = 0
     for path in going:
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         room += size
         print(f"{path}: {size / 1e6:,.1f} MB")
         if dry_run:

@@ -139,6 +139,7 @@ def launch(
 
     from . import memory_check, on_local, supervisor
     from .progress import Progress
+    from .progress import console as run_console
     from .workers import sizes
 
     if no_ray and address is not None:
@@ -156,7 +157,7 @@ def launch(
         world = next(size for size in allowed if size <= (gpus or cpus))
         memory_check.check(chosen, train_set, world, ray=not no_ray)
     folder.claim(chosen)
-    console = Console(stderr=False)
+    console = run_console()
     if (result := folder.result()) is not None:
         console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
         console.print("  to train again, choose another name= or remove the folder", highlight=False)

@@ -1,16 +1,21 @@
 """What went wrong in a run so far, in runs/NAME/failures.json, and whether to try again."""
 
+import contextlib
 import itertools
 import json
+import logging
 import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from vimscale.run_folder import RunFolder, checkpoints
+from vimscale.run_folder import RunFolder, checkpoints, set_aside, step_of
 
 from .rank import Cause, Ending
+
+log = logging.getLogger(__name__)
 
 _SAME = 3
 """So often the same failure at the same place ends a run."""
@@ -66,6 +71,21 @@ class Failure:
         return self.step is not None and self.step > other.step + _NEAR
 
 
+def _earlier(path: Path) -> list[Any]:
+    """What is on file. A damaged file is set aside, and the record starts again."""
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, list):
+            raise ValueError("it is not a list")
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError) as error:
+        aside = set_aside(path)
+        log.warning("%s is damaged and set aside as %s: %s", path, aside.name, error)
+        return []
+    return found
+
+
 def first_cause(failures: list[Ending]) -> Ending:
     """The failure that the others follow from: a death before an exception before the loss of a peer."""
     return min(failures, key=lambda ending: (_ORDER.index(ending.cause or "lost"), ending.time))
@@ -77,7 +97,7 @@ class Failures:
     def __init__(self, folder: RunFolder, restarts: int, within: int):
         self._folder, self._restarts, self._within = folder, restarts, within
         self._file = folder.path / "failures.json"
-        self._earlier = json.loads(self._file.read_text()) if self._file.exists() else []
+        self._earlier = _earlier(self._file)
         self._own: list[Failure] = []
 
     def record(self, endings: list[Ending], reached: dict[int, int | None], world: int) -> Failure:
@@ -88,7 +108,7 @@ class Failures:
         failure = Failure(
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(first.time)),
             step=max((step for step in steps if step is not None), default=None),
-            saved=int(newest[0].name.removeprefix("step_")) if newest else 0,
+            saved=step_of(newest[0].name) if newest else 0,
             world=world,
             cause=first.cause or "lost",
             rank=first.rank,
@@ -103,8 +123,13 @@ class Failures:
         )
         self._own.append(failure)
         partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
-        partial.rename(self._file)
+        try:
+            partial.write_text(json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
+            partial.rename(self._file)
+        except OSError as error:  # this launch remembers it, and the next failure is written with it
+            log.warning("%s could not be written: %s", self._file, error.strerror)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         return failure
 
     def hopeless(self) -> str | None:

@@ -17,7 +17,7 @@ from vimscale.errors import LaunchError, RunFailed
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
-from . import trials, unattended
+from . import progress, trials, unattended
 from .arguments import Overrides, RecipeArgument
 from .supervisor import StopSignal
 
@@ -97,7 +97,7 @@ def lr_range(
     memory_check.check(chosen, train_set, world, ray=False)
     folder = RunFolder(runs / chosen.name)
     folder.claim(chosen)
-    console = Console()
+    console = progress.console()
     stop = StopSignal()
     if folder.result() is None:
         with stop.installed():

@@ -95,7 +95,7 @@ class LocalGroup:
         self._meeting = Temporary("vimscale-", SOCKETS)
 
     def start(self) -> None:
-        self._killed_for_memory = _killed_for_memory()
+        self._killed_for_memory = rank.killed_for_memory()
         on_gpus = gpus() > 0
         for number in range(self.size):
             ours, theirs = multiprocessing.Pipe()
@@ -140,7 +140,7 @@ class LocalGroup:
         process = self._processes[number]
         code = process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        if code == -signal.SIGKILL and _killed_for_memory() > self._killed_for_memory:
+        if code == -signal.SIGKILL and rank.killed_for_memory() > self._killed_for_memory:
             how += ": this machine ran out of memory"
             return Ending(number, "failed", cause="memory", message=f"process {process.pid} {how}")
         return Ending(number, "failed", cause="died", message=f"process {process.pid} {how}")
@@ -170,12 +170,6 @@ class LocalGroup:
             pipe.close()
         self._processes, self._pipes = [], {}
         self._meeting.remove()
-
-
-def _killed_for_memory() -> int:
-    """Processes that the kernel has ended since it started because memory ran out."""
-    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    return int(counts.get("oom_kill", 0))
 
 
 def child(descriptor: int) -> None:

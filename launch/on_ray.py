@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimscale.errors import LaunchError
 from vimscale.pulse import pulse
@@ -41,6 +41,10 @@ _NEWS_S = 0.5
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds it"
 _MEET_S = 120
 """How long the ranks' processes have to come up."""
+_END_S = 1.0
+"""A process that dies closes its connections up to this long before its end can be seen."""
+
+_T = TypeVar("_T")
 
 
 class Ray:
@@ -51,8 +55,8 @@ class Ray:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._temporary: Temporary | None = None
-        self._heart: dict[int, str] = {}
-        """Processes that a Ray of our own cannot do without."""
+        self._heart: dict[str, int | None] = {}
+        """Processes that a Ray of our own cannot do without; None for one that ended before it was seen."""
         if address is not None:
             _check_reachable(address)
             self._connect(address)
@@ -77,8 +81,11 @@ class Ray:
             # one level down: Ray opens its folder, and all within, to every user of the machine
             _temp_dir=f"{self._temporary.path}/r",
         )
-        children = {process.pid: process.name() for process in psutil.Process().children()}
-        self._heart = {pid: name for pid, name in children.items() if name in ("gcs_server", "raylet")}
+        self._heart = {"gcs_server": None, "raylet": None}
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (name := process.name()) in self._heart:
+                    self._heart[name] = process.pid
 
     def _connect(self, address: str, **options: Any) -> None:
         import ray
@@ -88,7 +95,7 @@ class Ray:
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts; nothing has been trained yet
             self.close()
             raise SystemExit(3) from None
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # it raises plain ones, too, as when its raylet dies meanwhile
             where = "this machine" if address == "local" else address
             self.close()
             raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
@@ -113,7 +120,23 @@ class Ray:
 
         Ray takes seconds to tell, and calls that ask its head for something do not return.
         """
-        return next((name for pid, name in self._heart.items() if _has_ended(pid)), None)
+        return next((name for name, pid in self._heart.items() if pid is None or _has_ended(pid)), None)
+
+    def answer(self, question: Callable[[], _T], otherwise: _T) -> _T:
+        """What a question to Ray returns; `otherwise` if a process of a Ray of our own has died, which may show as any
+        error and as any answer.
+        """
+        if self.died() is not None:
+            return otherwise
+        try:
+            found = question()
+        except Exception:
+            end = time.monotonic() + _END_S
+            while self.died() is None:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        return otherwise if self.died() is not None else found
 
     def revive(self) -> None:
         """Start another Ray of our own in place of one that died."""
@@ -130,7 +153,10 @@ class Ray:
         """(CPUs, GPUs) of all nodes."""
         import ray
 
-        total = ray.cluster_resources()
+        total = self.answer(ray.cluster_resources, None)
+        if total is None:
+            self.revive()
+            total = ray.cluster_resources()
         return int(total.get("CPU", 0)), int(total.get("GPU", 0))
 
 
@@ -301,11 +327,20 @@ class RayGroup:
         self._where: list[dict[str, Any]] = []
 
     def start(self) -> None:
+        try:
+            self._ray.revive()
+        except LaunchError as error:
+            self._late = self._deaths(f"Ray on this machine died, and another one could not be started: {error}")
+            return
+        self._ray.answer(self._form, None)
+
+    def _form(self) -> None:
+        """Find room, make the actors, have them meet, and begin. What dies meanwhile is for `poll` to report."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._ray.revive()
-        self._find_room()
+        if not self._find_room():
+            return
         remote = ray.remote(_Rank)
         for number in range(self.size):
             placed = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=number)
@@ -313,7 +348,11 @@ class RayGroup:
             self._actors.append(remote.options(scheduling_strategy=placed, **options).remote())
         meeting = [actor.meet.remote(number == 0, self.size) for number, actor in enumerate(self._actors)]
         self._where = [{"pid": 0, "host": "", "node": ""} for _ in self._actors]
-        _, late = ray.wait(meeting, num_returns=len(meeting), timeout=_MEET_S)
+        late, end = meeting, time.monotonic() + _MEET_S
+        while late and time.monotonic() < end and self._ray.died() is None:
+            _, late = ray.wait(meeting, num_returns=len(meeting), timeout=0.5)
+        if self._ray.died() is not None:
+            return
         if late:
             message = f"its process did not come up within {_MEET_S} s"
             self._late = [Ending(meeting.index(ref), "failed", cause="hung", message=message) for ref in late]
@@ -342,33 +381,37 @@ class RayGroup:
             self._running[actor.run.remote(arguments)] = number
             self._asked[actor.news.remote()] = number
 
-    def _find_room(self) -> None:
-        """Reserve a place for each rank: for as many as the cluster has devices for, fewer if others use those.
+    def _find_room(self) -> bool:
+        """Reserve resources for each rank: for as many as the cluster has devices for, fewer if others use those. False
+        if Ray died meanwhile.
 
         Raises:
-            LaunchError: there is none for the smallest number either.
+            LaunchError: there is no room for the smallest number either.
         """
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
         bundle = {"CPU": 1, **({"GPU": 1} if self._gpu else {})}
         began, most = time.monotonic(), self._sizes[0]
-        while True:
+        while self._ray.died() is None:
             self.size = self._fitting(min(most, self._devices())) or self._sizes[-1]
             self._bundles = placement_group([bundle] * self.size, strategy="PACK")
             smallest = self.size == self._sizes[-1]
             until = max(began + _ROOM_S, time.monotonic()) if smallest else time.monotonic() + _LESS_ROOM_S
             while not (found := self._bundles.wait(0.5)) and time.monotonic() < until:
+                if self._ray.died() is not None:
+                    return False
                 if self._fitting(min(most, self._devices())) not in (0, self.size):
                     break  # a node came or went
             if found:
-                return
+                return True
             remove_placement_group(self._bundles)
             if time.monotonic() >= until:
                 if smallest:
                     free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
                     raise LaunchError(f"Ray found no room for {self.size} ranks within {_ROOM_S} s; free now: {free}")
                 most = self.size - 1
+        return False
 
     def _fitting(self, devices: int) -> int:
         return next((size for size in self._sizes if size <= devices), 0)
@@ -382,12 +425,21 @@ class RayGroup:
         return sum(_bundles_of(resources, self._gpu) for resources in staying)
 
     def poll(self, timeout: float) -> list[Event | Ending]:
+        if self._late:
+            late, self._late = self._late, []
+            return [*late]
+        nothing: list[Event | Ending] = []
+        reports = self._ray.answer(lambda: self._reports(timeout), nothing)
+        if (name := self._ray.died()) is not None:
+            return [*self._deaths(f"Ray's {name} on this machine died, and takes the ranks along")]
+        return reports
+
+    def _deaths(self, message: str) -> list[Ending]:
+        return [Ending(number, "failed", cause="died", message=message) for number in range(self.size)]
+
+    def _reports(self, timeout: float) -> list[Event | Ending]:
         import ray
 
-        if self._late:
-            reports: list[Event | Ending] = list(self._late)
-            self._late = []
-            return reports
         done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
         reports = self._news(timeout=0)
         if done:  # what ranks have to tell comes before their end: what is asked for already, and the rest
@@ -396,13 +448,12 @@ class RayGroup:
             number = self._running.pop(reference)
             try:
                 ending = ray.get(reference)
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            except ray.exceptions.RayTaskError:  # a bug: a rank reports what it meets
+                raise
+            except ray.exceptions.RayError as error:
                 ending = self._died(number, error)
             if isinstance(ending, Ending):
                 reports.append(ending)
-        if (name := self._ray.died()) is not None:
-            message = f"Ray's {name} on this machine died, and takes the ranks along"
-            return [Ending(number, "failed", cause="died", message=message) for number in range(self.size)]
         return reports
 
     def _news(self, timeout: float) -> list[Event | Ending]:
@@ -440,36 +491,38 @@ class RayGroup:
             actor.stacks.remote()
 
     def leaving(self) -> str | None:
-        if self._ray.died() is not None:
-            return None  # for poll to say: the question would get no answer
-        if gone := _draining() & {where["node"] for where in self._where}:
+        if gone := self._ray.answer(_draining, set[str]()) & {where["node"] for where in self._where}:
             return f"Ray takes away {'nodes' if len(gone) > 1 else 'node'} {', '.join(sorted(gone))[:60]}"
         return None
 
     def room(self) -> int:
+        return self._ray.answer(self._room, self.size)
+
+    def _room(self) -> int:
         import ray
 
-        if self._ray.died() is not None:
-            return self.size
         devices = self._devices()
         if self._actors:  # others may use what this group does not
             devices = min(devices, self.size + _bundles_of(ray.available_resources(), self._gpu))
         return self._fitting(devices)
 
     def kill(self) -> None:
-        import ray
-        from ray.util.placement_group import remove_placement_group
-
-        if self._ray.died() is None:
-            for actor in self._actors:
-                ray.kill(actor)
-            if self._bundles is not None:
-                remove_placement_group(self._bundles)
-        else:
+        if not self._ray.answer(self._release, False):
             for pid in [where["pid"] for where in self._where if where["pid"]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._actors, self._running, self._asked, self._bundles = [], {}, {}, None
+
+    def _release(self) -> bool:
+        """Have Ray end the actors and give their resources back."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._bundles is not None:
+            remove_placement_group(self._bundles)
+        return True
 
 
 def _bundles_of(resources: dict[str, float], gpu: bool) -> int:

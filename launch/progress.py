@@ -1,11 +1,14 @@
 """What a person sees of a run: one live line in a terminal, plain lines anywhere else."""
 
+import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+
+from .output import lossy
 
 _STYLES = {"warning": "yellow", "error": "bold red"}
 
@@ -19,6 +22,11 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
     return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}"
+
+
+def console() -> Console:
+    """Standard output, for what a run prints: it ends no run if it cannot be written."""
+    return Console(file=lossy(sys.stdout))
 
 
 class Progress:

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vimscale.addresses import masked
-from vimscale.errors import RunFailed, UserError
+from vimscale.errors import RunFailed, UserError, WorkerDied
 from vimscale.pulse import pulse
 
+from . import output
 from .temporary import SOCKETS, private_folder, use
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from vimscale.distributed import RankSpec
+
+log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 Cause = Literal["died", "memory", "device", "hung", "user", "run", "error", "lost"]
@@ -68,14 +71,23 @@ def before_torch() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+def killed_for_memory() -> int:
+    """Processes that the kernel has ended since it started because memory ran out."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
 def run(
     spec: "RankSpec", emit: Callable[[Event], None], stop: Callable[[], bool], store: "dist.Store | None" = None
 ) -> Ending:
     """Train; never raises. Rank 0 alone emits. `store`: its end of the rendezvous, if it has opened one already."""
     if spec.rank > 0:
         emit = _silent
-    _redirect_output(spec)
+    killed = killed_for_memory()
+    problem = _redirect_output(spec)
     _forward_logs(spec, emit)
+    if problem is not None:
+        log.warning("%s", problem)
     temporary = spec.temporary
     try:
         temporary = temporary or private_folder("vimscale-rank-", SOCKETS)
@@ -95,6 +107,10 @@ def run(
         return Ending(spec.rank, result["status"], result)
     except UserError as error:
         return _failed(spec, "user", error, str(error))
+    except WorkerDied as error:
+        if killed_for_memory() > killed:
+            return _failed(spec, "memory", error, f"{error}: its machine ran out of memory")
+        return _failed(spec, "died", error, str(error))
     except RunFailed as error:
         return _failed(spec, "run", error, str(error))
     except Exception as error:  # whatever else went wrong becomes a report, with its traceback
@@ -131,27 +147,41 @@ def _cause(error: Exception) -> Cause:
 
 def dump_stacks(spec: "RankSpec") -> None:
     """Where every thread of this rank stands, below what the launcher wrote into the same file."""
-    with stacks_file(spec.folder, spec.rank).open("a") as file:
-        faulthandler.dump_traceback(file)
+    path = stacks_file(spec.folder, spec.rank)
+    try:
+        with path.open("a") as file:
+            faulthandler.dump_traceback(file)
+    except OSError as error:  # the thread that was asked for them has more to answer
+        log.warning("%s could not be written: %s", path, error.strerror)
 
 
 def stacks_file(folder: Path, rank: int) -> Path:
     return folder / "logs" / f"stacks_{rank:05d}.txt"
 
 
-def _redirect_output(spec: "RankSpec") -> None:
-    """Whatever libraries print goes to a file a rank; the launcher speaks with one voice."""
-    folder = spec.folder / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / f"rank_{spec.rank:05d}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def _redirect_output(spec: "RankSpec") -> str | None:
+    """Send whatever libraries print to a file per rank; why that cannot be done, if so. The launcher speaks with one
+    voice.
+    """
+    problem = None
+    path = spec.folder / "logs" / f"rank_{spec.rank:05d}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        problem = f"{path} could not be written: {error.strerror}"
+        descriptor = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if stream is not None:  # as where the launcher was started with it closed
+            stream.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    sys.stdout, sys.stderr = output.writer(1), output.writer(2)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     sys.stderr.write(f"{started} rank {spec.rank} of {spec.world}: process {os.getpid()} on {platform.node()}\n")
     faulthandler.enable()
+    return problem
 
 
 class _Forward(logging.Handler):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol
 
@@ -169,11 +170,11 @@ def supervise(
                 raise RunFailed(first.message)
             failures.record(failed, watch.reached, group.size)
             message = f"rank {first.rank}: {first.message}"
-            if first.traceback:
-                with folder.errors.open("a") as file:
-                    file.write(f"{message}\n{first.traceback}\n")
+            where = f"traceback: {folder.errors}"
+            if first.traceback and (problem := _append(folder.errors, f"{message}\n{first.traceback}\n")) is not None:
+                where = f"{problem}; the traceback is\n{first.traceback}"
             if first.cause == "error":
-                raise RunFailed(f"{message}\n  traceback: {folder.errors}")
+                raise RunFailed(f"{message}\n  {where}")
             if stop.asked:
                 raise RunFailed(f"{message}, after the request to stop; {goes_on(folder)}")
             if (why := failures.hopeless()) is not None:
@@ -254,17 +255,28 @@ class _Watch:
         """Write down for each rank how it stands, and have it add its stack if it can."""
         self._progress.lap()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        (self._folder.path / "logs").mkdir(exist_ok=True)
+        problems = []
         for rank in self._watchdog.watched:
-            with stacks_file(self._folder.path, rank).open("a") as file:
-                file.write(f"{now} rank {rank}: {self._watchdog.describe(rank)}\n")
+            text = f"{now} rank {rank}: {self._watchdog.describe(rank)}\n"
+            problems.append(_append(stacks_file(self._folder.path, rank), text))
         self._group.dump_stacks()
-        self._progress.note(
-            "warning", f"the run hangs; where every rank stands is in {self._folder.path}/logs/stacks_*"
-        )
+        where = f"where every rank stands is in {self._folder.path}/logs/stacks_*"
+        problem = next(filter(None, problems), None)
+        self._progress.note("warning", f"the run hangs; {problem or where}")
         end = time.monotonic() + _DUMP_S
         while time.monotonic() < end:
             self._group.poll(timeout=0.2)
+
+
+def _append(path: Path, text: str) -> str | None:
+    """Add to a file of the run; why it could not be written, if so: that must not hide what there is to say."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        return f"{path} could not be written: {error.strerror}"
+    return None
 
 
 def _ranks(numbers: list[int]) -> str:

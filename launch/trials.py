@@ -229,10 +229,7 @@ def figures(rows: Sequence[dict[str, Any]], by: By, every: int) -> list[tuple[in
 
 def rows(folder: RunFolder) -> list[dict[str, Any]]:
     """What a run that may go on has written down so far."""
-    if not folder.metrics.exists():
-        return []
-    lines = folder.metrics.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return folder.rows()
 
 
 def outcome(trial: Trial, by: By, every: int) -> Outcome:

@@ -13,7 +13,7 @@ from vimscale.errors import RunFailed, UserError
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
-from . import on_local, rank, supervisor
+from . import on_local, output, rank, supervisor
 from .progress import Progress
 
 
@@ -63,6 +63,7 @@ def start(folder: Path, workers: int, threads: int | None, cwd: Path) -> subproc
 def child() -> None:
     """What that process does. Its standard input ends with whoever started it, and so does it then, as if killed."""
     rank.before_torch()
+    sys.stdout, sys.stderr = output.writer(1), output.writer(2)
     order = json.loads(sys.stdin.readline())
 
     def watch() -> None:

@@ -1,6 +1,8 @@
 """The node's cache of shards: its size, several processes, sets and deaths, and what is fetched ahead."""
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import signal
@@ -8,14 +10,30 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.noise import BYTES, HASTY, ROOT, SHARDS, TWO_SHARDS, everything, overwrite, write_set
+from tests.noise import (
+    BYTES,
+    HASTY,
+    ROOT,
+    SAMPLE,
+    SAMPLES,
+    SHARDS,
+    TWO_SHARDS,
+    everything,
+    moved,
+    overwrite,
+    resized,
+    write_set,
+)
 from tests.web_server import WebServer, hang
 from vimscale.data.cache import local_copy
 from vimscale.data.dataset import Dataset
+from vimscale.data.stream import evaluation
 from vimscale.errors import DataError
 
 # ---- its size
@@ -186,6 +204,79 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server: WebServer, shards_
     os.truncate(path, 1000)
     assert Dataset.open(f"{server.url}/train").read(0, 0)["__key__"] == "0-0"
     assert path.stat().st_size == BYTES
+
+
+def _no_bytes(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [
+        (".tar", overwrite(0, b"\xff" * 512)),
+        (".tar", overwrite(SAMPLE * 3, b"\0" * 4096)),
+        (".tar", overwrite(SAMPLE * SAMPLES, b"more")),
+        (".tar.idx", _no_bytes),
+        (".tar.idx", resized(24)),
+        (".tar.idx", overwrite(8, b"\xff" * 8)),
+        (".tar.idx", moved(3, 512)),
+        (".tar.idx", Path.unlink),
+    ],
+)
+def test_whatever_is_damaged_in_the_cache_is_fetched_again_by_who_meets_it(
+    server: WebServer, shards_cache: Path, expected: list, suffix: str, harm: Callable[[Path], None]
+) -> None:
+    path = Dataset.open(f"{server.url}/train").path(0)
+    harm(path.with_suffix(suffix))
+    assert everything(Dataset.open(f"{server.url}/train")) == expected
+    assert path.read_bytes() == (server.root / "train/00000.tar").read_bytes()
+    assert path.with_suffix(".tar.idx").read_bytes() == (server.root / "train/00000.tar.idx").read_bytes()
+    assert server.count("00000.tar") == {"train/00000.tar": 2}
+
+
+def test_a_process_that_has_the_damaged_copy_open_reads_the_new_one(server: WebServer, expected: list) -> None:
+    one, other = (Dataset.open(f"{server.url}/train") for _ in range(2))
+    for dataset in (one, other):
+        dataset.read(0, 0)
+    overwrite(0, b"\xff" * 50_000)(one.path(0))
+    assert everything(one) == expected
+    assert everything(other) == expected
+    assert server.count("00000.tar") == {"train/00000.tar": 2}
+
+
+def test_a_shard_damaged_where_it_comes_from_is_not_fetched_again(server: WebServer, folder: Path) -> None:
+    tar = folder / "00000.tar"
+    second = SAMPLE * 3 + 1024  # a header that is not looked at when the shard is fetched, as that of the first member
+    overwrite(second, b"\xff" * 512)(tar)
+    about = json.loads((folder / "manifest.json").read_text())
+    about["shards"][0]["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(about))
+    dataset = Dataset.open(f"{server.url}/train")
+    for _ in range(3):
+        with pytest.raises(DataError, match=rf"00000\.tar, offset {second}"):
+            dataset.read(0, 3)
+    assert server.count("00000.tar") == {"train/00000.tar": 1}, "the copy is what the manifest says"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [(".tar", overwrite(16 * 2560 + 1536, b"\xff" * 900)), (".tar.idx", moved(3, 1024))],
+    ids=["pixels", "another sample's label"],
+)
+def test_a_sample_damaged_in_the_cache_is_the_right_one_again(
+    digits: Path, shards_cache: Path, suffix: str, harm: Callable[[Path], None]
+) -> None:
+    server = WebServer(digits)
+    try:
+        home = Dataset.open(str(digits / "val"))
+        dataset = Dataset.open(f"{server.url}/val")
+        harm(dataset.path(0).with_suffix(suffix))
+        batches = [list(evaluation(one, rank=0, world=1, batch=359, size=(32, 32))) for one in (home, dataset)]
+        assert all(torch.equal(ours.images, theirs.images) for ours, theirs in zip(*batches, strict=True))
+        assert batches[1][0].bad == []
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # ---- ahead of time

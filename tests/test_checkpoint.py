@@ -136,6 +136,67 @@ def test_every_damage_is_detected(tmp_path: Path) -> None:
     assert manifest.damage(path) is None
 
 
+def _exchange(a: Path, b: Path) -> None:
+    a.rename(a.with_name("between"))
+    b.rename(a)
+    a.with_name("between").rename(b)
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "c"
+    _save(folder, 10, 20, 30)
+    _exchange(folder / "step_00000020", folder / "step_00000030")
+    assert run_folder.damage(folder / "step_00000030") == "it is of step 20; its name would be step_00000020"
+    assert checkpoint.newest(folder) == folder / "step_00000010"
+    assert _names(folder) == ["damaged_step_00000020", "damaged_step_00000030", "step_00000010"]
+    assert "step_00000030 is damaged and set aside as damaged_step_00000030: it is of step 20" in caplog.text
+
+
+def test_a_copy_under_another_steps_name_is_damaged(tmp_path: Path, place: str) -> None:
+    _save(tmp_path / "c", 10, 20, second=place)
+    there = second.open_place(place, "run")
+    assert there is not None
+    for entry in (*manifest.files(tmp_path / "c/step_00000010"), {"name": manifest.NAME}):
+        there.put("step_00000030", entry["name"], tmp_path / "c/step_00000010" / entry["name"])
+    there.finish("step_00000030", (tmp_path / "c/step_00000010" / manifest.NAME).read_bytes())
+    assert list(second.faults(there, "step_00000030")) == ["it is of step 10; its name would be step_00000010"]
+    assert checkpoint.newest(tmp_path / "c", there) == tmp_path / "c/step_00000020"
+
+
+FOREIGN = (
+    "step_latest",
+    "step_7",
+    "step_0000010",
+    "step_00000010.bak",
+    "step_-0000010",
+    "step_",
+    "step_" + "\N{ARABIC-INDIC DIGIT ONE}" * 8,
+)
+
+
+def test_names_that_are_not_ours_are_passed_over_and_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    _save(folder, 10)
+    for name in FOREIGN:
+        shutil.copytree(folder / "step_00000010", folder / name)
+    assert checkpoint.newest(folder) == folder / "step_00000010"
+    _save(folder, 20, keep=1)
+    second.remove_after(folder / "step_00000020")
+    assert _names(folder) == sorted([*FOREIGN, "step_00000020"])
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"step": "10"}', b'{"step": true}', b"\xff"])
+def test_a_trainer_file_of_no_step_is_damage_even_where_its_sha256_is_right(tmp_path: Path, text: bytes) -> None:
+    _save(tmp_path, 10, 20)
+    trainer = tmp_path / "step_00000020/trainer.json"
+    trainer.write_bytes(text)
+    names = ("state-00000-of-00001.safetensors", "trainer.json")
+    manifest.write(trainer.parent, [manifest.seal(trainer.with_name(name)) for name in names])
+    with pytest.raises(CheckpointError, match=r"trainer\.json"):
+        checkpoint.read_trainer(trainer.parent)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000010"
+
+
 def test_a_checkpoint_of_an_older_version_is_named_and_left_alone(tmp_path: Path) -> None:
     _save(tmp_path, 10)
     path = tmp_path / "step_00000010"

@@ -89,6 +89,30 @@ def test_the_list_says_what_is_where_and_what_a_resume_would_take(run: Path) -> 
     assert lines[5].startswith("set aside: damaged_step_00000030_2")
 
 
+def test_the_list_says_what_is_foreign_and_what_has_another_steps_name(run: Path) -> None:
+    (run / "step_00000020").rename(run / "step_00000040")
+    (run / "step_latest").symlink_to(run / "step_00000030")
+    (run / "damaged_step_old").mkdir()
+    (run / "step_00000050").write_text("a file")
+    (run / "step_00000030/notes").mkdir()
+    found = json.loads(_said("list", "small", "--json"))
+    assert found["foreign"] == ["damaged_step_old", "step_latest"]
+    resumes = {row["name"]: row["resume"] for row in found["checkpoints"]}
+    assert resumes == {f"step_000000{step}": step == 33 for step in (50, 40, 33, 30, 20, 10)}
+    output = _said("list", "small")
+    assert "not checkpoints, and passed over: damaged_step_old, step_latest" in output
+    assert "step_00000040: it is of step 20; its name would be step_00000020" in output
+    assert "step_00000040: damaged\n  it is of step 20" in _said("verify", "small", expect=1)
+    _said("prune", "small", "--damaged", "--dry-run")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"world": 1', "{}", "\0"])
+def test_the_list_survives_any_trainer_file(run: Path, text: str) -> None:
+    trainer = run / "step_00000033/trainer.json"
+    trainer.write_text(text + " " * (trainer.stat().st_size - len(text)))
+    assert json.loads(_said("list", "small", "--json"))["checkpoints"][0]["fault"].startswith("trainer.json")
+
+
 def test_verify_reads_all_bytes_of_both_places(run: Path) -> None:
     assert "6 checkpoints, all whole" in _said("verify", "small")
     _flip(run / "step_00000020/state-00000-of-00001.safetensors")
@@ -121,17 +145,17 @@ def _write(folder: Path, trainer: Trainer, *files: dict[str, Tensor]) -> Path:
 def test_a_difference_is_found_whatever_the_layout(run: Path) -> None:
     a, b = FIRST["weight/a@0"], FIRST["weight/b@0"]
     parts = {"weight/a@0": a[:13], "weight/b@4": b[4:]}, {"weight/a@13": a[13:], "weight/b@0": b[:4]}
-    moved = _trainer(20, world=2, zero=3)
-    same = Pair(
-        run / "step_00000020", _write(run / "step_00000040", moved, parts[0], parts[1] | {"ema/a@0": FIRST["ema/a@0"]})
-    )
+    changes = {"world": 2, "zero": 3, "updates": 20, "stream": {"at": 20}}
+    averaged = parts[1] | {"ema/a@0": FIRST["ema/a@0"]}
+    other = _write(run / "step_00000040", _trainer(40, **changes), parts[0], averaged)
+    same = Pair(run / "step_00000020", other)
     assert all(each.same_bits and each.largest == each.relative == 0 for each in same.differences())
-    assert same.settings() == {"world": (1, 2), "zero": (1, 3)}
+    assert same.settings() == {"step": (20, 40), "world": (1, 2), "zero": (1, 3)}
     assert same.unshared == [[], []]
     assert "all 3 tensors are bit-identical" in _said("diff", "small", "20", "40")
 
     parts[1]["weight/a@13"] = a[13:] + torch.eye(27)[5] * 0.5
-    _write(run / "step_00000050", moved, *parts)
+    _write(run / "step_00000050", _trainer(50, **changes), *parts)
     found = json.loads(_said("diff", "small", "20", "50", "--json"))
     assert not found["bit_identical"]
     assert found["only_first"] == ["ema a [8, 5]"]

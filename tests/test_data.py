@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,16 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from torch.utils.data import IterableDataset
 
+from tests import noise
 from vimscale import recipe, sections
-from vimscale.data import digits, shards
+from vimscale.data import digits, shards, stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.feed import Feed
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
-from vimscale.errors import DataError
+from vimscale.errors import DataError, WorkerDied
 from vimscale.model import VisionMamba
 from vimscale.recipe import Recipe
 
@@ -295,6 +299,41 @@ def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_token
     assert logits.shape == (4, 10)
 
 
+class _Breaks(IterableDataset):
+    """One batch, then the error that a worker raises, or the end that it comes to."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "text"),
+    [
+        (None, WorkerDied, r"data worker \d+ died"),
+        (ConnectionResetError("by peer"), ConnectionResetError, "by peer"),
+        (RuntimeError("DataLoader worker (pid 7) is what it says"), RuntimeError, "Caught RuntimeError"),
+        (MemoryError("of its own"), MemoryError, "of its own"),
+    ],
+    ids=["killed", "connection", "runtime", "memory"],
+)
+def test_a_worker_that_was_killed_is_told_from_one_that_raised(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, raised: type[Exception], text: str
+) -> None:
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.1,))  # instead of 5 s
+    batches = stream._batches(_Breaks(error), workers=1, pin=False)
+    assert next(batches) == 0
+    with pytest.raises(raised, match=text) as caught:
+        next(batches)
+    assert type(caught.value) is raised
+
+
 def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Path, digits: Path) -> None:
     data = TrainingSet.open(sections.Data(train=str(small_set)))
     chosen = _recipe()
@@ -351,6 +390,27 @@ def test_the_cached_set_is_written_once(tmp_path: Path, monkeypatch: pytest.Monk
     before = (folder / "train" / "00000.tar").stat().st_mtime_ns
     assert digits.cached() == folder
     assert (folder / "train" / "00000.tar").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("00000.tar", noise.overwrite(2048, b"\xff")),
+        ("00001.tar.idx", Path.unlink),
+        ("manifest.json", noise.resized(99)),
+    ],
+)
+def test_a_damaged_cached_set_is_written_again(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]
+) -> None:
+    from vimscale.data import digits as embedded
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shutil.copytree(digits, tmp_path / "vimscale" / f"digits-{embedded._VERSION}")
+    harm(embedded.cached() / "val" / name)
+    dataset = Dataset.open("digits:val")
+    assert dataset.read(1, 5)["png"] == Dataset.open(str(digits / "val")).read(1, 5)["png"]
+    assert sorted(path.name for path in (tmp_path / "vimscale").iterdir()) == [f"digits-{embedded._VERSION}"]
 
 
 def test_ranks_that_write_the_cached_set_at_once_all_find_it_whole(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Image files of every kind, whole and damaged, to upright RGB."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -185,6 +186,57 @@ def test_a_jpeg_with_an_odd_header_is_read_like_elsewhere() -> None:
 def test_other_files_are_no_images_whatever_they_are_called() -> None:
     for data in (b"", b"<html>not found</html>", _encoded(RED, "GIF"), _encoded(RED, "EPS"), _encoded(RED, "TIFF")):
         assert _cause(data) == "image"
+
+
+def _without(chunk: bytes) -> bytes:
+    """A PNG with a palette, without one of its chunks."""
+    data = WHOLE["png, palette"]
+    start = data.index(chunk) - 4
+    return data[:start] + data[start + 12 + struct.unpack_from(">I", data, start)[0] :]
+
+
+def test_a_png_without_a_chunk_it_needs_is_bad() -> None:
+    for chunk in (b"PLTE", b"IHDR", b"IDAT"):
+        assert _cause(_without(chunk)) == "image"
+    with pytest.raises(BadSample, match=r"cannot be decoded: \w"):
+        decode.pixels(_without(b"PLTE"))
+
+
+@pytest.mark.parametrize("raised", [AssertionError(), KeyError("tag"), RecursionError(), NotImplementedError("mode")])
+@pytest.mark.parametrize("where", ["open", "load", "getexif"])
+def test_whatever_a_decoder_raises_is_damage(monkeypatch: pytest.MonkeyPatch, raised: Exception, where: str) -> None:
+    from PIL import PngImagePlugin
+
+    def fail(*arguments: object) -> None:
+        raise raised
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _encoded(RED, "PNG", exif=exif)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, {"open": "_open"}.get(where, where), fail)
+    if where == "getexif":
+        assert decode.pixels(data).shape == (3, 10, 20), "metadata alone"
+    else:
+        assert _cause(data) == "image"
+
+
+def test_want_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_decode_any", fail)
+    with pytest.raises(MemoryError):
+        decode.pixels(KINDS["png"][0])
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_flipped_byte_makes_an_image_bad_or_another_one_and_nothing_else(kind: str) -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(100):
+        data = bytearray(WHOLE[kind])
+        data[draw.integers(len(data) if draw.random() < 0.5 else 80)] = draw.integers(256)
+        with contextlib.suppress(BadSample):
+            decode.pixels(bytes(data))
 
 
 def _png_header(side: int) -> bytes:

@@ -1,13 +1,16 @@
 """Whatever happens to a run, the same command given again ends it with the bits of an undisturbed one."""
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.faults import SCHEDULED, Fault, schedule, survive
+from tests.faults import SCHEDULED, Fault, Full, SmallDisk, run_on, schedule, survive
 from tests.shell import EVERYTHING, Shell, new_shell
 from vimscale import checkpoint, manifest, run_folder
 from vimscale.engine import MOMENTS
@@ -27,7 +30,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Calm:
     def undisturbed(changes: tuple[str, ...]) -> Shell:
         if changes not in made:
             made[changes] = new_shell(tmp_path_factory.mktemp("calm"), cache)
-            made[changes].run("launch", "small.yaml", *changes, *PROCESSES)
+            made[changes].run("launch", "small.yaml", *changes, *PROCESSES, timeout=600)
         return made[changes]
 
     return undisturbed
@@ -35,9 +38,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Calm:
 
 @pytest.fixture
 def watched(shell: Shell) -> Iterator[Shell]:
-    """A shell that leaves no process behind, whatever becomes of its test."""
+    """A shell with a folder for temporary files; it leaves no process behind, whatever becomes of its test."""
+    shell.env["TMPDIR"] = tempfile.mkdtemp(prefix="v-")  # below pytest's own the names of sockets would be too long
     yield shell
     shell.end()
+    shutil.rmtree(shell.env["TMPDIR"])
 
 
 def _figures(shell: Shell, name: str) -> list[dict]:
@@ -67,6 +72,7 @@ def _ends_as_if_nothing_had_been(
 ) -> None:
     said = survive(shell, "hit", ("small.yaml", "name=hit", *changes, *how), faults)
     shell.nothing_is_left()
+    assert os.listdir(shell.env["TMPDIR"]) == []
     told = f"{faults}\n{'---'.join(said)}"
     assert shell.losses("hit") == calm.losses("small"), told
     assert _figures(shell, "hit") == _figures(calm, "small"), told
@@ -86,6 +92,7 @@ def _ends_as_if_nothing_had_been(
 )
 def test_a_few_faults_leave_no_trace(watched: Shell, calm: Calm, how: tuple[str, ...], faults: list[Fault]) -> None:
     changes = (*SCHEDULED, *PLAIN)
+    how = (*how, "data.workers=1")  # which leave temporary files where nobody removes them
     _ends_as_if_nothing_had_been(watched, calm(changes), changes, how, faults)
 
 
@@ -97,6 +104,49 @@ def test_a_schedule_of_faults_leaves_no_trace(watched: Shell, calm: Calm, seed: 
     changes = (*SCHEDULED, *(EVERYTHING if everything else PLAIN))
     faults = schedule(seed, ray=ray)
     _ends_as_if_nothing_had_been(watched, calm(changes), changes, RAY if ray else PROCESSES, faults)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(20, 32))
+def test_a_schedule_that_hits_data_workers_and_rays_helpers_leaves_no_trace(
+    watched: Shell, calm: Calm, seed: int
+) -> None:
+    changes = (*SCHEDULED, *EVERYTHING)
+    faults = schedule(seed, ray=seed % 2 == 1, helpers=True)
+    _ends_as_if_nothing_had_been(watched, calm(changes), changes, RAY if seed % 2 == 1 else PROCESSES, faults)
+
+
+@pytest.fixture
+def disk(watched: Shell) -> Iterator[SmallDisk]:
+    try:
+        small = SmallDisk(watched)
+    except PermissionError as error:
+        pytest.skip(f"a file system of a few megabytes cannot be mounted here: {error}")
+    yield small
+    watched.end()
+    small.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_disk_that_fills_at_any_instant_ends_the_run_with_its_message_or_not_at_all(
+    watched: Shell, disk: SmallDisk, calm: Calm, seed: int
+) -> None:
+    changes = (*SCHEDULED, *PLAIN)
+    full = Full.drawn(seed)
+    command = ("small.yaml", "name=hit", *changes, *PROCESSES)
+    code, said = run_on(disk, full, watched, "hit", command)
+    told = f"{full}\n{said}"
+    assert code == 0 or (code == 1 and "could not be written" in said), told
+    assert "Traceback" not in said, told
+    assert "hangs" not in said, told
+    disk.empty()
+    if code:
+        said += watched.finish(watched.popen("launch", *command, inside=disk.inside), timeout=600)
+    assert disk.seen.losses("hit") == calm(changes).losses("small"), told
+    assert _figures(disk.seen, "hit") == _figures(calm(changes), "small"), told
 
 
 @pytest.mark.slow

@@ -282,7 +282,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_none(shell: 
     shutil.copytree(calm.folder / "runs/small", checkpoints.parent)
     (checkpoints.parent / "result.json").unlink()
     shutil.rmtree(checkpoints / "step_00000200")
-    output = shell.finish(shell.popen("launch", "small.yaml", *LONG, *PROCESSES, file_limit=100), expect=1)
+    rows = (checkpoints.parent / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    before = sum(len(row) for row in rows if json.loads(row)["step"] <= 180)
+    # nor can the last figures be written, which ends nothing
+    process = shell.popen("launch", "small.yaml", *LONG, *PROCESSES, file_limit=before // 1024 + 1)
+    output = shell.finish(process, expect=1)
+    assert "metrics.jsonl could not be written: File too large; tried again with each row" in output
     assert re.search(r"checkpoint .*step_00000200 could not be written: .*; earlier checkpoints are untouched", output)
     assert "Traceback" not in output
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000120", "step_00000180"]

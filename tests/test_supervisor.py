@@ -99,7 +99,8 @@ def _checkpoint(runs: RunFolder, step: int) -> Callable[[], Event]:
     def write() -> Event:
         folder = runs.checkpoints / run_folder.checkpoint_name(step)
         folder.mkdir(parents=True)
-        manifest.write(folder, [])
+        (folder / "trainer.json").write_text(json.dumps({"step": step}))
+        manifest.write(folder, [manifest.seal(folder / "trainer.json")])
         return {"kind": "checkpoint", "step": step, "path": str(folder)}
 
     return write
@@ -184,6 +185,37 @@ def test_a_launch_starts_counting_anew_and_keeps_the_record(runs: RunFolder) -> 
     for _ in range(2):
         _supervise(runs, Scripted([_pulse(5), _died()]), Scripted([_pulse(5), _died()]), Scripted([DONE]))
     assert len(json.loads((runs.path / "failures.json").read_text())) == 4
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[{]", b'[{"time": 1}', b"\xff\0", b'{"a": 1}', b"3"])
+def test_a_damaged_record_of_failures_is_set_aside(
+    runs: RunFolder, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (runs.path / "failures.json").write_bytes(damaged)
+    assert _supervise(runs, Scripted([_pulse(5), _died()]), Scripted([DONE]))[0] == 0
+    assert len(json.loads((runs.path / "failures.json").read_text())) == 1
+    assert (runs.path / "damaged_failures.json").read_bytes() == damaged
+    assert "is damaged and set aside as damaged_failures.json" in caplog.text
+
+
+def test_what_cannot_be_written_about_a_failure_hides_none(
+    runs: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folders in the places of files, which even root cannot write to."""
+    for name in ("failures.partial", "errors.txt", "logs/stacks_00000.txt"):
+        (runs.path / name).mkdir()
+    assert _supervise(runs, Scripted([_pulse(5), _died()]), Scripted([DONE]))[0] == 0
+    assert f"{runs.path}/failures.json could not be written: Is a directory" in caplog.text
+    bug = Ending(0, "failed", cause="error", message="ValueError: 3", traceback="Traceback: here")
+    with pytest.raises(
+        RunFailed, match=r"rank 0: ValueError: 3\n  .*errors.txt could not be written: .*\nTraceback: h"
+    ):
+        _supervise(runs, Scripted([bug]))
+    monkeypatch.setattr(supervisor, "_DUMP_S", 0.0)
+    monkeypatch.setattr(Watchdog, "hung", lambda self, now: [Ending(0, "failed", cause="hung", message="no progress")])
+    monkeypatch.setattr(Watchdog, "describe", lambda self, rank: "no progress")
+    with pytest.raises(RunFailed, match="0 restarts"):
+        _supervise(runs, Scripted([]), policy=Policy(restarts=0))
 
 
 def test_a_bug_is_not_tried_again(runs: RunFolder) -> None:
@@ -384,6 +416,45 @@ def test_a_run_outlives_its_own_ray(shell: Shell, victims: list[str]) -> None:
     assert "resumed from" in output
     assert len(shell.losses("small")) == 400
     shell.nothing_is_left(within=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("when", ["before it is asked for room", "while ranks come up"])
+def test_a_ray_that_dies_while_a_group_starts_is_a_death_of_the_group(shell: Shell, victim: str, when: str) -> None:
+    code = f"""
+import json, os, pathlib, signal
+from tests.test_supervisor import _below, _command
+from vimscale import recipe
+from vimscale.launch import on_ray
+
+own = on_ray.Ray(None)
+group = on_ray.RayGroup(own, recipe.load("small.yaml"), pathlib.Path("run"), [2], gpu=False, patience_s=300)
+import ray
+owner, name = {"(group, '_find_room')" if when.startswith("before") else "(ray, 'wait')"}
+original = getattr(owner, name)
+
+def killed(*arguments, **options):
+    if own.died() is None:
+        (pid,) = [pid for pid in _below(os.getpid()) if _command(pid).split("\\0")[0].endswith("/{victim}")]
+        os.kill(pid, signal.SIGKILL)
+        while own.died() is None:  # a head that is asked in the very moment of its death ends the process
+            pass
+    return original(*arguments, **options)
+
+setattr(owner, name, killed)
+group.start()
+print(json.dumps([(ending.rank, ending.cause, ending.message) for ending in group.poll(0.0)]))
+group.kill()
+own.close()
+"""
+    root = str(Path(__file__).parent.parent)
+    env = shell.env | {"PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], cwd=shell.folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    message = f"Ray's {victim} on this machine died, and takes the ranks along"
+    (found,) = [line for line in done.stdout.splitlines() if line.startswith("[[")]  # Ray adds the raylet's log
+    assert json.loads(found) == [[0, "died", message], [1, "died", message]]
 
 
 def _command(pid: int) -> str:

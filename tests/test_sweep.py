@@ -96,11 +96,13 @@ def test_what_is_asked_for_wrongly_leaves_nothing_behind(tmp_path: Path) -> None
 
 def _ended(trial: trials.Trial, losses: list[float], top1: float | None) -> None:
     trial.folder.path.mkdir(parents=True)
-    rows = [{"kind": "train", "step": step + 1, "loss": loss} for step, loss in enumerate(losses)]
-    rows += [{"kind": "eval", "step": step, "top1": 1 - losses[step - 1]} for step in range(2, len(losses) + 1, 2)]
+    rows = [{"kind": "train", "step": step + 1, "loss": loss, "lr": 0.1} for step, loss in enumerate(losses)]
+    other = {"top5": 1.0, "loss": 0.0, "images": 1}
+    for step in range(2, len(losses) + 1, 2):
+        rows.append({"kind": "eval", "step": step, "top1": 1 - losses[step - 1], **other})
     trial.folder.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"half')
     if top1 is not None:
-        trial.folder.finish({"steps": len(losses), "top1": top1})
+        trial.folder.finish({"step": len(losses), "steps": len(losses), "top1": top1, **other})
     else:
         trial.stop(len(losses))
 

@@ -73,7 +73,7 @@ def newest(folder: Path, place: Place | None = None, *, regular: bool = False) -
             else:
                 fault = None
             if fault is None:
-                fault = _first(distributed.together(partial(manifest.damage, checkpoint, rank, world)))
+                fault = _first(distributed.together(partial(run_folder.damage, checkpoint, rank, world)))
                 if fault is None:
                     if not (regular and read_trainer(checkpoint).asked):
                         return checkpoint
@@ -132,12 +132,12 @@ def read_trainer(checkpoint: Path) -> Trainer:
     """Raises:
     CheckpointError: it cannot be read, or another version of this package wrote it.
     """
+    path = checkpoint / "trainer.json"
     try:
-        raw = untrusted.read(checkpoint / "trainer.json")
-        return untrusted.build(Trainer, untrusted.loads(raw, finite=False))
+        return untrusted.build(Trainer, untrusted.loads(untrusted.read(path), finite=False))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint}/trainer.json is not what this version writes ({error}); go on with the version that wrote"
+            f"{path} is not what this version writes ({error}); go on with the version that wrote"
             " it, or choose another name="
         ) from None
 

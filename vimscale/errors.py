@@ -104,6 +104,10 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
+class WorkerDied(RunFailed):
+    """A process that reads data for a rank was killed or ran out of memory; started again, the run may succeed."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that was perhaps meant."""
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)

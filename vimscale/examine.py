@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vimscale import guard_report
@@ -68,7 +69,7 @@ def examine(
     report["cause"] = guard_report.cause(report)
     try:
         guard_report.save(folder, report, _tensors(record.micros), rank)
-    except OSError as error:  # a full disk is no reason to end a run that can go on
+    except (OSError, SafetensorError) as error:  # a full disk is no reason to end a run that can go on
         log.warning("the report of step %d could not be written: %s", seen.step, error)
     return report
 

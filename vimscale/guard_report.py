@@ -130,7 +130,7 @@ def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, An
     path = chosen[-1]
     try:
         return path, *_read(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"report {path} cannot be read: {untrusted.line(repr(error))}; remove it") from None
 
 

@@ -1,9 +1,13 @@
 """Figures of a run: JSON lines and TensorBoard, written by rank 0."""
 
+import contextlib
 import json
 import logging
 import math
+import os
+import platform
 import resource
+import struct
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +19,8 @@ from vimscale import distributed
 from vimscale.data.dataset import Traffic
 from vimscale.data.feed import Feed
 from vimscale.data.stream import Batch
-from vimscale.errors import CAUSES, DataError
-from vimscale.run_folder import RunFolder
+from vimscale.errors import CAUSES, DataError, RunFailed
+from vimscale.run_folder import RunFolder, read_row
 
 log = logging.getLogger(__name__)
 
@@ -27,41 +31,126 @@ _TOLD = 20
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl; what an interrupted run wrote past the step it resumes from is dropped."""
+    """Appends rows to metrics.jsonl and to an event file of TensorBoard's. Neither ever ends or blocks a run: what
+    cannot be written is tried again with the next row.
+    """
 
     def __init__(self, folder: RunFolder, start: int):
-        _drop_after(folder.metrics, start)
-        self._file = folder.metrics.open("a", buffering=1)
-        from tensorboardX import SummaryWriter
+        """What an interrupted run wrote past `start`, the step it resumes from, is dropped.
 
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=start or None)
+        Raises:
+            RunFailed: that cannot be done, because the disk is full, for one.
+        """
+        _drop_after(folder.metrics, start)
+        self._rows = _Appended(folder.metrics)
+        self._board = _Board(folder.tensorboard, start)
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` has a step and a kind: train, eval, layers or guard."""
-        self._file.write(json.dumps(row) + "\n")
+        self._rows.add(json.dumps(row).encode() + b"\n")
         for key, value in row.items():
             if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+                self._board.add(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
+        self._rows.close()
         self._board.close()
 
 
+class _Appended:
+    """A file that is only added to. What cannot be written stays here, and comes first the next time."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._descriptor: int | None = None
+        self._left = bytearray()
+        self._warned = False
+
+    def add(self, data: bytes) -> None:
+        self._left += data
+        try:
+            if self._descriptor is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            while self._left:
+                del self._left[: os.write(self._descriptor, self._left)]
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s could not be written: %s; tried again with each row", self._path, error.strerror)
+            self._warned = True
+
+    def close(self) -> None:
+        self.add(b"")
+        if self._left:
+            log.warning("%s lacks its last %d bytes, which could not be written", self._path, len(self._left))
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _Board:
+    """An event file of TensorBoard's. tensorboardX forms the events; its own writer is a thread that dies of the first
+    error and leaves whoever adds or closes waiting for it.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._file = _Appended(folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}")
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if start:  # hides what another process wrote past it
+            session = SessionLog(status=SessionLog.START)
+            self._add(Event(wall_time=time.time(), step=start + 1, session_log=session))
+
+    def add(self, tag: str, value: float, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        self._add(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+
+    def _add(self, event: Any) -> None:
+        """As a record: length, its checksum, content, its checksum."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+        self._file.add(length + sums[0] + content + sums[1])
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def _drop_after(path: Path, step: int) -> None:
+    """Leave out the rows of later steps. Lines that cannot be read stay, with a warning, but for the last one if a kill
+    cut it.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a line that a kill cut in half
-        if row["step"] <= step:
-            kept.append(line)
+    *lines, last = path.read_bytes().split(b"\n")
+    if last and read_row(last) is not None:
+        lines.append(last)
+    rows = [read_row(line) for line in lines]
+    kept = [line for line, row in zip(lines, rows, strict=True) if row is None or row["step"] <= step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    partial.rename(path)
+    try:
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
+        partial.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise RunFailed(
+            f"{path} could not be written: {error.strerror}; make room there, and the same command resumes the run"
+        ) from None
+    there = {row["step"] for row in rows if row is not None and row["kind"] == "train"}
+    missing = step - len(there & set(range(1, step + 1)))
+    if damaged := rows.count(None):
+        log.warning(
+            "%s: %d lines cannot be read and are kept as they are; the losses of %d of %d steps are missing",
+            *(path, damaged, missing, step),
+        )
+    elif missing:
+        log.warning("%s: the losses of %d of %d steps are missing", path, missing, step)
 
 
 class Meter:

@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,11 @@ def checkpoint_name(step: int) -> str:
 
 def step_of(name: str) -> int:
     return int(name.removeprefix("step_"))
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether it is a checkpoint's name; others may have made step_latest or step_7."""
+    return re.fullmatch(r"step_(\d{8}|[1-9]\d{8,17})", name, re.ASCII) is not None
 
 
 def surplus(names: Iterable[str], rules: Checkpoint) -> list[str]:
@@ -55,8 +61,66 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints under `folder` that have a manifest, newest first; `manifest.damage` tells which are whole."""
-    return sorted((path.parent for path in folder.glob(f"step_*/{manifest.NAME}")), reverse=True)
+    """Checkpoints under `folder` that have a manifest, newest first; `damage` says which are complete."""
+    found = (path.parent for path in folder.glob(f"step_*/{manifest.NAME}"))
+    return sorted((path for path in found if is_checkpoint(path.name)), reverse=True)
+
+
+def faults(checkpoint: Path, part: int = 0, of: int = 1, *, glance: bool = False) -> Iterator[str]:
+    """What is wrong with a checkpoint: `manifest.faults`, and that its name is another step's.
+
+    Raises:
+        CheckpointError: another version of this package wrote it.
+    """
+    found = False
+    for fault in manifest.faults(checkpoint, part, of, glance=glance):
+        found = True
+        yield fault
+    if not found and (name := _name_fault(checkpoint)) is not None:
+        yield name
+
+
+def _name_fault(checkpoint: Path) -> str | None:
+    try:
+        return misnamed(checkpoint.name, (checkpoint / "trainer.json").read_bytes())
+    except OSError as error:
+        return f"trainer.json cannot be read ({error.strerror})"
+
+
+def damage(checkpoint: Path, part: int = 0, of: int = 1) -> str | None:
+    """The first of a checkpoint's `faults`, or None."""
+    return next(faults(checkpoint, part, of), None)
+
+
+def misnamed(name: str, trainer: bytes) -> str | None:
+    """What is wrong with the name of a checkpoint, whose trainer.json says which step it is of."""
+    try:
+        content = json.loads(trainer)
+    except (ValueError, RecursionError) as error:
+        return f"trainer.json cannot be read ({error})"
+    step = content.get("step") if isinstance(content, dict) else None
+    if type(step) is not int or step < 0:
+        return "trainer.json names no step"
+    return None if checkpoint_name(step) == name else f"it is of step {step}; its name would be {checkpoint_name(step)}"
+
+
+_NUMBERS = {"train": ("loss", "lr"), "eval": ("top1", "top5", "loss", "images")}
+"""Figures that rows of a kind have, and a result with an evaluation."""
+
+
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is not what this package writes: damaged, or somebody else's."""
+    try:
+        row = json.loads(line.strip(b"\0"))  # which a power failure leaves where nothing had been written yet
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return None
+    return row if _has_numbers(row, row["kind"]) else None
+
+
+def _has_numbers(row: dict[str, Any], kind: str) -> bool:
+    return all(isinstance(row.get(name), (int, float)) for name in _NUMBERS.get(kind, ()))
 
 
 class RunFolder:
@@ -69,6 +133,7 @@ class RunFolder:
         self.errors = path / "errors.txt"
         self._recipe = path / "recipe.yaml"
         self._result = path / "result.json"
+        self._warned = False
 
     @classmethod
     def of(cls, run: str) -> "RunFolder":
@@ -99,8 +164,29 @@ class RunFolder:
             ) from None
 
     def result(self) -> dict[str, Any] | None:
-        """How the run ended; None while it has not."""
-        return json.loads(self._result.read_text()) if self._result.is_file() else None
+        """How the run ended; None while it has not, or if the file is damaged: the last steps' checkpoint gives it
+        again.
+        """
+        if not self._result.is_file():
+            return None
+        try:
+            found = json.loads(self._result.read_bytes())
+        except (ValueError, RecursionError):
+            found = None
+        sound = isinstance(found, dict) and type(found.get("step")) is type(found.get("steps")) is int
+        if sound and ("top1" not in found or _has_numbers(found, "eval")):
+            return found
+        if not self._warned:
+            self._warned = True
+            log.warning("%s is damaged and not used; launching the run again writes it again", self._result)
+        return None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl that can be read, of a run that may be going on."""
+        if not self.metrics.exists():
+            return []
+        found = (read_row(line) for line in self.metrics.read_bytes().split(b"\n")[:-1])
+        return [row for row in found if row is not None]
 
     def finish(self, result: dict[str, Any]) -> None:
         partial = self._result.with_suffix(".partial")
@@ -118,7 +204,7 @@ class RunFolder:
             candidates = [path for path in candidates if path.name == checkpoint_name(step)]
         faults: list[str] = []
         for path in candidates:
-            fault = manifest.damage(path)
+            fault = damage(path)
             if fault is None:
                 for damaged in faults:
                     log.warning("not whole, so %s is taken instead: %s", path.name, damaged)

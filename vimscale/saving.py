@@ -180,7 +180,7 @@ class Saver:
         """Whether the checkpoint of that name is whole, and of the state that is being saved: then it stays, and no
         instant is without it.
         """
-        if (fault := manifest.damage(target)) is not None:
+        if (fault := run_folder.damage(target)) is not None:
             log.warning("checkpoint %s is damaged and set aside: %s", target, fault)
             run_folder.set_aside(target)
             return False

@@ -97,7 +97,7 @@ class _Address:
     def names(self) -> list[str]:
         found = [name.split("/") for name in self._remote.listed()]
         whole = {parts[0] for parts in found if len(parts) == 2 and parts[1] == manifest.NAME}
-        return sorted((name for name in whole if name.startswith("step_")), reverse=True)
+        return sorted((name for name in whole if run_folder.is_checkpoint(name)), reverse=True)
 
     def begin(self, checkpoint: str) -> None:
         self.remove(checkpoint)
@@ -163,12 +163,24 @@ def faults(place: Place, name: str) -> Iterator[str]:
     except (OSError, DataError, ValueError) as error:
         yield f"{manifest.NAME} cannot be read ({error})"
         return
+    found = False
     for entry in entries:
         try:
             if not manifest.holds(entry, _at_most(entry["bytes"], place.read(name, entry["name"]))):
+                found = True
                 yield f"{entry['name']} does not have the sha256 it was written with"
         except (OSError, DataError) as error:
+            found = True
             yield f"{entry['name']} cannot be read ({error})"
+    if not found and (fault := _name_fault(place, name)) is not None:
+        yield fault
+
+
+def _name_fault(place: Place, name: str) -> str | None:
+    try:
+        return run_folder.misnamed(name, b"".join(place.read(name, "trainer.json")))
+    except (OSError, DataError) as error:
+        return f"trainer.json cannot be read ({error})"
 
 
 def has(place: Place, name: str, trainer: bytes) -> bool:

@@ -276,9 +276,19 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         assert metrics is not None
         metrics.close()
         if finished:
-            folder.finish(result)
+            _finish(folder, result)
     dist.barrier()
     return result
+
+
+def _finish(folder: RunFolder, result: dict[str, Any]) -> None:
+    try:
+        folder.finish(result)
+    except OSError as error:
+        raise RunFailed(
+            f"result.json could not be written: {error.strerror}; make room under {folder.path}, and the same command"
+            " writes it; the last checkpoint is complete"
+        ) from None
 
 
 def _log(

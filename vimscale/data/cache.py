@@ -106,13 +106,40 @@ class Cache:
         try:
             index = path.with_suffix(".tar.idx").read_bytes()
             whole = os.fstat(descriptor).st_size == shard.bytes
-        except FileNotFoundError:
+        except OSError:  # missing, or the disk fails
             whole = False
         if not whole:
             os.close(descriptor)
             return None
+        try:
+            opened = Opened(descriptor, index, shard, where)
+        except DataError as error:
+            log.warning("the cache's copy of %s is damaged and fetched again: %s", where, error)
+            return None
         _use(descriptor)
-        return Opened(descriptor, index, shard, where)
+        return opened
+
+    def drop_damaged(self, store: Remote, shard: Shard, home: Folder | Remote) -> None:
+        """Remove the shard from the cache unless its bytes are those of the manifest, and its index is the set's.
+
+        Raises:
+            DataError: the index cannot be had.
+        """
+        where = store.where(shard.name)
+        path = folder() / f"{_key(where, shard.sha256)}.tar"
+        try:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            index = path.with_suffix(".tar.idx").read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:  # of the disk
+            sha256, index = f"not readable: {error.strerror}", b""
+        if sha256 == shard.sha256 and index == read_index(shard, home, store):
+            return
+        log.warning("the cache's copy of %s is damaged and fetched again", where)
+        path.unlink(missing_ok=True)
+        path.with_suffix(".tar.idx").unlink(missing_ok=True)
 
     def _fetch(self, key: str, store: Remote, shard: Shard, home: Folder | Remote) -> Found:
         where = store.where(shard.name)

@@ -55,6 +55,7 @@ class Dataset:
         self.counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         self.traffic = Traffic()
         self._cache = cache
+        self._rechecked: set[int] = set()
         self._lock = Lock()
         self._ahead = Ahead(self._fetch)
         # an open file takes up room even if it left the cache, so those of the cache are kept within its limit
@@ -169,9 +170,28 @@ class Dataset:
         Raises:
             DataError: the shard cannot be had, or the bytes there are no sample; names shard and offset.
         """
-        sample, size = self._opened(number).read(i)
+        opened = self._opened(number)
+        try:
+            sample, size = opened.read(i)
+        except (DataError, OSError) as error:
+            if self.recheck(number):
+                return self.read(number, i)
+            if isinstance(error, OSError):
+                raise DataError(f"{self.where(number)} cannot be read: {error.strerror}") from None
+            raise
         self.traffic.bytes += size
         return sample
+
+    def recheck(self, number: int) -> bool:
+        """Compare a shard in the cache with its set, because something in it cannot be used, and fetch it again if it
+        differs. Whether to read again: once for each shard.
+        """
+        if isinstance(self.store, Folder) or number in self._rechecked:
+            return False
+        self._rechecked.add(number)
+        self._cache.drop_damaged(self.store, self.manifest.shards[number], self.home)
+        self._opened.cache_clear()
+        return True
 
     def _open(self, number: int) -> Opened:
         shard, where = self.manifest.shards[number], self.where(number)

@@ -2,11 +2,9 @@
 
 import io
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -37,11 +35,28 @@ _PARTS = 100_000
 """Segments of a JPEG, chunks of a PNG and blocks of a GIF: each costs time, and can be of no bytes."""
 _T = TypeVar("_T")
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
-_DAMAGE = (ValueError, OSError, EOFError, SyntaxError, IndexError, TypeError, struct.error, zlib.error)
-"""What the decoders raise on damaged files."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """Tags of a TIFF."""
 _WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
+
+
+@contextmanager
+def damage() -> Iterator[None]:
+    """Whatever a decoder raises in here is damage of the image that it reads; except want of memory, which another try
+    may have, and which says nothing about the image.
+
+    Raises:
+        BadSample: "image", it is damaged; "pixels", it is too large.
+    """
+    try:
+        yield
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise BadSample("pixels", f"the image is too large: at most {MAX_PIXELS:,} pixels are read") from None
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise BadSample("image", f"the image cannot be decoded: {why}") from None
 
 
 def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) -> tuple[Tensor, int]:
@@ -84,11 +99,9 @@ def pixels(data: bytes) -> Tensor:
         BadSample: "image", it is damaged or of no known format; "pixels", it has more than MAX_PIXELS.
     """
     header = _header(data)
-    try:
+    with damage():
         _check_scans(data, header)
         array = _decode_jpeg(data) if header.image is None else _decode_any(header.image)
-    except _DAMAGE as error:
-        raise BadSample("image", f"the image cannot be decoded: {error}") from None
     return torch.from_numpy(_upright(array, header.orientation)).permute(2, 0, 1)
 
 
@@ -112,12 +125,8 @@ class _Header(NamedTuple):
 
 
 def _header(data: bytes) -> _Header:
-    try:
+    with damage():
         header = _fast_header(data) or _header_by_pillow(data)
-    except Image.DecompressionBombError:
-        raise BadSample("pixels", f"the image is too large: at most {MAX_PIXELS:,} pixels are read") from None
-    except _DAMAGE as error:
-        raise BadSample("image", f"the image cannot be decoded: {error}") from None
     if header.height * header.width > MAX_PIXELS:
         found = f"{header.width} x {header.height} pixels"
         raise BadSample("pixels", f"the image is too large: {found}; at most {MAX_PIXELS:,} are read")
@@ -240,9 +249,9 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     if image.width * image.height > MAX_PIXELS or not any(mark in data for mark in _METADATA[kind]):
         return 1
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with damage(), warnings.catch_warnings(action="ignore"):
             value = image.getexif().get(0x0112)
-    except _DAMAGE:
+    except BadSample:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -5,7 +5,9 @@ Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-lear
 pixels and the class.
 """
 
+import hashlib
 import io
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,10 @@ import numpy as np
 from PIL import Image
 
 from vimscale.data import shards
+from vimscale.data.opened import Opened
+from vimscale.errors import DataError
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 _SIDE = 32
@@ -50,9 +56,15 @@ def write(folder: Path, seed: int = 0) -> dict[str, shards.Manifest]:
 
 
 def cached() -> Path:
-    """The set in this user's cache folder, written there on first use. The bytes are the same on every machine."""
+    """The set in this user's cache folder, written there on first use, and again if it is damaged. The bytes are the
+    same on every machine.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "vimscale" / f"digits-{_VERSION}"
+    if folder.exists() and (fault := _damage(folder)) is not None:
+        log.warning("the embedded set is damaged and written again: %s", fault)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".digits-") as aside:
+            folder.rename(Path(aside) / "damaged")
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".digits-") as unfinished:
@@ -64,6 +76,21 @@ def cached() -> Path:
                     raise
                 # another rank was faster; its set has the same bytes, and is as whole
     return folder
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        for split in SPLITS:
+            text = (folder / split / shards.MANIFEST).read_bytes()
+            for shard in shards.Manifest.from_json(text, str(folder / split)).shards:
+                path = folder / split / shard.name
+                if hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
+                    return f"{path} does not have the sha256 that its manifest says"
+                index = path.with_name(f"{shard.name}.idx").read_bytes()
+                Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC), index, shard, str(path)).check()
+    except (OSError, DataError) as error:
+        return str(error)
+    return None
 
 
 def _table() -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import multiprocessing.queues
 import os
+import re
 import shutil
 import sys
 import threading
@@ -26,7 +27,7 @@ from vimscale.data import augment, decode, mix
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
 from vimscale.data.training_set import Skipped, TrainingSet
-from vimscale.errors import BadSample, DataError, LaunchError, UserError
+from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
 from vimscale.recipe import Recipe
 
@@ -132,10 +133,29 @@ def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch
         context.set_forkserver_preload([__name__])
         options = {"multiprocessing_context": context, "worker_init_fn": partial(_end_with, os.getpid())}
     loader = DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, **options)
-    for batch in loader:
+    for batch in _received(loader) if workers else loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+_GONE = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
+"""What a loader raises when a worker, or the server that forks them, is gone; the last three name a socket of its."""
+
+
+def _received(loader: DataLoader) -> Iterator[Any]:
+    """What the loader's workers send.
+
+    Raises:
+        WorkerDied: one ended before its work was done. What a worker itself raised is raised as it is.
+    """
+    try:
+        yield from loader
+    except _GONE as error:
+        died = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if died is None and (isinstance(error, RuntimeError) or str(error).startswith("Caught ")):
+            raise
+        raise WorkerDied(f"data worker {died[1] if died else 'process'} died") from error
 
 
 def _end_with(rank: int, worker: int) -> None:
@@ -300,7 +320,12 @@ def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
     """(image, label, key) of a sample."""
     raw = dataset.read(shard, sample)
     manifest = dataset.manifest
-    image, label = decode.decode(raw, dataset.where(shard), len(manifest.classes), manifest.image)
+    try:
+        image, label = decode.decode(raw, dataset.where(shard), len(manifest.classes), manifest.image)
+    except BadSample:
+        if dataset.recheck(shard):  # of a damaged copy another sample would take its place
+            return _read(dataset, shard, sample)
+        raise
     return image, label, raw["__key__"]
 
 

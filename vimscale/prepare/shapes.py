@@ -83,22 +83,25 @@ def header(data: bytes, where: str) -> tuple[str, int, int]:
         BadSample: no known format, or too large.
     """
     try:
-        decode.check_parts(data)
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            kind, height, width = image.format or "", image.height, image.width
+        kind, height, width = _opened(data)
         if kind in _EXTENSIONS:
             height, width = decode.size_of(data)
     except BadSample as error:
         raise BadSample(error.cause, f"{where}: {error}") from None
-    except Image.DecompressionBombError as error:
-        raise BadSample("pixels", f"{where}: {error}") from None
-    except UnidentifiedImageError:
-        raise BadSample("image", f"{where}: no format of images begins {data[:12]!r}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample("image", f"{where}: the header cannot be read: {error}") from None
     if height * width > decode.MAX_PIXELS:
         raise BadSample("pixels", f"{where}: {height} x {width} pixels; at most {decode.MAX_PIXELS:,} are read")
     return kind, height, width
+
+
+def _opened(data: bytes) -> tuple[str, int, int]:
+    """(format, height, width), as it lies in the file."""
+    with decode.damage(), warnings.catch_warnings(action="ignore"):
+        try:
+            decode.check_parts(data)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.format or "", image.height, image.width
+        except UnidentifiedImageError:  # whose message is of the buffer
+            raise ValueError(f"no format of images begins {data[:12]!r}") from None
 
 
 def pixels(data: bytes, where: str) -> Tensor:
@@ -116,11 +119,12 @@ def pixels(data: bytes, where: str) -> Tensor:
 def _as_png(data: bytes, where: str) -> bytes:
     """The first frame of a format that training does not read, as training would see it."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            kept = decode.eight_bits(image)
-            return _saved(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
-    except Exception as error:  # decoders raise what they like on damaged files
-        raise BadSample("image", f"{where}: the image cannot be decoded: {error}") from None
+        with decode.damage(), warnings.catch_warnings(action="ignore"):
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                kept = decode.eight_bits(image)
+                return _saved(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
+    except BadSample as error:
+        raise BadSample(error.cause, f"{where}: {error}") from None
 
 
 def _smaller(image: Tensor, side: int, quality: int) -> tuple[str, bytes, Tensor]:
