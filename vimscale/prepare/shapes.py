@@ -119,10 +119,13 @@ def pixels(data: bytes, where: str) -> Tensor:
 def _as_png(data: bytes, where: str) -> bytes:
     """The first frame of a format that training does not read, as training would see it."""
     try:
-        with decode.damage(), warnings.catch_warnings(action="ignore"):
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                kept = decode.eight_bits(image)
-                return _saved(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
+        with (
+            decode.damage(),
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(data), formats=_FORMATS) as image,
+        ):
+            kept = decode.eight_bits(image)
+            return _saved(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
     except BadSample as error:
         raise BadSample(error.cause, f"{where}: {error}") from None
 
