@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,16 +13,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vimscale import files
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep
 from . import cluster as clusters
 from .arguments import OnOption, Overrides, RecipeArgument, RunArgument, WithOption
+from .signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
     from vimscale.data.shards import Manifest
     from vimscale.model import VisionMamba
+    from vimscale.run_folder import RunFolder
 
 _STARTED = time.perf_counter()
 
@@ -43,15 +48,40 @@ RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not 
 
 
 def main() -> None:
-    """Entry point: run a command; a UserError ends in one message and its exit code."""
+    """Run a command: what a user can change ends in one message and an exit code, a bug in its traceback."""
     rank.before_torch()
+    stop = StopSignal()
+    with stop.installed():
+        try:
+            with stop.at_once():
+                app(standalone_mode=True)
+        except (UserError, RunFailed) as error:
+            _end(f"error: {error}", error.exit_code)
+        except Stopped as stopped:
+            _end("stopped on request", stopped.exit_code)
+        except OSError as error:
+            if _lost_output(error):
+                os._exit(1)  # what is left of the output would fail once more at the end of the process
+            if error.filename is None:
+                raise
+            _end(f"error: {files.refusal(error)}", 1 if error.errno in files.FULL else 2)
+
+
+def _end(message: str, code: int) -> None:
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _lost_output(error: OSError) -> bool:
+    """Whether it is standard output that cannot be written, and if so say it."""
+    if error.filename is not None:
+        return False
     try:
-        app(standalone_mode=True)
-    except (UserError, RunFailed) as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
-        sys.exit(error.exit_code)
+        sys.stdout.flush()
+    except OSError:
+        os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
+        return True
+    return False
 
 
 @app.command(name="recipes")
@@ -139,28 +169,29 @@ def launch(
 
     if no_ray and address is not None:
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
+    stop = StopSignal(after=_seconds(time_limit))
     chosen = recipes.load(recipe, overrides or ())
+    folder = RunFolder(runs / chosen.name)
+    console = Console(stderr=False)
+    if (result := folder.finished(chosen)) is not None:
+        console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
+        console.print("  to train again, choose another name= or remove the folder", highlight=False)
+        return
     if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
         TrainingSet.open(chosen.data)
         if chosen.data.val is not None:
             Dataset.open(chosen.data.val, chosen.data.cache)
-    folder = RunFolder(runs / chosen.name)
-    folder.claim(chosen)
-    console = Console(stderr=False)
-    if (result := folder.result()) is not None:
-        console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
-        console.print("  to train again, choose another name= or remove the folder", highlight=False)
-        return
+        allowed = sizes(workers, chosen, on_local.cpus(), on_local.gpus(), "this machine")
 
     progress = Progress(console)
     progress.phase("command", time.perf_counter() - _STARTED)
-    stop = supervisor.StopSignal(after=_seconds(time_limit))
     policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.installed())
+        folder.claim(chosen)
         if no_ray:
             cpus, gpus = on_local.cpus(), on_local.gpus()
-            allowed = [size for size in sizes(workers, chosen, cpus, gpus, "this machine") if size <= (gpus or cpus)]
+            allowed = [size for size in allowed if size <= (gpus or cpus)]
             where = "as processes of this machine"
 
             def make_group() -> supervisor.Group:
@@ -168,10 +199,17 @@ def launch(
         else:
             from . import on_ray
 
-            if address is None:
-                sizes(workers, chosen, on_local.cpus(), on_local.gpus(), "this machine")
-            ray = on_ray.Ray(address)
+            def give_up() -> None:
+                on_ray.kill_own()
+                folder.withdraw()
+
+            try:
+                with stop.at_once(give_up):
+                    ray = on_ray.Ray(address)
+            except Stopped:
+                raise _stopped(folder, console) from None
             stack.callback(ray.close)
+            stack.enter_context(stop.installed())  # once more behind Ray, which takes SIGTERM for itself
             progress.phase("Ray")
             cpus, gpus = ray.resources()
             allowed = sizes(workers, chosen, cpus, gpus, "the Ray cluster")
@@ -187,17 +225,29 @@ def launch(
             "info", f"{chosen.name}: {ranks} {where}, ZeRO-{chosen.parallel.zero}, {chosen.parallel.precision}"
         )
         code = supervisor.supervise(make_group, folder, stop, progress, policy)
-    if code == 0:
-        result = folder.result()
-        assert result is not None
-        console.print(f"finished: {_summary(result)}", style="green", highlight=False, soft_wrap=True)
-        console.print(
-            f"  everything is in {folder.path}; next: vimscale evaluate {folder.path}", highlight=False, soft_wrap=True
-        )
-        console.print(f"  or: vimscale export {folder.path} --to safetensors", highlight=False, soft_wrap=True)
+        if code == Stopped.exit_code and not no_ray:
+            ray.abandon()
+    if code == Stopped.exit_code:
+        raise _stopped(folder, console)
+    result = folder.result()
+    assert result is not None
+    console.print(f"finished: {_summary(result)}", style="green", highlight=False, soft_wrap=True)
+    evaluate, export = (shlex.join(["vimscale", command, str(folder.path)]) for command in ("evaluate", "export"))
+    console.print(f"  everything is in {folder.path}; next: {evaluate}", highlight=False, soft_wrap=True)
+    console.print(f"  or: {export} --to safetensors", highlight=False, soft_wrap=True)
+
+
+def _stopped(folder: "RunFolder", console: Console) -> typer.Exit:
+    """Say what a launch that was stopped leaves behind: nothing, if it trained nothing."""
+    from vimscale.run_folder import checkpoints
+
+    from .supervisor import goes_on
+
+    if folder.withdraw() and not checkpoints(folder.checkpoints):
+        console.print("stopped on request before the first step; no run is left behind", highlight=False)
     else:
-        console.print(f"stopped on request; {supervisor.goes_on(folder)}", highlight=False)
-    raise typer.Exit(code)
+        console.print(f"stopped on request; {goes_on(folder)}", highlight=False)
+    return typer.Exit(Stopped.exit_code)
 
 
 def _seconds(time_limit: str | None) -> float:

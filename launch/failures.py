@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vimscale import files
 from vimscale.run_folder import RunFolder, checkpoints
 
 from .rank import Cause, Ending
@@ -102,9 +103,7 @@ class Failures:
             ],
         )
         self._own.append(failure)
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
-        partial.rename(self._file)
+        files.write(self._file, json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
         return failure
 
     def hopeless(self) -> str | None:

@@ -1,5 +1,6 @@
 """What a rank's process does, whoever started it: meet the others, train, and say how that ended."""
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vimscale import files
 from vimscale.errors import RunFailed, UserError
 from vimscale.pulse import pulse
 
@@ -70,9 +72,9 @@ def run(
     """Train; never raises. Rank 0 alone emits. `store`: its end of the rendezvous, if it has opened one already."""
     if spec.rank > 0:
         emit = _silent
-    _redirect_output(spec)
-    _forward_logs(spec, emit)
     try:
+        _redirect_output(spec)
+        _forward_logs(spec, emit)
         from vimscale import distributed
 
         distributed.prepare(spec)
@@ -89,6 +91,10 @@ def run(
         return _failed(spec, "user", error, str(error))
     except RunFailed as error:
         return _failed(spec, "run", error, str(error))
+    except OSError as error:
+        if error.filename is None:
+            return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
+        return _failed(spec, "run", error, files.refusal(error))
     except Exception as error:  # whatever else went wrong becomes a report, with its traceback
         return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
 
@@ -99,8 +105,9 @@ def _silent(event: Event) -> None:
 
 def _failed(spec: "RankSpec", cause: Cause, error: Exception, message: str) -> Ending:
     trace = traceback.format_exc()
-    sys.stderr.write(trace)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk takes no more
+        sys.stderr.write(trace)
+        sys.stderr.flush()
     name = type(error).__name__
     return Ending(spec.rank, "failed", cause=cause, message=message, exception=name, traceback=trace, step=pulse.step)
 
@@ -132,14 +139,17 @@ def _redirect_output(spec: "RankSpec") -> None:
     """Whatever libraries print goes to a file a rank; the launcher speaks with one voice."""
     folder = spec.folder / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / f"rank_{spec.rank:05d}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    path = folder / f"rank_{spec.rank:05d}.txt"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    sys.stderr.write(f"{started} rank {spec.rank} of {spec.world}: process {os.getpid()} on {platform.node()}\n")
+    with files.naming(path):
+        sys.stderr.write(f"{started} rank {spec.rank} of {spec.world}: process {os.getpid()} on {platform.node()}\n")
+        sys.stderr.flush()
     faulthandler.enable()
 
 

@@ -14,7 +14,7 @@ from vimscale.run_folder import RunFolder
 
 from . import trials
 from .arguments import RecipeArgument
-from .supervisor import StopSignal
+from .signals import Stopped, StopSignal
 from .trials import By, Group, Outcome, Trial
 
 _CLAIM_S = 20
@@ -63,34 +63,48 @@ def sweep(
     ended = f", {len(past)} of them ended before" if past else ""
     _say(console, f"{folder.name}: {len(all_)} trials{ended}; each in {folder}/TRIAL")
     stop = StopSignal()
+    claimed: list[RunFolder] = []
     if open_:
         from . import on_ray
 
-        # once more behind Ray, which takes SIGTERM for itself
-        with stop.installed(), contextlib.closing(on_ray.Ray(address)) as ray, stop.installed():
-            from . import on_tune
+        with stop.installed():
+            with stop.at_once(on_ray.kill_own):
+                ray = on_ray.Ray(address)
+            # once more behind Ray, which takes SIGTERM for itself
+            with contextlib.closing(ray), stop.installed():
+                from . import on_tune
 
-            on_tune.check_room(workers)
-            for one in open_:  # each folder is its trial's to claim from then on
-                RunFolder(one.folder.path).claim(_judged(one, by, every), wait_s=_CLAIM_S)
-            on_tune.run(
-                ray,
-                open_,
-                past,
-                folder=folder,
-                steps=lambda one: lengths[one.name],
-                by=by,
-                every=every,
-                keep=keep if keep > 1 else None,
-                workers=workers,
-                stop=stop,
-                say=lambda line: _say(console, line),
-            )
-    groups = trials.ranked([trials.outcome(one, by, every) for one in all_], by)
+                on_tune.check_room(workers)
+                for one in open_:
+                    claimed.append(RunFolder(one.folder.path))
+                    claimed[-1].claim(_judged(one, by, every), wait_s=_CLAIM_S)
+                    claimed[-1].release()  # to its trial
+                on_tune.run(
+                    ray,
+                    open_,
+                    past,
+                    folder=folder,
+                    steps=lambda one: lengths[one.name],
+                    by=by,
+                    every=every,
+                    keep=keep if keep > 1 else None,
+                    workers=workers,
+                    stop=stop,
+                    say=lambda line: _say(console, line),
+                )
+                if stop.asked:
+                    ray.abandon()
+    outcomes = [trials.outcome(one, by, every) for one in all_]
+    if stop.asked:
+        for trial in reversed(claimed):
+            trial.withdraw()
+        if not any(one.step for one in outcomes):
+            raise Stopped
+    groups = trials.ranked(outcomes, by)
     show(groups, by, folder, console)
     if stop.asked:
-        _say(console, "stopped on request; the same command goes on from there")
-        raise typer.Exit(3)
+        _say(console, "stopped on request; the same command continues")
+        raise typer.Exit(Stopped.exit_code)
     left = [one for group in groups for one in group.outcomes if one.status == "unfinished"]
     if left and not any(group.finished for group in groups):
         raise RunFailed(f"no trial finished; {left[0].trial.name}: {left[0].words or 'its process ended'}")

@@ -7,7 +7,7 @@ import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -27,25 +27,34 @@ _TOLD = 20
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl; what an interrupted run wrote past the step it resumes from is dropped."""
+    """Appends rows to metrics.jsonl. With the first one, what an interrupted run wrote past the step it resumes from is
+    dropped: a launch that is stopped before changes nothing.
+    """
 
     def __init__(self, folder: RunFolder, start: int):
-        _drop_after(folder.metrics, start)
-        self._file = folder.metrics.open("a", buffering=1)
+        self._folder, self._start = folder, start
+        self._file: TextIO | None = None
+
+    def _open(self) -> TextIO:
         from tensorboardX import SummaryWriter
 
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=start or None)
+        _drop_after(self._folder.metrics, self._start)
+        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=self._start or None)
+        self._file = self._folder.metrics.open("a", buffering=1)
+        return self._file
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` has a step and a kind: train, eval, layers or guard."""
-        self._file.write(json.dumps(row) + "\n")
+        file = self._file or self._open()
+        file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
