@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vimscale import files
 from vimscale import recipe as recipes
-from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
+from vimscale.errors import CheckpointError, DataError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep
 from . import cluster as clusters
@@ -266,18 +266,41 @@ def _summary(result: dict) -> str:
     return f"{result['steps']:,} steps" + (f", {figures(result)}" if "top1" in result else "")
 
 
+_EVALUATION = ("data.val", "data.workers", "data.cache", "parallel.precision")
+"""What an evaluation may change of a run's recipe."""
+
+
 @app.command()
-def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) -> None:
-    """Evaluate a run's newest checkpoint on its validation set."""
+def evaluate(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="data.val=... for another validation set or place of it.", metavar="[A.B=C]..."),
+    ] = None,
+    step: StepOption = None,
+    raw: RawOption = False,
+) -> None:
+    """Evaluate a run's newest checkpoint on its validation set, or another of the same classes."""
     from vimscale.evaluate import restore
     from vimscale.run_folder import RunFolder
 
     from .progress import figures
 
-    model, recipe, manifest, at = restore(RunFolder.of(run), raw=raw, step=step)
+    folder = RunFolder.of(run)
+    others = [key for text in overrides or () if (key := text.partition("=")[0]) not in _EVALUATION]
+    if others:
+        known = f"an evaluation may change {', '.join(_EVALUATION)}; everything else is as it was trained"
+        raise RecipeError(f"evaluate {run}", [f"{key}: {known}" for key in others])
+    recipe = folder.recipe(overrides or ())
     if recipe.data.val is None:
-        raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set to evaluate on"])
-    row = _evaluated(model, recipe, manifest)
+        raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set; give one with data.val=..."])
+    model, _, manifest, at = restore(folder, raw=raw, step=step)
+    try:
+        row = _evaluated(model, recipe, manifest)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n  data.val=... names another validation set, or where it is on this machine"
+        ) from None
     Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
 
 
@@ -354,8 +377,6 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, mani
     from vimscale.export import prune
     from vimscale.model.cost import flops, parameters
 
-    from .progress import figures
-
     layers = prune.closed(model, threshold)
     smaller = prune.pruned(model, layers)
     console = Console()
@@ -363,9 +384,20 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, mani
     console.print(f"{named}: {smaller.config.directions}", highlight=False, soft_wrap=True)
     for what, one in (("before", model), ("after", smaller)):
         size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs an image"
-        result = f"; {figures(_evaluated(one, recipe, manifest))}" if recipe.data.val is not None else ""
-        console.print(f"  {what:7}{size}{result}", highlight=False, soft_wrap=True)
+        console.print(f"  {what:7}{size}; {_figures(one, recipe, manifest)}", highlight=False, soft_wrap=True)
     return smaller.cpu()
+
+
+def _figures(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest") -> str:
+    """An evaluation in words, or why there is none: a run may be far from its data."""
+    from .progress import figures
+
+    if recipe.data.val is None:
+        return "not evaluated: the recipe has no data.val"
+    try:
+        return figures(_evaluated(model, recipe, manifest))
+    except DataError as error:
+        return f"not evaluated: {str(error).splitlines()[0]}"
 
 
 def _say_same(target: Path, what: str, difference: float) -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vimscale import files, sections
 from vimscale import recipe as recipes
-from vimscale import sections
 from vimscale.errors import DataError
 
 from .arguments import Overrides, RecipeArgument
@@ -210,10 +210,8 @@ def stats(
 
         chosen = recipes.load(recipe) if recipe else None
         picture = contact_sheet.draw(located, chosen)
-        try:
-            picture.save(sheet, "PNG")
-        except OSError as error:
-            raise DataError(f"--sheet {sheet} cannot be written: {error.strerror}") from None
+        with files.replacing(sheet) as partial:
+            picture.save(partial, "PNG")
         print(f"{sheet}: samples, and what training makes of them")
 
 

@@ -89,8 +89,8 @@ class RunFolder:
         here = f"runs here: {', '.join(known)}" if known else "there are no runs under ./runs"
         raise CheckpointError(f"run {run}: no recipe.yaml in it; {here}")
 
-    def recipe(self) -> Recipe:
-        return load(self._recipe)
+    def recipe(self, overrides: Iterable[str] = ()) -> Recipe:
+        return load(self._recipe, overrides)
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended; None while it has not."""

@@ -3,6 +3,7 @@ constructor's arguments.
 """
 
 import argparse
+import io
 import json
 import pathlib
 import pickle
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimscale import files
 from vimscale.errors import CheckpointError
 from vimscale.export.safetensors import difference
 from vimscale.model import VisionMamba
@@ -84,11 +86,14 @@ def write(folder: Path, model: VisionMamba) -> None:
 
     Raises:
         CheckpointError: the published code cannot express the model.
+        OSError: with a file's name; what was there before stays.
     """
     arguments, state = published_config(model), to_published(model)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state}, folder / "model.pth")
-    (folder / "config.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    content = io.BytesIO()
+    torch.save({"model": state}, content)  # to a full disk it would say nothing of what happened
+    files.write(folder / "model.pth", content.getvalue())
+    files.write(folder / "config.json", json.dumps(arguments, indent=1) + "\n")
 
 
 def load(folder: Path) -> VisionMamba:
