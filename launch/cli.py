@@ -1,6 +1,8 @@
 """The command line: `vimscale …`. Everything slow is imported by the command that needs it."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import shlex
@@ -23,6 +25,8 @@ from .arguments import OnOption, Overrides, RecipeArgument, RunArgument, WithOpt
 from .signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from vimscale.data.shards import Manifest
     from vimscale.model import VisionMamba
     from vimscale.run_folder import RunFolder
@@ -50,38 +54,52 @@ RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not 
 def main() -> None:
     """Run a command: what a user can change ends in one message and an exit code, a bug in its traceback."""
     rank.before_torch()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _end("error: the folder that this shell is in is not there any more; cd to another one", UserError.exit_code)
+    terminal, encoding = sys.stdout.isatty(), sys.stdout.encoding
+    raw = io.BufferedWriter(_Output(1, "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(raw, encoding, errors=sys.stdout.errors, line_buffering=terminal)
     stop = StopSignal()
     with stop.installed():
         try:
-            with stop.at_once():
-                app(standalone_mode=True)
+            try:
+                with stop.at_once():
+                    app(standalone_mode=True)
+            finally:
+                sys.stdout.flush()
         except (UserError, RunFailed) as error:
             _end(f"error: {error}", error.exit_code)
         except Stopped as stopped:
             _end("stopped on request", stopped.exit_code)
         except OSError as error:
-            if _lost_output(error):
-                os._exit(1)  # what is left of the output would fail once more at the end of the process
             if error.filename is None:
                 raise
+            if error.filename == _OUTPUT:
+                if error.errno != errno.EPIPE:  # whoever reads no further knows
+                    os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
+                os._exit(1)  # what is left of it would fail once more at the end of the process
             _end(f"error: {files.refusal(error)}", 1 if error.errno in files.FULL else 2)
+
+
+_OUTPUT = "standard output"
+
+
+class _Output(io.FileIO):
+    """Standard output, named in what prevents it."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = _OUTPUT
+            raise
 
 
 def _end(message: str, code: int) -> None:
     Console(stderr=True).print(message, style="red", highlight=False, markup=False, emoji=False, soft_wrap=True)
     sys.exit(code)
-
-
-def _lost_output(error: OSError) -> bool:
-    """Whether it is standard output that cannot be written, and if so say it."""
-    if error.filename is not None:
-        return False
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
-        return True
-    return False
 
 
 @app.command(name="recipes")

@@ -1,6 +1,7 @@
 """`vimscale data …`: make data sets of tar shards, look at them, mend them."""
 
 import os
+import shlex
 import time
 import zlib
 from collections.abc import Iterable
@@ -76,6 +77,10 @@ def prepare(
 
     options = Options(per_shard, _size(shard_bytes), seed, shuffle, val, resize, quality, min_size, max_aspect, decode)
     columns = Columns(image_column, label_column, read_classes(classes) if classes else None, prefix_keys)
+    written = make.finished(source, output, options, columns, origin=origin, licence=licence)
+    if written is not None:
+        print(f"{output} is finished; to make it again, give a new folder or remove it")
+        return
     with Bar("images") as bar:
         written = make.prepare(
             source,
@@ -94,7 +99,7 @@ def prepare(
             causes = ", ".join(f"{count:,} x {cause}" for cause, count in manifest.skipped.items())
             print(f"  {sum(manifest.skipped.values()):,} skipped ({causes}): {output / split / make.SKIPPED}")
     first = output / next(iter(written))
-    print(f"next: vimscale data stats {first}; in a recipe, data.train: {first}")
+    print(f"next: {shlex.join(['vimscale', 'data', 'stats', str(first)])}; in a recipe, data.train: {first}")
 
 
 @data.command()
@@ -150,7 +155,7 @@ def verify(
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise DataError(
             f"data {source}: {len(faults):,} faults in {shards:,} of {len(found):,} shards\n{lines}\n"
-            f"copy these shards again, or see what `vimscale data repair {source}` can save"
+            f"copy these shards again, or see what `{shlex.join(['vimscale', 'data', 'repair', source])}` can save"
         )
     how = "every image decodes" if deep else "sizes and indexes fit; --deep reads the images, too"
     print(f"{source}: {located.manifest.samples:,} samples in {len(found):,} shards are whole: {how}")

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vimscale import files
 from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
 
@@ -48,7 +49,7 @@ class LocalJobs:
                 )
             for left in ("ended.json", "stopping"):
                 (folder / left).unlink(missing_ok=True)
-            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            files.write(folder / "recipe.yaml", recipe.to_yaml())
             with (folder / "log.txt").open("a") as log:
                 began = log.tell()
                 process = subprocess.Popen(
@@ -60,7 +61,11 @@ class LocalJobs:
                     start_new_session=True,
                 )
             about = {"pid": process.pid, "start": _start(process.pid), "began": time.time(), "log": began}
-            _write(folder / "job.json", about)
+            try:
+                _write(folder / "job.json", about)
+            except OSError:  # a job that nothing is known of could not be stopped
+                process.kill()
+                raise
         job = self._job(folder)
         assert job is not None
         return job
@@ -166,9 +171,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, about: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(about) + "\n")
-    partial.rename(path)
+    files.write(path, json.dumps(about) + "\n")
 
 
 def _run(folder: Path, arguments: list[str]) -> int:

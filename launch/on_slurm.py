@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from vimscale import files
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.recipe import Recipe
 
@@ -63,10 +64,14 @@ class SlurmJobs:
             for path in made:
                 path.rmdir()
             raise
-        for name in ("stop", "ended"):
-            (folder / name).unlink(missing_ok=True)
-        (folder / "script").write_text(script)
-        (folder / "id").write_text(number + "\n")
+        try:
+            for name in ("stop", "ended"):
+                (folder / name).unlink(missing_ok=True)
+            files.write(folder / "script", script)
+            files.write(folder / "id", number + "\n")
+        except OSError:  # a job that nothing is known of could not be stopped
+            _ask("scancel", number)
+            raise
         return Job(recipe.name, "waiting", None, None, f"Slurm job {number}")
 
     def render(self, recipe: Recipe) -> str:

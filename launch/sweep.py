@@ -1,6 +1,7 @@
 """`vimscale sweep`: the same recipe with other values, the poor ones given up early; a table and a picture."""
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -150,7 +151,7 @@ def show(groups: list[Group], by: By, folder: Path, console: Console) -> None:
     pictures.sweep(groups, by, f"{folder.name}: {len(groups)} settings, {total} of training", picture)
     best = groups[0]
     if best.finished:
-        setting = " ".join(f"{key}={_quoted(value)}" for key, value in best.outcomes[0].trial.setting)
+        setting = " ".join(shlex.quote(f"{key}={value}") for key, value in best.outcomes[0].trial.setting)
         _say(console, f"best: {setting or 'any'}, {_result(best, by)}; all of it took {total}")
     _say(console, f"picture: {picture}")
 
@@ -180,10 +181,6 @@ def _operations(one: Outcome) -> float:
 def _short_flops(number: float) -> str:
     unit, size = next((u for u in (("E", 1e18), ("P", 1e15), ("T", 1e12)) if number >= u[1]), ("G", 1e9))
     return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}FLOP"
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if set(value) & set(" *()@[]{},|") else value
 
 
 def _say(console: Console, line: str) -> None:

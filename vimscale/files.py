@@ -82,7 +82,8 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
 def refusal(error: OSError) -> str:
     """What an OSError with a file's name means for whoever gave the command: the file, what happened, and the fix."""
     fix = _FIXES.get(error.errno or 0, "choose another place")
-    return f"{error.filename}: {error.strerror}; {fix}"
+    copied = error.filename2 is not None and error.errno in (*FULL, errno.EROFS)
+    return f"{error.filename2 if copied else error.filename}: {error.strerror}; {fix}"
 
 
 _PERMISSION = "choose another place, or change its permissions"

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vimscale.errors import DataError
+from vimscale.files import naming
 from vimscale.manifest import sync
 
 FORMAT = 1
@@ -131,13 +132,16 @@ def write(
     counts = Counter[int]()
     shards: list[Shard] = []
     remaining = iter(samples)
-    while batch := list(islice(remaining, per_shard)):
-        shards.append(write_shard(partial / shard_name(len(shards)), batch))
-        counts.update(int(sample["cls"]) for sample in batch)
-    labels = tuple(counts[label] for label in range(len(classes)))
-    manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
-    write_file(partial / MANIFEST, manifest.to_json().encode())
-    publish(partial, folder)
+    try:
+        while batch := list(islice(remaining, per_shard)):
+            shards.append(write_shard(partial / shard_name(len(shards)), batch))
+            counts.update(int(sample["cls"]) for sample in batch)
+        labels = tuple(counts[label] for label in range(len(classes)))
+        manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
+        write_file(partial / MANIFEST, manifest.to_json().encode())
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -163,7 +167,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
     offsets = []
     partial = _partial(path)
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             tee = _Hashing(file)
             # mtime 0 and fixed owners: the bytes depend on nothing but the samples
             with TarWriter(tee, mtime=0, user="vimscale", group="vimscale", encoder=False) as tar:
@@ -197,7 +201,7 @@ def write_index(path: Path, offsets: np.ndarray) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Write a file that is either not there, as it was, or whole."""
     partial = _partial(path)
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
