@@ -110,11 +110,8 @@ def test_other_commands_end_in_one_line_too(shell: Shell) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
-    process.stdout.close()
-    assert process.stderr is not None
-    said = process.stderr.read()
-    assert process.wait(60) == 3
-    assert said == "stopped on request\n"
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (3, "stopped on request\n")
 
 
 class _Group:
