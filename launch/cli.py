@@ -1,7 +1,11 @@
 """The command line: `vimscale …`. Everything slow is imported by the command that needs it."""
 
 import contextlib
+import errno
+import io
 import json
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,16 +15,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vimscale import files
 from vimscale import recipe as recipes
-from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed, UserError
+from vimscale.errors import CheckpointError, DataError, LaunchError, RecipeError, RunFailed, UserError
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep, temporary
 from . import cluster as clusters
 from .arguments import OnOption, Overrides, RecipeArgument, RunArgument, WithOption
+from .signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from vimscale.data.shards import Manifest
     from vimscale.model import VisionMamba
+    from vimscale.run_folder import RunFolder
 
 _STARTED = time.perf_counter()
 
@@ -43,15 +52,54 @@ RawOption = Annotated[bool, typer.Option(help="Take the weights themselves, not 
 
 
 def main() -> None:
-    """Entry point: run a command; a UserError ends in one message and its exit code."""
+    """Run a command: what a user can change ends in one message and an exit code, a bug in its traceback."""
     rank.before_torch()
     try:
-        app(standalone_mode=True)
-    except (UserError, RunFailed) as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
-        sys.exit(error.exit_code)
+        os.getcwd()
+    except FileNotFoundError:
+        _end("error: the folder that this shell is in is not there any more; cd to another one", UserError.exit_code)
+    terminal, encoding = sys.stdout.isatty(), sys.stdout.encoding
+    raw = io.BufferedWriter(_Output(1, "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(raw, encoding, errors=sys.stdout.errors, line_buffering=terminal)
+    stop = StopSignal()
+    with stop.installed():
+        try:
+            try:
+                with stop.at_once():
+                    app(standalone_mode=True)
+            finally:
+                sys.stdout.flush()
+        except (UserError, RunFailed) as error:
+            _end(f"error: {error}", error.exit_code)
+        except Stopped as stopped:
+            _end("stopped on request", stopped.exit_code)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            if error.filename == _OUTPUT:
+                if error.errno != errno.EPIPE:  # whoever reads no further knows
+                    os.write(2, f"error: the output cannot be written: {error.strerror}\n".encode())
+                os._exit(1)  # what is left of it would fail once more at the end of the process
+            _end(f"error: {files.refusal(error)}", 1 if error.errno in files.FULL else 2)
+
+
+_OUTPUT = "standard output"
+
+
+class _Output(io.FileIO):
+    """Standard output, named in what prevents it."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = _OUTPUT
+            raise
+
+
+def _end(message: str, code: int) -> None:
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    sys.exit(code)
 
 
 @app.command(name="recipes")
@@ -144,34 +192,33 @@ def launch(
 
     if no_ray and address is not None:
         raise LaunchError("--no-ray and --address exclude each other; leave one out")
+    stop = StopSignal(after=_seconds(time_limit))
     chosen = recipes.load(recipe, overrides or ())
+    folder = RunFolder(runs / chosen.name)
+    console = run_console()
+    if (result := folder.finished(chosen)) is not None:
+        console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
+        console.print("  to train again, choose another name= or remove the folder", highlight=False)
+        return
     if address is None:  # on another cluster the data may be visible to its nodes only: there the ranks check
         train_set = TrainingSet.open(chosen.data)
         if chosen.data.val is not None:
             Dataset.open(chosen.data.val, chosen.data.cache)
-        starting.check(chosen, RunFolder(runs / chosen.name), train_set.manifest)
-    folder = RunFolder(runs / chosen.name)
-    if address is None and not force:
+        starting.check(chosen, folder, train_set.manifest)
         cpus, gpus = on_local.cpus(), on_local.gpus()
         allowed = sizes(workers, chosen, cpus, gpus, "this machine")
-        world = next(size for size in allowed if size <= (gpus or cpus))
-        memory_check.check(chosen, train_set, world, ray=not no_ray)
-    folder.claim(chosen)
-    console = run_console()
-    if (result := folder.result()) is not None:
-        console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
-        console.print("  to train again, choose another name= or remove the folder", highlight=False)
-        return
+        if not force:
+            world = next(size for size in allowed if size <= (gpus or cpus))
+            memory_check.check(chosen, train_set, world, ray=not no_ray)
 
     progress = Progress(console)
     progress.phase("command", time.perf_counter() - _STARTED)
-    stop = supervisor.StopSignal(after=_seconds(time_limit))
     policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.installed())
+        folder.claim(chosen)
         if no_ray:
-            cpus, gpus = on_local.cpus(), on_local.gpus()
-            allowed = [size for size in sizes(workers, chosen, cpus, gpus, "this machine") if size <= (gpus or cpus)]
+            allowed = [size for size in allowed if size <= (gpus or cpus)]
             where = "as processes of this machine"
 
             def make_group() -> supervisor.Group:
@@ -179,10 +226,17 @@ def launch(
         else:
             from . import on_ray
 
-            if address is None:
-                sizes(workers, chosen, on_local.cpus(), on_local.gpus(), "this machine")
-            ray = on_ray.Ray(address)
+            def give_up() -> None:
+                on_ray.kill_own()
+                folder.withdraw()
+
+            try:
+                with stop.at_once(give_up):
+                    ray = on_ray.Ray(address)
+            except Stopped:
+                raise _stopped(folder, console) from None
             stack.callback(ray.close)
+            stack.enter_context(stop.installed())  # once more behind Ray, which takes SIGTERM for itself
             progress.phase("Ray")
             cpus, gpus = ray.resources()
             allowed = sizes(workers, chosen, cpus, gpus, "the Ray cluster")
@@ -198,17 +252,29 @@ def launch(
             "info", f"{chosen.name}: {ranks} {where}, ZeRO-{chosen.parallel.zero}, {chosen.parallel.precision}"
         )
         code = supervisor.supervise(make_group, folder, stop, progress, policy)
-    if code == 0:
-        result = folder.result()
-        assert result is not None
-        console.print(f"finished: {_summary(result)}", style="green", highlight=False, soft_wrap=True)
-        console.print(
-            f"  everything is in {folder.path}; next: vimscale evaluate {folder.path}", highlight=False, soft_wrap=True
-        )
-        console.print(f"  or: vimscale export {folder.path} --to safetensors", highlight=False, soft_wrap=True)
+        if code == Stopped.exit_code and not no_ray:
+            ray.abandon()
+    if code == Stopped.exit_code:
+        raise _stopped(folder, console)
+    result = folder.result()
+    assert result is not None
+    console.print(f"finished: {_summary(result)}", style="green", highlight=False, soft_wrap=True)
+    evaluate, export = (shlex.join(["vimscale", command, str(folder.path)]) for command in ("evaluate", "export"))
+    console.print(f"  everything is in {folder.path}; next: {evaluate}", highlight=False, soft_wrap=True)
+    console.print(f"  or: {export} --to safetensors", highlight=False, soft_wrap=True)
+
+
+def _stopped(folder: "RunFolder", console: Console) -> typer.Exit:
+    """Say what a launch that was stopped leaves behind: nothing, if it trained nothing."""
+    from vimscale.run_folder import checkpoints
+
+    from .supervisor import goes_on
+
+    if folder.withdraw() and not checkpoints(folder.checkpoints):
+        console.print("stopped on request before the first step; no run is left behind", highlight=False)
     else:
-        console.print(f"stopped on request; {supervisor.goes_on(folder)}", highlight=False)
-    raise typer.Exit(code)
+        console.print(f"stopped on request; {goes_on(folder)}", highlight=False)
+    return typer.Exit(Stopped.exit_code)
 
 
 def _seconds(time_limit: str | None) -> float:
@@ -227,18 +293,41 @@ def _summary(result: dict) -> str:
     return f"{result['steps']:,} steps" + (f", {figures(result)}" if "top1" in result else "")
 
 
+_EVALUATION = ("data.val", "data.workers", "data.cache", "parallel.precision")
+"""What an evaluation may change of a run's recipe."""
+
+
 @app.command()
-def evaluate(run: RunArgument, step: StepOption = None, raw: RawOption = False) -> None:
-    """Evaluate a run's newest checkpoint on its validation set."""
+def evaluate(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="data.val=... for another validation set or place of it.", metavar="[A.B=C]..."),
+    ] = None,
+    step: StepOption = None,
+    raw: RawOption = False,
+) -> None:
+    """Evaluate a run's newest checkpoint on its validation set, or another of the same classes."""
     from vimscale.evaluate import restore
     from vimscale.run_folder import RunFolder
 
     from .progress import figures
 
-    model, recipe, manifest, at = restore(RunFolder.of(run), raw=raw, step=step)
+    folder = RunFolder.of(run)
+    others = [key for text in overrides or () if (key := text.partition("=")[0]) not in _EVALUATION]
+    if others:
+        known = f"an evaluation may change {', '.join(_EVALUATION)}; everything else is as it was trained"
+        raise RecipeError(f"evaluate {run}", [f"{key}: {known}" for key in others])
+    recipe = folder.recipe(overrides or ())
     if recipe.data.val is None:
-        raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set to evaluate on"])
-    row = _evaluated(model, recipe, manifest)
+        raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set; give one with data.val=..."])
+    model, _, manifest, at = restore(folder, raw=raw, step=step)
+    try:
+        row = _evaluated(model, recipe, manifest)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n  data.val=... names another validation set, or where it is on this machine"
+        ) from None
     Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
 
 
@@ -316,8 +405,6 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, mani
     from vimscale.export import prune
     from vimscale.model.cost import flops, parameters
 
-    from .progress import figures
-
     layers = prune.closed(model, threshold)
     smaller = prune.pruned(model, layers)
     console = Console()
@@ -325,9 +412,20 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, mani
     console.print(f"{named}: {smaller.config.directions}", highlight=False, soft_wrap=True)
     for what, one in (("before", model), ("after", smaller)):
         size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs an image"
-        result = f"; {figures(_evaluated(one, recipe, manifest))}" if recipe.data.val is not None else ""
-        console.print(f"  {what:7}{size}{result}", highlight=False, soft_wrap=True)
+        console.print(f"  {what:7}{size}; {_figures(one, recipe, manifest)}", highlight=False, soft_wrap=True)
     return smaller.cpu()
+
+
+def _figures(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest") -> str:
+    """An evaluation in words, or why there is none: a run may be far from its data."""
+    from .progress import figures
+
+    if recipe.data.val is None:
+        return "not evaluated: the recipe has no data.val"
+    try:
+        return figures(_evaluated(model, recipe, manifest))
+    except DataError as error:
+        return f"not evaluated: {str(error).splitlines()[0]}"
 
 
 def _say_same(target: Path, what: str, difference: float) -> None:

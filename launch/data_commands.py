@@ -1,6 +1,7 @@
 """`vimscale data …`: make data sets of tar shards, look at them, mend them."""
 
 import os
+import shlex
 import time
 import zlib
 from collections.abc import Iterable
@@ -12,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vimscale import files, sections
 from vimscale import recipe as recipes
-from vimscale import sections
 from vimscale.addresses import masked
 from vimscale.errors import DataError
 
@@ -85,6 +86,10 @@ def prepare(
     columns = Columns(
         image_column, label_column, read_classes(classes) if classes else None, prefix_keys, _extensions(image)
     )
+    written = make.finished(source, output, options, columns, origin=origin, licence=licence)
+    if written is not None:
+        print(f"{output} is finished; to make it again, give a new folder or remove it")
+        return
     with Bar("images") as bar:
         written = make.prepare(
             source,
@@ -103,7 +108,7 @@ def prepare(
             causes = ", ".join(f"{count:,} x {cause}" for cause, count in manifest.skipped.items())
             print(f"  {sum(manifest.skipped.values()):,} skipped ({causes}): {output / split / make.SKIPPED}")
     first = output / next(iter(written))
-    print(f"next: vimscale data stats {first}; in a recipe, data.train: {first}")
+    print(f"next: {shlex.join(['vimscale', 'data', 'stats', str(first)])}; in a recipe, data.train: {first}")
 
 
 @data.command()
@@ -161,7 +166,7 @@ def verify(
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise DataError(
             f"data {source}: {len(faults):,} faults in {shards:,} of {len(found):,} shards\n{lines}\n"
-            f"copy these shards again, or see what `vimscale data repair {source}` can save"
+            f"copy these shards again, or see what `{shlex.join(['vimscale', 'data', 'repair', source])}` can save"
         )
     how = "every image decodes" if deep else "sizes and indexes fit; --deep reads the images, too"
     print(f"{source}: {located.manifest.samples:,} samples in {len(found):,} shards are whole: {how}")
@@ -221,10 +226,8 @@ def stats(
 
         chosen = recipes.load(recipe) if recipe else None
         picture = contact_sheet.draw(located, chosen)
-        try:
-            picture.save(sheet, "PNG")
-        except OSError as error:
-            raise DataError(f"--sheet {sheet} cannot be written: {error.strerror}") from None
+        with files.replacing(sheet) as partial:
+            picture.save(partial, "PNG")
         print(f"{sheet}: samples, and what training makes of them")
 
 

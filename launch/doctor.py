@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import socket
 import struct
@@ -383,5 +384,5 @@ def _will_run(runs: Path, broken: list[str]) -> Finding:
     count = workers.usual(cpus(), devices)
     kind, backend = ("GPU", "nccl") if devices else ("CPU", "gloo")
     ranks = f"{count} {kind} worker{'s' if count > 1 else ''} under Ray"
-    command = "vimscale launch vim_digits_cpu" + (f" --runs {runs}" if runs != Path("runs") else "")
+    command = "vimscale launch vim_digits_cpu" + (f" --runs {shlex.quote(str(runs))}" if runs != Path("runs") else "")
     return Finding("will run", "ok", f"{ranks}, ZeRO 0-3 over {backend}, fp32 and bf16\ntry: {command}")

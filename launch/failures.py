@@ -1,6 +1,5 @@
 """What went wrong in a run so far, in runs/NAME/failures.json, and whether to try again."""
 
-import contextlib
 import itertools
 import json
 import logging
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vimscale import files
 from vimscale.run_folder import RunFolder, checkpoints, set_aside, step_of
 
 from .rank import Cause, Ending
@@ -122,14 +122,10 @@ class Failures:
             ],
         )
         self._own.append(failure)
-        partial = self._file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
-            partial.rename(self._file)
+            files.write(self._file, json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
         except OSError as error:  # this launch remembers it, and the next failure is written with it
             log.warning("%s could not be written: %s", self._file, error.strerror)
-            with contextlib.suppress(OSError):
-                partial.unlink()
         return failure
 
     def hopeless(self) -> str | None:

@@ -1,13 +1,14 @@
 """`vimscale inspect-batch`: the batch of a bad step as a table and as a picture."""
 
 import math
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import guard_report
+from vimscale import files, guard_report
+from vimscale.errors import DataError
 from vimscale.prepare import contact_sheet
-from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder
 
 _DRAWN = 128
@@ -21,7 +22,7 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
         CheckpointError: there is no such report.
     """
     path, report, images = guard_report.read(folder, step)
-    classes = _classes(folder.recipe())
+    names = _names(folder, report["samples"])
     head = guard_report.text(report).split("\n\nsamples of the largest loss")[0]
     console.print(head, highlight=False, soft_wrap=True, markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -31,7 +32,7 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     drawn = []
     for i in order:
         sample = report["samples"][i]
-        label = f"{sample['label']} {classes[sample['label']]}"
+        label = f"{sample['label']} {names[i]}"
         loss = f"{sample['loss']:.4g}"
         cells = (sample["rank"], sample["part"], loss, label, sample["key"], sample["shard"], sample["sample"])
         table.add_row(*map(str, cells))
@@ -41,7 +42,9 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     title = f"step {report['step']}: {report['reason']}"
     about = f"{len(images)} images before normalising and mixing, those of the largest loss first; {report['cause']}"
     picture = path / "batch.png"
-    contact_sheet.grid(title, about, drawn[:_DRAWN]).save(picture)
+    drawing = contact_sheet.grid(title, about, drawn[:_DRAWN])
+    with files.replacing(picture) as partial:
+        drawing.save(partial, "PNG")
     console.print(f"\npicture: {picture}", highlight=False, soft_wrap=True)
 
 
@@ -49,7 +52,14 @@ def _badness(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _classes(recipe: Recipe) -> tuple[str, ...]:
+def _names(folder: RunFolder, samples: list[dict[str, Any]]) -> list[str]:
+    """Each sample's class. Old reports do not name it; then the training set does, if it is there."""
     from vimscale.data.training_set import TrainingSet
 
-    return TrainingSet.open(recipe.data).manifest.classes
+    if all("class" in sample for sample in samples):
+        return [sample["class"] for sample in samples]
+    try:
+        classes = TrainingSet.open(folder.recipe().data).manifest.classes
+    except DataError:
+        return ["" for _ in samples]
+    return [classes[sample["label"]] for sample in samples]

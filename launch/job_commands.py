@@ -17,6 +17,7 @@ from vimscale.typed_yaml import check_name
 
 from . import cluster as clusters
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+from .signals import Stopped
 
 if TYPE_CHECKING:
     from .jobs import Backend
@@ -126,7 +127,7 @@ def _show(backend: "Backend", job: str, on: str, changes: list[str] | None, *, f
         try:
             for line in backend.logs(job, follow=follow):
                 print(line, flush=True)
-        except KeyboardInterrupt:
+        except Stopped:
             print(f"{job} goes on; to stop it: {_command('stop', job, on, changes)}")
             return
     if follow:

@@ -176,7 +176,7 @@ def ask(command: list[str], where: str, way_out: str, text: str | None = None, n
     return done.stdout
 
 
-def files(runs: Path, name: str) -> list[Path]:
+def job_files(runs: Path, name: str) -> list[Path]:
     """RUNS/RUN/job/NAME of every run that has it.
 
     Raises:

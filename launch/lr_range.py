@@ -19,7 +19,7 @@ from vimscale.run_folder import RunFolder
 
 from . import progress, trials, unattended
 from .arguments import Overrides, RecipeArgument
-from .supervisor import StopSignal
+from .signals import StopSignal
 
 _WIDTH = 0.03
 """Standard deviation of the smoothing, as a share of the steps: on both sides, so that nothing comes late."""
@@ -90,17 +90,17 @@ def lr_range(
         raise LaunchError(f"--from {low:g} --to {high:g}: the rate rises, so write 0 < --from < --to")
     trials.check_installed("matplotlib")
     chosen = rising(recipes.load(recipe, overrides or ()), low, high, steps)
-    train_set = TrainingSet.open(chosen.data)
-    starting.check(chosen, RunFolder(runs / chosen.name), train_set.manifest)
-    asked = str(workers) if workers is not None else None
-    (world,) = sizes(asked, chosen, on_local.cpus(), on_local.gpus(), "this machine")
-    memory_check.check(chosen, train_set, world, ray=False)
     folder = RunFolder(runs / chosen.name)
-    folder.claim(chosen)
     console = progress.console()
     stop = StopSignal()
-    if folder.result() is None:
+    if folder.finished(chosen) is None:
+        train_set = TrainingSet.open(chosen.data)
+        starting.check(chosen, folder, train_set.manifest)
+        asked = str(workers) if workers is not None else None
+        (world,) = sizes(asked, chosen, on_local.cpus(), on_local.gpus(), "this machine")
+        memory_check.check(chosen, train_set, world, ray=False)
         with stop.installed():
+            folder.claim(chosen)
             try:
                 code = unattended.run(chosen, folder, world, console, stop)
             except RunFailed as error:
@@ -110,7 +110,8 @@ def lr_range(
                 console.print(f"the run has diverged, as it may: {first}", highlight=False, soft_wrap=True)
             else:
                 if code:
-                    console.print("stopped on request; the same command goes on from there", highlight=False)
+                    folder.withdraw()
+                    console.print("stopped on request; the same command continues", highlight=False)
                     raise typer.Exit(code)
     rows = [row for row in trials.rows(folder) if row["kind"] == "train"]
     show([row["lr"] for row in rows], [row["loss"] for row in rows], chosen, folder, console)

@@ -164,8 +164,9 @@ class LocalGroup:
 
     def kill(self) -> None:
         for process in self._processes:
-            process.kill()
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with its data workers
+                process.wait()
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], {}
@@ -178,7 +179,10 @@ def child(descriptor: int) -> None:
     from vimscale.distributed import RankSpec
 
     pipe = Connection(descriptor)
-    spec = RankSpec(**pipe.recv())
+    try:
+        spec = RankSpec(**pipe.recv())
+    except EOFError:  # the launcher has ended already
+        os._exit(1)
     stop = threading.Event()
     sending = threading.Lock()
 

@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vimscale import files, untrusted
 from vimscale import recipe as recipes
-from vimscale import untrusted
 from vimscale.errors import LaunchError
 
 from . import workers
 from .cluster import Cluster
-from .jobs import Job, State, completed, environment, files, launch_arguments, lines_of, reason, unknown
+from .jobs import Job, State, completed, environment, job_files, launch_arguments, lines_of, reason, unknown
 from .on_local import cpus, gpus
 
 
@@ -69,7 +69,7 @@ class LocalJobs:
                 )
             for left in ("ended.json", "stopping"):
                 (folder / left).unlink(missing_ok=True)
-            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            files.write(folder / "recipe.yaml", recipe.to_yaml())
             with (folder / "log.txt").open("a") as log:
                 began = log.tell()
                 process = subprocess.Popen(
@@ -81,7 +81,11 @@ class LocalJobs:
                     start_new_session=True,
                 )
             about = {"pid": process.pid, "start": _start(process.pid), "began": time.time(), "log": began}
-            _write(folder / "job.json", about)
+            try:
+                _write(folder / "job.json", about)
+            except OSError:  # a job that nothing is known of could not be stopped
+                process.kill()
+                raise
         job = self._job(folder)
         assert job is not None
         return job
@@ -94,7 +98,7 @@ class LocalJobs:
         return f"# {folder}/recipe.yaml\n{recipe.to_yaml()}\n# with its output in {folder}/log.txt\n{command}"
 
     def jobs(self) -> list[Job]:
-        found = [job for path in files(self._runs, "job.json") if (job := self._job(path.parent)) is not None]
+        found = [job for path in job_files(self._runs, "job.json") if (job := self._job(path.parent)) is not None]
         return sorted(found, key=lambda job: job.began or 0.0, reverse=True)
 
     def logs(self, job: str, *, follow: bool) -> Iterator[str]:
@@ -189,9 +193,7 @@ def _read(path: Path, kind: type) -> dict[str, Any] | None:
 
 
 def _write(path: Path, about: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(about) + "\n")
-    partial.rename(path)
+    files.write(path, json.dumps(about) + "\n")
 
 
 def _run(folder: Path, arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ Ray Core, not Ray Train: recovery is what this project exists for, and a small s
 and memory (docs/startup.md has the numbers). Its actors' death is seen within 0.1 s.
 """
 
+import atexit
 import contextlib
 import os
 import platform
@@ -25,6 +26,7 @@ from vimscale.pulse import pulse
 from . import rank
 from .on_local import cpus
 from .rank import Ending, Event
+from .signals import Stopped
 from .temporary import Temporary
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Ray:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._temporary: Temporary | None = None
+        self._abandoned = False
         self._heart: dict[str, int | None] = {}
         """Processes that a Ray of our own cannot do without; None for one that ended before it was seen."""
         if address is not None:
@@ -92,17 +95,20 @@ class Ray:
 
         try:
             ray.init(address, **options, logging_level="error", log_to_driver=False)
-        except SystemExit:  # Ray's own answer to a SIGTERM while it starts; nothing has been trained yet
-            self.close()
-            raise SystemExit(3) from None
+        except (Stopped, SystemExit):  # the latter is Ray's own answer to a SIGTERM while it starts
+            self.abandon()
+            raise Stopped from None
         except Exception as error:  # it raises plain ones, too, as when its raylet dies meanwhile
             where = "this machine" if address == "local" else address
             self.close()
             raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
 
     def close(self) -> None:
+        """Shut a Ray of our own down, or leave the other. May be called twice."""
         import ray
 
+        if self._abandoned:
+            return
         died = self.died() is not None
         ray.shutdown()  # takes 7 s without a head, 16 s if the raylet is gone too
         if self._temporary is not None and died:
@@ -114,6 +120,17 @@ class Ray:
     def temporary(self) -> str | None:
         """A folder that goes with this launch, where all ranks are on this machine."""
         return self._temporary.path if self._temporary is not None else None
+
+    def abandon(self) -> None:
+        """As `close`, for a process that is about to exit with code 3, at once: a Ray of our own is killed."""
+        if self._temporary is None:
+            self.close()
+            return
+        self._heart = {}
+        kill_own()
+        self._temporary.remove()
+        self._abandoned = True
+        atexit.register(_leave)
 
     def died(self) -> str | None:
         """Which process that a Ray of our own cannot do without has ended, if one has.
@@ -158,6 +175,27 @@ class Ray:
             self.revive()
             total = ray.cluster_resources()
         return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def kill_own() -> None:
+    """End whatever this process has started, and what that has, but for the brooms of temporary folders."""
+    import psutil
+
+    killed = []
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # what is stopped starts nothing in between
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "broom" not in process.cmdline():
+                    process.send_signal(number)
+                    killed.append(process)
+    psutil.wait_procs(killed, timeout=_END_S)
+
+
+def _leave() -> None:
+    """End without the farewell of a Ray that was killed, which takes 20 s."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(Stopped.exit_code)
 
 
 def _has_ended(child: int) -> bool:

@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vimscale import files
 from vimscale import recipe as recipes
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.recipe import Recipe
 
 from .cluster import Cluster, Slurm, seconds
-from .jobs import Job, State, ask, completed, environment, files, launch_arguments, unknown
+from .jobs import Job, State, ask, completed, environment, job_files, launch_arguments, unknown
 
 _LOOK_S = 1.0
 """How often a log that is followed is looked at."""
@@ -63,10 +64,14 @@ class SlurmJobs:
             for path in made:
                 path.rmdir()
             raise
-        for name in ("stop", "ended"):
-            (folder / name).unlink(missing_ok=True)
-        (folder / "script").write_text(script)
-        (folder / "id").write_text(number + "\n")
+        try:
+            for name in ("stop", "ended"):
+                (folder / name).unlink(missing_ok=True)
+            files.write(folder / "script", script)
+            files.write(folder / "id", number + "\n")
+        except OSError:  # a job that nothing is known of could not be stopped
+            _ask("scancel", number)
+            raise
         return Job(recipe.name, "waiting", None, None, f"Slurm job {number}")
 
     def render(self, recipe: Recipe) -> str:
@@ -165,7 +170,7 @@ class SlurmJobs:
 
     def _known(self) -> list[str]:
         """Runs that were submitted here."""
-        return [path.parts[-3] for path in files(self._runs, "id")]
+        return [path.parts[-3] for path in job_files(self._runs, "id")]
 
     def _queued(self, names: list[str]) -> dict[str, tuple[str, str]]:
         """(state, reason) of each job in the queue, by its number. Slurm is asked even if no job is known: whether it

@@ -25,7 +25,7 @@ from vimscale.errors import LaunchError, RunFailed
 
 from . import trials, unattended
 from .on_ray import Ray
-from .supervisor import StopSignal
+from .signals import StopSignal
 from .trials import By, Trial
 
 _LOOK_S = 0.5

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-from vimscale.errors import shortened
+from vimscale import files
+from vimscale.errors import LaunchError, shortened
 
 if TYPE_CHECKING:
     from vimscale.plan import Outlook, Planner
@@ -64,6 +65,19 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     return figure, list(axes[0])
 
 
+def _save(figure: Any, path: Path) -> None:
+    """Raises:
+    LaunchError: matplotlib writes no such files.
+    OSError: with the file's name.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".") or "png"
+    if kind not in known:
+        raise LaunchError(f"picture {path}: .{kind} is not a kind of picture; write one of {', '.join(sorted(known))}")
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format=kind)
+
+
 def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
     """An exponential average, free of the bias of its start; it ends before the first value that is not finite."""
     average, weight, found = 0.0, 0.0, []
@@ -101,7 +115,7 @@ def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
     for key, axes in zip(keys, results, strict=True):
         _over(axes, key, groups, by, shades)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _over(axes: Any, key: str, groups: "Sequence[Group]", by: "By", shades: Any) -> None:
@@ -160,7 +174,7 @@ def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", ti
     else:
         axes.set_title(found.story, fontsize=9)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
@@ -196,4 +210,4 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
         time.loglog(counts, [row.rank_hours / 1000 for row in rows], "s--", label="thousand GPU hours")
         time.set(xlabel="GPUs", title="predicted by a roofline")
         time.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)

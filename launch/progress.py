@@ -114,5 +114,7 @@ class Progress:
 
 def figures(row: dict[str, Any]) -> str:
     """An evaluation's figures in words."""
-    parts = [f"top-1 {row['top1']:.2%}", f"top-5 {row['top5']:.2%}", f"loss {row['loss']:.4f}"]
+    parts = [f"top-1 {row['top1']:.2%}", f"loss {row['loss']:.4f}"]
+    if "top5" in row:
+        parts.insert(1, f"top-5 {row['top5']:.2%}")
     return "  ".join(parts) + f"  ({row['images']:,} images)"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vimscale import files
 from vimscale.addresses import masked
 from vimscale.errors import RunFailed, UserError, WorkerDied
 from vimscale.pulse import pulse
@@ -113,6 +114,10 @@ def run(
         return _failed(spec, "died", error, str(error))
     except RunFailed as error:
         return _failed(spec, "run", error, str(error))
+    except OSError as error:
+        if error.filename is None:
+            return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
+        return _failed(spec, "run", error, files.refusal(error))
     except Exception as error:  # whatever else went wrong becomes a report, with its traceback
         return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
     finally:

@@ -3,14 +3,10 @@
 Knows ranks and checkpoints, nothing of tensors; how processes are made is the group's business (on_ray, on_local).
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal, Protocol
 
 from vimscale.errors import RunFailed, UserError
@@ -19,6 +15,7 @@ from vimscale.run_folder import RunFolder, checkpoints
 from .failures import Failures, first_cause
 from .progress import Progress
 from .rank import Ending, Event, stacks_file
+from .signals import Stopped, StopSignal
 from .watchdog import Watchdog
 
 _HEAR_S = 3.0
@@ -82,47 +79,6 @@ class Group(Protocol):
         ...
 
 
-class StopSignal:
-    """SIGINT and SIGTERM ask for a checkpoint and an end; a second later, for an end at once.
-
-    What comes within that second is the same wish: timeout(1) and Slurm signal a process and its group. SIGUSR1, which
-    Slurm is often told to send some time before its SIGTERM, asks for a checkpoint and an end and never for more. Nor
-    does the run's time limit, which is `after` seconds from now.
-    """
-
-    def __init__(self, after: float = float("inf")) -> None:
-        self.count = 0
-        self._limit = time.monotonic() + after
-        self._warned = False
-        self._last = -1.0
-
-    @property
-    def asked(self) -> bool:
-        return self._warned or self.count > 0 or time.monotonic() > self._limit
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._received) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            self._warned = True
-            return
-        now = time.monotonic()
-        if now - self._last > 1.0:
-            self.count += 1
-        self._last = now
-
-
 def supervise(
     make_group: Callable[[], Group],
     folder: RunFolder,
@@ -130,7 +86,8 @@ def supervise(
     progress: Progress,
     policy: Policy = Policy(),
 ) -> int:
-    """Run to the end; returns the exit code: 0 finished, 3 stopped on request, with all that can be saved.
+    """Run to the end; returns the exit code: 0 finished, 3 stopped on request, with all that can be saved. Before a
+    group's first step that is nothing, and it is ended at once.
 
     Raises:
         UserError: a rank found the input wrong.
@@ -141,12 +98,15 @@ def supervise(
         while True:
             group = make_group()
             try:
-                group.start()
+                with stop.at_once():
+                    group.start()
                 watch = _Watch(group, folder, stop, progress, policy)
                 watch.until_it_ends()
+            except Stopped:
+                return 3
             finally:
                 group.kill()
-            if stop.count > 1:
+            if stop.count > 1 and not watch.untrained:
                 raise RunFailed("ended at once, as asked; the same command goes on from the last checkpoint")
             failed = [ending for ending in watch.endings if ending.status == "failed"]
             if not failed and len(watch.endings) == group.size:
@@ -158,6 +118,8 @@ def supervise(
                 progress.again("regrouping")
                 continue
 
+            if not failed and watch.untrained:
+                return 3
             if not failed:
                 raise RunFailed(
                     f"{_ranks(watch.unheard)} had not saved and ended {policy.grace:g} s after the request to stop"
@@ -205,9 +167,16 @@ class _Watch:
         """Ranks that have not said how they ended."""
         return self._watchdog.watched
 
+    @property
+    def untrained(self) -> bool:
+        """Whether no rank has been heard to have finished a step: there is nothing to save."""
+        return all(step is None for step in self.reached.values())
+
     def until_it_ends(self) -> None:
         look = time.monotonic() + _LOOK_S
         while len(self.endings) < self._group.size and time.monotonic() < self._deadline and self._stop.count < 2:
+            if self._stop.asked and self.untrained:
+                return
             if self._stop.asked and self.asked != "stop":
                 self._ask("stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)")
             saved = self._hear()

@@ -3,6 +3,7 @@ repeats of a setting: they are averaged, and never compared with each other.
 """
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from vimscale.run_folder import RunFolder
 
 from . import memory_check, trials
 from .arguments import RecipeArgument
-from .supervisor import StopSignal
+from .signals import Stopped, StopSignal
 from .trials import By, Group, Outcome, Trial
 
 _CLAIM_S = 20
@@ -76,35 +77,49 @@ def sweep(
     ended = f", {len(past)} of them ended before" if past else ""
     _say(console, f"{folder.name}: {len(all_)} trials{ended}; each in {folder}/TRIAL")
     stop = StopSignal()
+    claimed: list[RunFolder] = []
     if open_:
         from . import on_ray
 
-        # once more behind Ray, which takes SIGTERM for itself
-        with stop.installed(), contextlib.closing(on_ray.Ray(address)) as ray, stop.installed():
-            from . import on_tune
+        with stop.installed():
+            with stop.at_once(on_ray.kill_own):
+                ray = on_ray.Ray(address)
+            # once more behind Ray, which takes SIGTERM for itself
+            with contextlib.closing(ray), stop.installed():
+                from . import on_tune
 
-            on_tune.check_room(workers)
-            for one in open_:  # each folder is its trial's to claim from then on
-                RunFolder(one.folder.path).claim(_judged(one, by, every), wait_s=_CLAIM_S)
-            on_tune.run(
-                ray,
-                open_,
-                past,
-                firsts=firsts,
-                folder=folder,
-                steps=lambda one: lengths[one.name],
-                by=by,
-                every=every,
-                keep=keep if keep > 1 else None,
-                workers=workers,
-                stop=stop,
-                say=lambda line: _say(console, line),
-            )
-    groups = trials.ranked([trials.outcome(one, by, every) for one in all_], by)
+                on_tune.check_room(workers)
+                for one in open_:
+                    claimed.append(RunFolder(one.folder.path))
+                    claimed[-1].claim(_judged(one, by, every), wait_s=_CLAIM_S)
+                    claimed[-1].release()  # to its trial
+                on_tune.run(
+                    ray,
+                    open_,
+                    past,
+                    firsts=firsts,
+                    folder=folder,
+                    steps=lambda one: lengths[one.name],
+                    by=by,
+                    every=every,
+                    keep=keep if keep > 1 else None,
+                    workers=workers,
+                    stop=stop,
+                    say=lambda line: _say(console, line),
+                )
+                if stop.asked:
+                    ray.abandon()
+    outcomes = [trials.outcome(one, by, every) for one in all_]
+    if stop.asked:
+        for trial in reversed(claimed):
+            trial.withdraw()
+        if not any(one.step for one in outcomes):
+            raise Stopped
+    groups = trials.ranked(outcomes, by)
     show(groups, by, folder, console)
     if stop.asked:
-        _say(console, "stopped on request; the same command goes on from there")
-        raise typer.Exit(3)
+        _say(console, "stopped on request; the same command continues")
+        raise typer.Exit(Stopped.exit_code)
     left = [one for group in groups for one in group.outcomes if one.status == "unfinished"]
     if left and not any(group.finished for group in groups):
         raise RunFailed(f"no trial finished; {left[0].trial.name}: {left[0].words or 'its process ended'}")
@@ -150,7 +165,7 @@ def show(groups: list[Group], by: By, folder: Path, console: Console) -> None:
     pictures.sweep(groups, by, f"{folder.name}: {len(groups)} settings, {total} of training", picture)
     best = groups[0]
     if best.finished:
-        setting = " ".join(f"{key}={_quoted(value)}" for key, value in best.outcomes[0].trial.setting)
+        setting = " ".join(shlex.quote(f"{key}={value}") for key, value in best.outcomes[0].trial.setting)
         _say(console, f"best: {setting or 'any'}, {_result(best, by)}; all of it took {total}")
     _say(console, f"picture: {picture}")
 
@@ -180,10 +195,6 @@ def _operations(one: Outcome) -> float:
 def _short_flops(number: float) -> str:
     unit, size = next((u for u in (("E", 1e18), ("P", 1e15), ("T", 1e12)) if number >= u[1]), ("G", 1e9))
     return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}FLOP"
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if set(value) & set(" *()@[]{},|") else value
 
 
 def _say(console: Console, line: str) -> None:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from vimscale import files
 from vimscale import recipe as recipes
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.recipe import Recipe
@@ -57,7 +58,7 @@ class Trial:
     def stop(self, step: int) -> None:
         """Write down that the sweep has given it up."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        (self.folder.path / _STOPPED).write_text(json.dumps({"step": step}) + "\n")
+        files.write(self.folder.path / _STOPPED, json.dumps({"step": step}) + "\n")
 
     @property
     def stopped(self) -> bool:

@@ -229,7 +229,7 @@ def test_paths_with_anything_in_them_reach_the_launcher_whole() -> None:
     runs = "/a b/it's; touch /tmp/x $(id)`id`"
     small = recipes.load("vim_digits_cpu")
     entrypoint = RayJobs(_ray(runs=runs))._entrypoint(small)
-    echo = entrypoint.replace("exec python -m vimscale.launch.cli", "printf '%s\\n'")
+    echo = entrypoint.replace("exec python -m vimscale.launch.entry", "printf '%s\\n'")
     assert runs in subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True).stdout.splitlines()
 
 

@@ -12,7 +12,7 @@ PACKAGES = ("vimscale", "kernels", "launch")
 
 # Within vimscale: what may be imported by what stands on the same line or below it.
 FLOORS = [
-    {"addresses", "errors", "untrusted", "manifest", "pulse"},
+    {"addresses", "errors", "files", "untrusted", "manifest", "pulse"},
     # the shape of a model: no torch, so recipes can check it
     {"model.presets", "model.schedule", "model.cost", "model.published", "model"},
     {"typed_yaml", "devices"},

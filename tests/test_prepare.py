@@ -633,7 +633,12 @@ def test_sets_of_the_same_classes_become_one(tmp_path: Path, images: Path) -> No
 def test_the_commands_say_what_they_did(shell: Shell, images: Path) -> None:
     out = shell.run("data", "prepare", str(images), "set", "--val", "0.3", "--per-shard", "5", "--jobs", "1")
     assert "1 skipped (1 x image): set/" in out
-    assert "not empty" in shell.run("data", "prepare", str(images), "set", expect=2)
+    made = {path: path.stat().st_mtime_ns for path in (shell.folder / "set").rglob("*")}
+    same = ("data", "prepare", str(images), "set", "--val", "0.3", "--per-shard", "5")
+    assert "set is finished" in shell.run(*same)
+    for changes in (("--seed", "1"), ("--val", "0"), ("--source", "elsewhere")):
+        assert "made of another input or with other options is there" in shell.run(*same, *changes, expect=2)
+    assert {path: path.stat().st_mtime_ns for path in (shell.folder / "set").rglob("*")} == made
     assert "are whole: every image decodes" in shell.run("data", "verify", "set/train", "--deep", "--jobs", "1")
     out = shell.run("data", "stats", "set/train", "--sheet", "sheet.png")
     assert "dog" in out

@@ -23,7 +23,8 @@ from vimscale.errors import LaunchError, RecipeError, RunFailed
 from vimscale.launch import failures, supervisor
 from vimscale.launch.progress import Progress
 from vimscale.launch.rank import Ending, Event
-from vimscale.launch.supervisor import Policy, StopSignal, supervise
+from vimscale.launch.signals import StopSignal
+from vimscale.launch.supervisor import Policy, supervise
 from vimscale.launch.watchdog import Watchdog
 from vimscale.launch.workers import sizes
 from vimscale.recipe import Recipe

@@ -313,7 +313,7 @@ def test_a_sweep_that_is_stopped_saves_every_trial(shell: Shell) -> None:
     shell.reaches(process, "s/lr-1e-2", 20)
     shell.reaches(process, "s/lr-2e-3", 20)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from there" in shell.finish(process, expect=3)
+    assert "the same command continues" in shell.finish(process, expect=3)
     for name in ("lr-1e-2", "lr-2e-3"):
         folder = shell.folder / "runs/s" / name
         newest = run_folder.checkpoints(folder / "checkpoints")[0].name

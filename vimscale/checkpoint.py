@@ -46,6 +46,8 @@ class Trainer:
     ema: bool
     guard: dict[str, Any] = field(default_factory=dict)
     """What the guard remembers, see `Guard.state`."""
+    training_set: dict[str, Any] = field(default_factory=dict)
+    """What a model means without its data, see `TrainingSet.about`; empty where it was not kept yet."""
     asked: bool = False
     """Whether it was saved because a stop was asked for: a run that nobody stops does not have it."""
 

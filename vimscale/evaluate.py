@@ -34,9 +34,9 @@ def evaluate(
     world: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1, top-5 and mean cross entropy of logits = forward(images). `manifest`: the training set's, for its mean
-    and std. All ranks call `forward` as often as each other, so it may communicate. Images that cannot be read are left
-    out, and named in the log.
+    """Top-1, top-5 (of six classes or more) and mean cross entropy of logits = forward(images). `manifest`: the
+    training set's, for its mean and std. All ranks call `forward` as often as each other, so it may communicate. Images
+    that cannot be read are left out, and named in the log.
 
     Raises:
         DataError: the data set has other classes than the model was trained on.
@@ -60,23 +60,37 @@ def evaluate(
     sums = distributed.total(sums)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
-    return classification.figures(sums)
+    return classification.figures(sums, len(manifest.classes))
 
 
 def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba, Recipe, Manifest, int]:
-    """The model of a run's checkpoint on the CPU, ready to evaluate: (model, recipe, training manifest, step).
+    """The model of a run's checkpoint on the CPU, ready to evaluate: (model, recipe, training manifest, step). The
+    manifest names no shards, and the training set itself need not be there.
 
     The moving average is taken where there is one, unless `raw`.
 
     Raises:
         CheckpointError: there is no whole checkpoint.
-        DataError: the training set's manifest cannot be read.
+        DataError: an old checkpoint does not say what it was trained on, and the training set cannot be read.
     """
     recipe = run.recipe()
     folder = run.newest_checkpoint(step)
-    manifest = TrainingSet.open(recipe.data).manifest
     trainer = checkpoint.read_trainer(folder)
+    manifest = trained_on(trainer, recipe)
     model = VisionMamba(recipe.model.shape(len(manifest.classes)))
     model.backward = model.config.backward_at(trainer.step)
     model.load_state_dict(checkpoint.consolidated(folder, "ema" if trainer.ema and not raw else "weight"))
     return model.eval(), recipe, manifest, trainer.step
+
+
+def trained_on(trainer: checkpoint.Trainer, recipe: Recipe) -> Manifest:
+    """Name, classes, mean and deviation of the training set, as the checkpoint has them.
+
+    Raises:
+        DataError: an old checkpoint does not have them, and the training set cannot be read.
+    """
+    about = trainer.training_set
+    if not about:
+        return TrainingSet.open(recipe.data).manifest
+    classes, mean, std = (tuple(about[key]) for key in ("classes", "mean", "std"))
+    return Manifest(name=about["name"], classes=classes, shards=(), mean=mean, std=std)

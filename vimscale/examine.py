@@ -123,6 +123,7 @@ def _samples(micro: Micro, losses: list[float], train_set: TrainingSet, rank: in
             "epoch": place.epoch,
             "position": place.position,
             "label": label,
+            "class": train_set.manifest.classes[label],
             "loss": loss,
         }
         for key, place, label, loss in zip(batch.keys, batch.places, batch.labels.tolist(), losses, strict=True)

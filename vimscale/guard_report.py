@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale import run_folder, untrusted
+from vimscale import files, run_folder, untrusted
 from vimscale.errors import CheckpointError
 from vimscale.run_folder import RunFolder
 
@@ -100,7 +100,7 @@ def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], 
     """
     path = place(folder, report["step"], report["rollbacks"])
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / f"rank_{rank:05d}.safetensors")
+    files.save_tensors(path / f"rank_{rank:05d}.safetensors", tensors)
     if rank == 0:
         (path / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         (path / "report.txt").write_text(text(report))

@@ -32,29 +32,34 @@ _TOLD = 20
 
 class Metrics:
     """Appends rows to metrics.jsonl and to an event file of TensorBoard's. Neither ever ends or blocks a run: what
-    cannot be written is tried again with the next row.
+    cannot be written is tried again with the next row. With the first row, what an interrupted run wrote past `start`,
+    the step that this one resumes from, is dropped: a launch that is stopped before changes nothing.
     """
 
     def __init__(self, folder: RunFolder, start: int):
-        """What an interrupted run wrote past `start`, the step it resumes from, is dropped.
+        self._folder, self._start = folder, start
+        self._files: tuple[_Appended, _Board] | None = None
 
-        Raises:
-            RunFailed: that cannot be done, because the disk is full, for one.
-        """
-        _drop_after(folder.metrics, start)
-        self._rows = _Appended(folder.metrics)
-        self._board = _Board(folder.tensorboard, start)
+    def _open(self) -> "tuple[_Appended, _Board]":
+        _drop_after(self._folder.metrics, self._start)
+        self._files = _Appended(self._folder.metrics), _Board(self._folder.tensorboard, self._start)
+        return self._files
 
     def write(self, row: dict[str, Any]) -> None:
-        """`row` has a step and a kind: train, eval, layers or guard."""
-        self._rows.add(json.dumps(row).encode() + b"\n")
+        """`row` has a step and a kind: train, eval, layers or guard.
+
+        Raises:
+            RunFailed: with the first row, if later ones of an interrupted run cannot be dropped.
+        """
+        rows, board = self._files or self._open()
+        rows.add(json.dumps(row).encode() + b"\n")
         for key, value in row.items():
             if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):
-                self._board.add(f"{row['kind']}/{key}", value, row["step"])
+                board.add(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
-        self._rows.close()
-        self._board.close()
+        for file in self._files or ():
+            file.close()
 
 
 class _Appended:

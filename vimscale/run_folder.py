@@ -1,19 +1,22 @@
 """A run's folder: what is where in runs/NAME, and whether it may be used."""
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vimscale import manifest
+from vimscale import files, manifest
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
 from vimscale.recipe import Checkpoint, Recipe, load
 
@@ -132,8 +135,10 @@ class RunFolder:
         self.guard = path / "guard"
         self.errors = path / "errors.txt"
         self._recipe = path / "recipe.yaml"
+        self._environment = path / "environment.json"
         self._result = path / "result.json"
         self._warned = False
+        self._before: _Before | None = None
 
     @classmethod
     def of(cls, run: str) -> "RunFolder":
@@ -149,14 +154,14 @@ class RunFolder:
         here = f"runs here: {', '.join(known)}" if known else "there are no runs under ./runs"
         raise CheckpointError(f"run {run}: no recipe.yaml in it; {here}")
 
-    def recipe(self) -> Recipe:
-        """The recipe as the launch resolved it.
+    def recipe(self, overrides: Iterable[str] = ()) -> Recipe:
+        """The recipe as the launch resolved it, with `overrides` put on top.
 
         Raises:
             RecipeError: the file is damaged, or of another version.
         """
         try:
-            return load(self._recipe)
+            return load(self._recipe, overrides)
         except RecipeError as error:
             way_out = "it is the run's own copy: bring it back, or remove it and launch the same recipe again"
             raise RecipeError(
@@ -189,9 +194,7 @@ class RunFolder:
         return [row for row in found if row is not None]
 
     def finish(self, result: dict[str, Any]) -> None:
-        partial = self._result.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.rename(self._result)
+        files.write(self._result, json.dumps(result, indent=1) + "\n")
 
     def newest_checkpoint(self, step: int | None = None) -> Path:
         """The newest checkpoint that is whole, or the one of `step`.
@@ -216,6 +219,15 @@ class RunFolder:
         wanted = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
         raise CheckpointError(f"run {self.path}: {wanted}; there are: {others}")
 
+    def finished(self, recipe: Recipe) -> dict[str, Any] | None:
+        """How this run of the recipe ended; None if there is something left to do. Changes nothing.
+
+        Raises:
+            LaunchError: the folder holds a run of another recipe.
+        """
+        self._check(recipe)
+        return self.result()
+
     def hold(self, otherwise: str, wait_s: float = 0.0) -> None:
         """Keep other launches out for as long as this object lives; `otherwise`: what to do if one is in, `wait_s`: how
         long that one has to end.
@@ -223,9 +235,11 @@ class RunFolder:
         Raises:
             LaunchError: one is, or the folder cannot be written.
         """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        there = set(os.listdir(self.path)) if self.path.is_dir() else set[str]()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a")
         except OSError as error:
             raise LaunchError(
                 f"run folder {self.path} cannot be written: {error.strerror}; choose another with --runs"
@@ -235,6 +249,7 @@ class RunFolder:
             if time.monotonic() >= until:
                 raise LaunchError(f"run folder {self.path} is in use by a launch; {otherwise}")
             time.sleep(0.05)
+        self._before = _Before(made, there, self._steps(), _kept(self._recipe), _kept(self._environment))
 
     def claim(self, recipe: Recipe, wait_s: float = 0.0) -> None:
         """Make the folder this run's, for as long as this object lives; write down what runs and where. `wait_s`: how
@@ -244,17 +259,93 @@ class RunFolder:
             LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
         """
         self.hold("end that one, or choose another name=", wait_s)
-        trained = self.metrics.exists() or checkpoints(self.checkpoints)
-        if self._recipe.exists() and trained:  # a launch that never came so far leaves nothing to protect
-            changed = _differences(self.recipe().model_dump(), recipe.model_dump())
-            if changed:
-                raise LaunchError(
-                    f"run folder {self.path} holds a run of another recipe; changed are\n  "
-                    + "\n  ".join(changed)
-                    + "\nchoose another name=, or remove the folder"
-                )
-        self._recipe.write_text(recipe.to_yaml())
-        (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+        self._check(recipe)
+        try:
+            files.write(self._recipe, recipe.to_yaml())
+            files.write(self._environment, json.dumps(_environment(), indent=1) + "\n")
+        except OSError:
+            self.withdraw()
+            raise
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        self._lock.close()
+
+    def withdraw(self) -> bool:
+        """Undo `claim` and what ranks did since, but for their logs, unless a step was finished in between; whether it
+        is undone. To be called when no rank is left.
+        """
+        before = self._before
+        if before is None or self._steps() != before.steps:
+            return False
+        self._before = None
+        for name in set(os.listdir(self.path)) - before.there:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path, kept in ((self._recipe, before.recipe), (self._environment, before.environment)):
+            if kept is not None:
+                files.write(path, kept.content)
+                os.utime(path, ns=kept.times)
+        with contextlib.suppress(OSError):  # another run may be there by now
+            for folder in before.made:
+                folder.rmdir()
+        return True
+
+    def _check(self, recipe: Recipe) -> None:
+        if not self._recipe.exists() or self._steps() == _NO_STEPS:
+            return  # a launch that never came so far leaves nothing to protect
+        changed = _differences(self.recipe().model_dump(), recipe.model_dump())
+        if changed:
+            raise LaunchError(
+                f"run folder {self.path} holds a run of another recipe; changed are\n  "
+                + "\n  ".join(changed)
+                + "\nchoose another name=, or remove the folder"
+            )
+
+    def _steps(self) -> "_Steps":
+        """What is written of the run's steps."""
+        rows = self.metrics.stat() if self.metrics.exists() else None
+        written = (rows.st_size, rows.st_mtime_ns) if rows else None
+        return _Steps(written, tuple(path.name for path in checkpoints(self.checkpoints)))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What changes when a run is trained."""
+
+    metrics: tuple[int, int] | None
+    """Bytes and time of the last row."""
+    checkpoints: tuple[str, ...]
+
+
+_NO_STEPS = _Steps(None, ())
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A file as it was."""
+
+    content: bytes
+    times: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A run's folder before a launch."""
+
+    made: list[Path]
+    """Folders that were not there, the innermost first."""
+    there: set[str]
+    steps: _Steps
+    recipe: _Kept | None
+    environment: _Kept | None
+
+
+def _kept(path: Path) -> _Kept | None:
+    if not path.is_file():
+        return None
+    about = path.stat()
+    return _Kept(path.read_bytes(), (about.st_atime_ns, about.st_mtime_ns))
 
 
 def _locked(file: IO[str]) -> bool:

@@ -257,6 +257,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 world=world,
                 zero=recipe.parallel.zero,
                 ema=ema is not None,
+                training_set=train_set.about,
                 asked=not last and at % recipe.checkpoint.every != 0,
             )
             saver.save(_state(engine, ema), trainer)

@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """Tags of a TIFF."""
-_WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
+_WHOLE = re.compile(r"[+-]?\d{1,4000}(\.0*)?", re.ASCII)  # int() takes 4,300
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import numpy as np
 
 from vimscale import untrusted
 from vimscale.errors import DataError
+from vimscale.files import naming
 from vimscale.manifest import sync
 
 FORMAT = 1
@@ -172,13 +173,16 @@ def write(
     counts = Counter[int]()
     shards: list[Shard] = []
     remaining = iter(samples)
-    while batch := list(islice(remaining, per_shard)):
-        shards.append(write_shard(partial / shard_name(len(shards)), batch))
-        counts.update(int(sample["cls"]) for sample in batch)
-    labels = tuple(counts[label] for label in range(len(classes)))
-    manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
-    write_file(partial / MANIFEST, manifest.to_json().encode())
-    publish(partial, folder)
+    try:
+        while batch := list(islice(remaining, per_shard)):
+            shards.append(write_shard(partial / shard_name(len(shards)), batch))
+            counts.update(int(sample["cls"]) for sample in batch)
+        labels = tuple(counts[label] for label in range(len(classes)))
+        manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
+        write_file(partial / MANIFEST, manifest.to_json().encode())
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -202,7 +206,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
     offsets = []
     partial = _partial(path)
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             tee: Any = _Hashing(file)
             # webdataset's own writer passes over members whose extension begins with _
             with tarfile.open(fileobj=tee, mode="w|") as tar:
@@ -242,7 +246,7 @@ def write_index(path: Path, offsets: np.ndarray) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Write a file that is either not there, as it was, or whole."""
     partial = _partial(path)
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -64,6 +64,18 @@ class TrainingSet:
         return sum((dataset.traffic for dataset in self.datasets), Traffic())
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What whoever uses the model later must know of the data, which need not be there then."""
+        manifest = self.manifest
+        return {
+            "name": manifest.name,
+            "samples": self.samples,
+            "classes": list(manifest.classes),
+            "mean": list(manifest.mean),
+            "std": list(manifest.std),
+        }
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over the manifests, wherever their shards are."""
         each = [dataset.manifest.fingerprint for dataset in self.datasets]

@@ -3,6 +3,7 @@ constructor's arguments, and preprocessing.json with what that code does not kee
 """
 
 import argparse
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimscale import untrusted
+from vimscale import files, untrusted
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import starting, unwrap
@@ -30,12 +31,15 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest) -> None:
 
     Raises:
         CheckpointError: the published code cannot express the model.
+        OSError: with a file's name; what was there before stays.
     """
     arguments, state = published_config(model), to_published(model)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state}, folder / "model.pth")
-    for name, content in ((_ARGUMENTS, arguments), (_PREPROCESSING, preprocessing(manifest))):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    content = io.BytesIO()
+    torch.save({"model": state}, content)  # to a full disk it would say nothing of what happened
+    files.write(folder / "model.pth", content.getvalue())
+    for name, tree in ((_ARGUMENTS, arguments), (_PREPROCESSING, preprocessing(manifest))):
+        files.write(folder / name, json.dumps(tree, indent=1) + "\n")
 
 
 def load(folder: Path) -> VisionMamba:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from vimscale import files
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.evaluate import restore
@@ -26,14 +27,19 @@ _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 
 
 def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str, Any]) -> None:
-    """Write `model` to `folder`. `about`: where the weights come from, for people."""
+    """Write `model` to `folder`. `about`: where the weights come from, for people.
+
+    Raises:
+        OSError: with a file's name; what was there before stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    files.save_tensors(folder / "model.safetensors", tensors)
     config = {"format": 1, "model": model.config.to_dict(), "backward": model.backward}
     config |= {**preprocessing(manifest), "about": about}
     if isinstance(model, PublishedVim):
         config["published"] = model.arguments
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    files.write(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def preprocessing(manifest: Manifest) -> dict[str, Any]:

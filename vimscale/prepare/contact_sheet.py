@@ -1,6 +1,7 @@
 """A picture of samples as they are and as training sees them: the quickest way to find a wrong label or crop."""
 
 import os
+import shlex
 from bisect import bisect
 from collections.abc import Sequence
 
@@ -100,7 +101,8 @@ def _samples(located: Located, seed: int) -> list[tuple[str, Tensor, int]]:
             os.close(descriptor)
     found = (found + spare)[:ROWS]
     if not found:
-        raise DataError(f"data {located.folder}: no sample to draw; see `vimscale data verify {located.folder} --deep`")
+        verify = shlex.join(["vimscale", "data", "verify", str(located.folder), "--deep"])
+        raise DataError(f"data {located.folder}: no sample to draw; see `{verify}`")
     return found
 
 

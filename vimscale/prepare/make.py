@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -108,6 +109,32 @@ def prepare(
     return written
 
 
+def finished(
+    source: str, output: Path, options: Options, columns: Columns, *, origin: str = "", licence: str = ""
+) -> dict[str, Manifest] | None:
+    """The manifests that `prepare` has written for this very input and these options; None if there is no set yet.
+
+    Raises:
+        DataError: the set that is there was made of another input or with other options.
+    """
+    there = {"": output / MANIFEST} if (output / MANIFEST).is_file() else {}
+    there = there or {path.parent.name: path for path in output.glob(f"*/{MANIFEST}")}
+    if not there:
+        return None
+    partial = output.with_name(f".{output.name}.partial")
+    with _locked(partial):
+        content = open_input(source, columns, partial)
+        plan = make_plan(content, options)
+        digest = plan_hash(content, options, plan, (origin, licence))
+    written = {split: Manifest.from_json(path.read_bytes(), str(path.parent)) for split, path in there.items()}
+    splits = list(dict.fromkeys(job.split for job in plan))
+    if {*splits} != {*written} or any(manifest.plan != digest for manifest in written.values()):
+        raise DataError(
+            f"data {output}: a set made of another input or with other options is there; give a new folder or remove it"
+        )
+    return {split: written[split] for split in splits}
+
+
 # ---- the plan
 
 
@@ -192,7 +219,7 @@ def _same_plan(partial: Path, digest: str) -> None:
     if path.exists() and path.read_text(errors="replace") != json.dumps({"plan": digest}):
         raise DataError(
             f"data {partial}: an unfinished set of other options or other inputs is there;"
-            f" give the same again to finish it, or start over: rm -r {partial}"
+            f" give the same again to finish it, or start over: rm -r {shlex.quote(str(partial))}"
         )
     write_file(path, json.dumps({"plan": digest}).encode())
 

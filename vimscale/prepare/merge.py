@@ -1,6 +1,7 @@
 """Several data sets of the same classes become one; no image is read for it."""
 
 import os
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -34,9 +35,9 @@ def merge(sets: list[Located], output: Path) -> Manifest:
         manifest = _merged(output.name, [one.manifest for one in sets], tuple(shards))
         write_file(partial / MANIFEST, manifest.to_json().encode())
         publish(partial, output)
-    except OSError as error:
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(f"data {output}: {error.strerror} ({error.filename})") from None
+        raise
     return manifest
 
 
@@ -68,7 +69,7 @@ def _check(sets: list[Located]) -> None:
                 if not path.is_file() or path.stat().st_size != size:
                     raise DataError(
                         f"data {one.folder}: {path} is missing or not of its size; mend the set first:"
-                        f" vimscale data repair {one.folder}"
+                        f" {shlex.join(['vimscale', 'data', 'repair', str(one.folder)])}"
                     )
             if shard.sha256 in owners:
                 raise DataError(f"{name} and {owners[shard.sha256]} are the same; give each set once")
