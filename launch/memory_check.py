@@ -31,15 +31,17 @@ _A_TOKEN = 300
 def check(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool) -> None:
     """Refuse what `world` ranks of this machine have no room for. `ray`: whether a Ray of our own runs as well.
 
-    What needs less than half of the room by a coarse estimate is not looked at further: a plan takes seconds, most of
-    them to import torch.
+    What needs less than half of a CPU's room by a coarse estimate is not looked at further: a plan takes seconds, most
+    of them to import torch.
 
     Raises:
         LaunchError: the numbers, and what would fit.
     """
     config = recipe.model.shape(len(data.manifest.classes))
+    if not gpus() and at_most(recipe, config, world) < _room(recipe, config, world, ray=ray) / 2:
+        return
     place = this_machine(recipe, config, world, ray=ray)
-    if place is None or at_most(recipe, config, world) < place.room / 2:
+    if place is None:
         return
     from vimscale.plan import Planner
 
@@ -63,17 +65,20 @@ def at_most(recipe: "Recipe", config: "VimConfig", world: int) -> float:
     return 32 * parameters(config) + micro * largest * (_A_TOKEN * layers + 5 * 3 * height * width)
 
 
+def _room(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> int:
+    """Bytes that a plan may give each of `world` ranks that compute on this machine's CPUs."""
+    height, width = config.size
+    micro, _ = recipe.micro_batch(world)
+    workers = recipe.data.workers * (WORKER + 3 * micro * 3 * height * width)
+    return int(max((memory().available - RAY * ray) / world - RANK - workers, 0) / HEAP)
+
+
 def _cpu(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Place":
     from vimscale.plan import Place
     from vimscale.roofline import Fabric
 
-    height, width = config.size
-    micro, _ = recipe.micro_batch(world)
-    workers = recipe.data.workers * (WORKER + 3 * micro * 3 * height * width)
-    available = memory().available
-    room = max((available - RAY * ray) / world - RANK - workers, 0) / HEAP
-    name = f"the {available / 1e9:.1f} GB of memory that this machine has available"
-    return Place(name, None, int(room), Fabric(world, 1, 1), None)
+    name = f"the {memory().available / 1e9:.1f} GB of memory that this machine has available"
+    return Place(name, None, _room(recipe, config, world, ray=ray), Fabric(world, 1, 1), None)
 
 
 def _gpu(world: int) -> "Place | None":

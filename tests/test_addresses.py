@@ -106,7 +106,7 @@ def test_a_data_set_is_read_with_a_password_from_the_environment(
         # a manifest may not ask for variables: it would get them sent wherever it says
         manifest = {"format": 1, "name": "x", "classes": ["a"], "mean": [0, 0, 0], "std": [1, 1, 1]}
         base = f"{server.url}/elsewhere?${{VIMSCALE_TEST_PASSWORD}}"
-        shard = {"name": "0.tar", "samples": 1, "bytes": 1, "sha256": "0"}
+        shard = {"name": "0.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64}
         manifest |= {"source": "", "licence": "", "samples": 1, "shards": [shard], "base": base}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         opened = Dataset.open(place)

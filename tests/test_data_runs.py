@@ -85,6 +85,7 @@ def test_a_shard_that_breaks_in_mid_run_is_named_with_its_offset(shell: Shell, d
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_behind_a_web_server_that_dies_and_comes_back_has_the_same_losses(shell: Shell, digits: Path) -> None:
     windows = ("data.window=1", "steps=60")

@@ -85,7 +85,7 @@ def _ends_as_if_nothing_had_been(
 @pytest.mark.parametrize(
     ("how", "faults"),
     [
-        pytest.param(PROCESSES, [Fault("kill rank", "save", 12, rank=1)], id="rank-in-save"),
+        pytest.param(PROCESSES, [Fault("kill rank", "save", 12, rank=1)], id="rank-in-save", marks=pytest.mark.slow),
         pytest.param(PROCESSES, [Fault("damage", "step", 20)], id="launcher-and-damage"),
         pytest.param(RAY, [Fault("kill rank", "save", 12, rank=0)], id="ray-rank-in-save"),
     ],

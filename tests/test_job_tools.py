@@ -82,7 +82,7 @@ def test_a_damaged_record_of_a_local_job_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "small/job"
     folder.mkdir(parents=True)
     (folder / "job.json").write_text('{"pid": 1')
-    with pytest.raises(LaunchError, match=r"job\.json cannot be read: .*; remove .*small/job to forget the job"):
+    with pytest.raises(LaunchError, match=r"job\.json cannot be read: .*; remove it to forget the job"):
         jobs.open_backend(cluster.load("local", [f"runs={tmp_path}"])).jobs()
 
 

@@ -19,6 +19,8 @@ from vimscale.launch.rank import Ending
 
 RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")
+ALL_LAYOUTS = [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]
+"""(ZeRO stage, ranks), but for stage 0 on one rank."""
 
 
 def _relative(ours: list[float], theirs: list[float]) -> float:
@@ -43,8 +45,17 @@ def _same_weights(shell: Shell, a: str, b: str) -> bool:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", [("--no-ray",), pytest.param((), marks=pytest.mark.slow)], ids=["processes", "ray"])
-def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell, how: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("how", "layouts"),
+    [
+        pytest.param(("--no-ray",), [(0, 2), (2, 2), (3, 2)], id="processes"),
+        pytest.param(("--no-ray",), ALL_LAYOUTS, id="processes-all", marks=pytest.mark.slow),
+        pytest.param((), ALL_LAYOUTS, id="ray-all", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_are_the_same_at_every_zero_stage_and_world_size(
+    shell: Shell, how: tuple[str, ...], layouts: list[tuple[int, int]]
+) -> None:
     def losses(zero: int, world: int) -> list[float]:
         name = f"zero{zero}x{world}"
         shell.run("launch", "small.yaml", f"name={name}", f"parallel.zero={zero}", "--workers", str(world), *how)
@@ -52,7 +63,7 @@ def test_losses_are_the_same_at_every_zero_stage_and_world_size(shell: Shell, ho
 
     plain = losses(0, 1)
     assert plain[-1] < plain[0] * 0.9
-    for zero, world in [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]:
+    for zero, world in layouts:
         # fp32 sums in another order
         assert _relative(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
 
@@ -70,6 +81,7 @@ DYNAMIC = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_directions_that_change_are_the_same_at_every_stage_and_level_of_recomputation(shell: Shell) -> None:
     def losses(name: str, *how: str, world: int) -> list[float]:
@@ -91,6 +103,7 @@ def test_directions_that_change_are_the_same_at_every_stage_and_level_of_recompu
     assert all(gate < 1 for gate in layers[-1]["gate"] if gate is not None), "their decay is half of all a step"
 
 
+@pytest.mark.slow  # an interrupted run under Ray is compared with plain processes too
 def test_ray_and_plain_processes_give_the_same_bits(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=ray", *RAY)
     shell.run("launch", "small.yaml", "name=processes", *PROCESSES)
@@ -98,13 +111,14 @@ def test_ray_and_plain_processes_give_the_same_bits(shell: Shell) -> None:
     assert _same_weights(shell, "ray", "processes")
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_the_order_of_sums(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=whole", *PROCESSES)
     shell.run("launch", "small.yaml", "name=parts", "parallel.micro_batch=4", *PROCESSES)
     assert _relative(shell.losses("parts"), shell.losses("whole")) < 1e-5
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_bf16_trains_with_fp32_parameters(shell: Shell, zero: int) -> None:
     shell.run("launch", "small.yaml", "name=exact", f"parallel.zero={zero}", *PROCESSES)
     shell.run("launch", "small.yaml", "name=bf16", f"parallel.zero={zero}", "parallel.precision=bf16", *PROCESSES)
@@ -165,7 +179,8 @@ def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: 
     assert "runs/hit is finished: 200 steps, top-1" in output
 
 
-@pytest.mark.parametrize("how", [PROCESSES, pytest.param(RAY, marks=pytest.mark.slow)], ids=["processes", "ray"])
+@pytest.mark.slow  # test_faults kills them too
+@pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
 def test_a_killed_launcher_leaves_no_rank_running_and_the_command_goes_on(
     shell: Shell, calm: Shell, how: tuple[str, ...]
 ) -> None:
@@ -185,10 +200,17 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.timeout(600)
-def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell) -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(1, "2"), (3, "1"), (2, "2")],
+        pytest.param([(1, "2"), (3, "1"), (2, "2"), (0, "1"), (1, "1")], marks=pytest.mark.slow),
+    ],
+    ids=["three", "five"],
+)
+def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell, layouts: list[tuple[int, str]]) -> None:
     options = ("steps=90", "checkpoint.every=30", "log.every=10")
     shell.run("launch", "small.yaml", "name=calm", *options, *PROCESSES)
-    layouts = [(1, "2"), (3, "1"), (2, "2"), (0, "1"), (1, "1")]
     for number, (zero, world) in enumerate(layouts):
         process = shell.popen(
             "launch", "small.yaml", "name=moved", *options, f"parallel.zero={zero}", "--no-ray", "--workers", world
@@ -206,9 +228,7 @@ def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell) -> Non
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "zero", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("zero", [*(pytest.param(zero, marks=pytest.mark.slow) for zero in range(3)), 3])
 def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, zero: int) -> None:
     shell.run("launch", "small.yaml", f"parallel.zero={zero}", "evaluate.every=20", *PROCESSES)
     during = shell.rows("small", "eval")

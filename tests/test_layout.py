@@ -167,10 +167,14 @@ print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
     assert _fresh(code).strip().splitlines()[-1] == "[]"
 
 
-def test_recipes_and_run_folders_are_checked_without_importing_torch() -> None:
+def test_recipes_run_folders_and_memory_are_checked_without_importing_torch() -> None:
     code = """
 import sys, vimscale.recipe, vimscale.run_folder, vimscale.export.starting, vimscale.launch.supervisor
-vimscale.recipe.load("vim_digits_cpu")
+from vimscale.launch import memory_check, on_local
+recipe = vimscale.recipe.load("vim_digits_cpu")
+config = recipe.model.shape(10)
+assert memory_check.at_most(recipe, config, 2) > 0
+assert memory_check._room(recipe, config, 2, ray=True) >= 0
 print("torch" in sys.modules)
 """
     assert _fresh(code).strip() == "False"

@@ -82,6 +82,22 @@ def test_a_run_that_ends_on_a_full_disk_says_what_is_lost(run: RunFolder, caplog
     assert [row["step"] for row in run.rows()] == [1]
 
 
+def _resume(run: RunFolder, step: int) -> None:
+    """With its first row a resumed run drops what was written past its start."""
+    metrics = Metrics(run, step)
+    metrics.write(_row(step + 1))
+    metrics.close()
+
+
+def test_a_launch_that_writes_no_row_changes_nothing(run: RunFolder) -> None:
+    run.path.mkdir()
+    run.metrics.write_text("".join(json.dumps(_row(step)) + "\n" for step in (1, 2, 3)) + "cut")
+    before = run.metrics.read_bytes()
+    Metrics(run, 1).close()
+    assert run.metrics.read_bytes() == before
+    assert not run.tensorboard.exists()
+
+
 def test_a_resume_that_cannot_drop_later_rows_changes_nothing_and_says_so(run: RunFolder) -> None:
     metrics = Metrics(run, 0)
     for step in range(1, 101):
@@ -91,7 +107,7 @@ def test_a_resume_that_cannot_drop_later_rows_changes_nothing_and_says_so(run: R
         _files_of_at_most(2000),
         pytest.raises(RunFailed, match=r"metrics\.jsonl could not be written: File too large"),
     ):
-        Metrics(run, 90)
+        Metrics(run, 90).write(_row(91))
     assert _steps(run) == list(range(1, 101))
     assert [path.name for path in run.path.iterdir() if path.suffix == ".partial"] == []
 
@@ -133,9 +149,9 @@ def test_lines_that_cannot_be_read_are_kept_counted_and_end_no_run(
     lines[2] = damaged
     run.path.mkdir()
     run.metrics.write_bytes(b"\n".join(lines) + b"\n")
-    Metrics(run, 6).close()
-    assert run.metrics.read_bytes() == b"\n".join(lines[:6]) + b"\n"
-    assert [row["step"] for row in run.rows()] == [1, 2, 4, 5, 6]
+    _resume(run, 6)
+    assert run.metrics.read_bytes() == b"\n".join(lines[:7]) + b"\n"
+    assert [row["step"] for row in run.rows()] == [1, 2, 4, 5, 6, 7]
     (record,) = caplog.records
     expected = "1 lines cannot be read and are kept as they are; the losses of 1 of 6 steps are missing"
     assert record.getMessage() == f"{run.metrics}: {expected}"
@@ -147,16 +163,16 @@ def test_zeros_before_a_row_do_not_hide_it_and_a_line_cut_by_a_kill_goes(
     lines = [json.dumps(_row(step)).encode() for step in range(1, 5)]
     run.path.mkdir()
     run.metrics.write_bytes(lines[0] + b"\n" + ZEROS + lines[1] + b"\n" + lines[2] + b"\n" + lines[3][:20])
-    Metrics(run, 3).close()
-    assert [row["step"] for row in run.rows()] == [1, 2, 3]
-    assert run.metrics.read_bytes().endswith(lines[2] + b"\n")
+    _resume(run, 3)
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    assert run.metrics.read_bytes().endswith(lines[2] + b"\n" + lines[3] + b"\n")
     assert caplog.records == []
 
 
 def test_rows_that_are_missing_altogether_are_counted(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     run.path.mkdir()
     run.metrics.write_text("".join(json.dumps(_row(step)) + "\n" for step in (1, 2, 6, 7)))
-    Metrics(run, 6).close()
+    _resume(run, 6)
     assert "the losses of 3 of 6 steps are missing" in caplog.text
 
 
@@ -195,7 +211,7 @@ def test_a_damaged_report_of_the_guard_is_named(run: RunFolder, text: str) -> No
     report.parent.mkdir(parents=True)
     report.write_text(text)
     (report.parent / "rank_00000.safetensors").write_bytes(b"\0" * 9)
-    with pytest.raises(CheckpointError, match=r"step_00000003: this report is damaged \(\w+: "):
+    with pytest.raises(CheckpointError, match=r"report .*step_00000003 cannot be read: .*; remove it"):
         guard_report.read(run)
 
 

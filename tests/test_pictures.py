@@ -67,7 +67,7 @@ def test_a_users_text_is_no_formula_and_has_no_boxes_in_plots(tmp_path: Path) ->
 
 def test_the_picture_of_a_plan_for_cpus_shows_memory_and_says_what_there_is(tmp_path: Path) -> None:
     cluster = clusters.load("local", ["workers=4"])
-    planner, _ = plan_command.prepare(recipe.load("vim_digits_cpu", LITTLE), cluster)
+    planner, _ = plan_command.prepare(recipe.load("vim_digits_cpu", LITTLE), cluster, 2)
     assert plan_command._counts(None, cluster, 4) == [1, 2, 4]
     rows = plan_command.outlooks(planner, [2, 1024])
     with warnings.catch_warnings():

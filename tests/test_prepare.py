@@ -336,7 +336,7 @@ ODD = {
         "1 rows have no label; leave them out; the first is",
     ),
     "a gap in a column": (lambda folder: _parquet(folder, [0.0, None, float("nan")]), "2 rows have no label"),
-    "a list in json": (lambda folder: _jsons(folder, [0, [1]]), "in.tar, sample 1: its .json holds [1] (list)"),
+    "a list in json": (lambda folder: _jsons(folder, [0, [1]]), "in.tar, sample 1: its .json holds a list, and labels"),
     "an empty member": (lambda folder: _cls(folder, [0, "\n"]), "1 rows have no label"),
     "a folder of another name": (
         lambda folder: _numbered_folders(folder, "cat"),

@@ -203,7 +203,7 @@ def test_what_cannot_be_written_about_a_failure_hides_none(
     runs: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Folders in the places of files, which even root cannot write to."""
-    for name in ("failures.partial", "errors.txt", "logs/stacks_00000.txt"):
+    for name in (f".failures.json.partial-{os.getpid()}", "errors.txt", "logs/stacks_00000.txt"):
         (runs.path / name).mkdir()
     assert _supervise(runs, Scripted([_pulse(5), _died()]), Scripted([DONE]))[0] == 0
     assert f"{runs.path}/failures.json could not be written: Is a directory" in caplog.text

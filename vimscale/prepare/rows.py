@@ -135,8 +135,9 @@ def checked_label(label: Any, where: str, names: tuple[str, ...] | None) -> Labe
         # what tables write where there is no label
         return None if label == "" or (label.lower() == "nan" and label not in (names or ())) else label
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        value, kind = brief(label), kind_of(label)
+        held = value if value == kind else f"{value} ({kind})"
         raise DataError(
-            f"input {where} holds {brief(label)} ({kind_of(label)}), and labels are names or whole numbers;"
-            " name another with --label-column"
+            f"input {where} holds {held}, and labels are names or whole numbers; name another with --label-column"
         )
     return label
