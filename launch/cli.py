@@ -224,15 +224,15 @@ def launch(
             def make_group() -> supervisor.Group:
                 return on_local.LocalGroup(chosen, folder.path, allowed[0], policy.patience_s)
         else:
-            from . import on_ray
+            from . import on_ray, ray_connection
 
             def give_up() -> None:
-                on_ray.kill_own()
+                ray_connection.kill_own()
                 folder.withdraw()
 
             try:
                 with stop.at_once(give_up):
-                    ray = on_ray.Ray(address)
+                    ray = ray_connection.Ray(address)
             except Stopped:
                 raise _stopped(folder, console) from None
             stack.callback(ray.close)

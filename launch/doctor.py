@@ -32,7 +32,7 @@ from vimscale.errors import LaunchError
 
 from . import workers
 from .on_local import cpus, gpus, memory
-from .on_ray import RAY_SOCKETS
+from .ray_connection import RAY_SOCKETS
 from .temporary import private_folder
 
 Address = IPv4Address | IPv6Address

@@ -24,7 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from vimscale.errors import LaunchError, RunFailed
 
 from . import trials, unattended
-from .on_ray import Ray
+from .ray_connection import Ray
 from .signals import StopSignal
 from .trials import By, Trial
 

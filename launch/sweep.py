@@ -79,11 +79,11 @@ def sweep(
     stop = StopSignal()
     claimed: list[RunFolder] = []
     if open_:
-        from . import on_ray
+        from . import ray_connection
 
         with stop.installed():
-            with stop.at_once(on_ray.kill_own):
-                ray = on_ray.Ray(address)
+            with stop.at_once(ray_connection.kill_own):
+                ray = ray_connection.Ray(address)
             # once more behind Ray, which takes SIGTERM for itself
             with contextlib.closing(ray), stop.installed():
                 from . import on_tune

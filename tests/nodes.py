@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.ray_head import RAY as _RAY
-from vimscale.launch.on_ray import RAY_SOCKETS
+from vimscale.launch.ray_connection import RAY_SOCKETS
 from vimscale.launch.temporary import private_folder
 
 _PORT = 6379

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.shell import Shell
-from vimscale.launch.on_ray import RAY_SOCKETS
+from vimscale.launch.ray_connection import RAY_SOCKETS
 from vimscale.launch.temporary import private_folder
 
 RAY = str(Path(sys.executable).with_name("ray"))

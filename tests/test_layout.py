@@ -111,7 +111,7 @@ def test_vimscale_knows_no_scheduler() -> None:
     ("library", "only"),
     [
         ("deepspeed", {"vimscale.engine"}),
-        ("ray", {"launch.on_ray", "launch.on_ray_jobs", "launch.on_tune"}),
+        ("ray", {"launch.on_ray", "launch.ray_connection", "launch.on_ray_jobs", "launch.on_tune"}),
         ("matplotlib", {"launch.pictures"}),
     ],
 )

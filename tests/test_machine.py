@@ -11,7 +11,7 @@ import pytest
 from tests.shell import Shell
 from vimscale.errors import LaunchError
 from vimscale.launch import temporary
-from vimscale.launch.on_ray import RAY_SOCKETS
+from vimscale.launch.ray_connection import RAY_SOCKETS
 
 FOREIGN = {
     # of an MPI job, of torchrun and of Slurm, in which the launcher may run

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from vimscale.errors import LaunchError
-from vimscale.launch import on_ray
+from vimscale.launch import ray_connection
 
 
 @contextmanager
@@ -39,24 +39,24 @@ def test_an_address_is_asked_for_a_ray_that_takes_the_token(
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     with _head(None) as address:
-        on_ray._check_reachable(address)
+        ray_connection._check_reachable(address)
     with (
         _head(None, method="Other") as address,
         pytest.raises(LaunchError, match=r"what answers there is no Ray \(UNI"),
     ):
-        on_ray._check_reachable(address)
+        ray_connection._check_reachable(address)
     with _head("right") as address:
         with pytest.raises(LaunchError, match="that Ray wants its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):
-            on_ray._check_reachable(address)
+            ray_connection._check_reachable(address)
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(LaunchError, match="does not take the token that is set"):
-            on_ray._check_reachable("auto")
+            ray_connection._check_reachable("auto")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
-        on_ray._check_reachable("auto")
+        ray_connection._check_reachable("auto")
         monkeypatch.delenv("RAY_AUTH_TOKEN")
         (tmp_path / "token").write_text("right\n")
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-        on_ray._check_reachable(address)
+        ray_connection._check_reachable(address)
     assert capfd.readouterr() == ("", "")

@@ -427,9 +427,9 @@ def test_a_ray_that_dies_while_a_group_starts_is_a_death_of_the_group(shell: She
 import json, os, pathlib, signal
 from tests.test_supervisor import _below, _command
 from vimscale import recipe
-from vimscale.launch import on_ray
+from vimscale.launch import on_ray, ray_connection
 
-own = on_ray.Ray(None)
+own = ray_connection.Ray(None)
 group = on_ray.RayGroup(own, recipe.load("small.yaml"), pathlib.Path("run"), [2], gpu=False, patience_s=300)
 import ray
 owner, name = {"(group, '_find_room')" if when.startswith("before") else "(ray, 'wait')"}
