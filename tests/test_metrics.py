@@ -98,6 +98,21 @@ def test_a_launch_that_writes_no_row_changes_nothing(run: RunFolder) -> None:
     assert not run.tensorboard.exists()
 
 
+def test_the_evaluation_after_the_last_step_is_there_once_however_often_it_is_made(run: RunFolder) -> None:
+    evaluation = {"kind": "eval", "step": 2, "images": 9, "top1": 0.5}
+    for start, trained in ((0, False), (2, True), (2, True)):
+        metrics = Metrics(run, start, trained=trained)
+        for step in range(start + 1, 3):
+            metrics.write(_row(step))
+        metrics.write(evaluation)
+        metrics.close()
+    assert [(row["kind"], row["step"]) for row in run.rows()] == [("train", 1), ("train", 2), ("eval", 2)]
+    metrics = Metrics(run, 2)  # of a longer run: step 2 is not evaluated again
+    metrics.write(_row(3))
+    metrics.close()
+    assert [row["kind"] for row in run.rows()] == ["train", "train", "eval", "train"]
+
+
 def test_a_resume_that_cannot_drop_later_rows_changes_nothing_and_says_so(run: RunFolder) -> None:
     metrics = Metrics(run, 0)
     for step in range(1, 101):

@@ -36,12 +36,15 @@ class Metrics:
     the step that this one resumes from, is dropped: a launch that is stopped before changes nothing.
     """
 
-    def __init__(self, folder: RunFolder, start: int):
-        self._folder, self._start = folder, start
+    def __init__(self, folder: RunFolder, start: int, *, trained: bool = False):
+        """`trained`: `start` is the last step, so that only the evaluation after it is left to do, and replaces one that
+        was written before.
+        """
+        self._folder, self._start, self._trained = folder, start, trained
         self._files: tuple[_Appended, _Board] | None = None
 
     def _open(self) -> "tuple[_Appended, _Board]":
-        _drop_after(self._folder.metrics, self._start)
+        _drop_after(self._folder.metrics, self._start, trained=self._trained)
         self._files = _Appended(self._folder.metrics), _Board(self._folder.tensorboard, self._start)
         return self._files
 
@@ -126,8 +129,8 @@ class _Board:
         self._file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Leave out the rows of later steps. Lines that cannot be read stay, with a warning, but for the last one if a kill
+def _drop_after(path: Path, step: int, *, trained: bool) -> None:
+    """Leave out the rows of later steps, and if `trained` the evaluation after this one. Lines that cannot be read stay, with a warning, but for the last one if a kill
     cut it.
     """
     if not path.exists():
@@ -136,7 +139,12 @@ def _drop_after(path: Path, step: int) -> None:
     if last and read_row(last) is not None:
         lines.append(last)
     rows = [read_row(line) for line in lines]
-    kept = [line for line, row in zip(lines, rows, strict=True) if row is None or row["step"] <= step]
+    again = [row is not None and trained and (row["kind"], row["step"]) == ("eval", step) for row in rows]
+    kept = [
+        line
+        for line, row, left_out in zip(lines, rows, again, strict=True)
+        if row is None or (row["step"] <= step and not left_out)
+    ]
     partial = path.with_suffix(".partial")
     try:
         partial.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -83,7 +83,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         if rank == 0:
             log.info("resumed from %s", newest)
     kept = step  # the newest checkpoint's
-    metrics = Metrics(folder, step) if rank == 0 else None
+    metrics = Metrics(folder, step, trained=step == steps) if rank == 0 else None
     agree = distributed.Agreement(spec.patience_s)
     saver = Saver(folder.checkpoints, recipe.checkpoint, recipe.name, emit)
     emit({"kind": "started", "step": step, "steps": steps})
