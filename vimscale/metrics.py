@@ -37,8 +37,8 @@ class Metrics:
     """
 
     def __init__(self, folder: RunFolder, start: int, *, trained: bool = False):
-        """`trained`: `start` is the last step, so that only the evaluation after it is left to do, and replaces one that
-        was written before.
+        """`trained`: `start` is the last step. Only the evaluation after it is left to do, and replaces one that was
+        written before.
         """
         self._folder, self._start, self._trained = folder, start, trained
         self._files: tuple[_Appended, _Board] | None = None
@@ -130,8 +130,8 @@ class _Board:
 
 
 def _drop_after(path: Path, step: int, *, trained: bool) -> None:
-    """Leave out the rows of later steps, and if `trained` the evaluation after this one. Lines that cannot be read stay, with a warning, but for the last one if a kill
-    cut it.
+    """Leave out the rows of later steps, and if `trained` the evaluation after this one. Lines that cannot be read
+    stay, with a warning, but for the last one if a kill cut it.
     """
     if not path.exists():
         return

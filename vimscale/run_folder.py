@@ -107,8 +107,8 @@ def misnamed(name: str, trainer: bytes) -> str | None:
     return None if checkpoint_name(step) == name else f"it is of step {step}; its name would be {checkpoint_name(step)}"
 
 
-_NUMBERS = {"train": ("loss", "lr"), "eval": ("top1", "top5", "loss", "images")}
-"""Figures that rows of a kind have, and a result with an evaluation."""
+_NUMBERS = {"train": ("loss", "lr"), "eval": ("top1", "loss", "images")}
+"""Figures that all rows of a kind have, and a result with an evaluation; top5 is left out for few classes."""
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
