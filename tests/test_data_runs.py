@@ -110,6 +110,7 @@ def test_a_run_behind_a_web_server_that_dies_and_comes_back_has_the_same_losses(
     assert min(row["cache_hits"] for row in logged) < 1
 
 
+@pytest.mark.slow
 def test_anyone_can_see_that_the_order_is_the_same_for_any_world(shell: Shell) -> None:
     def order(*how: str) -> list[str]:
         output = shell.run("data", "order", "small.yaml", *SHORT, "--from", "13", "--steps", "3", *how)
