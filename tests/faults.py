@@ -117,7 +117,7 @@ def survive(shell: Shell, name: str, command: tuple[str, ...], faults: list[Faul
 
 
 class SmallDisk:
-    """A file system of its own for a shell's `runs`, in a mount namespace that a process holds."""
+    """A separate file system for a shell's `runs`, in a mount namespace that a process holds."""
 
     def __init__(self, shell: Shell, megabytes: int = 8):
         """Raises:

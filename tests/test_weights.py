@@ -169,7 +169,7 @@ def test_a_head_follows_the_names_of_its_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [("ant", "bee", "cat", "eel"), ("ant", "bee"), (*NAMES, "eel")])
-def test_a_head_of_other_classes_starts_anew(tmp_path: Path, classes: tuple[str, ...]) -> None:
+def test_a_head_of_other_classes_starts_again(tmp_path: Path, classes: tuple[str, ...]) -> None:
     safetensors.write(tmp_path, _model(), _manifest(), {})
     config = dataclasses.replace(OURS, num_classes=len(classes))
     weights, notes = safetensors.starting_weights(tmp_path, config, _manifest(classes))

@@ -1,7 +1,6 @@
 """A published checkpoint's file, whatever it is wrapped in, as one state dict of tensors."""
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimscale import untrusted
 from vimscale.errors import CheckpointError
 from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
 
@@ -139,14 +139,18 @@ def _sharded(path: Path, ema: bool) -> Published:
     try:
         if path.stat().st_size > _LARGEST_INDEX:
             raise CheckpointError(f"{path} is too large for an index of shards: {path.stat().st_size:,} bytes")
-        places = json.loads(path.read_bytes())["weight_map"]
+        places = untrusted.loads(path.read_bytes())["weight_map"]
         files = dict.fromkeys(places.values())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is not an index of shards: it has no weight_map of names to files") from None
-    if any(not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name) or name[0] == "." for name in files):
-        raise CheckpointError(f"{path} names a shard that is not a file next to it")
+    try:
+        for name in files:
+            if untrusted.file_name(name).startswith("."):
+                raise ValueError(f"{untrusted.shown(name)} is hidden")
+    except ValueError as error:
+        raise CheckpointError(f"{path} names a shard that is not a file next to it: {error}") from None
     tree: dict[str, Tensor] = {}
     for name in files:
         whole, tensor, _ = _opened(path.with_name(name))

@@ -157,7 +157,7 @@ def _check_end(descriptor: int, offset: int) -> None:
     at = offset
     while block := os.pread(descriptor, 1 << 20, at):
         if block.count(0) != len(block):
-            raise tar.Fault(offset, "the tar ends here, and more follows: unpack it, and pack it anew")
+            raise tar.Fault(offset, "the tar ends here, and more follows: unpack it, and pack it again")
         at += len(block)
     if at - offset < 2 * BLOCK:
         raise tar.Fault(offset, "the tar ends in one zero block, not two: it is cut")
