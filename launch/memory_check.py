@@ -77,7 +77,7 @@ def _cpu(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Pl
     from vimscale.plan import Place
     from vimscale.roofline import Fabric
 
-    name = f"the {memory().available / 1e9:.1f} GB of memory that this machine has available"
+    name = f"this machine ({memory().available / 1e9:.1f} GB available)"
     return Place(name, None, _room(recipe, config, world, ray=ray), Fabric(world, 1, 1), None)
 
 

@@ -175,7 +175,7 @@ def test_what_this_machine_has_no_memory_for_is_refused_before_anything_starts(
     done = CliRunner().invoke(app, [*command, "vim_digits_cpu", *changes, "--workers", "1", "--runs", str(tmp_path)])
     assert isinstance(done.exception, LaunchError)
     said = str(done.exception)
-    assert "does not fit the 4.0 GB of memory that this machine has available on 1 ranks: one needs" in said
+    assert "does not fit this machine (4.0 GB available) on 1 ranks: one needs" in said
     assert "would fit: parallel.micro_batch=" in said
     assert "--force" in said
     assert list(tmp_path.iterdir()) == []
