@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import files
 from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, DataError, LaunchError, RecipeError, RunFailed, UserError
+from vimscale.storage import files
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep, temporary
 from . import cluster as clusters

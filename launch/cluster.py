@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from vimscale import addresses
 from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, suggest
+from vimscale.storage import addresses
 from vimscale.typed_yaml import Address, Flag, Kind, Section, Whole
 
 from .workers import usual

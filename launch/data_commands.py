@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vimscale import files, sections
 from vimscale import recipe as recipes
-from vimscale.addresses import masked
+from vimscale import sections
 from vimscale.errors import DataError
+from vimscale.storage import files
+from vimscale.storage.addresses import masked
 
 from . import temporary
 from .arguments import Overrides, RecipeArgument

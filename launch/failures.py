@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import files
 from vimscale.run_folder import RunFolder, checkpoints, set_aside, step_of
+from vimscale.storage import files
 
 from .rank import Cause, Ending
 

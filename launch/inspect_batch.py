@@ -6,10 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import files, guard_report
+from vimscale import guard_report
 from vimscale.errors import DataError
 from vimscale.prepare import contact_sheet
 from vimscale.run_folder import RunFolder
+from vimscale.storage import files
 
 _DRAWN = 128
 """Images of the picture, those of the largest loss."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vimscale import addresses
 from vimscale.errors import LaunchError, RecipeError, suggest
 from vimscale.recipe import Recipe
+from vimscale.storage import addresses
 
 from .cluster import Cluster
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import files, untrusted
 from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
+from vimscale.storage import files, untrusted
 
 from . import workers
 from .cluster import Cluster

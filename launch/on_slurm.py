@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vimscale import files
 from vimscale import recipe as recipes
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.recipe import Recipe
+from vimscale.storage import files
 
 from .cluster import Cluster, Slurm, seconds
 from .jobs import Job, State, ask, completed, environment, job_files, launch_arguments, unknown

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-from vimscale import files
 from vimscale.errors import LaunchError, shortened
+from vimscale.storage import files
 
 if TYPE_CHECKING:
     from vimscale.plan import Outlook, Planner

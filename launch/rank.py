@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vimscale import files
-from vimscale.addresses import masked
 from vimscale.errors import RunFailed, UserError, WorkerDied
 from vimscale.pulse import pulse
+from vimscale.storage import files
+from vimscale.storage.addresses import masked
 
 from . import output
 from .temporary import SOCKETS, private_folder, use

@@ -10,7 +10,7 @@ from webdataset import TarWriter
 
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import Manifest, Shard
-from vimscale.data.store import Retry
+from vimscale.storage.store import Retry
 
 SHARDS, SAMPLES, BYTES = 6, 8, 92_160
 TWO_SHARDS = "0.19MB"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.shell import Shell
-from vimscale import files
 from vimscale.launch import pictures
+from vimscale.storage import files
 
 
 @pytest.fixture

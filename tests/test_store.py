@@ -19,8 +19,8 @@ from moto.server import ThreadedMotoServer
 from tests.noise import BYTES, HASTY, ROOT, SAMPLE, SAMPLES, SHARDS, TWO_SHARDS, everything, moved
 from tests.web_server import WebServer, changed, cut, hang, page, sent_on, status
 from vimscale.data.dataset import Dataset
-from vimscale.data.store import Bucket, Retry, open_store
 from vimscale.errors import DataError
+from vimscale.storage.store import Bucket, Retry, open_store
 
 # ---- a web server
 
@@ -187,7 +187,7 @@ def test_a_server_killed_and_restarted_in_the_middle_of_an_epoch_changes_nothing
     server = _ServerProcess(folder.parent)
     server.start(*(["train/00003.tar", "70000"] if when == "inside a shard" else []))
     restart = _Restart(server.start)
-    store_log = logging.getLogger("vimscale.data.store")
+    store_log = logging.getLogger("vimscale.storage.store")
     store_log.addHandler(restart)
     try:
         dataset = Dataset.open(f"http://127.0.0.1:{server.port}/train", retry=Retry(tries=4, first=0.01))
@@ -267,12 +267,12 @@ def test_a_bucket_whose_server_restarts_in_the_middle_changes_nothing(
     bucket._server.server_close()
     bucket._port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
     restart = _Restart(bucket.start)
-    logging.getLogger("vimscale.data.store").addHandler(restart)
+    logging.getLogger("vimscale.storage.store").addHandler(restart)
     try:
         assert everything(dataset) == expected
         assert restart.start is None
     finally:
-        logging.getLogger("vimscale.data.store").removeHandler(restart)
+        logging.getLogger("vimscale.storage.store").removeHandler(restart)
 
 
 def test_a_bucket_or_a_file_that_is_not_there_is_said_at_once(bucket: ThreadedMotoServer) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.noise import SAMPLE, overwrite, write_set
 from tests.web_server import WebServer
-from vimscale import checkpoint, guard_report, manifest, second, untrusted
+from vimscale import checkpoint, guard_report, manifest, second
 from vimscale.data import shards
 from vimscale.data.dataset import Dataset
 from vimscale.errors import CheckpointError, DataError, LaunchError
@@ -22,6 +22,7 @@ from vimscale.launch.on_local_jobs import LocalJobs
 from vimscale.prepare import adopt, inputs, inspect
 from vimscale.prepare.rows import Columns, Files, Rows
 from vimscale.run_folder import RunFolder
+from vimscale.storage import untrusted
 
 # ---- names
 

@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from tests.web_server import Fault, Handler, WebServer, cut, sent_on
-from vimscale.data.store import Remote, Retry, open_store
 from vimscale.errors import DataError
+from vimscale.storage.store import Remote, Retry, open_store
 
 OK = b"HTTP/1.1 200 OK\r\n"
 

@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale import files, run_folder, untrusted
+from vimscale import run_folder
 from vimscale.errors import CheckpointError
 from vimscale.run_folder import RunFolder
+from vimscale.storage import files, untrusted
 
 _KEPT = 20
 """So many reports of a run stay; each holds a batch."""

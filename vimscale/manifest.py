@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import untrusted
 from vimscale.errors import CheckpointError
 from vimscale.pulse import pulse
+from vimscale.storage import untrusted
 
 FORMAT = 2
 NAME = "manifest.json"

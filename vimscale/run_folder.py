@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vimscale import files, manifest
+from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
 from vimscale.recipe import Checkpoint, Recipe, load
+from vimscale.storage import files
 
 log = logging.getLogger(__name__)
 

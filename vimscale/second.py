@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale import manifest, run_folder, untrusted
-from vimscale.addresses import shown
-from vimscale.data.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets
+from vimscale import manifest, run_folder
 from vimscale.errors import CheckpointError, DataError
 from vimscale.pulse import pulse
 from vimscale.recipe import Checkpoint
+from vimscale.storage import untrusted
+from vimscale.storage.addresses import shown
+from vimscale.storage.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from vimscale import addresses
 from vimscale.errors import FileFaults, brief, kind_of, shortened, suggest
+from vimscale.storage import addresses
 
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}
 Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.addresses import shown
 from vimscale.data.cache import Ahead, Cache, read_index
 from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
-from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, with_secrets
 from vimscale.errors import DataError
 from vimscale.sections import size_bytes
+from vimscale.storage.addresses import shown
+from vimscale.storage.store import Folder, Missing, Remote, Retry, beside, open_store, with_secrets
 
 _FIRST_CONTACT = Retry(tries=4)
 """An address that never answered is more likely wrong than out of order."""

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vimscale.errors import BadSample
-from vimscale.untrusted import shown
+from vimscale.storage.untrusted import shown
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header alone: a few bytes can ask for gigabytes."""

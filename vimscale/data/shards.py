@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vimscale import untrusted
 from vimscale.errors import DataError
-from vimscale.files import naming
 from vimscale.manifest import sync
+from vimscale.storage import untrusted
+from vimscale.storage.files import naming
 
 FORMAT = 1
 MANIFEST = "manifest.json"

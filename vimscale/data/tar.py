@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vimscale.untrusted import shown
+from vimscale.storage.untrusted import shown
 
 BLOCK = 512
 ZERO = bytes(BLOCK)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimscale import files, untrusted
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import starting, unwrap
@@ -20,6 +19,7 @@ from vimscale.export.safetensors import difference, preprocessing
 from vimscale.model import VisionMamba
 from vimscale.model.hustvl import from_published, guess, named, published_config, to_published
 from vimscale.model.published import DEFAULTS, PUBLISHED, complete, family
+from vimscale.storage import files, untrusted
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and std that published models were trained with; their files do not say."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import second, untrusted
+from vimscale import second
 from vimscale.data.shards import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError
@@ -18,6 +18,7 @@ from vimscale.model.published import complete, quirks
 from vimscale.model.schedule import compact
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder, checkpoints, step_of
+from vimscale.storage import untrusted
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Triple = tuple[float, float, float]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vimscale import untrusted
 from vimscale.data import decode
 from vimscale.data.tar import hidden, split_name
 from vimscale.errors import DataError
@@ -30,6 +29,7 @@ from vimscale.prepare.rows import (
     pick,
     size_of,
 )
+from vimscale.storage import untrusted
 
 _log = logging.getLogger(__name__)
 

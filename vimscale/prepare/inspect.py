@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vimscale import untrusted
 from vimscale.data import decode
 from vimscale.data.opened import offsets
 from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, sha256_of
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool
 from vimscale.prepare.index import Sample, Scan, intact, scan
+from vimscale.storage import untrusted
 
 
 @dataclass(frozen=True)

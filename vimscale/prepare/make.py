@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from vimscale import untrusted
 from vimscale.data.shards import (
     MANIFEST,
     Manifest,
@@ -40,6 +39,7 @@ from vimscale.prepare.inputs import Entry, Input, open_input
 from vimscale.prepare.rows import Columns
 from vimscale.prepare.shapes import Options, shape
 from vimscale.prepare.tally import Tally
+from vimscale.storage import untrusted
 
 MEASURED = 10_000
 """Images, at most, that mean and deviation are taken from."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale import untrusted
 from vimscale.data.tar import MEMBER_LIMIT
 from vimscale.errors import BadSample, DataError, brief, kind_of
 from vimscale.prepare.classes import Label, suggestion
+from vimscale.storage import untrusted
 
 IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")

@@ -25,7 +25,7 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from vimscale.untrusted import shown
+from vimscale.storage.untrusted import shown
 
 RATE = 1000
 """Bytes per second that a connection must keep up, on average."""

@@ -24,11 +24,11 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request
 
-import vimscale.data.web as web
-from vimscale import manifest, untrusted
-from vimscale.addresses import filled, masked, shown
+from vimscale import manifest
 from vimscale.errors import DataError
-from vimscale.untrusted import line
+from vimscale.storage import untrusted, web
+from vimscale.storage.addresses import filled, masked, shown
+from vimscale.storage.untrusted import line
 
 log = logging.getLogger(__name__)
 
