@@ -452,7 +452,7 @@ def import_published(
 ) -> None:
     """Read published weights, write them as a model of this package, load that again, and compare logits."""
     from vimscale.export import hustvl, safetensors, unwrap
-    from vimscale.model.hustvl import from_published
+    from vimscale.model.published.weights import from_published
 
     state, args, notes = unwrap.read(file, ema=ema)
     arguments, reasons = hustvl.arguments_for(state, args, model, file)

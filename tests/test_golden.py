@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vimscale.model import PRESETS, VisionMamba
-from vimscale.model.hustvl import PUBLISHED, from_published, guess, published_config, to_published
-from vimscale.model.published import complete, config_of
+from vimscale.model.published.arguments import complete, config_of
+from vimscale.model.published.weights import PUBLISHED, from_published, guess, published_config, to_published
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 CASES = ("v2_midcls_div2", "v2_headcls_sum", "v2_meanpool", "none_midcls", "v2_stride4")

@@ -20,9 +20,9 @@ from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import hustvl, safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.hustvl import PUBLISHED, from_published, guess, named, published_config, to_published
-from vimscale.model.published import complete, config_of
-from vimscale.model.quirks import PublishedVim, build
+from vimscale.model.published.arguments import complete, config_of
+from vimscale.model.published.quirks import PublishedVim, build
+from vimscale.model.published.weights import PUBLISHED, from_published, guess, named, published_config, to_published
 
 VIM = {"img_size": 16, "patch_size": 4, "stride": 4, "depth": 2, "embed_dim": 16, "d_state": 3, "num_classes": 5}
 MAMBAR = {"img_size": 20, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_classes": 5, "num_cls_tokens": 4}

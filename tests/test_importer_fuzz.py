@@ -25,9 +25,9 @@ from vimscale.data.shards import MANIFEST, Manifest
 from vimscale.errors import UserError
 from vimscale.export import hustvl, safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.hustvl import from_published, to_published
-from vimscale.model.published import complete
-from vimscale.model.quirks import build
+from vimscale.model.published.arguments import complete
+from vimscale.model.published.quirks import build
+from vimscale.model.published.weights import from_published, to_published
 
 ARGUMENTS = complete(
     {"img_size": 8, "patch_size": 4, "stride": 4, "depth": 1, "embed_dim": 16, "d_state": 2, "num_classes": 3}

@@ -14,7 +14,7 @@ PACKAGES = ("vimscale", "kernels", "launch")
 FLOORS = [
     {"storage.addresses", "errors", "storage.files", "storage.untrusted", "manifest", "pulse"},
     # the shape of a model: no torch, so recipes can check it
-    {"model.presets", "model.schedule", "model.cost", "model.published", "model"},
+    {"model.presets", "model.schedule", "model.cost", "model.published.arguments", "model"},
     {"typed_yaml", "devices"},
     {"sections", "ops"},
     {"recipe"},
@@ -22,7 +22,16 @@ FLOORS = [
     {"second"},
     {"checkpoint"},
     {"saving", "compare"},
-    {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},
+    {
+        "model.tokens",
+        "model.mixer",
+        "model.vim",
+        "model.published.quirks",
+        "model.published.weights",
+        "data",
+        "optim",
+        "metrics",
+    },
     {"sharding"},
     {"roofline"},
     {"objectives", "engine", "evaluate", "export", "recompute", "prepare", "guard", "guard_report", "examine"},

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vimscale.errors import CheckpointError
 from vimscale.export import unwrap
-from vimscale.model.hustvl import to_published
-from vimscale.model.published import complete
-from vimscale.model.quirks import build
+from vimscale.model.published.arguments import complete
+from vimscale.model.published.quirks import build
+from vimscale.model.published.weights import to_published
 
 VIM = complete(
     {"img_size": 8, "patch_size": 4, "stride": 4, "depth": 2, "embed_dim": 16, "d_state": 2, "num_classes": 3}

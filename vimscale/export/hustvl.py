@@ -17,8 +17,8 @@ from vimscale.errors import CheckpointError
 from vimscale.export import starting, unwrap
 from vimscale.export.safetensors import difference, preprocessing
 from vimscale.model import VisionMamba
-from vimscale.model.hustvl import from_published, guess, named, published_config, to_published
-from vimscale.model.published import DEFAULTS, PUBLISHED, complete, family
+from vimscale.model.published.arguments import DEFAULTS, PUBLISHED, complete, family
+from vimscale.model.published.weights import from_published, guess, named, published_config, to_published
 from vimscale.storage import files, untrusted
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,8 +17,8 @@ from vimscale.errors import CheckpointError
 from vimscale.evaluate import restore
 from vimscale.export import starting
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.published import complete, config_of
-from vimscale.model.quirks import PublishedVim
+from vimscale.model.published.arguments import complete, config_of
+from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import resized
 from vimscale.run_folder import RunFolder
 from vimscale.storage import files

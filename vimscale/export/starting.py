@@ -14,7 +14,7 @@ from vimscale.data.shards import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError
 from vimscale.model.presets import VimConfig
-from vimscale.model.published import complete, quirks
+from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
 from vimscale.recipe import Recipe
 from vimscale.run_folder import RunFolder, checkpoints, step_of

@@ -2,7 +2,7 @@
 
 Three families: `vim` (hustvl/Vim, arXiv:2401.09417), `mambar` (wangf3014/Mamba-Reg, arXiv:2405.14858) and `arm`
 (OliverRensu/ARM as fine-tuned, arXiv:2406.07537). What their code does and a VimConfig does not say is a quirk: see
-`vimscale.model.quirks`.
+`vimscale.model.published.quirks`.
 """
 
 import reprlib

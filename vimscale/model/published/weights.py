@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vimscale.errors import CheckpointError
 from vimscale.model.mixer import Mamba
-from vimscale.model.published import PUBLISHED, Arguments, arguments_of, complete, config_of, family
-from vimscale.model.quirks import PublishedVim, build
+from vimscale.model.published.arguments import PUBLISHED, Arguments, arguments_of, complete, config_of, family
+from vimscale.model.published.quirks import PublishedVim, build
 from vimscale.model.tokens import layout, resized
 from vimscale.model.vim import VisionMamba
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimscale.model.published import Arguments, config_of, quirks
+from vimscale.model.published.arguments import Arguments, config_of, quirks
 from vimscale.model.tokens import Place, Tokens, layout, resized
 from vimscale.model.vim import VisionMamba
 
