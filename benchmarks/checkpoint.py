@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import measure
-from vimscale import distributed, recipe
 from vimscale.checkpoint import Trainer
-from vimscale.distributed import RankSpec
 from vimscale.model import VisionMamba
-from vimscale.recipe import Checkpoint
+from vimscale.recipe import recipe
+from vimscale.recipe.recipe import Checkpoint
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 from vimscale.saving import Saver
 
 _RECIPE = "vim_base_in1k"

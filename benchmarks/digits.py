@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from vimscale import recipe
 from vimscale.model.cost import flops, parameters
+from vimscale.recipe import recipe
 
 SCHEDULES = ("bi*4", "fwd*2 bi*2", "(fwd bwd)*2", "shared*4", "pair*4", "fwd*4")
 

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import peak_bytes
-from vimscale import distributed, recompute, sharding
-from vimscale import recipe as recipes
-from vimscale.distributed import RankSpec
+from vimscale import recompute, sharding
 from vimscale.plan import Place, Planner
-from vimscale.recipe import Recipe
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
 from vimscale.roofline import Fabric
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 
 CLASSES = 10
 COLLECTIVES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")

@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import manifest
 from vimscale.errors import CheckpointError, DataError
+from vimscale.runtime import manifest
 
 from .arguments import JsonOption, RunArgument
 
 if TYPE_CHECKING:
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
     from vimscale.second import Place
 
 checkpoints = typer.Typer(help="Look at a run's checkpoints, check, compare and remove them.", no_args_is_help=True)
@@ -52,7 +52,7 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
     """List a run's checkpoints, newest first, and say which one a resume would take. Sizes are looked at, not contents:
     for these, verify.
     """
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
     folder = RunFolder.of(run)
     place, there, problem = _second(folder)
@@ -114,7 +114,7 @@ def _second(folder: "RunFolder") -> tuple["Place | None", list[str], str | None]
 
 def _entries(folder: "RunFolder", there: list[str]) -> list[Entry]:
     """Newest first; what was set aside at the end."""
-    from vimscale.run_folder import is_checkpoint, step_of
+    from vimscale.runtime.run_folder import is_checkpoint, step_of
 
     found = {name: Entry(name, step_of(name), here=False, second=True) for name in there}
     for path in folder.checkpoints.glob("step_*"):
@@ -137,7 +137,7 @@ def _entries(folder: "RunFolder", there: list[str]) -> list[Entry]:
 
 def _set_aside(folder: "RunFolder") -> list[Path]:
     """Checkpoints that were damaged, and have another name since."""
-    from vimscale.run_folder import is_checkpoint
+    from vimscale.runtime.run_folder import is_checkpoint
 
     found = folder.checkpoints.glob("damaged_step_*")
     return sorted(path for path in found if is_checkpoint("_".join(path.name.split("_")[1:3])) and path.is_dir())
@@ -145,7 +145,7 @@ def _set_aside(folder: "RunFolder") -> list[Path]:
 
 def _foreign(folder: "RunFolder") -> list[str]:
     """What lies among the checkpoints and is none of this package's."""
-    from vimscale.run_folder import is_checkpoint
+    from vimscale.runtime.run_folder import is_checkpoint
 
     ours = {path.name for path in _set_aside(folder)}
     names = sorted(path.name for path in folder.checkpoints.glob("[!.]*"))
@@ -153,7 +153,7 @@ def _foreign(folder: "RunFolder") -> list[str]:
 
 
 def _look_at(path: Path, step: int) -> Entry:
-    from vimscale import run_folder
+    from vimscale.runtime import run_folder
 
     files = [file.stat() for file in path.iterdir() if file.is_file()] if path.is_dir() else []
     entry = Entry(path.name, step, here=True, second=False, bytes=sum(file.st_size for file in files))
@@ -183,7 +183,8 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
     """Read all of a run's checkpoints, here and at the second place, and compare them with their sha256; exit code 1 if
     one is damaged.
     """
-    from vimscale import run_folder, second
+    from vimscale import second
+    from vimscale.runtime import run_folder
 
     folder = run_folder.RunFolder.of(run)
     place, there, problem = _second(folder)
@@ -220,7 +221,7 @@ def diff(
     and the optimizer's moments.
     """
     from vimscale.compare import Pair
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
     paths = [RunFolder.of(run).newest_checkpoint(a), RunFolder.of(other or run).newest_checkpoint(b)]
     pair = Pair(*paths)
@@ -285,7 +286,8 @@ def prune(
     """Remove a run's older checkpoints, but never the newest whole one, and none while the run is going on. What is at
     the second place stays.
     """
-    from vimscale import run_folder, second
+    from vimscale import second
+    from vimscale.runtime import run_folder
 
     folder = run_folder.RunFolder.of(run)
     if not dry_run:

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import recipe as recipes
 from vimscale.errors import CheckpointError, DataError, LaunchError, RecipeError, RunFailed, UserError
+from vimscale.recipe import recipe as recipes
 from vimscale.storage import files
 
 from . import checkpoint_commands, data_commands, job_commands, lr_range, plan_command, rank, sweep, temporary
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from vimscale.data.shards import Manifest
     from vimscale.model import VisionMamba
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
 _STARTED = time.perf_counter()
 
@@ -183,7 +183,7 @@ def launch(
     from vimscale.data.dataset import Dataset
     from vimscale.data.training_set import TrainingSet
     from vimscale.export import starting
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
     from . import memory_check, on_local, supervisor
     from .progress import Progress
@@ -266,7 +266,7 @@ def launch(
 
 def _stopped(folder: "RunFolder", console: Console) -> typer.Exit:
     """Say what a launch that was stopped leaves behind: nothing, if it trained nothing."""
-    from vimscale.run_folder import checkpoints
+    from vimscale.runtime.run_folder import checkpoints
 
     from .supervisor import goes_on
 
@@ -309,7 +309,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's newest checkpoint on its validation set, or another of the same classes."""
     from vimscale.evaluate import restore
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
     from .progress import figures
 
@@ -360,7 +360,7 @@ def inspect_batch(
     step: Annotated[int | None, typer.Argument(help="The bad step; absent: the last one with a report.")] = None,
 ) -> None:
     """Show the batch of a step that the guard found bad: what was seen, its samples, and a picture of them."""
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
     from . import inspect_batch
 
@@ -384,7 +384,7 @@ def export(
     """Write a run's weights for others to use, load them again, and compare logits."""
     from vimscale.evaluate import restore
     from vimscale.export import hustvl, safetensors
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
 
     folder = RunFolder.of(run)
     model, recipe, manifest, at = restore(folder, raw=raw, step=step)

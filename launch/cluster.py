@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, suggest
+from vimscale.recipe.typed_yaml import Address, Flag, Kind, Section, Whole
 from vimscale.storage import addresses
-from vimscale.typed_yaml import Address, Flag, Kind, Section, Whole
 
 from .workers import usual
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vimscale import recipe as recipes
-from vimscale import sections
 from vimscale.errors import DataError
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe import sections
 from vimscale.storage import files
 from vimscale.storage.addresses import masked
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale.run_folder import RunFolder, checkpoints, set_aside, step_of
+from vimscale.runtime.run_folder import RunFolder, checkpoints, set_aside, step_of
 from vimscale.storage import files
 
 from .rank import Cause, Ending

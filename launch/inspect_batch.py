@@ -9,7 +9,7 @@ from rich.table import Table
 from vimscale import guard_report
 from vimscale.errors import DataError
 from vimscale.prepare import contact_sheet
-from vimscale.run_folder import RunFolder
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
 
 _DRAWN = 128

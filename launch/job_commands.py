@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
-from vimscale.typed_yaml import check_name
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.typed_yaml import check_name
 
 from . import cluster as clusters
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vimscale.errors import LaunchError, RecipeError, suggest
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
 from vimscale.storage import addresses
 
 from .cluster import Cluster

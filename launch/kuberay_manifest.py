@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from vimscale.recipe import Recipe
-from vimscale.typed_yaml import Dumper
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.typed_yaml import Dumper
 
 from .cluster import Cluster, KubeRay
 from .jobs import completed, environment, launch_arguments

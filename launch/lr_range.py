@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import recipe as recipes
 from vimscale.errors import LaunchError, RunFailed
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
 
 from . import progress, trials, unattended
 from .arguments import Overrides, RecipeArgument

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vimscale.data.training_set import TrainingSet
     from vimscale.model.presets import VimConfig
     from vimscale.plan import Place
-    from vimscale.recipe import Recipe
+    from vimscale.recipe.recipe import Recipe
 
 RANK = 0.75e9
 """Bytes of a rank before it has a model: interpreter, torch, DeepSpeed. Measured: 0.74 GB."""

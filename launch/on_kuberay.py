@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
-from vimscale.recipe import Recipe
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
 
 from .cluster import Cluster
 from .jobs import Job, State, ask, unknown

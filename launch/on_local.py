@@ -13,14 +13,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vimscale.pulse import pulse
+from vimscale.runtime.heartbeat import pulse
 
 from . import rank
 from .rank import Ending, Event
 from .temporary import SOCKETS, Temporary
 
 if TYPE_CHECKING:
-    from vimscale.recipe import Recipe
+    from vimscale.recipe.recipe import Recipe
 
 
 def cpus() -> int:
@@ -176,7 +176,7 @@ class LocalGroup:
 def child(descriptor: int) -> None:
     """A rank's process: train, and answer the launcher in a thread; without a launcher it ends."""
     rank.before_torch()
-    from vimscale.distributed import RankSpec
+    from vimscale.runtime.distributed import RankSpec
 
     pipe = Connection(descriptor)
     try:

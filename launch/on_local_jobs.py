@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
+from vimscale.recipe import recipe as recipes
 from vimscale.storage import files, untrusted
 
 from . import workers

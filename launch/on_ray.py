@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimscale.errors import LaunchError
-from vimscale.pulse import pulse
+from vimscale.runtime.heartbeat import pulse
 
 from . import rank
 from .on_local import cpus
@@ -25,7 +25,7 @@ from .rank import Ending, Event
 from .ray_connection import Ray
 
 if TYPE_CHECKING:
-    from vimscale.recipe import Recipe
+    from vimscale.recipe.recipe import Recipe
 
 _ROOM_S = 30
 """How long a cluster has to find room for the ranks."""
@@ -68,7 +68,7 @@ class _Rank:
         }
 
     def run(self, arguments: dict[str, Any]) -> Ending:
-        from vimscale.distributed import RankSpec
+        from vimscale.runtime.distributed import RankSpec
 
         self._spec = RankSpec(**arguments)
         return rank.run(self._spec, self._events.put, self._stop.is_set, self._store)

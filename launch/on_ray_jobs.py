@@ -24,9 +24,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import vimscale
-from vimscale import recipe as recipes
 from vimscale.errors import LaunchError
-from vimscale.recipe import Recipe
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
 
 from . import cluster as clusters
 from .jobs import Job, State, completed, environment, launch_arguments, lines_of, reason, unknown

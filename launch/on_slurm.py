@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vimscale import recipe as recipes
 from vimscale.errors import ClusterError, LaunchError
-from vimscale.recipe import Recipe
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
 from vimscale.storage import files
 
 from .cluster import Cluster, Slurm, seconds

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import recipe as recipes
 from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, shortened
+from vimscale.recipe import recipe as recipes
 
 from . import cluster as clusters
 from . import stack

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vimscale.errors import RunFailed, UserError, WorkerDied
-from vimscale.pulse import pulse
+from vimscale.runtime.heartbeat import pulse
 from vimscale.storage import files
 from vimscale.storage.addresses import masked
 
@@ -25,7 +25,7 @@ from .temporary import SOCKETS, private_folder, use
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from vimscale.distributed import RankSpec
+    from vimscale.runtime.distributed import RankSpec
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def run(
         temporary = temporary or private_folder("vimscale-rank-", SOCKETS)
         use(temporary)
 
-        from vimscale import distributed
+        from vimscale.runtime import distributed
 
         distributed.prepare(spec)
         from vimscale.train import train  # brings DeepSpeed, which looks around on import

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vimscale.errors import RunFailed, UserError
-from vimscale.run_folder import RunFolder, checkpoints
+from vimscale.runtime.run_folder import RunFolder, checkpoints
 
 from .failures import Failures, first_cause
 from .progress import Progress

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vimscale.errors import LaunchError, RunFailed
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
 
 from . import memory_check, trials
 from .arguments import RecipeArgument

@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from vimscale import recipe as recipes
 from vimscale.errors import LaunchError, RecipeError
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
 
 from . import unattended

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vimscale.errors import RunFailed, UserError
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
 
 from . import on_local, output, rank, supervisor
 from .progress import Progress

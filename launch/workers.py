@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vimscale.errors import LaunchError, RecipeError, shortened
 
 if TYPE_CHECKING:
-    from vimscale.recipe import Recipe
+    from vimscale.recipe.recipe import Recipe
 
 
 _MOST = 65_536

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.shell import Shell
-from vimscale import run_folder
+from vimscale.runtime import run_folder
 
 SCHEDULED = ("steps=36", "checkpoint.every=6", "evaluate.every=9", "log.every=1")
 """What a run must ask for that the schedules are made for: every step is written down when it is done."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.shell import SMALL
-from vimscale import recipe as recipes
-from vimscale.distributed import RankSpec
-from vimscale.pulse import pulse
+from vimscale.recipe import recipe as recipes
+from vimscale.runtime.distributed import RankSpec
+from vimscale.runtime.heartbeat import pulse
 
 BAD = range(25, 29)
 """Steps, counted from 1, whose data are bad in the faults of batches; once passed over they do not come again."""
@@ -40,14 +40,14 @@ def main(folder: Path, world: int, fault: str, changes: list[str]) -> None:
 
 
 def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -> None:
-    from vimscale import distributed
     from vimscale.errors import RunFailed
+    from vimscale.runtime import distributed
 
     chosen = recipes.load(str(folder / "small.yaml"), changes)
     spec = RankSpec(chosen, folder / "run", rank, world, "cpu", 1, f"file://{folder}/meet", "lo")
     distributed.prepare(spec)
     distributed.join(spec)
-    from vimscale.run_folder import RunFolder
+    from vimscale.runtime.run_folder import RunFolder
     from vimscale.train import train
 
     logging.disable(logging.WARNING)

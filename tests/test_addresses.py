@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.web_server import WebServer
-from vimscale import recipe
 from vimscale.data.dataset import Dataset
 from vimscale.errors import ClusterError, DataError, RecipeError, RunFailed
 from vimscale.launch import cluster, jobs
@@ -16,6 +15,7 @@ from vimscale.launch.on_local_jobs import LocalJobs
 from vimscale.launch.on_ray_jobs import RayJobs
 from vimscale.launch.on_slurm import SlurmJobs
 from vimscale.prepare import adopt
+from vimscale.recipe import recipe
 from vimscale.storage import addresses
 
 HOLDING = {

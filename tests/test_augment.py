@@ -18,7 +18,7 @@ from vimscale.data.plan import generator
 from vimscale.data.policies import OPERATIONS, Strength
 from vimscale.data.stream import evaluation
 from vimscale.objectives import classification
-from vimscale.sections import Augment, Objective, RandAugment
+from vimscale.recipe.sections import Augment, Objective, RandAugment
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 """(4, 256): each value once a row."""

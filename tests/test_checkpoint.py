@@ -24,10 +24,12 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from tests.shell import Shell
-from vimscale import checkpoint, manifest, recipe, run_folder, second
+from vimscale import checkpoint, second
 from vimscale.checkpoint import Reader, Trainer
 from vimscale.errors import CheckpointError, RunFailed
-from vimscale.recipe import Checkpoint
+from vimscale.recipe import recipe
+from vimscale.recipe.recipe import Checkpoint
+from vimscale.runtime import manifest, run_folder
 from vimscale.saving import Saver, write_state
 
 pytestmark = pytest.mark.usefixtures("alone")

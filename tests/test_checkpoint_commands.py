@@ -11,12 +11,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tests.shell import SMALL, Shell
-from vimscale import manifest, recipe, second
+from vimscale import second
 from vimscale.checkpoint import Trainer
 from vimscale.compare import Pair
 from vimscale.errors import CheckpointError
 from vimscale.launch.cli import app
-from vimscale.recipe import Checkpoint
+from vimscale.recipe import recipe
+from vimscale.recipe.recipe import Checkpoint
+from vimscale.runtime import manifest
 from vimscale.saving import Saver, write_state
 
 SHAPES = {"a": [8, 5], "b": [10]}

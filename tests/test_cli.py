@@ -23,7 +23,7 @@ def _runs_is_a_file(shell: Shell) -> None:
 def _another_recipe(shell: Shell) -> None:
     folder = shell.folder / "runs/small/checkpoints"
     folder.mkdir(parents=True)
-    from vimscale import recipe
+    from vimscale.recipe import recipe
 
     changed = recipe.load(shell.folder / "small.yaml", ["optim.lr=5e-4"])
     (folder.parent / "recipe.yaml").write_text(changed.to_yaml())
@@ -167,7 +167,7 @@ def test_the_schema_is_json(shell: Shell) -> None:
 def test_the_run_folder_holds_what_ran_and_where(shell: Shell) -> None:
     shell.run(*LAUNCH, "steps=10", "optim.lr=3e-4")
     folder = shell.folder / "runs/small"
-    from vimscale import recipe
+    from vimscale.recipe import recipe
 
     assert recipe.load(folder / "recipe.yaml") == recipe.load(
         shell.folder / "small.yaml", ["steps=10", "optim.lr=3e-4"]

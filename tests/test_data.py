@@ -20,7 +20,6 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from tests import noise
-from vimscale import recipe, sections
 from vimscale.data import digits, shards, stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.feed import Feed
@@ -28,7 +27,8 @@ from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, WorkerDied
 from vimscale.model import VisionMamba
-from vimscale.recipe import Recipe
+from vimscale.recipe import recipe, sections
+from vimscale.recipe.recipe import Recipe
 
 # ---- the embedded set
 

@@ -11,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 from tests.shell import SMALL
-from vimscale import manifest, recipe, run_folder
 from vimscale.checkpoint import Trainer
 from vimscale.data.dataset import Dataset
 from vimscale.data.training_set import TrainingSet
@@ -20,7 +19,9 @@ from vimscale.launch.cli import app
 from vimscale.launch.progress import figures
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
-from vimscale.run_folder import RunFolder
+from vimscale.recipe import recipe
+from vimscale.runtime import manifest, run_folder
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.saving import write_state
 
 NAMES = tuple(f"a {number}" for number in range(10))

@@ -14,11 +14,11 @@ import torch
 
 from tests.injected import BAD
 from tests.shell import Shell
-from vimscale import recipe as recipes
 from vimscale.data.plan import Order
 from vimscale.errors import RecipeError
 from vimscale.guard import Judge, pass_over
-from vimscale.sections import Guard
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.sections import Guard
 
 NAN, INF = math.nan, math.inf
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vimscale import checkpoint, manifest
+from vimscale import checkpoint
 from vimscale.data.shards import MANIFEST, Manifest
 from vimscale.errors import UserError
 from vimscale.export import hustvl, safetensors, starting, unwrap
@@ -28,6 +28,7 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.published.arguments import complete
 from vimscale.model.published.quirks import build
 from vimscale.model.published.weights import from_published, to_published
+from vimscale.runtime import manifest
 
 ARGUMENTS = complete(
     {"img_size": 8, "patch_size": 4, "stride": 4, "depth": 1, "embed_dim": 16, "d_state": 2, "num_classes": 3}

@@ -66,7 +66,7 @@ def test_a_tool_that_does_not_work_is_named(
 
 
 def _recipe() -> str:
-    from vimscale import recipe
+    from vimscale.recipe import recipe
 
     return recipe.load("vim_digits_cpu", ["name=small", "data.train=/a", "data.val=/b"]).to_yaml()
 

@@ -17,12 +17,12 @@ import pytest
 
 from tests.ray_head import RayHead, ray_head
 from tests.shell import Shell
-from vimscale import recipe as recipes
-from vimscale import run_folder
 from vimscale.errors import ClusterError, RecipeError
 from vimscale.launch import cluster as clusters
 from vimscale.launch import jobs
 from vimscale.launch.on_ray_jobs import RayJobs
+from vimscale.recipe import recipe as recipes
+from vimscale.runtime import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "a value that is in no file"
@@ -239,7 +239,7 @@ def test_what_is_sent_is_the_code_and_it_runs_from_there(tmp_path: Path) -> None
     small = recipes.load("vim_digits_cpu")
     RayJobs(_ray())._pack(tmp_path, small)
     assert recipes.load(tmp_path / "recipe.yaml") == small
-    code = "import vimscale, vimscale.kernels, vimscale.launch.cli as c, vimscale.recipe as r;"
+    code = "import vimscale, vimscale.kernels, vimscale.launch.cli as c, vimscale.recipe.recipe as r;"
     code += "print(vimscale.__file__, c.__file__, *r.shipped())"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from tests import fake_kubectl
-from vimscale import recipe as recipes
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch.cluster import Cluster, load
 from vimscale.launch.kuberay_manifest import _BEFORE_THE_END, kubernetes_name
 from vimscale.launch.on_kuberay import KubeRayJobs
+from vimscale.recipe import recipe as recipes
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "shared" / "kuberay"
 EVERYTHING = (

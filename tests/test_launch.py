@@ -13,9 +13,10 @@ import torch
 
 from tests.ray_head import ray_head
 from tests.shell import Shell, new_shell
-from vimscale import checkpoint, manifest, run_folder
+from vimscale import checkpoint
 from vimscale.launch.failures import first_cause
 from vimscale.launch.rank import Ending
+from vimscale.runtime import manifest, run_folder
 
 RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")

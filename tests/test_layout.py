@@ -12,13 +12,13 @@ PACKAGES = ("vimscale", "kernels", "launch")
 
 # Within vimscale: what may be imported by what stands on the same line or below it.
 FLOORS = [
-    {"storage.addresses", "errors", "storage.files", "storage.untrusted", "manifest", "pulse"},
+    {"storage.addresses", "errors", "storage.files", "storage.untrusted", "runtime.manifest", "runtime.heartbeat"},
     # the shape of a model: no torch, so recipes can check it
     {"model.presets", "model.schedule", "model.cost", "model.published.arguments", "model"},
-    {"typed_yaml", "devices"},
-    {"sections", "ops"},
-    {"recipe"},
-    {"distributed", "run_folder", "storage.store", "storage.web"},
+    {"recipe.typed_yaml", "devices"},
+    {"recipe.sections", "ops"},
+    {"recipe.recipe"},
+    {"runtime.distributed", "runtime.run_folder", "storage.store", "storage.web"},
     {"second"},
     {"checkpoint"},
     {"saving", "compare"},
@@ -171,9 +171,9 @@ print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 
 def test_recipes_run_folders_and_memory_are_checked_without_importing_torch() -> None:
     code = """
-import sys, vimscale.recipe, vimscale.run_folder, vimscale.export.starting, vimscale.launch.supervisor
+import sys, vimscale.recipe.recipe, vimscale.runtime.run_folder, vimscale.export.starting, vimscale.launch.supervisor
 from vimscale.launch import memory_check, on_local
-recipe = vimscale.recipe.load("vim_digits_cpu")
+recipe = vimscale.recipe.recipe.load("vim_digits_cpu")
 config = recipe.model.shape(10)
 assert memory_check.at_most(recipe, config, 2) > 0
 assert memory_check._room(recipe, config, 2, ray=True) >= 0

@@ -17,7 +17,7 @@ from vimscale import guard_report
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.launch import output
 from vimscale.metrics import Metrics
-from vimscale.run_folder import RunFolder
+from vimscale.runtime.run_folder import RunFolder
 
 
 @contextmanager

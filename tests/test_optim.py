@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from vimscale import optim, recipe
-from vimscale.distributed import backward_parts, draws
+from vimscale import optim
 from vimscale.engine import ds_config
 from vimscale.model import PRESETS, VisionMamba
-from vimscale.sections import Optim
+from vimscale.recipe import recipe
+from vimscale.recipe.sections import Optim
+from vimscale.runtime.distributed import backward_parts, draws
 
 
 def test_the_rate_warms_up_and_follows_a_cosine_to_its_minimum() -> None:

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vimscale import recipe
 from vimscale.data.plan import Mixture, Order, Plan, generator
 from vimscale.errors import RecipeError
-from vimscale.recipe import Recipe
-from vimscale.sections import MIX_BLOCK
+from vimscale.recipe import recipe
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.sections import MIX_BLOCK
 
 
 def _recipe(*changes: str) -> Recipe:

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from benchmarks import plan as measuring
 from vimscale import memory, roofline, sharding
-from vimscale import recipe as recipes
 from vimscale.devices import DEVICES, key_of
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch import cluster as clusters
@@ -18,6 +17,7 @@ from vimscale.launch import memory_check, on_local, plan_command
 from vimscale.launch.cli import app
 from vimscale.model import PRESETS
 from vimscale.plan import Place, Planner, lanes_and_shards
+from vimscale.recipe import recipe as recipes
 from vimscale.roofline import Fabric
 
 HELD = ("parameters", "weights", "optimizer", "ema", "gradients")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from vimscale import recipe, sections
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
-from vimscale.recipe import Recipe
+from vimscale.recipe import recipe, sections
+from vimscale.recipe.recipe import Recipe
 
 
 def _faults(source: str | Path, *overrides: str) -> list[str]:

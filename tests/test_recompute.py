@@ -13,7 +13,7 @@ from vimscale.errors import RecipeError
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.presets import Stage
 from vimscale.model.vim import Recompute
-from vimscale.sections import Parallel
+from vimscale.recipe.sections import Parallel
 
 CONFIG = VimConfig(
     num_classes=5,

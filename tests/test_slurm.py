@@ -11,11 +11,11 @@ import pytest
 
 from tests import fake_slurm
 from tests.shell import Shell
-from vimscale import recipe as recipes
-from vimscale import run_folder
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch.cluster import Cluster, Slurm, load
 from vimscale.launch.on_slurm import SlurmJobs
+from vimscale.recipe import recipe as recipes
+from vimscale.runtime import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("steps=60", "checkpoint.every=20", "log.every=10")

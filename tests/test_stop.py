@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from tests.shell import Shell
-from vimscale import manifest, recipe, run_folder
 from vimscale.launch.progress import Progress
 from vimscale.launch.rank import Ending, Event
 from vimscale.launch.signals import Stopped, StopSignal
 from vimscale.launch.supervisor import supervise
-from vimscale.run_folder import RunFolder
+from vimscale.recipe import recipe
+from vimscale.runtime import manifest, run_folder
+from vimscale.runtime.run_folder import RunFolder
 
 PROCESSES = ("launch", "small.yaml", "--no-ray", "--workers", "2")
 RAY = ("launch", "small.yaml", "--workers", "2")

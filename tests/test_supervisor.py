@@ -18,7 +18,6 @@ from rich.console import Console
 
 from tests import nodes
 from tests.shell import Shell
-from vimscale import manifest, run_folder
 from vimscale.errors import LaunchError, RecipeError, RunFailed
 from vimscale.launch import failures, supervisor
 from vimscale.launch.progress import Progress
@@ -27,8 +26,9 @@ from vimscale.launch.signals import StopSignal
 from vimscale.launch.supervisor import Policy, supervise
 from vimscale.launch.watchdog import Watchdog
 from vimscale.launch.workers import sizes
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime import manifest, run_folder
+from vimscale.runtime.run_folder import RunFolder
 
 Script = list[Event | Ending | Callable[[], Event]]
 

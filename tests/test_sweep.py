@@ -14,11 +14,13 @@ import pytest
 from rich.console import Console
 
 from tests.shell import Shell
-from vimscale import optim, recipe, run_folder
+from vimscale import optim
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 from vimscale.launch import lr_range, sweep, trials
-from vimscale.run_folder import RunFolder
-from vimscale.sections import Optim
+from vimscale.recipe import recipe
+from vimscale.recipe.sections import Optim
+from vimscale.runtime import run_folder
+from vimscale.runtime.run_folder import RunFolder
 
 
 def _points(folder: Path, *overrides: str, samples: int | None = None) -> list[trials.Trial]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.noise import SAMPLE, overwrite, write_set
 from tests.web_server import WebServer
-from vimscale import checkpoint, guard_report, manifest, second
+from vimscale import checkpoint, guard_report, second
 from vimscale.data import shards
 from vimscale.data.dataset import Dataset
 from vimscale.errors import CheckpointError, DataError, LaunchError
@@ -21,7 +21,8 @@ from vimscale.launch.cluster import Cluster
 from vimscale.launch.on_local_jobs import LocalJobs
 from vimscale.prepare import adopt, inputs, inspect
 from vimscale.prepare.rows import Columns, Files, Rows
-from vimscale.run_folder import RunFolder
+from vimscale.runtime import manifest
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import untrusted
 
 # ---- names

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.shell import Shell
-from vimscale import recipe as recipes
 from vimscale.data.augment import normalise
 from vimscale.data.shards import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import hustvl, safetensors, starting
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.presets import Stage
-from vimscale.run_folder import RunFolder
+from vimscale.recipe import recipe as recipes
+from vimscale.runtime.run_folder import RunFolder
 
 OURS = VimConfig(num_classes=4, image_size=16, patch_size=4, d_model=16, depth=2, d_state=4, directions="bi*2")
 NAMES = ("ant", "bee", "cat", "dog")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from vimscale import recipe
 from vimscale.errors import ClusterError, RecipeError, UserError
 from vimscale.launch import cluster, on_slurm
 from vimscale.model.presets import VimConfig
-from vimscale.run_folder import RunFolder
-from vimscale.typed_yaml import Kind, Section
+from vimscale.recipe import recipe
+from vimscale.recipe.typed_yaml import Kind, Section
+from vimscale.runtime.run_folder import RunFolder
 
 
 class _Kinds(Section):
@@ -75,7 +75,7 @@ def test_yes_and_no_are_answers_where_one_is_wanted(written: str, meant: bool) -
 
 
 def test_text_that_looks_like_a_number_is_written_so_that_it_reads_back(tmp_path: Path) -> None:
-    from vimscale.typed_yaml import dump
+    from vimscale.recipe.typed_yaml import dump
 
     for text in ("1e3", "08", "1_0", "0o10", "yes", "1:30", ".5", "2024-11-30", "null", "~", "", "é", "0x1", "1e-3"):
         path = tmp_path / "x.yaml"

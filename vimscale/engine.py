@@ -21,7 +21,7 @@ from vimscale import optim
 from vimscale.errors import RunFailed
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.cost import parameters
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
 from vimscale.sharding import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vimscale import checkpoint, distributed
+from vimscale import checkpoint
 from vimscale.data import stream
 from vimscale.data.augment import normalise
 from vimscale.data.dataset import Dataset
@@ -15,9 +15,10 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
-from vimscale.pulse import pulse
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime import distributed
+from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from vimscale.data.feed import Feed
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import Engine
 from vimscale.guard import Micro, Record, Seen
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

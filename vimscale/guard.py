@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vimscale import sections
 from vimscale.data.stream import Batch
-from vimscale.recipe import Recipe
+from vimscale.recipe import sections
+from vimscale.recipe.recipe import Recipe
 
 _NORMAL = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale import run_folder
 from vimscale.errors import CheckpointError
-from vimscale.run_folder import RunFolder
+from vimscale.runtime import run_folder
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files, untrusted
 
 _KEPT = 20

@@ -24,7 +24,7 @@ from vimscale.devices import Device
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.vim import Gather, Recompute
 from vimscale.objectives import classification
-from vimscale.sections import Objective
+from vimscale.recipe.sections import Objective
 
 Backend = Literal["cpu", "triton"]
 

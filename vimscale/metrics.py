@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from vimscale import distributed
 from vimscale.data.dataset import Traffic
 from vimscale.data.feed import Feed
 from vimscale.data.stream import Batch
 from vimscale.errors import CAUSES, DataError, RunFailed
-from vimscale.run_folder import RunFolder, read_row
+from vimscale.runtime import distributed
+from vimscale.runtime.run_folder import RunFolder, read_row
 
 log = logging.getLogger(__name__)
 

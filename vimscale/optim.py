@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimscale.sections import Optim
+from vimscale.recipe.sections import Optim
 
 
 def optimizer(model: nn.Module, no_decay: set[str], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:

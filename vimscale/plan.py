@@ -16,9 +16,9 @@ from vimscale.memory import Backend, Passes
 from vimscale.model import VimConfig
 from vimscale.model.cost import flops
 from vimscale.model.vim import Recompute
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.sections import Parallel
 from vimscale.roofline import Fabric
-from vimscale.sections import Parallel
 from vimscale.sharding import Held, Parameter, Sent
 
 USABLE = 0.92

@@ -18,7 +18,7 @@ from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer, second_of_pairs
 from vimscale.model.tokens import Tokens
 from vimscale.model.vim import Block, Recompute
-from vimscale.sections import Parallel, recompute_every, size_bytes
+from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 
 _LESS_AND_LESS: tuple[Recompute, ...] = ("scan", "block")
 

@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vimscale import distributed, manifest, run_folder, second
+from vimscale import second
 from vimscale.checkpoint import Trainer
 from vimscale.errors import CheckpointError, RunFailed
-from vimscale.pulse import pulse
-from vimscale.recipe import Checkpoint
+from vimscale.recipe.recipe import Checkpoint
+from vimscale.runtime import distributed, manifest, run_folder
+from vimscale.runtime.heartbeat import pulse
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale import manifest, run_folder
 from vimscale.errors import CheckpointError, DataError
-from vimscale.pulse import pulse
-from vimscale.recipe import Checkpoint
+from vimscale.recipe.recipe import Checkpoint
+from vimscale.runtime import manifest, run_folder
+from vimscale.runtime.heartbeat import pulse
 from vimscale.storage import untrusted
 from vimscale.storage.addresses import shown
 from vimscale.storage.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets

@@ -15,7 +15,7 @@ from torch import nn
 
 from vimscale import optim
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
 
 BUCKET = 500_000_000
 """Most elements of gradients that DeepSpeed sends at once, its reduce_bucket_size."""

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimscale import checkpoint, distributed, guard_report, optim, recompute, second
+from vimscale import checkpoint, guard_report, optim, recompute, second
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.feed import Feed
 from vimscale.data.training_set import TrainingSet
-from vimscale.distributed import RankSpec
 from vimscale.engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
 from vimscale.evaluate import evaluate
@@ -24,8 +23,10 @@ from vimscale.export.safetensors import starting_weights
 from vimscale.guard import Guard, Micro, Record, Seen, pass_over
 from vimscale.metrics import Meter, Metrics
 from vimscale.objectives import classification
-from vimscale.pulse import pulse
-from vimscale.run_folder import RunFolder
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
+from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.saving import Saver
 
 log = logging.getLogger(__name__)

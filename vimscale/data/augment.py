@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimscale.data import policies
-from vimscale.sections import Augment
+from vimscale.recipe.sections import Augment
 
 Size = tuple[int, int]
 """Height and width in pixels."""

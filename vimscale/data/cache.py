@@ -22,7 +22,7 @@ from typing import NamedTuple
 from vimscale.data.opened import Opened, offsets
 from vimscale.data.shards import Shard
 from vimscale.errors import DataError
-from vimscale.sections import size_bytes
+from vimscale.recipe.sections import size_bytes
 from vimscale.storage.store import Folder, Missing, Remote, open_store
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from vimscale.data.cache import Ahead, Cache, read_index
 from vimscale.data.opened import Opened
 from vimscale.data.shards import MANIFEST, Manifest
 from vimscale.errors import DataError
-from vimscale.sections import size_bytes
+from vimscale.recipe.sections import size_bytes
 from vimscale.storage.addresses import shown
 from vimscale.storage.store import Folder, Missing, Remote, Retry, beside, open_store, with_secrets
 

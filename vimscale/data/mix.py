@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vimscale.sections import Augment
+from vimscale.recipe.sections import Augment
 
 Erase = tuple[int, int, int, int, int]
 """top, left, height, width, seed of the noise; all 0 where nothing is erased."""

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimscale.recipe import Recipe
-from vimscale.sections import MIX_BLOCK
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.sections import MIX_BLOCK
 
 # Streams of the seed's generators. Epochs count from 0, drop-path and backward drop start at 4 << 60 and 6 << 60.
 PER_SAMPLE = 8 << 60

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from vimscale.sections import RandAugment, randaugment
+from vimscale.recipe.sections import RandAugment, randaugment
 
 _FILL = (124, 116, 104)
 """ImageNet's mean, for what an operation moves into the picture."""

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vimscale.errors import DataError
-from vimscale.manifest import sync
+from vimscale.runtime.manifest import sync
 from vimscale.storage import untrusted
 from vimscale.storage.files import naming
 

@@ -29,7 +29,7 @@ from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, g
 from vimscale.data.training_set import Skipped, TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

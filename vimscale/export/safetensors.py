@@ -20,7 +20,7 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.published.arguments import complete, config_of
 from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import resized
-from vimscale.run_folder import RunFolder
+from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
 
 _SHOWN, _NAME, _LONGEST = 5, 60, 1000

@@ -16,8 +16,8 @@ from vimscale.errors import CheckpointError, DataError, UserError
 from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder, checkpoints, step_of
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder, checkpoints, step_of
 from vimscale.storage import untrusted
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -16,8 +16,8 @@ from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
 from vimscale.prepare.inspect import Located, read
 from vimscale.prepare.lettering import lettered
-from vimscale.recipe import Recipe
-from vimscale.sections import Augment
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.sections import Augment
 
 ROWS, DRAWS = 6, 5
 _LETTERS = 300

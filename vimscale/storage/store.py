@@ -24,8 +24,8 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request
 
-from vimscale import manifest
 from vimscale.errors import DataError
+from vimscale.runtime import manifest
 from vimscale.storage import untrusted, web
 from vimscale.storage.addresses import filled, masked, shown
 from vimscale.storage.untrusted import line

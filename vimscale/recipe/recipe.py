@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
-from vimscale.sections import (
+from vimscale.recipe.sections import (
     Augment,
     Checkpoint,
     Count,
@@ -24,7 +24,7 @@ from vimscale.sections import (
     Phase,
     Step,
 )
-from vimscale.typed_yaml import Kind, Section, Whole, check_name, dump
+from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
 
 
 class Recipe(Section):

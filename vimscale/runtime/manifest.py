@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vimscale.errors import CheckpointError
-from vimscale.pulse import pulse
+from vimscale.runtime.heartbeat import pulse
 from vimscale.storage import untrusted
 
 FORMAT = 2

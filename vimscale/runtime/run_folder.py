@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vimscale import manifest
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
-from vimscale.recipe import Checkpoint, Recipe, load
+from vimscale.recipe.recipe import Checkpoint, Recipe, load
+from vimscale.runtime import manifest
 from vimscale.storage import files
 
 log = logging.getLogger(__name__)

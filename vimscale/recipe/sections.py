@@ -17,7 +17,7 @@ from pydantic import (
 from vimscale.errors import suggest
 from vimscale.model import presets, schedule
 from vimscale.model.presets import PRESETS, ClassToken, Fuse, Pool, VimConfig
-from vimscale.typed_yaml import UNION, Address, Flag, Section, Whole
+from vimscale.recipe.typed_yaml import UNION, Address, Flag, Section, Whole
 
 Count = Annotated[Whole, Field(ge=1, le=2**24)]
 """Images, steps of a window, and the like."""

@@ -118,7 +118,7 @@ class Kind(Generic[File]):
         """Those that come with the package, by name."""
         folder = Path(str(resources.files("vimscale") / self.folder))
         if not folder.exists():
-            folder = Path(__file__).resolve().parent.parent / self.folder
+            folder = Path(__file__).resolve().parents[2] / self.folder
         return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
     def find(self, source: str) -> Path:

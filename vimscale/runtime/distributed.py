@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vimscale.errors import CheckpointError, UserError
 from vimscale.model.presets import VimConfig
-from vimscale.pulse import pulse
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.heartbeat import pulse
 
 
 @dataclass(frozen=True)
