@@ -27,7 +27,7 @@ from .signals import Stopped, StopSignal
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-    from vimscale.data.shards import Manifest
+    from vimscale.data.shards.manifest import Manifest
     from vimscale.model import VisionMamba
     from vimscale.runtime.run_folder import RunFolder
 

@@ -23,7 +23,7 @@ from . import temporary
 from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
-    from vimscale.data.shards import Manifest
+    from vimscale.data.shards.manifest import Manifest
 
 data = typer.Typer(help="Make and look at data sets of tar shards.", no_args_is_help=True)
 

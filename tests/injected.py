@@ -69,7 +69,7 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
 
 def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> None:
     """Change the images of the last rank wherever they are what an undisturbed run reads in those steps."""
-    from vimscale.data.feed import Feed
+    from vimscale.data.prefetch import Feed
 
     prepare = Feed.prepare
 

@@ -9,7 +9,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from vimscale.data.dataset import Dataset
-from vimscale.data.shards import Manifest, Shard
+from vimscale.data.shards.manifest import Manifest, Shard
 from vimscale.storage.store import Retry
 
 SHARDS, SAMPLES, BYTES = 6, 8, 92_160

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vimscale.data import augment, mix, policies
 from vimscale.data.dataset import Dataset
-from vimscale.data.plan import generator
-from vimscale.data.policies import OPERATIONS, Strength
+from vimscale.data.images import augment, mix, policies
+from vimscale.data.images.policies import OPERATIONS, Strength
+from vimscale.data.order import generator
 from vimscale.data.stream import evaluation
 from vimscale.objectives import classification
 from vimscale.recipe.sections import Augment, Objective, RandAugment

@@ -31,8 +31,8 @@ from tests.noise import (
     write_set,
 )
 from tests.web_server import WebServer, hang
-from vimscale.data.cache import local_copy
 from vimscale.data.dataset import Dataset
+from vimscale.data.shards.cache import local_copy
 from vimscale.data.stream import evaluation
 from vimscale.errors import DataError
 

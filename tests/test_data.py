@@ -20,9 +20,10 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from tests import noise
-from vimscale.data import digits, shards, stream
+from vimscale.data import digits, stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.feed import Feed
+from vimscale.data.prefetch import Feed
+from vimscale.data.shards import manifest as shards
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, WorkerDied

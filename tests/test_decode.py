@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vimscale.data import decode
+from vimscale.data.images import decode
 from vimscale.errors import BadSample
 from vimscale.prepare import shapes
 from vimscale.prepare.rows import Files

@@ -14,7 +14,7 @@ import torch
 
 from tests.injected import BAD
 from tests.shell import Shell
-from vimscale.data.plan import Order
+from vimscale.data.order import Order
 from vimscale.errors import RecipeError
 from vimscale.guard import Judge, pass_over
 from vimscale.recipe import recipe as recipes

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import published
 from tests.shell import Shell
 from vimscale.data.dataset import Dataset
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import hustvl, safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vimscale import checkpoint
-from vimscale.data.shards import MANIFEST, Manifest
+from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.errors import UserError
 from vimscale.export import hustvl, safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba

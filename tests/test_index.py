@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vimscale.data import shards
+from vimscale.data.shards import manifest
 from vimscale.errors import DataError
 from vimscale.prepare.index import walk
 
@@ -43,7 +43,7 @@ def test_offsets_are_those_tarfile_finds_however_names_are_written(tmp_path: Pat
 
 def test_the_writers_index_is_the_walks(digits: Path) -> None:
     for path in (digits / "val").glob("*.tar"):
-        assert shards.index_of(path).read_bytes() == walk(path)[0].tobytes()
+        assert manifest.index_of(path).read_bytes() == walk(path)[0].tobytes()
 
 
 def test_folders_links_and_metadata_are_part_of_no_sample(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.shell import Shell
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.tar import split_name
+from vimscale.data.shards.tar import split_name
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, inspect, merge, repair
 from vimscale.prepare.make import prepare

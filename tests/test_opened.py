@@ -8,8 +8,8 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tests.noise import BYTES, SAMPLE, SAMPLES, everything, moved, overwrite, resized, write_set
-from vimscale.data import opened, tar
 from vimscale.data.dataset import Dataset
+from vimscale.data.shards import shard_reader, tar
 from vimscale.errors import DataError
 
 # ---- folders and damaged files
@@ -107,7 +107,7 @@ def test_a_sample_is_what_webdataset_makes_of_it(case: str, kind: int) -> None:
     data = _tar(*PARSED[case], kind=kind)
     stream = {"url": "shard", "stream": io.BytesIO(data)}
     (theirs,) = group_by_keys(tar_file_expander([stream]))
-    assert opened.parse(data, "shard") == theirs
+    assert shard_reader.parse(data, "shard") == theirs
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_a_sample_is_what_webdataset_makes_of_it(case: str, kind: int) -> None:
 )
 def test_what_is_not_one_sample_is_refused(members: list) -> None:
     with pytest.raises(tar.Fault):
-        opened.parse(_tar(*members), "shard")
+        shard_reader.parse(_tar(*members), "shard")
 
 
 def test_members_are_bytes_whatever_their_name_says() -> None:
     harm = b"cposix\nsystem\n(S'exit 1'\ntR."
-    assert opened.parse(_tar(("a.pyd", harm), ("a.pickle", harm), ("a.png", b"x")), "shard")["pyd"] == harm
+    assert shard_reader.parse(_tar(("a.pyd", harm), ("a.pickle", harm), ("a.png", b"x")), "shard")["pyd"] == harm

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vimscale.data.plan import Mixture, Order, Plan, generator
+from vimscale.data.order import Mixture, Order, Plan, generator
 from vimscale.errors import RecipeError
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Recipe

@@ -22,8 +22,9 @@ from PIL import Image
 
 from tests.shell import Shell
 from tests.web_server import WebServer
-from vimscale.data import decode, shards
 from vimscale.data.dataset import Dataset
+from vimscale.data.images import decode
+from vimscale.data.shards import manifest as shards
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, inspect, merge, repair
 from vimscale.prepare.index import scan, walk

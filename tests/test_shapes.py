@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimscale.data import decode
+from vimscale.data.images import decode
 from vimscale.errors import BadSample
 from vimscale.prepare.shapes import Options, shape
 

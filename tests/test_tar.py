@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vimscale.data import opened, tar
+from vimscale.data.shards import shard_reader, tar
 from vimscale.errors import DataError
 from vimscale.prepare.index import scan, walk
 
@@ -74,7 +74,7 @@ def test_a_hostile_tar_is_one_message_with_its_offset(tmp_path: Path, case: str)
         walk(tmp_path / "0.tar")
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
     with pytest.raises(tar.Fault, match=rf"^offset \d+: [^\n]*({said})") as fault:
-        opened.parse(data, "shard")
+        shard_reader.parse(data, "shard")
     assert len(str(fault.value)) < 300
     assert 0 <= fault.value.at <= len(data)
 
@@ -82,7 +82,7 @@ def test_a_hostile_tar_is_one_message_with_its_offset(tmp_path: Path, case: str)
 def test_a_megabyte_of_the_smallest_records_is_read_at_once() -> None:
     records = b"5 a=\n" * 200_000 + b"14 path=b.png\n"
     data = _member(b"pax", records, b"x") + PNG
-    assert opened.parse(data, "shard")["__key__"] == "b"
+    assert shard_reader.parse(data, "shard")["__key__"] == "b"
 
 
 def test_a_member_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_links_folders_and_devices_hold_no_bytes_whatever_they_say(tmp_path: Pat
     kinds = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
     odd = b"".join(_header(b"../../etc/a.txt", 10**9, kind) for kind in kinds)
     data = odd + PNG + odd + _member(b"a.cls", b"1")
-    assert opened.parse(data, "shard") == {"__key__": "a", "__url__": "shard", "png": b"x" * 700, "cls": b"1"}
+    assert shard_reader.parse(data, "shard") == {"__key__": "a", "__url__": "shard", "png": b"x" * 700, "cls": b"1"}
     (tmp_path / "0.tar").write_bytes(data + bytes(1024))
     (sample,) = scan(tmp_path / "0.tar").samples
     assert sample.members.keys() == {"png", "cls"}

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tests.noise import SAMPLE, overwrite, write_set
 from tests.web_server import WebServer
 from vimscale import checkpoint, guard_report, second
-from vimscale.data import shards
 from vimscale.data.dataset import Dataset
+from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
 from vimscale.launch.cluster import Cluster
 from vimscale.launch.on_local_jobs import LocalJobs

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.shell import Shell
-from vimscale.data.augment import normalise
-from vimscale.data.shards import Manifest
+from vimscale.data.images.augment import normalise
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import hustvl, safetensors, starting
 from vimscale.model import VimConfig, VisionMamba

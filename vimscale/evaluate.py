@@ -8,9 +8,9 @@ from torch import Tensor
 
 from vimscale import checkpoint
 from vimscale.data import stream
-from vimscale.data.augment import normalise
 from vimscale.data.dataset import Dataset
-from vimscale.data.shards import Manifest
+from vimscale.data.images.augment import normalise
+from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError
 from vimscale.model import VisionMamba

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vimscale import guard_report
-from vimscale.data.feed import Feed
+from vimscale.data.prefetch import Feed
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import Engine
 from vimscale.guard import Micro, Record, Seen

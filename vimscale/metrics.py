@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vimscale.data.dataset import Traffic
-from vimscale.data.feed import Feed
+from vimscale.data.prefetch import Feed
 from vimscale.data.stream import Batch
 from vimscale.errors import CAUSES, DataError, RunFailed
 from vimscale.runtime import distributed

@@ -13,7 +13,7 @@ from vimscale import checkpoint, guard_report, optim, recompute, second
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.feed import Feed
+from vimscale.data.prefetch import Feed
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import MOMENTS, Engine
 from vimscale.errors import RunFailed

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.data.cache import Ahead, Cache, read_index
-from vimscale.data.opened import Opened
-from vimscale.data.shards import MANIFEST, Manifest
+from vimscale.data.shards.cache import Ahead, Cache, read_index
+from vimscale.data.shards.manifest import MANIFEST, Manifest
+from vimscale.data.shards.shard_reader import Opened
 from vimscale.errors import DataError
 from vimscale.recipe.sections import size_bytes
 from vimscale.storage.addresses import shown

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vimscale.data import augment, decode, mix
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
+from vimscale.data.images import augment, decode, mix
+from vimscale.data.order import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
 from vimscale.data.training_set import Skipped, TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import DataError
 from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Data, size_bytes

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import starting, unwrap
 from vimscale.export.safetensors import difference, preprocessing

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.evaluate import restore
 from vimscale.export import starting

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vimscale import second
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError
 from vimscale.model.presets import VimConfig

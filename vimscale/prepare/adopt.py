@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimscale.data import decode
-from vimscale.data.cache import local_copy
-from vimscale.data.shards import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
-from vimscale.data.tar import hidden
+from vimscale.data.images import decode
+from vimscale.data.shards.cache import local_copy
+from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
+from vimscale.data.shards.tar import hidden
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import members, pool, shapes
 from vimscale.prepare.classes import check_dense

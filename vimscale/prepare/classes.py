@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vimscale.data.decode import whole_number
+from vimscale.data.images.decode import whole_number
 from vimscale.errors import DataError, nearest
 
 Label = str | int | None

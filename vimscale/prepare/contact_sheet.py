@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vimscale.data import augment, decode
-from vimscale.data.plan import generator
+from vimscale.data.images import augment, decode
+from vimscale.data.order import generator
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
 from vimscale.prepare.inspect import Located, read

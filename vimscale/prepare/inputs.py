@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vimscale.data import decode
-from vimscale.data.tar import hidden, split_name
+from vimscale.data.images import decode
+from vimscale.data.shards.tar import hidden, split_name
 from vimscale.errors import DataError
 from vimscale.prepare import members, tables
 from vimscale.prepare.classes import Label, class_map

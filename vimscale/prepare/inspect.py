@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vimscale.data import decode
-from vimscale.data.opened import offsets
-from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, sha256_of
+from vimscale.data.images import decode
+from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, index_of, sha256_of
+from vimscale.data.shards.shard_reader import offsets
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool
 from vimscale.prepare.index import Sample, Scan, intact, scan

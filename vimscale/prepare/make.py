@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.data.shards import (
+from vimscale.data.shards.manifest import (
     MANIFEST,
     Manifest,
     Shard,

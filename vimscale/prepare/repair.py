@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from vimscale.data import decode
-from vimscale.data.shards import MANIFEST, Shard, sha256_of, write_file, write_index
+from vimscale.data.images import decode
+from vimscale.data.shards.manifest import MANIFEST, Shard, sha256_of, write_file, write_index
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, pool
 from vimscale.prepare.index import BLOCK

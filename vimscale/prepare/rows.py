@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vimscale.data.tar import MEMBER_LIMIT
+from vimscale.data.shards.tar import MEMBER_LIMIT
 from vimscale.errors import BadSample, DataError, brief, kind_of
 from vimscale.prepare.classes import Label, suggestion
 from vimscale.storage import untrusted

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.data import policies
+from vimscale.data.images import policies
 from vimscale.recipe.sections import Augment
 
 Size = tuple[int, int]

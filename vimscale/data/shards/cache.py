@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from vimscale.data.opened import Opened, offsets
-from vimscale.data.shards import Shard
+from vimscale.data.shards.manifest import Shard
+from vimscale.data.shards.shard_reader import Opened, offsets
 from vimscale.errors import DataError
 from vimscale.recipe.sections import size_bytes
 from vimscale.storage.store import Folder, Missing, Remote, open_store

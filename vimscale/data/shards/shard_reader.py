@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.data import tar
-from vimscale.data.shards import Shard
+from vimscale.data.shards import tar
+from vimscale.data.shards.manifest import Shard
 from vimscale.errors import DataError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vimscale.data import augment, mix
-from vimscale.data.shards import Manifest
+from vimscale.data.images import augment, mix
+from vimscale.data.shards.manifest import Manifest
 from vimscale.data.stream import Batch
 
 
