@@ -79,8 +79,8 @@ def prepare(
 ) -> None:
     """Write images as shards. A command that was interrupted goes on where it stopped, to the same bytes."""
     from vimscale.prepare import make
-    from vimscale.prepare.classes import read_classes
-    from vimscale.prepare.rows import Columns
+    from vimscale.prepare.inputs.classes import read_classes
+    from vimscale.prepare.inputs.rows import Columns
     from vimscale.prepare.shapes import Options
 
     options = Options(per_shard, _size(shard_bytes), seed, shuffle, val, resize, quality, min_size, max_aspect, decode)
@@ -128,7 +128,7 @@ def index(
 ) -> None:
     """Make a data set of tars that exist: an index of each, and a manifest."""
     from vimscale.prepare import adopt
-    from vimscale.prepare.classes import read_classes
+    from vimscale.prepare.inputs.classes import read_classes
 
     with Bar("shards") as bar:
         folder, manifest, unread = adopt.index(
@@ -153,7 +153,7 @@ def verify(
     jobs: JobsOption = None,
 ) -> None:
     """Check a data set against its manifest; every fault is listed."""
-    from vimscale.prepare import inspect
+    from vimscale.prepare.inspection import inspect
 
     located = inspect.locate(source)
     with Bar("shards") as bar:
@@ -180,8 +180,8 @@ def repair(
     jobs: JobsOption = None,
 ) -> None:
     """Save what is whole of a damaged data set, and write its indexes and manifest anew."""
-    from vimscale.prepare import inspect
-    from vimscale.prepare import repair as repairs
+    from vimscale.prepare.inspection import inspect
+    from vimscale.prepare.inspection import repair as repairs
 
     located = inspect.locate(source)
     with Bar("shards") as bar:
@@ -202,8 +202,8 @@ def merge(
     sources: Annotated[list[Path], typer.Argument(metavar="SET SET... OUTPUT", help="Data sets, and a new folder.")],
 ) -> None:
     """Make one data set of several with the same classes."""
-    from vimscale.prepare import inspect
     from vimscale.prepare import merge as merges
+    from vimscale.prepare.inspection import inspect
 
     *sets, output = sources
     if len(sets) < 2:
@@ -218,12 +218,12 @@ def stats(
     recipe: Annotated[str | None, typer.Option(help="Whose image size and augmentation the picture shows.")] = None,
 ) -> None:
     """Show what a data set consists of."""
-    from vimscale.prepare import inspect
+    from vimscale.prepare.inspection import inspect
 
     located = inspect.locate(source)
     Console(markup=False, emoji=False).print(_table(located.manifest))
     if sheet is not None:
-        from vimscale.prepare import contact_sheet
+        from vimscale.prepare.inspection import contact_sheet
 
         chosen = recipes.load(recipe) if recipe else None
         picture = contact_sheet.draw(located, chosen)

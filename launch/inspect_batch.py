@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vimscale import guard_report
 from vimscale.errors import DataError
-from vimscale.prepare import contact_sheet
+from vimscale.prepare.inspection import contact_sheet
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from vimscale.errors import DataError
-from vimscale.prepare.classes import class_map, read_classes
-from vimscale.prepare.rows import checked_label
+from vimscale.prepare.inputs.classes import class_map, read_classes
+from vimscale.prepare.inputs.rows import checked_label
 
 DIGITS = tuple(map(str, range(12)))
 

@@ -18,7 +18,7 @@ from PIL import Image
 from vimscale.data.images import decode
 from vimscale.errors import BadSample
 from vimscale.prepare import shapes
-from vimscale.prepare.rows import Files
+from vimscale.prepare.inputs.rows import Files
 
 RED = Image.new("RGB", (20, 10), (200, 30, 40))
 NOISE = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8))

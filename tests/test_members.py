@@ -16,9 +16,10 @@ from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards.tar import split_name
 from vimscale.errors import DataError
-from vimscale.prepare import adopt, inspect, merge, repair
+from vimscale.prepare import adopt, merge
+from vimscale.prepare.inputs.rows import Columns
+from vimscale.prepare.inspection import inspect, repair
 from vimscale.prepare.make import prepare
-from vimscale.prepare.rows import Columns
 from vimscale.prepare.shapes import Options
 
 

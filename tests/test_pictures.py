@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from vimscale.errors import LaunchError
 from vimscale.launch import cli, pictures, plan_command
 from vimscale.launch import cluster as clusters
-from vimscale.prepare import contact_sheet, lettering
+from vimscale.prepare.inspection import contact_sheet, lettering
 from vimscale.recipe import recipe
 
 TEXTS = ("Zoë's ½ naïve Straße", "Ωμέγα кошка", "猫 犬", "한국어", "عربى", "ő", "a\nb\x07\ud800", "\U0010fffe")

@@ -26,10 +26,11 @@ from vimscale.data.dataset import Dataset
 from vimscale.data.images import decode
 from vimscale.data.shards import manifest as shards
 from vimscale.errors import DataError
-from vimscale.prepare import adopt, inspect, merge, repair
+from vimscale.prepare import adopt, merge
 from vimscale.prepare.index import scan, walk
+from vimscale.prepare.inputs.rows import Columns
+from vimscale.prepare.inspection import inspect, repair
 from vimscale.prepare.make import prepare
-from vimscale.prepare.rows import Columns
 from vimscale.prepare.shapes import Options
 
 

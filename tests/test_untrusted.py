@@ -19,8 +19,10 @@ from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
 from vimscale.launch.cluster import Cluster
 from vimscale.launch.on_local_jobs import LocalJobs
-from vimscale.prepare import adopt, inputs, inspect
-from vimscale.prepare.rows import Columns, Files, Rows
+from vimscale.prepare import adopt
+from vimscale.prepare.inputs import sources
+from vimscale.prepare.inputs.rows import Columns, Files, Rows
+from vimscale.prepare.inspection import inspect
 from vimscale.runtime import manifest
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import untrusted
@@ -164,7 +166,7 @@ def test_a_split_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch
     rows.add("a", "cat", 1, "a.jpg")
     for split in ("../../home", "a/b", "..", "a\0"):
         with pytest.raises(DataError, match="a split, which becomes a folder: the name"):
-            inputs._checked("hf:x", Files(), {split: rows}, Columns())
+            sources._checked("hf:x", Files(), {split: rows}, Columns())
 
 
 # ---- checkpoints

@@ -35,8 +35,8 @@ from vimscale.data.shards.manifest import (
 )
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool
-from vimscale.prepare.inputs import Entry, Input, open_input
-from vimscale.prepare.rows import Columns
+from vimscale.prepare.inputs.rows import Columns
+from vimscale.prepare.inputs.sources import Entry, Input, open_input
 from vimscale.prepare.shapes import Options, shape
 from vimscale.prepare.tally import Tally
 from vimscale.storage import untrusted

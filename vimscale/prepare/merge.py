@@ -18,7 +18,7 @@ from vimscale.data.shards.manifest import (
     write_file,
 )
 from vimscale.errors import DataError
-from vimscale.prepare.inspect import Located
+from vimscale.prepare.inspection.inspect import Located
 from vimscale.prepare.tally import Tally
 
 

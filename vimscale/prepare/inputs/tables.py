@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare.rows import Columns, Files, Reader, Rows, checked_label, image_file, pick
+from vimscale.prepare.inputs.rows import Columns, Files, Reader, Rows, checked_label, image_file, pick
 
 _BATCH = 256
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vimscale.data.shards.tar import MEMBER_LIMIT
 from vimscale.errors import BadSample, DataError, brief, kind_of
-from vimscale.prepare.classes import Label, suggestion
+from vimscale.prepare.inputs.classes import Label, suggestion
 from vimscale.storage import untrusted
 
 IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")

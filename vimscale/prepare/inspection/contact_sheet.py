@@ -14,8 +14,8 @@ from vimscale.data.images import augment, decode
 from vimscale.data.order import generator
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
-from vimscale.prepare.inspect import Located, read
-from vimscale.prepare.lettering import lettered
+from vimscale.prepare.inspection.inspect import Located, read
+from vimscale.prepare.inspection.lettering import lettered
 from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Augment
 

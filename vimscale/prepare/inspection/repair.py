@@ -13,7 +13,7 @@ from vimscale.data.shards.manifest import MANIFEST, Shard, sha256_of, write_file
 from vimscale.errors import DataError
 from vimscale.prepare import adopt, pool
 from vimscale.prepare.index import BLOCK
-from vimscale.prepare.inspect import Health, Located
+from vimscale.prepare.inspection.inspect import Health, Located
 from vimscale.prepare.tally import Tally
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from vimscale.errors import DataError
 from vimscale.prepare.index import Sample
-from vimscale.prepare.rows import IMAGE_FILES
+from vimscale.prepare.inputs.rows import IMAGE_FILES
 
 LABELS = ("cls", "json")
 _JPEGS = ("jpg", "jpeg", "jpe", "jfif")

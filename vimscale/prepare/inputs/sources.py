@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from vimscale.data.images import decode
 from vimscale.data.shards.tar import hidden, split_name
 from vimscale.errors import DataError
-from vimscale.prepare import members, tables
-from vimscale.prepare.classes import Label, class_map
 from vimscale.prepare.index import scan
-from vimscale.prepare.rows import (
+from vimscale.prepare.inputs import members, tables
+from vimscale.prepare.inputs.classes import Label, class_map
+from vimscale.prepare.inputs.rows import (
     IMAGE_FILES,
     LABEL_COLUMNS,
     Columns,
