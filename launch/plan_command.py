@@ -113,7 +113,7 @@ def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], picture: P
 
 def show(chosen: recipes.Recipe, cluster: clusters.Cluster, workers: int | None, console: Console) -> None:
     """The model as a picture, and what follows for the recipe on `workers` ranks, or as many as the cluster has."""
-    from vimscale import recompute
+    from vimscale.engine import recompute
 
     if workers is None:
         workers = ranks(cluster) if cluster.backend != "local" or cluster.workers else 1

@@ -84,7 +84,7 @@ def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> No
 
 def _spike_in_batches(rank: int) -> None:
     """Batches in BAD make what the head reads a thousand times as large."""
-    from vimscale.engine import Engine
+    from vimscale.engine.deepspeed_engine import Engine
 
     seen: list[Any] = []
     _in_batches(rank, lambda images: (seen.append(images), images)[1])
@@ -105,7 +105,7 @@ def _spike_in_batches(rank: int) -> None:
 
 def _once(step: int, before_forward: Callable[[Any], None]) -> None:
     """Do something in the forward of that step, counted from 1, and never again."""
-    from vimscale.engine import Engine
+    from vimscale.engine.deepspeed_engine import Engine
 
     backward, calls = Engine.backward, 0
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from vimscale import optim
-from vimscale.engine import ds_config
+from vimscale.engine import optim
+from vimscale.engine.deepspeed_engine import ds_config
 from vimscale.model import PRESETS, VisionMamba
 from vimscale.recipe import recipe
 from vimscale.recipe.sections import Optim

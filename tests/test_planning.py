@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import plan as measuring
-from vimscale import memory, roofline, sharding
+from vimscale import memory, roofline
 from vimscale.devices import DEVICES, key_of
+from vimscale.engine import zero_layout
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch import cluster as clusters
 from vimscale.launch import memory_check, on_local, plan_command
@@ -100,7 +101,7 @@ def test_more_ranks_hold_less_and_recomputation_keeps_less() -> None:
 
 def test_an_all_reduce_takes_as_long_as_scattering_and_gathering() -> None:
     fabric = Fabric(8, 400e9, 50e9)
-    reduced, halves = sharding.Sent(10**9, 0, 0, 0), sharding.Sent(0, 10**9, 10**9, 0)
+    reduced, halves = zero_layout.Sent(10**9, 0, 0, 0), zero_layout.Sent(0, 10**9, 10**9, 0)
     assert fabric.seconds(reduced, 8) == fabric.seconds(halves, 8) == pytest.approx(2 * 7 / 8 / 400 / roofline.FABRIC)
     assert fabric.seconds(reduced, 16) > 8 * fabric.seconds(reduced, 8)  # between nodes it is the fabric's
 

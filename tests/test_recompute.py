@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import peak_bytes
-from vimscale import recompute
+from vimscale.engine import recompute
 from vimscale.errors import RecipeError
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.presets import Stage

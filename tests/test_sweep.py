@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from tests.shell import Shell
-from vimscale import optim
+from vimscale.engine import optim
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 from vimscale.launch import lr_range, sweep, trials
 from vimscale.recipe import recipe

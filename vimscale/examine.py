@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vimscale import guard_report
 from vimscale.data.prefetch import Feed
 from vimscale.data.training_set import TrainingSet
-from vimscale.engine import Engine
+from vimscale.engine.deepspeed_engine import Engine
 from vimscale.guard import Micro, Record, Seen
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from vimscale import memory, recompute, roofline, sharding
+from vimscale import memory, roofline
 from vimscale.devices import Device
+from vimscale.engine import recompute, zero_layout
+from vimscale.engine.zero_layout import Held, Parameter, Sent
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.memory import Backend, Passes
 from vimscale.model import VimConfig
@@ -19,7 +21,6 @@ from vimscale.model.vim import Recompute
 from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Parallel
 from vimscale.roofline import Fabric
-from vimscale.sharding import Held, Parameter, Sent
 
 USABLE = 0.92
 """Share of a device's memory that tensors can have: the rest is for contexts, NCCL's buffers and gaps."""
@@ -109,7 +110,7 @@ class Planner:
         """`samples`: of the training set; 0 if it is not known."""
         self.recipe, self.config, self.place, self.samples = recipe, config, place, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None
-        self.parameters: tuple[Parameter, ...] = sharding.parameters(config, recipe)
+        self.parameters: tuple[Parameter, ...] = zero_layout.parameters(config, recipe)
         self._known: dict[tuple[int, int], Held] = {}
         self.checkpoint = sum(p.numel for p in self.parameters) * 4 * (4 if recipe.optim.ema else 3)
 
@@ -135,10 +136,12 @@ class Planner:
     def need(self, zero: int, passes: Passes, micro: int, accumulation: int, world: int, images: int) -> Need:
         """`images`: bytes of the micro-batch and of the next, on its way."""
         held = self._held(zero, world)
-        bucket = sharding.buckets(self.parameters, zero)
-        gathered = sharding.gathered(self.parameters, world, persist=self.recipe.parallel.persist) if zero == 3 else 0
+        bucket = zero_layout.buckets(self.parameters, zero)
+        gathered = (
+            zero_layout.gathered(self.parameters, world, persist=self.recipe.parallel.persist) if zero == 3 else 0
+        )
         whole = 4 * self.whole
-        reducing = sharding.transient(self.parameters, zero, world)
+        reducing = zero_layout.transient(self.parameters, zero, world)
         # where gradients stay until a step's end they are there during every pass but the first
         if zero == 0 and accumulation == 1:
             gradients, activations = 0, max(passes.with_gradients, whole + reducing)
@@ -148,7 +151,7 @@ class Planner:
             activations = max(passes.peak, reducing * (1 if self.place.device else 2))
         else:
             gradients = whole if (zero < 2 and accumulation > 1) or zero == 0 else 0
-            if zero == 2 and (accumulation > 1 or self.whole > sharding.BUCKET):
+            if zero == 2 and (accumulation > 1 or self.whole > zero_layout.BUCKET):
                 gradients = held.gradients
             # a rank's share of the gradients is copied out of the bucket, which is given up before the update; at stage
             # 1 that begins while the backward pass still has something
@@ -159,7 +162,7 @@ class Planner:
     def _held(self, zero: int, world: int) -> Held:
         if (zero, world) not in self._known:
             persist, ema = self.recipe.parallel.persist, self.recipe.optim.ema is not None
-            self._known[zero, world] = sharding.heaviest(self.parameters, zero, world, persist=persist, ema=ema)
+            self._known[zero, world] = zero_layout.heaviest(self.parameters, zero, world, persist=persist, ema=ema)
         return self._known[zero, world]
 
     def _images(self, config: VimConfig, micro: int) -> int:
@@ -225,7 +228,7 @@ class Planner:
         if not fits and (other := self.largest(zero, rule, world)):
             micro, accumulation = other, self.recipe.batch // world // other
             need, fits = self.most(zero, rule, micro, accumulation, world, exact=False), True
-        sent = sharding.sent(self.parameters, zero, world, accumulation, persist=self.recipe.parallel.persist)
+        sent = zero_layout.sent(self.parameters, zero, world, accumulation, persist=self.recipe.parallel.persist)
         seconds, work = 0.0, 0.0
         starts = self._starts()
         ends = [*starts[1:], self.steps or starts[-1] + 1]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vimscale.devices import Device
-from vimscale.sharding import Sent
+from vimscale.engine.zero_layout import Sent
 
 MATRIX = 0.6
 """Share of the data sheet's matrix rate."""

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimscale import checkpoint, guard_report, optim, recompute, second
+from vimscale import checkpoint, guard_report, second
 from vimscale.checkpoint import Trainer
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Feed
 from vimscale.data.training_set import TrainingSet
-from vimscale.engine import MOMENTS, Engine
+from vimscale.engine import optim, recompute
+from vimscale.engine.deepspeed_engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
 from vimscale.evaluate import evaluate
 from vimscale.examine import examine

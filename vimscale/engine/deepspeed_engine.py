@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vimscale import optim
+from vimscale.engine import optim
+from vimscale.engine.zero_layout import BUCKET
 from vimscale.errors import RunFailed
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.cost import parameters
 from vimscale.recipe.recipe import Recipe
-from vimscale.sharding import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Judge = Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from vimscale import optim
+from vimscale.engine import optim
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.recipe.recipe import Recipe
 
