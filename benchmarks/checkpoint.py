@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import measure
-from vimscale.checkpoint import Trainer
+from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.save import Saver
 from vimscale.model import VisionMamba
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
-from vimscale.saving import Saver
 
 _RECIPE = "vim_base_in1k"
 _KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")

@@ -19,8 +19,8 @@ from vimscale.runtime import manifest
 from .arguments import JsonOption, RunArgument
 
 if TYPE_CHECKING:
+    from vimscale.checkpoint.mirror import Place
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.second import Place
 
 checkpoints = typer.Typer(help="Look at a run's checkpoints, check, compare and remove them.", no_args_is_help=True)
 
@@ -102,7 +102,7 @@ def _age(entry: Entry) -> str:
 
 def _second(folder: "RunFolder") -> tuple["Place | None", list[str], str | None]:
     """The second place of a run's checkpoints, the names there, and why they cannot be had."""
-    from vimscale import second
+    from vimscale.checkpoint import mirror as second
 
     recipe = folder.recipe()
     try:
@@ -183,7 +183,7 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
     """Read all of a run's checkpoints, here and at the second place, and compare them with their sha256; exit code 1 if
     one is damaged.
     """
-    from vimscale import second
+    from vimscale.checkpoint import mirror as second
     from vimscale.runtime import run_folder
 
     folder = run_folder.RunFolder.of(run)
@@ -220,7 +220,7 @@ def diff(
     """Compare two checkpoints, written at whatever numbers of ranks and ZeRO stages: settings, weights, moving average
     and the optimizer's moments.
     """
-    from vimscale.compare import Pair
+    from vimscale.checkpoint.compare import Pair
     from vimscale.runtime.run_folder import RunFolder
 
     paths = [RunFolder.of(run).newest_checkpoint(a), RunFolder.of(other or run).newest_checkpoint(b)]
@@ -286,7 +286,7 @@ def prune(
     """Remove a run's older checkpoints, but never the newest whole one, and none while the run is going on. What is at
     the second place stays.
     """
-    from vimscale import second
+    from vimscale.checkpoint import mirror as second
     from vimscale.runtime import run_folder
 
     folder = run_folder.RunFolder.of(run)

@@ -24,13 +24,14 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from tests.shell import Shell
-from vimscale import checkpoint, second
-from vimscale.checkpoint import Reader, Trainer
+from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint import mirror
+from vimscale.checkpoint.load import Reader, Trainer
+from vimscale.checkpoint.save import Saver, write_state
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest, run_folder
-from vimscale.saving import Saver, write_state
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -96,7 +97,7 @@ def test_a_rollback_takes_what_was_saved_for_a_stop_only_if_there_is_no_other(tm
     saver.close()
     assert checkpoint.newest(tmp_path) == tmp_path / "step_00000013"
     assert checkpoint.newest(tmp_path, regular=True) == tmp_path / "step_00000010"
-    second.remove(tmp_path / "step_00000010")
+    mirror.remove(tmp_path / "step_00000010")
     assert checkpoint.newest(tmp_path, regular=True) == tmp_path / "step_00000013"
 
 
@@ -156,12 +157,12 @@ def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path, caplog
 
 def test_a_copy_under_another_steps_name_is_damaged(tmp_path: Path, place: str) -> None:
     _save(tmp_path / "c", 10, 20, second=place)
-    there = second.open_place(place, "run")
+    there = mirror.open_place(place, "run")
     assert there is not None
     for entry in (*manifest.files(tmp_path / "c/step_00000010"), {"name": manifest.NAME}):
         there.put("step_00000030", entry["name"], tmp_path / "c/step_00000010" / entry["name"])
     there.finish("step_00000030", (tmp_path / "c/step_00000010" / manifest.NAME).read_bytes())
-    assert list(second.faults(there, "step_00000030")) == ["it is of step 10; its name would be step_00000010"]
+    assert list(mirror.faults(there, "step_00000030")) == ["it is of step 10; its name would be step_00000010"]
     assert checkpoint.newest(tmp_path / "c", there) == tmp_path / "c/step_00000020"
 
 
@@ -183,7 +184,7 @@ def test_names_that_are_not_ours_are_passed_over_and_left_alone(tmp_path: Path) 
         shutil.copytree(folder / "step_00000010", folder / name)
     assert checkpoint.newest(folder) == folder / "step_00000010"
     _save(folder, 20, keep=1)
-    second.remove_after(folder / "step_00000020")
+    mirror.remove_after(folder / "step_00000020")
     assert _names(folder) == sorted([*FOREIGN, "step_00000020"])
 
 
@@ -272,7 +273,7 @@ def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_pat
     folder = tmp_path / "c"
     for step in (10, 20, 30):
         _save(folder, step, keep=2, second=place)
-    there = second.open_place(place, "run")
+    there = mirror.open_place(place, "run")
     assert there is not None
     assert there.names() == ["step_00000030", "step_00000020"]
     shutil.rmtree(folder / "step_00000030")
@@ -289,25 +290,25 @@ def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_pat
 
 
 def test_what_is_whole_at_the_second_place_is_not_written_again(tmp_path: Path, place: str) -> None:
-    there = second.open_place(place, "run")
+    there = mirror.open_place(place, "run")
     assert there is not None
     _save(tmp_path, 10, second=place)
     text = (tmp_path / "step_00000010/trainer.json").read_bytes()
-    assert second.has(there, "step_00000010", text)
-    assert not second.has(there, "step_00000010", text + b" ")
-    assert not second.has(there, "step_00000020", text)
+    assert mirror.has(there, "step_00000010", text)
+    assert not mirror.has(there, "step_00000010", text + b" ")
+    assert not mirror.has(there, "step_00000020", text)
     there.put("step_00000010", "trainer.json", text[:-1])
     if not place.startswith("s3:"):
         (Path(place) / "run/.step_00000010.partial/trainer.json").rename(Path(place) / "run/step_00000010/trainer.json")
-    assert list(second.faults(there, "step_00000010")) == ["trainer.json does not have the sha256 it was written with"]
+    assert list(mirror.faults(there, "step_00000010")) == ["trainer.json does not have the sha256 it was written with"]
     _save(tmp_path, 10, second=place)
-    assert second.has(there, "step_00000010", text), "a damaged copy is replaced"
+    assert mirror.has(there, "step_00000010", text), "a damaged copy is replaced"
 
 
 class _Held:
     """A place that takes nothing until it may."""
 
-    def __init__(self, place: second.Place):
+    def __init__(self, place: mirror.Place):
         self._place, self.may = place, threading.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -319,10 +320,10 @@ class _Held:
 
 
 def test_a_slow_second_place_gets_the_newest_first_and_all_that_stay_for_good(tmp_path: Path) -> None:
-    there = second.open_place(str(tmp_path / "there"), "run")
+    there = mirror.open_place(str(tmp_path / "there"), "run")
     assert there is not None
     held = _Held(there)
-    copier = second.Copier(held, Checkpoint(keep=1, keep_every=20))
+    copier = mirror.Copier(held, Checkpoint(keep=1, keep_every=20))
     _save(tmp_path / "c", 10, 20, 30, 40, 50, keep=9)
     for step in (10, 20, 30, 40, 50):
         copier.offer(tmp_path / f"c/step_000000{step}")
@@ -424,7 +425,7 @@ def test_the_second_place_takes_what_the_first_cannot(tmp_path: Path, place: str
     saver.save(TENSORS, _trainer(10))
     with pytest.raises(RunFailed, match=rf"could not be written: .*; it is at {place}/run/step_00000010 instead"):
         saver.wait()
-    found = checkpoint.newest(tmp_path / "c", second.open_place(place, "run"))
+    found = checkpoint.newest(tmp_path / "c", mirror.open_place(place, "run"))
     assert found == tmp_path / "c/step_00000010"
     assert checkpoint.read_trainer(found) == _trainer(10)
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tests.shell import SMALL, Shell
-from vimscale import second
-from vimscale.checkpoint import Trainer
-from vimscale.compare import Pair
+from vimscale.checkpoint import mirror
+from vimscale.checkpoint.compare import Pair
+from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.save import Saver, write_state
 from vimscale.errors import CheckpointError
 from vimscale.launch.cli import app
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest
-from vimscale.saving import Saver, write_state
 
 SHAPES = {"a": [8, 5], "b": [10]}
 FIRST = {"weight/a@0": torch.arange(40.0), "weight/b@0": torch.randn(10), "ema/a@0": torch.randn(40)}
@@ -43,15 +43,15 @@ def run(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     for step in (10, 20, 30, 33):
         saver.save(FIRST, _trainer(step, asked=step == 33))
     saver.close()
-    copier = second.Copier(_place(), chosen.checkpoint)
+    copier = mirror.Copier(_place(), chosen.checkpoint)
     for step in (10, 20):
         copier.offer(folder / f"checkpoints/step_000000{step}")
         copier.wait()
     return folder / "checkpoints"
 
 
-def _place() -> second.Place:
-    place = second.open_place("copies", "small")
+def _place() -> mirror.Place:
+    place = mirror.open_place("copies", "small")
     assert place is not None
     return place
 

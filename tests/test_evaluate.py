@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from tests.shell import SMALL
-from vimscale.checkpoint import Trainer
+from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.save import write_state
 from vimscale.data.dataset import Dataset
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, RecipeError
@@ -22,7 +23,6 @@ from vimscale.objectives import classification
 from vimscale.recipe import recipe
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.run_folder import RunFolder
-from vimscale.saving import write_state
 
 NAMES = tuple(f"a {number}" for number in range(10))
 DATA = ("data.train=../data/train", "data.val=../data/val")

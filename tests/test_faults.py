@@ -12,7 +12,7 @@ import torch
 
 from tests.faults import SCHEDULED, Fault, Full, SmallDisk, run_on, schedule, survive
 from tests.shell import EVERYTHING, Shell, new_shell
-from vimscale import checkpoint
+from vimscale.checkpoint import load as checkpoint
 from vimscale.engine.deepspeed_engine import MOMENTS
 from vimscale.runtime import manifest, run_folder
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vimscale import checkpoint
+from vimscale.checkpoint import load as checkpoint
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.errors import UserError
 from vimscale.export import hustvl, safetensors, starting, unwrap

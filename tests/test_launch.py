@@ -13,7 +13,7 @@ import torch
 
 from tests.ray_head import ray_head
 from tests.shell import Shell, new_shell
-from vimscale import checkpoint
+from vimscale.checkpoint import load as checkpoint
 from vimscale.launch.failures import first_cause
 from vimscale.launch.rank import Ending
 from vimscale.runtime import manifest, run_folder

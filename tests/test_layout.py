@@ -19,9 +19,9 @@ FLOORS = [
     {"recipe.sections", "ops"},
     {"recipe.recipe"},
     {"runtime.distributed", "runtime.run_folder", "storage.store", "storage.web"},
-    {"second"},
-    {"checkpoint"},
-    {"saving", "compare"},
+    {"checkpoint.mirror"},
+    {"checkpoint.load"},
+    {"checkpoint.save", "checkpoint.compare"},
     {
         "model.tokens",
         "model.mixer",

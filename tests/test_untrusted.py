@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from tests.noise import SAMPLE, overwrite, write_set
 from tests.web_server import WebServer
-from vimscale import checkpoint, guard_report, second
+from vimscale import guard_report
+from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint import mirror
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
@@ -202,15 +204,15 @@ def test_a_mirror_writes_nothing_outside_the_run_and_no_more_than_its_manifest_s
     there.mkdir(parents=True)
     (there.parent / "mine").write_bytes(b"x")
     os.mkdir(tmp_path / "here")
-    place = second.open_place(str(tmp_path / "mirror"), "run")
+    place = mirror.open_place(str(tmp_path / "mirror"), "run")
     assert place is not None
     for entry, said in ((_entry(name="../mine"), "it has a /"), (_entry(), "more bytes than it may have")):
         (there / "state-0").write_bytes(b"xy")
         (there / "manifest.json").write_bytes(manifest.text([entry]))
         with pytest.raises(OSError, match=said):
-            second.fetch(place, "step_00000001", tmp_path / "here")
+            mirror.fetch(place, "step_00000001", tmp_path / "here")
         assert list((tmp_path / "here").iterdir()) == []
-        assert len(list(second.faults(place, "step_00000001"))) == 1
+        assert len(list(mirror.faults(place, "step_00000001"))) == 1
 
 
 TRAINER = {"step": 1, "stream": {}, "updates": 1, "shapes": {"a": [2]}, "world": 1, "zero": 0, "ema": False}

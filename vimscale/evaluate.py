@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vimscale import checkpoint
+from vimscale.checkpoint import load as checkpoint
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalise

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimscale import checkpoint, guard_report, second
-from vimscale.checkpoint import Trainer
+from vimscale import guard_report
+from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint import mirror
+from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.save import Saver
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Feed
@@ -28,7 +31,6 @@ from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import pulse
 from vimscale.runtime.run_folder import RunFolder
-from vimscale.saving import Saver
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     step = 0
     skipped: list[tuple[int, int]] = []  # see `Order`
     guard = Guard(recipe, device)
-    place = second.open_place(recipe.checkpoint.second, recipe.name)
+    place = mirror.open_place(recipe.checkpoint.second, recipe.name)
     newest = checkpoint.newest(folder.checkpoints, place)
     if newest is None and recipe.model.weights is not None:
         weights, notes = starting_weights(Path(recipe.model.weights), config, manifest)
@@ -220,7 +222,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             step, losses, rates = trainer.step, [], []
             kept = step
             if rank == 0:
-                second.remove_after(newest)
+                mirror.remove_after(newest)
             feed, meter = open_feed()
             if metrics is not None:
                 metrics.close()

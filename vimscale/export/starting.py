@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import second
+from vimscale.checkpoint import mirror
 from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError
@@ -202,7 +202,7 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
 def _elsewhere(recipe: Recipe) -> bool:
     """Whether there may be a checkpoint in the second place: the ranks find out."""
     try:
-        place = second.open_place(recipe.checkpoint.second, recipe.name)
+        place = mirror.open_place(recipe.checkpoint.second, recipe.name)
         return place is not None and bool(place.names())
     except (OSError, DataError):
         return True

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vimscale.checkpoint.mirror import Place, fetch
 from vimscale.errors import CheckpointError, DataError
 from vimscale.runtime import distributed, manifest, run_folder
-from vimscale.second import Place, fetch
 from vimscale.storage import untrusted
 
 log = logging.getLogger(__name__)

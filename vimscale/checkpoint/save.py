@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vimscale import second
-from vimscale.checkpoint import Trainer
+from vimscale.checkpoint import mirror
+from vimscale.checkpoint.load import Trainer
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import distributed, manifest, run_folder
@@ -43,10 +43,10 @@ class Saver:
         self._folder, self._rules, self._emit = folder, rules, emit
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
-        self._second = second.open_place(rules.second, run)
+        self._second = mirror.open_place(rules.second, run)
         self._copier = None
         if self._second is not None and self._rank == 0:
-            self._copier = second.Copier(self._second, rules)
+            self._copier = mirror.Copier(self._second, rules)
         if self._rank == 0:
             _clear(folder)
         # what processes of an earlier group may still be writing is nothing to this one
@@ -168,7 +168,7 @@ class Saver:
             shutil.rmtree(self._partial)
         else:
             if target.exists():
-                second.remove(target)
+                mirror.remove(target)
             self._partial.rename(target)
             manifest.sync(self._folder)
         self._emit({"kind": "checkpoint", "step": self._trainer.step, "path": str(target)})
@@ -195,7 +195,7 @@ class Saver:
         names = [path.name for path in run_folder.checkpoints(self._folder)]
         for name in run_folder.surplus(names, self._rules):
             if name not in needed:
-                second.remove(self._folder / name)
+                mirror.remove(self._folder / name)
 
     # ---- when it cannot be written
 
@@ -222,14 +222,14 @@ class Saver:
             " the same command goes on from there"
         )
 
-    def _save_at(self, place: second.Place) -> str | None:
+    def _save_at(self, place: mirror.Place) -> str | None:
         """Write the same checkpoint to the second place, all ranks together; the first problem, or None."""
         entries: list[dict[str, Any]] = []
 
         def begin() -> bool:
             assert self._copier is not None
             self._copier.wait()
-            if second.has(place, self._name, _trainer_text(self._trainer)):
+            if mirror.has(place, self._name, _trainer_text(self._trainer)):
                 return True
             place.begin(self._name)
             return False

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vimscale.checkpoint import Reader, read_trainer
+from vimscale.checkpoint.load import Reader, read_trainer
 
 _STRETCH = 1 << 22
 """Elements of each that are held at a time."""
