@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimscale import guard_report
 from vimscale.errors import DataError
+from vimscale.guard import report as guard_report
 from vimscale.prepare.inspection import contact_sheet
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files

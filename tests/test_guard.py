@@ -16,7 +16,7 @@ from tests.injected import BAD
 from tests.shell import Shell
 from vimscale.data.order import Order
 from vimscale.errors import RecipeError
-from vimscale.guard import Judge, pass_over
+from vimscale.guard.judge import Judge, pass_over
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.sections import Guard
 

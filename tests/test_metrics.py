@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from vimscale import guard_report
 from vimscale.errors import CheckpointError, RunFailed
+from vimscale.guard import report as guard_report
 from vimscale.launch import output
 from vimscale.metrics import Metrics
 from vimscale.runtime.run_folder import RunFolder

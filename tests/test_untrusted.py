@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from tests.noise import SAMPLE, overwrite, write_set
 from tests.web_server import WebServer
-from vimscale import guard_report
 from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import mirror
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
+from vimscale.guard import report
 from vimscale.launch.cluster import Cluster
 from vimscale.launch.on_local_jobs import LocalJobs
 from vimscale.prepare import adopt
@@ -272,7 +272,7 @@ def test_a_damaged_report_of_a_bad_step_is_named(tmp_path: Path, text: str) -> N
     (tmp_path / "guard" / "step_00000001").mkdir(parents=True)
     (tmp_path / "guard" / "step_00000001" / "report.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"report [^\n]*step_00000001 cannot be read: [^\n]{,300}; remove it"):
-        guard_report.read(RunFolder(tmp_path))
+        report.read(RunFolder(tmp_path))
 
 
 def test_an_index_of_terabytes_is_not_read_to_be_verified(folder: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimscale import guard_report
 from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import mirror
 from vimscale.checkpoint.load import Trainer
@@ -22,9 +21,10 @@ from vimscale.engine import optim, recompute
 from vimscale.engine.deepspeed_engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
 from vimscale.evaluate import evaluate
-from vimscale.examine import examine
 from vimscale.export.safetensors import starting_weights
-from vimscale.guard import Guard, Micro, Record, Seen, pass_over
+from vimscale.guard import report as guard_report
+from vimscale.guard.diagnose import examine
+from vimscale.guard.judge import Guard, Micro, Record, Seen, pass_over
 from vimscale.metrics import Meter, Metrics
 from vimscale.objectives import classification
 from vimscale.runtime import distributed

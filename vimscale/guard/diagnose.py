@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vimscale import guard_report
 from vimscale.data.prefetch import Feed
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine.deepspeed_engine import Engine
-from vimscale.guard import Micro, Record, Seen
+from vimscale.guard import report as guard_report
+from vimscale.guard.judge import Micro, Record, Seen
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
