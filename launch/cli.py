@@ -308,8 +308,8 @@ def evaluate(
     raw: RawOption = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on its validation set, or another of the same classes."""
-    from vimscale.evaluate import restore
     from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import restore
 
     from .progress import figures
 
@@ -336,7 +336,7 @@ def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest
     import torch
 
     from vimscale.data.dataset import Dataset
-    from vimscale.evaluate import evaluate
+    from vimscale.train.evaluate import evaluate
 
     temporary.shorten()
     assert recipe.data.val is not None
@@ -382,9 +382,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's weights for others to use, load them again, and compare logits."""
-    from vimscale.evaluate import restore
     from vimscale.export import hustvl, safetensors
     from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import restore
 
     folder = RunFolder.of(run)
     model, recipe, manifest, at = restore(folder, raw=raw, step=step)

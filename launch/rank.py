@@ -97,7 +97,7 @@ def run(
         from vimscale.runtime import distributed
 
         distributed.prepare(spec)
-        from vimscale.train import train  # brings DeepSpeed, which looks around on import
+        from vimscale.train.loop import train  # brings DeepSpeed, which looks around on import
 
         pulse.beat("start")
         distributed.join(spec, store)

@@ -30,14 +30,14 @@ FLOORS = [
         "model.published.weights",
         "data",
         "engine.optim",
-        "metrics",
+        "train.metrics",
     },
     {"engine.zero_layout"},
     {"roofline"},
     {
         "objectives",
         "engine.deepspeed_engine",
-        "evaluate",
+        "train.evaluate",
         "export",
         "engine.recompute",
         "prepare",
@@ -47,7 +47,7 @@ FLOORS = [
     },
     {"memory"},
     {"plan"},
-    {"train"},
+    {"train.loop"},
 ]
 
 

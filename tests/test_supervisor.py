@@ -337,7 +337,7 @@ def test_a_rank_that_is_stopped_is_noticed_and_replaced(shell: Shell, how: tuple
     assert "going on after" in output
     assert len(shell.losses("small")) == 200
     waiting, stopped = ((shell.folder / f"runs/small/logs/stacks_{rank:05d}.txt").read_text() for rank in (0, 1))
-    assert "vimscale/train.py" in waiting, "where rank 0 waits for rank 1"
+    assert "vimscale/train/loop.py" in waiting, "where rank 0 waits for rank 1"
     assert "does not answer" in stopped
     assert "Thread" not in stopped
     (failure,) = json.loads((shell.folder / "runs/small/failures.json").read_text())

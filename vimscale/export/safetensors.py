@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.evaluate import restore
 from vimscale.export import starting
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.published.arguments import complete, config_of
@@ -22,6 +21,7 @@ from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import resized
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
+from vimscale.train.evaluate import restore
 
 _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 

@@ -20,17 +20,17 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.engine import optim, recompute
 from vimscale.engine.deepspeed_engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
-from vimscale.evaluate import evaluate
 from vimscale.export.safetensors import starting_weights
 from vimscale.guard import report as guard_report
 from vimscale.guard.diagnose import examine
 from vimscale.guard.judge import Guard, Micro, Record, Seen, pass_over
-from vimscale.metrics import Meter, Metrics
 from vimscale.objectives import classification
 from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import pulse
 from vimscale.runtime.run_folder import RunFolder
+from vimscale.train.evaluate import evaluate
+from vimscale.train.metrics import Meter, Metrics
 
 log = logging.getLogger(__name__)
 
