@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from benchmarks.measure import peak_bytes
 from vimscale.engine import recompute, zero_layout
-from vimscale.plan import Place, Planner
+from vimscale.estimate.planner import Place, Planner
+from vimscale.estimate.roofline import Fabric
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
-from vimscale.roofline import Fabric
 from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, suggest
+from vimscale.estimate.devices import DEVICES
 from vimscale.recipe.typed_yaml import Address, Flag, Kind, Section, Whole
 from vimscale.storage import addresses
 

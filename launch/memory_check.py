@@ -5,15 +5,15 @@ Otherwise the kernel kills its ranks minutes later, and again after each restart
 
 from typing import TYPE_CHECKING
 
-from vimscale.devices import DEVICES, key_of
+from vimscale.estimate.devices import DEVICES, key_of
 from vimscale.model.cost import costs, parameters
 
 from .on_local import gpus, memory
 
 if TYPE_CHECKING:
     from vimscale.data.training_set import TrainingSet
+    from vimscale.estimate.planner import Place
     from vimscale.model.presets import VimConfig
-    from vimscale.plan import Place
     from vimscale.recipe.recipe import Recipe
 
 RANK = 0.75e9
@@ -43,7 +43,7 @@ def check(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool) -> No
     place = this_machine(recipe, config, world, ray=ray)
     if place is None:
         return
-    from vimscale.plan import Planner
+    from vimscale.estimate.planner import Planner
 
     Planner(recipe, config, place, data.samples).refuse(world, "--force starts it anyway")
 
@@ -74,8 +74,8 @@ def _room(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> in
 
 
 def _cpu(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Place":
-    from vimscale.plan import Place
-    from vimscale.roofline import Fabric
+    from vimscale.estimate.planner import Place
+    from vimscale.estimate.roofline import Fabric
 
     name = f"this machine ({memory().available / 1e9:.1f} GB available)"
     return Place(name, None, _room(recipe, config, world, ray=ray), Fabric(world, 1, 1), None)
@@ -85,8 +85,8 @@ def _gpu(world: int) -> "Place | None":
     """None where the GPU is not one that plans know. Not run on a GPU."""
     import torch
 
-    from vimscale.plan import Place
-    from vimscale.roofline import Fabric
+    from vimscale.estimate.planner import Place
+    from vimscale.estimate.roofline import Fabric
 
     kind = key_of(torch.cuda.get_device_name(0))
     if kind is None:

@@ -12,7 +12,7 @@ from vimscale.errors import LaunchError, shortened
 from vimscale.storage import files
 
 if TYPE_CHECKING:
-    from vimscale.plan import Outlook, Planner
+    from vimscale.estimate.planner import Outlook, Planner
 
     from .lr_range import Found
     from .trials import By, Group

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, shortened
+from vimscale.estimate.devices import DEVICES
 from vimscale.recipe import recipe as recipes
 
 from . import cluster as clusters
@@ -23,7 +23,7 @@ from .trials import check_installed
 from .workers import usual
 
 if TYPE_CHECKING:
-    from vimscale.plan import Outlook, Place, Planner
+    from vimscale.estimate.planner import Outlook, Place, Planner
 
 
 def command(
@@ -144,7 +144,7 @@ def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster, world: int) -> tu
         ClusterError: the cluster does not say which GPUs it has.
     """
     from vimscale.data.training_set import TrainingSet
-    from vimscale.plan import Planner, lanes_and_shards
+    from vimscale.estimate.planner import Planner, lanes_and_shards
 
     notes = []
     classes, samples = 1000, 0
@@ -169,8 +169,8 @@ def _is_this_machine(cluster: clusters.Cluster) -> bool:
 
 
 def _place(cluster: clusters.Cluster) -> "Place":
-    from vimscale.plan import Place
-    from vimscale.roofline import Fabric
+    from vimscale.estimate.planner import Place
+    from vimscale.estimate.roofline import Fabric
 
     out = cluster.fabric * 1e9 / 8
     if not cluster.gpus:
@@ -186,7 +186,7 @@ def _place(cluster: clusters.Cluster) -> "Place":
 
 def _counts(text: str | None, cluster: clusters.Cluster, world: int) -> list[int]:
     """Numbers of ranks to compare; of a machine alone, those that it has room for."""
-    from vimscale.plan import COUNTS
+    from vimscale.estimate.planner import COUNTS
 
     if text is None:
         here = [1 << i for i in range(world.bit_length()) if 1 << i < world]

@@ -15,7 +15,7 @@ FLOORS = [
     {"storage.addresses", "errors", "storage.files", "storage.untrusted", "runtime.manifest", "runtime.heartbeat"},
     # the shape of a model: no torch, so recipes can check it
     {"model.presets", "model.schedule", "model.cost", "model.published.arguments", "model"},
-    {"recipe.typed_yaml", "devices"},
+    {"recipe.typed_yaml", "estimate.devices"},
     {"recipe.sections", "ops"},
     {"recipe.recipe"},
     {"runtime.distributed", "runtime.run_folder", "storage.store", "storage.web"},
@@ -33,7 +33,7 @@ FLOORS = [
         "train.metrics",
     },
     {"engine.zero_layout"},
-    {"roofline"},
+    {"estimate.roofline"},
     {
         "objectives",
         "engine.deepspeed_engine",
@@ -45,8 +45,8 @@ FLOORS = [
         "guard.report",
         "guard.diagnose",
     },
-    {"memory"},
-    {"plan"},
+    {"estimate.activations"},
+    {"estimate.planner"},
     {"train.loop"},
 ]
 

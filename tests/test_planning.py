@@ -9,17 +9,17 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import plan as measuring
-from vimscale import memory, roofline
-from vimscale.devices import DEVICES, key_of
 from vimscale.engine import zero_layout
 from vimscale.errors import ClusterError, LaunchError
+from vimscale.estimate import activations, roofline
+from vimscale.estimate.devices import DEVICES, key_of
+from vimscale.estimate.planner import Place, Planner, lanes_and_shards
+from vimscale.estimate.roofline import Fabric
 from vimscale.launch import cluster as clusters
 from vimscale.launch import memory_check, on_local, plan_command
 from vimscale.launch.cli import app
 from vimscale.model import PRESETS
-from vimscale.plan import Place, Planner, lanes_and_shards
 from vimscale.recipe import recipe as recipes
-from vimscale.roofline import Fabric
 
 HELD = ("parameters", "weights", "optimizer", "ema", "gradients")
 SMALL = ["model.preset=vim_tiny", "model.depth=2", "model.image_size=96", "model.patch_size=16", "steps=60"]
@@ -68,9 +68,9 @@ def test_a_deep_model_is_its_kinds_of_layers_repeated(directions: str) -> None:
     """A short trace, repeated, against a trace of every layer."""
     config = dataclasses.replace(PRESETS["vim_tiny"], depth=8, directions=directions, image_size=64)
     levels: Any = ("none", "none", "scan", "scan", "block", "block", "none", "none")
-    short = memory.passes(config, levels, 2, "fp32", None, "cpu")
-    every = memory._entries(config, levels, 2, "fp32", None, "cpu")
-    whole = memory._added_up(every, list(range(len(every) // 2 - 1)))
+    short = activations.passes(config, levels, 2, "fp32", None, "cpu")
+    every = activations._entries(config, levels, 2, "fp32", None, "cpu")
+    whole = activations._added_up(every, list(range(len(every) // 2 - 1)))
     assert short.kept == pytest.approx(whole.kept, rel=0.01)
     assert short.peak == pytest.approx(whole.peak, rel=0.01)
     assert short.with_gradients == pytest.approx(whole.with_gradients, rel=0.01)
@@ -79,8 +79,8 @@ def test_a_deep_model_is_its_kinds_of_layers_repeated(directions: str) -> None:
 def test_every_number_of_images_is_near_what_two_of_them_tell() -> None:
     config = dataclasses.replace(PRESETS["vim_tiny"], depth=3, directions="bi*3")
     for batch in (2, 12, 48):
-        exact = memory.passes(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
-        near = memory.estimate(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
+        exact = activations.passes(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
+        near = activations.estimate(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
         assert near.peak == pytest.approx(exact.peak, rel=0.02)
         assert near.seconds == pytest.approx(exact.seconds, rel=0.05)
 
@@ -116,7 +116,7 @@ SEVEN = ["batch=4096", "phases=[]", "model.preset=vim_7b", "parallel.precision=b
 
 
 def test_seven_billion_parameters_on_512_gpus_are_planned_from_three_layers(tmp_path: Path) -> None:
-    short, _, places = memory._shortened(PRESETS["vim_7b"], ("block",) * 64)
+    short, _, places = activations._shortened(PRESETS["vim_7b"], ("block",) * 64)
     assert (len(short.layers), len(places)) == (3, 64)
     done = _plan(
         tmp_path, "vim_base_in1k", *SEVEN, "parallel.zero=3", "parallel.recompute=block", "--json", "--gpus", "256,512"

@@ -9,18 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from vimscale import memory, roofline
-from vimscale.devices import Device
 from vimscale.engine import recompute, zero_layout
 from vimscale.engine.zero_layout import Held, Parameter, Sent
 from vimscale.errors import LaunchError, RecipeError
-from vimscale.memory import Backend, Passes
+from vimscale.estimate import activations as memory
+from vimscale.estimate import roofline
+from vimscale.estimate.activations import Backend, Passes
+from vimscale.estimate.devices import Device
+from vimscale.estimate.roofline import Fabric
 from vimscale.model import VimConfig
 from vimscale.model.cost import flops
 from vimscale.model.vim import Recompute
 from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Parallel
-from vimscale.roofline import Fabric
 
 USABLE = 0.92
 """Share of a device's memory that tensors can have: the rest is for contexts, NCCL's buffers and gaps."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vimscale.devices import Device
 from vimscale.engine.zero_layout import Sent
+from vimscale.estimate.devices import Device
 
 MATRIX = 0.6
 """Share of the data sheet's matrix rate."""

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vimscale import ops, roofline
-from vimscale.devices import Device
+from vimscale import ops
+from vimscale.estimate import roofline
+from vimscale.estimate.devices import Device
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.vim import Gather, Recompute
 from vimscale.objectives import classification
