@@ -382,7 +382,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's weights for others to use, load them again, and compare logits."""
-    from vimscale.export import hustvl, safetensors
+    from vimscale.export import published, safetensors
     from vimscale.runtime.run_folder import RunFolder
     from vimscale.train.evaluate import restore
 
@@ -392,8 +392,8 @@ def export(
         model = _pruned(model, prune_directions, recipe, manifest)
     target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
     if to == "hustvl":
-        hustvl.write(target, model, manifest)
-        difference = hustvl.largest_difference(target, model)
+        published.write(target, model, manifest)
+        difference = published.largest_difference(target, model)
     else:
         about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
         safetensors.write(target, model, manifest, about)
@@ -451,13 +451,13 @@ def import_published(
     image_size: Annotated[int | None, typer.Option(help="Resize the position embedding for such images.")] = None,
 ) -> None:
     """Read published weights, write them as a model of this package, load that again, and compare logits."""
-    from vimscale.export import hustvl, safetensors, unwrap
+    from vimscale.export import published, safetensors, unwrap
     from vimscale.model.published.weights import from_published
 
     state, args, notes = unwrap.read(file, ema=ema)
-    arguments, reasons = hustvl.arguments_for(state, args, model, file)
+    arguments, reasons = published.arguments_for(state, args, model, file)
     imported = from_published(arguments, state, resize_to=image_size).eval()
-    manifest, about, origin = hustvl.manifest_for(file, arguments["num_classes"])
+    manifest, about, origin = published.manifest_for(file, arguments["num_classes"])
     target = output or file.with_suffix("")
     if target.is_file():
         raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")

@@ -18,7 +18,8 @@ from tests.shell import Shell
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export import hustvl, safetensors, starting, unwrap
+from vimscale.export import published as hustvl
+from vimscale.export import safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.published.arguments import complete, config_of
 from vimscale.model.published.quirks import PublishedVim, build

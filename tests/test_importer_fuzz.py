@@ -23,7 +23,7 @@ from torch import Tensor
 from vimscale.checkpoint import load as checkpoint
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.errors import UserError
-from vimscale.export import hustvl, safetensors, starting, unwrap
+from vimscale.export import published, safetensors, starting, unwrap
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.published.arguments import complete
 from vimscale.model.published.quirks import build
@@ -68,7 +68,7 @@ def _state() -> dict[str, Tensor]:
 def _imported(path: Path) -> None:
     """As `vimscale import` does."""
     found = unwrap.read(path)
-    arguments, _ = hustvl.arguments_for(found.state, found.args, None, path)
+    arguments, _ = published.arguments_for(found.state, found.args, None, path)
     from_published(arguments, found.state)
 
 
@@ -227,7 +227,7 @@ def _text(tree: Any, chance: random.Random) -> bytes:
 def _arguments(chance: random.Random, folder: Path) -> None:
     (folder / "a.json").write_bytes(_text(_mutated(ARGUMENTS, chance), chance))
     state = _state()
-    _once(lambda: from_published(hustvl.arguments_for(state, None, str(folder / "a.json"))[0], state))
+    _once(lambda: from_published(published.arguments_for(state, None, str(folder / "a.json"))[0], state))
 
 
 MANIFEST_OF_DATA = Manifest(name="a", classes=("x", "y", "z"), shards=(), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))

@@ -15,7 +15,7 @@ from tests.shell import Shell
 from vimscale.data.images.augment import normalise
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export import hustvl, safetensors, starting
+from vimscale.export import published, safetensors, starting
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.presets import Stage
 from vimscale.recipe import recipe as recipes
@@ -240,7 +240,7 @@ def _pth(folder: Path) -> Path:
 
 
 def _published(folder: Path) -> Path:
-    hustvl.write(folder / "theirs", _model(), _manifest())
+    published.write(folder / "theirs", _model(), _manifest())
     return folder / "theirs"
 
 
