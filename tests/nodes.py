@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.ray_head import RAY as _RAY
-from vimscale.launch.ray_connection import RAY_SOCKETS
-from vimscale.launch.temporary import private_folder
+from vimscale.launch.processes.ray_connection import RAY_SOCKETS
+from vimscale.launch.processes.temporary import private_folder
 
 _PORT = 6379
 QUICK_DEATHS = {

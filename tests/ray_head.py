@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.shell import Shell
-from vimscale.launch.ray_connection import RAY_SOCKETS
-from vimscale.launch.temporary import private_folder
+from vimscale.launch.processes.ray_connection import RAY_SOCKETS
+from vimscale.launch.processes.temporary import private_folder
 
 RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -56,7 +56,7 @@ class Shell:
         """No file may grow beyond `file_limit` KB, no process beyond `memory_limit` KB of addresses. `inside`: what
         runs the rest of its line.
         """
-        command = [*inside, sys.executable, "-m", "vimscale.launch.entry", *arguments]
+        command = [*inside, sys.executable, "-m", "vimscale.launch.cli", *arguments]
         for letter, limit in (("f", file_limit), ("v", memory_limit)):
             if limit is not None:
                 command = ["bash", "-c", f'ulimit -{letter} {limit}; exec "$@"', "limited", *command]

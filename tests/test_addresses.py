@@ -9,11 +9,12 @@ import pytest
 from tests.web_server import WebServer
 from vimscale.data.dataset import Dataset
 from vimscale.errors import ClusterError, DataError, RecipeError, RunFailed
-from vimscale.launch import cluster, jobs
-from vimscale.launch.on_kuberay import KubeRayJobs
-from vimscale.launch.on_local_jobs import LocalJobs
-from vimscale.launch.on_ray_jobs import RayJobs
-from vimscale.launch.on_slurm import SlurmJobs
+from vimscale.launch import cluster
+from vimscale.launch.jobs import backend as jobs
+from vimscale.launch.jobs.on_kuberay import KubeRayJobs
+from vimscale.launch.jobs.on_local import LocalJobs
+from vimscale.launch.jobs.on_ray import RayJobs
+from vimscale.launch.jobs.on_slurm import SlurmJobs
 from vimscale.prepare import adopt
 from vimscale.recipe import recipe
 from vimscale.storage import addresses

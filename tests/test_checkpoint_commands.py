@@ -16,7 +16,7 @@ from vimscale.checkpoint.compare import Pair
 from vimscale.checkpoint.load import Trainer
 from vimscale.checkpoint.save import Saver, write_state
 from vimscale.errors import CheckpointError
-from vimscale.launch.cli import app
+from vimscale.launch.commands.app import app
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest

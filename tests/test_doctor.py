@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 import vimscale
-from vimscale.launch import doctor
-from vimscale.launch.doctor import Finding
+from vimscale.launch.commands import doctor
+from vimscale.launch.commands.doctor import Finding
 
 
 @pytest.fixture(scope="module")

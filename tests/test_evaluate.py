@@ -16,8 +16,8 @@ from vimscale.checkpoint.save import write_state
 from vimscale.data.dataset import Dataset
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, RecipeError
-from vimscale.launch.cli import app
-from vimscale.launch.progress import figures
+from vimscale.launch.commands.app import app
+from vimscale.launch.display.progress import figures
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import recipe

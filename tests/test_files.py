@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.shell import Shell
-from vimscale.launch import pictures
+from vimscale.launch.display import plots
 from vimscale.storage import files
 
 
@@ -26,8 +26,8 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _picture(path: Path) -> None:
-    figure, _ = pictures._figure(2)
-    pictures._save(figure, path)
+    figure, _ = plots._figure(2)
+    plots._save(figure, path)
 
 
 WRITERS = {
@@ -122,7 +122,7 @@ def test_what_names_a_file_is_a_message_and_what_does_not_is_a_bug(error: str, c
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
 def test_output_that_cannot_be_written_is_said_in_a_line(shell: Shell) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "vimscale.launch.entry", "schema"]
+        command = [sys.executable, "-m", "vimscale.launch.cli", "schema"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=shell.env, check=False)
     assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
 
@@ -130,7 +130,7 @@ def test_output_that_cannot_be_written_is_said_in_a_line(shell: Shell) -> None:
 def test_a_shell_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    script = 'cd "$1" && rmdir "$1" && exec "$2" -m vimscale.launch.entry recipes'
+    script = 'cd "$1" && rmdir "$1" && exec "$2" -m vimscale.launch.cli recipes'
     done = subprocess.run(["sh", "-c", script, "sh", gone, sys.executable], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is not there any more; cd to another one" in done.stderr

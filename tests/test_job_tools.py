@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from vimscale.errors import LaunchError
-from vimscale.launch import cli, cluster, jobs
+from vimscale.launch import cluster
+from vimscale.launch.commands import app
+from vimscale.launch.jobs import backend as jobs
 
 runner = CliRunner()
 COMMANDS = (
@@ -59,7 +61,7 @@ def test_a_tool_that_does_not_work_is_named(
             data = ["data.train=/a", "data.val=/b"] if command[0] == "submit" else []
             if case == "talking" and command[0] == "submit" and backend != "slurm":
                 continue  # its first question is answered by the exit code alone
-            done = runner.invoke(cli.app, [*command, "--on", backend, "--with", f"runs={runs}", *data])
+            done = runner.invoke(app.app, [*command, "--on", backend, "--with", f"runs={runs}", *data])
             assert isinstance(done.exception, LaunchError), (command, done.output, done.exception)
             assert says.format(tool=TOOLS[backend]) in str(done.exception)
     assert not (tmp_path / "none").exists()

@@ -19,8 +19,8 @@ from tests.ray_head import RayHead, ray_head
 from tests.shell import Shell
 from vimscale.errors import ClusterError, RecipeError
 from vimscale.launch import cluster as clusters
-from vimscale.launch import jobs
-from vimscale.launch.on_ray_jobs import RayJobs
+from vimscale.launch.jobs import backend as jobs
+from vimscale.launch.jobs.on_ray import RayJobs
 from vimscale.recipe import recipe as recipes
 from vimscale.runtime import run_folder
 
@@ -231,7 +231,7 @@ def test_paths_with_anything_in_them_reach_the_launcher_whole() -> None:
     runs = "/a b/it's; touch /tmp/x $(id)`id`"
     small = recipes.load("vim_digits_cpu")
     entrypoint = RayJobs(_ray(runs=runs))._entrypoint(small)
-    echo = entrypoint.replace("exec python -m vimscale.launch.entry", "printf '%s\\n'")
+    echo = entrypoint.replace("exec python -m vimscale.launch.cli", "printf '%s\\n'")
     assert runs in subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
@@ -239,7 +239,7 @@ def test_what_is_sent_is_the_code_and_it_runs_from_there(tmp_path: Path) -> None
     small = recipes.load("vim_digits_cpu")
     RayJobs(_ray())._pack(tmp_path, small)
     assert recipes.load(tmp_path / "recipe.yaml") == small
-    code = "import vimscale, vimscale.kernels, vimscale.launch.cli as c, vimscale.recipe.recipe as r;"
+    code = "import vimscale, vimscale.kernels, vimscale.launch.commands.app as c, vimscale.recipe.recipe as r;"
     code += "print(vimscale.__file__, c.__file__, *r.shipped())"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(

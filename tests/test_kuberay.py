@@ -15,8 +15,8 @@ import yaml
 from tests import fake_kubectl
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch.cluster import Cluster, load
-from vimscale.launch.kuberay_manifest import _BEFORE_THE_END, kubernetes_name
-from vimscale.launch.on_kuberay import KubeRayJobs
+from vimscale.launch.jobs.kuberay_manifest import _BEFORE_THE_END, kubernetes_name
+from vimscale.launch.jobs.on_kuberay import KubeRayJobs
 from vimscale.recipe import recipe as recipes
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "shared" / "kuberay"

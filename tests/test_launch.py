@@ -14,8 +14,8 @@ import torch
 from tests.ray_head import ray_head
 from tests.shell import Shell, new_shell
 from vimscale.checkpoint import load as checkpoint
-from vimscale.launch.failures import first_cause
-from vimscale.launch.rank import Ending
+from vimscale.launch.processes.rank import Ending
+from vimscale.launch.supervise.failures import first_cause
 from vimscale.runtime import manifest, run_folder
 
 RAY = ("--workers", "2")

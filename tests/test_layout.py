@@ -123,8 +123,16 @@ def test_vimscale_knows_no_scheduler() -> None:
     ("library", "only"),
     [
         ("deepspeed", {"vimscale.engine.deepspeed_engine"}),
-        ("ray", {"launch.on_ray", "launch.ray_connection", "launch.on_ray_jobs", "launch.on_tune"}),
-        ("matplotlib", {"launch.pictures"}),
+        (
+            "ray",
+            {
+                "launch.processes.on_ray",
+                "launch.processes.ray_connection",
+                "launch.jobs.on_ray",
+                "launch.sweeps.on_tune",
+            },
+        ),
+        ("matplotlib", {"launch.display.plots"}),
     ],
 )
 def test_a_framework_is_imported_where_it_is_put_to_use_alone(library: str, only: set[str]) -> None:
@@ -173,7 +181,8 @@ print(VisionMamba(PRESETS["vim_digits"])(torch.zeros(1, 3, 32, 32)).shape)
 def test_top_level_names_of_the_tree_stay_out_of_the_interpreter() -> None:
     code = """
 import sys
-import vimscale.train, vimscale.launch.cli, vimscale.launch.on_ray, vimscale.launch.on_local
+import vimscale.train.loop, vimscale.launch.commands.app
+import vimscale.launch.processes.on_ray, vimscale.launch.processes.on_local
 print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 """
     assert _fresh(code).strip().splitlines()[-1] == "[]"
@@ -181,8 +190,10 @@ print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 
 def test_recipes_run_folders_and_memory_are_checked_without_importing_torch() -> None:
     code = """
-import sys, vimscale.recipe.recipe, vimscale.runtime.run_folder, vimscale.export.starting, vimscale.launch.supervisor
-from vimscale.launch import memory_check, on_local
+import sys, vimscale.recipe.recipe, vimscale.runtime.run_folder, vimscale.export.starting
+import vimscale.launch.supervise.supervisor
+from vimscale.launch.commands import memory_check
+from vimscale.launch.processes import on_local
 recipe = vimscale.recipe.recipe.load("vim_digits_cpu")
 config = recipe.model.shape(10)
 assert memory_check.at_most(recipe, config, 2) > 0

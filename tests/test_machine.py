@@ -10,8 +10,8 @@ import pytest
 
 from tests.shell import Shell
 from vimscale.errors import LaunchError
-from vimscale.launch import temporary
-from vimscale.launch.ray_connection import RAY_SOCKETS
+from vimscale.launch.processes import temporary
+from vimscale.launch.processes.ray_connection import RAY_SOCKETS
 
 FOREIGN = {
     # of an MPI job, of torchrun and of Slurm, in which the launcher may run

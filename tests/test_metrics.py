@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.guard import report as guard_report
-from vimscale.launch import output
+from vimscale.launch.processes import output
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.train.metrics import Metrics
 

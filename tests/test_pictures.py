@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from vimscale.errors import LaunchError
-from vimscale.launch import cli, pictures, plan_command
 from vimscale.launch import cluster as clusters
+from vimscale.launch.commands import app, plan
+from vimscale.launch.display import plots
 from vimscale.prepare.inspection import contact_sheet, lettering
 from vimscale.recipe import recipe
 
@@ -56,26 +57,26 @@ def test_a_sheet_takes_any_text_and_cuts_it_to_its_room() -> None:
 
 
 def test_a_users_text_is_no_formula_and_has_no_boxes_in_plots(tmp_path: Path) -> None:
-    figure, (axes,) = pictures._figure(1)
-    axes.set_title(" ".join(map(pictures.plain, ("$x$_{", "100 %", *TEXTS))))
+    figure, (axes,) = plots._figure(1)
+    axes.set_title(" ".join(map(plots.plain, ("$x$_{", "100 %", *TEXTS))))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a glyph that is missing is a warning
         figure.savefig(tmp_path / "x.png")
-    assert pictures.plain("$") == r"\$"
-    assert pictures.plain("кошка") == "кошка"
+    assert plots.plain("$") == r"\$"
+    assert plots.plain("кошка") == "кошка"
 
 
 def test_the_picture_of_a_plan_for_cpus_shows_memory_and_says_what_there_is(tmp_path: Path) -> None:
     cluster = clusters.load("local", ["workers=4"])
-    planner, _ = plan_command.prepare(recipe.load("vim_digits_cpu", LITTLE), cluster, 2)
-    assert plan_command._counts(None, cluster, 4) == [1, 2, 4]
-    rows = plan_command.outlooks(planner, [2, 1024])
+    planner, _ = plan.prepare(recipe.load("vim_digits_cpu", LITTLE), cluster, 2)
+    assert plan._counts(None, cluster, 4) == [1, 2, 4]
+    rows = plan.outlooks(planner, [2, 1024])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing positive to draw was one
-        plan_command._draw(planner, rows, tmp_path / "p.png")
+        plan._draw(planner, rows, tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
     assert (picture.max(2) - picture.min(2) > 60).mean() > 0.1, "bars fill the picture"
-    table = plan_command._comparison(rows, device=False)
+    table = plan._comparison(rows, device=False)
     assert [next(iter(column.cells)) for column in table.columns[4:]] == [""] * 5, "how fast CPUs are is not known"
 
 
@@ -93,7 +94,7 @@ def test_a_picture_that_cannot_be_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(
-        cli.app, ["plan", "vim_digits_cpu", "--on", "local", "--picture", "x.png", *LITTLE, *options]
+        app.app, ["plan", "vim_digits_cpu", "--on", "local", "--picture", "x.png", *LITTLE, *options]
     )
     assert isinstance(done.exception, LaunchError)
     assert says in str(done.exception)

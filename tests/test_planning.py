@@ -16,8 +16,9 @@ from vimscale.estimate.devices import DEVICES, key_of
 from vimscale.estimate.planner import Place, Planner, lanes_and_shards
 from vimscale.estimate.roofline import Fabric
 from vimscale.launch import cluster as clusters
-from vimscale.launch import memory_check, on_local, plan_command
-from vimscale.launch.cli import app
+from vimscale.launch.commands import memory_check, plan
+from vimscale.launch.commands.app import app
+from vimscale.launch.processes import on_local
 from vimscale.model import PRESETS
 from vimscale.recipe import recipe as recipes
 
@@ -143,7 +144,7 @@ def test_bad_input_ends_in_one_message(tmp_path: Path) -> None:
     assert "8,64,512" in str(_plan(tmp_path, "vim_base_in1k", "--gpus", "many").exception)
     local = clusters.load("local", ["gpus=2"])
     with pytest.raises(ClusterError, match="which the 2 GPUs of a node are"):
-        plan_command.prepare(recipes.load("vim_digits_cpu"), local, 2)
+        plan.prepare(recipes.load("vim_digits_cpu"), local, 2)
 
 
 def test_a_cluster_of_cpus_is_planned_without_times() -> None:

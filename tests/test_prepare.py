@@ -151,7 +151,7 @@ def test_sizes_are_as_asked(tmp_path: Path, images: Path) -> None:
 
 def test_the_killed_command_goes_on_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
     prepare(str(images), tmp_path / "whole" / "set", Options(per_shard=3), Columns())
-    command = [sys.executable, "-m", "vimscale.launch.cli", "data", "prepare", str(images), "set"]
+    command = [sys.executable, "-m", "vimscale.launch.commands.app", "data", "prepare", str(images), "set"]
     command += ["--per-shard", "3", "--jobs", "2"]
     partial = tmp_path / ".set.partial"
     kills, shards_seen = 0, 0
@@ -475,7 +475,7 @@ def test_a_label_outside_the_class_map_is_named_with_the_nearest(tmp_path: Path,
 
 def test_without_its_library_an_input_names_the_extra(tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(b"")
-    code = "import sys; sys.modules['pyarrow'] = None; from vimscale.launch.cli import main; main()"
+    code = "import sys; sys.modules['pyarrow'] = None; from vimscale.launch.commands.app import main; main()"
     command = [sys.executable, "-c", code, "data", "prepare", "in.parquet", "set"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2

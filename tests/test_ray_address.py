@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from vimscale.errors import LaunchError
-from vimscale.launch import ray_connection
+from vimscale.launch.processes import ray_connection
 
 
 @contextmanager

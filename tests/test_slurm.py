@@ -13,7 +13,7 @@ from tests import fake_slurm
 from tests.shell import Shell
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch.cluster import Cluster, Slurm, load
-from vimscale.launch.on_slurm import SlurmJobs
+from vimscale.launch.jobs.on_slurm import SlurmJobs
 from vimscale.recipe import recipe as recipes
 from vimscale.runtime import run_folder
 

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from tests.shell import Shell
-from vimscale.launch.progress import Progress
-from vimscale.launch.rank import Ending, Event
-from vimscale.launch.signals import Stopped, StopSignal
-from vimscale.launch.supervisor import supervise
+from vimscale.launch.display.progress import Progress
+from vimscale.launch.processes.rank import Ending, Event
+from vimscale.launch.processes.signals import Stopped, StopSignal
+from vimscale.launch.supervise.supervisor import supervise
 from vimscale.recipe import recipe
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.run_folder import RunFolder

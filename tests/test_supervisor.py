@@ -19,13 +19,13 @@ from rich.console import Console
 from tests import nodes
 from tests.shell import Shell
 from vimscale.errors import LaunchError, RecipeError, RunFailed
-from vimscale.launch import failures, supervisor
-from vimscale.launch.progress import Progress
-from vimscale.launch.rank import Ending, Event
-from vimscale.launch.signals import StopSignal
-from vimscale.launch.supervisor import Policy, supervise
-from vimscale.launch.watchdog import Watchdog
-from vimscale.launch.workers import sizes
+from vimscale.launch.display.progress import Progress
+from vimscale.launch.processes.rank import Ending, Event
+from vimscale.launch.processes.signals import StopSignal
+from vimscale.launch.supervise import failures, supervisor
+from vimscale.launch.supervise.num_ranks import sizes
+from vimscale.launch.supervise.supervisor import Policy, supervise
+from vimscale.launch.supervise.watchdog import Watchdog
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.run_folder import RunFolder

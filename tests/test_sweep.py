@@ -16,7 +16,8 @@ from rich.console import Console
 from tests.shell import Shell
 from vimscale.engine import optim
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
-from vimscale.launch import lr_range, sweep, trials
+from vimscale.launch.commands import lr_range, sweep
+from vimscale.launch.sweeps import trials
 from vimscale.recipe import recipe
 from vimscale.recipe.sections import Optim
 from vimscale.runtime import run_folder
@@ -132,7 +133,7 @@ def test_settings_are_ranked_by_the_mean_over_their_seeds_and_those_without_all_
 
 
 def test_seeds_are_never_compared_with_each_other_and_a_setting_is_given_up_as_a_whole(tmp_path: Path) -> None:
-    from vimscale.launch import on_tune
+    from vimscale.launch.sweeps import on_tune
 
     all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
     firsts = trials.firsts(all_)

@@ -20,7 +20,7 @@ from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
 from vimscale.guard import report
 from vimscale.launch.cluster import Cluster
-from vimscale.launch.on_local_jobs import LocalJobs
+from vimscale.launch.jobs.on_local import LocalJobs
 from vimscale.prepare import adopt
 from vimscale.prepare.inputs import sources
 from vimscale.prepare.inputs.rows import Columns, Files, Rows

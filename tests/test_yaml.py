@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vimscale.errors import ClusterError, RecipeError, UserError
-from vimscale.launch import cluster, on_slurm
+from vimscale.launch import cluster
+from vimscale.launch.jobs import on_slurm
 from vimscale.model.presets import VimConfig
 from vimscale.recipe import recipe
 from vimscale.recipe.typed_yaml import Kind, Section

@@ -17,8 +17,8 @@ from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 from vimscale.storage import files
 
-from .cluster import Cluster, Slurm, seconds
-from .jobs import Job, State, ask, completed, environment, job_files, launch_arguments, unknown
+from ..cluster import Cluster, Slurm, seconds
+from .backend import Job, State, ask, completed, environment, job_files, launch_arguments, unknown
 
 _LOOK_S = 1.0
 """How often a log that is followed is looked at."""

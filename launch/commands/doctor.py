@@ -30,10 +30,10 @@ from rich.text import Text
 
 from vimscale.errors import LaunchError
 
-from . import workers
-from .on_local import cpus, gpus, memory
-from .ray_connection import RAY_SOCKETS
-from .temporary import private_folder
+from ..processes.on_local import cpus, gpus, memory
+from ..processes.ray_connection import RAY_SOCKETS
+from ..processes.temporary import private_folder
+from ..supervise import num_ranks
 
 Address = IPv4Address | IPv6Address
 
@@ -218,7 +218,7 @@ def _numba() -> Finding:
     finding = _package("numba")
     if finding.state != "ok":
         return finding
-    kernels = Path(__file__).resolve().parent.parent / "kernels"
+    kernels = Path(__file__).resolve().parents[2] / "kernels"
     beside = str(kernels / "__pycache__") if os.access(kernels, os.W_OK) else "the user's cache"
     home = os.environ.get("NUMBA_CACHE_DIR") or beside
     return Finding("numba", "ok", f"{finding.found}, keeps compiled CPU kernels in {home}")
@@ -381,7 +381,7 @@ def _will_run(runs: Path, broken: list[str]) -> Finding:
         found = f"nothing, because of: {', '.join(broken)}"
         return Finding("will run", "broken", found, "Mend that, then: vimscale doctor")
     devices = gpus()
-    count = workers.usual(cpus(), devices)
+    count = num_ranks.usual(cpus(), devices)
     kind, backend = ("GPU", "nccl") if devices else ("CPU", "gloo")
     ranks = f"{count} {kind} worker{'s' if count > 1 else ''} under Ray"
     command = "vimscale launch vim_digits_cpu" + (f" --runs {shlex.quote(str(runs))}" if runs != Path("runs") else "")

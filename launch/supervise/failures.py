@@ -13,7 +13,7 @@ from typing import Any
 from vimscale.runtime.run_folder import RunFolder, checkpoints, set_aside, step_of
 from vimscale.storage import files
 
-from .rank import Cause, Ending
+from ..processes.rank import Cause, Ending
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from vimscale.errors import LaunchError
 from vimscale.recipe import recipe as recipes
 from vimscale.storage import files, untrusted
 
-from . import workers
-from .cluster import Cluster
-from .jobs import Job, State, completed, environment, job_files, launch_arguments, lines_of, reason, unknown
-from .on_local import cpus, gpus
+from ..cluster import Cluster
+from ..processes.on_local import cpus, gpus
+from ..supervise import num_ranks
+from .backend import Job, State, completed, environment, job_files, launch_arguments, lines_of, reason, unknown
 
 
 @dataclass
@@ -56,7 +56,7 @@ class LocalJobs:
 
     def submit(self, recipe: recipes.Recipe) -> Job:
         recipe = completed(recipe, self._cluster)
-        workers.sizes(self._cluster.workers, recipe, cpus(), gpus(), "this machine")
+        num_ranks.sizes(self._cluster.workers, recipe, cpus(), gpus(), "this machine")
         if missing := [name for name in self._cluster.secrets if not os.environ.get(name)]:
             raise LaunchError(
                 f"secret {missing[0]} is not set in the environment; export {missing[0]}=…, and submit again"
@@ -73,7 +73,7 @@ class LocalJobs:
             with (folder / "log.txt").open("a") as log:
                 began = log.tell()
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "vimscale.launch.on_local_jobs", str(folder), *self._arguments(folder)],
+                    [sys.executable, "-m", "vimscale.launch.jobs.on_local", str(folder), *self._arguments(folder)],
                     env=os.environ | environment(self._cluster),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -202,9 +202,9 @@ def _run(folder: Path, arguments: list[str]) -> int:
     sys.argv = ["vimscale", *arguments]
     code = 1
     try:
-        from . import cli
+        from ..commands import app
 
-        cli.main()
+        app.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:

@@ -16,8 +16,8 @@ import yaml
 from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.typed_yaml import Dumper
 
-from .cluster import Cluster, KubeRay
-from .jobs import completed, environment, launch_arguments
+from ..cluster import Cluster, KubeRay
+from .backend import completed, environment, launch_arguments
 
 RUN = "vimscale/run"
 """The annotation that holds the run's name, which may be longer than Kubernetes' names and labels."""

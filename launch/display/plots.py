@@ -14,8 +14,8 @@ from vimscale.storage import files
 if TYPE_CHECKING:
     from vimscale.estimate.planner import Outlook, Planner
 
-    from .lr_range import Found
-    from .trials import By, Group
+    from ..commands.lr_range import Found
+    from ..sweeps.trials import By, Group
 
 _SMOOTH = 0.95
 _NAMED = 10

@@ -17,9 +17,10 @@ from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from . import progress, trials, unattended
+from ..display import progress
+from ..processes.signals import StopSignal
+from ..sweeps import trials, unattended
 from .arguments import Overrides, RecipeArgument
-from .signals import StopSignal
 
 _WIDTH = 0.03
 """Standard deviation of the smoothing, as a share of the steps: on both sides, so that nothing comes late."""
@@ -83,8 +84,9 @@ def lr_range(
     from vimscale.data.training_set import TrainingSet
     from vimscale.export import starting
 
-    from . import memory_check, on_local
-    from .workers import sizes
+    from ..processes import on_local
+    from ..supervise.num_ranks import sizes
+    from . import memory_check
 
     if not 0 < low < high:
         raise LaunchError(f"--from {low:g} --to {high:g}: the rate rises, so write 0 < --from < --to")
@@ -193,7 +195,7 @@ def _smooth(values: Sequence[float], width: float) -> list[float]:
 
 def show(rates: Sequence[float], losses: Sequence[float], chosen: Recipe, folder: RunFolder, console: Console) -> None:
     """The losses as a short table and a picture, and what follows from them."""
-    from . import pictures
+    from ..display import plots
 
     found = read(rates, losses)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -205,7 +207,7 @@ def show(rates: Sequence[float], losses: Sequence[float], chosen: Recipe, folder
         table.add_row(f"{rates[at]:.1e}", f"{losses[at]:.4f}", smooth)
     console.print(table)
     picture = folder.path / "lr_range.png"
-    pictures.lr_range(rates, losses, found, f"{chosen.name}: batch {chosen.batch}", picture)
+    plots.lr_range(rates, losses, found, f"{chosen.name}: batch {chosen.batch}", picture)
     console.print(found.story, highlight=False, soft_wrap=True)
     console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
     if found.suggested is None:

@@ -15,12 +15,12 @@ from vimscale.errors import LaunchError
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.typed_yaml import check_name
 
-from . import cluster as clusters
+from .. import cluster as clusters
+from ..processes.signals import Stopped
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
-from .signals import Stopped
 
 if TYPE_CHECKING:
-    from .jobs import Backend
+    from ..jobs.backend import Backend
 
 JobArgument = Annotated[str, typer.Argument(help="The job's name: that of its run.")]
 FollowOption = Annotated[
@@ -61,7 +61,7 @@ def list_jobs(
     if as_json:
         print(json.dumps([dataclasses.asdict(job) for job in found], indent=1))
         return
-    from .progress import duration
+    from ..display.progress import duration
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("job", "state", "began", "took", ""):
@@ -103,7 +103,7 @@ def resume(job: JobArgument, on: OnOption, changes: WithOption = None, follow: F
 
 
 def _open(on: str, changes: list[str] | None) -> "Backend":
-    from .jobs import open_backend
+    from ..jobs.backend import open_backend
 
     return open_backend(clusters.load(on, changes or ()))
 

@@ -23,9 +23,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from vimscale.errors import LaunchError, RunFailed
 
+from ..processes.ray_connection import Ray
+from ..processes.signals import StopSignal
 from . import trials, unattended
-from .ray_connection import Ray
-from .signals import StopSignal
 from .trials import By, Trial
 
 _LOOK_S = 0.5

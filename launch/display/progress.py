@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from .output import lossy
+from ..processes.output import lossy
 
 _STYLES = {"warning": "yellow", "error": "bold red"}
 

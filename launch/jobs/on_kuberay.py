@@ -16,8 +16,8 @@ from vimscale.errors import LaunchError
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 
-from .cluster import Cluster
-from .jobs import Job, State, ask, unknown
+from ..cluster import Cluster
+from .backend import Job, State, ask, unknown
 from .kuberay_manifest import OURS, RUN, kubernetes_name, manifest
 
 _LOOK_S = 2.0

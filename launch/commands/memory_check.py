@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vimscale.estimate.devices import DEVICES, key_of
 from vimscale.model.cost import costs, parameters
 
-from .on_local import gpus, memory
+from ..processes.on_local import gpus, memory
 
 if TYPE_CHECKING:
     from vimscale.data.training_set import TrainingSet

@@ -15,10 +15,11 @@ from vimscale.errors import LaunchError, RunFailed
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from . import memory_check, trials
+from ..processes.signals import Stopped, StopSignal
+from ..sweeps import trials
+from ..sweeps.trials import By, Group, Outcome, Trial
+from . import memory_check
 from .arguments import RecipeArgument
-from .signals import Stopped, StopSignal
-from .trials import By, Group, Outcome, Trial
 
 _CLAIM_S = 20
 """How long processes of a sweep that was killed a moment ago may take to end."""
@@ -79,14 +80,14 @@ def sweep(
     stop = StopSignal()
     claimed: list[RunFolder] = []
     if open_:
-        from . import ray_connection
+        from ..processes import ray_connection
 
         with stop.installed():
             with stop.at_once(ray_connection.kill_own):
                 ray = ray_connection.Ray(address)
             # once more behind Ray, which takes SIGTERM for itself
             with contextlib.closing(ray), stop.installed():
-                from . import on_tune
+                from ..sweeps import on_tune
 
                 on_tune.check_room(workers)
                 for one in open_:
@@ -135,7 +136,7 @@ def _judged(trial: Trial, by: By, every: int) -> Recipe:
 
 def show(groups: list[Group], by: By, folder: Path, console: Console) -> None:
     """Settings from the best to the worst as a table, which one won, and a picture."""
-    from . import pictures
+    from ..display import plots
 
     keys = list(groups[0].outcomes[0].trial.point)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -162,7 +163,7 @@ def show(groups: list[Group], by: By, folder: Path, console: Console) -> None:
     console.print(table)
     total = _short_flops(sum(_operations(one) for group in groups for one in group.outcomes))
     picture = folder / "sweep.png"
-    pictures.sweep(groups, by, f"{folder.name}: {len(groups)} settings, {total} of training", picture)
+    plots.sweep(groups, by, f"{folder.name}: {len(groups)} settings, {total} of training", picture)
     best = groups[0]
     if best.finished:
         setting = " ".join(shlex.quote(f"{key}={value}") for key, value in best.outcomes[0].trial.setting)

@@ -14,13 +14,13 @@ from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, s
 from vimscale.estimate.devices import DEVICES
 from vimscale.recipe import recipe as recipes
 
-from . import cluster as clusters
-from . import stack
+from .. import cluster as clusters
+from ..display import model_table
+from ..processes.on_local import cpus, gpus
+from ..supervise.num_ranks import usual
+from ..sweeps.trials import check_installed
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
 from .memory_check import this_machine
-from .on_local import cpus, gpus
-from .trials import check_installed
-from .workers import usual
 
 if TYPE_CHECKING:
     from vimscale.estimate.planner import Outlook, Place, Planner
@@ -100,13 +100,13 @@ def command(
 
 
 def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], picture: Path) -> None:
-    from . import pictures
+    from ..display import plots
 
     drawn = [row for row in rows if not isinstance(row, dict) and row.fits]
     if not drawn:
         raise LaunchError("--picture: the recipe fits on none of the numbers of ranks; give others with --gpus")
     try:
-        pictures.plan(planner, drawn, picture)
+        plots.plan(planner, drawn, picture)
     except OSError as error:
         raise LaunchError(f"--picture {picture} cannot be written: {error.strerror}") from None
 
@@ -123,7 +123,9 @@ def show(chosen: recipes.Recipe, cluster: clusters.Cluster, workers: int | None,
     precision = chosen.parallel.precision
     levels = recompute.levels(chosen.parallel, planner.config, micro, device)
     kept = {level: recompute.kept_bytes(planner.config, level, micro, precision, device) for level in {*levels}}
-    console.print(stack.picture(planner.config, [kept[level][i] for i, level in enumerate(levels)], levels, micro))
+    console.print(
+        model_table.picture(planner.config, [kept[level][i] for i, level in enumerate(levels)], levels, micro)
+    )
     console.print()
     console.print(summary(planner, planner.outlook(workers), notes))
 
@@ -278,4 +280,4 @@ def _gb(size: float) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{stack.short(size)}B"
+    return f"{model_table.short(size)}B"

@@ -19,7 +19,7 @@ from vimscale.recipe import sections
 from vimscale.storage import files
 from vimscale.storage.addresses import masked
 
-from . import temporary
+from ..processes import temporary
 from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:

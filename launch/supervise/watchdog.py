@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .rank import Ending
+from ..processes.rank import Ending
 
 _SLOWEST_S = 60.0
 _STEPS = 20

@@ -18,7 +18,7 @@ from vimscale.errors import LaunchError, RecipeError, suggest
 from vimscale.recipe.recipe import Recipe
 from vimscale.storage import addresses
 
-from .cluster import Cluster
+from ..cluster import Cluster
 
 _POLL_S = 0.5
 """How often a job that is followed is asked for more, unless an answer takes long."""
@@ -77,8 +77,8 @@ class Backend(Protocol):
 
 
 _BACKENDS = {
-    "local": ("on_local_jobs", "LocalJobs"),
-    "ray": ("on_ray_jobs", "RayJobs"),
+    "local": ("on_local", "LocalJobs"),
+    "ray": ("on_ray", "RayJobs"),
     "kuberay": ("on_kuberay", "KubeRayJobs"),
     "slurm": ("on_slurm", "SlurmJobs"),
 }
@@ -91,7 +91,7 @@ def open_backend(cluster: Cluster) -> Backend:
         LaunchError: what it needs on this machine is not there.
     """
     file, name = _BACKENDS[cluster.backend]
-    backend: Backend = getattr(importlib.import_module(f"vimscale.launch.{file}"), name)(cluster)
+    backend: Backend = getattr(importlib.import_module(f"vimscale.launch.jobs.{file}"), name)(cluster)
     return backend
 
 

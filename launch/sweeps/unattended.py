@@ -13,8 +13,9 @@ from vimscale.errors import RunFailed, UserError
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from . import on_local, output, rank, supervisor
-from .progress import Progress
+from ..display.progress import Progress
+from ..processes import on_local, output, rank
+from ..supervise import supervisor
 
 
 def run(

@@ -28,8 +28,8 @@ from vimscale.errors import LaunchError
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 
-from . import cluster as clusters
-from .jobs import Job, State, completed, environment, launch_arguments, lines_of, reason, unknown
+from .. import cluster as clusters
+from .backend import Job, State, completed, environment, launch_arguments, lines_of, reason, unknown
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class RayJobs:
         """A line for sh; it becomes the launcher, so that signals reach that one."""
         where = ["--address", "auto", "--workers", self._cluster.ranks]
         arguments = [*launch_arguments(self._cluster, "recipe.yaml", self._cluster.runs), *where]
-        launch = shlex.join(["exec", "python", "-m", "vimscale.launch.entry", *arguments])
+        launch = shlex.join(["exec", "python", "-m", "vimscale.launch.cli", *arguments])
         checks = [
             f'[ -n "${name}" ] || {{ echo "error: secret {name} is not set in the environment that Ray was started in;'
             f' set it there on every node"; exit 2; }}'
