@@ -1,7 +1,7 @@
 """What DeepSpeed holds and sends for a model of given parameters, byte by byte, at every ZeRO stage; needs no engine.
 
-`tests/test_planning.py` holds these figures to what a real engine holds and sends. They follow DeepSpeed 0.19 under
-`engine.ds_config`: fp32 parameters whatever the compute is, groups flattened and padded at stages 1 and 2, each
+`tests/estimate/test_planning.py` holds these figures to what a real engine holds and sends. They follow DeepSpeed 0.19
+under `engine.ds_config`: fp32 parameters whatever the compute is, groups flattened and padded at stages 1 and 2, each
 parameter for itself at stage 3, and a bucket that gradients are copied into.
 """
 
