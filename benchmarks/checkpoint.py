@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import measure
-from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.load import TrainState
 from vimscale.checkpoint.save import Saver
 from vimscale.model import VisionMamba
 from vimscale.recipe import recipe
@@ -59,7 +59,7 @@ def rank(number: int, world: int, folder: Path, rounds: int, results: Any) -> No
     def save() -> None:
         nonlocal saved
         saved += 1
-        saver.save(tensors, Trainer(saved, {}, saved, shapes, world, 1, True))
+        saver.save(tensors, TrainState(saved, {}, saved, shapes, world, 1, True))
 
     rows = [{"first_stall_s": seconds(save)}]
     saver.wait()

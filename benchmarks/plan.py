@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.measure import peak_bytes
 from vimscale.engine import recompute, zero_layout
-from vimscale.estimate.planner import Place, Planner
+from vimscale.estimate.planner import Planner, Target
 from vimscale.estimate.roofline import Fabric
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
     """As `measured`, from fake tensors and arithmetic."""
     zero, persist = recipe.parallel.zero, recipe.parallel.persist
-    planner = Planner(recipe, recipe.model.shape(CLASSES), Place("here", None, 0, Fabric(world, 1, 1), None), 0)
+    planner = Planner(recipe, recipe.model.shape(CLASSES), Target("here", None, 0, Fabric(world, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(world)
     held = zero_layout.held(planner.parameters, zero, world, rank, persist=persist, ema=recipe.optim.ema is not None)
     sent = zero_layout.sent(planner.parameters, zero, world, accumulation, persist=persist)

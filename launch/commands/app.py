@@ -188,6 +188,7 @@ def launch(
     from vimscale.export import starting
     from vimscale.runtime.run_folder import RunFolder
 
+    from .. import hardware
     from ..display.progress import Progress
     from ..display.progress import console as run_console
     from ..processes import on_local
@@ -210,7 +211,7 @@ def launch(
         if chosen.data.val is not None:
             Dataset.open(chosen.data.val, chosen.data.cache)
         starting.check(chosen, folder, train_set.manifest)
-        cpus, gpus = on_local.cpus(), on_local.gpus()
+        cpus, gpus = hardware.cpus(), hardware.gpus()
         allowed = sizes(workers, chosen, cpus, gpus, "this machine")
         if not force:
             world = next(size for size in allowed if size <= (gpus or cpus))
@@ -313,8 +314,8 @@ def evaluate(
     raw: RawOption = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on its validation set, or another of the same classes."""
+    from vimscale.checkpoint.restore import restore
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.evaluate import restore
 
     from ..display.progress import figures
 
@@ -387,9 +388,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's weights for others to use, load them again, and compare logits."""
+    from vimscale.checkpoint.restore import restore
     from vimscale.export import published, safetensors
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.evaluate import restore
 
     folder = RunFolder.of(run)
     model, recipe, manifest, at = restore(folder, raw=raw, step=step)

@@ -19,7 +19,7 @@ from vimscale.runtime import manifest
 from .arguments import JsonOption, RunArgument
 
 if TYPE_CHECKING:
-    from vimscale.checkpoint.mirror import Place
+    from vimscale.checkpoint.mirror import CheckpointStore
     from vimscale.runtime.run_folder import RunFolder
 
 checkpoints = typer.Typer(help="Look at a run's checkpoints, check, compare and remove them.", no_args_is_help=True)
@@ -100,13 +100,13 @@ def _age(entry: Entry) -> str:
     return f"{seconds:.0f} s"
 
 
-def _second(folder: "RunFolder") -> tuple["Place | None", list[str], str | None]:
+def _second(folder: "RunFolder") -> tuple["CheckpointStore | None", list[str], str | None]:
     """The second place of a run's checkpoints, the names there, and why they cannot be had."""
     from vimscale.checkpoint import mirror as second
 
     recipe = folder.recipe()
     try:
-        place = second.open_place(recipe.checkpoint.second, recipe.name)
+        place = second.open_mirror(recipe.checkpoint.second, recipe.name)
         return place, place.names() if place is not None else [], None
     except (OSError, DataError, CheckpointError) as error:
         return None, [], str(error)
@@ -161,8 +161,12 @@ def _look_at(path: Path, step: int) -> Entry:
     look = manifest.faults if path.name.startswith("damaged_") else run_folder.faults
     entry.fault = next(iter(_faults(look(path, glance=True))), None)
     try:
-        trainer = json.loads((path / "trainer.json").read_bytes())
-        entry.ranks, entry.zero, entry.asked = trainer["world"], trainer["zero"], trainer.get("asked", False)
+        train_state = json.loads((path / "trainer.json").read_bytes())
+        entry.ranks, entry.zero, entry.asked = (
+            train_state["world"],
+            train_state["zero"],
+            train_state.get("asked", False),
+        )
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         entry.fault = entry.fault or f"trainer.json cannot be read ({error})"
     return entry

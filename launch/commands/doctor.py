@@ -30,7 +30,7 @@ from rich.text import Text
 
 from vimscale.errors import LaunchError
 
-from ..processes.on_local import cpus, gpus, memory
+from ..hardware import cpus, gpus, memory
 from ..processes.ray_connection import RAY_SOCKETS
 from ..processes.temporary import private_folder
 from ..supervise import num_ranks

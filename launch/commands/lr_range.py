@@ -84,7 +84,7 @@ def lr_range(
     from vimscale.data.training_set import TrainingSet
     from vimscale.export import starting
 
-    from ..processes import on_local
+    from .. import hardware
     from ..supervise.num_ranks import sizes
     from . import memory_check
 
@@ -99,7 +99,7 @@ def lr_range(
         train_set = TrainingSet.open(chosen.data)
         starting.check(chosen, folder, train_set.manifest)
         asked = str(workers) if workers is not None else None
-        (world,) = sizes(asked, chosen, on_local.cpus(), on_local.gpus(), "this machine")
+        (world,) = sizes(asked, chosen, hardware.cpus(), hardware.gpus(), "this machine")
         memory_check.check(chosen, train_set, world, ray=False)
         with stop.installed():
             folder.claim(chosen)

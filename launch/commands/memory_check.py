@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from vimscale.estimate.devices import DEVICES, key_of
 from vimscale.model.cost import costs, parameters
 
-from ..processes.on_local import gpus, memory
+from ..hardware import gpus, memory
 
 if TYPE_CHECKING:
     from vimscale.data.training_set import TrainingSet
-    from vimscale.estimate.planner import Place
+    from vimscale.estimate.planner import Target
     from vimscale.model.presets import VimConfig
     from vimscale.recipe.recipe import Recipe
 
@@ -48,7 +48,7 @@ def check(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool) -> No
     Planner(recipe, config, place, data.samples).refuse(world, "--force starts it anyway")
 
 
-def this_machine(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Place | None":
+def this_machine(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Target | None":
     """This machine as a place to plan for; None where its GPUs are not known to plans."""
     return _gpu(world) if gpus() else _cpu(recipe, config, world, ray=ray)
 
@@ -73,23 +73,23 @@ def _room(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> in
     return int(max((memory().available - RAY * ray) / world - RANK - workers, 0) / HEAP)
 
 
-def _cpu(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Place":
-    from vimscale.estimate.planner import Place
+def _cpu(recipe: "Recipe", config: "VimConfig", world: int, *, ray: bool) -> "Target":
+    from vimscale.estimate.planner import Target
     from vimscale.estimate.roofline import Fabric
 
     name = f"this machine ({memory().available / 1e9:.1f} GB available)"
-    return Place(name, None, _room(recipe, config, world, ray=ray), Fabric(world, 1, 1), None)
+    return Target(name, None, _room(recipe, config, world, ray=ray), Fabric(world, 1, 1), None)
 
 
-def _gpu(world: int) -> "Place | None":
+def _gpu(world: int) -> "Target | None":
     """None where the GPU is not one that plans know. Not run on a GPU."""
     import torch
 
-    from vimscale.estimate.planner import Place
+    from vimscale.estimate.planner import Target
     from vimscale.estimate.roofline import Fabric
 
     kind = key_of(torch.cuda.get_device_name(0))
     if kind is None:
         return None
     free = min(torch.cuda.mem_get_info(number)[0] for number in range(min(world, gpus())))
-    return Place(f"this machine's {kind}", DEVICES[kind], free, Fabric(world, DEVICES[kind].link, 1), None)
+    return Target(f"this machine's {kind}", DEVICES[kind], free, Fabric(world, DEVICES[kind].link, 1), None)

@@ -16,14 +16,14 @@ from vimscale.recipe import recipe as recipes
 
 from .. import cluster as clusters
 from ..display import model_table
-from ..processes.on_local import cpus, gpus
+from ..hardware import cpus, gpus
 from ..supervise.num_ranks import usual
 from ..sweeps.trials import check_installed
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
 from .memory_check import this_machine
 
 if TYPE_CHECKING:
-    from vimscale.estimate.planner import Outlook, Place, Planner
+    from vimscale.estimate.planner import Outlook, Planner, Target
 
 
 def command(
@@ -170,20 +170,20 @@ def _is_this_machine(cluster: clusters.Cluster) -> bool:
     return cluster.backend == "local" and not {"gpus", "memory"} & cluster.model_fields_set
 
 
-def _place(cluster: clusters.Cluster) -> "Place":
-    from vimscale.estimate.planner import Place
+def _place(cluster: clusters.Cluster) -> "Target":
+    from vimscale.estimate.planner import Target
     from vimscale.estimate.roofline import Fabric
 
     out = cluster.fabric * 1e9 / 8
     if not cluster.gpus:
         a_node = max(ranks(cluster) // cluster.nodes, 1)
         price = None if cluster.price is None else cluster.price / a_node
-        return Place("CPUs", None, int(cluster.memory * 1e9 / a_node), Fabric(a_node, out, out), price)
+        return Target("CPUs", None, int(cluster.memory * 1e9 / a_node), Fabric(a_node, out, out), price)
     if cluster.gpu is None:
         fault = f"gpu: a plan needs to know which the {cluster.gpus} GPUs of a node are; known: {', '.join(DEVICES)}"
         raise ClusterError("cluster", [fault])
     device = DEVICES[cluster.gpu]
-    return Place(cluster.gpu, device, device.memory, Fabric(cluster.gpus, device.link, out), cluster.price)
+    return Target(cluster.gpu, device, device.memory, Fabric(cluster.gpus, device.link, out), cluster.price)
 
 
 def _counts(text: str | None, cluster: clusters.Cluster, world: int) -> list[int]:

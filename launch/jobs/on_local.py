@@ -24,7 +24,7 @@ from vimscale.recipe import recipe as recipes
 from vimscale.storage import files, untrusted
 
 from ..cluster import Cluster
-from ..processes.on_local import cpus, gpus
+from ..hardware import cpus, gpus
 from ..supervise import num_ranks
 from .backend import Job, State, completed, environment, job_files, launch_arguments, lines_of, reason, unknown
 

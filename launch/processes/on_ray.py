@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimscale.errors import LaunchError
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 
+from ..hardware import cpus
 from . import rank
-from .on_local import cpus
 from .rank import Ending, Event
 from .ray_connection import Ray
 
@@ -75,7 +75,7 @@ class _Rank:
 
     def news(self) -> list[Event]:
         """What there is to tell since the last time, and how far the rank has come."""
-        return [*(self._events.get() for _ in range(self._events.qsize())), pulse.read()]
+        return [*(self._events.get() for _ in range(self._events.qsize())), heartbeat.read()]
 
     def stacks(self) -> None:
         rank.dump_stacks(self._spec)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vimscale.errors import RunFailed, UserError, WorkerDied
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 from vimscale.storage import files
 from vimscale.storage.addresses import masked
 
@@ -99,9 +99,9 @@ def run(
         distributed.prepare(spec)
         from vimscale.train.loop import train  # brings DeepSpeed, which looks around on import
 
-        pulse.beat("start")
+        heartbeat.beat("start")
         distributed.join(spec, store)
-        pulse.beat("start")
+        heartbeat.beat("start")
         emit({"kind": "joined"})
         result = train(spec, emit, stop)
         distributed.leave()
@@ -134,7 +134,9 @@ def _failed(spec: "RankSpec", cause: Cause, error: Exception, message: str) -> E
     sys.stderr.write(trace)
     sys.stderr.flush()
     name = type(error).__name__
-    return Ending(spec.rank, "failed", cause=cause, message=message, exception=name, traceback=trace, step=pulse.step)
+    return Ending(
+        spec.rank, "failed", cause=cause, message=message, exception=name, traceback=trace, step=heartbeat.step
+    )
 
 
 def _cause(error: Exception) -> Cause:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from vimscale.errors import LaunchError
 
-from .on_local import cpus
+from ..hardware import cpus
 from .signals import Stopped
 from .temporary import Temporary
 

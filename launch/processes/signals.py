@@ -22,9 +22,9 @@ class Stopped(BaseException):
 class StopSignal:
     """SIGINT and SIGTERM ask for a checkpoint and an end; a second later, for an end at once.
 
-    What comes within that second is the same wish: timeout(1) and Slurm signal a process and its group. SIGUSR1, which
-    Slurm is often told to send some time before its SIGTERM, asks for a checkpoint and an end and never for more. Nor
-    does the run's time limit, which is `after` seconds from now.
+    What comes within that second is the same request: timeout(1) and Slurm signal a process and its group. SIGUSR1,
+    which Slurm is often told to send some time before its SIGTERM, asks for a checkpoint and an end and never for more.
+    Nor does the run's time limit, which is `after` seconds from now.
     """
 
     def __init__(self, after: float = float("inf")) -> None:

@@ -203,7 +203,7 @@ class _Watch:
                         self._progress.lap()
                     hear = _HEAR_DEATH_S if report.cause == "died" else _HEAR_S
                     self._deadline = min(self._deadline, time.monotonic() + hear)
-            elif report["kind"] == "pulse":
+            elif report["kind"] == "heartbeat":
                 self._watchdog.heard(report["rank"], report)
                 self.reached[report["rank"]] = report["step"]
             else:

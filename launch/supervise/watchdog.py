@@ -18,14 +18,14 @@ _AT_MOST_S = 2.0
 
 @dataclass
 class _Seen:
-    pulse: dict[str, Any]
+    heartbeat: dict[str, Any]
     still: float = 0.0
     """Seconds without progress, of which the launcher was awake."""
     silent: float = 0.0
 
 
 class Watchdog:
-    """Judges by the pulses of all ranks; `hang_after` seconds replace the time that follows from the steps."""
+    """Judges by the heartbeats of all ranks; `hang_after` seconds replace the time that follows from the steps."""
 
     def __init__(self, world: int, hang_after: float | None, now: float):
         self._hang_after = hang_after
@@ -33,25 +33,25 @@ class Watchdog:
         nothing = {"beats": 0, "doing": "start", "step": None, "step_s": None, "host": ""}
         self._ranks = {rank: _Seen(nothing) for rank in range(world)}
 
-    def heard(self, rank: int, pulse: dict[str, Any]) -> None:
+    def heard(self, rank: int, heartbeat: dict[str, Any]) -> None:
         if (seen := self._ranks.get(rank)) is None:
             return
         seen.silent = 0.0
-        if pulse["beats"] != seen.pulse["beats"]:
+        if heartbeat["beats"] != seen.heartbeat["beats"]:
             seen.still = 0.0
-        seen.pulse = pulse
+        seen.heartbeat = heartbeat
 
     def ended(self, rank: int) -> None:
         self._ranks.pop(rank, None)
 
-    def limit(self, pulse: dict[str, Any]) -> float:
-        """Seconds that a rank may stand still after such a pulse."""
-        if pulse["step"] is None:
+    def limit(self, heartbeat: dict[str, Any]) -> float:
+        """Seconds that a rank may stand still after such a heartbeat."""
+        if heartbeat["step"] is None:
             return max(_START_S, self._hang_after or 0.0)
         if self._hang_after is not None:
             return self._hang_after
-        usual = max(_SLOWEST_S, _STEPS * (pulse["step_s"] or 0.0))
-        return max(usual, _START_S) if pulse["doing"] == "save" else usual
+        usual = max(_SLOWEST_S, _STEPS * (heartbeat["step_s"] or 0.0))
+        return max(usual, _START_S) if heartbeat["doing"] == "save" else usual
 
     def hung(self, now: float) -> list[Ending]:
         """The ranks that the others wait for, once one has stood still for too long; else none."""
@@ -60,19 +60,21 @@ class Watchdog:
         for seen in self._ranks.values():
             seen.still += passed
             seen.silent += passed
-        if not any(seen.still > self.limit(seen.pulse) for seen in self._ranks.values()):
+        if not any(seen.still > self.limit(seen.heartbeat) for seen in self._ranks.values()):
             return []
         silent = [rank for rank, seen in self._ranks.items() if seen.silent > _SILENT_S]
-        behind = min((seen.pulse["step"] or 0, seen.pulse["beats"]) for seen in self._ranks.values())
-        last = [r for r, seen in self._ranks.items() if (seen.pulse["step"] or 0, seen.pulse["beats"]) == behind]
+        behind = min((seen.heartbeat["step"] or 0, seen.heartbeat["beats"]) for seen in self._ranks.values())
+        last = [
+            r for r, seen in self._ranks.items() if (seen.heartbeat["step"] or 0, seen.heartbeat["beats"]) == behind
+        ]
         return [
             Ending(
                 rank,
                 "failed",
                 cause="hung",
                 message=self.describe(rank),
-                step=seen.pulse["step"],
-                host=seen.pulse["host"],
+                step=seen.heartbeat["step"],
+                host=seen.heartbeat["host"],
             )
             for rank, seen in self._ranks.items()
             if rank in (silent or last)
@@ -80,7 +82,7 @@ class Watchdog:
 
     def describe(self, rank: int) -> str:
         seen = self._ranks[rank]
-        step, doing = seen.pulse["step"], seen.pulse["doing"]
+        step, doing = seen.heartbeat["step"], seen.heartbeat["doing"]
         where = "before its first step" if step is None else f"after step {step:,} ({doing})"
         answers = ", and does not answer: stopped, or out of reach" if seen.silent > _SILENT_S else ""
         return f"no progress for {seen.still:.0f} s {where}{answers}"

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from tests.support.shell import Shell
 from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import mirror
-from vimscale.checkpoint.load import Reader, Trainer
+from vimscale.checkpoint.load import Reader, TrainState
 from vimscale.checkpoint.save import Saver, write_state
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe import recipe
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.usefixtures("alone")
 TENSORS = {"weight/a@0": torch.arange(40.0), "weight/b@3": torch.randn(7), "ema/a@0": torch.randn(40)}
 
 
-def _trainer(step: int) -> Trainer:
-    return Trainer(step, {}, step, {"a": [8, 5], "b": [10]}, 1, 1, True)
+def _trainer(step: int) -> TrainState:
+    return TrainState(step, {}, step, {"a": [8, 5], "b": [10]}, 1, 1, True)
 
 
 def _save(folder: Path, *steps: int, **rules: Any) -> list[dict]:
@@ -111,7 +111,7 @@ def test_the_same_state_saved_again_leaves_the_checkpoint_as_it_is(tmp_path: Pat
     saver = Saver(tmp_path, Checkpoint(), "run", lambda event: None)
     saver.save(TENSORS, replace(_trainer(10), updates=9))
     saver.close()
-    assert checkpoint.read_trainer(path).updates == 9, "another state of that step takes its place"
+    assert checkpoint.read_train_state(path).updates == 9, "another state of that step takes its place"
     for number in ("", "_2"):
         _damage(state)
         _save(tmp_path, 10)
@@ -157,7 +157,7 @@ def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path, caplog
 
 def test_a_copy_under_another_steps_name_is_damaged(tmp_path: Path, place: str) -> None:
     _save(tmp_path / "c", 10, 20, second=place)
-    there = mirror.open_place(place, "run")
+    there = mirror.open_mirror(place, "run")
     assert there is not None
     for entry in (*manifest.files(tmp_path / "c/step_00000010"), {"name": manifest.NAME}):
         there.put("step_00000030", entry["name"], tmp_path / "c/step_00000010" / entry["name"])
@@ -191,12 +191,12 @@ def test_names_that_are_not_ours_are_passed_over_and_left_alone(tmp_path: Path) 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"step": "10"}', b'{"step": true}', b"\xff"])
 def test_a_trainer_file_of_no_step_is_damage_even_where_its_sha256_is_right(tmp_path: Path, text: bytes) -> None:
     _save(tmp_path, 10, 20)
-    trainer = tmp_path / "step_00000020/trainer.json"
-    trainer.write_bytes(text)
+    train_state = tmp_path / "step_00000020/trainer.json"
+    train_state.write_bytes(text)
     names = ("state-00000-of-00001.safetensors", "trainer.json")
-    manifest.write(trainer.parent, [manifest.seal(trainer.with_name(name)) for name in names])
+    manifest.write(train_state.parent, [manifest.seal(train_state.with_name(name)) for name in names])
     with pytest.raises(CheckpointError, match=r"trainer\.json"):
-        checkpoint.read_trainer(trainer.parent)
+        checkpoint.read_train_state(train_state.parent)
     assert checkpoint.newest(tmp_path) == tmp_path / "step_00000010"
 
 
@@ -273,7 +273,7 @@ def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_pat
     folder = tmp_path / "c"
     for step in (10, 20, 30):
         _save(folder, step, keep=2, second=place)
-    there = mirror.open_place(place, "run")
+    there = mirror.open_mirror(place, "run")
     assert there is not None
     assert there.names() == ["step_00000030", "step_00000020"]
     shutil.rmtree(folder / "step_00000030")
@@ -290,7 +290,7 @@ def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_pat
 
 
 def test_what_is_whole_at_the_second_place_is_not_written_again(tmp_path: Path, place: str) -> None:
-    there = mirror.open_place(place, "run")
+    there = mirror.open_mirror(place, "run")
     assert there is not None
     _save(tmp_path, 10, second=place)
     text = (tmp_path / "step_00000010/trainer.json").read_bytes()
@@ -308,7 +308,7 @@ def test_what_is_whole_at_the_second_place_is_not_written_again(tmp_path: Path, 
 class _Held:
     """A place that takes nothing until it may."""
 
-    def __init__(self, place: mirror.Place):
+    def __init__(self, place: mirror.CheckpointStore):
         self._place, self.may = place, threading.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -320,7 +320,7 @@ class _Held:
 
 
 def test_a_slow_second_place_gets_the_newest_first_and_all_that_stay_for_good(tmp_path: Path) -> None:
-    there = mirror.open_place(str(tmp_path / "there"), "run")
+    there = mirror.open_mirror(str(tmp_path / "there"), "run")
     assert there is not None
     held = _Held(there)
     copier = mirror.Copier(held, Checkpoint(keep=1, keep_every=20))
@@ -342,8 +342,10 @@ SLOW = """
 import sys, time
 from multiprocessing import get_context
 from pathlib import Path
-from vimscale import distributed, recipe, second
-from vimscale.distributed import RankSpec
+from vimscale.checkpoint import mirror
+from vimscale.recipe import recipe
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 
 class Slow:
     def __init__(self, place):
@@ -359,16 +361,16 @@ def rank(number, folder):
     spec = RankSpec(recipe.load("vim_digits_cpu"), folder, number, 2, "cpu", 1, f"file://{folder}/meet", "lo", 2.0)
     distributed.prepare(spec)
     distributed.join(spec)
-    from vimscale import checkpoint
-    from vimscale.pulse import pulse
+    from vimscale.checkpoint import load
+    from vimscale.runtime.heartbeat import heartbeat
 
-    place = Slow(second.open_place(f"{folder}/there", "run"))
-    found = checkpoint.newest(folder / "here", place)
+    place = Slow(mirror.open_mirror(f"{folder}/there", "run"))
+    found = load.newest(folder / "here", place)
     assert found == folder / "here/step_00000010", found
-    assert pulse.beats >= 3, pulse.beats
-    moving = pulse.beats
+    assert heartbeat.beats >= 3, heartbeat.beats
+    moving = heartbeat.beats
     distributed.together((lambda: time.sleep(3)) if number == 0 else None)
-    assert pulse.beats <= moving + 1, "nothing moves, so the watchdog is to see it"
+    assert heartbeat.beats <= moving + 1, "nothing moves, so the watchdog is to see it"
     distributed.leave()
 
 if __name__ == "__main__":
@@ -425,9 +427,9 @@ def test_the_second_place_takes_what_the_first_cannot(tmp_path: Path, place: str
     saver.save(TENSORS, _trainer(10))
     with pytest.raises(RunFailed, match=rf"could not be written: .*; it is at {place}/run/step_00000010 instead"):
         saver.wait()
-    found = checkpoint.newest(tmp_path / "c", mirror.open_place(place, "run"))
+    found = checkpoint.newest(tmp_path / "c", mirror.open_mirror(place, "run"))
     assert found == tmp_path / "c/step_00000010"
-    assert checkpoint.read_trainer(found) == _trainer(10)
+    assert checkpoint.read_train_state(found) == _trainer(10)
 
 
 # ---- kills
@@ -453,4 +455,4 @@ def test_after_a_kill_at_any_instant_the_newest_checkpoint_loads(shell: Shell, k
         whole = run_folder.checkpoints(folder)
         assert manifest.damage(whole[0]) is None
         assert checkpoint.consolidated(whole[0], "weight")
-        assert checkpoint.read_trainer(whole[0]).step == int(whole[0].name.removeprefix("step_"))
+        assert checkpoint.read_train_state(whole[0]).step == int(whole[0].name.removeprefix("step_"))

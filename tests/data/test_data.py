@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from tests.support import noise
 from vimscale.data import digits, stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.prefetch import Feed
+from vimscale.data.prefetch import Prefetcher
 from vimscale.data.shards import manifest as shards
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
@@ -206,8 +206,8 @@ def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> 
     ranks: list[list[Global]] = []
     for rank in range(world):
         batches = training(chosen, data, config, rank=rank, world=world, start=start, steps=stop)
-        feed = Feed(batches, data.manifest, torch.device("cpu"))
-        taken = [feed.take() for _ in range((stop - start) * accumulation)]
+        prefetcher = Prefetcher(batches, data.manifest, torch.device("cpu"))
+        taken = [prefetcher.take() for _ in range((stop - start) * accumulation)]
         ranks.append([(batch.keys, images, targets) for images, targets, batch in taken])
     steps = []
     for step in range(stop - start):
@@ -291,8 +291,10 @@ def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_token
     chosen = _recipe("augment.buckets=5", "model.image_size=64")
     data = TrainingSet.open(sections.Data(train=str(small_set)))
     config = chosen.model.shape(10)
-    feed = Feed(training(chosen, data, config, rank=0, world=1, start=0, steps=1), data.manifest, torch.device("cpu"))
-    images, labels, batch = feed.take()
+    prefetcher = Prefetcher(
+        training(chosen, data, config, rank=0, world=1, start=0, steps=1), data.manifest, torch.device("cpu")
+    )
+    images, labels, batch = prefetcher.take()
     assert isinstance(images, list)
     assert batch.packed
     assert len(images) == len(labels) == 48

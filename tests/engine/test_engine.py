@@ -9,8 +9,9 @@ SETUP = """
 import json, sys, tempfile
 from pathlib import Path
 import torch
-from vimscale import distributed, recipe
-from vimscale.distributed import RankSpec
+from vimscale.recipe import recipe
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 
 chosen = recipe.load("vim_digits_cpu", ["parallel.precision=bf16", "parallel.zero=3", "parallel.persist=0"])
 folder = Path(tempfile.mkdtemp())
@@ -19,7 +20,7 @@ distributed.prepare(spec)
 distributed.join(spec)
 
 from deepspeed.accelerator import get_accelerator
-from vimscale.engine import Engine
+from vimscale.engine.deepspeed_engine import Engine
 from vimscale.errors import RunFailed
 
 cpu = torch.device("cpu")

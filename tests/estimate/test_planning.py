@@ -13,12 +13,12 @@ from vimscale.engine import zero_layout
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.estimate import activations, roofline
 from vimscale.estimate.devices import DEVICES, key_of
-from vimscale.estimate.planner import Place, Planner, lanes_and_shards
+from vimscale.estimate.planner import Planner, Target, lanes_and_shards
 from vimscale.estimate.roofline import Fabric
 from vimscale.launch import cluster as clusters
+from vimscale.launch import hardware
 from vimscale.launch.commands import memory_check, plan
 from vimscale.launch.commands.app import app
-from vimscale.launch.processes import on_local
 from vimscale.model import PRESETS
 from vimscale.recipe import recipe as recipes
 
@@ -88,7 +88,7 @@ def test_every_number_of_images_is_near_what_two_of_them_tell() -> None:
 
 def test_more_ranks_hold_less_and_recomputation_keeps_less() -> None:
     recipe = recipes.load("vim_base_in1k", ["parallel.precision=bf16"])
-    place = Place("h100", DEVICES["h100"], DEVICES["h100"].memory, Fabric(8, 450e9, 400e9), 2.0)
+    place = Target("h100", DEVICES["h100"], DEVICES["h100"].memory, Fabric(8, 450e9, 400e9), 2.0)
     planner = Planner(recipe, recipe.model.shape(1000), place, 0)
     options = {(option.zero, option.recompute): option.need for option in planner.options(8)}
     for rule in ("none", "scan", "block"):
@@ -165,7 +165,7 @@ def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
 
 @pytest.fixture
 def four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_check, "memory", lambda: on_local.Memory(8 * 10**9, 4 * 10**9, False))
+    monkeypatch.setattr(memory_check, "memory", lambda: hardware.Memory(8 * 10**9, 4 * 10**9, False))
     monkeypatch.setattr(memory_check, "gpus", lambda: 0)
 
 
@@ -196,7 +196,7 @@ def test_what_this_machine_has_no_memory_for_is_refused_before_anything_starts(
 def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
     recipe = recipes.load("vim_digits_cpu", [*changes, "steps=100", "epochs=null"])
     config = recipe.model.shape(10)
-    planner = Planner(recipe, config, Place("here", None, 0, Fabric(2, 1, 1), None), 0)
+    planner = Planner(recipe, config, Target("here", None, 0, Fabric(2, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(2)
     need = planner.most(recipe.parallel.zero, recipe.parallel.recompute, micro, accumulation, 2, exact=False)
     assert memory_check.at_most(recipe, config, 2) > need.total
@@ -209,8 +209,8 @@ def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 12\ninactive_file {dropped}\nactive_file 3\n")
-    assert list(on_local._control_groups("0::/slurm/job_7\n", tmp_path)) == [(9000, 2500)]
-    assert list(on_local._control_groups("0::/\n", tmp_path)) == []
+    assert list(hardware._control_groups("0::/slurm/job_7\n", tmp_path)) == [(9000, 2500)]
+    assert list(hardware._control_groups("0::/\n", tmp_path)) == []
 
 
 def test_a_gpu_is_known_by_the_name_that_its_driver_gives_it() -> None:

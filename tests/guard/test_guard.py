@@ -116,8 +116,9 @@ LEFT_OUT = """
 import json, sys
 from multiprocessing import get_context
 import torch
-from vimscale import distributed, recipe
-from vimscale.distributed import RankSpec
+from vimscale.recipe import recipe
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 
 def rank(number, world, folder):
     changes = ["parallel.persist=0", "batch=8"]
@@ -125,7 +126,7 @@ def rank(number, world, folder):
     spec = RankSpec(chosen, folder, number, world, "cpu", 1, f"file://{folder}/meet{world}", "lo")
     distributed.prepare(spec)
     distributed.join(spec)
-    from vimscale.engine import MOMENTS, Engine
+    from vimscale.engine.deepspeed_engine import MOMENTS, Engine
 
     def state(engine):
         moments = [engine.moment(f, key) for f in engine.fragments for key in MOMENTS]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.support.shell import SMALL, Shell
 from vimscale.checkpoint import mirror
 from vimscale.checkpoint.compare import Pair
-from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.load import TrainState
 from vimscale.checkpoint.save import Saver, write_state
 from vimscale.errors import CheckpointError
 from vimscale.launch.commands.app import app
@@ -25,8 +25,8 @@ SHAPES = {"a": [8, 5], "b": [10]}
 FIRST = {"weight/a@0": torch.arange(40.0), "weight/b@0": torch.randn(10), "ema/a@0": torch.randn(40)}
 
 
-def _trainer(step: int, **changes: Any) -> Trainer:
-    return Trainer(**{"step": step, "stream": {"at": step}, "updates": step, "shapes": SHAPES, "world": 1, "zero": 1,
+def _trainer(step: int, **changes: Any) -> TrainState:
+    return TrainState(**{"step": step, "stream": {"at": step}, "updates": step, "shapes": SHAPES, "world": 1, "zero": 1,
                       "ema": True, **changes})  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def run(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "checkpoints"
 
 
-def _place() -> mirror.Place:
-    place = mirror.open_place("copies", "small")
+def _place() -> mirror.CheckpointStore:
+    place = mirror.open_mirror("copies", "small")
     assert place is not None
     return place
 
@@ -110,8 +110,8 @@ def test_the_list_says_what_is_foreign_and_what_has_another_steps_name(run: Path
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"world": 1', "{}", "\0"])
 def test_the_list_survives_any_trainer_file(run: Path, text: str) -> None:
-    trainer = run / "step_00000033/trainer.json"
-    trainer.write_text(text + " " * (trainer.stat().st_size - len(text)))
+    train_state = run / "step_00000033/trainer.json"
+    train_state.write_text(text + " " * (train_state.stat().st_size - len(text)))
     assert json.loads(_said("list", "small", "--json"))["checkpoints"][0]["fault"].startswith("trainer.json")
 
 
@@ -133,13 +133,13 @@ def test_verify_reads_all_bytes_of_both_places(run: Path) -> None:
     assert "6 checkpoints, 2 damaged" in _said("verify", "small", expect=1)
 
 
-def _write(folder: Path, trainer: Trainer, *files: dict[str, Tensor]) -> Path:
+def _write(folder: Path, train_state: TrainState, *files: dict[str, Tensor]) -> Path:
     """A checkpoint of as many ranks as `files`."""
     folder.mkdir()
     names = [f"state-{rank:05d}-of-{len(files):05d}.safetensors" for rank in range(len(files))]
     for name, tensors in zip(names, files, strict=True):
         write_state(folder / name, tensors)
-    (folder / "trainer.json").write_text(json.dumps(vars(trainer)))
+    (folder / "trainer.json").write_text(json.dumps(vars(train_state)))
     manifest.write(folder, [manifest.seal(folder / name) for name in (*names, "trainer.json")])
     return folder
 
@@ -173,8 +173,8 @@ def test_a_long_tensor_is_compared_stretch_by_stretch(tmp_path: Path) -> None:
     other[5_000_000] = -0.0
     long[0] = 5.0
     other[0] = 5.0
-    trainer = _trainer(1, shapes={"a": [9_000_000]})
-    pair = Pair(*(_write(tmp_path / name, trainer, {"weight/a@0": t}) for name, t in (("a", long), ("b", other))))
+    train_state = _trainer(1, shapes={"a": [9_000_000]})
+    pair = Pair(*(_write(tmp_path / name, train_state, {"weight/a@0": t}) for name, t in (("a", long), ("b", other))))
     (found,) = pair.differences()
     assert (found.same_bits, found.largest, found.relative) == (False, 2.0, pytest.approx(1 / 5**0.5))
 

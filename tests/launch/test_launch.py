@@ -240,8 +240,8 @@ def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, z
     raw = shell.run("evaluate", "small", "--raw")
     assert f"loss {during[-1]['loss']:.4f}" not in raw, "the moving average is not the weights"
 
-    trainer = shell.folder / "runs/small/checkpoints/step_00000050/trainer.json"
-    assert json.loads(trainer.read_text())["training_set"]["classes"] == [str(i) for i in range(10)]
+    train_state = shell.folder / "runs/small/checkpoints/step_00000050/trainer.json"
+    assert json.loads(train_state.read_text())["training_set"]["classes"] == [str(i) for i in range(10)]
     output = shell.run("export", "small", "--to", "safetensors")
     assert "loaded again, it gives the same logits" in output
     from vimscale.export import safetensors

@@ -131,7 +131,7 @@ class _Group:
             return [Ending(0, "stopped")]
         if self._steps:
             step = self._steps.pop(0)
-            return [{"kind": "pulse", "rank": 0, "beats": step, "doing": "step", "step": step, "step_s": 0.1}]
+            return [{"kind": "heartbeat", "rank": 0, "beats": step, "doing": "step", "step": step, "step_s": 0.1}]
         self._stop.count = 1
         return []
 
@@ -172,7 +172,7 @@ def test_a_signal_interrupts_only_where_nothing_is_to_be_saved() -> None:
 def test_c_code_cannot_hold_a_stop_up() -> None:
     code = """
 import hashlib
-from vimscale.launch.signals import StopSignal
+from vimscale.launch.processes.signals import StopSignal
 stop = StopSignal()
 with stop.installed(), stop.at_once(lambda: print("cleaned", flush=True)):
     print("busy", flush=True)

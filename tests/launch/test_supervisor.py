@@ -89,7 +89,15 @@ def _supervise(runs: RunFolder, *groups: Scripted, policy: Policy = USUAL) -> tu
 
 
 def _pulse(step: int, rank: int = 0, beats: int = 1) -> Event:
-    return {"kind": "pulse", "rank": rank, "beats": beats, "doing": "step", "step": step, "step_s": 0.1, "host": "a"}
+    return {
+        "kind": "heartbeat",
+        "rank": rank,
+        "beats": beats,
+        "doing": "step",
+        "step": step,
+        "step_s": 0.1,
+        "host": "a",
+    }
 
 
 def _died(rank: int = 0, pid: int = 1) -> Ending:
@@ -256,11 +264,11 @@ def test_whoever_takes_a_checkpoint_instead_of_a_damaged_one_is_told(
 # ---- the watchdog
 
 
-def _time_to_notice(watchdog: Watchdog, pulses: Callable[[int], list[Event]]) -> tuple[int, list[Ending]]:
-    """The second in which it barks, and at whom; `pulses`: what is heard in each second."""
+def _time_to_notice(watchdog: Watchdog, heartbeats: Callable[[int], list[Event]]) -> tuple[int, list[Ending]]:
+    """The second in which it barks, and at whom; `heartbeats`: what is heard in each second."""
     for second in range(1, 2000):
-        for pulse in pulses(second):
-            watchdog.heard(pulse["rank"], pulse)
+        for heartbeat in heartbeats(second):
+            watchdog.heard(heartbeat["rank"], heartbeat)
         if found := watchdog.hung(float(second)):
             return second, found
     return 0, []
@@ -426,8 +434,8 @@ def test_a_ray_that_dies_while_a_group_starts_is_a_death_of_the_group(shell: She
     code = f"""
 import json, os, pathlib, signal
 from tests.launch.test_supervisor import _below, _command
-from vimscale import recipe
-from vimscale.launch import on_ray, ray_connection
+from vimscale.recipe import recipe
+from vimscale.launch.processes import on_ray, ray_connection
 
 own = ray_connection.Ray(None)
 group = on_ray.RayGroup(own, recipe.load("small.yaml"), pathlib.Path("run"), [2], gpu=False, patience_s=300)

@@ -91,7 +91,7 @@ def test_a_file_where_a_folder_should_be_gets_one_message(shell: Shell, what: st
 
 
 def _main(code: str, **options: object) -> subprocess.CompletedProcess:
-    code = f"from vimscale.launch import cli\n@cli.app.command()\ndef tried():\n    {code}\ncli.main()"
+    code = f"from vimscale.launch.commands import app as cli\n@cli.app.command()\ndef tried():\n    {code}\ncli.main()"
     return subprocess.run([sys.executable, "-c", code, "tried"], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
 
 

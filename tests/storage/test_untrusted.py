@@ -204,7 +204,7 @@ def test_a_mirror_writes_nothing_outside_the_run_and_no_more_than_its_manifest_s
     there.mkdir(parents=True)
     (there.parent / "mine").write_bytes(b"x")
     os.mkdir(tmp_path / "here")
-    place = mirror.open_place(str(tmp_path / "mirror"), "run")
+    place = mirror.open_mirror(str(tmp_path / "mirror"), "run")
     assert place is not None
     for entry, said in ((_entry(name="../mine"), "it has a /"), (_entry(), "more bytes than it may have")):
         (there / "state-0").write_bytes(b"xy")
@@ -239,11 +239,11 @@ def test_a_trainer_file_that_is_none_is_one_message(tmp_path: Path, case: str) -
     with pytest.raises(
         CheckpointError, match=r"trainer.json is not what this version writes \([^\n]{,200}\);"
     ) as caught:
-        checkpoint.read_trainer(tmp_path)
+        checkpoint.read_train_state(tmp_path)
     assert len(str(caught.value)) < 500
     infinite = TRAINER | {"guard": {"losses": [float("nan"), float("inf")]}}  # which a guard may have seen
     (tmp_path / "trainer.json").write_text(json.dumps(infinite))
-    assert checkpoint.read_trainer(tmp_path).step == 1
+    assert checkpoint.read_train_state(tmp_path).step == 1
 
 
 @pytest.mark.parametrize("name", ["a", "weight/a", "weight@0", "weight/a@-1", "weight/a@" + "9" * 5000, "weight/a@x"])

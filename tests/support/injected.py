@@ -1,4 +1,4 @@
-"""A run of two ranks into which something bad is put: `python -m tests.support.injected FOLDER WORLD FAULT [KEY=VALUE]`...
+"""A run of two ranks with an injected fault: `python -m tests.support.injected FOLDER WORLD FAULT [KEY=VALUE]...`.
 
 Nothing in the package helps with it: a rank wraps methods of its own process before it trains. stopped_at_STEP is no
 fault but a request to stop when that step is done, which the ranks agree on in the next one.
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tests.support.shell import SMALL
 from vimscale.recipe import recipe as recipes
 from vimscale.runtime.distributed import RankSpec
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 
 BAD = range(25, 29)
 """Steps, counted from 1, whose data are bad in the faults of batches; once passed over they do not come again."""
@@ -59,7 +59,7 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
         if not name.startswith("stopped_at_"):
             FAULTS[name](rank)
     try:
-        train(spec, lambda event: None, lambda: pulse.step in stops)
+        train(spec, lambda event: None, lambda: heartbeat.step in stops)
     except RunFailed as error:
         if rank == 0:
             print(json.dumps({"failed": str(error)}), flush=True)
@@ -69,9 +69,9 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
 
 def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> None:
     """Change the images of the last rank wherever they are what an undisturbed run reads in those steps."""
-    from vimscale.data.prefetch import Feed
+    from vimscale.data.prefetch import Prefetcher
 
-    prepare = Feed.prepare
+    prepare = Prefetcher.prepare
 
     def changed(self: Any, batch: Any) -> Any:
         images, targets = prepare(self, batch)
@@ -79,7 +79,7 @@ def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> No
         return (change(images) if here else images), targets
 
     if rank == dist.get_world_size() - 1:
-        Feed.prepare = changed  # type: ignore[method-assign]
+        Prefetcher.prepare = changed  # type: ignore[method-assign]
 
 
 def _spike_in_batches(rank: int) -> None:

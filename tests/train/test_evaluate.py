@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.support.shell import SMALL
-from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.load import TrainState
 from vimscale.checkpoint.save import write_state
 from vimscale.data.dataset import Dataset
 from vimscale.data.training_set import TrainingSet
@@ -43,8 +43,10 @@ def _train(site: Path, **changes: Any) -> None:
     )
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     about = {"training_set": training_set.about} | changes
-    trainer = asdict(Trainer(5, {}, 5, shapes, 1, 1, ema=False, **about))
-    (checkpoint / "trainer.json").write_text(json.dumps({k: v for k, v in trainer.items() if k != "training_set" or v}))
+    train_state = asdict(TrainState(5, {}, 5, shapes, 1, 1, ema=False, **about))
+    (checkpoint / "trainer.json").write_text(
+        json.dumps({k: v for k, v in train_state.items() if k != "training_set" or v})
+    )
     manifest.write(checkpoint, [manifest.seal(path) for path in sorted(checkpoint.iterdir())])
 
 

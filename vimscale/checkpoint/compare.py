@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vimscale.checkpoint.load import Reader, read_trainer
+from vimscale.checkpoint.load import Reader, read_train_state
 
 _STRETCH = 1 << 22
 """Elements of each that are held at a time."""
@@ -36,9 +36,9 @@ class Pair:
     """
 
     def __init__(self, a: Path, b: Path):
-        self._trainers = [asdict(read_trainer(path)) for path in (a, b)]
+        self._trainers = [asdict(read_train_state(path)) for path in (a, b)]
         self._readers = [Reader(path) for path in (a, b)]
-        shapes = [trainer.pop("shapes") for trainer in self._trainers]
+        shapes = [train_state.pop("shapes") for train_state in self._trainers]
         self._shapes = shapes[0]
         held = [
             {(kind, name): tuple(shape[name]) for kind, names in reader.kinds.items() for name in names}

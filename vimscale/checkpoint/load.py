@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vimscale.checkpoint.mirror import Place, fetch
+from vimscale.checkpoint.mirror import CheckpointStore, fetch
 from vimscale.errors import CheckpointError, DataError
 from vimscale.runtime import distributed, manifest, run_folder
 from vimscale.storage import untrusted
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainState:
     """Where a run stands, beside its tensors."""
 
     step: int
@@ -53,10 +53,10 @@ class Trainer:
     """Whether it was saved because a stop was asked for: a run that nobody stops does not have it."""
 
 
-def newest(folder: Path, place: Place | None = None, *, regular: bool = False) -> Path | None:
+def newest(folder: Path, place: CheckpointStore | None = None, *, regular: bool = False) -> Path | None:
     """The newest whole checkpoint of a run's folder and of its second `place`, agreed on by all ranks, each of which
     reads its share of the files. One that is at the second place alone is brought here first. `regular`: those that
-    were saved for a stop (`Trainer.asked`) are taken only if there is no other.
+    were saved for a stop (`TrainState.asked`) are taken only if there is no other.
 
     A damaged one is renamed to damaged_… with a warning, and its copy or the one before it taken.
 
@@ -78,7 +78,7 @@ def newest(folder: Path, place: Place | None = None, *, regular: bool = False) -
             if fault is None:
                 fault = _first(distributed.together(partial(run_folder.damage, checkpoint, rank, world)))
                 if fault is None:
-                    if not (regular and read_trainer(checkpoint).asked):
+                    if not (regular and read_train_state(checkpoint).asked):
                         return checkpoint
                     spare = spare or checkpoint
                     break
@@ -95,7 +95,7 @@ def newest(folder: Path, place: Place | None = None, *, regular: bool = False) -
     return spare
 
 
-def _listed(folder: Path, place: Place | None) -> tuple[list[str], list[str]]:
+def _listed(folder: Path, place: CheckpointStore | None) -> tuple[list[str], list[str]]:
     """Names of the checkpoints here and at the second place, as rank 0 sees them."""
     listing: list[Any] = [[], [], None]
     if dist.get_rank() == 0:
@@ -117,7 +117,7 @@ def _listed(folder: Path, place: Place | None) -> tuple[list[str], list[str]]:
     return here, there
 
 
-def _fetch(place: Place, name: str, folder: Path) -> str | None:
+def _fetch(place: CheckpointStore, name: str, folder: Path) -> str | None:
     log.info("fetching checkpoint %s", place.where(name))
     try:
         fetch(place, name, folder)
@@ -131,13 +131,13 @@ def _first(found: list[str | None]) -> str | None:
     return next((fault for fault in found if fault is not None), None)
 
 
-def read_trainer(checkpoint: Path) -> Trainer:
+def read_train_state(checkpoint: Path) -> TrainState:
     """Raises:
     CheckpointError: it cannot be read, or another version of this package wrote it.
     """
     path = checkpoint / "trainer.json"
     try:
-        return untrusted.build(Trainer, untrusted.loads(untrusted.read(path), finite=False))
+        return untrusted.build(TrainState, untrusted.loads(untrusted.read(path), finite=False))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not what this version writes ({error}); go on with the version that wrote"
@@ -203,7 +203,7 @@ class Reader:
 
 def consolidated(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     """Whole parameters, `kind` weight or ema, fp32 on the CPU."""
-    reader, shapes = Reader(checkpoint), read_trainer(checkpoint).shapes
+    reader, shapes = Reader(checkpoint), read_train_state(checkpoint).shapes
     if strange := [name for name, shape in shapes.items() if min(shape, default=0) < 0]:
         raise CheckpointError(f"{checkpoint}/trainer.json has shapes below 0, of {strange[0][:100]}")
     return {name: reader.read(kind, name, 0, math.prod(shape)).view(shape) for name, shape in shapes.items()}

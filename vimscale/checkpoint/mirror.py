@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from vimscale.errors import CheckpointError, DataError
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest, run_folder
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 from vimscale.storage import untrusted
 from vimscale.storage.addresses import shown
 from vimscale.storage.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets
@@ -21,7 +21,7 @@ from vimscale.storage.store import WRITTEN, Folder, Remote, Web, open_store, wit
 log = logging.getLogger(__name__)
 
 
-class Place(Protocol):
+class CheckpointStore(Protocol):
     """Where checkpoints of one run are, by their names. All methods raise OSError or DataError."""
 
     def where(self, checkpoint: str) -> str:
@@ -111,7 +111,7 @@ class _Address:
 
     def read(self, checkpoint: str, name: str) -> Iterator[bytes]:
         for piece in self._remote.stream(f"{checkpoint}/{name}"):
-            pulse.moved += len(piece)
+            heartbeat.moved += len(piece)
             yield piece
 
     def remove(self, checkpoint: str) -> None:
@@ -120,7 +120,7 @@ class _Address:
             self._remote.delete(name)
 
 
-def open_place(second: str | None, run: str) -> Place | None:
+def open_mirror(second: str | None, run: str) -> CheckpointStore | None:
     """The place of this run's checkpoints under a recipe's `checkpoint.second`.
 
     Raises:
@@ -153,7 +153,7 @@ def remove_after(checkpoint: Path) -> None:
             remove(path)
 
 
-def faults(place: Place, name: str) -> Iterator[str]:
+def faults(place: CheckpointStore, name: str) -> Iterator[str]:
     """What is wrong with the files of a checkpoint at the second place; reads all of them.
 
     Raises:
@@ -177,27 +177,27 @@ def faults(place: Place, name: str) -> Iterator[str]:
         yield fault
 
 
-def _name_fault(place: Place, name: str) -> str | None:
+def _name_fault(place: CheckpointStore, name: str) -> str | None:
     try:
         return run_folder.misnamed(name, b"".join(place.read(name, "trainer.json")))
     except (OSError, DataError) as error:
         return f"trainer.json cannot be read ({error})"
 
 
-def has(place: Place, name: str, trainer: bytes) -> bool:
+def has(place: CheckpointStore, name: str, train_state: bytes) -> bool:
     """Whether this very state, told by its trainer.json, is there and whole: then it is not written again, and no
     instant is without it.
     """
     if name not in place.names():
         return False
     try:
-        same = _small(place, name, "trainer.json") == trainer
+        same = _small(place, name, "trainer.json") == train_state
     except (OSError, DataError):
         return False
     return same and next(faults(place, name), None) is None
 
 
-def fetch(place: Place, name: str, folder: Path) -> None:
+def fetch(place: CheckpointStore, name: str, folder: Path) -> None:
     """Bring a checkpoint into a run's folder, where it is looked at before it is used like any other.
 
     Raises:
@@ -217,7 +217,7 @@ def fetch(place: Place, name: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _small(place: Place, checkpoint: str, name: str) -> bytes:
+def _small(place: CheckpointStore, checkpoint: str, name: str) -> bytes:
     return b"".join(_at_most(untrusted.SMALL, place.read(checkpoint, name)))
 
 
@@ -233,7 +233,7 @@ def _at_most(most: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield piece
 
 
-def _bring(place: Place, checkpoint: str, name: str, most: int, folder: Path) -> None:
+def _bring(place: CheckpointStore, checkpoint: str, name: str, most: int, folder: Path) -> None:
     with (folder / name).open("wb") as file:
         file.writelines(_at_most(most, place.read(checkpoint, name)))
     manifest.sync(folder / name)
@@ -251,7 +251,7 @@ class Copier:
     over unless it is kept for good.
     """
 
-    def __init__(self, place: Place, rules: Checkpoint):
+    def __init__(self, place: CheckpointStore, rules: Checkpoint):
         self._place, self._rules = place, rules
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None

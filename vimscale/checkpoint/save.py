@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vimscale.checkpoint import mirror
-from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.load import TrainState
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import distributed, manifest, run_folder
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Saver:
         self._folder, self._rules, self._emit = folder, rules, emit
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
-        self._second = mirror.open_place(rules.second, run)
+        self._second = mirror.open_mirror(rules.second, run)
         self._copier = None
         if self._second is not None and self._rank == 0:
             self._copier = mirror.Copier(self._second, rules)
@@ -59,7 +59,7 @@ class Saver:
         """Whether this rank could not write: to be told to the others, who then `wait` with it."""
         return self._thread is not None and self._problem is not None
 
-    def save(self, tensors: dict[str, Tensor], trainer: Trainer) -> None:
+    def save(self, tensors: dict[str, Tensor], train_state: TrainState) -> None:
         """Start to save; returns when `tensors` may change. An earlier save is waited for.
 
         Raises:
@@ -67,8 +67,8 @@ class Saver:
         """
         self.wait()
         copied = self._copy(tensors)
-        self._trainer = trainer
-        self._name = run_folder.checkpoint_name(trainer.step)
+        self._trainer = train_state
+        self._name = run_folder.checkpoint_name(train_state.step)
         self._partial = self._folder / f".{self._name}.{self._token}.partial"
         self._problem: str | None = None
         self._written, self._hopeless = threading.Event(), threading.Event()
@@ -222,7 +222,7 @@ class Saver:
             " the same command goes on from there"
         )
 
-    def _save_at(self, place: mirror.Place) -> str | None:
+    def _save_at(self, place: mirror.CheckpointStore) -> str | None:
         """Write the same checkpoint to the second place, all ranks together; the first problem, or None."""
         entries: list[dict[str, Any]] = []
 
@@ -273,11 +273,11 @@ def write_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():
             assert tensor.dtype == torch.float32
             file.write(tensor.numpy().data)
-            pulse.moved += tensor.nbytes
+            heartbeat.moved += tensor.nbytes
 
 
-def _trainer_text(trainer: Trainer) -> bytes:
-    return (json.dumps(asdict(trainer), indent=1) + "\n").encode()
+def _trainer_text(train_state: TrainState) -> bytes:
+    return (json.dumps(asdict(train_state), indent=1) + "\n").encode()
 
 
 def _clear(folder: Path) -> None:

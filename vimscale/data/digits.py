@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vimscale.data.shards import manifest
-from vimscale.data.shards.shard_reader import Opened
+from vimscale.data.shards.shard_reader import ShardReader
 from vimscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _damage(folder: Path) -> str | None:
                 if hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
                     return f"{path} does not have the sha256 that its manifest says"
                 index = path.with_name(f"{shard.name}.idx").read_bytes()
-                Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC), index, shard, str(path)).check()
+                ShardReader(os.open(path, os.O_RDONLY | os.O_CLOEXEC), index, shard, str(path)).check()
     except (OSError, DataError) as error:
         return str(error)
     return None

@@ -32,7 +32,7 @@ def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, second, first, third]))
 
 
-class Place(NamedTuple):
+class SampleRef(NamedTuple):
     """A sample, and where in the run it stands."""
 
     position: int
@@ -189,7 +189,7 @@ class Order:
         weights += [(self._turn(change.step), list(change.weights)) for change in data.reweight]
         self._mixtures = [Mixture(weights, recipe.seed, lane) for lane in range(data.lanes)] if len(counts) > 1 else []
 
-    def at(self, step: int, places: Iterable[int]) -> Iterator[Place]:
+    def at(self, step: int, places: Iterable[int]) -> Iterator[SampleRef]:
         """What stands at those places of the global batch of step `step`."""
         first, first_turn = self._before(step), self._turn(step)
         different, share = self._shares(step)
@@ -199,7 +199,7 @@ class Order:
             source, turn = 0, first_turn + offset
             if self._mixtures:
                 source, turn = self._mixtures[lane].locate(turn)
-            yield Place(first + place, source, *self._plans[source].locate(turn, lane))
+            yield SampleRef(first + place, source, *self._plans[source].locate(turn, lane))
 
     def ahead(self, step: int, places: range) -> list[tuple[int, list[int]]]:
         """(data set, shards) that those places of the batch of step `step` and of the next ones need, soonest first."""

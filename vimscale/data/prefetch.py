@@ -11,7 +11,7 @@ from vimscale.data.shards.manifest import Manifest
 from vimscale.data.stream import Batch
 
 
-class Feed:
+class Prefetcher:
     """What the model is given, batch after batch."""
 
     def __init__(self, batches: Iterator[Batch], manifest: Manifest, device: torch.device):

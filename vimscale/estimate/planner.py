@@ -30,7 +30,7 @@ LEVELS = get_args(Recompute)
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where a recipe is to run, as far as a plan asks."""
 
     name: str
@@ -107,7 +107,7 @@ class Outlook:
 class Planner:
     """A recipe at a place; everything else follows from the number of ranks."""
 
-    def __init__(self, recipe: Recipe, config: VimConfig, place: Place, samples: int):
+    def __init__(self, recipe: Recipe, config: VimConfig, place: Target, samples: int):
         """`samples`: of the training set; 0 if it is not known."""
         self.recipe, self.config, self.place, self.samples = recipe, config, place, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None

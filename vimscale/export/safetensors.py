@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimscale.checkpoint.restore import restore
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import starting
@@ -21,7 +22,6 @@ from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import resized
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
-from vimscale.train.evaluate import restore
 
 _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 

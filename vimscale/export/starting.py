@@ -202,7 +202,7 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
 def _elsewhere(recipe: Recipe) -> bool:
     """Whether there may be a checkpoint in the second place: the ranks find out."""
     try:
-        place = mirror.open_place(recipe.checkpoint.second, recipe.name)
+        place = mirror.open_mirror(recipe.checkpoint.second, recipe.name)
         return place is not None and bool(place.names())
     except (OSError, DataError):
         return True

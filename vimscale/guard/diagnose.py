@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vimscale.data.prefetch import Feed
+from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.guard import report as guard_report
@@ -33,18 +33,18 @@ def examine(
     good: Record | None,
     *,
     engine: Engine,
-    feed: Feed,
+    prefetcher: Prefetcher,
     train_set: TrainingSet,
     recipe: Recipe,
     rollbacks: int,
 ) -> dict[str, Any]:
     """Look into a bad step and write down what is found; the report, the same on every rank. Called by all of them."""
     rank = dist.get_rank()
-    before = [_forward(engine, feed, recipe, micro)[0] for micro in good.micros] if good is not None else []
+    before = [_forward(engine, prefetcher, recipe, micro)[0] for micro in good.micros] if good is not None else []
     usual = {name: max(largest[name] for largest in before) for name in before[0]} if before else {}
     samples, layers = [], []
     for part, micro in enumerate(record.micros):
-        largest, losses = _forward(engine, feed, recipe, micro)
+        largest, losses = _forward(engine, prefetcher, recipe, micro)
         layers.append(_first_faults(largest, usual) | {"rank": rank, "part": part})
         samples += _samples(micro, losses, train_set, rank, part)
     own = {
@@ -75,7 +75,9 @@ def examine(
 
 
 @torch.no_grad()
-def _forward(engine: Engine, feed: Feed, recipe: Recipe, micro: Micro) -> tuple[dict[str, float], list[float]]:
+def _forward(
+    engine: Engine, prefetcher: Prefetcher, recipe: Recipe, micro: Micro
+) -> tuple[dict[str, float], list[float]]:
     """(each module's largest activation in the order they end, each image's loss); inf or nan where not finite."""
     found: dict[str, Tensor] = {}
 
@@ -90,7 +92,7 @@ def _forward(engine: Engine, feed: Feed, recipe: Recipe, micro: Micro) -> tuple[
 
     handles = [module.register_forward_hook(hook(name)) for name, module in engine.module.named_modules() if name]
     try:
-        images, targets = feed.prepare(micro.batch)
+        images, targets = prefetcher.prepare(micro.batch)
         logits = engine.forward(images, micro.draws, micro.backward)
     finally:
         for handle in handles:

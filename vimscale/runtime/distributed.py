@@ -20,7 +20,7 @@ from torch import Tensor
 from vimscale.errors import CheckpointError, UserError
 from vimscale.model.presets import VimConfig
 from vimscale.recipe.recipe import Recipe
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Agreement:
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
-    def __call__(self, wish: int) -> int:
+    def __call__(self, request: int) -> int:
         """To be called once a step by every rank; returns the same on all of them."""
         agreed = NOTHING
         if self._pending is not None:
             self._pending.wait()
             agreed = int(self._flag.item())
-        self._flag.fill_(wish)
+        self._flag.fill_(request)
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
@@ -135,8 +135,8 @@ _MEET_S = 1.0
 def together(action: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Run `action`, None on ranks that have none, however long it takes; what each rank's returned.
 
-    It runs in a thread, and all ranks meet every second meanwhile: no collective waits longer, and every rank's pulse
-    goes on for as long as some rank moves bytes (`Pulse.moved`).
+    It runs in a thread, and all ranks meet every second meanwhile: no collective waits longer, and the heartbeat of
+    every rank goes on for as long as some rank moves bytes (`Heartbeat.moved`).
 
     Raises:
         CheckpointError: on every rank alike, the first OSError or UserError of one.
@@ -155,9 +155,9 @@ def together(action: Callable[[], Any] | None, group: dist.ProcessGroup | None =
         wait([future], _MEET_S)
         before = states
         states = [None] * len(before)
-        dist.all_gather_object(states, (future.done(), pulse.moved), group)
+        dist.all_gather_object(states, (future.done(), heartbeat.moved), group)
         if [moved for _, moved in states] != [moved for _, moved in before]:
-            pulse.beat(pulse.doing)
+            heartbeat.beat(heartbeat.doing)
     problem = future.exception()
     if problem is not None and not isinstance(problem, (OSError, UserError)):
         raise problem

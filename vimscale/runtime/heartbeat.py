@@ -9,7 +9,7 @@ from typing import Any, Literal
 Doing = Literal["start", "step", "evaluate", "save"]
 
 
-class Pulse:
+class Heartbeat:
     """A counter that stands still when the rank does. One a process; its reader may be another thread."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Pulse:
         """What the launcher is told; `step_s` is the median time of a step, None before the second one."""
         seconds = list(self._seconds)
         return {
-            "kind": "pulse",
+            "kind": "heartbeat",
             "beats": self.beats,
             "doing": self.doing,
             "step": self.step,
@@ -48,4 +48,4 @@ class Pulse:
         }
 
 
-pulse = Pulse()
+heartbeat = Heartbeat()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vimscale.errors import CheckpointError
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 from vimscale.storage import untrusted
 
 FORMAT = 2
@@ -122,15 +122,15 @@ def holds(entry: dict[str, Any], content: Iterable[bytes]) -> bool:
 
 
 def pieces(content: Path | bytes) -> Iterator[bytes]:
-    """A file piece by piece; the pulse is told of each."""
+    """A file piece by piece; the heartbeat is told of each."""
     if isinstance(content, bytes):
         for start in range(0, len(content), _PIECE):
-            pulse.moved += len(piece := content[start : start + _PIECE])
+            heartbeat.moved += len(piece := content[start : start + _PIECE])
             yield piece
         return
     with content.open("rb") as file:
         while piece := file.read(_PIECE):
-            pulse.moved += len(piece)
+            heartbeat.moved += len(piece)
             yield piece
 
 

@@ -96,10 +96,10 @@ def damage(checkpoint: Path, part: int = 0, of: int = 1) -> str | None:
     return next(faults(checkpoint, part, of), None)
 
 
-def misnamed(name: str, trainer: bytes) -> str | None:
+def misnamed(name: str, train_state: bytes) -> str | None:
     """What is wrong with the name of a checkpoint, whose trainer.json says which step it is of."""
     try:
-        content = json.loads(trainer)
+        content = json.loads(train_state)
     except (ValueError, RecursionError) as error:
         return f"trainer.json cannot be read ({error})"
     step = content.get("step") if isinstance(content, dict) else None

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import mirror
-from vimscale.checkpoint.load import Trainer
+from vimscale.checkpoint.load import TrainState
 from vimscale.checkpoint.save import Saver
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.prefetch import Feed
+from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import optim, recompute
 from vimscale.engine.deepspeed_engine import MOMENTS, Engine
@@ -27,7 +27,7 @@ from vimscale.guard.judge import Guard, Micro, Record, Seen, pass_over
 from vimscale.objectives import classification
 from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
-from vimscale.runtime.heartbeat import pulse
+from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.train.evaluate import evaluate
 from vimscale.train.metrics import Meter, Metrics
@@ -60,9 +60,9 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     steps = recipe.length(train_set.samples)
     config = recipe.model.shape(len(manifest.classes))
     torch.manual_seed(recipe.seed)  # the same weights on every rank
-    pulse.beat("start")
+    heartbeat.beat("start")
     engine = Engine(config, recipe, device)
-    pulse.beat("start")
+    heartbeat.beat("start")
     engine.module.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
 
     # ---- where to start
@@ -70,7 +70,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     step = 0
     skipped: list[tuple[int, int]] = []  # see `Order`
     guard = Guard(recipe, device)
-    place = mirror.open_place(recipe.checkpoint.second, recipe.name)
+    place = mirror.open_mirror(recipe.checkpoint.second, recipe.name)
     newest = checkpoint.newest(folder.checkpoints, place)
     if newest is None and recipe.model.weights is not None:
         weights, notes = starting_weights(Path(recipe.model.weights), config, manifest)
@@ -79,11 +79,11 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             log.info("model.weights: %s", line)
     ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
     if newest is not None:
-        trainer = checkpoint.read_trainer(newest)
-        skipped = train_set.resume(recipe, trainer.step, trainer.stream)
-        guard.restore(trainer.guard)
-        _restore(engine, ema, checkpoint.Reader(newest), trainer)
-        step = trainer.step
+        train_state = checkpoint.read_train_state(newest)
+        skipped = train_set.resume(recipe, train_state.step, train_state.stream)
+        guard.restore(train_state.guard)
+        _restore(engine, ema, checkpoint.Reader(newest), train_state)
+        step = train_state.step
         if rank == 0:
             log.info("resumed from %s", newest)
     kept = step  # the newest checkpoint's
@@ -114,12 +114,12 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         meter.restart()
         return figures
 
-    def open_feed() -> tuple[Feed, Meter]:
+    def open_prefetcher() -> tuple[Prefetcher, Meter]:
         settings: dict[str, Any] = {"rank": rank, "world": world, "steps": steps, "pin": device.type == "cuda"}
-        feed = Feed(
+        prefetcher = Prefetcher(
             stream.training(recipe, train_set, config, start=step, skipped=skipped, **settings), manifest, device
         )
-        return feed, Meter(feed, recipe.data.max_bad)
+        return prefetcher, Meter(prefetcher, recipe.data.max_bad)
 
     def note(action: str, row: dict[str, Any], message: str) -> None:
         if metrics is not None:
@@ -128,7 +128,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
 
     # ---- the loop
 
-    feed, meter = open_feed()
+    prefetcher, meter = open_prefetcher()
     losses: list[torch.Tensor] = []  # of the steps since the last line, on the device
     rates: list[float] = []
     first = step + 1
@@ -145,7 +145,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         loss = torch.zeros((), device=device)
         micros: list[Micro] = []
         for part in range(accumulation):
-            images, targets, batch = feed.take()
+            images, targets, batch = prefetcher.take()
             meter.add(batch)
             mine = None
             if draws is not None:
@@ -157,7 +157,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             engine.backward(part_loss)
             loss += part_loss.detach() / accumulation
             engine.step(rate, partial(guard.judge, loss))
-            feed.ahead()
+            prefetcher.ahead()
             micros.append(Micro(batch, mine, backward))
         if ema is not None and recipe.optim.ema is not None:
             share = (1 - optim.ema_decay(recipe.optim.ema, step)) * guard.applied
@@ -165,13 +165,13 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 average.lerp_(fragment.weight, share)
         step += 1
         guard.keep(Record(step, micros, engine.broken_gradients))
-        pulse.beat("step", step)
+        heartbeat.beat("step", step)
         losses.append(guard.loss)
         rates.append(rate)
-        wish = distributed.STOP if stop() else distributed.NOTHING
-        agreed = agree(distributed.SAVE_FAILED if saver.failed else wish)
+        request = distributed.STOP if stop() else distributed.NOTHING
+        agreed = agree(distributed.SAVE_FAILED if saver.failed else request)
         if agreed == distributed.SAVE_FAILED:
-            pulse.beat("save")
+            heartbeat.beat("save")
             saver.wait()
         stopping = agreed == distributed.STOP
 
@@ -188,7 +188,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 record,
                 guard.good,
                 engine=engine,
-                feed=feed,
+                prefetcher=prefetcher,
                 train_set=train_set,
                 recipe=recipe,
                 rollbacks=guard.rollbacks,
@@ -210,20 +210,20 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             losses, rates = [], []
         if hopeless is not None:
             seen, path = hopeless
-            pulse.beat("save")
+            heartbeat.beat("save")
             saver.wait()
             newest = checkpoint.newest(folder.checkpoints, place, regular=True)
             if newest is None or guard.rollbacks >= recipe.guard.rollbacks:
                 raise RunFailed(_given_up(seen, path, newest, guard))
-            trainer = checkpoint.read_trainer(newest)
+            train_state = checkpoint.read_train_state(newest)
             skipped = pass_over(recipe, skipped, seen.step - seen.row, seen.step)
-            _restore(engine, ema, checkpoint.Reader(newest), trainer)
-            guard.go_back(trainer.step, trainer.guard)
-            step, losses, rates = trainer.step, [], []
+            _restore(engine, ema, checkpoint.Reader(newest), train_state)
+            guard.go_back(train_state.step, train_state.guard)
+            step, losses, rates = train_state.step, [], []
             kept = step
             if rank == 0:
                 mirror.remove_after(newest)
-            feed, meter = open_feed()
+            prefetcher, meter = open_prefetcher()
             if metrics is not None:
                 metrics.close()
                 metrics = Metrics(folder, step)
@@ -234,7 +234,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 f"going back to step {step}, and past the data of steps {first_bad} to {seen.step}"
                 f" ({guard.rollbacks} of {recipe.guard.rollbacks} times)",
             )
-            pulse.beat("step")
+            heartbeat.beat("step")
             continue
         if evaluating:
             evaluation()
@@ -251,8 +251,8 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         if wanted and not (saving and at == step):
             log.warning("step %d: no checkpoint of it, because the guard has just seen a bad step", step)
         if saving:
-            pulse.beat("save")
-            trainer = Trainer(
+            heartbeat.beat("save")
+            train_state = TrainState(
                 step=at,
                 stream=train_set.state(recipe, at, skipped),
                 guard=guard.state(),
@@ -264,13 +264,13 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
                 training_set=train_set.about,
                 asked=not last and at % recipe.checkpoint.every != 0,
             )
-            saver.save(_state(engine, ema), trainer)
+            saver.save(_state(engine, ema), train_state)
             kept = at
             meter.restart()
         if saving or evaluating:
-            pulse.beat("step")
+            heartbeat.beat("step")
 
-    pulse.beat("save")
+    heartbeat.beat("save")
     agree.close()
     saver.close()
     finished = step == steps
@@ -358,8 +358,10 @@ def _state(engine: Engine, ema: list[torch.Tensor] | None) -> dict[str, torch.Te
     return tensors
 
 
-def _restore(engine: Engine, ema: list[torch.Tensor] | None, reader: checkpoint.Reader, trainer: Trainer) -> None:
-    engine.restore_moments(trainer.updates)
+def _restore(
+    engine: Engine, ema: list[torch.Tensor] | None, reader: checkpoint.Reader, train_state: TrainState
+) -> None:
+    engine.restore_moments(train_state.updates)
     for i, fragment in enumerate(engine.fragments):
         kinds: dict[str, torch.Tensor | None] = {"weight": fragment.weight}
         kinds |= {key: engine.moment(fragment, key) for key in MOMENTS}
@@ -368,5 +370,5 @@ def _restore(engine: Engine, ema: list[torch.Tensor] | None, reader: checkpoint.
         for kind, tensor in kinds.items():
             assert tensor is not None
             tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
-        pulse.beat(pulse.doing)
+        heartbeat.beat(heartbeat.doing)
     engine.publish([fragment.weight for fragment in engine.fragments])

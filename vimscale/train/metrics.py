@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vimscale.data.dataset import Traffic
-from vimscale.data.prefetch import Feed
+from vimscale.data.prefetch import Prefetcher
 from vimscale.data.stream import Batch
 from vimscale.errors import CAUSES, DataError, RunFailed
 from vimscale.runtime import distributed
@@ -169,8 +169,8 @@ def _drop_after(path: Path, step: int, *, trained: bool) -> None:
 class Meter:
     """What went on in all ranks between two lines of the log: images a second, waiting for data, what was read."""
 
-    def __init__(self, feed: Feed, max_bad: float):
-        self._feed, self._max_bad = feed, max_bad
+    def __init__(self, prefetcher: Prefetcher, max_bad: float):
+        self._feed, self._max_bad = prefetcher, max_bad
         self._seen = self._warned = 0.0
         self._bad = dict.fromkeys(CAUSES, 0.0)
         self._told: set[str] = set()

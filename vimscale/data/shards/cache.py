@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vimscale.data.shards.manifest import Shard
-from vimscale.data.shards.shard_reader import Opened, offsets
+from vimscale.data.shards.shard_reader import ShardReader, offsets
 from vimscale.errors import DataError
 from vimscale.recipe.sections import size_bytes
 from vimscale.storage.store import Folder, Missing, Remote, open_store
@@ -41,7 +41,7 @@ def folder() -> Path:
 class Found(NamedTuple):
     """A shard in the cache."""
 
-    opened: Opened
+    opened: ShardReader
     fetched: int
     """Bytes that this call downloaded."""
     there: bool
@@ -97,7 +97,7 @@ class Cache:
             raise self._unwritable(error, store.where(name)) from None
         return target
 
-    def _held(self, key: str, shard: Shard, where: str) -> Opened | None:
+    def _held(self, key: str, shard: Shard, where: str) -> ShardReader | None:
         path = folder() / f"{key}.tar"
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -112,7 +112,7 @@ class Cache:
             os.close(descriptor)
             return None
         try:
-            opened = Opened(descriptor, index, shard, where)
+            opened = ShardReader(descriptor, index, shard, where)
         except DataError as error:
             log.warning("the cache's copy of %s is damaged and fetched again: %s", where, error)
             return None
@@ -155,7 +155,7 @@ class Cache:
                 )
             self._make_room(shard.bytes + len(index), part)
             fetched = _download(store, shard, part)
-            opened = Opened(os.dup(part), index, shard, where)
+            opened = ShardReader(os.dup(part), index, shard, where)
             opened.check()
             path.with_suffix(".tar").unlink(
                 missing_ok=True

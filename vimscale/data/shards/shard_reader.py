@@ -14,7 +14,7 @@ from vimscale.data.shards.manifest import Shard
 from vimscale.errors import DataError
 
 
-class Opened:
+class ShardReader:
     """A shard's file and index. The descriptor closes with its last user; threads may share it."""
 
     def __init__(self, descriptor: int, index: bytes, shard: Shard, where: str):

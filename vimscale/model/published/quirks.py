@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimscale.model.published.arguments import Arguments, config_of, quirks
-from vimscale.model.tokens import Place, Tokens, layout, resized
+from vimscale.model.tokens import PackedImage, Tokens, layout, resized
 from vimscale.model.vim import VisionMamba
 
 
@@ -109,7 +109,7 @@ class PublishedVim(VisionMamba):
         tokens.flipped = ratio > 0 and ratio - torch.rand((), device="cpu").item() > 1e-5
         return (x.flip(1) if tokens.flipped else x), tokens
 
-    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[Place]]:
+    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[PackedImage]]:
         raise ValueError("a model with published quirks takes images of one size: pass a tensor (b, 3, h, w)")
 
     def _groups(self) -> list[tuple[int, ...]]:
@@ -165,7 +165,7 @@ class PublishedVim(VisionMamba):
             return super()._map(stream, tokens)
         raise ValueError("maps of chosen layers need the class token at its own place: set cls_position to None")
 
-    def _pooled(self, x: Tensor, tokens: Tokens, places: list[Place] | None) -> Tensor:
+    def _pooled(self, x: Tensor, tokens: Tokens, places: list[PackedImage] | None) -> Tensor:
         assert isinstance(tokens, _Tokens)
         if tokens.cls:
             return torch.stack([x[:, place] for place in tokens.cls]).mean(dim=0)
