@@ -12,7 +12,7 @@ from vimscale.estimate.devices import DEVICES
 from vimscale.recipe.typed_yaml import Address, Flag, Kind, Section, Whole
 from vimscale.storage import addresses
 
-from .supervise.num_ranks import usual
+from .processes.num_ranks import usual
 
 NODES = {"local": 1}
 """Backends that cannot have more."""

@@ -1,8 +1,11 @@
 """The house stands as designed: imports run downward, and what is heavy is imported where it is needed."""
 
 import ast
+import contextlib
 import subprocess
 import sys
+import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,45 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vimscale", "kernels", "launch")
 
-# Within vimscale: what may be imported by what stands on the same line or below it.
 FLOORS = [
-    {"storage.addresses", "errors", "storage.files", "storage.untrusted", "runtime.manifest", "runtime.heartbeat"},
-    # the shape of a model: no torch, so recipes can check it
-    {"model.presets", "model.schedule", "model.cost", "model.published.arguments", "model"},
-    {"recipe.typed_yaml", "estimate.devices"},
-    {"recipe.sections", "ops"},
-    {"recipe.recipe"},
-    {"runtime.distributed", "runtime.run_folder", "storage.store", "storage.web"},
-    {"checkpoint.mirror"},
-    {"checkpoint.load"},
-    {"checkpoint.save", "checkpoint.compare"},
-    {
-        "model.tokens",
-        "model.mixer",
-        "model.vim",
-        "model.published.quirks",
-        "model.published.weights",
-        "data",
-        "engine.optim",
-        "train.metrics",
-    },
-    {"engine.zero_layout"},
-    {"estimate.roofline"},
-    {
-        "objectives",
-        "engine.deepspeed_engine",
-        "train.evaluate",
-        "export",
-        "engine.recompute",
-        "prepare",
-        "guard.judge",
-        "guard.report",
-        "guard.diagnose",
-    },
-    {"estimate.activations"},
-    {"estimate.planner"},
-    {"train.loop"},
+    ["launch.cli", "launch.commands"],
+    ["launch.display", "launch.jobs", "launch.sweeps"],
+    ["launch.cluster", "launch.supervise", "launch.processes", "launch.hardware"],
+    ["vimscale.train", "vimscale.guard", "vimscale.export", "vimscale.estimate"],
+    ["vimscale.objectives", "vimscale.engine", "vimscale.checkpoint", "vimscale.prepare"],
+    ["vimscale.runtime", "vimscale.data"],
+    ["vimscale.recipe", "vimscale.model"],
+    ["vimscale.ops", "vimscale.storage", "vimscale.errors", "vimscale.storage.addresses", "vimscale.runtime.heartbeat"],
 ]
+"""Packages from top to bottom. A module imports its own package, packages to the right of it, and floors below."""
 
 
 def _sources(package: str) -> list[Path]:
@@ -69,38 +44,77 @@ def _imports(path: Path) -> set[str]:
     return names
 
 
-def _floor(module: str) -> int | None:
-    """The floor of a module of vimscale, by its longest known prefix."""
-    name = module.removeprefix("vimscale.")
-    while name:
-        for number, floor in enumerate(FLOORS):
-            if name in floor:
-                return number
-        name = name.rpartition(".")[0]
-    return None
+def _package(module: str) -> str | None:
+    """The package of FLOORS that a module belongs to: the longest that names it."""
+    found = [name for floor in FLOORS for name in floor if f"{module}.".startswith(f"{name}.")]
+    return max(found, key=len, default=None)
 
 
 def _module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_module_has_a_floor() -> None:
-    known = [_module(path) for path in _sources("vimscale") if path.name != "__init__.py"]
-    assert [m for m in known if _floor(m) is None] == []
+MODULES = {_module(path): path for name in ("vimscale", "launch") for path in _sources(name)}
 
 
-@pytest.mark.parametrize("path", _sources("vimscale"), ids=_module)
-def test_imports_inside_vimscale_run_downward(path: Path) -> None:
-    mine = _module(path)
-    if mine == "vimscale":
-        return
-    upward = []
+def _ours(module: str) -> set[str]:
+    """Modules of vimscale and launch that one imports anywhere in it, under TYPE_CHECKING and in functions too."""
+    path = MODULES[module]
+    here = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
     for name in _imports(path):
-        theirs = _floor(name) if name.startswith("vimscale.") else None
-        if theirs is not None and theirs > (_floor(mine) or 0):
-            upward.append(name)
-    # the package's lazy door to its own model
-    assert upward == (["vimscale.model.vim"] if mine == "vimscale.model" else [])
+        dots = len(name) - len(name.lstrip("."))
+        parent = here[: len(here) - dots + 1] if dots else []
+        full = ".".join([*parent, *filter(None, [name.lstrip(".")])]).replace("vimscale.launch", "launch")
+        while full and full not in MODULES:
+            full = full.rpartition(".")[0]
+        found |= {full} - {"", "vimscale", module}
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert [module for module in MODULES if _package(module) is None] == ["vimscale"]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "vimscale"])
+def test_imports_run_downward(module: str) -> None:
+    order = [name for floor in FLOORS for name in floor]
+    mine = order.index(str(_package(module)))
+    assert [name for name in _ours(module) if order.index(str(_package(name))) < mine] == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: _ours(module) for module in MODULES}
+    graph["vimscale.model"] = set()  # its public names are imported on first use
+    with contextlib.suppress(StopIteration):
+        while True:  # take away what imports nothing that is left
+            done = next(module for module, imports in graph.items() if not imports)
+            del graph[done]
+            for imports in graph.values():
+                imports.discard(done)
+    assert graph == {}
+
+
+def test_no_package_and_no_file_is_too_large() -> None:
+    counts = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in counts.items() if count > 14} == {}
+    files = [path for name in (*PACKAGES, "tests", "benchmarks") for path in _sources(name)]
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > 500] == []
+    beside = {path.name for name in ("vimscale", "launch") for path in (ROOT / name).glob("*.py")}
+    assert beside == {"__init__.py", "errors.py", "ops.py", "cli.py", "cluster.py", "hardware.py"}
+
+
+def test_every_package_says_what_is_in_it_and_is_in_the_wheel() -> None:
+    packages = [path for path in MODULES.values() if path.name == "__init__.py"]
+    for path in packages:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        if path.parent.name not in ("vimscale", "model"):
+            assert len(tree.body) == 1, f"{path} is more than a docstring"
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    outside = ["vimscale.cluster", "vimscale.kernels", "vimscale.launch", "vimscale.recipes"]
+    inside = [name if name.startswith("vimscale") else f"vimscale.{name}" for name in map(_module, packages)]
+    assert sorted(listed) == sorted(outside + inside)
 
 
 def test_only_ops_opens_the_door_to_kernels() -> None:

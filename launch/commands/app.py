@@ -189,11 +189,11 @@ def launch(
     from vimscale.runtime.run_folder import RunFolder
 
     from .. import hardware
-    from ..display.progress import Progress
-    from ..display.progress import console as run_console
     from ..processes import on_local
+    from ..processes.num_ranks import sizes
     from ..supervise import supervisor
-    from ..supervise.num_ranks import sizes
+    from ..supervise.progress import Progress
+    from ..supervise.progress import console as run_console
     from . import memory_check
 
     if no_ray and address is not None:
@@ -294,7 +294,7 @@ def _seconds(time_limit: str | None) -> float:
 
 
 def _summary(result: dict) -> str:
-    from ..display.progress import figures
+    from ..supervise.progress import figures
 
     return f"{result['steps']:,} steps" + (f", {figures(result)}" if "top1" in result else "")
 
@@ -317,7 +317,7 @@ def evaluate(
     from vimscale.checkpoint.restore import restore
     from vimscale.runtime.run_folder import RunFolder
 
-    from ..display.progress import figures
+    from ..supervise.progress import figures
 
     folder = RunFolder.of(run)
     others = [key for text in overrides or () if (key := text.partition("=")[0]) not in _EVALUATION]
@@ -424,7 +424,7 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, mani
 
 def _figures(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest") -> str:
     """An evaluation in words, or why there is none: a run may be far from its data."""
-    from ..display.progress import figures
+    from ..supervise.progress import figures
 
     if recipe.data.val is None:
         return "not evaluated: the recipe has no data.val"

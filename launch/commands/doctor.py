@@ -31,9 +31,9 @@ from rich.text import Text
 from vimscale.errors import LaunchError
 
 from ..hardware import cpus, gpus, memory
+from ..processes import num_ranks
 from ..processes.ray_connection import RAY_SOCKETS
 from ..processes.temporary import private_folder
-from ..supervise import num_ranks
 
 Address = IPv4Address | IPv6Address
 

@@ -61,7 +61,7 @@ def list_jobs(
     if as_json:
         print(json.dumps([dataclasses.asdict(job) for job in found], indent=1))
         return
-    from ..display.progress import duration
+    from ..supervise.progress import duration
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("job", "state", "began", "took", ""):

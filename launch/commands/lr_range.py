@@ -17,8 +17,8 @@ from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from ..display import progress
 from ..processes.signals import StopSignal
+from ..supervise import progress
 from ..sweeps import trials, unattended
 from .arguments import Overrides, RecipeArgument
 
@@ -85,7 +85,7 @@ def lr_range(
     from vimscale.export import starting
 
     from .. import hardware
-    from ..supervise.num_ranks import sizes
+    from ..processes.num_ranks import sizes
     from . import memory_check
 
     if not 0 < low < high:

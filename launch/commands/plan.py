@@ -17,7 +17,7 @@ from vimscale.recipe import recipe as recipes
 from .. import cluster as clusters
 from ..display import model_table
 from ..hardware import cpus, gpus
-from ..supervise.num_ranks import usual
+from ..processes.num_ranks import usual
 from ..sweeps.trials import check_installed
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
 from .memory_check import this_machine

@@ -25,7 +25,7 @@ from vimscale.storage import files, untrusted
 
 from ..cluster import Cluster
 from ..hardware import cpus, gpus
-from ..supervise import num_ranks
+from ..processes import num_ranks
 from .backend import Job, State, completed, environment, job_files, launch_arguments, lines_of, reason, unknown
 
 

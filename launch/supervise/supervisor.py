@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 from vimscale.errors import RunFailed, UserError
 from vimscale.runtime.run_folder import RunFolder, checkpoints
 
-from ..display.progress import Progress
 from ..processes.rank import Ending, Event, stacks_file
 from ..processes.signals import Stopped, StopSignal
 from .failures import Failures, first_cause
+from .progress import Progress
 from .watchdog import Watchdog
 
 _HEAR_S = 3.0

@@ -13,9 +13,9 @@ from vimscale.errors import RunFailed, UserError
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from ..display.progress import Progress
 from ..processes import on_local, output, rank
 from ..supervise import supervisor
+from ..supervise.progress import Progress
 
 
 def run(

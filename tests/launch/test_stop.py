@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from tests.support.shell import Shell
-from vimscale.launch.display.progress import Progress
 from vimscale.launch.processes.rank import Ending, Event
 from vimscale.launch.processes.signals import Stopped, StopSignal
+from vimscale.launch.supervise.progress import Progress
 from vimscale.launch.supervise.supervisor import supervise
 from vimscale.recipe import recipe
 from vimscale.runtime import manifest, run_folder

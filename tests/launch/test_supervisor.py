@@ -19,11 +19,11 @@ from rich.console import Console
 from tests.support import nodes
 from tests.support.shell import Shell
 from vimscale.errors import LaunchError, RecipeError, RunFailed
-from vimscale.launch.display.progress import Progress
+from vimscale.launch.processes.num_ranks import sizes
 from vimscale.launch.processes.rank import Ending, Event
 from vimscale.launch.processes.signals import StopSignal
 from vimscale.launch.supervise import failures, supervisor
-from vimscale.launch.supervise.num_ranks import sizes
+from vimscale.launch.supervise.progress import Progress
 from vimscale.launch.supervise.supervisor import Policy, supervise
 from vimscale.launch.supervise.watchdog import Watchdog
 from vimscale.recipe.recipe import Recipe

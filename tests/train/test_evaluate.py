@@ -17,7 +17,7 @@ from vimscale.data.dataset import Dataset
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, RecipeError
 from vimscale.launch.commands.app import app
-from vimscale.launch.display.progress import figures
+from vimscale.launch.supervise.progress import figures
 from vimscale.model import VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import recipe

@@ -14,7 +14,7 @@ from vimscale.errors import CheckpointError, DataError
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.heartbeat import heartbeat
-from vimscale.storage import untrusted
+from vimscale.storage import files, untrusted
 from vimscale.storage.addresses import shown
 from vimscale.storage.store import WRITTEN, Folder, Remote, Web, open_store, with_secrets
 
@@ -70,19 +70,19 @@ class _Folder:
         target = self._partial(checkpoint) / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
-            file.writelines(manifest.pieces(content))
-        manifest.sync(target)
+            file.writelines(files.pieces(content))
+        files.sync(target)
 
     def finish(self, checkpoint: str, listing: bytes) -> None:
         self.put(checkpoint, manifest.NAME, listing)
-        manifest.sync(self._partial(checkpoint))
+        files.sync(self._partial(checkpoint))
         if (self._path / checkpoint).exists():
             self.remove(checkpoint)
         self._partial(checkpoint).rename(self._path / checkpoint)
-        manifest.sync(self._path)
+        files.sync(self._path)
 
     def read(self, checkpoint: str, name: str) -> Iterator[bytes]:
-        return manifest.pieces(self._path / checkpoint / name)
+        return files.pieces(self._path / checkpoint / name)
 
     def remove(self, checkpoint: str) -> None:
         remove(self._path / checkpoint)
@@ -210,9 +210,9 @@ def fetch(place: CheckpointStore, name: str, folder: Path) -> None:
         _bring(place, name, manifest.NAME, untrusted.SMALL, partial)
         for entry in _entries(partial):
             _bring(place, name, entry["name"], entry["bytes"], partial)
-        manifest.sync(partial)
+        files.sync(partial)
         partial.rename(folder / name)
-        manifest.sync(folder)
+        files.sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -236,7 +236,7 @@ def _at_most(most: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
 def _bring(place: CheckpointStore, checkpoint: str, name: str, most: int, folder: Path) -> None:
     with (folder / name).open("wb") as file:
         file.writelines(_at_most(most, place.read(checkpoint, name)))
-    manifest.sync(folder / name)
+    files.sync(folder / name)
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:

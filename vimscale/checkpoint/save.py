@@ -28,6 +28,7 @@ from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import distributed, manifest, run_folder
 from vimscale.runtime.heartbeat import heartbeat
+from vimscale.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class Saver:
             if target.exists():
                 mirror.remove(target)
             self._partial.rename(target)
-            manifest.sync(self._folder)
+            files.sync(self._folder)
         self._emit({"kind": "checkpoint", "step": self._trainer.step, "path": str(target)})
         try:
             self._tidy(target)

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vimscale.errors import CheckpointError
-from vimscale.runtime.heartbeat import heartbeat
 from vimscale.storage import untrusted
+from vimscale.storage.files import pieces, sync
 
 FORMAT = 2
 NAME = "manifest.json"
-_PIECE = 1 << 20
 
 
 @dataclass
@@ -47,15 +45,6 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> None:
     path.write_bytes(text(entries))
     sync(path)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def files(folder: Path) -> list[dict[str, Any]]:
@@ -119,19 +108,6 @@ def damage(folder: Path, part: int = 0, of: int = 1) -> str | None:
 def holds(entry: dict[str, Any], content: Iterable[bytes]) -> bool:
     """Whether a file is what its entry says."""
     return _sha256(content) == entry["sha256"]
-
-
-def pieces(content: Path | bytes) -> Iterator[bytes]:
-    """A file piece by piece; the heartbeat is told of each."""
-    if isinstance(content, bytes):
-        for start in range(0, len(content), _PIECE):
-            heartbeat.moved += len(piece := content[start : start + _PIECE])
-            yield piece
-        return
-    with content.open("rb") as file:
-        while piece := file.read(_PIECE):
-            heartbeat.moved += len(piece)
-            yield piece
 
 
 def _sha256(content: Iterable[bytes]) -> str:

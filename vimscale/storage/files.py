@@ -8,11 +8,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vimscale.runtime.heartbeat import heartbeat
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a machine has not enough of, or does not do, where the place itself is right."""
+
+
+_PIECE = 1 << 20
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def pieces(content: Path | bytes) -> Iterator[bytes]:
+    """A file piece by piece; the heartbeat is told of each."""
+    if isinstance(content, bytes):
+        for start in range(0, len(content), _PIECE):
+            heartbeat.moved += len(piece := content[start : start + _PIECE])
+            yield piece
+        return
+    with content.open("rb") as file:
+        while piece := file.read(_PIECE):
+            heartbeat.moved += len(piece)
+            yield piece
 
 
 @contextmanager

@@ -25,8 +25,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request
 
 from vimscale.errors import DataError
-from vimscale.runtime import manifest
-from vimscale.storage import untrusted, web
+from vimscale.storage import files, untrusted, web
 from vimscale.storage.addresses import filled, masked, shown
 from vimscale.storage.untrusted import line
 
@@ -318,7 +317,7 @@ class Bucket(Remote):
 
     def _put(self, name: str, content: Path | bytes) -> None:
         try:
-            self._obstore.put(self._bucket, name, manifest.pieces(content))
+            self._obstore.put(self._bucket, name, files.pieces(content))
         except Exception as error:
             raise self._fault(name, error) from None
 
@@ -376,28 +375,28 @@ class Filesystem(Remote):
 
     def _list(self) -> dict[str, int]:
         try:
-            files, root = self._fsspec.core.url_to_fs(self.url)
-            found = files.find(root, detail=True)
+            system, root = self._fsspec.core.url_to_fs(self.url)
+            found = system.find(root, detail=True)
         except Exception as error:  # every driver has its own
             raise _Broken(_first_line(error)) from None
         return {posixpath.relpath(path, root): entry["size"] for path, entry in found.items()}
 
     def _put(self, name: str, content: Path | bytes) -> None:
         try:
-            files, root = self._fsspec.core.url_to_fs(self.url)
+            system, root = self._fsspec.core.url_to_fs(self.url)
             path = posixpath.join(root, name)
-            files.makedirs(posixpath.dirname(path), exist_ok=True)
+            system.makedirs(posixpath.dirname(path), exist_ok=True)
             if isinstance(content, Path):
-                files.put_file(str(content), path)
+                system.put_file(str(content), path)
             else:
-                files.pipe_file(path, content)
+                system.pipe_file(path, content)
         except Exception as error:
             raise _Broken(_first_line(error)) from None
 
     def _delete(self, name: str) -> None:
         try:
-            files, root = self._fsspec.core.url_to_fs(self.url)
-            files.rm_file(posixpath.join(root, name))
+            system, root = self._fsspec.core.url_to_fs(self.url)
+            system.rm_file(posixpath.join(root, name))
         except FileNotFoundError:
             return
         except Exception as error:
@@ -405,8 +404,8 @@ class Filesystem(Remote):
 
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
         try:
-            files, root = self._fsspec.core.url_to_fs(self.url)
-            file = files.open(posixpath.join(root, name), "rb")
+            system, root = self._fsspec.core.url_to_fs(self.url)
+            file = system.open(posixpath.join(root, name), "rb")
             file.seek(start)
         except FileNotFoundError:
             raise Missing(f"{self.where(name)} is not there; check the address") from None

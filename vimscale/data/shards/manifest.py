@@ -22,9 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vimscale.errors import DataError
-from vimscale.runtime.manifest import sync
 from vimscale.storage import untrusted
-from vimscale.storage.files import naming
+from vimscale.storage.files import naming, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
