@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import measure
-from vimscale import distributed, recipe
-from vimscale.checkpoint import Trainer
-from vimscale.distributed import RankSpec
+from vimscale.checkpoint.load import TrainState
+from vimscale.checkpoint.save import Saver
 from vimscale.model import VisionMamba
-from vimscale.recipe import Checkpoint
-from vimscale.saving import Saver
+from vimscale.recipe import recipe
+from vimscale.recipe.recipe import Checkpoint
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 
 _RECIPE = "vim_base_in1k"
 _KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
@@ -58,7 +59,7 @@ def rank(number: int, world: int, folder: Path, rounds: int, results: Any) -> No
     def save() -> None:
         nonlocal saved
         saved += 1
-        saver.save(tensors, Trainer(saved, {}, saved, shapes, world, 1, True))
+        saver.save(tensors, TrainState(saved, {}, saved, shapes, world, 1, True))
 
     rows = [{"first_stall_s": seconds(save)}]
     saver.wait()

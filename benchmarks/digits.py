@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from vimscale import recipe
 from vimscale.model.cost import flops, parameters
+from vimscale.recipe import recipe
 
 SCHEDULES = ("bi*4", "fwd*2 bi*2", "(fwd bwd)*2", "shared*4", "pair*4", "fwd*4")
 
@@ -25,7 +25,7 @@ def train(folder: Path, directions: str, seed: int, overrides: list[str]) -> dic
     """Accuracy on the held-out scans, and seconds of a step as the run itself has measured them."""
     name = f"run{len(list(folder.glob('runs/*')))}"
     changes = [f"name={name}", f"model.directions={directions}", f"seed={seed}", "evaluate.every=0", *overrides]
-    command = [sys.executable, "-m", "vimscale.launch.entry", "launch", "vim_digits_cpu", *changes]
+    command = [sys.executable, "-m", "vimscale.launch.cli", "launch", "vim_digits_cpu", *changes]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([*command, "--no-ray", "--workers", "2"], cwd=folder, env=environment, capture_output=True)
     if done.returncode:

@@ -34,11 +34,13 @@ import webdataset
 from PIL import Image
 
 from benchmarks import measure
-from vimscale import recipe, sections
-from vimscale.data import augment, decode, shards, stream
-from vimscale.data.plan import Order, generator
-from vimscale.data.shards import Manifest, Shard
+from vimscale.data import stream
+from vimscale.data.images import augment, decode
+from vimscale.data.order import Order, generator
+from vimscale.data.shards import manifest as shards
+from vimscale.data.shards.manifest import Manifest, Shard
 from vimscale.data.training_set import TrainingSet
+from vimscale.recipe import recipe, sections
 
 _SIZE = (224, 224)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vimscale.kernels.cases import ScanCase
-from vimscale.launch.rank import before_torch
+from vimscale.launch.processes.rank import before_torch
 
 before_torch()  # memory is kept as in a launched rank; the scripts see to OpenMP before they import torch
 

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import peak_bytes
-from vimscale import distributed, recompute, sharding
-from vimscale import recipe as recipes
-from vimscale.distributed import RankSpec
-from vimscale.plan import Place, Planner
-from vimscale.recipe import Recipe
-from vimscale.roofline import Fabric
+from vimscale.engine import recompute, zero_layout
+from vimscale.estimate.planner import Planner, Target
+from vimscale.estimate.roofline import Fabric
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
 
 CLASSES = 10
 COLLECTIVES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
@@ -33,10 +34,10 @@ RESULTS = Path(__file__).parent / "results"
 def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
     """As `measured`, from fake tensors and arithmetic."""
     zero, persist = recipe.parallel.zero, recipe.parallel.persist
-    planner = Planner(recipe, recipe.model.shape(CLASSES), Place("here", None, 0, Fabric(world, 1, 1), None), 0)
+    planner = Planner(recipe, recipe.model.shape(CLASSES), Target("here", None, 0, Fabric(world, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(world)
-    held = sharding.held(planner.parameters, zero, world, rank, persist=persist, ema=recipe.optim.ema is not None)
-    sent = sharding.sent(planner.parameters, zero, world, accumulation, persist=persist)
+    held = zero_layout.held(planner.parameters, zero, world, rank, persist=persist, ema=recipe.optim.ema is not None)
+    sent = zero_layout.sent(planner.parameters, zero, world, accumulation, persist=persist)
     need = planner.most(zero, recipe.parallel.recompute, micro, accumulation, world, exact=True)
     beyond = need.total - need.images - need.held.between_steps
     if zero == 3:  # there all the time
@@ -61,7 +62,7 @@ def _bytes(*tensors: Any) -> int:
 
 def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
     """Bytes that this rank's engine holds, sends in a step, and takes at once beyond what it held before the step."""
-    from vimscale.engine import Engine
+    from vimscale.engine.deepspeed_engine import Engine
 
     torch.manual_seed(0)
     config = recipe.model.shape(CLASSES)

@@ -24,7 +24,7 @@ def recovery(kill: Callable[[Path], None], *options: str) -> dict[str, float]:
     """Seconds of each phase from `kill`, which gets the run's folder, to the end of the next step."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"steps={_STEPS}", f"evaluate.every={_STEPS}", "checkpoint.every=50", "log.every=5"]
-        command = [sys.executable, "-m", "vimscale.launch.entry", "launch", "vim_digits_cpu", *overrides, *options]
+        command = [sys.executable, "-m", "vimscale.launch.cli", "launch", "vim_digits_cpu", *overrides, *options]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert process.stdout is not None
         phases: dict[str, float] = {}

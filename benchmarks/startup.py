@@ -41,7 +41,7 @@ def launch(*options: str) -> tuple[dict[str, float], dict[str, float]]:
     """(seconds of each phase until the first step, MB by role in mid-run)."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"steps={_STEPS}", f"evaluate.every={_STEPS}", "log.every=5"]
-        command = [sys.executable, "-m", "vimscale.launch.entry", "launch", "vim_digits_cpu", *overrides, *options]
+        command = [sys.executable, "-m", "vimscale.launch.cli", "launch", "vim_digits_cpu", *overrides, *options]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert process.stdout is not None
         phases, memory = {}, {}

@@ -115,7 +115,7 @@ def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
 def original(rounds: int, size: int, image_size: int = 224) -> Row:
     """A training step on `size` images, here and of the original architecture with mamba-ssm's reference scan."""
     from benchmarks import published
-    from vimscale.model.hustvl import published_config, to_published
+    from vimscale.model.published.weights import published_config, to_published
 
     torch.manual_seed(0)
     model = VisionMamba(replace(TINY, image_size=image_size)).to(measure.DEVICE)

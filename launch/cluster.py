@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from vimscale import addresses
-from vimscale.devices import DEVICES
 from vimscale.errors import ClusterError, suggest
-from vimscale.typed_yaml import Address, Flag, Kind, Section, Whole
+from vimscale.estimate.devices import DEVICES
+from vimscale.recipe.typed_yaml import Address, Flag, Kind, Section, Whole
+from vimscale.storage import addresses
 
-from .workers import usual
+from .processes.num_ranks import usual
 
 NODES = {"local": 1}
 """Backends that cannot have more."""

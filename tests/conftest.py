@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.shell import Shell, new_shell
+from tests.support.shell import Shell, new_shell
 
 if TYPE_CHECKING:
-    from tests.web_server import WebServer
+    from tests.support.web_server import WebServer
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
@@ -50,7 +50,7 @@ def digits(cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of noise, which nobody may change."""
-    from tests.noise import write_set
+    from tests.support.noise import write_set
 
     return write_set(tmp_path_factory.mktemp("written") / "train")
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path, written: Path, shards_cache: Path) -> Path:
 @pytest.fixture
 def server(tmp_path: Path, folder: Path) -> Iterator["WebServer"]:
     """`folder`, served as /train."""
-    from tests.web_server import WebServer
+    from tests.support.web_server import WebServer
 
     server = WebServer(tmp_path / "site")
     yield server
@@ -82,7 +82,7 @@ def shards_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def expected(written: Path) -> list[tuple[str, bytes, bytes]]:
     """All samples of `written`, in the order of `everything`."""
-    from tests.noise import everything
+    from tests.support.noise import everything
     from vimscale.data.dataset import Dataset
 
     return everything(Dataset.open(str(written)))

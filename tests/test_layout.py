@@ -1,8 +1,11 @@
 """The house stands as designed: imports run downward, and what is heavy is imported where it is needed."""
 
 import ast
+import contextlib
 import subprocess
 import sys
+import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,26 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vimscale", "kernels", "launch")
 
-# Within vimscale: what may be imported by what stands on the same line or below it.
 FLOORS = [
-    {"addresses", "errors", "files", "untrusted", "manifest", "pulse"},
-    # the shape of a model: no torch, so recipes can check it
-    {"model.presets", "model.schedule", "model.cost", "model.published", "model"},
-    {"typed_yaml", "devices"},
-    {"sections", "ops"},
-    {"recipe"},
-    {"distributed", "run_folder", "data.store", "data.web"},
-    {"second"},
-    {"checkpoint"},
-    {"saving", "compare"},
-    {"model.tokens", "model.mixer", "model.vim", "model.quirks", "model.hustvl", "data", "optim", "metrics"},
-    {"sharding"},
-    {"roofline"},
-    {"objectives", "engine", "evaluate", "export", "recompute", "prepare", "guard", "guard_report", "examine"},
-    {"memory"},
-    {"plan"},
-    {"train"},
+    ["launch.cli", "launch.commands"],
+    ["launch.display", "launch.jobs", "launch.sweeps"],
+    ["launch.cluster", "launch.supervise", "launch.processes", "launch.hardware"],
+    ["vimscale.train", "vimscale.guard", "vimscale.export", "vimscale.estimate"],
+    ["vimscale.objectives", "vimscale.engine", "vimscale.checkpoint", "vimscale.prepare"],
+    ["vimscale.runtime", "vimscale.data"],
+    ["vimscale.recipe", "vimscale.model"],
+    ["vimscale.ops", "vimscale.storage", "vimscale.errors", "vimscale.storage.addresses", "vimscale.runtime.heartbeat"],
 ]
+"""Packages from top to bottom. A module imports its own package, packages to the right of it, and floors below."""
 
 
 def _sources(package: str) -> list[Path]:
@@ -45,50 +39,82 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names.add(base)
-            if base in (
-                "vimscale",
-                "vimscale.model",
-                "vimscale.data",
-                "vimscale.prepare",
-                "vimscale.objectives",
-                "vimscale.export",
-            ):
+            if (ROOT / base.replace(".", "/")).is_dir():
                 names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
 
-def _floor(module: str) -> int | None:
-    """The floor of a module of vimscale, by its longest known prefix."""
-    name = module.removeprefix("vimscale.")
-    while name:
-        for number, floor in enumerate(FLOORS):
-            if name in floor:
-                return number
-        name = name.rpartition(".")[0]
-    return None
+def _package(module: str) -> str | None:
+    """The package of FLOORS that a module belongs to: the longest that names it."""
+    found = [name for floor in FLOORS for name in floor if f"{module}.".startswith(f"{name}.")]
+    return max(found, key=len, default=None)
 
 
 def _module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_module_has_a_floor() -> None:
-    known = [m for m in map(_module, _sources("vimscale")) if m != "vimscale"]
-    assert [m for m in known if _floor(m) is None] == []
+MODULES = {_module(path): path for name in ("vimscale", "launch") for path in _sources(name)}
 
 
-@pytest.mark.parametrize("path", _sources("vimscale"), ids=_module)
-def test_imports_inside_vimscale_run_downward(path: Path) -> None:
-    mine = _module(path)
-    if mine == "vimscale":
-        return
-    upward = []
+def _ours(module: str) -> set[str]:
+    """Modules of vimscale and launch that one imports anywhere in it, under TYPE_CHECKING and in functions too."""
+    path = MODULES[module]
+    here = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
     for name in _imports(path):
-        theirs = _floor(name) if name.startswith("vimscale.") else None
-        if theirs is not None and theirs > (_floor(mine) or 0):
-            upward.append(name)
-    # the package's lazy door to its own model
-    assert upward == (["vimscale.model.vim"] if mine == "vimscale.model" else [])
+        dots = len(name) - len(name.lstrip("."))
+        parent = here[: len(here) - dots + 1] if dots else []
+        full = ".".join([*parent, *filter(None, [name.lstrip(".")])]).replace("vimscale.launch", "launch")
+        while full and full not in MODULES:
+            full = full.rpartition(".")[0]
+        found |= {full} - {"", "vimscale", module}
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert [module for module in MODULES if _package(module) is None] == ["vimscale"]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "vimscale"])
+def test_imports_run_downward(module: str) -> None:
+    order = [name for floor in FLOORS for name in floor]
+    mine = order.index(str(_package(module)))
+    assert [name for name in _ours(module) if order.index(str(_package(name))) < mine] == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: _ours(module) for module in MODULES}
+    graph["vimscale.model"] = set()  # its public names are imported on first use
+    with contextlib.suppress(StopIteration):
+        while True:  # take away what imports nothing that is left
+            done = next(module for module, imports in graph.items() if not imports)
+            del graph[done]
+            for imports in graph.values():
+                imports.discard(done)
+    assert graph == {}
+
+
+def test_no_package_and_no_file_is_too_large() -> None:
+    counts = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in counts.items() if count > 14} == {}
+    files = [path for name in (*PACKAGES, "tests", "benchmarks") for path in _sources(name)]
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > 500] == []
+    beside = {path.name for name in ("vimscale", "launch") for path in (ROOT / name).glob("*.py")}
+    assert beside == {"__init__.py", "errors.py", "ops.py", "cli.py", "cluster.py", "hardware.py"}
+
+
+def test_every_package_says_what_is_in_it_and_is_in_the_wheel() -> None:
+    packages = [path for path in MODULES.values() if path.name == "__init__.py"]
+    for path in packages:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        if path.parent.name not in ("vimscale", "model"):
+            assert len(tree.body) == 1, f"{path} is more than a docstring"
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    outside = ["vimscale.cluster", "vimscale.kernels", "vimscale.launch", "vimscale.recipes"]
+    inside = [name if name.startswith("vimscale") else f"vimscale.{name}" for name in map(_module, packages)]
+    assert sorted(listed) == sorted(outside + inside)
 
 
 def test_only_ops_opens_the_door_to_kernels() -> None:
@@ -110,9 +136,17 @@ def test_vimscale_knows_no_scheduler() -> None:
 @pytest.mark.parametrize(
     ("library", "only"),
     [
-        ("deepspeed", {"vimscale.engine"}),
-        ("ray", {"launch.on_ray", "launch.ray_connection", "launch.on_ray_jobs", "launch.on_tune"}),
-        ("matplotlib", {"launch.pictures"}),
+        ("deepspeed", {"vimscale.engine.deepspeed_engine"}),
+        (
+            "ray",
+            {
+                "launch.processes.on_ray",
+                "launch.processes.ray_connection",
+                "launch.jobs.on_ray",
+                "launch.sweeps.on_tune",
+            },
+        ),
+        ("matplotlib", {"launch.display.plots"}),
     ],
 )
 def test_a_framework_is_imported_where_it_is_put_to_use_alone(library: str, only: set[str]) -> None:
@@ -161,7 +195,8 @@ print(VisionMamba(PRESETS["vim_digits"])(torch.zeros(1, 3, 32, 32)).shape)
 def test_top_level_names_of_the_tree_stay_out_of_the_interpreter() -> None:
     code = """
 import sys
-import vimscale.train, vimscale.launch.cli, vimscale.launch.on_ray, vimscale.launch.on_local
+import vimscale.train.loop, vimscale.launch.commands.app
+import vimscale.launch.processes.on_ray, vimscale.launch.processes.on_local
 print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 """
     assert _fresh(code).strip().splitlines()[-1] == "[]"
@@ -169,9 +204,11 @@ print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 
 def test_recipes_run_folders_and_memory_are_checked_without_importing_torch() -> None:
     code = """
-import sys, vimscale.recipe, vimscale.run_folder, vimscale.export.starting, vimscale.launch.supervisor
-from vimscale.launch import memory_check, on_local
-recipe = vimscale.recipe.load("vim_digits_cpu")
+import sys, vimscale.recipe.recipe, vimscale.runtime.run_folder, vimscale.export.starting
+import vimscale.launch.supervise.supervisor
+from vimscale.launch.commands import memory_check
+from vimscale.launch.processes import on_local
+recipe = vimscale.recipe.recipe.load("vim_digits_cpu")
 config = recipe.model.shape(10)
 assert memory_check.at_most(recipe, config, 2) > 0
 assert memory_check._room(recipe, config, 2, ray=True) >= 0

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from vimscale.addresses import masked
+from vimscale.storage.addresses import masked
 
 _LINE, _MESSAGE = 450, 1500
 """Characters of one line of a FileFaults' message, and of all its lines."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.addresses import shown
-from vimscale.data.cache import Ahead, Cache, read_index
-from vimscale.data.opened import Opened
-from vimscale.data.shards import MANIFEST, Manifest
-from vimscale.data.store import Folder, Missing, Remote, Retry, beside, open_store, with_secrets
+from vimscale.data.shards.cache import Ahead, Cache, read_index
+from vimscale.data.shards.manifest import MANIFEST, Manifest
+from vimscale.data.shards.shard_reader import ShardReader
 from vimscale.errors import DataError
-from vimscale.sections import size_bytes
+from vimscale.recipe.sections import size_bytes
+from vimscale.storage.addresses import shown
+from vimscale.storage.store import Folder, Missing, Remote, Retry, beside, open_store, with_secrets
 
 _FIRST_CONTACT = Retry(tries=4)
 """An address that never answered is more likely wrong than out of order."""
@@ -193,7 +193,7 @@ class Dataset:
         self._opened.cache_clear()
         return True
 
-    def _open(self, number: int) -> Opened:
+    def _open(self, number: int) -> ShardReader:
         shard, where = self.manifest.shards[number], self.where(number)
         if isinstance(self.store, Folder):
             index = read_index(shard, self.home, self.store)
@@ -201,7 +201,7 @@ class Dataset:
                 descriptor = os.open(self.store.path / shard.name, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise DataError(f"{where} cannot be read: {error.strerror}") from None
-            return Opened(descriptor, index, shard, where)
+            return ShardReader(descriptor, index, shard, where)
         opened, there = self._get(number)
         with self._lock:
             self.traffic.hits += there
@@ -211,7 +211,7 @@ class Dataset:
     def _fetch(self, number: int) -> None:
         self._get(number)
 
-    def _get(self, number: int) -> tuple[Opened, bool]:
+    def _get(self, number: int) -> tuple[ShardReader, bool]:
         assert isinstance(self.store, Remote)
         opened, fetched, there = self._cache.open(self.store, self.manifest.shards[number], self.home)
         with self._lock:

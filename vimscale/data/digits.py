@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vimscale.data import shards
-from vimscale.data.opened import Opened
+from vimscale.data.shards import manifest
+from vimscale.data.shards.shard_reader import ShardReader
 from vimscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _VERSION = 2
 _SOURCE = "UCI Optical Recognition of Handwritten Digits, https://doi.org/10.24432/C50P49"
 
 
-def write(folder: Path, seed: int = 0) -> dict[str, shards.Manifest]:
+def write(folder: Path, seed: int = 0) -> dict[str, manifest.Manifest]:
     """Write train/ (four fifths of each class) and val/ (the rest) below `folder` as shards of 32 x 32 PNGs.
 
     Raises:
@@ -41,7 +41,7 @@ def write(folder: Path, seed: int = 0) -> dict[str, shards.Manifest]:
     mean, std = round(float(grey.mean()), 4), round(float(grey.std()), 4)
     written = {}
     for split, rows in _split(labels, seed).items():
-        written[split] = shards.write(
+        written[split] = manifest.write(
             folder / split,
             _samples(pixels, labels, rows),
             per_shard=180,
@@ -81,13 +81,13 @@ def cached() -> Path:
 def _damage(folder: Path) -> str | None:
     try:
         for split in SPLITS:
-            text = (folder / split / shards.MANIFEST).read_bytes()
-            for shard in shards.Manifest.from_json(text, str(folder / split)).shards:
+            text = (folder / split / manifest.MANIFEST).read_bytes()
+            for shard in manifest.Manifest.from_json(text, str(folder / split)).shards:
                 path = folder / split / shard.name
                 if hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
                     return f"{path} does not have the sha256 that its manifest says"
                 index = path.with_name(f"{shard.name}.idx").read_bytes()
-                Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC), index, shard, str(path)).check()
+                ShardReader(os.open(path, os.O_RDONLY | os.O_CLOEXEC), index, shard, str(path)).check()
     except (OSError, DataError) as error:
         return str(error)
     return None

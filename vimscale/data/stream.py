@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vimscale.data import augment, decode, mix
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.plan import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, Place, generator
+from vimscale.data.images import augment, decode, mix
+from vimscale.data.order import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, SampleRef, generator
 from vimscale.data.training_set import Skipped, TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
-from vimscale.recipe import Recipe
+from vimscale.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Batch:
     weights: Tensor
     """fp32 (b): 0 for what an evaluation does not count: filling of the last batch, and bad samples"""
     keys: list[str]
-    places: list[Place]
+    places: list[SampleRef]
     """Of training samples."""
     erase: Tensor | None = None
     """int64 (b, 5), see `mix.draw_erase`; it stays on the host"""
@@ -233,7 +233,7 @@ class _Training(IterableDataset):
                         datasets[source].prefetch(shards)
             yield self._batch(list(order.at(step, places)), recipe.size_at(step, self.size))
 
-    def _batch(self, places: list[Place], size: Size) -> Batch:
+    def _batch(self, places: list[SampleRef], size: Size) -> Batch:
         before = self.data.traffic
         options, seed = self.recipe.augment, self.recipe.seed
         images, labels, keys, erase, bad = [], [], [], [], []
@@ -264,7 +264,7 @@ class _Training(IterableDataset):
             self.data.traffic - before,
         )
 
-    def _read(self, place: Place) -> tuple[Tensor, int, str, list[tuple[str, str]]]:
+    def _read(self, place: SampleRef) -> tuple[Tensor, int, str, list[tuple[str, str]]]:
         """(image, label, key, what was bad) of a place. A bad sample is replaced by one of its shard that is drawn by
         the place, so all that ever read this place agree, and no other shard is needed.
         """

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import DataError
-from vimscale.recipe import Recipe
-from vimscale.sections import Data, size_bytes
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.sections import Data, size_bytes
 
 Skipped = Sequence[tuple[int, int]]
 """(step, images): from which step on so many images were passed over."""

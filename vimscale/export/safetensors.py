@@ -12,16 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale import files
-from vimscale.data.shards import Manifest
+from vimscale.checkpoint.restore import restore
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.evaluate import restore
 from vimscale.export import starting
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.published import complete, config_of
-from vimscale.model.quirks import PublishedVim
+from vimscale.model.published.arguments import complete, config_of
+from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import resized
-from vimscale.run_folder import RunFolder
+from vimscale.runtime.run_folder import RunFolder
+from vimscale.storage import files
 
 _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 

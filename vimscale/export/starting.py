@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale import second, untrusted
-from vimscale.data.shards import Manifest
+from vimscale.checkpoint import mirror
+from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError
 from vimscale.model.presets import VimConfig
-from vimscale.model.published import complete, quirks
+from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
-from vimscale.recipe import Recipe
-from vimscale.run_folder import RunFolder, checkpoints, step_of
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder, checkpoints, step_of
+from vimscale.storage import untrusted
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Triple = tuple[float, float, float]
@@ -201,7 +202,7 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
 def _elsewhere(recipe: Recipe) -> bool:
     """Whether there may be a checkpoint in the second place: the ranks find out."""
     try:
-        place = second.open_place(recipe.checkpoint.second, recipe.name)
+        place = mirror.open_mirror(recipe.checkpoint.second, recipe.name)
         return place is not None and bool(place.names())
     except (OSError, DataError):
         return True

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale import untrusted
 from vimscale.errors import CheckpointError
 from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
+from vimscale.storage import untrusted
 
 _ANCHOR = "patch_embed.proj.weight"
 """Every published Vision Mamba has it: what stands before it is the wrapping."""

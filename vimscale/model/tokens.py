@@ -165,7 +165,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Place:
+class PackedImage:
     """An image in a pack: its row, the first of its tokens, and its grid."""
 
     row: int
@@ -173,7 +173,7 @@ class Place:
     grid: Grid
 
 
-def pack(config: VimConfig, grids: Sequence[Grid], length: int) -> list[Place]:
+def pack(config: VimConfig, grids: Sequence[Grid], length: int) -> list[PackedImage]:
     """Each image into the first row of `length` tokens that has room for it.
 
     Raises:
@@ -188,12 +188,12 @@ def pack(config: VimConfig, grids: Sequence[Grid], length: int) -> list[Place]:
         row = next((i for i, used in enumerate(filled) if used + need <= length), len(filled))
         if row == len(filled):
             filled.append(0)
-        places.append(Place(row, filled[row], grid))
+        places.append(PackedImage(row, filled[row], grid))
         filled[row] += need
     return places
 
 
-def in_rows(config: VimConfig, places: Sequence[Place], length: int, device: torch.device) -> Tokens:
+def in_rows(config: VimConfig, places: Sequence[PackedImage], length: int, device: torch.device) -> Tokens:
     """What the mixers must know of a pack."""
     rows: list[list[Grid]] = [[] for _ in range(max(place.row for place in places) + 1)]
     reset = torch.zeros(len(rows), length, dtype=torch.bool)

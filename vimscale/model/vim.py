@@ -18,7 +18,7 @@ from vimscale.model import schedule
 from vimscale.model.mixer import PATH_PARAMETERS, Attention, Mamba, OutProj, Probe
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
-from vimscale.model.tokens import Place, Tokens, in_rows, layout, pack, resized
+from vimscale.model.tokens import PackedImage, Tokens, in_rows, layout, pack, resized
 from vimscale.ops import add_norm
 
 Recompute = Literal["none", "scan", "block"]
@@ -314,7 +314,9 @@ class VisionMamba(nn.Module):
         x = there[0] + back[0]
         return (x * 0.5 if self.config.fuse == "mean" else x), there[1]
 
-    def _drop_scales(self, draws: Tensor | None, tokens: Tokens, places: list[Place] | None) -> list[Tensor | None]:
+    def _drop_scales(
+        self, draws: Tensor | None, tokens: Tokens, places: list[PackedImage] | None
+    ) -> list[Tensor | None]:
         if draws is None or self.config.drop_path == 0:
             return [None] * len(self.blocks)
         rates = self.drop_rates().to(draws)
@@ -353,7 +355,7 @@ class VisionMamba(nn.Module):
                 )
         return config.grid_of(height, width)
 
-    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[Place]]:
+    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[PackedImage]]:
         """Images (3, h, w) of any sizes, in rows as long as the longest of them needs."""
         if self.config.stages:
             raise ValueError("a hierarchical model merges neighbouring tokens: its images cannot be packed into rows")
@@ -384,7 +386,7 @@ class VisionMamba(nn.Module):
         ((grid,),) = tokens.rows
         return layout(self.config, grid).of_image(stream).mT.unflatten(-1, grid)
 
-    def _pooled(self, x: Tensor, tokens: Tokens, places: list[Place] | None) -> Tensor:
+    def _pooled(self, x: Tensor, tokens: Tokens, places: list[PackedImage] | None) -> Tensor:
         """(b, features) of the normalised tokens."""
         if places is None:
             ((grid,),) = tokens.rows

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.sections import Objective
+from vimscale.recipe.sections import Objective
 
 _FIRST = 5
 

@@ -10,18 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimscale import untrusted
-from vimscale.addresses import secret
-from vimscale.data import decode
-from vimscale.data.cache import local_copy
-from vimscale.data.shards import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
-from vimscale.data.tar import hidden
+from vimscale.data.images import decode
+from vimscale.data.shards.cache import local_copy
+from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
+from vimscale.data.shards.tar import hidden
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare import members, pool, shapes
-from vimscale.prepare.classes import check_dense
+from vimscale.prepare import pool, shapes
 from vimscale.prepare.index import Sample, scan
-from vimscale.prepare.inputs import braces, expand, passed_over, without_images
+from vimscale.prepare.inputs import members
+from vimscale.prepare.inputs.classes import check_dense
+from vimscale.prepare.inputs.sources import braces, expand, passed_over, without_images
 from vimscale.prepare.tally import Tally
+from vimscale.storage import untrusted
+from vimscale.storage.addresses import secret
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimscale.data import tar
-from vimscale.data.tar import AGAIN, BLOCK
+from vimscale.data.shards import tar
+from vimscale.data.shards.tar import AGAIN, BLOCK
 from vimscale.errors import DataError
 
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vimscale import untrusted
-from vimscale.data.shards import (
+from vimscale.data.shards.manifest import (
     MANIFEST,
     Manifest,
     Shard,
@@ -36,10 +35,11 @@ from vimscale.data.shards import (
 )
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare import pool
-from vimscale.prepare.inputs import Entry, Input, open_input
-from vimscale.prepare.rows import Columns
+from vimscale.prepare.inputs.rows import Columns
+from vimscale.prepare.inputs.sources import Entry, Input, open_input
 from vimscale.prepare.shapes import Options, shape
 from vimscale.prepare.tally import Tally
+from vimscale.storage import untrusted
 
 MEASURED = 10_000
 """Images, at most, that mean and deviation are taken from."""

@@ -7,9 +7,18 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from vimscale.data.shards import MANIFEST, Manifest, Shard, index_of, new_folder, publish, shard_name, write_file
+from vimscale.data.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    index_of,
+    new_folder,
+    publish,
+    shard_name,
+    write_file,
+)
 from vimscale.errors import DataError
-from vimscale.prepare.inspect import Located
+from vimscale.prepare.inspection.inspect import Located
 from vimscale.prepare.tally import Tally
 
 

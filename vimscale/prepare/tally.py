@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 
 SIDES = (1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 """Shorter sides at which the histogram is cut."""

@@ -1,0 +1,388 @@
+"""What this machine has, what will therefore run, and how to mend what will not: `vimscale doctor`.
+
+What can be tried is tried: files are written, sockets opened, torch imported. DeepSpeed and Ray are not imported, that
+alone takes seconds; their versions are read. Sizes are in GB of 10^9 bytes.
+"""
+
+import fcntl
+import http.client
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from importlib import metadata
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vimscale.errors import LaunchError
+
+from ..hardware import cpus, gpus, memory
+from ..processes import num_ranks
+from ..processes.ray_connection import RAY_SOCKETS
+from ..processes.temporary import private_folder
+
+Address = IPv4Address | IPv6Address
+
+BOUNDS = {"torch": ">=2.11", "triton": ">=3.6", "numba": ">=0.65", "deepspeed": ">=0.19.8,<0.20", "ray": ">=2.60,<2.61"}
+"""As in pyproject.toml; a test compares. Not read from there: a wheel has no such file, a source tree no metadata."""
+RAY_PORTS = {6379: "GCS", 8265: "dashboard", 10001: "client"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: what was looked at, how it is, what is there, and what to do about it."""
+
+    what: str
+    state: Literal["ok", "note", "broken"]
+    found: str
+    mend: str = ""
+
+
+def examine(runs: Path) -> list[Finding]:
+    """Look at everything; `runs` is where runs' folders are to be. A few seconds, most of them to import torch."""
+    machine = [_cpu, _memory, _shared_memory, _gpus]
+    software = [_python, _torch, _triton, _numba, _deepspeed, _ray]
+    surroundings = [_network, _ray_ports, lambda: _disk(runs), _temporary, _cache, _open_files]
+    findings = []
+    for probe in (*machine, *software, *surroundings):
+        try:
+            findings.append(probe())
+        except FileNotFoundError as error:  # /proc and /dev/shm are Linux's, and some sandboxes hide them
+            findings.append(Finding(Path(error.filename).name, "note", f"unknown: there is no {error.filename} here"))
+    return [*findings, _will_run(runs, [finding.what for finding in findings if finding.state == "broken"])]
+
+
+def show(findings: list[Finding], console: Console) -> int:
+    """Print the table. Returns the exit code: 1 if anything is broken."""
+    colours = {"ok": "green", "note": "yellow", "broken": "bold red"}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mend = [Padding(Text(finding.mend, "dim"), (0, 0, 0, 2))] if finding.mend else []
+        cell = Group(Text(finding.found), *mend)
+        table.add_row(Text(finding.what), Text(finding.state, colours[finding.state]), cell)
+    console.print(table)
+    return int(any(finding.state == "broken" for finding in findings))
+
+
+def _cpu() -> Finding:
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    name = names[0] if names else platform.machine()
+    return Finding("CPU", "ok", f"{name}, {cpus()} of {os.cpu_count()} cores usable")
+
+
+def _memory() -> Finding:
+    here = memory()
+    found = f"{here.total / 1e9:.1f} GB, {here.available / 1e9:.1f} GB available"
+    found += " (a control group's limit)" if here.limited else ""
+    if here.available < 4e9:
+        return Finding("memory", "note", found, "Free some, or do without Ray, which takes 0.7 GB itself: --no-ray")
+    return Finding("memory", "ok", found)
+
+
+def _shared_memory() -> Finding:
+    size = shutil.disk_usage("/dev/shm").total / 1e9
+    if size < 1:
+        mend = "Ray's object store and data workers use it; of a container, enlarge it with: docker run --shm-size=8g"
+        return Finding("/dev/shm", "note", f"{size:.2f} GB of shared memory", mend)
+    return Finding("/dev/shm", "ok", f"{size:.1f} GB of shared memory")
+
+
+def _gpus() -> Finding:
+    nvidia = Path("/proc/driver/nvidia/version")
+    if nvidia.exists():
+        version = re.findall(r"\s(\d+\.\d+(?:\.\d+)?)\s", nvidia.read_text())
+        driver, nodes = f"NVIDIA driver {version[0] if version else '?'}", len(list(Path("/dev").glob("nvidia[0-9]*")))
+    elif Path("/dev/kfd").exists():
+        driver, nodes = "AMD driver", 1
+    else:
+        return Finding("GPUs", "note", "none: training runs on the CPU")
+    torch, why = _import_torch()
+    if torch is None:
+        return Finding("GPUs", "note", f"{driver}; without torch they cannot be asked: {why}")
+    try:
+        devices = [torch.cuda.get_device_properties(number) for number in range(gpus())]
+    except RuntimeError as error:  # NVML counts devices that a driver too old for this torch cannot open
+        mend = "Update the driver, or install a build of torch for an older CUDA: https://pytorch.org/get-started"
+        return Finding("GPUs", "broken", f"{driver}: {error}".splitlines()[0], mend)
+    names = [f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in devices]
+    variable = next((name for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if name in os.environ), "")
+    return gpu_finding(driver, nodes, _build(torch), names, variable)
+
+
+def gpu_finding(driver: str, nodes: int, build: str, names: list[str], hidden_by: str) -> Finding:
+    """Why torch can or cannot use the GPUs of a driver: "NVIDIA driver VERSION" or "AMD driver".
+
+    `nodes`: devices under /dev; the driver shows in containers that were given none. `build`: torch's, as of _build.
+    `names`: what torch sees. `hidden_by`: the environment variable that chooses devices, if one is set.
+    """
+    if names:
+        found = "; ".join(f"{count} x {name}" for name, count in Counter(names).items())
+        return Finding("GPUs", "ok", f"{found}; {driver}")
+    on_cpu = ": training runs on the CPU"
+    if hidden_by:
+        found = f"{driver}; {hidden_by} leaves none to see{on_cpu}"
+        return Finding("GPUs", "note", found, f"To train on GPUs: unset {hidden_by}")
+    if not nodes:
+        found = f"{driver}, but no device in this container{on_cpu}"
+        return Finding("GPUs", "note", found, "To train on GPUs, start the container with: docker run --gpus all")
+    if driver.startswith("AMD") and not build.startswith("ROCm"):  # any laptop with an AMD chip has this driver
+        found = f"{driver}, but torch is a {build} build{on_cpu}"
+        return Finding("GPUs", "note", found, "If the GPU is one that ROCm supports, install a ROCm build of torch.")
+    if driver.startswith("NVIDIA") and not build.startswith("CUDA"):
+        mend = "Install a CUDA build of torch: https://pytorch.org/get-started; or hide the GPUs: CUDA_VISIBLE_DEVICES="
+        return Finding("GPUs", "broken", f"{driver}, but torch is a {build} build and cannot use it", mend)
+    mend = f"See whether nvidia-smi or rocm-smi lists them, and whether the driver is new enough for {build}."
+    return Finding("GPUs", "broken", f"{driver}, torch is a {build} build, yet sees no device", mend)
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether e.g. "2.13.0+cpu" is in ">=2.11,<3": the only two comparisons that BOUNDS has."""
+
+    def numbers(text: str) -> list[int]:
+        release = [int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3]]
+        return release + [0] * (3 - len(release))
+
+    lower, _, upper = bounds.removeprefix(">=").partition(",<")
+    return numbers(lower) <= numbers(version) and (not upper or numbers(version) < numbers(upper))
+
+
+def _package(name: str, details: str = "", extra: str = "") -> Finding:
+    """An installed package against its bounds. `details` follow the version, `extra` is what pip is to add."""
+    install = f"pip install '{name}{extra}{BOUNDS[name]}'"
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "broken", "not installed", install)
+    if not within(version, BOUNDS[name]):
+        return Finding(name, "broken", f"{version}, but this is written for {BOUNDS[name]}", install)
+    return Finding(name, "ok", f"{version}{details}")
+
+
+def _python() -> Finding:
+    return Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}")
+
+
+def _import_torch() -> tuple[Any, str]:
+    """torch; or None, and why it does not import: a whole wheel may still miss a library of the system."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return None, str(error)
+    return torch, ""
+
+
+def _build(torch: Any) -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+
+
+def _torch() -> Finding:
+    torch, why = _import_torch()
+    finding = _package("torch", f", {_build(torch)} build" if torch is not None else "")
+    if torch is None and finding.state == "ok":
+        mend = "Install what is missing, or torch anew: pip install --force-reinstall torch"
+        return Finding("torch", "broken", f"{finding.found} does not import: {why}", mend)
+    return finding
+
+
+def _triton() -> Finding:
+    if _import_torch()[0] is None or not gpus():
+        return _package("triton", ", used only where a GPU is")
+    finding = _package("triton")
+    if finding.state == "ok" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        mend = "Install gcc, or name a compiler in CC: Triton builds the launchers of the scan's kernels with it."
+        return Finding("triton", "broken", f"{finding.found}, no C compiler", mend)
+    return finding
+
+
+def _numba() -> Finding:
+    """Compiles the CPU kernels once, in seconds, and keeps them beside the source or in a cache of the user."""
+    finding = _package("numba")
+    if finding.state != "ok":
+        return finding
+    kernels = Path(__file__).resolve().parents[2] / "kernels"
+    beside = str(kernels / "__pycache__") if os.access(kernels, os.W_OK) else "the user's cache"
+    home = os.environ.get("NUMBA_CACHE_DIR") or beside
+    return Finding("numba", "ok", f"{finding.found}, keeps compiled CPU kernels in {home}")
+
+
+def _deepspeed() -> Finding:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+    # beside the interpreter too: ranks put that folder on their PATH
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    tools = f"{compiler or 'no C++ compiler'}, {'ninja' if ninja else 'no ninja'}"
+    finding = _package("deepspeed", f"; no ops to compile with torch's AdamW; {tools}")
+    if finding.state == "ok" and not (compiler and ninja):
+        return Finding("deepspeed", "note", finding.found, "Nothing to do, but for its own ops: g++ and ninja.")
+    return finding
+
+
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    cluster = f"; RAY_ADDRESS={address}, for --address auto" if address else "; no cluster in RAY_ADDRESS"
+    return _package("ray", cluster, extra="[default]")
+
+
+def _network() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
+            pass
+    except OSError as error:
+        mend = "Ranks and Ray talk over it: bring it up (ip link set lo up), and let the firewall or sandbox allow it."
+        return Finding("network", "broken", f"no TCP over loopback: {error}", mend)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 53))  # sends nothing; the kernel chooses a route, as Ray asks it to
+        except OSError:
+            return Finding("network", "ok", "loopback alone, no route out: enough for one machine")
+        address = probe.getsockname()[0]
+        interface = next((name for _, name in socket.if_nameindex() if _address_of(probe, name) == address), "?")
+    return Finding("network", "ok", f"{address} on {interface}; TCP over loopback works")
+
+
+def _address_of(any_socket: socket.socket, interface: str) -> str:
+    request = struct.pack("256s", interface.encode())
+    try:
+        return socket.inet_ntoa(fcntl.ioctl(any_socket, 0x8915, request)[20:24])  # SIOCGIFADDR
+    except OSError:  # this interface has no IPv4 address
+        return ""
+
+
+def listeners() -> list[tuple[Address, int]]:
+    """(address, port) of every TCP socket that listens on this machine, of all users; IPv4 in IPv6 is unwrapped.
+
+    In the tables each 32-bit word of an address is in the host's byte order, the port is a plain number.
+    """
+    found: list[tuple[Address, int]] = []
+    v4, v6 = Path("/proc/net/tcp"), Path("/proc/net/tcp6")
+    for table in (v4, v6) if v6.exists() else (v4,):  # IPv6 may be switched off
+        for row in table.read_text().splitlines()[1:]:
+            _, local, _, state, *_ = row.split()
+            if state != "0A":
+                continue
+            words, port = local.split(":")
+            raw = b"".join(struct.pack("=I", int(words[i : i + 8], 16)) for i in range(0, len(words), 8))
+            address: Address = IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)
+            found.append((getattr(address, "ipv4_mapped", None) or address, int(port, 16)))
+    return found
+
+
+def _ray_ports() -> Finding:
+    listening = listeners()
+    return ray_ports(listening, wants_token=_wants_token(listening))
+
+
+def _wants_token(listening: list[tuple[Address, int]]) -> bool:
+    """Whether the Ray of this machine does: its dashboard is asked; without one, this shell's environment tells."""
+    for address, port in listening:
+        if RAY_PORTS.get(port) == "dashboard":
+            host = ("[::1]" if address.version == 6 else "127.0.0.1") if address.is_unspecified else str(address)
+            connection = http.client.HTTPConnection(host, port, timeout=2)
+            try:
+                connection.request("GET", "/api/version")
+                return connection.getresponse().status == 401
+            except (OSError, http.client.HTTPException):  # it hangs, or is something else
+                continue
+            finally:
+                connection.close()
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def ray_ports(listening: list[tuple[Address, int]], *, wants_token: bool) -> Finding:
+    """Whether a Ray listens on this machine, and whether that is an open door: its API is to run others' code.
+
+    Ray's GCS binds every interface whatever --node-ip-address says (2.60), so a token or a firewall has to close it.
+    """
+    here = [(address, port) for address, port in listening if port in RAY_PORTS]
+    if not here:
+        return Finding("Ray ports", "ok", f"nothing listens on {', '.join(map(str, RAY_PORTS))}")
+    found = "; ".join(f"{RAY_PORTS[port]} port {port} listens on {address}" for address, port in here)
+    if wants_token:
+        return Finding("Ray ports", "ok", f"{found}; it wants a token")
+    if all(address.is_loopback for address, _ in here):
+        return Finding("Ray ports", "ok", found)
+    mend = "Start Ray with RAY_AUTH_MODE=token and --dashboard-host=127.0.0.1, or close the ports in the firewall."
+    return Finding("Ray ports", "note", f"{found}: an open Ray port lets anybody who reaches it run code", mend)
+
+
+def _writable(folder: Path) -> tuple[Path, str]:
+    """The folder, or the nearest parent that exists; and why nothing can be written there, empty if it can.
+
+    A file is really written: permission bits do not tell of read-only mounts, quotas and full disks.
+    """
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".vimscale-doctor-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return place, f"{place} cannot be written into: {error.strerror}"
+    return place, ""
+
+
+def _disk(runs: Path) -> Finding:
+    place, fault = _writable(runs)
+    if fault:
+        return Finding("runs", "broken", fault, "Choose another folder with --runs, or change this one's permissions.")
+    free = shutil.disk_usage(place).free / 1e9
+    found = f"{free:.1f} GB free, writable: {place}"
+    if free < 5:
+        return Finding("runs", "note", found, "Checkpoints fill it soon: free some, or use another disk: --runs")
+    return Finding("runs", "ok", found)
+
+
+def _temporary() -> Finding:
+    try:
+        folder = Path(private_folder("vimscale-doctor-", RAY_SOCKETS))
+    except LaunchError as error:
+        return Finding("temporary", "broken", str(error).partition(";")[0], "Set TMPDIR to a short, writable folder.")
+    folder.rmdir()
+    return Finding("temporary", "ok", f"writable, and short enough for sockets: {folder.parent}")
+
+
+def _cache() -> Finding:
+    """Broken if not writable: the embedded digits are unpacked there, and the recipe to try first reads them."""
+    place, fault = _writable(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vimscale")
+    if fault:
+        return Finding("data cache", "broken", fault, "Choose another folder: export XDG_CACHE_HOME=/path/to/it")
+    return Finding("data cache", "ok", f"writable: {place}")
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= 4096:
+        return Finding("open files", "ok", "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,} a process")
+    can = hard == resource.RLIM_INFINITY or hard >= 65536
+    way = "ulimit -n 65536" if can else "docker run --ulimit nofile=65536, or /etc/security/limits.conf"
+    return Finding("open files", "note", f"{soft:,} a process", f"Ray and many ranks need more: {way}")
+
+
+def _will_run(runs: Path, broken: list[str]) -> Finding:
+    if broken:
+        found = f"nothing, because of: {', '.join(broken)}"
+        return Finding("will run", "broken", found, "Mend that, then: vimscale doctor")
+    devices = gpus()
+    count = num_ranks.usual(cpus(), devices)
+    kind, backend = ("GPU", "nccl") if devices else ("CPU", "gloo")
+    ranks = f"{count} {kind} worker{'s' if count > 1 else ''} under Ray"
+    command = "vimscale launch vim_digits_cpu" + (f" --runs {shlex.quote(str(runs))}" if runs != Path("runs") else "")
+    return Finding("will run", "ok", f"{ranks}, ZeRO 0-3 over {backend}, fp32 and bf16\ntry: {command}")

@@ -1,0 +1,66 @@
+"""`vimscale inspect-batch`: the batch of a bad step as a table and as a picture."""
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vimscale.errors import DataError
+from vimscale.guard import report as guard_report
+from vimscale.prepare.inspection import contact_sheet
+from vimscale.runtime.run_folder import RunFolder
+from vimscale.storage import files
+
+_DRAWN = 128
+"""Images of the picture, those of the largest loss."""
+
+
+def show(folder: RunFolder, step: int | None, console: Console) -> None:
+    """Print a report and its samples, those of the largest loss first, and draw them into the report's folder.
+
+    Raises:
+        CheckpointError: there is no such report.
+    """
+    path, report, images = guard_report.read(folder, step)
+    names = _names(folder, report["samples"])
+    head = guard_report.text(report).split("\n\nsamples of the largest loss")[0]
+    console.print(head, highlight=False, soft_wrap=True, markup=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("rank", "micro-batch", "loss", "label", "key", "shard", "sample"):
+        table.add_column(name, overflow="fold")
+    order = sorted(range(len(images)), key=lambda i: _badness(report["samples"][i]["loss"]), reverse=True)
+    drawn = []
+    for i in order:
+        sample = report["samples"][i]
+        label = f"{sample['label']} {names[i]}"
+        loss = f"{sample['loss']:.4g}"
+        cells = (sample["rank"], sample["part"], loss, label, sample["key"], sample["shard"], sample["sample"])
+        table.add_row(*map(str, cells))
+        drawn.append((images[i], f"{label}   loss {loss}", f"{sample['key']}   rank {sample['rank']}"))
+    console.print()
+    console.print(table)
+    title = f"step {report['step']}: {report['reason']}"
+    about = f"{len(images)} images before normalising and mixing, those of the largest loss first; {report['cause']}"
+    picture = path / "batch.png"
+    drawing = contact_sheet.grid(title, about, drawn[:_DRAWN])
+    with files.replacing(picture) as partial:
+        drawing.save(partial, "PNG")
+    console.print(f"\npicture: {picture}", highlight=False, soft_wrap=True)
+
+
+def _badness(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _names(folder: RunFolder, samples: list[dict[str, Any]]) -> list[str]:
+    """Each sample's class. Old reports do not name it; then the training set does, if it is there."""
+    from vimscale.data.training_set import TrainingSet
+
+    if all("class" in sample for sample in samples):
+        return [sample["class"] for sample in samples]
+    try:
+        classes = TrainingSet.open(folder.recipe().data).manifest.classes
+    except DataError:
+        return ["" for _ in samples]
+    return [classes[sample["label"]] for sample in samples]

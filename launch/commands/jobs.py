@@ -1,0 +1,141 @@
+"""`vimscale submit` and what comes after it: jobs on a cluster, listed, followed, stopped and resumed."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vimscale.errors import LaunchError
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.typed_yaml import check_name
+
+from .. import cluster as clusters
+from ..processes.signals import Stopped
+from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+
+if TYPE_CHECKING:
+    from ..jobs.backend import Backend
+
+JobArgument = Annotated[str, typer.Argument(help="The job's name: that of its run.")]
+FollowOption = Annotated[
+    bool, typer.Option("--follow", help="Print its log until it ends, and exit as it does: 0, 3 when stopped, else 1.")
+]
+
+_EXIT = {"finished": 0, "stopped": 3}
+
+jobs = typer.Typer()
+
+
+@jobs.command()
+def submit(
+    recipe: RecipeArgument,
+    on: OnOption,
+    overrides: Overrides = None,
+    changes: WithOption = None,
+    render: Annotated[bool, typer.Option("--render", help="Print what would be handed over; submit nothing.")] = False,
+    follow: FollowOption = False,
+) -> None:
+    """Hand a recipe to a cluster, which trains it whether or not this shell goes on."""
+    chosen = recipes.load(recipe, overrides or ())
+    backend = _open(on, changes)
+    if render:
+        print(backend.render(chosen))
+        return
+    _submit(backend, chosen, on, changes, follow)
+
+
+@jobs.command(name="jobs")
+def list_jobs(
+    on: OnOption,
+    changes: WithOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List a cluster's jobs, newest first."""
+    found = _open(on, changes).jobs()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(job) for job in found], indent=1))
+        return
+    from ..supervise.progress import duration
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("job", "state", "began", "took", ""):
+        table.add_column(title, overflow="fold")
+    for job in found:
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) if job.began else ""
+        took = duration((job.ended or time.time()) - job.began) if job.began else ""
+        table.add_row(job.id, job.state, began, took, job.message)
+    Console().print(table if found else f"no jobs on {on}")
+
+
+@jobs.command()
+def logs(
+    job: JobArgument,
+    on: OnOption,
+    changes: WithOption = None,
+    follow: FollowOption = False,
+) -> None:
+    """Print what a job's launcher says."""
+    backend = _open(on, changes)
+    _show(backend, _named(job), on, changes, follow=follow)
+
+
+@jobs.command()
+def stop(job: JobArgument, on: OnOption, changes: WithOption = None) -> None:
+    """Ask a job to save a checkpoint and end."""
+    _open(on, changes).stop(_named(job))
+    print(f"{job} is asked to save and end; to go on: {_command('resume', job, on, changes)}")
+
+
+@jobs.command()
+def resume(job: JobArgument, on: OnOption, changes: WithOption = None, follow: FollowOption = False) -> None:
+    """Submit a job that was stopped or failed once more; it goes on from its newest checkpoint."""
+    backend = _open(on, changes)
+    chosen = backend.recipe(_named(job))
+    if next((each.state for each in backend.jobs() if each.id == job), "") == "finished":
+        raise LaunchError(f"job {job} is finished; to train longer or anew, submit it under another name=")
+    _submit(backend, chosen, on, changes, follow)
+
+
+def _open(on: str, changes: list[str] | None) -> "Backend":
+    from ..jobs.backend import open_backend
+
+    return open_backend(clusters.load(on, changes or ()))
+
+
+def _named(job: str) -> str:
+    try:
+        return check_name(job)
+    except ValueError as error:
+        raise LaunchError(f"job {error}") from None
+
+
+def _submit(backend: "Backend", recipe: recipes.Recipe, on: str, changes: list[str] | None, follow: bool) -> None:
+    job = backend.submit(recipe)
+    print(f"{job.id} is handed to {on}; its log: {_command('logs', job.id, on, changes)} --follow", flush=True)
+    if follow:
+        _show(backend, job.id, on, changes, follow=True)
+
+
+def _show(backend: "Backend", job: str, on: str, changes: list[str] | None, *, follow: bool) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            for line in backend.logs(job, follow=follow):
+                print(line, flush=True)
+        except Stopped:
+            print(f"{job} goes on; to stop it: {_command('stop', job, on, changes)}")
+            return
+    if follow:
+        state = next(each.state for each in backend.jobs() if each.id == job)
+        raise typer.Exit(_EXIT.get(state, 1))
+
+
+def _command(verb: str, job: str, on: str, changes: list[str] | None) -> str:
+    """What to type next, safe to paste."""
+    repeated = [part for change in changes or () for part in ("--with", change)]
+    return shlex.join(["vimscale", verb, job, "--on", on, *repeated])

@@ -1,0 +1,1 @@
+"""Jobs: one file for each kind of cluster behind one protocol."""

@@ -1,0 +1,156 @@
+"""Ranks as child processes of the launcher: one machine, no Ray."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vimscale.runtime.heartbeat import heartbeat
+
+from ..hardware import cpus, gpus
+from . import rank
+from .rank import Ending, Event
+from .temporary import SOCKETS, Temporary
+
+if TYPE_CHECKING:
+    from vimscale.recipe.recipe import Recipe
+
+
+_HEARTBEAT_S = 0.25
+"""How often a rank tells how far it has come."""
+
+
+class LocalGroup:
+    """Ranks that meet through a file and talk to the launcher through pipes. `threads`: a rank's; absent: its share of
+    this machine's.
+    """
+
+    def __init__(self, recipe: "Recipe", folder: Path, world: int, patience_s: float, threads: int | None = None):
+        self.size = world
+        self._threads = threads or max(1, cpus() // world)
+        self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
+        self._processes: list[subprocess.Popen] = []
+        self._pipes: dict[Connection, int] = {}
+        self._meeting = Temporary("vimscale-", SOCKETS)
+
+    def start(self) -> None:
+        self._killed_for_memory = rank.killed_for_memory()
+        on_gpus = gpus() > 0
+        for number in range(self.size):
+            ours, theirs = multiprocessing.Pipe()
+            # a session of its own: a Ctrl-C in the terminal reaches the launcher alone, which then asks the ranks
+            code = f"from vimscale.launch import on_local; on_local.child({theirs.fileno()})"
+            command = [sys.executable, "-c", code]
+            self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True))
+            theirs.close()
+            self._pipes[ours] = number
+            ours.send(
+                {
+                    "recipe": self._recipe,
+                    "folder": self._folder.absolute(),
+                    "rank": number,
+                    "world": self.size,
+                    "device": f"cuda:{number}" if on_gpus else "cpu",
+                    "threads": self._threads,
+                    "rendezvous": f"file://{self._meeting.path}/store",
+                    "interface": "lo",
+                    "temporary": self._meeting.path,
+                    "patience_s": self._patience_s,
+                }
+            )
+
+    def poll(self, timeout: float) -> list[Event | Ending]:
+        reports: list[Event | Ending] = []
+        for pipe in wait(list(self._pipes), timeout):
+            assert isinstance(pipe, Connection)
+            number = self._pipes[pipe]
+            try:
+                report = pipe.recv()
+            except (EOFError, ConnectionResetError):  # gone without a word
+                del self._pipes[pipe]
+                reports.append(self._died(number))
+                continue
+            if isinstance(report, Ending):
+                del self._pipes[pipe]
+            reports.append(report)
+        return reports
+
+    def _died(self, number: int) -> Ending:
+        process = self._processes[number]
+        code = process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL and rank.killed_for_memory() > self._killed_for_memory:
+            how += ": this machine ran out of memory"
+            return Ending(number, "failed", cause="memory", message=f"process {process.pid} {how}")
+        return Ending(number, "failed", cause="died", message=f"process {process.pid} {how}")
+
+    def request_stop(self) -> None:
+        self._tell("stop")
+
+    def dump_stacks(self) -> None:
+        self._tell("stacks")
+
+    def _tell(self, what: str) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):  # that it died is for poll to say
+                pipe.send(what)
+
+    def leaving(self) -> str | None:
+        return None  # who takes this machine away tells the launcher, with a signal
+
+    def room(self) -> int:
+        return self.size
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with its data workers
+                process.wait()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], {}
+        self._meeting.remove()
+
+
+def child(descriptor: int) -> None:
+    """A rank's process: train, and answer the launcher in a thread; without a launcher it ends."""
+    rank.before_torch()
+    from vimscale.runtime.distributed import RankSpec
+
+    pipe = Connection(descriptor)
+    try:
+        spec = RankSpec(**pipe.recv())
+    except EOFError:  # the launcher has ended already
+        os._exit(1)
+    stop = threading.Event()
+    sending = threading.Lock()
+
+    def answer() -> None:
+        try:
+            while True:
+                if pipe.poll(_HEARTBEAT_S):
+                    match pipe.recv():
+                        case "stop":
+                            stop.set()
+                        case "stacks":
+                            rank.dump_stacks(spec)
+                emit(heartbeat.read() | {"rank": spec.rank})
+        except (EOFError, ConnectionResetError, BrokenPipeError):
+            os._exit(1)
+
+    def emit(report: Event | Ending) -> None:
+        with sending:
+            pipe.send(report)
+
+    # who ends a job may signal every process of it: that too is a request to stop, which all ranks agree on
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=answer, daemon=True).start()
+    emit(rank.run(spec, emit, stop.is_set))
+    os._exit(0)  # nothing is left to do, and what libraries do at exit may wait for peers that are gone

@@ -1,0 +1,120 @@
+"""What a person sees of a run: one live line in a terminal, plain lines anywhere else."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from ..processes.output import lossy
+
+_STYLES = {"warning": "yellow", "error": "bold red"}
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3:05, 2:11:09, 4 d 03:00."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+    return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}"
+
+
+def console() -> Console:
+    """Standard output, for what a run prints: it ends no run if it cannot be written."""
+    return Console(file=lossy(sys.stdout))
+
+
+class Progress:
+    """Shows the events of rank 0, and once, at the first step, where the time until then went."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._phases: dict[str, float] = {}
+        self._until = "first step"
+        self._lap = time.perf_counter()
+        self._bar: Bar | None = None
+        self._first: tuple[int, float] | None = None
+
+    def phase(self, name: str, seconds: float | None = None) -> None:
+        """What went on since the phase before, or for `seconds`, was `name`."""
+        now = time.perf_counter()
+        self._phases[name] = now - self._lap if seconds is None else seconds
+        self._lap = now
+
+    def lap(self) -> None:
+        """The phase that comes begins now."""
+        self._lap = time.perf_counter()
+
+    def again(self, name: str) -> None:
+        """The run has stood since the last lap, because of `name`; phases until it goes on are told as at first."""
+        self._phases, self._until = {}, "going on"
+        self.phase(name)
+
+    def note(self, level: str, message: str) -> None:
+        self._console.print(message, style=_STYLES.get(level), highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "joined":
+                self.phase("ranks and their imports")
+            case "started":
+                self.phase("data and engine")
+                self._first = None
+            case "step":
+                self._step(event)
+            case "eval":
+                self.note("info", f"evaluation at step {event['step']:,}: {figures(event)}")
+            case "checkpoint":
+                self.note("info", f"checkpoint {event['path']}")
+            case "guard":
+                self.note("warning", event["message"])
+            case "log":
+                self.note(event["level"], event["message"])
+
+    def _step(self, event: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        step, steps = event["step"], event["steps"]
+        if self._first is None:
+            self._first = (step, now)
+            if self._phases:
+                self.phase("first step")
+                parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._phases.items())
+                self.note("info", f"{self._until} after {sum(self._phases.values()):.1f} s: {parts}")
+                self._phases = {}
+        done, since = step - self._first[0], now - self._first[1]
+        eta = duration(since / done * (steps - step)) if done else "…"
+        line = (
+            f"loss {event['loss']:.4f}  lr {event['lr']:.2e}  |g| {event['grad_norm']:.2f}"
+            f"  {event['images_per_s']:,.0f} images/s  data wait {event['data_wait']:.0%}"
+        )
+        if not self._console.is_terminal:
+            self.note("info", f"step {step:,}/{steps:,}  {line}  ETA {eta}")
+            return
+        if self._bar is None:
+            layout = (
+                TextColumn("step {task.completed:,}/{task.total:,}"),
+                BarColumn(None),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Bar(*layout, console=self._console, transient=True, refresh_per_second=4, expand=True)
+            self._task = self._bar.add_task("", total=steps)
+            self._bar.start()
+        self._bar.update(self._task, completed=step, total=steps, description=f"{line}  ETA {eta}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def figures(row: dict[str, Any]) -> str:
+    """An evaluation's figures in words."""
+    parts = [f"top-1 {row['top1']:.2%}", f"loss {row['loss']:.4f}"]
+    if "top5" in row:
+        parts.insert(1, f"top-5 {row['top5']:.2%}")
+    return "  ".join(parts) + f"  ({row['images']:,} images)"

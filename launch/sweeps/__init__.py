@@ -1,0 +1,1 @@
+"""Sweeps: trials, how they are compared, and where they run."""

@@ -1,0 +1,100 @@
+"""The engine in a process of its own: what DeepSpeed makes of the model's parameters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SETUP = """
+import json, sys, tempfile
+from pathlib import Path
+import torch
+from vimscale.recipe import recipe
+from vimscale.runtime import distributed
+from vimscale.runtime.distributed import RankSpec
+
+chosen = recipe.load("vim_digits_cpu", ["parallel.precision=bf16", "parallel.zero=3", "parallel.persist=0"])
+folder = Path(tempfile.mkdtemp())
+spec = RankSpec(chosen, folder, 0, 1, "cpu", 1, f"file://{folder}/meet", "lo")
+distributed.prepare(spec)
+distributed.join(spec)
+
+from deepspeed.accelerator import get_accelerator
+from vimscale.engine.deepspeed_engine import Engine
+from vimscale.errors import RunFailed
+
+cpu = torch.device("cpu")
+"""
+
+SCRIPT = """
+from vimscale.model import mixer
+
+seen = set()
+inner = mixer.bimamba_inner
+
+def watched(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, **settings):
+    seen.update({("xz", str(xz.dtype)), ("dt_bias", str(dt_bias.dtype)), ("A", str(A.dtype)), ("D", str(D.dtype))})
+    return inner(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, **settings)
+
+mixer.bimamba_inner = watched
+
+found = {}
+for fp16 in (True, False):  # what the CPU can do must not show
+    get_accelerator().is_fp16_supported = lambda: fp16
+    for stage in range(4):
+        for precision, persist in (("bf16", 0), ("fp32", 100_000)):
+            seen.clear()
+            changes = [f"parallel.zero={stage}", f"parallel.precision={precision}", f"parallel.persist={persist}"]
+            torch.manual_seed(0)
+            engine = Engine(chosen.model.shape(10), recipe.load("vim_digits_cpu", [*changes, "batch=4"]), cpu)
+            engine.backward(engine.forward(torch.randn(4, 3, 32, 32)).square().mean())
+            engine.step(1e-3)
+            parameters = list(engine.module.parameters())
+            shards = [p.ds_tensor for p in parameters] if stage == 3 else []
+            found[f"fp16={fp16} zero={stage} {precision}"] = {
+                "parameters": sorted({str(p.dtype) for p in parameters + shards}),
+                "updated": sorted({str(f.weight.dtype) for f in engine.fragments}),
+                "moments": sorted({str(engine.moment(f, "exp_avg").dtype) for f in engine.fragments}),
+                "scan": sorted(seen),
+                "sharded": sum(p.numel() for p in parameters) == 0,
+                "weights": [float(f.weight.double().sum()) for f in engine.fragments],
+            }
+print(json.dumps(found))
+"""
+
+
+def _run(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_parameters_states_and_scans_are_fp32_at_every_stage_whether_the_cpu_has_fp16_or_not(tmp_path: Path) -> None:
+    done = _run(SETUP + SCRIPT, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 16
+    single = "torch.float32"
+    for case, what in found.items():
+        assert what["parameters"] == what["updated"] == what["moments"] == [single], case
+        # the activations are what bf16 is for
+        activations = "torch.bfloat16" if case.endswith("bf16") else single
+        assert what["scan"] == [["A", single], ["D", single], ["dt_bias", single], ["xz", activations]], case
+        assert what["sharded"] == case.endswith("zero=3 bf16"), case  # small parameters persist otherwise
+        other = case.replace("fp16=False", "fp16=True")
+        assert what["weights"] == found[other]["weights"], case
+
+
+def test_an_engine_with_a_parameter_that_is_not_fp32_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed's own fallback, which an argument `dtype` meets on a CPU without fp16."""
+    script = """
+import deepspeed, functools
+
+get_accelerator().is_fp16_supported = lambda: False
+deepspeed.zero.Init = functools.partial(deepspeed.zero.Init, dtype=torch.float32)
+try:
+    Engine(chosen.model.shape(10), chosen, cpu)
+except RunFailed as error:
+    print(error)
+"""
+    done = _run(SETUP + script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "holds cls_token in bfloat16 at ZeRO stage 3" in done.stdout

@@ -1,0 +1,221 @@
+"""The plan: bytes and messages as a real engine has them, refusals that say what would do, and no waiting for it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import plan as measuring
+from vimscale.engine import zero_layout
+from vimscale.errors import ClusterError, LaunchError
+from vimscale.estimate import activations, roofline
+from vimscale.estimate.devices import DEVICES, key_of
+from vimscale.estimate.planner import Planner, Target, lanes_and_shards
+from vimscale.estimate.roofline import Fabric
+from vimscale.launch import cluster as clusters
+from vimscale.launch import hardware
+from vimscale.launch.commands import memory_check, plan
+from vimscale.launch.commands.app import app
+from vimscale.model import PRESETS
+from vimscale.recipe import recipe as recipes
+
+HELD = ("parameters", "weights", "optimizer", "ema", "gradients")
+SMALL = ["model.preset=vim_tiny", "model.depth=2", "model.image_size=96", "model.patch_size=16", "steps=60"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[list[dict[str, Any]]]:
+    """Stages 0 to 3 with two micro-batches a step and two ranks; stage 3 once more in bf16, small parameters whole."""
+    shape = ["batch=8", "parallel.micro_batch=2"]
+    cases = [[*shape, f"parallel.zero={zero}", "parallel.persist=0"] for zero in range(4)]
+    return measuring.both([*cases, [*shape, "parallel.zero=3", "parallel.precision=bf16"]], 2)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list[list[dict[str, Any]]]:
+    rules = [("none", 1), ("scan", 2), ("block", 3)]
+    return measuring.both(
+        [[*SMALL, "batch=4", f"parallel.recompute={rule}", f"parallel.zero={zero}"] for rule, zero in rules], 1
+    )
+
+
+def test_predicted_states_are_those_of_a_real_engine_to_the_byte(
+    two_ranks: list[list[dict[str, Any]]], one_rank: list[list[dict[str, Any]]]
+) -> None:
+    for case in two_ranks + one_rank:
+        for row in case:
+            assert {key: row["predicted"][key] for key in HELD} == {key: row["measured"][key] for key in HELD}
+
+
+def test_predicted_communication_is_what_two_ranks_send(two_ranks: list[list[dict[str, Any]]]) -> None:
+    for case in two_ranks:
+        for row in case:
+            for kind in measuring.COLLECTIVES:
+                assert row["predicted"][kind] == pytest.approx(row["measured"][kind], rel=0.05), kind
+
+
+def test_predicted_peak_is_within_a_tenth_of_the_measured_one(one_rank: list[list[dict[str, Any]]]) -> None:
+    for case in one_rank:
+        for row in case:
+            guess, real = (row[kind]["peak"] - row["predicted"]["buckets"] for kind in ("predicted", "measured"))
+            assert guess == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("directions", ["pair*8", "(fwd bi)*4"])
+def test_a_deep_model_is_its_kinds_of_layers_repeated(directions: str) -> None:
+    """A short trace, repeated, against a trace of every layer."""
+    config = dataclasses.replace(PRESETS["vim_tiny"], depth=8, directions=directions, image_size=64)
+    levels: Any = ("none", "none", "scan", "scan", "block", "block", "none", "none")
+    short = activations.passes(config, levels, 2, "fp32", None, "cpu")
+    every = activations._entries(config, levels, 2, "fp32", None, "cpu")
+    whole = activations._added_up(every, list(range(len(every) // 2 - 1)))
+    assert short.kept == pytest.approx(whole.kept, rel=0.01)
+    assert short.peak == pytest.approx(whole.peak, rel=0.01)
+    assert short.with_gradients == pytest.approx(whole.with_gradients, rel=0.01)
+
+
+def test_every_number_of_images_is_near_what_two_of_them_tell() -> None:
+    config = dataclasses.replace(PRESETS["vim_tiny"], depth=3, directions="bi*3")
+    for batch in (2, 12, 48):
+        exact = activations.passes(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
+        near = activations.estimate(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
+        assert near.peak == pytest.approx(exact.peak, rel=0.02)
+        assert near.seconds == pytest.approx(exact.seconds, rel=0.05)
+
+
+def test_more_ranks_hold_less_and_recomputation_keeps_less() -> None:
+    recipe = recipes.load("vim_base_in1k", ["parallel.precision=bf16"])
+    place = Target("h100", DEVICES["h100"], DEVICES["h100"].memory, Fabric(8, 450e9, 400e9), 2.0)
+    planner = Planner(recipe, recipe.model.shape(1000), place, 0)
+    options = {(option.zero, option.recompute): option.need for option in planner.options(8)}
+    for rule in ("none", "scan", "block"):
+        states = [options[zero, rule].held.between_steps for zero in range(4)]
+        assert states[0] > states[1] == states[2] > states[3]
+    assert options[1, "none"].activations > options[1, "scan"].activations > options[1, "block"].activations
+    first, second = planner.outlook(8), planner.outlook(16)
+    assert first.step_s > second.step_s > first.step_s / 2  # communication does not shrink
+    assert first.money == pytest.approx(2.0 * first.rank_hours)
+
+
+def test_an_all_reduce_takes_as_long_as_scattering_and_gathering() -> None:
+    fabric = Fabric(8, 400e9, 50e9)
+    reduced, halves = zero_layout.Sent(10**9, 0, 0, 0), zero_layout.Sent(0, 10**9, 10**9, 0)
+    assert fabric.seconds(reduced, 8) == fabric.seconds(halves, 8) == pytest.approx(2 * 7 / 8 / 400 / roofline.FABRIC)
+    assert fabric.seconds(reduced, 16) > 8 * fabric.seconds(reduced, 8)  # between nodes it is the fabric's
+
+
+def _plan(tmp_path: Path, *arguments: str, cluster: str = "gpu: h100\nfabric: 3200\nprice: 2\n") -> Any:
+    file = tmp_path / "there.yaml"
+    file.write_text(f"backend: slurm\nnodes: 64\ngpus: 8\nruns: /shared/runs\n{cluster}")
+    return CliRunner().invoke(app, ["plan", *arguments, "--on", str(file)])
+
+
+SEVEN = ["batch=4096", "phases=[]", "model.preset=vim_7b", "parallel.precision=bf16", "parallel.micro_batch=4"]
+
+
+def test_seven_billion_parameters_on_512_gpus_are_planned_from_three_layers(tmp_path: Path) -> None:
+    short, _, places = activations._shortened(PRESETS["vim_7b"], ("block",) * 64)
+    assert (len(short.layers), len(places)) == (3, 64)
+    done = _plan(
+        tmp_path, "vim_base_in1k", *SEVEN, "parallel.zero=3", "parallel.recompute=block", "--json", "--gpus", "256,512"
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert found["parameters"] == 7_045_841_896
+    assert found["here"]["world"] == 512
+    assert found["here"]["fits"]
+    assert [row["world"] for row in found["counts"]] == [256, 512]
+
+
+def test_what_cannot_run_is_refused_with_what_would(tmp_path: Path) -> None:
+    done = _plan(tmp_path, "vim_base_in1k", *SEVEN, "parallel.zero=0")
+    assert isinstance(done.exception, LaunchError)
+    assert done.exception.exit_code == 2
+    said = str(done.exception)
+    assert "does not fit h100 on 512 ranks" in said
+    assert "would fit" in said
+    assert "parallel.zero=" in said
+
+
+def test_bad_input_ends_in_one_message(tmp_path: Path) -> None:
+    assert "8,64,512" in str(_plan(tmp_path, "vim_base_in1k", "--gpus", "many").exception)
+    local = clusters.load("local", ["gpus=2"])
+    with pytest.raises(ClusterError, match="which the 2 GPUs of a node are"):
+        plan.prepare(recipes.load("vim_digits_cpu"), local, 2)
+
+
+def test_a_cluster_of_cpus_is_planned_without_times() -> None:
+    done = CliRunner().invoke(app, ["plan", "vim_digits_cpu", "--on", "local", "--gpus", "1,2,4"])
+    assert done.exit_code == 0, done.output
+    assert "152,714" in done.output
+    assert "MFU" not in done.output.partition("a rank, GB")[0]
+
+
+def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
+    recipe = recipes.load("vim_digits_cpu", ["data.lanes=4"])
+    assert lanes_and_shards(recipe, [8], 4, remote=True) == []
+    (few,) = lanes_and_shards(recipe, [8], 8, remote=True)
+    assert "set data.lanes=8" in few
+    (odd,) = lanes_and_shards(recipe, [7], 4, remote=False)
+    assert "no multiple" in odd
+
+
+@pytest.fixture
+def four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "memory", lambda: hardware.Memory(8 * 10**9, 4 * 10**9, False))
+    monkeypatch.setattr(memory_check, "gpus", lambda: 0)
+
+
+@pytest.mark.parametrize("command", [("launch",), ("launch", "--no-ray"), ("lr-range",)])
+def test_what_this_machine_has_no_memory_for_is_refused_before_anything_starts(
+    tmp_path: Path, four_gigabytes: None, command: tuple[str, ...]
+) -> None:
+    changes = ["name=big", "batch=1000000", "steps=100", "epochs=null"]
+    done = CliRunner().invoke(app, [*command, "vim_digits_cpu", *changes, "--workers", "1", "--runs", str(tmp_path)])
+    assert isinstance(done.exception, LaunchError)
+    said = str(done.exception)
+    assert "does not fit this machine (4.0 GB available) on 1 ranks: one needs" in said
+    assert "would fit: parallel.micro_batch=" in said
+    assert "--force" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.directions=bi attn pair*2 cross", "model.depth=5"],
+        ["model.preset=vim_tiny", "model.depth=4", "batch=8"],
+        ["phases=[{step: 0, image_size: 16, batch: 128}, {step: 60, image_size: 64}]"],
+        ["parallel.zero=3", "parallel.persist=0", "parallel.micro_batch=2"],
+    ],
+)
+def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
+    recipe = recipes.load("vim_digits_cpu", [*changes, "steps=100", "epochs=null"])
+    config = recipe.model.shape(10)
+    planner = Planner(recipe, config, Target("here", None, 0, Fabric(2, 1, 1), None), 0)
+    micro, accumulation = recipe.micro_batch(2)
+    need = planner.most(recipe.parallel.zero, recipe.parallel.recompute, micro, accumulation, 2, exact=False)
+    assert memory_check.at_most(recipe, config, 2) > need.total
+
+
+def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
+    job = tmp_path / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    for folder, limit, used, dropped in ((job, "max", 500, 0), (job.parent, "9000", 4000, 1500)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 12\ninactive_file {dropped}\nactive_file 3\n")
+    assert list(hardware._control_groups("0::/slurm/job_7\n", tmp_path)) == [(9000, 2500)]
+    assert list(hardware._control_groups("0::/\n", tmp_path)) == []
+
+
+def test_a_gpu_is_known_by_the_name_that_its_driver_gives_it() -> None:
+    assert key_of("NVIDIA H100 80GB HBM3") == "h100"
+    assert key_of("NVIDIA A10G") == "a10g"
+    assert key_of("NVIDIA A100-SXM4-40GB") == "a100"
+    assert key_of("AMD Instinct MI300X") == "mi300x"
+    assert key_of("NVIDIA GeForce RTX 4090") is None

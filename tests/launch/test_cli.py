@@ -1,0 +1,192 @@
+"""What a user types: wrong input gets one message and a code, and the short commands say what they should."""
+
+import json
+import re
+import socket
+
+import pytest
+
+from tests.support.shell import Shell
+
+LAUNCH = ("launch", "small.yaml", "--no-ray", "--workers", "1")
+
+
+def _without_shard(shell: Shell) -> None:
+    shell.run("data", "digits", "set")
+    (shell.folder / "set/train/00003.tar").unlink()
+
+
+def _runs_is_a_file(shell: Shell) -> None:
+    (shell.folder / "runs").write_text("in the way")
+
+
+def _another_recipe(shell: Shell) -> None:
+    folder = shell.folder / "runs/small/checkpoints"
+    folder.mkdir(parents=True)
+    from vimscale.recipe import recipe
+
+    changed = recipe.load(shell.folder / "small.yaml", ["optim.lr=5e-4"])
+    (folder.parent / "recipe.yaml").write_text(changed.to_yaml())
+    (folder.parent / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 2.0}\n')
+
+
+WRONG = {
+    "an unknown key": ((*LAUNCH, "optim.lrr=1"), None, "optim.lrr: no such key; did you mean lr?"),
+    "a wrong type": ((*LAUNCH, "batch=many"), None, "batch: 'many' is not a whole number"),
+    "an unknown recipe": (("launch", "vim_digts_cpu"), None, "did you mean vim_digits_cpu?"),
+    "a batch that cannot be divided": (
+        (*LAUNCH, "batch=33", "parallel.micro_batch=2"),
+        None,
+        "batch 33 is not a multiple of parallel.micro_batch 2; use batch=32",
+    ),
+    "a batch that the ranks cannot share": (
+        ("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=33"),
+        None,
+        "batch 33 is not a multiple of 2 ranks; use batch=32 or another number of --workers",
+    ),
+    "an image that is no multiple of the patch": ((*LAUNCH, "model.image_size=30"), None, "use 24 or 32"),
+    "a layer of no known kind": (
+        (*LAUNCH, "model.directions=bi by"),
+        None,
+        "'by' is no kind of layer; known: fwd, bwd",
+    ),
+    "more layers than the depth": (
+        (*LAUNCH, "model.directions=bi*3", "model.depth=2"),
+        None,
+        "3 layers are named, depth is 2: this is layer 3\n      bi*3\n      ^",
+    ),
+    "a class token that is not there": (
+        (*LAUNCH, "model.cls_token=none", "model.pool=cls"),
+        None,
+        "use cls_token: middle or pool: mean",
+    ),
+    "weights that are not there": ((*LAUNCH, "model.weights=nowhere"), None, "nowhere does not hold an exported model"),
+    "a budget that cannot be met": (
+        (*LAUNCH, "parallel.recompute=0.001MB"),
+        None,
+        "even with block in every layer",
+    ),
+    "a missing shard": ((*LAUNCH, "data.train=set/train"), _without_shard, "00003.tar is missing"),
+    "a missing data set": ((*LAUNCH, "data.train=nowhere"), None, "data nowhere: nowhere is not there"),
+    "an unwritable run folder": (LAUNCH, _runs_is_a_file, "cannot be written: Not a directory; choose another with"),
+    "a read-only run folder": ((*LAUNCH, "--runs", "/proc/1"), None, "run folder /proc/1/small cannot be written"),
+    "too many workers": (
+        ("launch", "small.yaml", "--workers", "640"),
+        None,
+        "--workers 640: a worker takes one CPU and this machine has",
+    ),
+    "no workers": (("launch", "small.yaml", "--no-ray", "--workers", "0"), None, "--workers 0"),
+    "a Ray address where nobody answers": (
+        ("launch", "small.yaml", "--address", "127.0.0.1:9"),
+        None,
+        "--address 127.0.0.1:9: nobody answers there",
+    ),
+    "a Ray address that is none": (("launch", "small.yaml", "--address", "here"), None, "write HOST:PORT, or auto"),
+    "two places at once": (("launch", "small.yaml", "--no-ray", "--address", "auto"), None, "exclude each other"),
+    "a name that would leave its folder": ((*LAUNCH, "name=../other"), None, "cannot name a folder"),
+    "a folder of another recipe": (LAUNCH, _another_recipe, "optim.lr: 0.0005 -> 0.001"),
+    "a run that is not there": (("evaluate", "nothing"), None, "there are no runs under ./runs"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_one_message_and_code_2(shell: Shell, case: str) -> None:
+    arguments, prepare, expected = WRONG[case]
+    if prepare is not None:
+        prepare(shell)
+    before = {path: path.stat().st_mtime_ns for path in shell.folder.rglob("*") if path.is_file()}
+    output = shell.run(*arguments, expect=2)
+    assert expected in output
+    assert output.count("error: ") == 1
+    assert "Traceback" not in output
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert after == before, "what was there was touched"
+
+
+def test_an_address_of_something_else_than_ray_is_refused(shell: Shell) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        output = shell.run("launch", "small.yaml", "--address", address, expect=2, timeout=60)
+    assert "what answers there is no Ray" in output
+
+
+def test_an_existing_data_set_is_not_written_over(shell: Shell) -> None:
+    shell.run("data", "digits", "set")
+    assert "not empty; give a new one" in shell.run("data", "digits", "set", expect=2)
+
+
+def test_a_cache_that_cannot_be_written_is_named(shell: Shell) -> None:
+    shell.env["XDG_CACHE_HOME"] = "/proc/1"
+    assert "set XDG_CACHE_HOME to a folder" in shell.run(*LAUNCH, expect=2)
+
+
+def test_a_launch_that_was_refused_does_not_bind_the_next_one(shell: Shell) -> None:
+    shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=33", expect=2)
+    shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=16", "steps=10")
+    assert len(shell.losses("small")) == 10
+
+
+def test_a_folder_in_use_is_refused(shell: Shell) -> None:
+    first = shell.popen(*LAUNCH, "steps=3000")
+    while not shell.rows("small"):
+        assert first.poll() is None
+    output = shell.run(*LAUNCH, "steps=3000", expect=2)
+    assert "is in use by a launch" in output
+    first.terminate()
+    shell.finish(first, expect=3)
+
+
+def test_the_data_of_a_run_may_not_be_exchanged_under_it(shell: Shell) -> None:
+    shell.run("data", "digits", "set")
+    shell.run(*LAUNCH, "data.train=set/train", "steps=10")
+    (shell.folder / "runs/small/result.json").unlink()
+    manifest = shell.folder / "set/train/manifest.json"
+    manifest.write_text(manifest.read_text().replace("digits-train", "digits-other"))
+    output = shell.run(*LAUNCH, "data.train=set/train", "steps=10", expect=2)
+    assert "is not what the checkpoint of step 10 was trained on (manifests differ)" in output
+    assert "Traceback" not in output
+
+
+def test_recipes_are_listed_with_what_they_are(shell: Shell) -> None:
+    assert "vim_digits_cpu  A small Vim on 1,797 real scans" in shell.run("recipes")
+
+
+def test_show_prints_the_resolved_recipe_and_what_follows(shell: Shell) -> None:
+    output = shell.run("show", "small.yaml", "optim.lr=3e-4", "parallel.micro_batch=4", "--workers", "2")
+    assert "lr: 0.0003" in output
+    assert re.search(r"micro-batch\s+4 images x 4 micro-steps on 2 ranks", output)
+    assert re.search(r"parameters\s+[\d,]+", output)
+    assert not (shell.folder / "runs").exists()
+
+
+def test_the_schema_is_json(shell: Shell) -> None:
+    assert json.loads(shell.run("schema"))["title"] == "Recipe"
+    assert json.loads(shell.run("schema", "cluster"))["title"] == "Cluster"
+
+
+def test_the_run_folder_holds_what_ran_and_where(shell: Shell) -> None:
+    shell.run(*LAUNCH, "steps=10", "optim.lr=3e-4")
+    folder = shell.folder / "runs/small"
+    from vimscale.recipe import recipe
+
+    assert recipe.load(folder / "recipe.yaml") == recipe.load(
+        shell.folder / "small.yaml", ["steps=10", "optim.lr=3e-4"]
+    )
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith("2.")
+    assert environment["command"][-1] == "optim.lr=3e-4"
+    assert json.loads((folder / "result.json").read_text())["images"] == 359
+    assert list((folder / "tensorboard").glob("events.*"))
+    row = shell.rows("small")[-1]
+    assert {"step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb"} <= row.keys()
+
+
+def test_doctor_says_what_will_run(shell: Shell) -> None:
+    output = shell.run("doctor")
+    assert re.search(r"will run\s+ok", output)
+
+
+def test_help_names_every_command(shell: Shell) -> None:
+    output = shell.run("--help")
+    for command in ("recipes", "show", "schema", "launch", "evaluate", "export", "import", "data", "doctor"):
+        assert re.search(rf"│ {command} ", output)

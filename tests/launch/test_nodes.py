@@ -1,0 +1,67 @@
+"""One run over several nodes, as real as one machine allows: where it can, nodes with addresses of their own."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.support import nodes
+from tests.support.shell import Shell
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@contextmanager
+def _two_nodes(kind: str, shell: Shell) -> Iterator[tuple[str, list[str]]]:
+    """Their address, and what runs a command on the head."""
+    if kind == "one address":
+        with nodes.one_address() as cluster:
+            cluster.add_node(num_cpus=1)
+            yield cluster.address, []
+    else:
+        _skip_without_namespaces()
+        with nodes.own_addresses(2, shell.env) as own:
+            yield own.address, own.inside(0)
+
+
+def _skip_without_namespaces() -> None:
+    if (why := nodes.why_not()) is not None:
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize("kind", ["one address", "own addresses"])
+def test_two_nodes_compute_to_the_bit_what_one_does(shell: Shell, kind: str) -> None:
+    with _two_nodes(kind, shell) as (address, inside):
+        for stage in (("parallel.zero=2",), ("parallel.zero=3", "parallel.persist=0")):
+            shell.run("launch", "small.yaml", "name=one", *stage, "--no-ray", "--workers", "2")
+            far = ("launch", "small.yaml", "name=two", *stage, "--address", address, "--workers", "2")
+            output = shell.finish(shell.popen(*far, inside=inside))
+            assert "two: 2 ranks on the Ray at" in output
+            assert shell.losses("two") == shell.losses("one"), stage
+            for name in ("one", "two"):
+                (shell.folder / "runs" / name).rename(shell.folder / f"runs/{name}-{stage[0]}")
+
+
+def test_a_run_outlives_a_cut_link_and_takes_the_node_back(shell: Shell) -> None:
+    _skip_without_namespaces()
+    options = ("steps=600", "checkpoint.every=20", "checkpoint.keep=100", "log.every=10")
+    shell.run("launch", "small.yaml", "name=calm", *options, "--no-ray", "--workers", "2")
+    shell.env.update(nodes.QUICK_DEATHS)
+    with nodes.own_addresses(2, shell.env) as own:
+        far = ("launch", "small.yaml", *options, "--address", own.address, "--workers", "1:2")
+        process = shell.popen(*far, inside=own.inside(0))
+        shell.reaches(process, "small", 50)
+        own.cut(1)
+        shell.reaches(process, "small", 80)
+        own.mend(1)
+        own.start(1)
+        output = shell.finish(process)
+    assert "small: 2 ranks on the Ray" in output
+    assert re.search(r"rank \d: process \d+ died with its node; starting again", output)
+    assert "there is room for 2 ranks by now" in output
+    logs = shell.folder / "runs/small/logs"
+    assert re.findall(r"rank 0 of (\d)", (logs / "rank_00000.txt").read_text()) == ["2", "1", "2"]
+    ours, theirs = shell.losses("small"), shell.losses("calm")
+    # sums in another order while there is one rank
+    assert max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)) < 1e-5

@@ -1,0 +1,105 @@
+"""Our model gives what the original Vision Mamba code gave, logits and every gradient, on its own random weights.
+
+The outputs were recorded from hustvl/Vim and live beside the checkout, not in it.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from vimscale.model import PRESETS, VisionMamba
+from vimscale.model.published.arguments import complete, config_of
+from vimscale.model.published.weights import PUBLISHED, from_published, guess, published_config, to_published
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+CASES = ("v2_midcls_div2", "v2_headcls_sum", "v2_meanpool", "none_midcls", "v2_stride4")
+PARAMETERS = {"vim_tiny": 7_148_008, "vim_small": 25_796_584, "vim_base": 97_598_440}
+
+
+def _recorded(case: str) -> tuple[dict, dict[str, Tensor]]:
+    path = GOLDEN / f"{case}.safetensors"
+    if not path.exists():
+        pytest.skip(f"recorded outputs of the original code are not at {GOLDEN}")
+    with safe_open(path, "pt") as golden:
+        tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118  safe_open is no dict
+        return json.loads(golden.metadata()["config"]), tensors
+
+
+def _below(tensors: dict[str, Tensor], folder: str) -> dict[str, Tensor]:
+    return {key.removeprefix(folder): value for key, value in tensors.items() if key.startswith(folder)}
+
+
+def _close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
+    assert ours.shape == theirs.shape, what
+    off = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
+    assert off < bound, f"{what} is off by {off:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
+    published, tensors = _recorded(case)
+    model = from_published(published, _below(tensors, "state/"))
+    assert type(model) is VisionMamba
+
+    logits = model(tensors["image"])
+    features = model.forward_features(tensors["image"])
+    F.cross_entropy(logits, tensors["target"]).backward()
+
+    # fp32 sums in another order over four layers; gradients sum over tokens and images too
+    _close(logits.detach(), tensors["logits"], 1e-5, "logits")
+    _close(features.detach(), tensors["features"], 1e-5, "features")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            parameter.copy_(parameter.grad)
+    gradients = to_published(model)
+    expected = _below(tensors, "grad/")
+    assert gradients.keys() == expected.keys()
+    for key, value in expected.items():
+        _close(gradients[key], value, 1e-4, key)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_states_go_in_and_out_bit_by_bit(case: str) -> None:
+    published, tensors = _recorded(case)
+    state = _below(tensors, "state/")
+    model = from_published(published, state)
+    again = to_published(model)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    arguments = published_config(model)
+    without_effect = {"final_pool_type"} | ({"use_middle_cls_token"} if not published["if_cls_token"] else set())
+    assert {k: arguments[k] for k in published.keys() - without_effect} == {
+        k: v for k, v in published.items() if k not in without_effect
+    }
+
+
+def _published_shapes() -> dict[str, dict]:
+    path = GOLDEN / "published_state_dicts.json"
+    if not path.exists():
+        pytest.skip(f"the published shapes are not at {GOLDEN}")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "small_patch16_stride8" not in name and "vim" in name])
+def test_published_keys_and_shapes_are_exactly_theirs(name: str) -> None:
+    theirs = _published_shapes()[name]
+    with torch.device("meta"):
+        ours = to_published(VisionMamba(config_of(complete(PUBLISHED[name]))))
+    assert {key: list(value.shape) for key, value in ours.items()} == theirs["state_dict"]
+    assert sum(value.numel() for value in ours.values()) == theirs["parameters"]
+    guessed, taken = guess(ours)
+    assert guessed == complete(PUBLISHED[name])
+    assert "if_divide_out True" in taken
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
+    with torch.device("meta"):
+        ours = to_published(VisionMamba(PRESETS[preset]))
+    assert sum(value.numel() for value in ours.values()) == PARAMETERS[preset]

@@ -1,0 +1,153 @@
+"""Recipes: what is read, what is laid over what, and what is said of faults."""
+
+from pathlib import Path
+
+import pytest
+
+from vimscale.errors import RecipeError
+from vimscale.model import VimConfig
+from vimscale.recipe import recipe, sections
+from vimscale.recipe.recipe import Recipe
+
+
+def _faults(source: str | Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(source, overrides)
+    return caught.value.faults
+
+
+def _file(folder: Path, name: str, text: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_loads_and_opens_with_what_it_is(name: str) -> None:
+    assert recipe.load(name).name == name
+    assert recipe.shipped()[name].read_text().startswith("# ")
+    assert f"vimscale launch {name}" in recipe.shipped()[name].read_text()
+
+
+def test_numbers_may_be_written_as_people_write_them() -> None:
+    loaded = recipe.load("vim_digits_cpu", ["optim.lr=1e-4", "steps=5_000", "batch=1e2", "optim.ema=.5"])
+    assert (loaded.optim.lr, loaded.steps, loaded.batch, loaded.optim.ema) == (1e-4, 5000, 100, 0.5)
+
+
+def test_a_length_in_steps_replaces_one_in_epochs() -> None:
+    loaded = recipe.load("vim_digits_cpu", ["steps=70"])
+    assert (loaded.steps, loaded.epochs, loaded.length(1438)) == (70, None, 70)
+    assert recipe.load("vim_digits_cpu", ["epochs=2", "optim.warmup=0"]).length(1438) == 45
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
+    with pytest.raises(RecipeError, match="50 must be below the 45 steps that 2 epochs are"):
+        recipe.load("vim_digits_cpu", ["epochs=2"]).length(1438)
+
+
+def test_all_faults_are_reported_at_once_each_with_a_way_out() -> None:
+    faults = _faults(
+        "vim_digits_cpu",
+        "optim.lrr=3",
+        "batch=true",
+        "parallel.zero=4",
+        "data.workers=-1",
+        "modell.depth=3",
+        "name=a; rm -rf ~",
+        "nonsense",
+        "optim.lr=fast",
+    )
+    text = "\n".join(faults)
+    assert len(faults) == 8
+    for expected in (
+        "optim.lrr: no such key; did you mean lr?",
+        "batch: true is not a whole number",
+        "parallel.zero: 4 is not one of 0, 1, 2 or 3",
+        "data.workers: -1 must be at least 0",
+        "modell: no such key; did you mean model?",
+        "name: 'a; rm -rf ~' cannot name a folder",
+        "'nonsense' is no override; write section.key=value",
+        "optim.lr: 'fast' is not a number",
+    ):
+        assert expected in text
+
+
+def test_rules_between_keys_are_checked_together() -> None:
+    faults = _faults("vim_digits_cpu", "steps=30", "optim.warmup=100", "optim.min_lr=1", "parallel.micro_batch=48")
+    assert len(faults) == 3
+    assert faults[-1] == "batch 64 is not a multiple of parallel.micro_batch 48; use batch=48"
+
+
+def test_a_wrong_direction_is_shown_with_a_caret() -> None:
+    (fault,) = _faults("vim_digits_cpu", "model.directions=bi*3 fwdd")
+    assert fault.splitlines()[1:] == ["    bi*3 fwdd", "         ^"]
+
+
+def test_image_size_must_be_a_multiple_of_the_patch() -> None:
+    (fault,) = _faults("vim_digits_cpu", "model.image_size=30")
+    assert fault == "model: image_size 30 is not a multiple of patch_size 8; use 24 or 32"
+
+
+def test_the_base_lies_below_and_is_merged_section_by_section(tmp_path: Path) -> None:
+    _file(tmp_path, "below", "steps: 10\ndata: {train: a, val: b}\noptim: {lr: 1e-3, clip: null}\n")
+    loaded = recipe.load(_file(tmp_path, "top", "base: below\nname: top\nepochs: 2\noptim: {lr: 2e-3}\n"))
+    assert (loaded.optim.lr, loaded.optim.clip, loaded.data.val, loaded.steps) == (2e-3, None, "b", None)
+
+
+def test_a_shipped_recipe_can_be_a_base(tmp_path: Path) -> None:
+    loaded = recipe.load(_file(tmp_path, "mine", "base: vim_digits_cpu\nname: mine\n"))
+    assert loaded.model.preset == "vim_digits"
+
+
+def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    _file(tmp_path, "a", "base: b\n")
+    (fault,) = _faults(_file(tmp_path, "b", "base: a\n"))
+    assert "circle: b -> a -> b" in fault
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    (fault,) = _faults(_file(tmp_path, "twice", "name: x\nsteps: 1\noptim:\n  lr: 1\n  lr: 2\n"))
+    assert "line 5: key 'lr' is given twice" in fault
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "name: [\n", "just words"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    assert len(_faults(_file(tmp_path, "odd", text))) == 1
+
+
+def test_what_has_no_default_is_asked_for(tmp_path: Path) -> None:
+    faults = _faults(_file(tmp_path, "empty", "seed: 1\n"))
+    assert [fault.split(":")[0] for fault in faults] == ["name", "data"]
+
+
+def test_an_unknown_recipe_suggests_a_known_one() -> None:
+    assert "did you mean vim_digits_cpu?" in _faults("vim_digit_cpu")[0]
+
+
+def test_the_batch_is_divided_among_ranks_or_refused() -> None:
+    loaded = recipe.load("vim_digits_cpu", ["parallel.micro_batch=8"])
+    assert loaded.micro_batch(2) == (8, 4)
+    assert recipe.load("vim_digits_cpu").micro_batch(4) == (16, 1)
+    with pytest.raises(RecipeError, match="64 is not a multiple of 3 ranks; use batch=63 or another number"):
+        recipe.load("vim_digits_cpu").micro_batch(3)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    loaded = recipe.load("vim_digits_cpu", ["optim.lr=3e-5"])
+    assert recipe.load(_file(tmp_path, "resolved", loaded.to_yaml())) == loaded
+
+
+def test_every_key_of_the_model_section_is_one_of_the_models_own() -> None:
+    keys = set(recipe.Model.model_fields) - {"preset", "weights"}
+    assert keys == {name for name in VimConfig.__dataclass_fields__ if name not in ("num_classes", "layers")}
+
+
+def test_depth_and_directions_follow_each_other() -> None:
+    assert sections.Model(preset="vim_tiny", depth=2).shape(10).directions == "bi*2"
+    assert sections.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = Recipe.model_json_schema()
+    assert schema["properties"]["batch"]["description"].startswith("Images a step")
+    assert schema["additionalProperties"] is False

@@ -1,0 +1,152 @@
+"""A run of two ranks with an injected fault: `python -m tests.support.injected FOLDER WORLD FAULT [KEY=VALUE]...`.
+
+Nothing in the package helps with it: a rank wraps methods of its own process before it trains. stopped_at_STEP is no
+fault but a request to stop when that step is done, which the ranks agree on in the next one.
+"""
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.support.shell import SMALL
+from vimscale.recipe import recipe as recipes
+from vimscale.runtime.distributed import RankSpec
+from vimscale.runtime.heartbeat import heartbeat
+
+BAD = range(25, 29)
+"""Steps, counted from 1, whose data are bad in the faults of batches; once passed over they do not come again."""
+
+
+def main(folder: Path, world: int, fault: str, changes: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "meet").unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, world, folder, fault, changes)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+
+
+def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -> None:
+    from vimscale.errors import RunFailed
+    from vimscale.runtime import distributed
+
+    chosen = recipes.load(str(folder / "small.yaml"), changes)
+    spec = RankSpec(chosen, folder / "run", rank, world, "cpu", 1, f"file://{folder}/meet", "lo")
+    distributed.prepare(spec)
+    distributed.join(spec)
+    from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.loop import train
+
+    logging.disable(logging.WARNING)
+    if rank == 0:
+        RunFolder(spec.folder).claim(chosen)
+    dist.barrier()
+    stops = [int(name.removeprefix("stopped_at_")) for name in fault.split() if name.startswith("stopped_at_")]
+    for name in fault.split():
+        if not name.startswith("stopped_at_"):
+            FAULTS[name](rank)
+    try:
+        train(spec, lambda event: None, lambda: heartbeat.step in stops)
+    except RunFailed as error:
+        if rank == 0:
+            print(json.dumps({"failed": str(error)}), flush=True)
+        sys.exit(1)
+    distributed.leave()
+
+
+def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> None:
+    """Change the images of the last rank wherever they are what an undisturbed run reads in those steps."""
+    from vimscale.data.prefetch import Prefetcher
+
+    prepare = Prefetcher.prepare
+
+    def changed(self: Any, batch: Any) -> Any:
+        images, targets = prepare(self, batch)
+        here = batch.places and (bad.start - 1) * 32 <= batch.places[-1].position < (bad.stop - 1) * 32
+        return (change(images) if here else images), targets
+
+    if rank == dist.get_world_size() - 1:
+        Prefetcher.prepare = changed  # type: ignore[method-assign]
+
+
+def _spike_in_batches(rank: int) -> None:
+    """Batches in BAD make what the head reads a thousand times as large."""
+    from vimscale.engine.deepspeed_engine import Engine
+
+    seen: list[Any] = []
+    _in_batches(rank, lambda images: (seen.append(images), images)[1])
+    start = Engine.__init__
+
+    def scaled(module: Any, inputs: Any) -> Any:
+        if seen:
+            seen.clear()
+            return (inputs[0] * 1000,)
+        return inputs
+
+    def changed(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.module.head.register_forward_pre_hook(scaled)
+
+    Engine.__init__ = changed  # type: ignore[method-assign]
+
+
+def _once(step: int, before_forward: Callable[[Any], None]) -> None:
+    """Do something in the forward of that step, counted from 1, and never again."""
+    from vimscale.engine.deepspeed_engine import Engine
+
+    backward, calls = Engine.backward, 0
+
+    def changed(self: Any, loss: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            before_forward(self)
+        backward(self, loss)
+
+    Engine.backward = changed  # type: ignore[method-assign]
+
+
+def _nan_in_a_gradient(rank: int) -> None:
+    def harm(engine: Any) -> None:
+        if rank == 0:
+            parameter = engine.module.head.weight
+            handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
+
+    _once(25, harm)
+
+
+def _nan_in_a_weight(rank: int) -> None:
+    def harm(engine: Any) -> None:
+        for fragment in engine.fragments:
+            if fragment.name == "head.weight":
+                fragment.weight[:1] = math.nan
+        engine.publish([fragment.weight for fragment in engine.fragments])
+
+    _once(25, harm)
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "nan_in_batches": lambda rank: _in_batches(rank, lambda images: images * math.nan),
+    "spike_in_batches": _spike_in_batches,
+    "nan_from_a_step_on": lambda rank: _in_batches(rank, lambda images: images * math.nan, range(25, 1000)),
+    "killed_at_35": lambda rank: _once(35, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
+    "killed_at_52": lambda rank: _once(52, lambda engine: os.kill(os.getpid(), signal.SIGKILL)),
+    "nan_in_a_gradient": _nan_in_a_gradient,
+    "nan_in_a_weight": _nan_in_a_weight,
+}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,0 +1,118 @@
+"""Commands on a run that was copied away from its data: what they need is in the run."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.support.shell import SMALL
+from vimscale.checkpoint.load import TrainState
+from vimscale.checkpoint.save import write_state
+from vimscale.data.dataset import Dataset
+from vimscale.data.training_set import TrainingSet
+from vimscale.errors import DataError, RecipeError
+from vimscale.launch.commands.app import app
+from vimscale.launch.supervise.progress import figures
+from vimscale.model import VisionMamba
+from vimscale.objectives import classification
+from vimscale.recipe import recipe
+from vimscale.runtime import manifest, run_folder
+from vimscale.runtime.run_folder import RunFolder
+
+NAMES = tuple(f"a {number}" for number in range(10))
+DATA = ("data.train=../data/train", "data.val=../data/val")
+
+
+def _train(site: Path, **changes: Any) -> None:
+    """A run of one checkpoint, as training writes it, beside its data."""
+    chosen = recipe.load(site / "small.yaml", DATA)
+    run = RunFolder(site / "runs/small")
+    checkpoint = run.checkpoints / run_folder.checkpoint_name(5)
+    checkpoint.mkdir(parents=True)
+    (run.path / "recipe.yaml").write_text(chosen.to_yaml())
+    training_set = TrainingSet.open(chosen.data)
+    torch.manual_seed(1)
+    state = VisionMamba(chosen.model.shape(len(training_set.manifest.classes))).state_dict()
+    write_state(
+        checkpoint / "state-00000-of-00001.safetensors", {f"weight/{k}@0": v.flatten() for k, v in state.items()}
+    )
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    about = {"training_set": training_set.about} | changes
+    train_state = asdict(TrainState(5, {}, 5, shapes, 1, 1, ema=False, **about))
+    (checkpoint / "trainer.json").write_text(
+        json.dumps({k: v for k, v in train_state.items() if k != "training_set" or v})
+    )
+    manifest.write(checkpoint, [manifest.seal(path) for path in sorted(checkpoint.iterdir())])
+
+
+@pytest.fixture
+def site(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run is; the data, whose classes and mean nobody could guess, are beside it in ../data."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "small.yaml").write_text(SMALL)
+    monkeypatch.chdir(site)
+    for split in ("train", "val"):
+        shutil.copytree(digits / split, tmp_path / "data" / split)
+        changed = replace(Dataset.open(str(tmp_path / "data" / split)).manifest, classes=NAMES, mean=(0.1, 0.2, 0.3))
+        (tmp_path / "data" / split / "manifest.json").write_text(changed.to_json())
+    return site
+
+
+def _said(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hustvl"])
+def test_a_run_far_from_its_data_is_exported_as_beside_them(site: Path, to: str) -> None:
+    _train(site)
+    _said("export", "small", "--to", to, "--output", "here")
+    (site.parent / "data").rename(site.parent / "elsewhere")
+    assert "the same logits on 8 images" in _said("export", "small", "--to", to, "--output", "there")
+    for name in ("config.json", "model.safetensors" if to == "safetensors" else "model.pth"):
+        assert (site / "there" / name).read_bytes() == (site / "here" / name).read_bytes()
+    if to == "safetensors":
+        config = json.loads((site / "there/config.json").read_text())
+        assert (config["classes"], config["mean"]) == (list(NAMES), [0.1, 0.2, 0.3])
+
+
+def test_an_evaluation_needs_the_validation_set_alone_wherever_it_is(site: Path) -> None:
+    _train(site)
+    shutil.rmtree(site.parent / "data/train")
+    before = _said("evaluate", "small")
+    (site.parent / "data/val").rename(site.parent / "moved")
+    assert _said("evaluate", "small", "data.val=../moved") == before
+    with pytest.raises(DataError, match=r"(?s)\.\./data/val is not there.*data\.val=\.\.\. names another"):
+        _said("evaluate", "small")
+
+
+@pytest.mark.parametrize("change", ["model.d_model=64", "data.train=../moved", "optim.lr=1"])
+def test_an_evaluation_changes_nothing_of_the_model(site: Path, change: str) -> None:
+    _train(site)
+    with pytest.raises(RecipeError, match=rf"{change.partition('=')[0]}: an evaluation may change data\.val, "):
+        _said("evaluate", "small", change)
+
+
+def test_a_run_from_before_this_was_kept_reads_its_training_set(site: Path) -> None:
+    _train(site, training_set={})
+    _said("export", "small")
+    assert json.loads((site / "runs/small/export/config.json").read_text())["classes"] == list(NAMES)
+    (site.parent / "data").rename(site.parent / "elsewhere")
+    with pytest.raises(DataError, match=r"\.\./data/train is not there"):
+        _said("export", "small")
+
+
+@pytest.mark.parametrize(("classes", "told"), [(4, False), (5, False), (6, True)])
+def test_top_5_of_few_classes_is_not_told(classes: int, told: bool) -> None:
+    logits = torch.eye(classes)
+    found = classification.figures(classification.sums(logits, torch.arange(classes), torch.ones(classes)), classes)
+    assert ("top5" in found, "top-5" in figures(found)) == (told, told)
+    assert found["top1"] == 1.0
+    assert "top-1 100.00%" in figures(found)

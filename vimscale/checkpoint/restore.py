@@ -1,0 +1,41 @@
+"""The model of a checkpoint, and the training set that it was trained on."""
+
+from vimscale.checkpoint.load import TrainState, consolidated, read_train_state
+from vimscale.data.shards.manifest import Manifest
+from vimscale.data.training_set import TrainingSet
+from vimscale.model import VisionMamba
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
+
+
+def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba, Recipe, Manifest, int]:
+    """The model of a run's checkpoint on the CPU, ready to evaluate: (model, recipe, training manifest, step). The
+    manifest names no shards, and the training set itself need not be there.
+
+    The moving average is taken where there is one, unless `raw`.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        DataError: an old checkpoint does not say what it was trained on, and the training set cannot be read.
+    """
+    recipe = run.recipe()
+    folder = run.newest_checkpoint(step)
+    train_state = read_train_state(folder)
+    manifest = trained_on(train_state, recipe)
+    model = VisionMamba(recipe.model.shape(len(manifest.classes)))
+    model.backward = model.config.backward_at(train_state.step)
+    model.load_state_dict(consolidated(folder, "ema" if train_state.ema and not raw else "weight"))
+    return model.eval(), recipe, manifest, train_state.step
+
+
+def trained_on(train_state: TrainState, recipe: Recipe) -> Manifest:
+    """Name, classes, mean and deviation of the training set, as the checkpoint has them.
+
+    Raises:
+        DataError: an old checkpoint does not have them, and the training set cannot be read.
+    """
+    about = train_state.training_set
+    if not about:
+        return TrainingSet.open(recipe.data).manifest
+    classes, mean, std = (tuple(about[key]) for key in ("classes", "mean", "std"))
+    return Manifest(name=about["name"], classes=classes, shards=(), mean=mean, std=std)

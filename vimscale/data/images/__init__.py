@@ -1,0 +1,1 @@
+"""Pixels: decoding, augmentation, its policies, and mixing of images."""

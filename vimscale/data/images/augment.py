@@ -1,0 +1,87 @@
+"""What is done to one image on the host, in uint8: a pure function of the image and the sample's own generator."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimscale.data.images import policies
+from vimscale.recipe.sections import Augment
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+def for_training(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
+    """Random resized crop (arXiv:1409.4842), flip, policy, colour jitter: uint8 (3, h, w) -> (3, *size)."""
+    if augment.crop_min < 1:
+        image = _random_crop(image, size, augment, rng)
+    image = _resize(image, *size)
+    if rng.random() < augment.flip:
+        image = image.flip(-1)
+    return policies.apply(image, augment.policy, augment.jitter, rng)
+
+
+def for_evaluation(image: Tensor, size: Size) -> Tensor:
+    """Resized so that `size` / 0.875 fits in, and its centre, as published; an image of just `size` stays as it is."""
+    height, width = image.shape[1:]
+    if (height, width) == size:
+        return image
+    scale = max(size[0] / height, size[1] / width) / 0.875
+    image = _resize(image, max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+    top, left = (image.shape[1] - size[0]) // 2, (image.shape[2] - size[1]) // 2
+    return image[:, top : top + size[0], left : left + size[1]]
+
+
+def buckets(size: Size, patch: int, count: int) -> list[Size]:
+    """The shapes of images that may keep their aspect ratio, from the widest to the tallest.
+
+    `count` ratios from 1:2 to 2:1, even in their logarithm: an odd count keeps the square. Sides are multiples of
+    `patch`; areas are at most that of `size` and near it. Ratios that so become one shape count once.
+    """
+    if count == 1:
+        return [size]
+    patches = (size[0] // patch) * (size[1] // patch)
+    fitting = [(rows, patches // rows) for rows in range(1, patches + 1) if patches // (patches // rows) == rows]
+    wide = [bucket_for(2**octave, 1, fitting) for octave in np.linspace(-1, 1, count)[: count // 2].tolist()]
+    square = [(math.isqrt(patches), math.isqrt(patches))] * (count % 2)
+    shapes = dict.fromkeys([*wide, *square, *((columns, rows) for rows, columns in reversed(wide))])
+    return [(rows * patch, columns * patch) for rows, columns in shapes]
+
+
+def bucket_for(height: float, width: float, shapes: Iterable[Size]) -> Size:
+    """The shape whose aspect ratio is nearest to height x width, in its logarithm; the first of equals."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+
+
+def _random_crop(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
+    """A part of the image, about as wide to its height as `size`."""
+    height, width = image.shape[1:]
+    wide = size[1] / size[0]
+    for _ in range(10):
+        share, stretch, down, right = rng.random(4).tolist()
+        area = height * width * (augment.crop_min + (1 - augment.crop_min) * share)
+        aspect = wide * augment.aspect_max ** (2 * stretch - 1)
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
+            return image[:, top : top + h, left : left + w]
+    # ten tries did not fit: the largest central part of that shape
+    h, w = min(height, max(round(width / wide), 1)), min(width, max(round(height * wide), 1))
+    top, left = (height - h) // 2, (width - w) // 2
+    return image[:, top : top + h, left : left + w]
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    if image.shape[1:] == (height, width):
+        return image
+    # antialiased bicubic on uint8: within 2/255 of Pillow's
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (b, 3, h, w) on any device -> fp32, per channel (image / 255 - mean) / std."""
+    return images.to(torch.float32).div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])

@@ -1,0 +1,77 @@
+"""Batches on the device, one ahead of the step: copied on a stream of their own, normalised and mixed there."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vimscale.data.images import augment, mix
+from vimscale.data.shards.manifest import Manifest
+from vimscale.data.stream import Batch
+
+
+class Prefetcher:
+    """What the model is given, batch after batch."""
+
+    def __init__(self, batches: Iterator[Batch], manifest: Manifest, device: torch.device):
+        self._batches, self._device = batches, device
+        self._classes = len(manifest.classes)
+        self._mean, self._std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: Batch | None = None
+        self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waited = 0.0
+
+    def take(self) -> tuple[Tensor | list[Tensor], Tensor, Batch]:
+        """(images fp32, labels or soft targets, the batch they are of)."""
+        if self._next is None:
+            self.ahead()
+        batch, self._next = self._next, None
+        assert batch is not None
+        if self._copies is not None:
+            now = torch.cuda.current_stream(self._device)
+            now.wait_stream(self._copies)
+            for tensor in (*batch.images, batch.labels) if batch.packed else (batch.images, batch.labels):
+                tensor.record_stream(now)
+            if self._idle:
+                self._idle[-1][1].record(now)
+        return *self.prepare(batch), batch
+
+    def prepare(self, batch: Batch) -> tuple[Tensor | list[Tensor], Tensor]:
+        """(images fp32, labels or soft targets) of a batch on the device."""
+        if isinstance(batch.images, list):
+            return [augment.normalise(image, self._mean, self._std) for image in batch.images], batch.labels
+        images = augment.normalise(batch.images, self._mean, self._std)
+        return mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
+
+    def ahead(self) -> None:
+        """Read the next batch and start its copy; to be called when the device has been given its work, so that it
+        computes meanwhile. At the end of the stream nothing happens.
+        """
+        if self._copies is None:
+            asked = time.perf_counter()
+            self._next = next(self._batches, None)
+            self._waited += time.perf_counter() - asked
+            return
+        # the device waits from the end of its work to the start of the next
+        ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        ends[0].record(torch.cuda.current_stream(self._device))
+        batch = next(self._batches, None)
+        if batch is not None:
+            self._idle.append(ends)
+            with torch.cuda.stream(self._copies):
+                self._next = batch.to(self._device)
+
+    def tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+    def waited(self) -> float:
+        """Seconds since the last call that the device stood still for want of data. Waits for the device."""
+        if self._idle:
+            torch.cuda.synchronize(self._device)
+            # the last pair may not have ended: its batch has not been taken
+            ended, self._idle = (self._idle, []) if self._next is None else (self._idle[:-1], self._idle[-1:])
+            self._waited += sum(begin.elapsed_time(end) for begin, end in ended) / 1000
+        waited, self._waited = self._waited, 0.0
+        return waited

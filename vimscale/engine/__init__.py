@@ -1,0 +1,1 @@
+"""All that knows DeepSpeed: the engine, the layout of ZeRO shards, the optimizer, recomputation."""

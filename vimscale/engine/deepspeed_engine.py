@@ -1,0 +1,301 @@
+"""DeepSpeed: the only file that imports it.
+
+Whatever the ZeRO stage, the engine shows each rank's share of the training state as *fragments*: stretches of single
+parameters, with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints and the moving average are
+written in terms of fragments, which is why they know neither stage nor world size.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vimscale.engine import optim
+from vimscale.engine.zero_layout import BUCKET
+from vimscale.errors import RunFailed
+from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.cost import parameters
+from vimscale.recipe.recipe import Recipe
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Judge = Callable[[Tensor], Tensor]
+"""From the norm of a step's gradient to 1 where its update is to be left out, 0 elsewhere: fp32 (), on the device."""
+
+
+def ds_config(recipe: Recipe, world: int, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for this recipe and a model of `numel` parameters on that many ranks. What is not named
+    here is not used.
+    """
+    micro, accumulation = recipe.micro_batch(world)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optim.clip or 0.0,  # absent would mean 1.0
+        # room for as much is made, whether or not there are so many gradients
+        "zero_optimization": {"stage": recipe.parallel.zero, "reduce_bucket_size": min(BUCKET, numel)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if recipe.parallel.zero == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = recipe.parallel.persist
+    if recipe.parallel.precision == "bf16":
+        # fp32 parameters with bf16 compute; DeepSpeed's "bf16" engine would cast the parameters themselves
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """While it lasts sharded parameters are whole; then each rank keeps its share of what rank 0 has put into them."""
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of the flattened parameter `name`, held by this rank."""
+
+    name: str
+    start: int
+    numel: int
+    owned: bool
+    """Whether this rank is the one that saves it: at stage 0 all ranks hold everything."""
+    weight: Tensor
+    """fp32 (numel), a view of what the optimizer updates"""
+    flat: Tensor
+    """The tensor that the optimizer knows, and where in it this fragment lies."""
+    offset: int
+
+
+class Engine:
+    """A model under training: forward, backward, update, and its state as fragments."""
+
+    def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device):
+        """Builds the model. At stage 3 its parameters are sharded as each module is made and initialised one module at
+        a time, so that no rank ever holds all of them.
+        """
+        world = dist.get_world_size()
+        settings = ds_config(recipe, world, parameters(config))
+        # Built at every start otherwise, 40 s, and with ninja only; gloo does its work. No public switch.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.stage = recipe.parallel.zero
+        self.device = device
+        if self.stage == 3:
+            # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without it,
+            # settings that enable neither mean fp32.
+            with deepspeed.zero.Init(config_dict_or_path=settings):
+                model = VisionMamba(config, gather=_whole)
+        else:
+            model = VisionMamba(config).to(device)
+        with torch.device("meta"):  # of a sharded parameter only the name can be read
+            no_decay = VisionMamba(config).no_decay()
+        adamw = optim.optimizer(model, no_decay, recipe.optim, fused=True)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+        self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
+        self._parameters = dict(self._engine.module.named_parameters())
+        self._check_fp32()
+        self.fragments = list(self._fragments())
+        self._judge: Judge | None = None
+        self.broken_gradients: Callable[[], list[str]] = list
+        """Names the parameters whose gradient of the last step was not finite, of those this rank knows of. Waits for
+        the device; what was bound before the next step still tells of this one.
+        """
+        self._adamw.register_step_pre_hook(self._before_update)
+        if recipe.optim.backward_lr != 1:
+            optim.scale_updates(self._adamw, list(self._backward_stretches()), recipe.optim.backward_lr)
+
+    def _check_fp32(self) -> None:
+        """Raises:
+        RunFailed: DeepSpeed holds some parameter, or this rank's share of it, in another type than fp32.
+        """
+        for name, p in self._parameters.items():
+            held = {p.dtype, p.ds_tensor.dtype} if self.stage == 3 else {p.dtype}
+            if held != {torch.float32}:
+                found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
+                raise RunFailed(
+                    f"DeepSpeed {deepspeed.__version__} holds {name} in {found} at ZeRO stage {self.stage}, and"
+                    " vimscale trains fp32 parameters only; set parallel.zero=2, or install the DeepSpeed of"
+                    " constraints.txt"
+                )
+
+    @property
+    def module(self) -> VisionMamba:
+        return self._engine.module
+
+    def forward(
+        self, images: Tensor | list[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
+    ) -> Tensor:
+        """Logits (b, classes); the arguments are those of `VisionMamba.forward`."""
+        return self._engine(images, draws, backward)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float, judge: Judge | None = None) -> None:
+        """To be called after every micro-batch; updates the weights after the last one of a step, if `judge`, asked
+        once by every rank, has nothing against it. An update that is left out changes no weight, moment or count.
+        """
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        self._judge = judge
+        if self.stage == 0:
+            grads = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+            names, norms = list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
+            self._norm: Any = torch.linalg.vector_norm(norms)
+            self.broken_gradients = lambda: [
+                name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)
+            ]
+        else:
+            shares = list(self._gradient_shares())
+        self._engine.step()
+        if self.stage > 0:
+            # DeepSpeed looks for what is not finite itself, waits for the answer, and asks the optimizer for nothing
+            overflow = self._engine.optimizer.overflow
+            broken = [name for name, grad in shares if not grad.isfinite().all()] if overflow else []
+            self.broken_gradients = lambda: broken
+            if self._judge is not None:
+                self._judge(torch.full((), math.inf, device=self.device))
+                if not self._adamw.state:
+                    self.restore_moments(0)
+        self._judge = None
+
+    def _before_update(self, *_: Any) -> None:
+        """The optimizer is about to be called: at stages 1-3 once for every group of parameters."""
+        if self._judge is not None:
+            norm = self._norm if self.stage == 0 else self._engine.optimizer._global_grad_norm
+            self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+            self._judge = None
+
+    def _gradient_shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank is about to update with, at stages 1-3: DeepSpeed lets go of it where it is not finite."""
+        zero = self._engine.optimizer
+        names = {id(p): name for name, p in self._parameters.items()}
+        groups = zero.fp16_groups if self.stage == 3 else zero.params_in_partition
+        for i, group in enumerate(groups):
+            grads = [grad for grad in zero.averaged_gradients[i] if not getattr(grad, "_zero_padding", False)]
+            yield from ((names[id(p)], grad) for p, grad in zip(group, grads, strict=False))
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping. Waits for the device."""
+        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm)
+
+    # ---- state
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.ds_shape if self.stage == 3 else p.shape) for name, p in self._parameters.items()}
+
+    def _fragments(self) -> Iterator[Fragment]:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        zero = self._engine.optimizer
+        for number, (name, p) in enumerate(self._parameters.items()):
+            if self.stage == 0:
+                yield Fragment(name, 0, p.numel(), number % world == rank, p.data.view(-1), p, 0)
+                continue
+            if self.stage < 3:
+                mapping = p._hp_mapping
+                if mapping is None:  # all of it lies on other ranks
+                    continue
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                offset = mapping.hp_fragment_address.start
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            else:
+                group, offset, size = zero.grad_position[zero.get_param_id(p)]
+                flat = zero.fp32_partitioned_groups_flat[group]
+                start = rank * size
+                numel = min(size, p.ds_numel - start)  # the last rank's share is padded
+                if numel <= 0:
+                    continue
+            yield Fragment(name, start, numel, True, flat.detach()[offset : offset + numel], flat, offset)
+
+    def _backward_stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this rank holds of the backward paths' own parameters: (the optimizer's tensor, a view of it)."""
+        own = self.module.backward_stretches()
+        for fragment in self.fragments:
+            for first, last in own.get(fragment.name, ()):  # shares of the whole parameter
+                numel = torch.Size(self.shapes[fragment.name]).numel()
+                begin = max(int(first * numel) - fragment.start, 0)
+                end = min(int(last * numel) - fragment.start, fragment.numel)
+                if begin < end:
+                    yield fragment.flat, fragment.weight[begin:end]
+
+    def moment(self, fragment: Fragment, key: str) -> Tensor | None:
+        """The optimizer's `key` for a fragment, a view; None before the first step."""
+        state = self._adamw.state.get(fragment.flat, {})
+        return state[key].view(-1)[fragment.offset : fragment.offset + fragment.numel] if key in state else None
+
+    def broken_weights(self) -> list[str]:
+        """Parameters that are not finite, of this rank's share. Waits for the device."""
+        if not self.fragments:
+            return []
+        finite = torch.stack([fragment.weight.isfinite().all() for fragment in self.fragments]).tolist()
+        return [fragment.name for fragment, whole in zip(self.fragments, finite, strict=True) if not whole]
+
+    @property
+    def updates(self) -> int:
+        """How many updates the optimizer has made, which its bias correction counts."""
+        return next((int(state["step"]) for state in self._adamw.state.values() if "step" in state), 0)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take these whole parameters, on the CPU; those not named stay as they are."""
+        for fragment in self.fragments:
+            if fragment.name in weights:
+                whole = weights[fragment.name].view(-1)
+                fragment.weight.copy_(whole[fragment.start : fragment.start + fragment.numel])
+        self.publish([fragment.weight for fragment in self.fragments])
+
+    def restore_moments(self, updates: int) -> None:
+        """Make room for moments that are about to be filled in: as many updates are taken to have been made."""
+        # stage 3 shows its optimizer each flat tensor only while it updates it, so the groups are no list of them
+        for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
+            step = torch.tensor(float(updates), device=flat.device)
+            self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+
+    def publish(self, values: list[Tensor]) -> None:
+        """Make the model compute with `values`, one a fragment (numel); the optimizer's own weights stay."""
+        if self.stage == 0:
+            for fragment, value in zip(self.fragments, values, strict=True):
+                fragment.weight.copy_(value)
+            return
+        if self.stage == 3:
+            # what is still gathered from the last forward pass would be used again as it is
+            self._engine.empty_partition_cache()
+            for fragment, value in zip(self.fragments, values, strict=True):
+                self._parameters[fragment.name].ds_tensor.data[: fragment.numel].copy_(value)
+            kept = self._engine.optimizer.persistent_parameters  # small ones, gathered on every rank for good
+            if kept:
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+            return
+        shares = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
+        for name, p in self._parameters.items():
+            whole = torch.zeros_like(p.data).view(-1)
+            if name in shares:
+                fragment, value = shares[name]
+                whole[fragment.start : fragment.start + fragment.numel].copy_(value)
+            dist.all_reduce(whole)  # every element is one rank's and zero elsewhere: the sum is exact
+            p.data.copy_(whole.view(p.shape))
+
+    @contextmanager
+    def weights(self, values: list[Tensor] | None) -> Iterator[None]:
+        """Compute with `values` for a while, as `publish`; None leaves the weights as they are."""
+        if values is None:
+            yield
+            return
+        kept = [fragment.weight.clone() for fragment in self.fragments] if self.stage == 0 else None
+        self.publish(values)
+        try:
+            yield
+        finally:
+            self.publish(kept if kept is not None else [fragment.weight for fragment in self.fragments])

@@ -1,0 +1,102 @@
+"""Activation recomputation: which layers compute again in the backward pass what they could have kept.
+
+The model does it (`VisionMamba.recompute`, a level a layer); this file decides. What a layer keeps is not estimated: it
+is built once with fake tensors, which have shapes and no memory, and what autograd saves is counted.
+"""
+
+import math
+from functools import lru_cache
+from typing import get_args
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from vimscale.errors import RecipeError
+from vimscale.model.cost import costs
+from vimscale.model.presets import VimConfig
+from vimscale.model.schedule import Layer, second_of_pairs
+from vimscale.model.tokens import Tokens
+from vimscale.model.vim import Block, Recompute
+from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
+
+_LESS_AND_LESS: tuple[Recompute, ...] = ("scan", "block")
+
+
+def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tuple[Recompute, ...]:
+    """A level a layer, for micro-batches of `batch` images on a device of that type.
+
+    Raises:
+        RecipeError: the byte budget cannot be met.
+    """
+    rule, layers = parallel.recompute, len(config.layers)
+    every, budget = recompute_every(rule), size_bytes(rule)
+    if every is not None:
+        return tuple("none" if i % every else "block" for i in range(layers))
+    if budget is None:
+        return (rule,) * layers  # type: ignore[return-value]  # the recipe has checked it
+    kept = {level: kept_bytes(config, level, batch, parallel.precision, device) for level in get_args(Recompute)}
+    chosen: list[Recompute] = ["none"] * layers
+    total = sum(kept["none"])
+    for level in _LESS_AND_LESS:
+        for i in range(layers):
+            if total > budget:
+                total -= kept[chosen[i]][i] - kept[level][i]
+                chosen[i] = level
+    if total > budget:
+        fault = (
+            f"parallel.recompute {rule}: even with block in every layer {total / 1e9:.2f} GB are kept for micro-batches"
+            f" of {batch} images; allow that much or set a smaller parallel.micro_batch"
+        )
+        raise RecipeError("recipe", [fault])
+    return tuple(chosen)
+
+
+def kept_bytes(config: VimConfig, level: Recompute, batch: int, precision: str, device: str = "cpu") -> list[int]:
+    """Bytes that each layer keeps from the forward to the backward pass, for `batch` images."""
+    seconds = second_of_pairs(config.layers)
+    parts = [part for part in costs(config) if part.layer is not None]
+    return [
+        _kept(config, part.layer, part.d_model, part.tokens, batch, level, precision, device, i in seconds)
+        for i, part in enumerate(parts)
+        if part.layer is not None
+    ]
+
+
+@lru_cache(maxsize=512)
+def _kept(
+    config: VimConfig,
+    layer: Layer,
+    d: int,
+    length: int,
+    batch: int,
+    level: Recompute,
+    precision: str,
+    device: str,
+    paired: bool,
+) -> int:
+    narrow = precision == "bf16"
+    if level == "block":
+        return batch * length * d * (2 if narrow else 4) + batch * length * d * 4
+    found: dict[int, int] = {}
+    with FakeTensorMode(), torch.device(device):
+        block = Block(config, layer, d, paired=paired)
+        own = {p.untyped_storage()._cdata for p in block.parameters()}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in own:
+                found[storage._cdata] = storage.nbytes()
+            return t
+
+        x = torch.empty(batch, length, d, dtype=torch.bfloat16 if narrow else torch.float32)
+        residual = torch.empty(batch, length, d)
+        shrink = math.isqrt(config.tokens // length)  # of a hierarchical model's later stages
+        grid = (config.grid[0] // shrink, config.grid[1] // shrink)
+        tokens = Tokens(config, ((grid,),), length, torch.device(device))
+        for t in (x, residual):
+            t.requires_grad_()
+        keep = []  # fake storages are told apart while they live
+        with saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, torch.bfloat16, enabled=narrow):
+            keep.append(block(x, residual, tokens, recompute=level == "scan"))
+    return sum(found.values())

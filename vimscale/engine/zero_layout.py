@@ -1,0 +1,209 @@
+"""What DeepSpeed holds and sends for a model of given parameters, byte by byte, at every ZeRO stage; needs no engine.
+
+`tests/estimate/test_planning.py` holds these figures to what a real engine holds and sends. They follow DeepSpeed 0.19
+under `engine.ds_config`: fp32 parameters whatever the compute is, groups flattened and padded at stages 1 and 2, each
+parameter for itself at stage 3, and a bucket that gradients are copied into.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from vimscale.engine import optim
+from vimscale.model import VimConfig, VisionMamba
+from vimscale.recipe.recipe import Recipe
+
+BUCKET = 500_000_000
+"""Most elements of gradients that DeepSpeed sends at once, its reduce_bucket_size."""
+_SUB_GROUP = 1_000_000_000
+_REUSE = 1_000_000_000
+"""stage3_max_reuse_distance: at stage 3 what is used again within so many elements is not given up."""
+_PREFETCH = 50_000_000
+_NARROW_KINDS = (nn.Linear, nn.Conv2d)
+"""Whose gradients and, at stage 3, weights travel in bf16 under autocast: these classes and no subclass."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    numel: int
+    group: int
+    """Of the optimizer."""
+    narrow: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank between steps; `gradients` when a step's backward passes have ended."""
+
+    parameters: int
+    """What the model computes with."""
+    weights: int
+    """What the optimizer updates, where that is another copy."""
+    optimizer: int
+    """The moments and the counts of updates."""
+    ema: int
+    gradients: int
+
+    @property
+    def between_steps(self) -> int:
+        return self.parameters + self.weights + self.optimizer + self.ema
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step's collectives as one rank sees them: bytes of the whole tensors, and how many calls at least."""
+
+    all_reduce: int
+    reduce_scatter: int
+    all_gather: int
+    calls: int
+
+    @property
+    def total(self) -> int:
+        return self.all_reduce + self.reduce_scatter + self.all_gather
+
+
+def parameters(config: VimConfig, recipe: Recipe) -> tuple[Parameter, ...]:
+    """Every parameter in the model's order. Allocates nothing."""
+    with torch.device("meta"):
+        model = VisionMamba(config)
+    groups = optim.optimizer(model, model.no_decay(), recipe.optim, fused=False).param_groups
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    narrow = set()
+    if recipe.parallel.precision == "bf16":
+        narrow = {id(p) for m in model.modules() if type(m) in _NARROW_KINDS for p in m.parameters(recurse=False)}
+    return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.named_parameters())
+
+
+def _groups(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """Sizes of each group's parameters."""
+    return [[p.numel for p in parameters if p.group == group] for group in range(max(p.group for p in parameters) + 1)]
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _shares(parameters: Sequence[Parameter], world: int) -> list[int]:
+    """Elements of a rank's part of each group, padding included, at stages 1 and 2."""
+    return [_up(sum(sizes), 2 * world) // world for sizes in _groups(parameters)]
+
+
+def _share_gradients(ends: list[int], share: int, rank: int) -> int:
+    """Elements of the gradients that a rank keeps of one group at stages 1 and 2: all of every parameter that it has a
+    part of, and the padding that is its. `ends`: where in the group each parameter ends.
+    """
+    low, high = rank * share, (rank + 1) * share
+    whole = ends[-1]
+    first = bisect_right(ends, low)
+    last = bisect_left(ends, min(high, whole))
+    here = ends[last] - (ends[first - 1] if first else 0) if low < whole else 0
+    return here + max(high - max(low, whole), 0)
+
+
+def held(parameters: Sequence[Parameter], zero: int, world: int, rank: int, *, persist: int, ema: bool) -> Held:
+    """What rank `rank` of `world` holds."""
+    whole = sum(p.numel for p in parameters)
+    if zero == 0:
+        return Held(4 * whole, 0, 8 * whole + 4 * len(parameters), 4 * whole if ema else 0, 4 * whole)
+    if zero < 3:
+        shares = _shares(parameters, world)
+        mine = sum(shares)
+        groups = _groups(parameters)
+        real = sum(
+            max(min((rank + 1) * share, sum(sizes)) - rank * share, 0)
+            for sizes, share in zip(groups, shares, strict=True)
+        )
+        ends = [list(accumulate(sizes)) for sizes in groups]
+        gradients = sum(_share_gradients(e, share, rank) for e, share in zip(ends, shares, strict=True))
+        average = 4 * real if ema else 0
+        return Held(4 * mine * world, 4 * mine, 8 * mine + 4 * len(shares), average, 4 * gradients)
+    parts = [-(-p.numel // world) for p in parameters]
+    real = sum(max(min(part, p.numel - rank * part), 0) for p, part in zip(parameters, parts, strict=True))
+    kept_whole = sum(p.numel for p in parameters if p.numel <= persist) if world > 1 else 0
+    flat_tensors = sum(_sub_groups(sizes, world) for sizes in _groups(parameters))
+    mine = 4 * sum(parts)
+    return Held(mine + 4 * kept_whole, mine, 2 * mine + 4 * flat_tensors, 4 * real if ema else 0, mine)
+
+
+def _sub_groups(sizes: list[int], world: int) -> int:
+    """Flat tensors that one group becomes at stage 3."""
+    count, filled = 0, 0
+    for i, size in enumerate(sizes):
+        filled += -(-size // world)
+        if filled >= _SUB_GROUP or i == len(sizes) - 1:
+            count, filled = count + 1, 0
+    return count
+
+
+def heaviest(parameters: Sequence[Parameter], zero: int, world: int, *, persist: int, ema: bool) -> Held:
+    """What the rank that holds most holds."""
+    if zero in (0, 3):
+        return held(parameters, zero, world, 0, persist=persist, ema=ema)
+    shares = _shares(parameters, world)
+    ends = [list(accumulate(sizes)) for sizes in _groups(parameters)]
+    most = max(
+        range(world),
+        key=lambda rank: sum(_share_gradients(e, share, rank) for e, share in zip(ends, shares, strict=True)),
+    )
+    return held(parameters, zero, world, most, persist=persist, ema=ema)
+
+
+def buckets(parameters: Sequence[Parameter], zero: int) -> int:
+    """Bytes that gradients are copied into on their way: during the backward pass at stages 1 and 2, always at 3; one
+    for each dtype that travels, which at stages 1 and 2 are all as large as fp32's.
+    """
+    if zero == 0:
+        return 0
+    room = min(BUCKET, sum(p.numel for p in parameters))
+    return sum(room * (2 if narrow and zero == 3 else 4) for narrow in {p.narrow for p in parameters})
+
+
+def gathered(parameters: Sequence[Parameter], world: int, *, persist: int) -> int:
+    """Most bytes of parameters that are whole for the time being, at stage 3, beside those that always are."""
+    sizes = [p.numel for p in parameters if p.numel > persist]
+    whole = sum(sizes) if world > 1 else 0
+    return 4 * (whole if whole <= _REUSE // 2 else min(whole, _REUSE // 2 + _PREFETCH + max(sizes)))
+
+
+def transient(parameters: Sequence[Parameter], zero: int, world: int) -> int:
+    """Most bytes that reducing gradients or updating takes for a moment, when the activations are gone."""
+    whole = sum(p.numel for p in parameters)
+    if zero == 0:
+        return 4 * min(whole, BUCKET + max(p.numel for p in parameters))
+    if zero < 3:
+        return 4 * max(_shares(parameters, world))
+    return 4 * max(min(whole, BUCKET), *(min(-(-sum(g) // world), _SUB_GROUP) for g in _groups(parameters)))
+
+
+def sent(parameters: Sequence[Parameter], zero: int, world: int, accumulation: int, *, persist: int) -> Sent:
+    """The collectives of one step of `accumulation` micro-batches; those of a few numbers, for norms, are left out."""
+    if world == 1:
+        return Sent(0, 0, 0, 0)
+    whole = sum(p.numel for p in parameters)
+    travelling = sum(p.numel * (2 if p.narrow else 4) for p in parameters)
+    rounds = -(-whole // BUCKET)
+    if zero == 0:
+        return Sent(4 * whole, 0, 0, rounds)
+    if zero < 3:
+        times = accumulation if zero == 2 else 1
+        weights = 4 * world * sum(_shares(parameters, world))
+        return Sent(times * travelling, 0, weights, times * rounds + len(_groups(parameters)))
+
+    def size(p: Parameter, width: int) -> int:
+        return width * _up(p.numel, world)
+
+    scattered = sum(size(p, 2 if p.narrow else 4) for p in parameters)
+    large = [p for p in parameters if p.numel > persist]
+    once = sum(size(p, 2 if p.narrow else 4) for p in large)
+    of_large = sum(p.numel for p in large)
+    # what the backward pass needs soon after the forward pass is not given up in between
+    again = max(of_large - _REUSE // 2, 0) / of_large if large else 0.0
+    small = sum(size(p, 4) for p in parameters if p.numel <= persist)
+    calls = accumulation * (rounds + -(-of_large // _PREFETCH)) + len(parameters) - len(large)
+    return Sent(0, accumulation * scattered, round(accumulation * once * (1 + again)) + small, calls)

@@ -1,0 +1,1 @@
+"""Before anything runs: memory, traffic, time and money of a run on a cluster."""

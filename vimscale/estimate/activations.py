@@ -1,0 +1,257 @@
+"""What a micro-batch takes, counted with fake tensors: a forward and a backward pass that allocate nothing.
+
+The real model runs under `FakeTensorMode` while a ledger enters every storage that is made and strikes it out when its
+last user lets go, inside our own operations too. A pass through a deep model is a pass through its few kinds of layers,
+over and over, so that only a short model is run: one layer of each kind, whose entries are then repeated.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vimscale import ops
+from vimscale.estimate import roofline
+from vimscale.estimate.devices import Device
+from vimscale.model import VimConfig, VisionMamba, schedule
+from vimscale.model.vim import Gather, Recompute
+from vimscale.objectives import classification
+from vimscale.recipe.sections import Objective
+
+Backend = Literal["cpu", "triton"]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward and the backward pass of a micro-batch: bytes beside the model, its images and what earlier
+    micro-batches left; and time.
+    """
+
+    kept: int
+    """Bytes from the forward to the backward pass."""
+    peak: int
+    """Where each parameter's gradient is handed on as soon as it is there."""
+    with_gradients: int
+    """Where the gradients stay until the backward pass has ended."""
+    end: int
+    """Most on the way back through the first layer and the embedding: when the last gradients come, this is
+    there.
+    """
+    seconds: float
+    """Of the device's clock, one operation after the other."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A stretch of the passes: what it adds, and the most it takes above what was there before."""
+
+    peak: int
+    change: int
+    gradients_peak: int
+    """As `peak`, with the gradients that were made in the stretch so far."""
+    gradients: int
+    seconds: float
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages that live, as operations make them."""
+
+    def __init__(self, there: Iterable[Tensor], leaves: bool, device: Device | None) -> None:
+        """`there`: what is not counted, being there before. `leaves`: whether to enter our innermost operations too."""
+        super().__init__()
+        self._leaves, self._device = leaves, device
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+        self.entries: list[_Entry] = []
+        self._live = self._gradients = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._first, self._first_gradients = self._live, self._gradients
+        self._peak, self._gradients_peak = self._live, self._live + self._gradients
+        self._seconds = 0.0
+
+    def cut(self) -> None:
+        """End a stretch and begin the next."""
+        self.entries.append(
+            _Entry(
+                self._peak - self._first,
+                self._live - self._first,
+                self._gradients_peak - self._first - self._first_gradients,
+                self._gradients - self._first_gradients,
+                self._seconds,
+            )
+        )
+        self._start()
+
+    def hand_on(self, parameter: Tensor) -> None:
+        """A parameter's gradient is whole."""
+        assert parameter.grad is not None
+        size = parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+        self._gradients += size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in OPDEFS and (self._leaves or name.startswith("vimscale::bimamba_inner")):
+            with self:  # what it allocates on the way counts too
+                out = OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+            if self._device is not None:
+                self._seconds += roofline.operation(self._device, func, args, kwargs or {}, out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._live += storage.nbytes()
+        self._peak = max(self._peak, self._live)
+        self._gradients_peak = max(self._gradients_peak, self._live + self._gradients)
+        weakref.finalize(storage, self._strike_out, key)
+
+    def _strike_out(self, key: int) -> None:
+        self._live -= self._sizes.pop(key)
+
+
+class _Bare(VisionMamba):
+    """Without initial values, which fake tensors cannot have."""
+
+    def _init_all(self, gather: Gather) -> None:
+        return
+
+
+def passes(
+    config: VimConfig, levels: Sequence[Recompute], batch: int, precision: str, device: Device | None, backend: Backend
+) -> Passes:
+    """Of a micro-batch of `batch` images, each layer at its level of recomputation, as the kernels of `backend` have
+    it. What Triton's launchers allocate for themselves is left out: they cannot be entered without a GPU. Without a
+    device there is no time.
+    """
+    short, short_levels, places = _shortened(config, tuple(levels))
+    return _added_up(_entries(short, short_levels, batch, precision, device, backend), places)
+
+
+def estimate(
+    config: VimConfig, levels: Sequence[Recompute], batch: int, precision: str, device: Device | None, backend: Backend
+) -> Passes:
+    """As `passes`, from those of 8 and of 16 images: bytes and time grow in proportion but for what every batch has."""
+    short, short_levels, places = _shortened(config, tuple(levels))
+    few, more = (_entries(short, short_levels, b, precision, device, backend) for b in (8, 16))
+
+    def at(a: float, b: float) -> Any:
+        return a + (b - a) * (batch - 8) / 8
+
+    entries = [
+        _Entry(*(at(a, b) for a, b in zip(dataclasses.astuple(x), dataclasses.astuple(y), strict=True)))
+        for x, y in zip(few, more, strict=True)
+    ]
+    return _added_up(entries, places)
+
+
+def _added_up(entries: list[_Entry], places: list[int]) -> Passes:
+    """Through a model whose layers are, in turn, those of the entries at `places`."""
+    kinds = len(entries) // 2 - 1
+    there, turn, back = entries[1 : kinds + 1], entries[kinds + 1], entries[-2 : kinds + 1 : -1]
+    whole = [entries[0], *(there[i] for i in places), turn, *(back[i] for i in reversed(places)), entries[-1]]
+    live = gradients = kept = peak = with_gradients = before = end = 0.0
+    for entry in whole:
+        if entry is turn:
+            kept = live
+        end = max(before, live + entry.peak)
+        before = live + entry.peak
+        peak = max(peak, live + entry.peak)
+        with_gradients = max(with_gradients, live + gradients + entry.gradients_peak)
+        live += entry.change
+        gradients += entry.gradients
+    return Passes(round(kept), round(peak), round(with_gradients), round(end), sum(entry.seconds for entry in whole))
+
+
+def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimConfig, tuple[Recompute, ...], list[int]]:
+    """A model with each kind of layer once, its levels, and which of its layers every one of `config`'s is like.
+    Pairs count as one; the first and the last of a stage are kinds of their own.
+    """
+    seconds = schedule.second_of_pairs(config.layers)
+    kinds: dict[tuple[Any, ...], int] = {}
+    places: list[int] = []
+    kept: list[list[int]] = []
+    at = 0
+    for number, stage in enumerate(config.parts):
+        kept.append([])
+        end = at + stage.depth
+        groups = [(i, i + 1) if i + 1 in seconds else (i,) for i in range(at, end) if i not in seconds]
+        for group in groups:
+            key = (
+                number,
+                group[0] == at,
+                group[-1] == end - 1,
+                *((str(config.layers[i]), levels[i]) for i in group),
+            )
+            if key not in kinds:
+                kinds[key] = len(kinds)
+                kept[-1] += group
+            places.append(kinds[key])
+        at = end
+    texts = [schedule.compact(config.layers[i] for i in part) for part in kept]
+    if config.stages:
+        stages = tuple(
+            dataclasses.replace(stage, depth=len(part), directions=text)
+            for stage, part, text in zip(config.stages, kept, texts, strict=True)
+        )
+        short = dataclasses.replace(config, stages=stages)
+    else:
+        short = dataclasses.replace(config, depth=len(kept[0]), directions=texts[0])
+    return short, tuple(levels[i] for part in kept for i in part), places
+
+
+@lru_cache(maxsize=256)
+def _entries(
+    config: VimConfig,
+    levels: tuple[Recompute, ...],
+    batch: int,
+    precision: str,
+    device: Device | None,
+    backend: Backend,
+) -> list[_Entry]:
+    """A stretch before the first layer, one a layer (or pair), one from the head to its gradient, one a layer in turn
+    back, and one after that.
+    """
+    with FakeTensorMode(), ops.counted(backend):
+        model = _Bare(config)
+        model.recompute = levels
+        images = torch.empty(batch, 3, *config.size)
+        labels = torch.empty(batch, dtype=torch.int64)
+        draws = torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None
+        parts = [0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None
+        given = [t for t in (*model.parameters(), *model.buffers(), images, labels, draws) if t is not None]
+        ledger = _Ledger(given, backend == "cpu", device)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(ledger.hand_on)
+
+        def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            ledger.cut()
+            arguments[0].register_hook(lambda _: ledger.cut())
+
+        hooks = [model.blocks[group[0]].register_forward_pre_hook(before) for group in model._groups()]
+        hooks.append(model.norm.register_forward_pre_hook(before))
+        with ledger:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(images, draws, parts)
+            for hook in hooks:  # recomputation passes by again
+                hook.remove()
+            classification.loss(logits, labels, Objective()).backward()
+        ledger.cut()
+    return ledger.entries

@@ -1,0 +1,1 @@
+"""The guard: judging steps, diagnosing bad ones, reporting them."""

@@ -1,0 +1,148 @@
+"""Looking into a bad step: its batch goes through the model once more, to find the first layer that is not as usual."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from vimscale.data.prefetch import Prefetcher
+from vimscale.data.training_set import TrainingSet
+from vimscale.engine.deepspeed_engine import Engine
+from vimscale.guard import report as guard_report
+from vimscale.guard.judge import Micro, Record, Seen
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+_OUTLYING = 10.0
+"""So many times the largest activation of the last good batch is not normal for a layer."""
+
+
+def examine(
+    folder: RunFolder,
+    seen: Seen,
+    record: Record,
+    good: Record | None,
+    *,
+    engine: Engine,
+    prefetcher: Prefetcher,
+    train_set: TrainingSet,
+    recipe: Recipe,
+    rollbacks: int,
+) -> dict[str, Any]:
+    """Look into a bad step and write down what is found; the report, the same on every rank. Called by all of them."""
+    rank = dist.get_rank()
+    before = [_forward(engine, prefetcher, recipe, micro)[0] for micro in good.micros] if good is not None else []
+    usual = {name: max(largest[name] for largest in before) for name in before[0]} if before else {}
+    samples, layers = [], []
+    for part, micro in enumerate(record.micros):
+        largest, losses = _forward(engine, prefetcher, recipe, micro)
+        layers.append(_first_faults(largest, usual) | {"rank": rank, "part": part})
+        samples += _samples(micro, losses, train_set, rank, part)
+    own = {
+        "layers": layers,
+        "samples": samples,
+        "weights": engine.broken_weights(),
+        "gradients": record.broken_gradients(),
+    }
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    report = {
+        "step": seen.step,
+        "rollbacks": rollbacks,
+        "reason": seen.reason,
+        "seen": asdict(seen),
+        "compared_with_step": good.step if good is not None else None,
+        "layers": [layer for each in ranks for layer in each["layers"]],
+        "weights": list(dict.fromkeys(name for each in ranks for name in each["weights"])),
+        "gradients": list(dict.fromkeys(name for each in ranks for name in each["gradients"])),
+        "samples": [sample for each in ranks for sample in each["samples"]],
+    }
+    report["cause"] = guard_report.cause(report)
+    try:
+        guard_report.save(folder, report, _tensors(record.micros), rank)
+    except (OSError, SafetensorError) as error:  # a full disk is no reason to end a run that can go on
+        log.warning("the report of step %d could not be written: %s", seen.step, error)
+    return report
+
+
+@torch.no_grad()
+def _forward(
+    engine: Engine, prefetcher: Prefetcher, recipe: Recipe, micro: Micro
+) -> tuple[dict[str, float], list[float]]:
+    """(each module's largest activation in the order they end, each image's loss); inf or nan where not finite."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+            if floats:
+                found[name] = torch.stack([t.detach().abs().amax().float() for t in floats]).amax()
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in engine.module.named_modules() if name]
+    try:
+        images, targets = prefetcher.prepare(micro.batch)
+        logits = engine.forward(images, micro.draws, micro.backward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    smoothing = recipe.objective.label_smoothing
+    losses = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing, reduction="none")
+    return {name: float(value) for name, value in found.items()}, losses.tolist()
+
+
+def _first_faults(largest: dict[str, float], usual: dict[str, float]) -> dict[str, Any]:
+    """The first layer whose activations are not finite, and the first where they are far larger than usual."""
+    broken = next((name for name, value in largest.items() if not math.isfinite(value)), None)
+    far = [
+        (name, largest[name] / usual[name])
+        for name in largest
+        if math.isfinite(largest[name]) and 0 < _OUTLYING * usual.get(name, math.inf) < largest[name]
+    ]
+    return {"not_finite": broken, "outlying": far[0][0] if far else None, "times_usual": far[0][1] if far else None}
+
+
+def _samples(micro: Micro, losses: list[float], train_set: TrainingSet, rank: int, part: int) -> list[dict[str, Any]]:
+    batch = micro.batch
+    return [
+        {
+            "rank": rank,
+            "part": part,
+            "key": key,
+            "shard": train_set.datasets[place.source].where(place.shard),
+            "sample": place.sample,
+            "epoch": place.epoch,
+            "position": place.position,
+            "label": label,
+            "class": train_set.manifest.classes[label],
+            "loss": loss,
+        }
+        for key, place, label, loss in zip(batch.keys, batch.places, batch.labels.tolist(), losses, strict=True)
+    ]
+
+
+def _tensors(micros: list[Micro]) -> dict[str, Tensor]:
+    """A rank's micro-batches as they were given to the model, by PART/NAME; images that differ in size one by one."""
+    tensors: dict[str, Tensor] = {}
+    for part, micro in enumerate(micros):
+        batch = micro.batch
+        if isinstance(batch.images, list):
+            tensors |= {f"{part}/images/{i}": image for i, image in enumerate(batch.images)}
+        else:
+            tensors |= {f"{part}/images/{i}": image for i, image in enumerate(batch.images.unbind())}
+        others = {"labels": batch.labels, "erase": batch.erase, "mix": batch.mix, "draws": micro.draws}
+        tensors |= {f"{part}/{name}": tensor for name, tensor in others.items() if tensor is not None}
+        if micro.backward is not None:
+            tensors[f"{part}/backward"] = torch.tensor(micro.backward)
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,210 @@
+"""The guard: which updates are left out, when a run goes back to its last checkpoint, and when it ends."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vimscale.data.stream import Batch
+from vimscale.recipe import sections
+from vimscale.recipe.recipe import Recipe
+
+_NORMAL = 1.4826
+"""Standard deviations of a normal distribution in one median absolute deviation."""
+_FLOOR = 0.01
+"""A window of equal values would make a spike of any other: deviations count as at least this share of the median."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step, as all ranks saw it."""
+
+    step: int
+    """Steps finished with it."""
+    row: int
+    """Bad steps in a row with it; 0 of a good one."""
+    loss: float
+    grad_norm: float
+    loss_z: float
+    norm_z: float
+    loss_median: float
+    norm_median: float
+
+    @property
+    def reason(self) -> str:
+        """What is bad about it."""
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            if not math.isfinite(value):
+                return f"{name} {value} is not finite"
+        parts = []
+        if self.loss_z >= self.norm_z:
+            parts = [f"loss {self.loss:.4g} is a spike", f"median {self.loss_median:.4g}", f"z {self.loss_z:.1f}"]
+        else:
+            parts = [f"gradient norm {self.grad_norm:.4g} is a spike", f"median {self.norm_median:.4g}"]
+            parts += [f"z {self.norm_z:.1f}"]
+        return f"{parts[0]} ({', '.join(parts[1:])})"
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch as the model was given it, by reference."""
+
+    batch: Batch
+    draws: Tensor | None
+    backward: list[float] | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a step until it is known to be good."""
+
+    step: int
+    micros: list[Micro]
+    broken_gradients: Callable[[], list[str]]
+
+
+class Judge:
+    """Tells bad steps from good ones, on the device: nothing waits for its answer."""
+
+    def __init__(self, options: sections.Guard, device: torch.device):
+        self._spike = math.inf if options.spike is None else options.spike
+        self._window = torch.zeros(2, options.window, device=device)
+        self._good = torch.zeros(1, dtype=torch.int64, device=device)
+        self._row = torch.zeros((), device=device)
+
+    def __call__(self, seen: Tensor) -> Tensor:
+        """seen (2): loss and gradient norm, the same on every rank -> (8): 1 or 0 for bad or good, bad steps in a row,
+        loss, norm, their z-scores, and the medians these are from; 0 and nan before the window is full.
+        """
+        size = self._window.shape[1]
+        median = _median(self._window)
+        deviation = _median((self._window - median[:, None]).abs()) * _NORMAL
+        full = self._good >= size
+        z = torch.where(full, (seen - median) / deviation.clamp_min(_FLOOR * median.abs()), 0.0)
+        bad = ~seen.isfinite().all() | (z > self._spike).any()
+        slot = self._good % size
+        self._window.index_copy_(1, slot, torch.where(bad, self._window.index_select(1, slot), seen[:, None]))
+        self._good += ~bad
+        self._row = (self._row + 1) * bad
+        known = torch.where(full, median, math.nan)
+        return torch.cat([torch.stack([bad.to(seen.dtype), self._row]), seen, z, known])
+
+    def forget(self) -> None:
+        """What is to come is not to be measured by what was."""
+        self._good.zero_()
+
+    def state(self) -> dict[str, Any]:
+        return {"window": self._window.tolist(), "good": int(self._good)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as the judge whose `state` this is; afresh without one, or if its window was of another length."""
+        self._row.zero_()
+        self.forget()
+        window = torch.tensor(state.get("window", ()))
+        if window.shape == self._window.shape:
+            self._window.copy_(window)
+            self._good.fill_(state["good"])
+
+
+def _median(values: Tensor) -> Tensor:
+    """Lower median of each row (r, n) -> (r): a sort, which no host waits for."""
+    return values.sort(dim=1).values[:, (values.shape[1] - 1) // 2]
+
+
+class Guard:
+    """One rank's part of it. Every rank judges the same numbers, so all decide alike in the same step.
+
+    The device decides at once whether an update is left out. The host hears of it when that is free: on a CPU at once,
+    on a GPU one step late, when the device is busy with the next. What a run computes does not depend on which: a run
+    goes back from where the device counted one bad step too many, and what it did since is undone.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self._recipe, self._options = recipe, recipe.guard
+        self._judge = Judge(recipe.guard, device)
+        self._late = 1 if device.type == "cuda" else 0
+        self._verdict = torch.zeros(8, device=device)
+        self._records: deque[tuple[Record, Tensor, torch.cuda.Event | None]] = deque()
+        self._fresh = {phase.step for phase in recipe.phases} | {change.step for change in recipe.data.reweight}
+        self.good: Record | None = None
+        """The last step known to be good, to compare a bad one with."""
+        self.row = 0
+        """Bad steps in a row, as far as the host knows."""
+        self.rollbacks = 0
+        self.lower_until = 0
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate, for the update that follows `step` finished ones; to be asked once a step."""
+        if step in self._fresh:  # other images have another loss
+            self._judge.forget()
+        return self._options.lower_lr if step < self.lower_until else 1.0
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """1 if this step's update is to be left out, else 0, on the device. `loss`: this rank's mean."""
+        seen = torch.stack([loss, norm.to(loss)])
+        dist.all_reduce(seen)
+        self._verdict = self._judge(seen / dist.get_world_size())
+        return self._verdict[0]
+
+    @property
+    def loss(self) -> Tensor:
+        """The last judged step's, averaged over the ranks, on the device."""
+        return self._verdict[2]
+
+    @property
+    def applied(self) -> Tensor:
+        """1 if the last judged step's update was made, else 0, on the device."""
+        return 1 - self._verdict[0]
+
+    def keep(self, record: Record) -> None:
+        """Remember what the step that was judged last was made of."""
+        if not self._late:
+            self._records.append((record, self._verdict, None))
+            return
+        copied = torch.cuda.Event()
+        verdict = torch.empty(self._verdict.shape, pin_memory=True).copy_(self._verdict, non_blocking=True)
+        copied.record()
+        self._records.append((record, verdict, copied))
+
+    def read(self, wait: bool) -> list[tuple[Seen, Record]]:
+        """The bad steps among those whose verdict has come; `wait`: for the last one's too. The same on all ranks."""
+        found = []
+        while len(self._records) > (0 if wait else self._late):
+            record, verdict, copied = self._records.popleft()
+            if copied is not None:
+                copied.synchronize()
+            bad, row, *figures = verdict.tolist()
+            self.row = int(row)
+            if bad:
+                found.append((Seen(record.step, self.row, *figures), record))
+            else:
+                self.good = record
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"rollbacks": self.rollbacks, "lower_until": self.lower_until, **self._judge.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as the guard whose `state` a checkpoint holds."""
+        self.rollbacks, self.lower_until = state.get("rollbacks", 0), state.get("lower_until", 0)
+        self._judge.restore(state)
+
+    def go_back(self, step: int, state: dict[str, Any]) -> None:
+        """The run goes back to the checkpoint of `step`, which holds `state`."""
+        self._records.clear()
+        self._judge.restore(state)
+        self.good, self.row = None, 0
+        self.rollbacks += 1
+        self.lower_until = step + self._options.lower_steps
+
+
+def pass_over(recipe: Recipe, skipped: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """`skipped` (see `Order`), and besides whatever steps [first, last) read with it."""
+    inside = [(at, images) for at, images in skipped if first < at < last]
+    images = recipe.consumed(last) - recipe.consumed(first) + sum(images for _, images in inside)
+    return sorted([pair for pair in skipped if pair not in inside] + [(first, images)])

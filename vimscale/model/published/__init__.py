@@ -1,0 +1,1 @@
+"""Published models: the arguments that their code takes, their weights in and out, and where they differ from Vim."""

@@ -1,0 +1,226 @@
+"""Inputs that hold images in columns: parquet files and Hugging Face data sets."""
+
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vimscale.errors import BadSample, DataError
+from vimscale.prepare.inputs.rows import Columns, Files, Reader, Rows, checked_label, image_file, pick
+
+_BATCH = 256
+
+
+def parquet(files: dict[str, list[Path]], columns: Columns, scratch: Path) -> tuple[Reader, dict[str, Rows]]:
+    """Reader and rows of each split's files. Images in columns are unpacked to `scratch` once: parquet has no way to
+    one row that does not decompress a thousand others, and shards take rows in random order.
+
+    Raises:
+        DataError: a file that is no parquet, or without the columns, or columns of other types.
+    """
+    pyarrow = needs("pyarrow")
+    from pyarrow.parquet import ParquetFile
+
+    found, inside = {}, False
+    for split, paths in files.items():
+        rows = found[split] = Rows()
+        for number, path in enumerate(paths):
+            try:
+                table = ParquetFile(path)
+            except (OSError, pyarrow.ArrowException) as error:
+                raise DataError(f"input {path} cannot be read: {error}") from None
+            image, label = pick(path, table.schema_arrow.names, columns)
+            named = _named(table.schema_arrow.metadata, label)
+            if number and named != rows.classes:
+                raise DataError(
+                    f"input {path}: it names other classes than {paths[0]}, and labels would mean two things; prepare"
+                    " them one by one with --classes FILE, and merge the sets"
+                )
+            rows.classes = named
+            kind = table.schema_arrow.field(image).type
+            if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+                content = table.read([image, label])
+                for name, value in zip(content[image].to_pylist(), content[label].to_pylist(), strict=True):
+                    rows.add_file(path, name or "", checked_label(value, f"{path}: column {label!r}", columns.classes))
+            else:
+                inside = True
+                about = path.stat()
+                unpacked = scratch / f"{split or 'rows'}-{number:05d}-{about.st_size}-{about.st_mtime_ns}.arrow"
+                _unpack(path, table, image, label, unpacked)
+                _add_unpacked(rows, path, unpacked, label, columns.classes)
+    return Unpacked() if inside else Files(), found
+
+
+def _unpack(path: Path, table: Any, image: str, label: str, to: Path) -> None:
+    """Images and labels of a parquet file as an Arrow file, which is read in place."""
+    import pyarrow as pa
+
+    if to.exists():
+        return
+    partial = to.with_suffix(".partial")
+    schema = None
+    try:
+        with pa.OSFile(str(partial), "wb") as sink:
+            writer = None
+            for batch in table.iter_batches(_BATCH, columns=[image, label]):
+                data = _bytes_of(path, image, batch.column(image))
+                schema = pa.schema([("image", data.type), ("label", batch.column(label).type)])
+                writer = writer or pa.ipc.new_file(sink, schema)
+                writer.write_batch(pa.record_batch([data, batch.column(label)], schema=schema))
+            if writer is not None:
+                writer.close()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"input {path} cannot be read: {error}") from None
+    partial.replace(to)
+
+
+def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str, names: tuple[str, ...] | None) -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not unpacked.stat().st_size:
+        return
+    with pa.memory_map(str(unpacked)) as file:
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            sizes = pc.binary_length(batch.column("image")).to_pylist()
+            for i, (size, value) in enumerate(zip(sizes, batch.column("label").to_pylist(), strict=True)):
+                value = checked_label(value, f"{path}: column {label!r}", names)
+                rows.add(f"{len(rows.keys):08d}", value, size or 0, (str(unpacked), number, i))
+
+
+def _bytes_of(path: Path | str, name: str, column: Any) -> Any:
+    """A column of bytes, or the bytes of a column of {bytes, path}, as Hugging Face writes images."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_struct(column.type) and "bytes" in [field.name for field in column.type]:
+        column = pc.struct_field(column, "bytes")
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise DataError(
+            f"input {path}: column {name!r} is of type {column.type}; images are bytes or paths, name another with"
+            " --image-column"
+        )
+    return column
+
+
+def _named(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+    """The label's class names, where Hugging Face's writer left them."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(features[label]["names"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+
+
+class Unpacked:
+    """Each place is an Arrow file, a batch of it, and a row of that."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple:
+        return Unpacked, ()  # processes map the files themselves
+
+    def where(self, place: tuple[str, int, int]) -> str:
+        path, batch, row = place
+        return f"{Path(path).stem}, row {row} of batch {batch}"
+
+    def read(self, place: tuple[str, int, int]) -> dict[str, bytes]:
+        path, batch, row = place
+        if path not in self._open:
+            import pyarrow as pa
+
+            self._open[path] = pa.ipc.open_file(pa.memory_map(path))
+        data = self._open[path].get_batch(batch).column("image")[row].as_py()
+        if data is None:
+            raise BadSample("unreadable", f"{self.where(place)} holds no bytes")
+        return {"image": data}
+
+
+# ---- Hugging Face
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def hub(source: str, columns: Columns) -> tuple[Reader, dict[str, Rows]]:
+    """Reader and rows of each split of a saved data set's folder, or of hf:NAME, which is downloaded first.
+
+    Raises:
+        DataError: it cannot be had, or has no such columns.
+    """
+    datasets = needs("datasets")
+    try:
+        if source.startswith("hf:"):
+            loaded = datasets.load_dataset(source.removeprefix("hf:"))
+        else:
+            loaded = datasets.load_from_disk(source)
+    except Exception as error:  # it raises what its file systems, its hub and its builders do
+        raise DataError(f"input {source} cannot be loaded: {error}") from None
+    tables = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+    found, images = {}, {}
+    for split, table in tables.items():
+        image, label = pick(source, table.features, columns)
+        if isinstance(table.features[image], datasets.Image):
+            table = table.cast_column(image, datasets.Image(decode=False))
+        rows = found[split] = Rows(classes=_class_label(table.features[label]))
+        for batch in table.select_columns([image, label]).with_format("arrow").iter(_BATCH):
+            for size, value in zip(_sizes(source, image, batch[image]), batch[label].to_pylist(), strict=True):
+                value = checked_label(value, f"{source}: column {label!r}", columns.classes)
+                rows.add(f"{len(rows.keys):08d}", value, size, (split, len(rows.keys)))
+        images[split] = table.select_columns([image])
+    return Hub(images), found
+
+
+def _class_label(feature: Any) -> tuple[str, ...] | None:
+    names = getattr(feature, "names", None)
+    return tuple(names) if names else None
+
+
+def _sizes(source: str, name: str, column: Any) -> list[int]:
+    import pyarrow.compute as pc
+
+    return [size or 0 for size in pc.binary_length(_bytes_of(source, name, column.combine_chunks())).to_pylist()]
+
+
+class Hub:
+    """Each place is a split and a row."""
+
+    def __init__(self, tables: dict[str, Any]):
+        self._tables = tables
+
+    def where(self, place: tuple[str, int]) -> str:
+        split, row = place
+        return f"row {row}" + (f" of {split}" if split else "")
+
+    def read(self, place: tuple[str, int]) -> dict[str, bytes]:
+        split, row = place
+        (image,) = self._tables[split][row].values()
+        if isinstance(image, dict):
+            if image["bytes"] is None and image["path"]:
+                return {"image": image_file(os.fspath(image["path"]))}
+            image = image["bytes"]
+        if image is None:
+            raise BadSample("unreadable", f"{self.where(place)} holds no bytes")
+        return {"image": image}
+
+
+def needs(name: str) -> ModuleType:
+    """An optional library.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(
+            f"such an input needs {name}, which is not installed: pip install 'vimscale[prepare]'"
+        ) from None

@@ -1,0 +1,1 @@
+"""Looking at sets that exist: statistics, verification, repair, contact sheets."""

@@ -1,0 +1,150 @@
+"""A picture of samples as they are and as training sees them: the quickest way to find a wrong label or crop."""
+
+import os
+import shlex
+from bisect import bisect
+from collections.abc import Sequence
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from vimscale.data.images import augment, decode
+from vimscale.data.order import generator
+from vimscale.errors import BadSample, DataError
+from vimscale.prepare.index import scan
+from vimscale.prepare.inspection.inspect import Located, read
+from vimscale.prepare.inspection.lettering import lettered
+from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.sections import Augment
+
+ROWS, DRAWS = 6, 5
+_LETTERS = 300
+"""Of a line; more find no room on the widest sheet."""
+_SIDE, _GAP, _MARGIN, _TEXT, _HEAD = 192, 12, 32, 22, 68
+_PAPER, _INK, _GREY, _RULE = (250, 250, 248), (32, 33, 36), (120, 122, 128), (214, 214, 210)
+
+
+def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
+    """Rows of one sample each: the image, and DRAWS of what training makes of it; its key and class beneath.
+
+    Raises:
+        DataError: no sample of those drawn can be decoded.
+    """
+    rule = Augment() if recipe is None else recipe.augment
+    size = (224, 224) if recipe is None else recipe.model.shape(len(located.manifest.classes)).size
+    samples = _samples(located, seed)
+    columns = 1 + DRAWS
+    width = 2 * _MARGIN + columns * _SIDE + DRAWS * _GAP + _GAP
+    height = _HEAD + 2 * _MARGIN + len(samples) * (_SIDE + _TEXT + _GAP) - _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    _head(pen, located, rule, size, width)
+    for row, (key, image, label) in enumerate(samples):
+        top = _HEAD + _MARGIN + row * (_SIDE + _TEXT + _GAP)
+        _paste(sheet, image, _MARGIN, top)
+        for turn in range(DRAWS):
+            rng = generator(seed, row, turn)
+            drawn = augment.for_training(image, size, rule, rng)
+            _paste(sheet, drawn, _MARGIN + (turn + 1) * (_SIDE + _GAP) + _GAP, top)
+        name = located.manifest.classes[label]
+        pixels = f"{image.shape[2]} x {image.shape[1]}"
+        _text(pen, (_MARGIN, top + _SIDE + 5), f"{name}", 13, _INK, _SIDE + _GAP)
+        about = f"{key}   {pixels}   label {label}"
+        _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top + _SIDE + 5), about, 13, _GREY, width - _SIDE - 3 * _MARGIN)
+    return sheet
+
+
+def grid(title: str, about: str, samples: Sequence[tuple[Tensor, str, str]], columns: int = 8) -> Image.Image:
+    """Samples as (image (3, h, w), its line, a second line), row after row, below a title."""
+    rows = -(-len(samples) // columns)
+    height = _HEAD + 2 * _MARGIN + rows * (_SIDE + 2 * _TEXT + _GAP)
+    width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    _text(pen, (_MARGIN, _MARGIN // 2), title, 22, _INK, width - 2 * _MARGIN)
+    _text(pen, (_MARGIN, _MARGIN // 2 + 32), about, 13, _GREY, width - 2 * _MARGIN)
+    for number, (image, first, second) in enumerate(samples):
+        row, column = divmod(number, columns)
+        left, top = _MARGIN + column * (_SIDE + _GAP), _HEAD + _MARGIN + row * (_SIDE + 2 * _TEXT + _GAP)
+        _paste(sheet, image, left, top)
+        _text(pen, (left, top + _SIDE + 5), first, 13, _INK, _SIDE)
+        _text(pen, (left, top + _SIDE + _TEXT), second, 13, _GREY, _SIDE)
+    return sheet
+
+
+def _samples(located: Located, seed: int) -> list[tuple[str, Tensor, int]]:
+    """(key, image (3, h, w), label) of a few, the rarest first seen: as many classes as there are rows."""
+    rng = generator(seed, 0, 0)
+    manifest = located.manifest
+    found: list[tuple[str, Tensor, int]] = []
+    spare: list[tuple[str, Tensor, int]] = []
+    for number in rng.permutation(len(manifest.shards))[:8]:
+        path = located.tar(manifest.shards[number])
+        shards = scan(path).samples
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            for i in rng.permutation(len(shards))[:16]:
+                sample = shards[i]
+                try:
+                    image, label = decode.decode(
+                        read(descriptor, sample), str(path), len(manifest.classes), manifest.image
+                    )
+                except BadSample:
+                    continue
+                new = label not in {label for _, _, label in found}
+                (found if new else spare).append((sample.key, image, label))
+                if len(found) == ROWS:
+                    return found
+        finally:
+            os.close(descriptor)
+    found = (found + spare)[:ROWS]
+    if not found:
+        verify = shlex.join(["vimscale", "data", "verify", str(located.folder), "--deep"])
+        raise DataError(f"data {located.folder}: no sample to draw; see `{verify}`")
+    return found
+
+
+def _head(pen: ImageDraw.ImageDraw, located: Located, rule: Augment, size: tuple[int, int], width: int) -> None:
+    manifest = located.manifest
+    about = f"{manifest.samples:,} images, {len(manifest.classes):,} classes"
+    _text(pen, (_MARGIN, _MARGIN), manifest.name, 22, _INK, width)
+    right = width - _MARGIN - pen.textlength(*lettered(about, 13))
+    _text(pen, (right, _MARGIN + 8), about, 13, _GREY, width)
+    top = _HEAD + 4
+    _text(pen, (_MARGIN, top - 2), "as stored", 12, _GREY, _SIDE)
+    _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top - 2), f"{size[1]} x {size[0]}: {_rule(rule)}", 12, _GREY, width)
+    pen.line((_MARGIN, _HEAD - 4, width - _MARGIN, _HEAD - 4), _RULE)
+
+
+def _rule(rule: Augment) -> str:
+    parts = [f"crops from {rule.crop_min:.0%} of the area on" if rule.crop_min < 1 else "no crops"]
+    parts += [f"flip {rule.flip:g}"] if rule.flip else []
+    parts += [rule.policy] if rule.policy else []
+    parts += [f"jitter {rule.jitter:g}"] if rule.jitter else []
+    return ", ".join(parts)
+
+
+def _paste(sheet: Image.Image, image: Tensor, left: int, top: int) -> None:
+    """The whole image, as large as fits; small ones by whole pixels, so that they stay sharp."""
+    height, width = image.shape[1:]
+    scale = _SIDE / max(height, width)
+    if scale > 1:
+        scale = max(int(scale), 1)
+        shown = F.interpolate(image[None], scale_factor=scale, mode="nearest")[0]
+    else:
+        size = (max(round(height * scale), 1), max(round(width * scale), 1))
+        shown = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    picture = Image.fromarray(np.ascontiguousarray(shown.permute(1, 2, 0).numpy()))
+    x, y = left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2
+    ImageDraw.Draw(sheet).rectangle((left, top, left + _SIDE - 1, top + _SIDE - 1), fill=(238, 238, 235))
+    sheet.paste(picture, (x, y))
+
+
+def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: tuple, room: int) -> None:
+    text, font = lettered(text[:_LETTERS], size)
+    if pen.textlength(text, font) > room:
+        fitting = bisect(range(len(text)), room, key=lambda length: int(pen.textlength(f"{text[:length]}…", font)))
+        text = f"{text[: max(fitting - 1, 0)]}…"
+    pen.text(at, text, colour, font)

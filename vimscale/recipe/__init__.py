@@ -1,0 +1,1 @@
+"""What is asked: the recipe, its sections, and the YAML they are written in. No torch."""

@@ -1,0 +1,201 @@
+"""What to train: the typed recipe, and the YAML files that hold it."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from vimscale.errors import RecipeError
+from vimscale.recipe.sections import (
+    Augment,
+    Checkpoint,
+    Count,
+    Data,
+    Evaluate,
+    Guard,
+    Log,
+    Model,
+    Objective,
+    Optim,
+    Parallel,
+    Phase,
+    Step,
+)
+from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
+
+
+class Recipe(Section):
+    """What to train. Names no machine."""
+
+    name: Annotated[str, AfterValidator(check_name)]
+    """The run's folder under runs/."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    steps: Step | None = None
+    """Length of the run in optimizer steps; or give `epochs`."""
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Length of the run in passes over the training set, rounded to whole steps."""
+    batch: Count = 1024
+    """Images a step over all ranks; gradient accumulation is derived from it."""
+    phases: tuple[Phase, ...] = ()
+    """Other image sizes and batches from given steps on: progressive training."""
+    model: Model = Model()
+    data: Data
+    augment: Augment = Augment()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        faults = []
+        if (self.steps is None) == (self.epochs is None):
+            given = "both are given" if self.steps else "neither is given"
+            faults.append(f"give the length as steps or as epochs; {given}")
+        if self.steps is not None and self.optim.warmup >= self.steps:
+            faults.append(f"optim.warmup {self.optim.warmup:,} must be below steps {self.steps:,}")
+        if self.optim.min_lr > self.optim.lr:
+            faults.append(f"optim.min_lr {self.optim.min_lr:g} is above optim.lr {self.optim.lr:g}")
+        if self.optim.schedule == "rise" and self.optim.min_lr == 0:
+            faults.append("optim.min_lr 0: schedule rise multiplies it, so it must be above 0")
+        micro = self.parallel.micro_batch
+        if micro is not None and self.batch % micro:
+            near = max(self.batch // micro, 1) * micro
+            faults.append(f"batch {self.batch} is not a multiple of parallel.micro_batch {micro}; use batch={near}")
+        starts = [phase.step for phase in self.phases]
+        if starts != sorted(set(starts)):
+            faults.append(f"phases: their steps must rise; they are {', '.join(map(str, starts))}")
+        unit = self.augment.repeats * self.data.lanes
+        for batch in sorted({self.batch, *(phase.batch for phase in self.phases if phase.batch is not None)}):
+            if batch % unit:
+                what = f"augment.repeats {self.augment.repeats} x data.lanes {self.data.lanes}"
+                near = max(round(batch / unit), 1) * unit
+                faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
+        faults += self._phase_faults()
+        if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
+            faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _phase_faults(self) -> Iterator[str]:
+        config = self.model.shape(classes=1)
+        for phase in self.phases:
+            if phase.image_size is not None:
+                try:
+                    dataclasses.replace(config, image_size=phase.image_size)
+                except ValueError as error:
+                    yield f"phase at step {phase.step}: {error}"
+
+    def length(self, samples: int) -> int:
+        """Optimizer steps of the whole run on a training set of that many samples.
+
+        Raises:
+            RecipeError: the warm-up would outlast it.
+        """
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        steps = max(round(self._step_after(self.epochs * samples)), 1)
+        if self.optim.warmup >= steps:
+            fault = (
+                f"optim.warmup {self.optim.warmup:,} must be below the {steps:,} steps that {self.epochs:g} epochs are"
+            )
+            raise RecipeError(f"recipe {self.name}", [fault])
+        return steps
+
+    def batch_at(self, step: int) -> int:
+        """Images of step `step`, counted from 0."""
+        return next((p.batch for p in reversed(self.phases) if p.step <= step and p.batch is not None), self.batch)
+
+    def consumed(self, step: int) -> int:
+        """Images of the steps before `step`."""
+        return sum(batch * (min(step, end) - start) for start, end, batch in self._stretches() if start < step)
+
+    def size_at(self, step: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the training images of step `step`; `size`: the model's own."""
+        chosen = next((p.image_size for p in reversed(self.phases) if p.step <= step and p.image_size), size)
+        return (chosen, chosen) if isinstance(chosen, int) else chosen
+
+    def _stretches(self) -> Iterator[tuple[int, int, int]]:
+        """(first step, step after the last, images a step), until for ever."""
+        starts = sorted({0, *(phase.step for phase in self.phases)})
+        for start, end in zip(starts, [*starts[1:], sys.maxsize], strict=True):
+            yield start, end, self.batch_at(start)
+
+    def _step_after(self, images: float) -> float:
+        """The step, and the part of it, by which that many images are consumed."""
+        for start, end, batch in self._stretches():
+            if images <= batch * (end - start):
+                return start + images / batch
+            images -= batch * (end - start)
+        raise AssertionError("the last stretch has no end")
+
+    def micro_batch(self, world: int, step: int | None = None) -> tuple[int, int]:
+        """(images a rank computes at once, such micro-steps a step) on `world` ranks; in step `step`, or by `batch`.
+
+        Raises:
+            RecipeError: the batch, or that of a phase, cannot be divided among them.
+        """
+        micro = self.parallel.micro_batch
+        unit = world if micro is None else world * micro
+        sizes = f"{world} ranks" if micro is None else f"{world} ranks x parallel.micro_batch {micro}"
+        accumulation = 1 if micro is None else max(self.batch // unit, 1)
+        faults = []
+        if self.batch % unit:
+            near = max(round(self.batch / unit), 1) * unit
+            way_out = (
+                f"use batch={near}" + (", another micro_batch" if micro else "") + " or another number of --workers"
+            )
+            faults.append(f"batch {self.batch} is not a multiple of {sizes}; {way_out}")
+        cuts = world * accumulation
+        for phase in self.phases:
+            if phase.batch is not None and phase.batch % cuts:
+                near = max(round(phase.batch / cuts), 1) * cuts
+                what = f"phase at step {phase.step}: batch {phase.batch}"
+                faults.append(f"{what} is not a multiple of {world} ranks x {accumulation} micro-steps; use {near}")
+        if not faults and self.augment.mixes:
+            odd = [batch for _, _, batch in self._stretches() if batch // cuts % 2]
+            faults += [
+                f"mixup and cutmix mix pairs, and micro-batches of {batch // cuts} images are odd; change the batch,"
+                " parallel.micro_batch or the number of --workers"
+                for batch in odd
+            ]
+        if faults:
+            raise RecipeError(f"recipe {self.name}", faults)
+        return (self.batch if step is None else self.batch_at(step)) // cuts, accumulation
+
+    def to_yaml(self) -> str:
+        return dump(self.model_dump())
+
+
+_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"))
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `source`, a YAML file or the name of a shipped one, with `a.b=c` overrides put on top.
+
+    Raises:
+        RecipeError: with every fault that was found.
+    """
+    return _KIND.load(source, overrides)
+
+
+def parse(text: str, where: str) -> Recipe:
+    """A recipe from what `to_yaml` or `model_dump_json` wrote; `where` names the text in messages.
+
+    Raises:
+        RecipeError: with every fault that was found.
+    """
+    return _KIND.parse(text, where)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return _KIND.shipped()

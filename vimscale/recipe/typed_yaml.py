@@ -1,0 +1,418 @@
+"""YAML files whose sections are typed: `base` files, dotted overrides, and every fault of one explained at once."""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from vimscale.errors import FileFaults, brief, kind_of, shortened, suggest
+from vimscale.storage import addresses
+
+_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+"""An integer that may be written 1e6."""
+Flag = Annotated[bool, BeforeValidator(lambda v: _WORDS.get(v.lower(), v) if isinstance(v, str) else v)]
+"""True or false, which may be written yes, no, on or off; elsewhere these are text."""
+UNION = ("\0one", "\0several")
+"""Tags of a union's members, which pydantic puts into the paths of faults; no key of a file has such characters."""
+_EXPLAINED = 50
+"""Faults of one file that are put into words."""
+
+
+def check_address(address: str) -> str:
+    """A folder or an address; whatever is in a recipe is also in files, jobs and messages, so no secrets."""
+    if (what := addresses.secret(address)) is not None:
+        raise ValueError(
+            f"the address holds {what}, and would stand in files; name an environment variable in its place, as in"
+            " https://me:${PASSWORD}@host/train or https://host/train?${SIGNATURE}; for buckets set the store's own,"
+            " such as AWS_ACCESS_KEY_ID (in a path, write @ as %40)"
+        )
+    return address
+
+
+Address = Annotated[str, AfterValidator(check_address)]
+"""Where something is: a folder or an address without secrets."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen(cls, values: Any) -> Any:
+        """YAML has lists; what is frozen has tuples."""
+        if not isinstance(values, dict):
+            return values
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+File = TypeVar("File", bound=Section)
+
+
+def check_name(name: str) -> str:
+    """Names become folders, jobs and parts of commands: nothing that a shell or a path gives a meaning to."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            f"{name!r} cannot name a folder: use letters, digits, '.', '_', '-', and a letter or digit first"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Kind(Generic[File]):
+    """One kind of file that a user writes."""
+
+    name: str
+    """For messages."""
+    section: type[File]
+    error: type[FileFaults]
+    folder: str
+    """Beside the package in a source tree and inside it in a wheel: where those that come with it are."""
+    either: tuple[str, ...] = ()
+    """Keys that exclude each other: one laid over another replaces it."""
+
+    def load(self, source: str | Path, overrides: Iterable[str] = ()) -> File:
+        """The file `source`, or the shipped one of that name, with `a.b=c` overrides put on top.
+
+        Raises:
+            FileFaults: with every fault that was found.
+        """
+        path = self.find(str(source))
+        faults: list[str] = []
+        changes: dict = {}
+        for text in overrides:
+            _override(changes, text, faults)
+        tree = self._lay_over(self._read(path, ()), changes)
+        try:
+            loaded = self.section.model_validate(tree)
+        except ValidationError as error:
+            faults += _explained(self.section, error)
+        if faults:
+            raise self.error(self._title(path), faults)
+        return loaded
+
+    def parse(self, text: str, where: str) -> File:
+        """A resolved file's text, as `dump` writes it; `where` names it in messages.
+
+        Raises:
+            FileFaults: with every fault that was found.
+        """
+        title = f"{self.name} {where}"
+        try:
+            return self.section.model_validate(_mapping_of(text))
+        except _Unread as error:
+            raise self.error(title, [str(error)]) from None
+        except ValidationError as error:
+            raise self.error(title, _explained(self.section, error)) from None
+
+    def shipped(self) -> dict[str, Path]:
+        """Those that come with the package, by name."""
+        folder = Path(str(resources.files("vimscale") / self.folder))
+        if not folder.exists():
+            folder = Path(__file__).resolve().parents[2] / self.folder
+        return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+    def find(self, source: str) -> Path:
+        if source in self.shipped():
+            return self.shipped()[source]
+        if os.path.isfile(source):
+            return Path(source)
+        near = suggest(source, self.shipped())
+        fault = f"there is no such file, and no shipped {self.name} of that name{near}"
+        raise self.error(f"{self.name} {source}", [fault])
+
+    def _title(self, path: Path) -> str:
+        """A shipped file's name; others' path, since their names (recipe.yaml) may be anybody's."""
+        return f"{self.name} {path.stem if path.resolve() in self.shipped().values() else path}"
+
+    def _read(self, path: Path, above: tuple[Path, ...]) -> dict:
+        """The file's tree, laid over the tree of its `base`."""
+        title = self._title(path)
+        path = path.resolve()
+        if path in above:
+            chain = " -> ".join(p.stem for p in (*above, path))
+            raise self.error(title, [f"base: the {self.name}s build on each other in a circle: {chain}"])
+        try:
+            with path.open("rb") as file:
+                tree = _mapping_of(file.read(_MOST_BYTES + 1).decode())
+        except _Unread as error:
+            raise self.error(title, [f"{path}{error.where}: {error}" if error.where else f"{path} {error}"]) from None
+        except UnicodeDecodeError:
+            raise self.error(title, [f"{path} is not text in UTF-8"]) from None
+        except OSError as error:
+            raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
+        base = tree.pop("base", None)
+        if base is None:
+            return tree
+        if not isinstance(base, str):
+            raise self.error(title, [f"base: {brief(base)} is neither a {self.name}'s name nor a file"])
+        beside = path.parent / f"{base.removesuffix('.yaml')}.yaml"
+        return self._lay_over(self._read(beside if os.path.isfile(beside) else self.find(base), (*above, path)), tree)
+
+    def _lay_over(self, base: dict, top: dict) -> dict:
+        """`top` over `base`, section by section."""
+        given = [key for key in self.either if key in top]
+        merged = {key: value for key, value in base.items() if not given or key not in self.either}
+        return _lay_over(merged, top)
+
+
+def _lay_over(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _lay_over(merged[key], value) if both else value
+    return merged
+
+
+# ---- reading YAML
+
+_MOST_BYTES = 256 << 10
+_MOST_VALUES = 10_000
+"""Of one file, an alias counted with all that it stands for."""
+_MOST_LEVELS = 20
+_DIGITS = r"\d+(?:_\d+)*"
+_FORMS = {
+    "int": (rf"(?=.{{1,30}}\Z)[-+]?{_DIGITS}\Z", "-+0123456789"),
+    "float": (
+        rf"(?:[-+]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?|(?=[eE]))|\.{_DIGITS})(?:[eE][-+]?\d+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z",
+        "-+.0123456789",
+    ),
+    "bool": (r"(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
+    "null": (r"(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
+}
+"""How values that are not text are written unquoted, and what they begin with. All digits are decimal (010 is ten,
+1e-3 a number); 0x10, 0o10, 1:30, 2024-11-30, yes and off are text.
+"""
+
+
+class _Unread(Exception):
+    """A text that is not YAML of the kind that is read here."""
+
+    def __init__(self, why: str, mark: yaml.Mark | None = None):
+        super().__init__(why)
+        self.where = f", line {mark.line + 1}" if mark is not None else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that means what it says: numbers, true, false, null, text, lists and mappings with distinct keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]  # PyYAML shares them among its classes too
+    yaml_constructors: ClassVar[dict] = {}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._levels = self._values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """Values in a node that is complete."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._levels += 1
+        before, self._values = self._values, self._values + 1
+        if self._levels > _MOST_LEVELS:
+            raise _Unread(f"values are nested more than {_MOST_LEVELS} levels deep", mark)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if is_alias and node not in self._sizes:
+            raise _Unread("an alias (*) stands inside of what it names", mark)
+        self._values += self._sizes[node] if is_alias else 0
+        if self._values > _MOST_VALUES:
+            raise _Unread(f"there are more than {_MOST_VALUES:,} values, each alias counted in full", mark)
+        self._sizes.setdefault(node, self._values - before)
+        self._levels -= 1
+        return node
+
+
+def _checked(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """The text of a node, which fits its tag even where that is written (!!int x)."""
+    form = _FORMS.get(node.tag.rpartition(":")[2])
+    if form is not None and re.match(form[0], node.value, re.ASCII) is None:
+        raise _Unread(f"{brief(node.value)} is not {node.tag.rpartition(':')[2]}, as its tag says", node.start_mark)
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", node.value):
+        raise _Unread(f"{brief(node.value)} holds a control character", node.start_mark)
+    return node.value
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Keys are text, however they look: `on` and `1` too."""
+    found: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _Unread("a key is a list or a mapping, not a word", key_node.start_mark)
+        key = _checked(loader, key_node)
+        if key in found:
+            raise _Unread(f"key {brief(key)} is given twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+def _list(loader: _Loader, node: yaml.SequenceNode) -> list:
+    return [loader.construct_object(each, deep=True) for each in node.value]
+
+
+def _refused(loader: _Loader, node: yaml.Node) -> Any:
+    raise _Unread(
+        f"the tag {shortened(node.tag.replace('tag:yaml.org,2002:', '!!'), 80)} is not read here", node.start_mark
+    )
+
+
+_TAG = "tag:yaml.org,2002:"
+for _name, (_form, _first) in _FORMS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_form, re.ASCII), list(_first))
+_CONSTRUCTORS: dict[str, Callable[[_Loader, Any], Any]] = {
+    "str": _checked,
+    "int": lambda loader, node: int(_checked(loader, node)),
+    "float": lambda loader, node: float(re.sub(r"\.(?=inf|nan)", "", _checked(loader, node).lower())),
+    "bool": lambda loader, node: _checked(loader, node).lower() == "true",
+    "null": lambda loader, node: (_checked(loader, node), None)[1],
+    "map": _mapping,
+    "seq": _list,
+}
+for _name, _construct in _CONSTRUCTORS.items():
+    _Loader.add_constructor(_TAG + _name, _construct)
+_Loader.add_constructor(None, _refused)  # any other
+
+
+def _value_of(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        _Unread: it is no YAML, or more of it than a recipe needs.
+    """
+    if len(text) > _MOST_BYTES:
+        raise _Unread(f"is longer than {_MOST_BYTES >> 10} KiB")
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        again = (error.problem or "").startswith("but ")
+        raise _Unread(
+            f"{error.context}, {error.problem}" if again else str(error.problem), error.problem_mark
+        ) from None
+    except yaml.reader.ReaderError as error:
+        raise _Unread(f"holds the character {error.character:#04x}, which YAML does not allow") from None
+
+
+def _mapping_of(text: str) -> dict[str, Any]:
+    tree = _value_of(text)
+    if not isinstance(tree, dict):
+        raise _Unread("is empty" if tree is None else f"holds {kind_of(tree)}, not sections and keys")
+    return tree
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1, YAML 1.2 or the loader here takes for something else."""
+
+
+for _name, (_form, _first) in {**_FORMS, "int": (r"[-+]?(?:\d[\d_]*|0o[0-7]+)\Z", "-+0123456789")}.items():
+    Dumper.add_implicit_resolver(_TAG + _name, re.compile(_form, re.ASCII), list(_first))
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """The YAML text of plain values, which reads back as the same values."""
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
+
+
+def _override(tree: dict, text: str, faults: list[str]) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not key.isprintable():
+        faults.append(f"{brief(text)} is no override; write section.key=value")
+        return
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        if not isinstance(node.setdefault(parent, {}), dict):
+            faults.append(f"{key}: {parent} is a value, not a section")
+            return
+        node = node[parent]
+    try:
+        node[leaf] = _value_of(value)
+    except _Unread as error:
+        faults.append(f"{key}: {brief(value)} is not a YAML value ({error}); quote it")
+
+
+# ---- explaining faults
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "model_type": "a section of keys",
+    "dict_type": "a section of keys",
+    "tuple_type": "a list",
+}
+_BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below")}
+_BOUNDS |= {"less_than_equal": ("le", "at most")}
+
+
+def _explained(whole: type[Section], error: ValidationError) -> list[str]:
+    faults = error.errors(include_url=False)
+    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(whole, fault)]
+    return lines + [f"and {len(faults) - _EXPLAINED:,} more"] * (len(faults) > _EXPLAINED)
+
+
+def _explain(whole: type[Section], fault: Any) -> list[str]:
+    """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
+    place = [part for part in fault["loc"] if part not in (*UNION, "[key]")]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
+    if kind == "value_error":
+        broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
+        return [f"{key}: {rule}" if key else rule for rule in broken]
+    if kind == "extra_forbidden":
+        section = _section(whole, place[:-1])
+        return [f"{key}: no such key{suggest(str(place[-1]), section.model_fields)}"]
+    if kind == "missing" and isinstance(place[-1], int):
+        return [f"{key}: missing; {key.rpartition('[')[0]} takes a list of {place[-1] + 1} values"]
+    if kind == "missing":
+        field: FieldInfo = _section(whole, place[:-1]).model_fields[place[-1]]
+        about = f": {field.description}" if field.description else ""
+        return [f"{key}: missing, and it has no default{about}"]
+    if kind == "too_long":
+        return [f"{key}: takes {context['max_length']} values, not {context['actual_length']:,}"]
+    if kind == "literal_error":
+        return [f"{key}: {brief(value)} is not one of {context['expected']}"]
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        bound = context[name]
+        return [f"{key}: {brief(value)} must be {words} {f'{bound:g}' if isinstance(bound, float) else f'{bound:,}'}"]
+    hint = ""
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        hint = """; a number that is meant as text is quoted: '"10"' on the command line"""
+    elif kind in ("int_type", "float_type") and isinstance(value, str) and re.match(r"[-+]?0[xob]\w", value):
+        hint = "; write it in decimal"
+    return [f"{key}: {brief(value)} is not {_WANTED.get(kind, fault['msg'])}{hint}"]
+
+
+def _section(whole: type[Section], location: Iterable[str | int]) -> type[BaseModel]:
+    """The section that a location in the file's tree lies in."""
+    section: type[BaseModel] = whole
+    for part in location:
+        if isinstance(part, int):  # which one of a list: all are alike
+            continue
+        annotation = section.model_fields[part].annotation
+        annotation = _innermost(annotation)
+        assert annotation is not None
+        section = annotation
+    return section
+
+
+def _innermost(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation: `Stage` of `tuple[Stage, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _innermost(part)) is not None), None)

@@ -1,0 +1,204 @@
+"""The ranks of one run: what each is told, how they meet, and how they agree."""
+
+import datetime
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vimscale.errors import CheckpointError, UserError
+from vimscale.model.presets import VimConfig
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.heartbeat import heartbeat
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """All that one rank is told: the same on every rank but for its own numbers."""
+
+    recipe: Recipe
+    folder: Path
+    """The run's folder, the same for all ranks."""
+    rank: int
+    world: int
+    device: str
+    """cpu, or cuda:N with N as this process sees its devices."""
+    threads: int
+    """CPU threads of this rank."""
+    rendezvous: str
+    """Where the ranks meet: file://PATH on one machine, tcp://HOST:PORT across machines."""
+    interface: str
+    """Network interface for gloo: the one of the address that other ranks reach this one at."""
+    temporary: str | None = None
+    """A folder for sockets and files of data workers that goes with the launcher; default: one that the rank makes."""
+    patience_s: float = 300.0
+    """How long a rank waits for the others: behind the launcher's watchdog, which knows more and acts first."""
+
+
+def prepare(spec: RankSpec) -> None:
+    """Set this process up before DeepSpeed is imported: it reads its surroundings then."""
+    device = torch.device(spec.device)
+    # left by an MPI job that the launcher runs in: DeepSpeed would take this process for one of that job's ranks
+    for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_") or name == "LOCAL_SIZE"]:
+        del os.environ[name]
+    os.environ.update(
+        DS_ACCELERATOR=device.type,
+        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", spec.interface),
+        # DeepSpeed wants all five, though it adopts the process group it finds
+        RANK=str(spec.rank),
+        WORLD_SIZE=str(spec.world),
+        LOCAL_RANK=str(device.index or 0),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
+    # JIT builds look for ninja on PATH; it is installed beside the interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed)\b")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.set_num_threads(spec.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def join(spec: RankSpec, store: dist.Store | None = None) -> None:
+    """Meet the other ranks. `store`: rank 0's own end of a tcp rendezvous, if it has opened one already."""
+    patience = datetime.timedelta(seconds=spec.patience_s)
+    if store is None:
+        if spec.rendezvous.startswith("file://"):
+            store = dist.FileStore(spec.rendezvous.removeprefix("file://"), spec.world)
+        else:
+            host, port = spec.rendezvous.removeprefix("tcp://").rsplit(":", 1)
+            store = dist.TCPStore(host, int(port), spec.world, is_master=False, timeout=patience)
+    device = torch.device(spec.device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("ranks", store),
+        rank=spec.rank,
+        world_size=spec.world,
+        timeout=patience,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+NOTHING, STOP, SAVE_FAILED = range(3)
+"""What ranks agree on, the more urgent the larger."""
+
+
+class Agreement:
+    """What any rank asks for, known to all of them in the same step: a small number, of which the largest counts.
+
+    The numbers travel over gloo, on the host, while the step computes: what is asked for during step t is known to all
+    after step t + 1, and no step waits for a device.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        patience = datetime.timedelta(seconds=patience_s)
+        self._group = dist.new_group(backend="gloo", timeout=patience)
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def __call__(self, request: int) -> int:
+        """To be called once a step by every rank; returns the same on all of them."""
+        agreed = NOTHING
+        if self._pending is not None:
+            self._pending.wait()
+            agreed = int(self._flag.item())
+        self._flag.fill_(request)
+        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def close(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+
+
+_MEET_S = 1.0
+"""How often ranks meet while one of them works alone."""
+
+
+def together(action: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Run `action`, None on ranks that have none, however long it takes; what each rank's returned.
+
+    It runs in a thread, and all ranks meet every second meanwhile: no collective waits longer, and the heartbeat of
+    every rank goes on for as long as some rank moves bytes (`Heartbeat.moved`).
+
+    Raises:
+        CheckpointError: on every rank alike, the first OSError or UserError of one.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action() if action is not None else None)
+        except BaseException as error:  # raised again below, in the thread that waits for it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="together").start()
+    states: list[Any] = [(False, 0)] * dist.get_world_size(group)
+    while not all(done for done, _ in states):
+        wait([future], _MEET_S)
+        before = states
+        states = [None] * len(before)
+        dist.all_gather_object(states, (future.done(), heartbeat.moved), group)
+        if [moved for _, moved in states] != [moved for _, moved in before]:
+            heartbeat.beat(heartbeat.doing)
+    problem = future.exception()
+    if problem is not None and not isinstance(problem, (OSError, UserError)):
+        raise problem
+    outcomes: list[Any] = [None] * len(states)
+    told = None if problem is None else str(problem)
+    dist.all_gather_object(outcomes, (told, None if told is not None else future.result()), group)
+    for told, _ in outcomes:
+        if told is not None:
+            raise CheckpointError(told)
+    return [result for _, result in outcomes]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over all ranks, the same on each."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def draws(seed: int, step: int, batch: int, width: int) -> Tensor:
+    """Uniform numbers (batch, width) in [0, 1) for the images of one global batch: what drop-path decides by.
+
+    A function of seed and step alone, so that another number of ranks, or a restart, drops the same layers.
+    """
+    return torch.from_numpy(_uniform(seed, (1 << 62) + step, (batch, width)))
+
+
+def backward_parts(config: VimConfig, seed: int, step: int) -> list[float] | None:
+    """How much of each layer's backward path is in, in training, after `step` steps: the ramp, times 0 or
+    1 / (1 - backward_drop); None where all of all is. The same on every rank, so that what is dropped is not computed.
+    """
+    ramp = config.backward_at(step)
+    if ramp == 1 and config.backward_drop == 0:
+        return None
+    kept = _uniform(seed, (3 << 61) + step, (len(config.layers),)) >= config.backward_drop
+    return [ramp / (1 - config.backward_drop) if keep else 0.0 for keep in kept]
+
+
+def _uniform(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, stream])).random(shape, dtype=np.float32)

@@ -1,0 +1,241 @@
+"""Figures of a run: JSON lines and TensorBoard, written by rank 0."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import struct
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vimscale.data.dataset import Traffic
+from vimscale.data.prefetch import Prefetcher
+from vimscale.data.stream import Batch
+from vimscale.errors import CAUSES, DataError, RunFailed
+from vimscale.runtime import distributed
+from vimscale.runtime.run_folder import RunFolder, read_row
+
+log = logging.getLogger(__name__)
+
+_FEW = 10
+"""So many bad images never stop a run."""
+_TOLD = 20
+"""So many of them are named in a rank's log."""
+
+
+class Metrics:
+    """Appends rows to metrics.jsonl and to an event file of TensorBoard's. Neither ever ends or blocks a run: what
+    cannot be written is tried again with the next row. With the first row, what an interrupted run wrote past `start`,
+    the step that this one resumes from, is dropped: a launch that is stopped before changes nothing.
+    """
+
+    def __init__(self, folder: RunFolder, start: int, *, trained: bool = False):
+        """`trained`: `start` is the last step. Only the evaluation after it is left to do, and replaces one that was
+        written before.
+        """
+        self._folder, self._start, self._trained = folder, start, trained
+        self._files: tuple[_Appended, _Board] | None = None
+
+    def _open(self) -> "tuple[_Appended, _Board]":
+        _drop_after(self._folder.metrics, self._start, trained=self._trained)
+        self._files = _Appended(self._folder.metrics), _Board(self._folder.tensorboard, self._start)
+        return self._files
+
+    def write(self, row: dict[str, Any]) -> None:
+        """`row` has a step and a kind: train, eval, layers or guard.
+
+        Raises:
+            RunFailed: with the first row, if later ones of an interrupted run cannot be dropped.
+        """
+        rows, board = self._files or self._open()
+        rows.add(json.dumps(row).encode() + b"\n")
+        for key, value in row.items():
+            if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):
+                board.add(f"{row['kind']}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        for file in self._files or ():
+            file.close()
+
+
+class _Appended:
+    """A file that is only added to. What cannot be written stays here, and comes first the next time."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._descriptor: int | None = None
+        self._left = bytearray()
+        self._warned = False
+
+    def add(self, data: bytes) -> None:
+        self._left += data
+        try:
+            if self._descriptor is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            while self._left:
+                del self._left[: os.write(self._descriptor, self._left)]
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s could not be written: %s; tried again with each row", self._path, error.strerror)
+            self._warned = True
+
+    def close(self) -> None:
+        self.add(b"")
+        if self._left:
+            log.warning("%s lacks its last %d bytes, which could not be written", self._path, len(self._left))
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _Board:
+    """An event file of TensorBoard's. tensorboardX forms the events; its own writer is a thread that dies of the first
+    error and leaves whoever adds or closes waiting for it.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._file = _Appended(folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}")
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if start:  # hides what another process wrote past it
+            session = SessionLog(status=SessionLog.START)
+            self._add(Event(wall_time=time.time(), step=start + 1, session_log=session))
+
+    def add(self, tag: str, value: float, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        self._add(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+
+    def _add(self, event: Any) -> None:
+        """As a record: length, its checksum, content, its checksum."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+        self._file.add(length + sums[0] + content + sums[1])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _drop_after(path: Path, step: int, *, trained: bool) -> None:
+    """Leave out the rows of later steps, and if `trained` the evaluation after this one. Lines that cannot be read
+    stay, with a warning, but for the last one if a kill cut it.
+    """
+    if not path.exists():
+        return
+    *lines, last = path.read_bytes().split(b"\n")
+    if last and read_row(last) is not None:
+        lines.append(last)
+    rows = [read_row(line) for line in lines]
+    again = [row is not None and trained and (row["kind"], row["step"]) == ("eval", step) for row in rows]
+    kept = [
+        line
+        for line, row, left_out in zip(lines, rows, again, strict=True)
+        if row is None or (row["step"] <= step and not left_out)
+    ]
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
+        partial.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise RunFailed(
+            f"{path} could not be written: {error.strerror}; make room there, and the same command resumes the run"
+        ) from None
+    there = {row["step"] for row in rows if row is not None and row["kind"] == "train"}
+    missing = step - len(there & set(range(1, step + 1)))
+    if damaged := rows.count(None):
+        log.warning(
+            "%s: %d lines cannot be read and are kept as they are; the losses of %d of %d steps are missing",
+            *(path, damaged, missing, step),
+        )
+    elif missing:
+        log.warning("%s: the losses of %d of %d steps are missing", path, missing, step)
+
+
+class Meter:
+    """What went on in all ranks between two lines of the log: images a second, waiting for data, what was read."""
+
+    def __init__(self, prefetcher: Prefetcher, max_bad: float):
+        self._feed, self._max_bad = prefetcher, max_bad
+        self._seen = self._warned = 0.0
+        self._bad = dict.fromkeys(CAUSES, 0.0)
+        self._told: set[str] = set()
+        self.restart()
+
+    def add(self, batch: Batch) -> None:
+        self._images += len(batch.keys)
+        self._traffic += batch.traffic
+        for cause, description in batch.bad:
+            self._new[cause] += 1
+            if description not in self._told and len(self._told) < _TOLD:
+                self._told.add(description)
+                log.warning("replaced: %s", description)
+
+    def read(self, world: int) -> dict[str, float]:
+        """Figures since the last reading, summed or averaged over the ranks, and a fresh start. Called by all of them.
+
+        Raises:
+            DataError: on all ranks alike, if more images were bad since the launch than may be.
+        """
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        traffic = asdict(self._traffic)
+        own = [self._images, self._feed.waited(), *traffic.values(), *self._new.values()]
+        images, waited, *rest = distributed.total(self._feed.tensor(own)).tolist()
+        totals = dict(zip([*traffic, *self._new], rest, strict=True))
+        row = {
+            "images_per_s": images / elapsed,
+            "data_wait": min(waited / world / elapsed, 1.0),
+            "read_mb_per_s": totals["bytes"] / elapsed / 1e6,
+            "memory_gb": _memory_bytes() / 1e9,
+        }
+        if totals["hits"] + totals["misses"]:
+            row["fetched_mb_per_s"] = totals["fetched"] / elapsed / 1e6
+            row["cache_hits"] = totals["hits"] / (totals["hits"] + totals["misses"])
+        self._seen += images
+        for cause in CAUSES:
+            self._bad[cause] += totals[cause]
+        self._judge()
+        row |= {f"bad_{cause.replace(' ', '_')}": number for cause, number in self._bad.items() if number}
+        self.restart()
+        return row
+
+    def _judge(self) -> None:
+        bad = sum(self._bad.values())
+        if bad == self._warned:
+            return
+        self._warned = bad
+        causes = ", ".join(f"{cause}: {number:,.0f}" for cause, number in self._bad.items() if number)
+        found = f"{bad:,.0f} of {self._seen:,.0f} images so far could not be used and were replaced ({causes})"
+        if bad >= _FEW and bad > self._max_bad * self._seen:
+            raise DataError(
+                f"{found}, more than data.max_bad {self._max_bad:g} allows; logs/ names them, `vimscale data verify"
+                " --deep` lists all there are, `vimscale data repair` drops them"
+            )
+        if distributed.rank() == 0:
+            log.warning("%s", found)
+
+    def restart(self) -> None:
+        self._images, self._traffic, self._new = 0, Traffic(), dict.fromkeys(CAUSES, 0)
+        self._feed.waited()
+        self._since = time.perf_counter()
+
+
+def _memory_bytes() -> float:
+    """Peak memory of this rank: the device's where there is one, the process's otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
