@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vimscale.evaluate import restore
+from vimscale.checkpoint.restore import restore
 from vimscale.export.safetensors import load
 from vimscale.model import PRESETS, VisionMamba
-from vimscale.run_folder import RunFolder
+from vimscale.runtime.run_folder import RunFolder
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vimscale.data.shards import Manifest
+from vimscale.data.shards.manifest import Manifest
 from vimscale.export import safetensors
 from vimscale.model import PRESETS, VisionMamba
 
