@@ -286,7 +286,7 @@ fi
 
 here=({here})
 export RAY_ADDRESS="$address:$port"
-wait_for="from vimscale.launch import ray_connection
+wait_for="from vimscale.launch.processes import ray_connection
 ray_connection.wait_for_nodes('$RAY_ADDRESS', $SLURM_JOB_NUM_NODES)"
 "${{here[@]}}" bash -c "$on_node" node python3 -c "$wait_for"
 code=$?

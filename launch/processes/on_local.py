@@ -45,7 +45,7 @@ class LocalGroup:
         for number in range(self.size):
             ours, theirs = multiprocessing.Pipe()
             # a session of its own: a Ctrl-C in the terminal reaches the launcher alone, which then asks the ranks
-            code = f"from vimscale.launch import on_local; on_local.child({theirs.fileno()})"
+            code = f"from vimscale.launch.processes import on_local; on_local.child({theirs.fileno()})"
             command = [sys.executable, "-c", code]
             self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True))
             theirs.close()

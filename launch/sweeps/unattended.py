@@ -45,7 +45,7 @@ def start(folder: Path, workers: int, threads: int | None, cwd: Path) -> subproc
     """
     log = log_file(folder)
     log.parent.mkdir(parents=True, exist_ok=True)
-    code = "from vimscale.launch import unattended; unattended.child()"
+    code = "from vimscale.launch.sweeps import unattended; unattended.child()"
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code],

@@ -27,8 +27,6 @@ from vimscale.storage import untrusted
 
 log = logging.getLogger(__name__)
 
-"""KIND/PARAMETER@START"""
-
 
 @dataclass(frozen=True)
 class TrainState:
@@ -146,7 +144,17 @@ def read_train_state(checkpoint: Path) -> TrainState:
 
 
 _KEY = re.compile(r"(\w+/[\w.]+)@(\d{1,18})", re.ASCII)
-"""Of a piece of a parameter: KIND/PARAMETER and where in it the piece starts."""
+
+
+def piece_key(kind: str, parameter: str, start: int) -> str:
+    """The name in a state file of a piece of a parameter that starts at element `start`: KIND/PARAMETER@START."""
+    return f"{kind}/{parameter}@{start}"
+
+
+def parse_key(key: str) -> tuple[str, int] | None:
+    """(KIND/PARAMETER, START) of a `piece_key`; None if it is not one."""
+    found = _KEY.fullmatch(key)
+    return None if found is None else (found[1], int(found[2]))
 
 
 class Reader:
@@ -164,10 +172,10 @@ class Reader:
                     " on from the one before, or choose another name="
                 ) from None
             for key in file.keys():  # noqa: SIM118  safe_open is no dict
-                named, piece = _KEY.fullmatch(key), file.get_slice(key)
+                named, piece = parse_key(key), file.get_slice(key)
                 if named is None or len(piece.get_shape()) != 1 or piece.get_dtype() != "F32":
                     raise CheckpointError(f"{path} holds {key[:100]!r}, which this version does not write")
-                self._pieces.setdefault(named[1], []).append((int(named[2]), piece.get_shape()[0], file, key))
+                self._pieces.setdefault(named[0], []).append((named[1], piece.get_shape()[0], file, key))
 
     @property
     def kinds(self) -> dict[str, set[str]]:

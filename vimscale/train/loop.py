@@ -354,7 +354,7 @@ def _state(engine: Engine, ema: list[torch.Tensor] | None) -> dict[str, torch.Te
             kinds["ema"] = ema[i]
         for kind, tensor in kinds.items():
             if tensor is not None:
-                tensors[f"{kind}/{fragment.name}@{fragment.start}"] = tensor
+                tensors[checkpoint.piece_key(kind, fragment.name, fragment.start)] = tensor
     return tensors
 
 
