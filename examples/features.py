@@ -7,7 +7,6 @@
 Axes: b images, f features, d model width; the last layer's map has h x w tokens.
 """
 
-# ruff: noqa: T201
 import argparse
 import json
 from pathlib import Path

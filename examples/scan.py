@@ -5,7 +5,6 @@
 Axes: 2 directions, b images, l tokens, e channels, n states.
 """
 
-# ruff: noqa: T201
 import torch
 import torch.nn.functional as F
 
