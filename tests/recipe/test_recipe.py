@@ -6,7 +6,7 @@ import pytest
 
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
-from vimscale.recipe import recipe, sections
+from vimscale.recipe import model_section, recipe
 from vimscale.recipe.recipe import Recipe
 
 
@@ -66,7 +66,7 @@ def test_all_faults_are_reported_at_once_each_with_a_way_out() -> None:
         "data.workers: -1 must be at least 0",
         "modell: no such key; did you mean model?",
         "name: 'a; rm -rf ~' cannot name a folder",
-        "'nonsense' is no override; write section.key=value",
+        "'nonsense' is not an override; write section.key=value",
         "optim.lr: 'fast' is not a number",
     ):
         assert expected in text
@@ -143,11 +143,11 @@ def test_every_key_of_the_model_section_is_one_of_the_models_own() -> None:
 
 
 def test_depth_and_directions_follow_each_other() -> None:
-    assert sections.Model(preset="vim_tiny", depth=2).shape(10).directions == "bi*2"
-    assert sections.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
+    assert model_section.Model(preset="vim_tiny", depth=2).shape(10).directions == "bi*2"
+    assert model_section.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
 
 
 def test_the_schema_describes_every_section() -> None:
     schema = Recipe.model_json_schema()
-    assert schema["properties"]["batch"]["description"].startswith("Images a step")
+    assert schema["properties"]["batch"]["description"].startswith("Images per step")
     assert schema["additionalProperties"] is False
