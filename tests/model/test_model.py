@@ -12,7 +12,7 @@ from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.cost import costs, flops, parameters
 from vimscale.model.mixer import Mamba
 from vimscale.model.presets import Stage
-from vimscale.model.tokens import layout, resized, walk
+from vimscale.model.tokens import layout, resized, scan_order
 
 SMALL = VimConfig(
     num_classes=5, image_size=16, patch_size=4, d_model=16, depth=3, d_state=4, directions="bi fwd bwd", d_head=8
@@ -148,8 +148,8 @@ def test_class_token_and_registers_stand_where_they_are_told(
     where = layout(config, (4, 4))
     assert (where.cls, where.registers, where.tokens) == (cls, taken, config.tokens)
     image, extra = torch.arange(16.0).view(1, 16, 1), -1 - torch.arange(float(len(cls) + registers)).view(-1, 1)
-    sequence = where.put(image, extra if len(extra) else None)
-    assert torch.equal(where.of_image(sequence), image)
+    sequence = where.insert(image, extra if len(extra) else None)
+    assert torch.equal(where.image_tokens(sequence), image)
     assert [sequence[0, place, 0].item() for place in (*cls, *taken)] == extra.flatten().tolist()
 
 
@@ -157,14 +157,14 @@ def test_orders_walk_the_plane_as_they_say() -> None:
     config = dataclasses.replace(SMALL, cls_token="none", window=2)
 
     def order(name: Any) -> list[int]:
-        return walk(name, config, (3, 4)).tolist()
+        return scan_order(name, config, (3, 4)).tolist()
 
     assert order("row") == list(range(12))
     assert order("column") == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
     assert order("snake") == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11]
     assert order("window") == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
     middle = dataclasses.replace(config, cls_token="middle")
-    assert walk("column", middle, (2, 2)).tolist() == [0, 3, 2, 1, 4]  # the class token keeps its place
+    assert scan_order("column", middle, (2, 2)).tolist() == [0, 3, 2, 1, 4]  # the class token keeps its place
 
 
 @pytest.mark.parametrize("order", ["column", "snake", "window"])
@@ -176,7 +176,7 @@ def test_an_order_is_the_plain_scan_of_permuted_patches(order: str) -> None:
     model, other = _model(config), _model(plain)
     images = _images(config)
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)  # (b, 3, l, 4, 4)
-    moved = patches[:, :, walk(order, config, config.grid)]  # type: ignore[arg-type]
+    moved = patches[:, :, scan_order(order, config, config.grid)]  # type: ignore[arg-type]
     again = moved.unflatten(2, (4, 4)).transpose(3, 4).flatten(2, 3).flatten(3, 4)
     torch.testing.assert_close(model(images), other(again))
 
@@ -185,12 +185,12 @@ def test_the_position_embedding_is_resized_around_the_class_token() -> None:
     config = dataclasses.replace(SMALL, cls_token="middle", registers=1)
     rows = torch.arange(4.0).repeat_interleave(4).view(16, 1).expand(16, 2)
     where = layout(config, (4, 4))
-    position = where.put(rows[None], torch.tensor([[100.0, 100.0], [-100.0, -100.0]]))[0]
+    position = where.insert(rows[None], torch.tensor([[100.0, 100.0], [-100.0, -100.0]]))[0]
     larger = resized(position, config, (8, 4))
     after = layout(config, (8, 4))
     assert larger[after.cls[0]].tolist() == [100, 100]
     assert larger[after.registers[0]].tolist() == [-100, -100]
-    plane = after.of_image(larger[None]).view(8, 4, 2)
+    plane = after.image_tokens(larger[None]).view(8, 4, 2)
     assert torch.equal(plane[:, :1].expand_as(plane), plane), "columns alike stay alike"
     # in the middle of a ramp bicubic is close to the ramp, at half-pixel centres
     torch.testing.assert_close(plane[3:5, 0, 0], torch.tensor([1.25, 1.75]), rtol=0, atol=0.05)
@@ -395,13 +395,13 @@ def test_faults_of_a_configuration_are_told_together() -> None:
     [
         ({"pool": "cls", "cls_token": "none"}, "cls_token is none: use cls_token: middle or pool: mean"),
         ({"pool": "registers"}, "there are none: use registers: 12"),
-        ({"register_reduce": 2}, "goes with pool: registers"),
-        ({"registers": 99}, "99 registers among 16 image tokens"),
+        ({"register_reduce": 2}, "register_reduce needs pool: registers"),
+        ({"registers": 99}, r"more registers \(99\) than image tokens \(16\)"),
         ({"stride": 5}, "above patch_size 4"),
         ({"stem": "conv", "patch_size": 2}, "stem conv needs a patch_size of 4, 8, 16"),
         ({"image_size": (16, 18)}, "image_size 18 is not a multiple of patch_size 4; use 16 or 20"),
         ({"directions": "attn*3", "d_head": 5}, "multiple of d_head 5"),
-        ({"directions": "pair*2 bi", "fuse": "concat"}, "paths of pair layers meet by fuse mean or sum, not concat"),
+        ({"directions": "pair*2 bi", "fuse": "concat"}, "pair layers combine paths by fuse mean or sum, not concat"),
         ({"backward_ramp": (20, 10)}, "the first one earlier"),
         ({"stages": (Stage(depth=1, d_model=16),)}, "set cls_token: none and registers: 0"),
         (

@@ -27,7 +27,7 @@ def test_a_schedule_names_every_layer(text: str, layers: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "column", "why"),
     [
-        ("bi*24 fdw", 6, "'fdw' is no kind"),
+        ("bi*24 fdw", 6, "'fdw' is not a kind"),
         ("bi*", 3, "takes a count"),
         ("bi*0", 3, "takes a count"),
         ("bi*100000", 3, "takes a count"),
@@ -35,8 +35,8 @@ def test_a_schedule_names_every_layer(text: str, layers: list[str]) -> None:
         ("fwd) bi", 3, "closes nothing"),
         ("", 0, "a layer is missing"),
         ("()", 1, "a layer is missing"),
-        ("bi, fwd", 2, "',' means nothing"),
-        ("*3", 0, "'*' is no kind"),
+        ("bi, fwd", 2, "',' has no meaning"),
+        ("*3", 0, "'*' is not a kind"),
         ("bi@diagonal", 3, "'@' takes an order"),
         ("bi@", 3, "'@' takes an order"),
         ("bi attn@column", 8, "attn takes no order"),
