@@ -261,7 +261,7 @@ class VisionMamba(nn.Module):
         segmentation; the maps of a hierarchical model's stages form a pyramid.
 
         Raises:
-            ValueError: patches do not fill a side of an image; `layers` are out of range, or images are packed.
+            ValueError: patches do not fill a side of an image; a layer is out of range; `layers` come with a list.
         """
         if isinstance(images, Tensor):
             x, tokens = self._embed(images)

@@ -138,8 +138,9 @@ class Recipe(Section):
         raise AssertionError("the last span has no end")
 
     def micro_batch(self, world: int, step: int | None = None) -> tuple[int, int]:
-        """Return (images that a rank computes at once, micro-steps per step) on `world` ranks, in step `step`. default:
-        for the recipe's `batch`, whatever the phases.
+        """Return (images that a rank computes at once, micro-steps per step) on `world` ranks.
+
+        `step`: the step that they are for, since phases change the batch. default: a step with the recipe's `batch`.
 
         Raises:
             RecipeError: the ranks cannot divide the batch, or a phase's batch.
