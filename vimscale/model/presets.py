@@ -23,7 +23,9 @@ class Stage:
     """One resolution of a hierarchical model."""
 
     depth: int
+    """Number of layers."""
     d_model: int
+    """Width of the residual stream."""
     directions: str | None = None
     """What each layer of the stage is. default: bi in all layers."""
     downsample: int = 2
