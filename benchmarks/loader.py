@@ -40,7 +40,7 @@ from vimscale.data.order import Order, generator
 from vimscale.data.shards import manifest as shards
 from vimscale.data.shards.manifest import Manifest, Shard
 from vimscale.data.training_set import TrainingSet
-from vimscale.recipe import recipe, sections
+from vimscale.recipe import model_section, recipe, sections
 
 _SIZE = (224, 224)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -124,7 +124,7 @@ def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterato
     steps = len(images) // _BATCH
     data = sections.Data(train=str(folder / "set"))
     chosen = recipe.Recipe(
-        name="benchmark", steps=steps, batch=_BATCH, data=data, model=sections.Model(preset="vim_tiny")
+        name="benchmark", steps=steps, batch=_BATCH, data=data, model=model_section.Model(preset="vim_tiny")
     )
     config = chosen.model.shape(10)
 

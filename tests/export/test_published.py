@@ -214,7 +214,7 @@ def test_a_checkpoint_is_resized_with_its_extra_tokens_at_their_places(case: str
 def test_what_keys_and_shapes_tell_is_told_right(case: str) -> None:
     arguments, _ = _arguments(case)
     if arguments["img_size"] == (12, 20):
-        with pytest.raises(CheckpointError, match="15 patches are no square"):
+        with pytest.raises(CheckpointError, match="15 patches do not form a square"):
             guess(_state(arguments))
         return
     found, taken = guess(_state(arguments))
@@ -271,17 +271,26 @@ def test_maps_show_the_image_as_it_lies(case: str) -> None:
 
 
 WRONG_ARGUMENTS = {
-    "unknown names": ({"if_bimbamba": True, "embed": 3}, "embed, if_bimbamba: no argument of the published vim"),
-    "contradiction": ({"if_divide_out": True, "if_devide_out": False}, "are one argument"),
+    "unknown names": (
+        {"if_bimbamba": True, "embed": 3},
+        "embed, if_bimbamba: the published vim constructor has no such argument",
+    ),
+    "contradiction": ({"if_divide_out": True, "if_devide_out": False}, "are the same argument"),
     "unknown type": ({"bimamba_type": "v4"}, "bimamba_type is 'v4'; known: none, v1, v2"),
     "unknown pool": ({"final_pool_type": "sum"}, "final_pool_type is 'sum'"),
     "image of no patches": ({"img_size": 18}, "image_size 18 is not a multiple of patch_size 4; use 16 or 20"),
     "rope and a stride": ({"if_rope": True, "stride": 2}, "the table is for 16 tokens"),
-    "rope and two class tokens": ({"if_rope": True, "use_double_cls_token": True}, "the original code fails there too"),
+    "rope and two class tokens": (
+        {"if_rope": True, "use_double_cls_token": True},
+        "the published code fails there too",
+    ),
     "dt rank": ({"ssm_cfg": {"dt_rank": 5, "bias": True}}, "ssm_cfg.dt_rank is 5; only 'auto'"),
-    "state twice": ({"ssm_cfg": {"d_state": 5}}, "fails when it is given twice"),
-    "ARM of odd sides": ({**ARM, "d_state": None, "img_size": 12}, "d_state: no argument of the published arm"),
-    "no registers": ({"num_cls_tokens": 0}, "no argument of the published mambar"),
+    "state twice": ({"ssm_cfg": {"d_state": 5}}, "fails if it is given twice"),
+    "ARM of odd sides": (
+        {**ARM, "d_state": None, "img_size": 12},
+        "d_state: the published arm constructor has no such argument",
+    ),
+    "no registers": ({"num_cls_tokens": 0}, "the published mambar constructor has no such argument"),
 }
 
 
@@ -293,12 +302,12 @@ def test_wrong_arguments_are_named(case: str) -> None:
 
 
 def test_arms_columns_need_an_even_square() -> None:
-    with pytest.raises(CheckpointError, match="need a square grid of an even number a side, not 3 x 3"):
+    with pytest.raises(CheckpointError, match="need a square grid with an even number of rows, not 3 x 3"):
         from_published(ARM | {"img_size": 12}, {})
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match="vim_tiny is no published model; known: vim_tiny_patch16_224"):
+    with pytest.raises(CheckpointError, match="vim_tiny is not a published model; known: vim_tiny_patch16_224"):
         from_published("vim_tiny", {})
 
 
@@ -311,26 +320,26 @@ def test_a_wrong_state_dict_is_one_error_with_the_first_of_each_kind() -> None:
     message = str(caught.value)
     assert "1 missing: layers.0.mixer.A_log" in message
     assert "1 unexpected: layers.0.mixer.B" in message
-    assert "1 of another shape: head.weight (3, 16), not (5, 16)" in message
+    assert "1 with the wrong shape: head.weight (3, 16), not (5, 16)" in message
     assert "check depth, embed_dim, bimamba_type, class token and num_classes" in message
 
 
 def test_a_position_embedding_of_another_image_size_is_said() -> None:
-    with pytest.raises(CheckpointError, match="img_size 32 asks for 65 positions, and there are 17: give the img_size"):
+    with pytest.raises(CheckpointError, match="img_size 32 needs 65 positions, but there are 17: give the img_size"):
         from_published(VIM | {"img_size": 32}, _state(complete(VIM)))
 
 
 OURS = VimConfig(num_classes=5, image_size=16, patch_size=4, d_model=16, depth=2, d_state=4, directions="bi*2")
 NOT_THEIRS = {
     "layers of kind attn": {"directions": "attn*2", "d_head": 8},
-    "a schedule of several kinds": {"directions": "bi fwd"},
+    "layers of several kinds": {"directions": "bi fwd"},
     "layers of kind pair": {"directions": "pair*2"},
     "layers of kind cross: only bi": {"directions": "cross bi"},
     "fuse gate: only mean or sum": {"fuse": "gate"},
     "fuse concat": {"fuse": "concat"},
     "fuse mean in layers of kind shared": {"directions": "shared*2"},
     "stem conv: only patch": {"stem": "conv"},
-    "tokens walked by column": {"directions": "bi@column*2"},
+    "scans in the order column": {"directions": "bi@column*2"},
     "registers 2: only 0": {"registers": 2},
     "pool max: only mean or last": {"cls_token": "none", "pool": "max"},
     "pool mean: only cls": {"pool": "mean"},
@@ -350,7 +359,7 @@ def test_what_the_published_code_cannot_express_is_named(message: str) -> None:
 def test_a_model_within_its_backward_ramp_stays_here() -> None:
     model = VisionMamba(OURS)
     model.backward = 0.5
-    with pytest.raises(CheckpointError, match=r"in by 0.5"):
+    with pytest.raises(CheckpointError, match=r"have a factor of 0.5"):
         to_published(model)
 
 

@@ -221,7 +221,7 @@ class Engine:
 
     def _backward_stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What this rank holds of the backward paths' own parameters: (the optimizer's tensor, a view of it)."""
-        own = self.module.backward_stretches()
+        own = self.module.backward_slices()
         for fragment in self.fragments:
             for first, last in own.get(fragment.name, ()):  # shares of the whole parameter
                 numel = torch.Size(self.shapes[fragment.name]).numel()
