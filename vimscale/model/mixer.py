@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
 from vimscale.model.tokens import Tokens
-from vimscale.ops import bidirectional_scan, bimamba_inner, causal_conv1d, selective_scan
+from vimscale.ops import bidirectional_scan, bimamba_inner, causal_conv1d, selective_scan, selective_scan_with_state
 
 Probe = dict[str, Tensor]
 """What a mixer tells about itself on logging steps, by name; scalars on the device."""
@@ -241,7 +241,7 @@ class Mamba(nn.Module):
         n = self.A_log.shape[-1]
         low_dt, B, C = F.linear(x, self.x_proj[0].to(x.dtype)).split([self.dt_proj.shape[-1], n, n], dim=-1)
         dt = F.linear(low_dt, self.dt_proj[0].to(x.dtype))
-        _, state = selective_scan(
+        _, state = selective_scan_with_state(
             x,
             dt,
             -torch.exp(self.A_log[0].float()),
@@ -250,7 +250,6 @@ class Mamba(nn.Module):
             self.D[0],
             dt_bias=self.dt_bias[0],
             reverse=self.paths[0][1],
-            return_final_state=True,
         )
         step = F.softplus(dt.float() + self.dt_bias[0])
         probe["dt_min"], probe["dt_max"], probe["state"] = step.min(), step.max(), state.abs().max()
