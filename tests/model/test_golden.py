@@ -37,7 +37,7 @@ def _below(tensors: dict[str, Tensor], folder: str) -> dict[str, Tensor]:
 def _close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
     assert ours.shape == theirs.shape, what
     off = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
-    assert off < bound, f"{what} is off by {off:.1e} of its largest value"
+    assert off < bound, f"{what}: error {off:.1e} relative to the largest value"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
 from vimscale.model.tokens import Tokens
-from vimscale.ops import bidirectional_scan, bimamba_inner, causal_conv1d, selective_scan
+from vimscale.ops import bidirectional_scan, bimamba_inner, causal_conv1d, selective_scan, selective_scan_with_state
 
 Probe = dict[str, Tensor]
 """Statistics that a mixer reports on logging steps, by name; scalars on the device."""
@@ -257,7 +257,7 @@ class Mamba(nn.Module):
     def _record(self, probe: Probe, xz: Tensor) -> None:
         """Record the steps and final states of the first path in `probe`, for one row xz (1, l, 2e)."""
         x, _, dt, B, C = self._scan_inputs(xz)
-        _, state = selective_scan(
+        _, state = selective_scan_with_state(
             x,
             dt,
             -torch.exp(self.A_log[0].float()),
@@ -266,7 +266,6 @@ class Mamba(nn.Module):
             self.D[0],
             dt_bias=self.dt_bias[0],
             reverse=self.paths[0][1],
-            return_final_state=True,
         )
         step = F.softplus(dt.float() + self.dt_bias[0])
         probe["dt_min"], probe["dt_max"], probe["state"] = step.min(), step.max(), state.abs().max()
