@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint.load import consolidated
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.errors import UserError
 from vimscale.export import published, safetensors, starting, unwrap
@@ -267,7 +267,7 @@ def _checkpoints(chance: random.Random, folder: Path) -> None:
         save_file({odd: torch.ones(chance.choice([(48,), (3, 16), (0,), ()]))}, path)
     (folder / "trainer.json").write_bytes(_text(_mutated(fields, chance), chance))
     manifest.write(folder, [manifest.seal(path)])
-    _once(lambda: checkpoint.consolidated(folder, "weight"))
+    _once(lambda: consolidated(folder, "weight"))
 
 
 def _manifests(chance: random.Random, folder: Path) -> None:

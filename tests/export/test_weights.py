@@ -304,7 +304,7 @@ def test_a_run_that_is_resumed_needs_its_weights_no_more(tmp_path: Path) -> None
     (tmp_path / "run/checkpoints/step_00000010").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000010/manifest.json").write_text("{}")
     starting.check(recipe, RunFolder(tmp_path / "run"), _manifest())
-    there = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"second": str(tmp_path)})})
+    there = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"mirror": str(tmp_path)})})
     (tmp_path / "run").rename(tmp_path / "checkpoints")
     (tmp_path / "checkpoints/checkpoints").rename(tmp_path / recipe.name)
     starting.check(there, RunFolder(tmp_path / "nowhere"), _manifest())

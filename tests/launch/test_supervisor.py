@@ -258,7 +258,7 @@ def test_whoever_takes_a_checkpoint_instead_of_a_damaged_one_is_told(
     damaged = runs.checkpoints / run_folder.checkpoint_name(20) / "manifest.json"
     damaged.write_text("{")
     assert runs.newest_checkpoint().name == run_folder.checkpoint_name(10)
-    assert "not whole, so step_00000010 is taken instead: step_00000020" in caplog.text
+    assert "using step_00000010, because a newer checkpoint is damaged: step_00000020" in caplog.text
 
 
 # ---- the watchdog

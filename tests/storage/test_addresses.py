@@ -54,7 +54,7 @@ def test_an_address_with_a_secret_is_refused_without_showing_it(address: str) ->
         f"data.train='{address}'",
         f"data.val='{address}'",
         f"data.train=[{{data: '{address}'}}]",
-        f"checkpoint.second='{address}'",
+        f"checkpoint.mirror='{address}'",
         f"model.weights='{address}'",
     ):
         with pytest.raises(

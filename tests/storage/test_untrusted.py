@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from tests.support.noise import SAMPLE, overwrite, write_set
 from tests.support.web_server import WebServer
-from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import mirror
+from vimscale.checkpoint.load import Reader, read_train_state
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
@@ -239,11 +239,11 @@ def test_a_trainer_file_that_is_none_is_one_message(tmp_path: Path, case: str) -
     with pytest.raises(
         CheckpointError, match=r"trainer.json is not what this version writes \([^\n]{,200}\);"
     ) as caught:
-        checkpoint.read_train_state(tmp_path)
+        read_train_state(tmp_path)
     assert len(str(caught.value)) < 500
     infinite = TRAINER | {"guard": {"losses": [float("nan"), float("inf")]}}  # which a guard may have seen
     (tmp_path / "trainer.json").write_text(json.dumps(infinite))
-    assert checkpoint.read_train_state(tmp_path).step == 1
+    assert read_train_state(tmp_path).step == 1
 
 
 @pytest.mark.parametrize("name", ["a", "weight/a", "weight@0", "weight/a@-1", "weight/a@" + "9" * 5000, "weight/a@x"])
@@ -251,7 +251,7 @@ def test_a_tensor_that_is_no_fragment_is_named(tmp_path: Path, name: str) -> Non
     save_file({name: torch.zeros(2)}, tmp_path / "state-0")
     manifest.write(tmp_path, [manifest.seal(tmp_path / "state-0")])
     with pytest.raises(CheckpointError, match=r"^[^\n]{,300} which this version does not write$"):
-        checkpoint.Reader(tmp_path)
+        Reader(tmp_path)
 
 
 # ---- what runs and jobs leave

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale.checkpoint import mirror
+from vimscale.checkpoint.mirror import open_mirror
 from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError
@@ -200,10 +200,10 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
 
 
 def _elsewhere(recipe: Recipe) -> bool:
-    """Whether there may be a checkpoint in the second place: the ranks find out."""
+    """Whether the mirror may have a checkpoint; if it cannot be reached, the ranks find out."""
     try:
-        place = mirror.open_mirror(recipe.checkpoint.second, recipe.name)
-        return place is not None and bool(place.names())
+        store = open_mirror(recipe.checkpoint.mirror, recipe.name)
+        return store is not None and bool(store.names())
     except (OSError, DataError):
         return True
 

@@ -175,7 +175,14 @@ class Recipe(Section):
         return dump(self.model_dump())
 
 
-_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"))
+_KIND = Kind(
+    "recipe",
+    Recipe,
+    RecipeError,
+    "recipes",
+    either=("steps", "epochs"),
+    renamed={"checkpoint.second": "checkpoint.mirror"},
+)
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
@@ -79,6 +79,8 @@ class Kind(Generic[File]):
     """Beside the package in a source tree and inside it in a wheel: where those that come with it are."""
     either: tuple[str, ...] = ()
     """Keys that exclude each other: one laid over another replaces it."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Keys by their earlier names, both in dotted form; files and overrides may use either, but not both at once."""
 
     def load(self, source: str | Path, overrides: Iterable[str] = ()) -> File:
         """The file `source`, or the shipped one of that name, with `a.b=c` overrides put on top.
@@ -91,6 +93,7 @@ class Kind(Generic[File]):
         changes: dict = {}
         for text in overrides:
             _override(changes, text, faults)
+        faults += self._rename(changes)
         tree = self._lay_over(self._read(path, ()), changes)
         try:
             loaded = self.section.model_validate(tree)
@@ -108,7 +111,10 @@ class Kind(Generic[File]):
         """
         title = f"{self.name} {where}"
         try:
-            return self.section.model_validate(_mapping_of(text))
+            tree = _mapping_of(text)
+            if faults := self._rename(tree):
+                raise self.error(title, faults)
+            return self.section.model_validate(tree)
         except _Unread as error:
             raise self.error(title, [str(error)]) from None
         except ValidationError as error:
@@ -150,6 +156,8 @@ class Kind(Generic[File]):
             raise self.error(title, [f"{path} is not text in UTF-8"]) from None
         except OSError as error:
             raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
+        if faults := self._rename(tree):
+            raise self.error(title, faults)
         base = tree.pop("base", None)
         if base is None:
             return tree
@@ -157,6 +165,22 @@ class Kind(Generic[File]):
             raise self.error(title, [f"base: {brief(base)} is neither a {self.name}'s name nor a file"])
         beside = path.parent / f"{base.removesuffix('.yaml')}.yaml"
         return self._lay_over(self._read(beside if os.path.isfile(beside) else self.find(base), (*above, path)), tree)
+
+    def _rename(self, tree: dict) -> list[str]:
+        """Give `renamed` keys of a tree their names of today; returns a fault for each that is there under both."""
+        faults = []
+        for old, new in self.renamed.items():
+            *parents, old_leaf = old.split(".")
+            section: Any = tree
+            for parent in parents:
+                section = section.get(parent) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or old_leaf not in section:
+                continue
+            new_leaf = new.rpartition(".")[2]
+            if new_leaf in section:
+                faults.append(f"{old}: this is the earlier name of {new}, which is given too; remove {old}")
+            section.setdefault(new_leaf, section.pop(old_leaf))
+        return faults
 
     def _lay_over(self, base: dict, top: dict) -> dict:
         """`top` over `base`, section by section."""
