@@ -270,7 +270,7 @@ NO_WEIGHTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "for the published code": (_published, "for the published code; `vimscale import .*model.pth`"),
     "cut short": (_cut, "model.safetensors has .* bytes, not the .* that its header says"),
     "fewer names": (_config(classes=["a"]), "names 1 classes, its model has 4"),
-    "no names": (_config(classes=None), "classes is None, not a list of names"),
+    "no names": (_config(classes=None), "classes is null, not a list of names"),
     "no deviation": (_config(std=[0, 1, 1]), "std is"),
     "another format": (_config(format=2), "format 2, this version reads 1"),
     "an unknown field": (_config(model=OURS.to_dict() | {"rope": True}), "rope: no such field"),

@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[list[Fault], str]] = {
         "has more than 5,000 bytes",
     ),
     "a large file": ([with_length("5001")], "has more than 5,000 bytes"),
-    "a length of many digits": ([with_length("9" * 5000)], r"Content-Length that makes no sense \('9+\.\.\."),
+    "a length of many digits": ([with_length("9" * 5000)], r"Content-Length that makes no sense \('9+ … 9+'"),
     "a length of too many digits": ([with_length("9" * 400)], "Content-Length that makes no sense"),
     "a negative length": ([with_length("-1")], r"Content-Length that makes no sense \('-1'\)"),
     "a length in words": ([with_length("a lot")], r"Content-Length that makes no sense \('a lot'\)"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import CheckpointError
+from vimscale.errors import CheckpointError, brief
 from vimscale.export import starting, unwrap
 from vimscale.export.safetensors import difference, preprocessing
 from vimscale.model import VisionMamba
@@ -63,7 +63,7 @@ def read_arguments(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(arguments, dict):
-        raise CheckpointError(f"{path} holds {untrusted.shown(arguments)}, not the constructor's arguments by name")
+        raise CheckpointError(f"{path} holds {brief(arguments)}, not the constructor's arguments by name")
     return arguments
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from vimscale.checkpoint.mirror import open_mirror
 from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
-from vimscale.errors import CheckpointError, DataError, UserError
+from vimscale.errors import CheckpointError, DataError, UserError, brief
 from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
@@ -250,7 +250,7 @@ def preprocessing_of(tree: dict[str, Any]) -> tuple[tuple[str, ...], Triple, Tri
     """(classes, mean, std); raises ValueError."""
     names = tree.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"classes is {untrusted.shown(names)}, not a list of names")
+        raise ValueError(f"classes is {brief(names)}, not a list of names")
     mean, std = (_triple(tree, key) for key in ("mean", "std"))
     if min(std) <= 0:
         raise ValueError(f"std is {_said(std)}, and images are divided by it")
@@ -260,7 +260,7 @@ def preprocessing_of(tree: dict[str, Any]) -> tuple[tuple[str, ...], Triple, Tri
 def backward_of(tree: dict[str, Any]) -> float:
     value = tree.get("backward", 1.0)
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"backward is {untrusted.shown(value)}, not a number from 0 to 1")
+        raise ValueError(f"backward is {brief(value)}, not a number from 0 to 1")
     return float(value)
 
 
@@ -270,9 +270,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     tree = untrusted.loads(untrusted.read(folder / CONFIG))
     if not isinstance(tree, dict):
-        raise ValueError(f"{CONFIG} holds {untrusted.shown(tree)}, not a model's description")
+        raise ValueError(f"{CONFIG} holds {brief(tree)}, not a model's description")
     if tree.get("format") != 1:
-        found = untrusted.shown(tree.get("format"))
+        found = brief(tree.get("format"))
         raise ValueError(f"{CONFIG} has format {found}, this version reads 1")
     return tree
 
@@ -343,14 +343,14 @@ def object_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
     """Raises ValueError: it is not there, or something else."""
     value = tree.get(key)
     if not isinstance(value, dict):
-        raise ValueError(f"{key} is {untrusted.shown(value)}, not an object")
+        raise ValueError(f"{key} is {brief(value)}, not a mapping")
     return value
 
 
 def _triple(tree: dict[str, Any], key: str) -> Triple:
     value = tree.get(key)
     if not isinstance(value, list) or len(value) != 3 or any(type(x) not in (int, float) for x in value):
-        raise ValueError(f"{key} is {untrusted.shown(value)}, not three numbers")
+        raise ValueError(f"{key} is {brief(value)}, not three numbers")
     return (value[0], value[1], value[2])
 
 

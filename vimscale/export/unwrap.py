@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale.errors import CheckpointError
+from vimscale.errors import CheckpointError, brief
 from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
 from vimscale.storage import untrusted
 
@@ -148,7 +148,7 @@ def _sharded(path: Path, ema: bool) -> Published:
     try:
         for name in files:
             if untrusted.file_name(name).startswith("."):
-                raise ValueError(f"{untrusted.shown(name)} is hidden")
+                raise ValueError(f"{brief(name)} is hidden")
     except ValueError as error:
         raise CheckpointError(f"{path} names a shard that is not a file next to it: {error}") from None
     tree: dict[str, Tensor] = {}

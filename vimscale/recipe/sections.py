@@ -340,9 +340,9 @@ class Checkpoint(Section):
     keep_every: Step | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
     mirror: Address | None = None
-    """A folder or an address such as s3://bucket/runs. The run copies its newest checkpoint there in the background, and
-    writes there directly if it cannot write its own folder. A relative folder starts from the working directory in
-    which the recipe is read.
+    """A folder or an address such as s3://bucket/runs. The run copies its newest checkpoint there in the background,
+    and writes there directly if it cannot write its own folder. A relative folder starts from the working directory
+    in which the recipe is read.
     """
 
     @field_validator("mirror")

@@ -24,10 +24,9 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request
 
-from vimscale.errors import DataError
+from vimscale.errors import DataError, shortened
 from vimscale.storage import files, untrusted, web
 from vimscale.storage.addresses import filled, masked, shown
-from vimscale.storage.untrusted import line
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +237,7 @@ class Web(Remote):
             response = web.urlopen(request, self.retry.stall)
         except HTTPError as error:
             error.close()
-            said = f"HTTP {error.code} {line(error.reason)}"
+            said = f"HTTP {error.code} {shortened(error.reason)}"
             if error.code in (301, 302, 303, 307, 308):
                 raise DataError(
                     f"{self.where(name)}: it leads on without end, or to another place than http(s):// ({said});"
@@ -256,7 +255,7 @@ class Web(Remote):
             unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
             if unknown or isinstance(reason, ssl.SSLCertVerificationError):
                 raise DataError(f"{self.where(name)}: {reason}; check the address") from None
-            raise _Broken(line(str(reason)) or type(reason).__name__) from None
+            raise _Broken(shortened(str(reason)) or type(reason).__name__) from None
         try:
             length = web.length(response, start)
         except ValueError as error:
@@ -273,7 +272,7 @@ def _body(response: web.Response, skip: int) -> Iterator[bytes]:
             try:
                 piece = response.read_some(_CHUNK)
             except (OSError, HTTPException) as error:
-                raise _Broken(line(str(error)) or type(error).__name__) from None
+                raise _Broken(shortened(str(error)) or type(error).__name__) from None
             if not piece:
                 return
             if len(piece) > skip:

@@ -25,7 +25,7 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from vimscale.storage.untrusted import shown
+from vimscale.errors import brief
 
 RATE = 1000
 """Bytes per second that a connection must keep up, on average."""
@@ -122,11 +122,11 @@ def length(response: Response, start: int) -> int | None:
         raise ValueError(f"compresses what it sends ({min(compressed)}), which it was asked not to")
     part = response.headers.get("Content-Range", f"bytes {start}-")
     if response.status == 206 and not re.match(rf"bytes {start}-", part):
-        raise ValueError(f"sends other bytes than it was asked for (Content-Range {shown(part)}, not from {start} on)")
+        raise ValueError(f"sends other bytes than it was asked for (Content-Range {brief(part)}, not from {start} on)")
     said = {value.strip() for value in response.headers.get_all("Content-Length", [])}
     if response.chunked or not said:
         return None
     if len(said) > 1 or not re.fullmatch("[0-9]{1,18}", min(said)):
-        what = " and ".join(map(shown, sorted(said)[:2]))
+        what = " and ".join(map(brief, sorted(said)[:2]))
         raise ValueError(f"sends a Content-Length that makes no sense ({what})")
     return int(min(said))
