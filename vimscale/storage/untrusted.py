@@ -1,4 +1,4 @@
-"""Read JSON and file names that other people wrote, within limits. Faults raise ValueError with a message of one line."""
+"""Read JSON and file names that other people wrote, within limits. A fault is a ValueError with a one-line message."""
 
 import json
 import math
