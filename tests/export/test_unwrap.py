@@ -68,12 +68,12 @@ WRAPPED: dict[str, Any] = {
     "compiled layers": _compiled_blocks(),
     "FSDP": {key.replace("mixer.", "_fsdp_wrapped_module.mixer."): value for key, value in STATE.items()},
     "lightning": {"state_dict": _under("model.net."), "hyper_parameters": {"lr": np.float32(0.5)}, "loops": {}},
-    "beside an average": {"model": STATE, "model_ema": OTHER},
-    "beside an average with a counter": {"model": STATE, "model_ema": _under("module.", OTHER, n_averaged=COUNT)},
-    "beside an average in a dict": {"model": STATE, "ema": {"module": OTHER, "decay": 0.99, "updates": 7}},
+    "next to an average": {"model": STATE, "model_ema": OTHER},
+    "next to an average with a counter": {"model": STATE, "model_ema": _under("module.", OTHER, n_averaged=COUNT)},
+    "next to an average in a dict": {"model": STATE, "ema": {"module": OTHER, "decay": 0.99, "updates": 7}},
     "an average with a prefix": {"state_dict": {**STATE, **_under("model_ema.", OTHER)}},
     "student and teacher": {"student": _under("backbone."), "teacher": _under("backbone.", OTHER)},
-    "an average alone": {"model_ema": _under("module.", n_averaged=COUNT)},
+    "only an average": {"model_ema": _under("module.", n_averaged=COUNT)},
     "half precision": {"model": {key: value.half() for key, value in STATE.items()}},
     "parameters": {"model": {key: torch.nn.Parameter(value) for key, value in STATE.items()}},
     "the same twice": {"model": STATE, "state_dict": STATE},
@@ -92,8 +92,8 @@ def test_weights_are_unwrapped(case: str, legacy: bool, tmp_path: Path) -> None:
     assert all(torch.equal(found.state[key], value) for key, value in expected.items())
     if "average" in case or "teacher" in case:
         averaged = unwrap.read(tmp_path / "a.pth", ema=True)
-        assert all(torch.equal(averaged.state[key], (STATE if "alone" in case else OTHER)[key]) for key in STATE)
-        said = "the file holds only a moving average" if "alone" in case else "--ema takes it instead"
+        assert all(torch.equal(averaged.state[key], (STATE if "only" in case else OTHER)[key]) for key in STATE)
+        said = "the file holds only a moving average" if "only" in case else "--ema takes it instead"
         assert any(said in note for note in found.notes), found.notes
 
 

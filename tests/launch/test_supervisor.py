@@ -250,7 +250,7 @@ def test_nodes_that_are_taken_away_are_left_with_a_checkpoint(runs: RunFolder, m
     assert _supervise(runs, Scripted([], room=0, **leaving))[0] == 3
 
 
-def test_whoever_takes_a_checkpoint_instead_of_a_damaged_one_is_told(
+def test_a_warning_says_that_an_earlier_checkpoint_replaces_a_damaged_one(
     runs: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20):

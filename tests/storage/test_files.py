@@ -56,7 +56,7 @@ def test_a_path_that_cannot_exist_is_named(tmp_path: Path, writer: str) -> None:
     (tmp_path / "file").touch()
     for path, fix in (
         (tmp_path / "gone/it.png", "its folder does not exist"),
-        (tmp_path / "file/it.png", "a file stands"),
+        (tmp_path / "file/it.png", "a file is where a folder"),
     ):
         with pytest.raises(OSError) as caught:  # noqa: PT011
             WRITERS[writer](path)

@@ -205,7 +205,7 @@ class _Machine:
                 parts = argument.split(" ", 1) if name == "GLOBAL" else self._pop(2)
                 if not all(isinstance(part, str) for part in parts):
                     raise Damaged("it names something by a value that is not text")
-                self._stack.append(_named(".".join(parts)))
+                self._stack.append(_name(".".join(parts)))
             elif name in ("BINGET", "LONG_BINGET", "GET"):
                 self._stack.append(self._memo[argument])
             elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
@@ -218,7 +218,7 @@ class _Machine:
             elif name == "STOP":
                 return self._stack.pop()
             elif name not in ("PROTO", "FRAME"):
-                self._built(name)
+                self._step(name)
         raise Damaged("it ends in the middle")
 
     def _pop(self, count: int) -> tuple[Any, ...]:
@@ -232,7 +232,7 @@ class _Machine:
         items, self._stack = self._stack, self._marks.pop()
         return items
 
-    def _built(self, name: str) -> None:
+    def _step(self, name: str) -> None:
         stack = self._stack
         if name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             stack.append(self._pop(int(name[-1])))
@@ -254,7 +254,7 @@ class _Machine:
             self._stack.append(Opaque("frozenset"))
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self._pop(2)
-            stack.append(_called(function, arguments))
+            stack.append(_call(function, arguments))
         elif name == "BUILD":
             (state,) = self._pop(1)
             _set_state(stack[-1], state)
@@ -338,13 +338,13 @@ _STORAGES: dict[str, torch.dtype | None] = {
 }
 
 
-def _named(name: str) -> Name:
+def _name(name: str) -> Name:
     if name not in _CALLS and name not in _STORAGES and name not in _DTYPES:
         raise Refused(name)
     return Name(name)
 
 
-def _called(function: Any, arguments: Any) -> Any:
+def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Name) or not isinstance(arguments, tuple) or function not in _CALLS:
         raise Damaged("it calls what cannot be called")
     if len(arguments) > 20:
@@ -368,7 +368,7 @@ def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hoo
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes, or of a subclass."""
-    return _called(function, arguments)
+    return _call(function, arguments)
 
 
 def _number(dtype: Any, content: Any = b"") -> Any:

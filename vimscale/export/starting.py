@@ -103,10 +103,10 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
             fix = f"set model.{name}={_value(theirs)}"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
-            faults.append(f"{name}: the weights have {_said(theirs)}, the recipe {_said(ours)}; {fix}")
+            faults.append(f"{name}: the weights have {_text(theirs)}, the recipe {_text(ours)}; {fix}")
     if (old.layer_scale is None) != (config.layer_scale is None):
         faults.append(
-            f"layer_scale: the weights have {_said(old.layer_scale)}, the recipe {_said(config.layer_scale)};"
+            f"layer_scale: the weights have {_text(old.layer_scale)}, the recipe {_text(config.layer_scale)};"
             + (" leave it out" if old.layer_scale is None else f" set model.layer_scale={old.layer_scale}")
         )
     if old.backward_gate and not config.backward_gate and old.optional:
@@ -122,8 +122,8 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
         else:
             notes.append("backward_ramp: the weights are of a model with its backward paths at 1; here they start over")
     if source.mean != manifest.mean or source.std != manifest.std:
-        change = f"mean {_said(source.mean)} and std {_said(source.std)} of the weights' data"
-        to = f"those of {manifest.name[:60]}, {_said(manifest.mean)} and {_said(manifest.std)}"
+        change = f"mean {_text(source.mean)} and std {_text(source.std)} of the weights' data"
+        to = f"those of {manifest.name[:60]}, {_text(manifest.mean)} and {_text(manifest.std)}"
         if old.stem == "patch":
             notes.append(f"{change} are not {to}: patch_embed is converted, so that an image gives the same result")
         else:
@@ -175,7 +175,7 @@ def _head_notes(source: Source, manifest: Manifest) -> list[str]:
     return []
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     return json.dumps(value)[:150] if isinstance(value, list | tuple) else str(value)[:150]
@@ -183,8 +183,8 @@ def _said(value: Any) -> str:
 
 def _value(value: Any) -> str:
     """As an override on the command line."""
-    said = _said(value)
-    return f'"{said}"' if " " in said else said
+    text = _text(value)
+    return f'"{text}"' if " " in text else text
 
 
 # ---- reading
@@ -255,7 +255,7 @@ def preprocessing_of(tree: dict[str, Any]) -> tuple[tuple[str, ...], Triple, Tri
         raise ValueError(f"classes is {brief(names)}, not a list of names")
     mean, std = (_triple(tree, key) for key in ("mean", "std"))
     if min(std) <= 0:
-        raise ValueError(f"std is {_said(std)}, and images are divided by it")
+        raise ValueError(f"std is {_text(std)}, and images are divided by it")
     return tuple(names), mean, std
 
 

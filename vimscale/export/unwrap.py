@@ -45,13 +45,13 @@ def read(path: Path, *, ema: bool = False) -> Published:
         CheckpointError: the file cannot be read, or holds something else; names what it holds.
     """
     if path.name.endswith(".index.json"):
-        return _sharded(path, ema)
+        return _read_shards(path, ema)
     _check_complete(path)
-    tree, tensor, args = _opened(path)
-    return _checked(path, tree, tensor, args, ema)
+    tree, tensor, args = _open(path)
+    return _unwrap(path, tree, tensor, args, ema)
 
 
-def _opened(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespace | None]:
+def _open(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespace | None]:
     """(content of the file, function that reads a tensor of it, the training run's arguments)."""
     try:
         if path.exists() and not path.is_file():
@@ -135,7 +135,7 @@ def _check_complete(path: Path) -> None:
         )
 
 
-def _sharded(path: Path, ema: bool) -> Published:
+def _read_shards(path: Path, ema: bool) -> Published:
     try:
         if path.stat().st_size > _LARGEST_INDEX:
             raise CheckpointError(f"{path} is too large for an index of shards: {path.stat().st_size:,} bytes")
@@ -153,17 +153,17 @@ def _sharded(path: Path, ema: bool) -> Published:
         raise CheckpointError(f"{path} names a shard that is not a file next to it: {error}") from None
     tree: dict[str, Tensor] = {}
     for name in files:
-        whole, tensor, _ = _opened(path.with_name(name))
-        if not isinstance(whole, dict):
-            raise CheckpointError(f"{path.with_name(name)} holds a {_type(whole)}, not a dict of tensors")
-        for key, value in whole.items():
+        content, tensor, _ = _open(path.with_name(name))
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path.with_name(name)} holds a {_type(content)}, not a dict of tensors")
+        for key, value in content.items():
             if weight_map.get(key) == name and isinstance(value, Stored | Tensor):
                 tree[key] = _read(path.with_name(name), key, value, tensor)
     if missing := [key for key in weight_map if key not in tree]:
         raise CheckpointError(
             f"{path}: {len(missing)} tensors are not in the shards it names: {_listed(missing)}; fetch the shards again"
         )
-    published = _checked(path, tree, lambda value: value, None, ema)
+    published = _unwrap(path, tree, lambda value: value, None, ema)
     return published._replace(notes=[f"{len(files)} shards", *published.notes])
 
 
@@ -191,12 +191,12 @@ class _Found:
         return bool(_AVERAGED.search(self.name)) or "n_averaged" in self.tree
 
 
-def _checked(
-    path: Path, whole: Any, tensor: Callable[[Any], Tensor], args: argparse.Namespace | None, ema: bool
+def _unwrap(
+    path: Path, content: Any, tensor: Callable[[Any], Tensor], args: argparse.Namespace | None, ema: bool
 ) -> Published:
-    if not isinstance(whole, dict):
-        raise CheckpointError(f"{path} holds a {_type(whole)}, not a dict of tensors")
-    chosen, notes = _chosen(path, whole, ema)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {_type(content)}, not a dict of tensors")
+    chosen, notes = _choose(path, content, ema)
     values: dict[str, Any] = {}
     left = []
     for key, value in chosen.tree.items():
@@ -224,9 +224,9 @@ def _checked(
     return Published({key: _read(path, key, value, tensor) for key, value in values.items()}, args, notes)
 
 
-def _chosen(path: Path, whole: dict[Any, Any], ema: bool) -> tuple[_Found, list[str]]:
+def _choose(path: Path, content: dict[Any, Any], ema: bool) -> tuple[_Found, list[str]]:
     found = []
-    for at, tree in _dicts(whole):
+    for at, tree in _dicts(content):
         prefixes = [
             key.removesuffix(_ANCHOR)
             for key, value in tree.items()
@@ -237,8 +237,8 @@ def _chosen(path: Path, whole: dict[Any, Any], ema: bool) -> tuple[_Found, list[
             found.append(_Found(tree, at, prefix, longer))
     if not found:  # not a published model: later checks say what it is instead
         names = ("model_ema", "model", "state_dict") if ema else ("model", "state_dict", "model_ema")
-        inner = next((name for name in names if isinstance(whole.get(name), dict)), None)
-        return _Found(whole if inner is None else whole[inner], () if inner is None else (inner,), "", ()), []
+        inner = next((name for name in names if isinstance(content.get(name), dict)), None)
+        return _Found(content if inner is None else content[inner], () if inner is None else (inner,), "", ()), []
     wanted = [one for one in found if one.averaged == ema]
     taken = wanted or found
     if len(taken) > 1:
@@ -258,10 +258,10 @@ def _anchored(key: str) -> bool:
     return key == _ANCHOR or key.endswith(f".{_ANCHOR}")
 
 
-def _dicts(whole: dict[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
+def _dicts(content: dict[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
     """Yield every dict in nested dicts once, with the keys that lead to it."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), whole)]
+    waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), content)]
     while waiting:
         at, tree = waiting.pop(0)
         if id(tree) in seen or len(seen) > 1000:

@@ -122,7 +122,7 @@ _FIXES = {
     errno.EPERM: _PERMISSION,
     errno.EROFS: _PERMISSION,
     errno.EEXIST: "it is in the way; move it, or choose another path",
-    errno.ENOTDIR: "a file stands where a folder is needed; move it, or choose another path",
+    errno.ENOTDIR: "a file is where a folder is needed; move it, or choose another path",
     errno.EISDIR: "it is a folder and a file is needed; name a file",
     errno.ENOENT: "its folder does not exist (any more); create it, or choose another path",
 }
