@@ -57,12 +57,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_first(names: Iterable[str]) -> list[str]:
-    """Sort checkpoint names by step: from step 10^8 on, the order of the text is another."""
+    """Sort checkpoint names by step. As text, step_100000000 would come before step_99999999."""
     return sorted(names, key=step_of, reverse=True)
 
 
 def intact(here: Iterable[str], mirrored: Iterable[str], is_intact: Callable[[str, bool], bool]) -> Iterator[str]:
-    """Yield names of intact checkpoints, newest first. What a resume uses, and every command by default, is the first.
+    """Yield names of intact checkpoints, newest first. A resume uses the first one, and so does every command by default.
 
     Args:
         here: names in the run's folder.

@@ -105,7 +105,7 @@ class _Redirects(HTTPRedirectHandler):
 
 
 def urlopen(request: Request, stall: float) -> Response:
-    """Like urllib's, and raises the same; `stall` as above."""
+    """Open a request as urllib does, and raise the same errors; `stall` as in the module's docstring."""
     opener = OpenerDirector()  # the one of build_opener opens file:// and ftp:// too
     kinds = (ProxyHandler, UnknownHandler, _Http, _Https, HTTPDefaultErrorHandler, _Redirects, HTTPErrorProcessor)
     for kind in kinds:
