@@ -62,7 +62,7 @@ def newest_first(names: Iterable[str]) -> list[str]:
 
 
 def intact(here: Iterable[str], mirrored: Iterable[str], is_intact: Callable[[str, bool], bool]) -> Iterator[str]:
-    """Yield names of intact checkpoints, newest first. A resume uses the first one, and so does every command by default.
+    """Yield names of intact checkpoints, newest first. A resume uses the first one, as do all commands by default.
 
     Args:
         here: names in the run's folder.
