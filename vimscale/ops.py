@@ -1,4 +1,4 @@
-"""The one door from the package to kernels/."""
+"""The kernels that the package uses; no other module imports kernels/."""
 
 from typing import TYPE_CHECKING
 

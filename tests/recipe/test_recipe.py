@@ -105,6 +105,31 @@ def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
     assert "circle: b -> a -> b" in fault
 
 
+def test_a_renamed_key_is_read_by_its_earlier_name(tmp_path: Path) -> None:
+    old = _file(tmp_path, "old", "base: vim_digits_cpu\nname: old\ncheckpoint: {second: /a}\n")
+    assert recipe.load(old).checkpoint.mirror == "/a"
+    assert recipe.load(old, ["checkpoint.mirror=/b"]).checkpoint.mirror == "/b"
+    assert recipe.load("vim_digits_cpu", ["checkpoint.second=/c"]).checkpoint.mirror == "/c"
+    top = _file(tmp_path, "top", "base: old\ncheckpoint: {mirror: null}\n")
+    assert recipe.load(top).checkpoint.mirror is None
+    resolved = recipe.load(old).to_yaml()
+    assert "second" not in resolved
+    assert recipe.parse(resolved.replace("mirror:", "second:"), "of a job") == recipe.load(old)
+
+
+def test_a_renamed_key_under_both_names_is_refused(tmp_path: Path) -> None:
+    said = (
+        "checkpoint.second: this is the earlier name of checkpoint.mirror, which is given too; remove checkpoint.second"
+    )
+    both = _file(tmp_path, "both", "base: vim_digits_cpu\ncheckpoint: {second: null, mirror: /a}\n")
+    assert _faults(both) == [said]
+    assert _faults("vim_digits_cpu", "checkpoint.mirror=/a", "checkpoint.second=/b") == [said]
+    resolved = recipe.load("vim_digits_cpu", ["checkpoint.mirror=/a"]).to_yaml()
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(resolved.replace("  mirror:", "  second: /b\n  mirror:"), "of a job")
+    assert caught.value.faults == [said]
+
+
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     (fault,) = _faults(_file(tmp_path, "twice", "name: x\nsteps: 1\noptim:\n  lr: 1\n  lr: 2\n"))
     assert "line 5: key 'lr' is given twice" in fault

@@ -181,7 +181,14 @@ def _nearest(batch: int, unit: int) -> int:
     return max(round(batch / unit), 1) * unit
 
 
-_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"))
+_KIND = Kind(
+    "recipe",
+    Recipe,
+    RecipeError,
+    "recipes",
+    either=("steps", "epochs"),
+    renamed={"checkpoint.second": "checkpoint.mirror"},
+)
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -250,18 +250,18 @@ class Checkpoint(Section):
     keep: Count = 3
     """Number of newest checkpoints to keep."""
     keep_every: Step | None = None
-    """Checkpoints at multiples of this many steps are kept forever."""
-    second: Address | None = None
-    """A second place, a folder or an address such as s3://bucket/runs: the newest checkpoint is copied there in the
-    background, and written there if the run's own folder cannot be. A relative folder is one of the working directory
-    that the recipe is read in.
+    """Checkpoints at multiples of this many steps are kept for good."""
+    mirror: Address | None = None
+    """A folder or an address such as s3://bucket/runs. The run copies its newest checkpoint there in the background,
+    and writes there directly if it cannot write its own folder. A relative folder starts from the working directory
+    in which the recipe is read.
     """
 
-    @field_validator("second")
+    @field_validator("mirror")
     @classmethod
-    def _of_here(cls, second: str | None) -> str | None:
-        """Ranks may work in other directories, and later commands, which read the recipe of the run's folder."""
-        return second if second is None or "://" in second else os.path.abspath(second)
+    def _absolute(cls, mirror: str | None) -> str | None:
+        """Ranks, and later commands that read the run folder's recipe, may have another working directory."""
+        return mirror if mirror is None or "://" in mirror else os.path.abspath(mirror)
 
 
 class Guard(Section):

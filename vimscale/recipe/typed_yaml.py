@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
@@ -104,6 +104,8 @@ class Kind(Generic[File]):
     """Folder of the files that come with the package: next to it in a source tree, inside it in a wheel."""
     either: tuple[str, ...] = ()
     """Keys that exclude each other: what is merged on top with one of them replaces the others."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Keys by their earlier names, both in dotted form; files and overrides may use either, but not both at once."""
 
     def load(self, source: str | Path, overrides: Iterable[str] = ()) -> File:
         """Load the file `source`, or the shipped file of that name, and apply `a.b=c` overrides.
@@ -116,6 +118,7 @@ class Kind(Generic[File]):
         changes: dict = {}
         for text in overrides:
             _override(changes, text, faults)
+        faults += self._rename(changes)
         tree = self._merge(self._read(path, ()), changes)
         try:
             loaded = self.section.model_validate(tree)
@@ -133,7 +136,10 @@ class Kind(Generic[File]):
         """
         title = f"{self.name} {where}"
         try:
-            return self.section.model_validate(_parse_mapping(text))
+            tree = _parse_mapping(text)
+            if faults := self._rename(tree):
+                raise self.error(title, faults)
+            return self.section.model_validate(tree)
         except _Unreadable as error:
             raise self.error(title, [str(error)]) from None
         except ValidationError as error:
@@ -180,6 +186,8 @@ class Kind(Generic[File]):
             raise self.error(title, [f"{path} is not text in UTF-8"]) from None
         except OSError as error:
             raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
+        if faults := self._rename(tree):
+            raise self.error(title, faults)
         base = tree.pop("base", None)
         if base is None:
             return tree
@@ -188,6 +196,22 @@ class Kind(Generic[File]):
         neighbor = path.parent / f"{base.removesuffix('.yaml')}.yaml"
         base_path = neighbor if os.path.isfile(neighbor) else self.find(base)
         return self._merge(self._read(base_path, (*above, path)), tree)
+
+    def _rename(self, tree: dict) -> list[str]:
+        """Give `renamed` keys of a tree their names of today; returns a fault for each that is there under both."""
+        faults = []
+        for old, new in self.renamed.items():
+            *parents, old_leaf = old.split(".")
+            section: Any = tree
+            for parent in parents:
+                section = section.get(parent) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or old_leaf not in section:
+                continue
+            new_leaf = new.rpartition(".")[2]
+            if new_leaf in section:
+                faults.append(f"{old}: this is the earlier name of {new}, which is given too; remove {old}")
+            section.setdefault(new_leaf, section.pop(old_leaf))
+        return faults
 
     def _merge(self, base: dict, top: dict) -> dict:
         """Merge `top` over `base`, section by section."""

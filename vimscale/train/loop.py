@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from vimscale.checkpoint import load as checkpoint
-from vimscale.checkpoint import mirror
+from vimscale.checkpoint import mirror, retention
 from vimscale.checkpoint.load import TrainState
 from vimscale.checkpoint.save import Saver
 from vimscale.data import stream
@@ -70,7 +70,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     step = 0
     skipped: list[tuple[int, int]] = []  # see `Order`
     guard = Guard(recipe, device)
-    place = mirror.open_mirror(recipe.checkpoint.second, recipe.name)
+    place = mirror.open_mirror(recipe.checkpoint.mirror, recipe.name)
     newest = checkpoint.newest(folder.checkpoints, place)
     if newest is None and recipe.model.weights is not None:
         weights, notes = starting_weights(Path(recipe.model.weights), config, manifest)
@@ -222,7 +222,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
             step, losses, rates = train_state.step, [], []
             kept = step
             if rank == 0:
-                mirror.remove_after(newest)
+                retention.remove_after(newest)
             prefetcher, meter = open_prefetcher()
             if metrics is not None:
                 metrics.close()
