@@ -52,7 +52,7 @@ _STALE_S = 8
 _BEGIN_S = 60
 """Time limit for a job that needs secrets to begin and look for them."""
 _MONITORED_S = 3
-"""Wait before deleting a job: Ray checks its jobs every second. If one is deleted before that, Ray re-creates its record,
+"""Wait before deleting a job: Ray checks its jobs every second. If one is deleted before, Ray re-creates its record,
 without its name.
 """
 _KILL_AFTER_S = 60

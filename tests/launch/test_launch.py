@@ -154,7 +154,7 @@ def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, calm: Shell, how: 
     shell.reaches(process, "hit", 100)
     os.kill(shell.process_of("hit", rank), signal.SIGKILL)
     output = shell.finish(process)
-    assert re.search(rf"rank {rank}: process \d+ (was killed by SIGKILL|died); starting again from the last", output)
+    assert re.search(rf"rank {rank}: process \d+ (was killed by SIGKILL|died); restarting from the last", output)
     assert "Traceback" not in output
     assert _as_if_nothing_had_been(shell, "hit", calm)
 
@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: 
     shell.reaches(process, "hit", 100)
     os.killpg(process.pid, signal.SIGINT)  # a Ctrl-C reaches the whole group
     output = shell.finish(process, expect=3)
-    assert "stopped on request; the same command goes on from step_" in output
+    assert "stopped on request; the same command resumes from step_" in output
     stopped = len(shell.rows("hit"))
     assert 100 <= stopped < 200
     assert run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")[0].name == run_folder.checkpoint_name(stopped)

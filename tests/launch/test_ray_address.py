@@ -42,16 +42,16 @@ def test_an_address_is_asked_for_a_ray_that_takes_the_token(
         ray_connection._check_reachable(address)
     with (
         _head(None, method="Other") as address,
-        pytest.raises(LaunchError, match=r"what answers there is no Ray \(UNI"),
+        pytest.raises(LaunchError, match=r"what answers there is not a Ray \(UNI"),
     ):
         ray_connection._check_reachable(address)
     with _head("right") as address:
-        with pytest.raises(LaunchError, match="that Ray wants its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):
+        with pytest.raises(LaunchError, match="that Ray requires its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):
             ray_connection._check_reachable(address)
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(LaunchError, match="does not take the token that is set"):
+        with pytest.raises(LaunchError, match="rejects the token that is set"):
             ray_connection._check_reachable("auto")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
         ray_connection._check_reachable("auto")

@@ -102,7 +102,7 @@ def test_a_stop_before_the_first_step_leaves_an_earlier_run_as_it_was(shell: She
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from step_00000020" in shell.finish(process, expect=3)
+    assert "the same command resumes from step_00000020" in shell.finish(process, expect=3)
     assert _state(run.path) == before
 
 

@@ -123,7 +123,7 @@ def test_a_run_that_comes_further_is_started_again_as_often_as_it_takes(runs: Ru
     code, said, left = _supervise(runs, *died, Scripted([DONE]))
     assert (code, left) == (0, [])
     assert (
-        "rank 0: process 3 was killed by SIGKILL; starting again from the last checkpoint (restart 3, at most" in said
+        "rank 0: process 3 was killed by SIGKILL; restarting from the last checkpoint (restart 3, at most" in said
     )
     recorded = json.loads((runs.path / "failures.json").read_text())
     assert [row["step"] for row in recorded] == [100 * n for n in range(1, 11)]
@@ -159,7 +159,7 @@ def test_the_same_failure_at_the_same_step_ends_the_run_with_what_is_common(runs
     with pytest.raises(RunFailed) as error:
         _supervise(runs, *died)
     report = str(error.value)
-    assert "the same failure 3 times at step 46 to 48; in common are" in report
+    assert "the same failure 3 times at step 46 to 48; they share" in report
     assert "cause: died" in report
     assert "rank: 0 each time" in report
     assert "host: a each time" in report
@@ -238,7 +238,7 @@ def test_a_run_grows_at_a_checkpoint_and_not_before(runs: RunFolder) -> None:
     small = Scripted([_pulse(5), _pulse(6), _checkpoint(runs, 6)], room=2)
     code, said, left = _supervise(runs, small, Scripted([DONE, Ending(1, "done")], size=2))
     assert (code, left) == (0, [])
-    assert said.index("checkpoint ") < said.index("there is room for 2 ranks by now") < said.index("going on with 2")
+    assert said.index("checkpoint ") < said.index("there is room for 2 ranks now") < said.index("continuing with 2")
 
 
 def test_nodes_that_are_taken_away_are_left_with_a_checkpoint(runs: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_nodes_that_are_taken_away_are_left_with_a_checkpoint(runs: RunFolder, m
     leaving = {"size": 2, "leaving": "Ray takes away node a"}
     code, said, left = _supervise(runs, Scripted([], room=1, **leaving), Scripted([DONE]))
     assert (code, left) == (0, [])
-    assert "going on with 1 instead of 2 ranks" in said
+    assert "continuing with 1 instead of 2 ranks" in said
     assert _supervise(runs, Scripted([], room=0, **leaving))[0] == 3
 
 
@@ -342,7 +342,7 @@ def test_a_rank_that_is_stopped_is_noticed_and_replaced(shell: Shell, how: tuple
     os.kill(shell.process_of("small", 1), signal.SIGSTOP)
     output = shell.finish(process)
     assert re.search(r"rank 1: no progress for \d+ s after step \d+ \(\w+\), and does not answer", output)
-    assert "going on after" in output
+    assert "resumed after" in output
     assert len(shell.losses("small")) == 200
     waiting, stopped = ((shell.folder / f"runs/small/logs/stacks_{rank:05d}.txt").read_text() for rank in (0, 1))
     assert "vimscale/train/loop.py" in waiting, "where rank 0 waits for rank 1"
@@ -359,8 +359,8 @@ def test_ranks_that_do_not_end_in_time_are_ended_and_the_message_says_so(shell: 
     os.kill(shell.process_of("small", 1), signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
     output = shell.finish(process, expect=1)
-    assert "had not saved and ended 2 s after the request to stop (--grace) and was ended" in output
-    assert "the same command goes on from step_00000060" in output
+    assert "did not save and end within 2 s of the request to stop (--grace) and was killed" in output
+    assert "the same command resumes from step_00000060" in output
     assert "resumed from" in shell.run("launch", "small.yaml", *LONG, *PROCESSES)
 
 
@@ -421,7 +421,7 @@ def test_a_run_outlives_its_own_ray(shell: Shell, victims: list[str]) -> None:
     for victim in victims:
         os.kill(named[victim], signal.SIGKILL)
     output = shell.finish(process)
-    assert re.search(rf"Ray's ({'|'.join(victims)}) on this machine died.*starting again .*restart 1", output)
+    assert re.search(rf"Ray's ({'|'.join(victims)}) on this machine died.*restarting .*restart 1", output)
     assert "resumed from" in output
     assert len(shell.losses("small")) == 400
     shell.nothing_is_left(within=20)
@@ -461,7 +461,7 @@ own.close()
     env = shell.env | {"PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", code], cwd=shell.folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    message = f"Ray's {victim} on this machine died, and takes the ranks along"
+    message = f"Ray's {victim} on this machine died, and the ranks with it"
     (found,) = [line for line in done.stdout.splitlines() if line.startswith("[[")]  # Ray adds the raylet's log
     assert json.loads(found) == [[0, "died", message], [1, "died", message]]
 
@@ -489,7 +489,7 @@ def test_a_run_shrinks_with_the_nodes_and_grows_with_them(shell: Shell) -> None:
         output = shell.finish(process)
     assert "small: 2 ranks on the Ray" in output
     assert re.search(r"rank \d: process \d+ died", output)
-    assert "there is room for 2 ranks by now" in output
+    assert "there is room for 2 ranks now" in output
     logs = shell.folder / "runs/small/logs"
     assert re.findall(r"rank 0 of (\d)", (logs / "rank_00000.txt").read_text()) == ["2", "1", "2"]
     ours, theirs = shell.losses("small"), shell.losses("calm")
