@@ -115,7 +115,7 @@ class Progress:
 
 
 def figures(row: dict[str, Any]) -> str:
-    """Return an evaluation's figures as text."""
+    """An evaluation's figures in words."""
     parts = [f"top-1 {row['top1']:.2%}", f"loss {row['loss']:.4f}"]
     if "top5" in row:
         parts.insert(1, f"top-5 {row['top5']:.2%}")

@@ -26,8 +26,9 @@ class _Seen:
 
 
 class Watchdog:
-    """Judges all ranks by their heartbeats. `hang_after`: seconds without progress that are a hang; default: derived from
-    the time of the steps.
+    """Judges all ranks by their heartbeats.
+
+    `hang_after`: seconds without progress that are a hang; default: derived from the time of the steps.
     """
 
     def __init__(self, world: int, hang_after: float | None, now: float):
