@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.support import checkpoints
 from tests.support.faults import SCHEDULED, Fault, Full, SmallDisk, run_on, schedule, survive
-from tests.support.shell import EVERYTHING, Shell, new_shell
-from vimscale.checkpoint import load as checkpoint
+from tests.support.shell import EVERYTHING, Shell, new_shell, relative_difference
 from vimscale.engine.deepspeed_engine import MOMENTS
-from vimscale.runtime import manifest, run_folder
 
 PROCESSES = ("--workers", "2", "--no-ray")
 RAY = ("--workers", "2")
@@ -53,17 +51,6 @@ def _figures(shell: Shell, name: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
-def _state(shell: Shell, name: str) -> dict[str, torch.Tensor]:
-    """Return weights, moving averages and optimizer moments at the run's end."""
-    newest = run_folder.checkpoints(shell.folder / "runs" / name / "checkpoints")[0]
-    assert manifest.damage(newest) is None
-    return {
-        f"{kind}/{key}": value
-        for kind in ("weight", "ema", *MOMENTS)
-        for key, value in checkpoint.consolidated(newest, kind).items()
-    }
-
-
 def _result(shell: Shell, name: str) -> dict:
     return json.loads((shell.folder / "runs" / name / "result.json").read_text())
 
@@ -77,9 +64,9 @@ def _assert_faults_leave_no_trace(
     context = f"{faults}\n{'---'.join(said)}"
     assert shell.losses("hit") == calm.losses("small"), context
     assert _figures(shell, "hit") == _figures(calm, "small"), context
-    ours, theirs = _state(shell, "hit"), _state(calm, "small")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours), context
+    everything = ("weight", "ema", *MOMENTS)
+    ours, theirs = (checkpoints.tensors(*run, *everything) for run in ((shell, "hit"), (calm, "small")))
+    assert checkpoints.equal(ours, theirs), context
     assert _result(shell, "hit") == _result(calm, "small"), context
 
 
@@ -173,4 +160,4 @@ def test_kills_and_changes_of_ranks_and_stage_leave_the_losses_unchanged(watched
     moved, calm = watched.losses("moved"), watched.losses("calm")
     assert len(moved) == len(calm) == 165
     # fp32 sums in another order
-    assert max(abs(a - b) / abs(b) for a, b in zip(moved, calm, strict=True)) < 1e-5
+    assert relative_difference(moved, calm) < 1e-5

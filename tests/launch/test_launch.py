@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import checkpoints
 from tests.support.processes import is_running
 from tests.support.ray_head import ray_head
-from tests.support.shell import Shell, new_shell
-from vimscale.checkpoint import load as checkpoint
+from tests.support.shell import Shell, new_shell, relative_difference
 from vimscale.launch.processes.rank import Ending
 from vimscale.launch.supervise.failures import first_cause
 from vimscale.runtime import manifest, run_folder
@@ -23,27 +23,6 @@ RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")
 ALL_LAYOUTS = [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]
 """(ZeRO stage, ranks), but for stage 0 on one rank."""
-
-
-def _relative(ours: list[float], theirs: list[float]) -> float:
-    assert len(ours) == len(theirs)
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-
-
-def _weights(shell: Shell, name: str) -> dict[str, torch.Tensor]:
-    """Return weights and moving averages of a run's newest checkpoint."""
-    newest = run_folder.checkpoints(shell.folder / "runs" / name / "checkpoints")[0]
-    assert manifest.damage(newest) is None
-    return {
-        f"{kind}/{key}": value
-        for kind in ("weight", "ema")
-        for key, value in checkpoint.consolidated(newest, kind).items()
-    }
-
-
-def _same_weights(shell: Shell, a: str, b: str) -> bool:
-    ours, theirs = _weights(shell, a), _weights(shell, b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.timeout(600)
@@ -67,7 +46,7 @@ def test_losses_are_the_same_at_every_zero_stage_and_world_size(
     assert plain[-1] < plain[0] * 0.9
     for zero, world in layouts:
         # fp32 sums in another order
-        assert _relative(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
+        assert relative_difference(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
 
 
 DYNAMIC = (
@@ -99,7 +78,7 @@ def test_changing_directions_give_the_same_losses_at_every_stage_and_level_of_re
         ((*stage3, "parallel.recompute=scan"), 1),
     ):
         # fp32 sums in another order
-        assert _relative(losses("-".join(how).replace("=", "_"), *how, world=world), plain) < 1e-5, how
+        assert relative_difference(losses("-".join(how).replace("=", "_"), *how, world=world), plain) < 1e-5, how
     layers = shell.rows("dynamic", "layers")
     assert [row["step"] for row in layers] == [5, 10, 15]
     assert all(gate < 1 for gate in layers[-1]["gate"] if gate is not None), "their decay is half of all per step"
@@ -110,23 +89,23 @@ def test_ray_and_plain_processes_give_the_same_bits(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=ray", *RAY)
     shell.run("launch", "small.yaml", "name=processes", *PROCESSES)
     assert shell.losses("ray") == shell.losses("processes")
-    assert _same_weights(shell, "ray", "processes")
+    assert checkpoints.equal(checkpoints.tensors(shell, "ray"), checkpoints.tensors(shell, "processes"))
 
 
 @pytest.mark.slow
 def test_accumulation_changes_only_the_order_of_sums(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=whole", *PROCESSES)
     shell.run("launch", "small.yaml", "name=parts", "parallel.micro_batch=4", *PROCESSES)
-    assert _relative(shell.losses("parts"), shell.losses("whole")) < 1e-5
+    assert relative_difference(shell.losses("parts"), shell.losses("whole")) < 1e-5
 
 
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_bf16_trains_with_fp32_parameters(shell: Shell, zero: int) -> None:
     shell.run("launch", "small.yaml", "name=exact", f"parallel.zero={zero}", *PROCESSES)
     shell.run("launch", "small.yaml", "name=bf16", f"parallel.zero={zero}", "parallel.precision=bf16", *PROCESSES)
-    off = _relative(shell.losses("bf16"), shell.losses("exact"))
+    off = relative_difference(shell.losses("bf16"), shell.losses("exact"))
     assert 0 < off < 0.05, "rounding is visible, and stays small over 50 steps"
-    assert {value.dtype for value in _weights(shell, "bf16").values()} == {torch.float32}
+    assert {value.dtype for value in checkpoints.tensors(shell, "bf16").values()} == {torch.float32}
 
 
 LONG = ("steps=200", "checkpoint.every=60", "log.every=10")
@@ -142,8 +121,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Shell:
 
 def _same_bits_as(calm: Shell, shell: Shell, name: str) -> bool:
     """Return whether the run ended with the losses, weights and moving averages of the calm one, bit for bit."""
-    ours, theirs = _weights(shell, name), _weights(calm, "small")
-    same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    same = checkpoints.equal(checkpoints.tensors(shell, name), checkpoints.tensors(calm, "small"))
     return same and shell.losses(name) == calm.losses("small")
 
 
@@ -219,7 +197,7 @@ def test_a_run_resumes_at_another_world_size_and_zero_stage(shell: Shell, layout
             assert len(shell.rows("moved")) < 90
         else:
             shell.finish(process)
-    assert _relative(shell.losses("moved"), shell.losses("calm")) < 1e-5
+    assert relative_difference(shell.losses("moved"), shell.losses("calm")) < 1e-5
     ours, theirs = (shell.rows(name, "eval")[-1] for name in ("moved", "calm"))
     assert ours["top1"] == theirs["top1"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -243,7 +221,7 @@ def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, z
     from vimscale.export import safetensors
 
     model = safetensors.load(shell.folder / "runs/small/export")
-    kept = {k.removeprefix("ema/"): v for k, v in _weights(shell, "small").items() if k.startswith("ema/")}
+    kept = {k.removeprefix("ema/"): v for k, v in checkpoints.tensors(shell, "small").items() if k.startswith("ema/")}
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     config = json.loads((shell.folder / "runs/small/export/config.json").read_text())
     assert (config["about"]["step"], config["classes"]) == (50, [str(i) for i in range(10)])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support import nodes
-from tests.support.shell import Shell
+from tests.support.shell import Shell, relative_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -60,8 +60,6 @@ def test_a_run_survives_a_cut_link_and_takes_the_node_back(shell: Shell) -> None
     assert "small: 2 ranks on the Ray" in output
     assert re.search(r"rank \d: process \d+ died with its node; restarting", output)
     assert "there is room for 2 ranks now" in output
-    logs = shell.folder / "runs/small/logs"
-    assert re.findall(r"rank 0 of (\d)", (logs / "rank_00000.txt").read_text()) == ["2", "1", "2"]
-    ours, theirs = shell.losses("small"), shell.losses("calm")
+    assert shell.world_sizes("small") == [2, 1, 2]
     # with one rank, sums are in another order
-    assert max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    assert relative_difference(shell.losses("small"), shell.losses("calm")) < 1e-5

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.support.group import StubGroup
 from tests.support.shell import Shell
 from vimscale.launch.processes.rank import Ending, Event
 from vimscale.launch.processes.signals import Stopped, StopSignal
@@ -115,16 +116,12 @@ def test_other_commands_end_in_one_line_too(shell: Shell) -> None:
     assert (process.returncode, said) == (3, "stopped on request\n")
 
 
-class _Group:
+class _Group(StubGroup):
     """One rank that reports `steps`; after these, the user requests a stop."""
 
-    size = 1
-
     def __init__(self, steps: list[int], stop: StopSignal):
+        super().__init__()
         self._steps, self._stop = list(steps), stop
-        self.asked = self.killed = False
-
-    def start(self) -> None: ...
 
     def poll(self, timeout: float) -> list[Event | Ending]:
         if self.asked:
@@ -134,20 +131,6 @@ class _Group:
             return [{"kind": "heartbeat", "rank": 0, "beats": step, "doing": "step", "step": step, "step_s": 0.1}]
         self._stop.count = 1
         return []
-
-    def request_stop(self) -> None:
-        self.asked = True
-
-    def dump_stacks(self) -> None: ...
-
-    def leaving(self) -> str | None:
-        return None
-
-    def room(self) -> int:
-        return 1
-
-    def kill(self) -> None:
-        self.killed = True
 
 
 @pytest.mark.parametrize("steps", [[], [1]], ids=["before the first step", "after it"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.support.group import StubGroup
 from vimscale.errors import LaunchError, RecipeError, RunFailed
 from vimscale.launch.processes.num_ranks import sizes
 from vimscale.launch.processes.rank import Ending, Event
@@ -26,36 +27,25 @@ Script = list[Event | Ending | Callable[[], Event]]
 USUAL = Policy()
 
 
-class Scripted:
+class Scripted(StubGroup):
     """A group whose ranks follow a script: it reports the entries in order, then `stopped` once asked to stop."""
 
     def __init__(self, script: Script, size: int = 1, room: int | None = None, leaving: str | None = None):
+        super().__init__()
         self.size, self._script = size, list(script)
         self._room, self._leaving = size if room is None else room, leaving
-        self.asked = False
-
-    def start(self) -> None: ...
 
     def poll(self, timeout: float) -> list[Event | Ending]:
         if self._script:
             report = self._script.pop(0)
             return [report() if callable(report) else report]
-        if self.asked:
-            return [Ending(rank, "stopped") for rank in range(self.size)]
-        return []
-
-    def request_stop(self) -> None:
-        self.asked = True
-
-    def dump_stacks(self) -> None: ...
+        return [Ending(rank, "stopped") for rank in range(self.size)] if self.asked else []
 
     def leaving(self) -> str | None:
         return self._leaving
 
     def room(self) -> int:
         return self._room
-
-    def kill(self) -> None: ...
 
 
 @pytest.fixture

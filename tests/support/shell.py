@@ -125,10 +125,20 @@ class Shell:
         found = re.findall(r"process (\d+) on", path.read_text()) if path.exists() else []
         return int(found[-1]) if found else None
 
+    def world_sizes(self, name: str) -> list[int]:
+        """Return the number of ranks of each group that the run has had."""
+        log = self.folder / "runs" / name / "logs" / "rank_00000.txt"
+        return [int(world) for world in re.findall(r"rank 0 of (\d+)", log.read_text())]
+
     def losses(self, name: str) -> list[float]:
         rows = self.rows(name)
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a step is missing or repeated"
         return [row["loss"] for row in rows]
+
+
+def relative_difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest relative difference of two runs' losses."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def new_shell(folder: Path, cache: Path) -> Shell:
