@@ -46,11 +46,11 @@ start_ray() {
 }
 
 # the signal is Slurm's notice before the time limit, a preemption, or `vimscale stop`
-asked=
+stop_requested=
 launcher=
 # shellcheck disable=SC2329 # the trap calls it
 request_stop() {
-    asked=yes
+    stop_requested=yes
     [ -z "$launcher" ] || kill -USR1 "$launcher"
 }
 trap request_stop USR1 TERM
@@ -74,7 +74,7 @@ wait_for="from vimscale.launch.processes import ray_connection
 ray_connection.wait_for_nodes('$RAY_ADDRESS', $SLURM_JOB_NUM_NODES)"
 "${on_head[@]}" bash -c "$on_node" node python3 -c "$wait_for"
 code=$?
-if [ -n "$asked" ]; then
+if [ -n "$stop_requested" ]; then
     code=3
 elif [ "$code" = 0 ]; then
     "${on_head[@]}" bash -c "$on_node" node @launch@ &
@@ -88,9 +88,9 @@ fi
 kill "${steps[@]}"
 wait
 
-# Code 3 means stopped with a checkpoint. After a request to stop, every code but 0 (finished) and 2 (wrong recipe) means
-# that there was no time to save: the run resumes from the checkpoint before.
-if [ -n "$asked" ] && [ "$code" != 0 ] && [ "$code" != 2 ]; then code=3; fi
+# Code 3 means stopped with a checkpoint. After a request to stop, every code but 0 (finished) and 2 (wrong recipe)
+# means that there was no time to save: the run resumes from the checkpoint before.
+if [ -n "$stop_requested" ] && [ "$code" != 0 ] && [ "$code" != 2 ]; then code=3; fi
 if [ "$code" = 3 ] && [ ! -e "$job/stop" ] && scontrol requeue "$SLURM_JOB_ID"; then exit 3; fi
 echo "$code" > "$job/ended"
 exit "$code"

@@ -112,7 +112,7 @@ def supervise(
             if not failed and len(watch.endings) == group.size:
                 if watch.endings[0].status == "done":
                     return 0
-                if watch.asked in (None, "stop") or not (room := group.room()):
+                if watch.requested in (None, "stop") or not (room := group.room()):
                     return 3
                 progress.note("info", f"continuing with {room} instead of {group.size} ranks")
                 progress.restart("regrouping")
@@ -160,7 +160,8 @@ class _Watch:
         self.endings: list[Ending] = []
         self.reached: dict[int, int | None] = {}
         """The last step that each rank reported as finished."""
-        self.asked: Reason | None = None
+        self.requested: Reason | None = None
+        """Why the group was requested to stop, if it was."""
 
     @property
     def unreported(self) -> list[int]:
@@ -177,15 +178,17 @@ class _Watch:
         while len(self.endings) < self._group.size and time.monotonic() < self._deadline and self._stop.count < 2:
             if self._stop.asked and self.untrained:
                 return
-            if self._stop.asked and self.asked != "stop":
-                self._ask("stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)")
+            if self._stop.asked and self.requested != "stop":
+                self._request(
+                    "stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)"
+                )
             saved = self._hear()
-            if self.asked is None and saved and (room := self._group.room()) > self._group.size:
-                self._ask("grow", f"there is room for {room} ranks now")
-            if self.asked is None and time.monotonic() > next_check:
+            if self.requested is None and saved and (room := self._group.room()) > self._group.size:
+                self._request("grow", f"there is room for {room} ranks now")
+            if self.requested is None and time.monotonic() > next_check:
                 next_check = time.monotonic() + _LEAVING_S
                 if (why := self._group.leaving()) is not None:
-                    self._ask("leave", f"{why}: finishing the step and saving a checkpoint")
+                    self._request("leave", f"{why}: finishing the step and saving a checkpoint")
             if hung := self._watchdog.hung(time.monotonic()):
                 self._dump()
                 self.endings += hung
@@ -211,12 +214,12 @@ class _Watch:
                 self._progress.show(report)
         return saved
 
-    def _ask(self, reason: Reason, message: str) -> None:
+    def _request(self, reason: Reason, message: str) -> None:
         self._progress.note("info", message)
         self._progress.lap()
-        if self.asked is None:
+        if self.requested is None:
             self._group.request_stop()
-        self.asked = reason
+        self.requested = reason
         if reason == "stop" and self._grace is not None:
             self._deadline = min(self._deadline, time.monotonic() + self._grace)
 

@@ -124,7 +124,7 @@ class _Group(StubGroup):
         self._steps, self._stop = list(steps), stop
 
     def poll(self, timeout: float) -> list[Event | Ending]:
-        if self.asked:
+        if self.stop_requested:
             return [Ending(0, "stopped")]
         if self._steps:
             step = self._steps.pop(0)
@@ -139,7 +139,7 @@ def test_ranks_are_asked_to_save_only_after_they_have_trained(tmp_path: Path, st
     group = _Group(steps, stop)
     progress = Progress(Console(file=io.StringIO()))
     assert supervise(lambda: group, RunFolder(tmp_path), stop, progress) == 3
-    assert (group.asked, group.killed) == (bool(steps), True)
+    assert (group.stop_requested, group.killed) == (bool(steps), True)
 
 
 def test_a_signal_interrupts_only_while_there_is_nothing_to_save() -> None:

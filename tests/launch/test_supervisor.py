@@ -39,7 +39,7 @@ class Scripted(StubGroup):
         if self._script:
             report = self._script.pop(0)
             return [report() if callable(report) else report]
-        return [Ending(rank, "stopped") for rank in range(self.size)] if self.asked else []
+        return [Ending(rank, "stopped") for rank in range(self.size)] if self.stop_requested else []
 
     def leaving(self) -> str | None:
         return self._leaving

@@ -7,13 +7,13 @@ class StubGroup:
     size = 1
 
     def __init__(self) -> None:
-        self.asked = self.killed = False
+        self.stop_requested = self.killed = False
         """Whether a stop was requested; whether the group was killed."""
 
     def start(self) -> None: ...
 
     def request_stop(self) -> None:
-        self.asked = True
+        self.stop_requested = True
 
     def dump_stacks(self) -> None: ...
 
