@@ -1,4 +1,4 @@
-"""Jobs on this machine: `vimscale launch` in a session of its own, which outlives the shell it was submitted from.
+"""Jobs on this machine: `vimscale launch` in its own session, which outlives the shell that submitted it.
 
 All that is known of a job is in its run's folder, runs/NAME/job: the recipe as submitted, job.json, log.txt, and
 ended.json once it has ended (local_child writes it). A process is identified by its pid and its start time, so that

@@ -30,6 +30,7 @@ class StopSignal:
 
     def __init__(self, after: float = float("inf")) -> None:
         self.count = 0
+        """Requests so far by SIGINT or SIGTERM."""
         self._limit = time.monotonic() + after
         self._warned = False
         self._last = -1.0
@@ -37,10 +38,12 @@ class StopSignal:
 
     @property
     def asked(self) -> bool:
+        """Whether a stop was requested, by any signal or by the time limit."""
         return self._warned or self.count > 0 or time.monotonic() > self._limit
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        """Handle the signals inside this context. Outside of the main thread this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
