@@ -73,7 +73,7 @@ WRONG = {
     "too many workers": (
         ("launch", "small.yaml", "--workers", "640"),
         None,
-        "--workers 640: a worker takes one CPU and this machine has",
+        "--workers 640: each rank takes one CPU and this machine has",
     ),
     "no workers": (("launch", "small.yaml", "--no-ray", "--workers", "0"), None, "--workers 0"),
     "a Ray address where nobody answers": (

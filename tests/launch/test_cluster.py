@@ -28,7 +28,7 @@ def test_every_shipped_cluster_loads_and_opens_with_what_it_is(name: str) -> Non
 def test_all_faults_are_reported_at_once_each_with_a_way_out() -> None:
     wrong = ("gpu=h10", "gpus=8", "secrets=[TOKEN, 1b]", "time_limit=3h30", "workers=4:x", "bakend=3", "interface=a b")
     text = "\n".join(_faults("local", *wrong))
-    assert "gpu: 'h10' is no GPU whose figures are known; did you mean h100?" in text
+    assert "gpu: 'h10' is not a known GPU; did you mean h100?" in text
     assert "secrets[1]: '1b' cannot name an environment variable" in text
     assert "time_limit: '3h30' is not a time; write 45m, 12h or 7d" in text
     assert "workers: '4:x' is neither a number of ranks nor MIN:MAX" in text
@@ -44,12 +44,12 @@ def test_what_does_not_fit_together_is_said(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("backend: kuberay\ngpus: 8\nenvironment: {TOKEN: abc}\nsecrets: [TOKEN]\n")
     gpu, image, claim, secret, runs, token = _faults(path)
-    assert gpu.startswith("gpu: say which the 8 GPUs of a node are")
+    assert gpu.startswith("gpu: give the model of a node's 8 GPUs")
     assert image.startswith("image: kuberay needs the image")
     assert claim.startswith("kuberay.claim: name the PersistentVolumeClaim")
     assert secret.startswith("kuberay.secret: name the Kubernetes secret that holds TOKEN")
     assert runs.startswith("runs 'runs': give the full path")
-    assert token.startswith("TOKEN: stands in environment and in secrets")
+    assert token.startswith("TOKEN: is in environment and in secrets")
 
 
 def test_a_cluster_file_may_build_on_another(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_picture_of_a_plan_for_cpus_shows_memory_and_says_what_there_is(tmp_
     rows = plan.outlooks(planner, [2, 1024])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing positive to draw was one
-        plan._draw(planner, rows, tmp_path / "p.png")
+        plan._plot(planner, rows, tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
     assert (picture.max(2) - picture.min(2) > 60).mean() > 0.1, "bars fill the picture"
     table = plan._comparison(rows, device=False)
@@ -83,9 +83,9 @@ def test_the_picture_of_a_plan_for_cpus_shows_memory_and_says_what_there_is(tmp_
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--gpus", "1024"], "fits on none of the numbers of ranks; give others with --gpus"),
-        (["--gpus", "9" * 5000], "is no list of numbers from 1 to 999,999"),
-        (["--picture", "x.jpg"], "it is a PNG; give it a name that ends in .png"),
+        (["--gpus", "1024"], "fits on none of these numbers of ranks; give others with --gpus"),
+        (["--gpus", "9" * 5000], "is not a list of numbers from 1 to 999,999"),
+        (["--picture", "x.jpg"], "the plot is a PNG; give it a name that ends in .png"),
         (["--picture", "nowhere/x.png"], "cannot be written: No such file or directory"),
     ],
 )

@@ -17,7 +17,9 @@ from tests.support.shell import Shell
 from vimscale.engine import optim
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 from vimscale.launch.commands import lr_range, sweep
+from vimscale.launch.display import search_results
 from vimscale.launch.sweeps import trials
+from vimscale.launch.sweeps.lr_range import analyze
 from vimscale.recipe import recipe
 from vimscale.recipe.sections import Optim
 from vimscale.runtime import run_folder
@@ -25,7 +27,7 @@ from vimscale.runtime.run_folder import RunFolder
 
 
 def _points(folder: Path, *overrides: str, samples: int | None = None) -> list[trials.Trial]:
-    return trials.plan("vim_digits_cpu", overrides, samples, folder)[1]
+    return trials.create("vim_digits_cpu", overrides, samples, folder)[1]
 
 
 def test_values_are_parted_at_commas_outside_of_brackets_and_quotes(tmp_path: Path) -> None:
@@ -68,11 +70,11 @@ def test_more_samples_add_to_those_that_were_drawn(tmp_path: Path) -> None:
 def test_a_sweep_that_cannot_be_says_why(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="nothing to try: give some key several values"):
         _points(tmp_path, "optim.lr=1e-3")
-    with pytest.raises(LaunchError, match="how many values of this range are to be tried"):
+    with pytest.raises(LaunchError, match="a range needs a number of values to draw from it"):
         _points(tmp_path, "optim.lr=1e-4..1e-2")
     with pytest.raises(LaunchError, match="with 0 < LOW < HIGH"):
         _points(tmp_path, "optim.lr=1e-2..1e-4", samples=2)
-    with pytest.raises(LaunchError, match="a value is there twice"):
+    with pytest.raises(LaunchError, match="the same value occurs twice"):
         _points(tmp_path, "optim.lr=1e-3,1e-3")
     with pytest.raises(RecipeError) as error:
         _points(tmp_path, "optim.lr=1e-3,-1,many", "seed=0")
@@ -80,7 +82,7 @@ def test_a_sweep_that_cannot_be_says_why(tmp_path: Path) -> None:
     assert "optim.lr=many: optim.lr: 'many' is not a number" in str(error.value)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/recipe.yaml").touch()
-    with pytest.raises(LaunchError, match="is a run, and the sweep's trials would be inside"):
+    with pytest.raises(LaunchError, match="is a run, and the sweep's trials would be inside it"):
         _points(tmp_path, "name=taken", "seed=0,1")
 
 
@@ -126,7 +128,7 @@ def test_settings_are_ranked_by_the_mean_over_their_seeds_and_those_without_all_
     assert none.finished == []
     groups = trials.ranked([trials.outcome(trial, "loss", 2) for trial in all_], "loss")
     assert groups[0].mean == pytest.approx(0.65)
-    assert trials.figures(trials.rows(all_[0].folder), "loss", 2) == [
+    assert trials.figures(all_[0].folder.rows(), "loss", 2) == [
         (2, pytest.approx(0.85)),
         (4, pytest.approx(0.65)),
     ]
@@ -138,8 +140,8 @@ def test_seeds_are_never_compared_with_each_other_and_a_setting_is_given_up_as_a
     all_ = _points(tmp_path, "optim.lr=1e-3,2e-3,3e-3", "seed=0,1")
     firsts = trials.firsts(all_)
     assert [firsts[one.name].name for one in all_] == [one.name for one in all_[::2] for _ in range(2)]
-    orders = {one.name: on_tune._Order(one, 80, "loss", 10, 1, 1, tmp_path, firsts[one.name]) for one in all_}
-    judge = on_tune._Asha([], orders, keep=3)
+    jobs = {one.name: on_tune._Job(one, 80, "loss", 10, 1, 1, tmp_path, firsts[one.name]) for one in all_}
+    judge = on_tune._Asha([], jobs, keep=3)
     running = {}
     for one in all_:
         running[one.name] = SimpleTrial(one.name, {"name": one.name})
@@ -162,8 +164,8 @@ def test_seeds_are_never_compared_with_each_other_and_a_setting_is_given_up_as_a
     judge.on_trial_complete(None, running[all_[1].name], {"at": 80, "figure": 0.0})
     judge.on_trial_complete(None, running[all_[0].name], {"at": 80, "figure": 0.0})
     alone = _points(tmp_path, "name=alone", "seed=0,1,2,3")
-    orders = {one.name: on_tune._Order(one, 80, "loss", 10, 1, 1, tmp_path, alone[0]) for one in alone}
-    judge = on_tune._Asha([], orders, keep=3)
+    jobs = {one.name: on_tune._Job(one, 80, "loss", 10, 1, 1, tmp_path, alone[0]) for one in alone}
+    judge = on_tune._Asha([], jobs, keep=3)
     for loss, one in enumerate(alone):
         trial = SimpleTrial(one.name, {"name": one.name})
         judge.on_trial_add(None, trial)
@@ -190,11 +192,11 @@ def test_the_rate_rises_from_the_least_to_the_greatest_by_equal_factors() -> Non
 def test_the_range_test_finds_where_the_loss_falls_and_where_it_diverges(end: float) -> None:
     rates = [10 ** (-6 + 6 * i / 99) for i in range(100)]
     losses = [2.3 - 1.3 / (1 + (3e-3 / rate) ** 2) if rate < 0.1 else end for rate in rates]
-    found = lr_range.read(rates, losses)
+    found = analyze(rates, losses)
     assert found.steepest == pytest.approx(3e-3, rel=0.3)
     assert found.diverges == pytest.approx(0.1, rel=0.5)
     assert found.suggested == pytest.approx(3e-3, rel=0.3)
-    calm = lr_range.read(rates, [2.3 - 1.3 / (1 + (3e-3 / rate) ** 2) for rate in rates])
+    calm = analyze(rates, [2.3 - 1.3 / (1 + (3e-3 / rate) ** 2) for rate in rates])
     assert calm.diverges is None
 
 
@@ -224,7 +226,7 @@ def test_what_comes_after_the_divergence_changes_nothing_of_what_is_suggested(
     after: Callable[[float], float],
 ) -> None:
     for seed in range(5):
-        found = lr_range.read(RATES, _noisy(lambda rate: _fall(rate) if rate < 0.08 else after(rate), seed))
+        found = analyze(RATES, _noisy(lambda rate: _fall(rate) if rate < 0.08 else after(rate), seed))
         assert found.diverges is not None
         assert found.suggested is not None
         assert found.suggested <= found.steepest < found.lowest < found.diverges < 0.12
@@ -234,7 +236,7 @@ def test_what_comes_after_the_divergence_changes_nothing_of_what_is_suggested(
 
 def test_the_suggestion_lies_before_the_minimum_of_its_own_picture() -> None:
     for seed in range(5):
-        found = lr_range.read(RATES, _noisy(lambda rate: _fall(rate) + 0.2 * math.log10(max(rate, 1e-2) / 1e-2), seed))
+        found = analyze(RATES, _noisy(lambda rate: _fall(rate) + 0.2 * math.log10(max(rate, 1e-2) / 1e-2), seed))
         lowest = min(range(len(found.smooth)), key=found.smooth.__getitem__)
         assert found.suggested <= found.steepest < found.lowest == RATES[lowest]
 
@@ -243,11 +245,11 @@ def test_the_suggestion_lies_before_the_minimum_of_its_own_picture() -> None:
 def test_a_loss_that_does_not_fall_by_more_than_its_noise_suggests_nothing(noise: float) -> None:
     for seed in range(5):
         for curve in (lambda rate: 2.3, lambda rate: 2.3 + 5 * rate):
-            found = lr_range.read(RATES, _noisy(curve, seed, noise))
+            found = analyze(RATES, _noisy(curve, seed, noise))
             assert (found.steepest, found.suggested) == (None, None)
-            assert found.story.startswith("falls at none of these rates by more than its noise")
-    assert lr_range.read([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan]).suggested is None
-    assert lr_range.read([1e-3, 1e-2], [math.nan, math.nan]).diverges == 1e-3
+            assert found.sentence.startswith("falls at none of these rates by more than its noise")
+    assert analyze([1e-3, 1e-2, 1e-1], [2.0, 3.0, math.nan]).suggested is None
+    assert analyze([1e-3, 1e-2], [math.nan, math.nan]).diverges == 1e-3
 
 
 @pytest.mark.parametrize("losses", [_noisy(_fall, 0), _noisy(lambda rate: 2.3, 0), [2.3] * 100, [math.nan] * 100])
@@ -255,12 +257,12 @@ def test_every_curve_has_its_picture_and_one_story(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], losses: list[float]
 ) -> None:
     chosen, console = recipe.load("vim_digits_cpu"), Console(width=200)
-    found = lr_range.read(RATES, losses)
+    found = analyze(RATES, losses)
     if found.suggested is None:
-        with pytest.raises(RunFailed, match=re.escape(found.story)):
-            lr_range.show(RATES, losses, chosen, RunFolder(tmp_path), console)
+        with pytest.raises(RunFailed, match=re.escape(found.sentence)):
+            search_results.lr_range(RATES, losses, chosen, RunFolder(tmp_path), console)
     else:
-        lr_range.show(RATES, losses, chosen, RunFolder(tmp_path), console)
+        search_results.lr_range(RATES, losses, chosen, RunFolder(tmp_path), console)
         assert f"suggested: optim.lr={found.suggested:.1e}" in capsys.readouterr().out
     assert (tmp_path / "lr_range.png").stat().st_size > 5_000
 
