@@ -126,7 +126,7 @@ class Cluster(Section):
     cpus: Annotated[Whole, Field(ge=1, le=100_000)] = 2
     """CPUs per node."""
     memory: Annotated[float, Field(gt=0, le=1e6)] = 8.0
-    """Memory per node in GB of 10^9 bytes. For `local`, plans use this machine's available memory unless it is given."""
+    """Memory per node in GB of 10^9 bytes. For `local`, plans use this machine's available memory unless given."""
     workers: Annotated[str, AfterValidator(_check_workers)] | None = None
     """Number of ranks, or MIN:MAX for as many as there are devices for. Default: one per GPU; without GPUs one per
     node, or two on a single node with two CPUs. For `local`, GPUs and CPUs are this machine's unless they are given.

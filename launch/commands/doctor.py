@@ -261,7 +261,7 @@ def _network() -> Finding:
             pass
     except OSError as error:
         fix = (
-            "Ranks and Ray connect over it: bring it up (ip link set lo up), and let the firewall or sandbox allow it."
+            "Ranks and Ray connect over it: bring it up (ip link set lo up), and let the firewall and sandbox pass it."
         )
         return Finding("network", "broken", f"no TCP over loopback: {error}", fix)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

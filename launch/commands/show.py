@@ -40,7 +40,7 @@ def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number of ranks to assume. Default: the cluster's; 1 on this machine.")
+        int | None, typer.Option(help="Number of ranks to assume. Default: the cluster's; 1 for local.")
     ] = None,
     on: OnOption = "local",
     with_: WithOption = None,

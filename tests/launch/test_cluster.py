@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from vimscale.errors import ClusterError
-from vimscale.launch import cluster
+from vimscale.launch import cluster, hardware
+from vimscale.launch.commands import plan
+from vimscale.recipe import recipe
 
 RAY_UP = sorted((cluster.shipped()["ray_aws"].parent / "ray_up").glob("*.yaml"))
 
@@ -93,3 +95,38 @@ def test_ray_up_files_and_ours_mean_the_same_cluster_with_its_dashboard_on_loopb
     (head,) = [line for line in theirs["head_start_ray_commands"] if "--head" in line]
     assert "--dashboard-host=127.0.0.1" in head
     assert any("RAY_AUTH_MODE=token" in line for line in theirs["setup_commands"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "ranks"),
+    [
+        ("local", ["cpus=1"], "1"),
+        ("local", ["workers=1:4", "cpus=1"], "1:4"),
+        ("local", ["cpus=1", "memory=4"], "1"),
+        ("ray", ["cpus=1"], "1"),
+        ("ray", ["cpus=64"], "2"),
+        ("ray", ["nodes=4"], "4"),
+        ("ray", ["nodes=2", "gpus=8", "gpu=h100"], "16"),
+    ],
+)
+def test_a_plan_counts_the_ranks_that_a_job_gets(
+    name: str, changes: list[str], ranks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: 0)
+    chosen = cluster.load(name, changes)
+    assert chosen.ranks == ranks
+    most = int(ranks.rpartition(":")[2])
+    assert chosen.most_ranks == most
+    planner, _ = plan.prepare(recipe.load("vim_digits_cpu"), chosen, most)
+    assert planner.outlook(most).world == most
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "ranks"), [(1, 0, "1"), (32, 0, "2"), (32, 4, "4")])
+def test_this_machine_has_as_many_ranks_as_its_hardware_allows_unless_the_file_says_otherwise(
+    cpus: int, gpus: int, ranks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cpus", lambda: cpus)
+    monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+    assert cluster.load("local").ranks == ranks
+    assert cluster.load("local", ["gpus=2", "gpu=h100"]).ranks == "2"
+    assert cluster.load("local", ["memory=4"]).ranks == "2", "a file that names the memory names the hardware"
