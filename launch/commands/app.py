@@ -16,6 +16,7 @@ from rich.console import Console
 from vimscale.errors import RunFailed, UserError
 from vimscale.storage import files
 
+from ..display.lines import print_line
 from ..processes import rank
 from ..processes.signals import Stopped, StopSignal
 from . import checkpoints, data, doctor, evaluate, export, inspect_batch, jobs, launch, lr_range, plan, show, sweep
@@ -99,7 +100,7 @@ class _Output(io.FileIO):
 
 
 def _end(message: str, code: int) -> None:
-    Console(stderr=True).print(message, style="red", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    print_line(Console(stderr=True), message, style="red")
     sys.exit(code)
 
 

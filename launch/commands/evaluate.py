@@ -8,6 +8,7 @@ from rich.console import Console
 from vimscale.errors import DataError, RecipeError
 from vimscale.recipe.recipe import Recipe
 
+from ..display.lines import print_line
 from ..processes import temporary
 from .arguments import RawOption, RunArgument, StepOption
 
@@ -49,7 +50,7 @@ def evaluate(
         raise DataError(
             f"{error}\n  give another validation set, or its path on this machine, with data.val=..."
         ) from None
-    Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
+    print_line(Console(), f"step {at:,}: {figures(row)}")
 
 
 def evaluated(model: "VisionMamba", recipe: Recipe, manifest: "Manifest") -> dict[str, float]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from vimscale.errors import CheckpointError, DataError, RunFailed
 from vimscale.recipe.recipe import Recipe
 
+from ..display.lines import print_line
 from .arguments import RawOption, RunArgument, StepOption
 from .evaluate import evaluated
 
@@ -82,7 +83,7 @@ def import_published(
         raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")
     console = Console()
     for note in (*notes, *reasons, origin):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, note)
     safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments, **about})
     parameters = sum(p.numel() for p in imported.parameters())
     _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
@@ -97,10 +98,10 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: Recipe, manifest: "M
     smaller = prune.pruned(model, layers)
     console = Console()
     title = f"{len(layers)} of {len(model.config.optional)} backward paths are pruned"
-    console.print(f"{title}: {smaller.config.directions}", highlight=False, soft_wrap=True)
+    print_line(console, f"{title}: {smaller.config.directions}")
     for when, one in (("before", model), ("after", smaller)):
         size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs per image"
-        console.print(f"  {when:7}{size}; {_figures(one, recipe, manifest)}", highlight=False, soft_wrap=True)
+        print_line(console, f"  {when:7}{size}; {_figures(one, recipe, manifest)}")
     return smaller.cpu()
 
 
@@ -124,6 +125,4 @@ def _report(target: Path, what: str, difference: float) -> None:
     """
     if not difference <= 0:
         raise RunFailed(f"{target}: loaded again, its logits differ by up to {difference:.1e}; do not use it")
-    Console().print(
-        f"{target}: {what}; loaded again, it gives the same logits on 8 images", highlight=False, soft_wrap=True
-    )
+    print_line(Console(), f"{target}: {what}; loaded again, it gives the same logits on 8 images")

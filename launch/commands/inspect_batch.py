@@ -11,6 +11,7 @@ from vimscale.errors import DataError
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
 
+from ..display.lines import print_line
 from .arguments import RunArgument
 
 _DRAWN = 128
@@ -22,7 +23,7 @@ def inspect_batch(
     step: Annotated[int | None, typer.Argument(help="The bad step. Default: the last one with a report.")] = None,
 ) -> None:
     """Show the batch of a step that the guard found bad: the guard's report, the samples, and a picture of them."""
-    show(RunFolder.of(run), step, Console())
+    show(RunFolder.of(run), step, Console(markup=False, emoji=False))
 
 
 def show(folder: RunFolder, step: int | None, console: Console) -> None:
@@ -37,7 +38,7 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     path, report, images = guard_report.read(folder, step)
     names = _names(folder, report["samples"])
     head = guard_report.text(report).split("\n\nsamples of the largest loss")[0]
-    console.print(head, highlight=False, soft_wrap=True, markup=False)
+    print_line(console, head)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("rank", "micro-batch", "loss", "label", "key", "shard", "sample"):
         table.add_column(name, overflow="fold")
@@ -58,7 +59,7 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     drawing = contact_sheet.grid(title, about, drawn[:_DRAWN])
     with files.replacing(picture) as partial:
         drawing.save(partial, "PNG")
-    console.print(f"\npicture: {picture}", highlight=False, soft_wrap=True)
+    print_line(console, f"\npicture: {picture}")
 
 
 def _badness(loss: float) -> float:

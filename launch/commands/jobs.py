@@ -73,7 +73,7 @@ def list_jobs(
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) if job.began else ""
         took = duration((job.ended or time.time()) - job.began) if job.began else ""
         table.add_row(job.id, job.state, began, took, job.message)
-    Console().print(table if found else f"no jobs on {on}")
+    Console(markup=False, emoji=False).print(table if found else f"no jobs on {on}")
 
 
 @jobs.command()

@@ -14,6 +14,7 @@ from vimscale.recipe import recipe as recipes
 from vimscale.runtime.run_folder import RunFolder, checkpoints
 
 from .. import cluster as clusters
+from ..display.lines import print_line
 from ..processes import num_ranks
 from ..processes.signals import Stopped, StopSignal
 from .arguments import AddressOption, Overrides, RecipeArgument
@@ -71,8 +72,8 @@ def launch(
     folder = RunFolder(runs / chosen.name)
     console = run_console()
     if (result := folder.finished(chosen)) is not None:
-        console.print(f"{folder.path} is finished: {_summary(result)}", highlight=False, soft_wrap=True)
-        console.print("  to train again, choose another name= or remove the folder", highlight=False)
+        print_line(console, f"{folder.path} is finished: {_summary(result)}")
+        print_line(console, "  to train again, choose another name= or remove the folder")
         return
     if address is None:  # on another cluster perhaps only the nodes see the data: there, the ranks check
         world = preflight.check(chosen, folder, workers, ray=not no_ray, force=force)
@@ -124,10 +125,10 @@ def launch(
         raise _stopped(folder, console)
     result = folder.result()
     assert result is not None
-    console.print(f"finished: {_summary(result)}", style="green", highlight=False, soft_wrap=True)
+    print_line(console, f"finished: {_summary(result)}", style="green")
     evaluate, export = (shlex.join(["vimscale", command, str(folder.path)]) for command in ("evaluate", "export"))
-    console.print(f"  the run is in {folder.path}; next: {evaluate}", highlight=False, soft_wrap=True)
-    console.print(f"  or: {export} --to safetensors", highlight=False, soft_wrap=True)
+    print_line(console, f"  the run is in {folder.path}; next: {evaluate}")
+    print_line(console, f"  or: {export} --to safetensors")
 
 
 def _stopped(folder: RunFolder, console: Console) -> typer.Exit:
@@ -135,9 +136,9 @@ def _stopped(folder: RunFolder, console: Console) -> typer.Exit:
     from ..supervise.supervisor import goes_on
 
     if folder.withdraw() and not checkpoints(folder.checkpoints):
-        console.print("stopped on request before the first step; no run is left behind", highlight=False)
+        print_line(console, "stopped on request before the first step; no run is left behind")
     else:
-        console.print(f"stopped on request; {goes_on(folder)}", highlight=False)
+        print_line(console, f"stopped on request; {goes_on(folder)}")
     return typer.Exit(Stopped.exit_code)
 
 

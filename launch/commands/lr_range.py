@@ -9,6 +9,7 @@ from vimscale.errors import LaunchError, RunFailed
 from vimscale.recipe import recipe as recipes
 from vimscale.runtime.run_folder import RunFolder
 
+from ..display.lines import print_line
 from ..processes import preflight
 from ..processes.signals import StopSignal
 from ..supervise import progress
@@ -47,11 +48,11 @@ def lr_range(
                 if not diverged(folder):
                     raise
                 first = str(error).splitlines()[0]
-                console.print(f"the run has diverged, which ends the test: {first}", highlight=False, soft_wrap=True)
+                print_line(console, f"the run has diverged, which ends the test: {first}")
             else:
                 if code:
                     folder.withdraw()
-                    console.print("stopped on request; the same command continues", highlight=False)
+                    print_line(console, "stopped on request; the same command continues")
                     raise typer.Exit(code)
     from ..display import search_results
 

@@ -71,7 +71,7 @@ def plan(
         }
         print(json.dumps(figures, indent=1))
         return
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(summary(planner, here, notes))
     console.print()
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title="memory per rank, GB", title_justify="left")

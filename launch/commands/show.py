@@ -20,12 +20,12 @@ def recipes() -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, path in shipped().items():
         table.add_row(name, path.read_text().splitlines()[0].removeprefix("# "))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def presets() -> None:
     """List the model presets with their parameters and FLOPs."""
-    Console().print(model_table.presets())
+    Console(markup=False, emoji=False).print(model_table.presets())
 
 
 def schema(
@@ -59,7 +59,7 @@ def show(
     precision = chosen.parallel.precision
     levels = recompute.levels(chosen.parallel, planner.config, micro, device)
     kept = {level: recompute.kept_bytes(planner.config, level, micro, precision, device) for level in {*levels}}
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(model_table.layers(planner.config, [kept[level][i] for i, level in enumerate(levels)], levels, micro))
     console.print()
     console.print(plan.summary(planner, planner.outlook(workers), notes))

@@ -14,6 +14,7 @@ from vimscale.errors import LaunchError, RunFailed
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
+from ..display.lines import print_line
 from ..processes import preflight
 from ..processes.signals import Stopped, StopSignal
 from ..sweeps import trials
@@ -72,9 +73,9 @@ def sweep(
         if keep > 1 and not one.ended and firsts[one.name].stopped:  # an earlier launch gave up its setting
             one.stop(0)
     open_, past = ([one for one in all_ if one.ended is ended] for ended in (False, True))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     ended = f", {len(past)} of them ended before" if past else ""
-    _print(console, f"{folder.name}: {len(all_)} trials{ended}; each in {folder}/TRIAL")
+    print_line(console, f"{folder.name}: {len(all_)} trials{ended}; each in {folder}/TRIAL")
     stop = StopSignal()
     claimed: list[RunFolder] = []
     if open_:
@@ -104,7 +105,7 @@ def sweep(
                     keep=keep if keep > 1 else None,
                     workers=workers,
                     stop=stop,
-                    say=lambda line: _print(console, line),
+                    say=lambda line: print_line(console, line),
                 )
                 if stop.asked:
                     ray.abandon()
@@ -117,7 +118,7 @@ def sweep(
     groups = trials.ranked(outcomes, by)
     search_results.sweep(groups, by, folder, console)
     if stop.asked:
-        _print(console, "stopped on request; the same command continues")
+        print_line(console, "stopped on request; the same command continues")
         raise typer.Exit(Stopped.exit_code)
     unfinished = [one for group in groups for one in group.outcomes if one.status == "unfinished"]
     if unfinished and not any(group.finished for group in groups):
@@ -131,7 +132,3 @@ def _with_evaluations(trial: Trial, by: By, every: int) -> Recipe:
         return trial.recipe
     evaluate = trial.recipe.evaluate.model_copy(update={"every": every})
     return trial.recipe.model_copy(update={"evaluate": evaluate})
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

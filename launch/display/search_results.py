@@ -15,6 +15,7 @@ from vimscale.runtime.run_folder import RunFolder
 from ..sweeps.lr_range import analyze
 from ..sweeps.trials import By, Group, Outcome
 from . import plots
+from .lines import print_line
 
 _ROWS = 12
 """Rows of a range test's table, about."""
@@ -39,11 +40,11 @@ def lr_range(
     console.print(table)
     plot = folder.path / "lr_range.png"
     plots.lr_range(rates, losses, result, f"{chosen.name}: batch {chosen.batch}", plot)
-    console.print(result.sentence, highlight=False, soft_wrap=True)
-    console.print(f"plot: {plot}", highlight=False, soft_wrap=True)
+    print_line(console, result.sentence)
+    print_line(console, f"plot: {plot}")
     if result.suggested is None:
         raise RunFailed(f"the loss {result.sentence}; give another --from and --to, or more --steps")
-    console.print(f"suggested: optim.lr={result.suggested:.1e}", style="bold", highlight=False)
+    print_line(console, f"suggested: optim.lr={result.suggested:.1e}", style="bold")
 
 
 def sweep(groups: list[Group], by: By, folder: Path, console: Console) -> None:
@@ -76,8 +77,8 @@ def sweep(groups: list[Group], by: By, folder: Path, console: Console) -> None:
     best = groups[0]
     if best.finished:
         setting = " ".join(shlex.quote(f"{key}={value}") for key, value in best.outcomes[0].trial.setting)
-        _print(console, f"best: {setting or 'any'}, {_score(best, by)}; the whole sweep took {total}")
-    _print(console, f"plot: {plot}")
+        print_line(console, f"best: {setting or 'any'}, {_score(best, by)}; the whole sweep took {total}")
+    print_line(console, f"plot: {plot}")
 
 
 def _score(group: Group, by: By) -> str:
@@ -105,7 +106,3 @@ def _training_flops(one: Outcome) -> float:
 def _short_flops(number: float) -> str:
     unit, size = next((u for u in (("E", 1e18), ("P", 1e15), ("T", 1e12)) if number >= u[1]), ("G", 1e9))
     return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}FLOP"
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -62,7 +62,7 @@ def start(folder: Path, workers: int, threads: int | None, cwd: Path) -> subproc
 
 
 def child() -> None:
-    """Run in that process. Its standard input ends when the process that started it ends; then it exits, as if killed."""
+    """Run in that process. Its standard input ends when its parent ends; then it exits, as if killed."""
     rank.before_torch()
     sys.stdout, sys.stderr = output.writer(1), output.writer(2)
     order = json.loads(sys.stdin.readline())
