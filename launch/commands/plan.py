@@ -198,8 +198,8 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         "parameters": f"{planner.whole:,}",
         "per image": f"{planner.config.tokens:,} tokens, {flops(planner.config) / 1e9:.3f} GFLOPs forward",
         "per step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
-        "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-steps on {in_words(here.world)}"
-        + ("" if here.given else "; the recipe's own does not fit"),
+        "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-step{'s' * (here.accumulation > 1)}"
+        f" on {in_words(here.world)}" + ("" if here.given else "; the recipe's own does not fit"),
         "states per rank": f"{_size(held.between_steps)}: parameters {_size(held.parameters)}, their fp32 copy"
         f" {_size(held.weights)}, AdamW {_size(held.optimizer)}, moving average {_size(held.ema)}",
         "gradients per rank": f"{_size(held.gradients)} at the end of a step",
