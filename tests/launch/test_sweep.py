@@ -327,7 +327,7 @@ def test_a_sweep_that_is_stopped_saves_every_trial(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_told_and_the_others_finish(shell: Shell) -> None:
+def test_a_failed_trial_is_reported_and_the_others_finish(shell: Shell) -> None:
     bad = "optim.lr=1e-2,1e30"
     output = shell.run(*SWEEP, bad, "guard.rollbacks=0", "guard.skips=0", "--keep", "1")
     assert "best: optim.lr=1e-2, 1." in output
