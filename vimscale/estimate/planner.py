@@ -280,7 +280,7 @@ class Planner:
         if need.total <= self.place.room:
             return
         said = (
-            f"{self.recipe.name} does not fit {self.place.name} on {world} ranks: one needs"
+            f"{self.recipe.name} does not fit {self.place.name} on {world} rank{'s' * (world > 1)}: one needs"
             f" {need.total / 1e9:.1f} GB (ZeRO-{parallel.zero}, recompute {parallel.recompute}, micro-batch {micro})"
             f" and has {self.place.room / 1e9:.1f} GB"
         )
