@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vimscale.data.shards import manifest
+from vimscale.data.shards.manifest import index_of
 from vimscale.errors import DataError
 from vimscale.prepare.index import walk
 
@@ -43,7 +43,7 @@ def test_offsets_are_those_tarfile_finds_however_names_are_written(tmp_path: Pat
 
 def test_the_writers_index_is_the_walks(digits: Path) -> None:
     for path in (digits / "val").glob("*.tar"):
-        assert manifest.index_of(path).read_bytes() == walk(path)[0].tobytes()
+        assert index_of(path).read_bytes() == walk(path)[0].tobytes()
 
 
 def test_folders_links_and_metadata_are_part_of_no_sample(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def _flip(data: bytearray, at: int) -> bytes:
 BROKEN = {
     "cut in a member": (
         _damaged(lambda d: d[:700]),
-        r"offset 0: member a.jpg has 1,000 bytes, 188 are there: it is cut",
+        r"offset 0: member a.jpg has 1,000 bytes, 188 are there: it is truncated",
     ),
     "cut at a header": (_damaged(lambda d: d[: d.index(b"b.jpg")]), r"offset \d{4}: the file ends here"),
     "one zero block at its end": (
