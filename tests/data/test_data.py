@@ -23,7 +23,7 @@ from tests.support import noise
 from vimscale.data import digits, stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Prefetcher
-from vimscale.data.shards import manifest as shards
+from vimscale.data.shards.manifest import write_set
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, WorkerDied
@@ -56,7 +56,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, digits: Path) -> No
 
 
 def test_images_are_the_scans_of_the_table(digits: Path) -> None:
-    table = np.loadtxt(Path(shards.__file__).parents[1] / "digits.csv.gz", delimiter=",")
+    table = np.loadtxt(Path(stream.__file__).with_name("digits.csv.gz"), delimiter=",")
     for batch in evaluation(Dataset.open(str(digits / "val")), rank=0, world=1, batch=1, size=(32, 32)):
         row = table[int(batch.keys[0])]
         small = (
@@ -180,7 +180,7 @@ def small_set(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     samples[17]["png"] = samples[17]["png"][:90]
     folder = tmp_path_factory.mktemp("sets") / "small"
     manifest = source.manifest
-    shards.write(
+    write_set(
         folder,
         samples,
         per_shard=20,
@@ -280,7 +280,7 @@ def test_a_bad_sample_is_counted_with_its_cause_and_place(small_set: Path) -> No
 def test_a_shard_of_which_nothing_can_be_used_ends_the_run(tmp_path: Path) -> None:
     samples = [{"__key__": f"{i}", "png": b"junk", "cls": 0} for i in range(30)]
     about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
-    shards.write(tmp_path / "set", samples, per_shard=10, name="junk", **about)
+    write_set(tmp_path / "set", samples, per_shard=10, name="junk", **about)
     data = TrainingSet.open(sections.Data(train=str(tmp_path / "set")))
     chosen = _recipe()
     with pytest.raises(DataError, match=r"100 samples drawn from it in a row cannot be used.*data verify --deep"):
@@ -352,7 +352,7 @@ def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Pat
 
 def test_a_mixture_needs_the_same_classes(small_set: Path, tmp_path: Path) -> None:
     about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
-    shards.write(tmp_path / "set", [{"__key__": "a", "png": b"", "cls": 0}], per_shard=10, name="one", **about)
+    write_set(tmp_path / "set", [{"__key__": "a", "png": b"", "cls": 0}], per_shard=10, name="one", **about)
     sources = (sections.Source(data=str(small_set)), sections.Source(data=str(tmp_path / "set")))
     with pytest.raises(DataError, match="has other classes than"):
         TrainingSet.open(sections.Data(train=sources))

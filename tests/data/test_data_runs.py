@@ -9,7 +9,7 @@ import pytest
 from tests.support.shell import EVERYTHING, Shell
 from tests.support.web_server import WebServer
 from vimscale.data.dataset import Dataset
-from vimscale.data.shards import manifest
+from vimscale.data.shards.manifest import write_set
 
 PROCESSES = ("--no-ray", "--workers", "2")
 SHORT = (*EVERYTHING, "checkpoint.every=6", "steps=24")
@@ -52,7 +52,7 @@ def _damaged(digits: Path, folder: Path, count: int) -> Path:
     whole = source.manifest
     about = {"classes": whole.classes, "mean": whole.mean, "std": whole.std, "source": "", "licence": ""}
     rows = [{"__key__": s["__key__"], "png": s["png"], "cls": int(s["cls"])} for s in samples]
-    manifest.write(folder, rows, per_shard=180, name="damaged", **about)
+    write_set(folder, rows, per_shard=180, name="damaged", **about)
     return folder
 
 

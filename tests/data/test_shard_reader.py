@@ -34,13 +34,13 @@ def test_a_shard_of_another_size_is_named_before_anything_is_read(folder: Path, 
 
 
 KNOWN_AT_READING = {
-    "a corrupt header": (".tar", overwrite(SAMPLE * 5, b"\xff" * 300), 5, SAMPLE * 5, "no header of a member"),
-    "a corrupt second header": (".tar", overwrite(SAMPLE * 5 + 1024, b"x"), 5, SAMPLE * 5 + 1024, "no header"),
-    "no samples": (".tar", overwrite(0, bytes(BYTES)), 0, 0, "no header of a member"),
-    "a page": (".tar", overwrite(0, b"<html>" * 2000), 0, 0, "no header of a member"),
-    "an offset that is none": (".tar.idx", moved(3, 512), 3, SAMPLE * 3 + 512, "no header of a member"),
-    "an offset in the middle": (".tar.idx", moved(3, 1024), 2, SAMPLE * 2, "2 samples where one should be: 2-2, 2-3"),
-    "an end that is none": (".tar.idx", moved(SAMPLES, -9728), 0, SAMPLE * SAMPLES - 9728, "the tar goes on"),
+    "a corrupt header": (".tar", overwrite(SAMPLE * 5, b"\xff" * 300), 5, SAMPLE * 5, "no member header"),
+    "a corrupt second header": (".tar", overwrite(SAMPLE * 5 + 1024, b"x"), 5, SAMPLE * 5 + 1024, "no member header"),
+    "no samples": (".tar", overwrite(0, bytes(BYTES)), 0, 0, "no member header"),
+    "a page": (".tar", overwrite(0, b"<html>" * 2000), 0, 0, "no member header"),
+    "an offset that is none": (".tar.idx", moved(3, 512), 3, SAMPLE * 3 + 512, "no member header"),
+    "an offset in the middle": (".tar.idx", moved(3, 1024), 2, SAMPLE * 2, "2 samples instead of one: 2-2, 2-3"),
+    "an end that is none": (".tar.idx", moved(SAMPLES, -9728), 0, SAMPLE * SAMPLES - 9728, "the tar has more members"),
     "no whole block": (".tar.idx", moved(3, 7), 3, None, "does not index 8 samples of a 92,160 byte shard"),
     "cut after it was checked": (".tar", resized(SAMPLE * 3 + 5000), 3, SAMPLE * 3 + 5000, "the file ends there"),
 }

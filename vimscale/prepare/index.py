@@ -160,4 +160,4 @@ def _check_end(descriptor: int, offset: int) -> None:
             raise tar.Fault(offset, "the tar ends here, and more follows: unpack it, and pack it again")
         at += len(block)
     if at - offset < 2 * BLOCK:
-        raise tar.Fault(offset, "the tar ends in one zero block, not two: it is cut")
+        raise tar.Fault(offset, "the tar ends in one zero block, not two: it is truncated")
