@@ -12,7 +12,7 @@ from vimscale.prepare.shapes import Options
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 images of three classes, one of them broken, one a BMP, and a file that is none."""
+    """30 images of three classes, one of them damaged and one a BMP, and a file that is not an image."""
     root = tmp_path_factory.mktemp("images")
     for c, name in enumerate(("cat", "dog", "owl")):
         (root / name / "more").mkdir(parents=True)

@@ -39,7 +39,7 @@ def test_indexing_the_shards_of_a_set_finds_what_its_manifest_says(made: Path, t
     assert (tmp_path / "out/00001.tar.idx").read_bytes() == index["00001.tar.idx"]
 
 
-def test_shards_of_a_web_server_are_indexed_and_read_without_touching_it(
+def test_shards_of_a_web_server_are_indexed_and_read_without_changing_them(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VIMSCALE_CACHE", str(tmp_path / "cache"))
@@ -65,8 +65,8 @@ UNFIT = {
         {"jpg": image(0), "txt": b"a cat"},
         r"00000.tar, offset 0, sample k: no member .cls, .* has jpg, txt",
     ),
-    "a name as label": ({"jpg": image(0), "cls": b"cat"}, "its .cls is 'cat', and training reads whole numbers"),
-    "a label of no class": ({"jpg": image(0), "cls": b"7"}, "label 7 is none of the 2 classes"),
+    "a name as label": ({"jpg": image(0), "cls": b"cat"}, "its .cls is 'cat', but training reads whole numbers"),
+    "a label of no class": ({"jpg": image(0), "cls": b"7"}, "label 7 is not one of the 2 classes"),
     "no image": ({"gif": image(0, kind="GIF"), "cls": b"0"}, r"no image among its members \(cls, gif\)"),
 }
 
@@ -93,13 +93,13 @@ def _harm_image(folder: Path) -> None:
     (folder / "00001.tar").write_bytes(data)
 
 
-def _cut(folder: Path) -> None:
+def _truncate(folder: Path) -> None:
     offset, size = scan(folder / "00001.tar").samples[5].members["jpg"]
     os.truncate(folder / "00001.tar", offset + size // 2)
 
 
 def _harm_headers(folder: Path) -> None:
-    """Of the second and the last but one of eight samples, a header each, one of them by zeros."""
+    """Damage a header of the second and of the second-to-last of eight samples; zero one of them."""
     data = bytearray((folder / "00001.tar").read_bytes())
     samples = scan(folder / "00001.tar").samples
     data[samples[1].start] ^= 1
@@ -123,14 +123,14 @@ HARM = {
     "a tar without its last zeros": (_lose_the_padding, r"00001.tar, offset \d+: the file ends here", 0, False),
     "an index of other offsets": (_harm_index, r"00001.tar.idx says that sample 1 starts at 512; in the tar", 0, False),
     "an index that is gone": (lambda f: (f / "00001.tar.idx").unlink(), "00001.tar.idx is missing", 0, False),
-    "a shard that is cut": (_cut, r"00001.tar, offset \d+: member .*jpg has .* it is truncated", 3, False),
+    "a truncated shard": (_truncate, r"00001.tar, offset \d+: member .*jpg has .* it is truncated", 3, False),
     "a shard that is gone": (lambda f: (f / "00001.tar").unlink(), "00001.tar is missing", 8, False),
     "an image of zeros": (_harm_image, r"00001.tar, offset \d+, sample .*: the image cannot be decoded", 1, True),
 }
 
 
 @pytest.mark.parametrize("case", HARM)
-def test_damage_is_found_and_what_is_whole_is_saved(made: Path, case: str) -> None:
+def test_damage_is_found_and_complete_samples_are_saved(made: Path, case: str) -> None:
     harm, expected, lost, deep = HARM[case]
     before = samples_of(made)
     harm(made)
@@ -140,10 +140,10 @@ def test_damage_is_found_and_what_is_whole_is_saved(made: Path, case: str) -> No
     todo = repair.steps(inspect.verify(located, deep=True))
     old = repair.repair(located, todo)
     assert (old is None) == all(step.kind == "index" for step in todo)
-    mended = inspect.locate(str(made))
-    healths = inspect.verify(mended, deep=True)
+    repaired = inspect.locate(str(made))
+    healths = inspect.verify(repaired, deep=True)
     assert not repair.steps(healths)
-    assert not inspect.miscounted(mended, healths)
+    assert not inspect.miscounted(repaired, healths)
     after = samples_of(made)
     assert len(after) == len(before) - lost
     assert all(after[key]["cls"] == before[key]["cls"] for key in after)
@@ -164,14 +164,14 @@ def test_sets_of_the_same_classes_become_one(tmp_path: Path, images: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "set", "whole"]
 
 
-def test_the_commands_say_what_they_did(shell: Shell, images: Path) -> None:
+def test_the_commands_report_what_they_did(shell: Shell, images: Path) -> None:
     out = shell.run("data", "prepare", str(images), "set", "--val", "0.3", "--per-shard", "5", "--jobs", "1")
     assert "1 skipped (1 x image): set/" in out
     made = {path: path.stat().st_mtime_ns for path in (shell.folder / "set").rglob("*")}
     same = ("data", "prepare", str(images), "set", "--val", "0.3", "--per-shard", "5")
     assert "set is finished" in shell.run(*same)
     for changes in (("--seed", "1"), ("--val", "0"), ("--source", "elsewhere")):
-        assert "made of another input or with other options is there" in shell.run(*same, *changes, expect=2)
+        assert "there is a set made from another input or with other options" in shell.run(*same, *changes, expect=2)
     assert {path: path.stat().st_mtime_ns for path in (shell.folder / "set").rglob("*")} == made
     assert "are whole: every image decodes" in shell.run("data", "verify", "set/train", "--deep", "--jobs", "1")
     out = shell.run("data", "stats", "set/train", "--sheet", "sheet.png")
@@ -188,7 +188,7 @@ def test_the_commands_say_what_they_did(shell: Shell, images: Path) -> None:
     assert "merge wants two sets" in shell.run("data", "merge", "set/val", "all", expect=2)
 
 
-def test_shards_below_folders_are_repaired_where_they_are(made: Path, tmp_path: Path) -> None:
+def test_shards_in_subfolders_are_repaired_there(made: Path, tmp_path: Path) -> None:
     for number, name in enumerate("ab"):
         (tmp_path / "many" / name).mkdir(parents=True)
         shutil.copy(made / f"{number:05d}.tar", tmp_path / "many" / name / "0.tar")

@@ -36,7 +36,7 @@ def test_tables_of_paths_and_folders_give_the_same_samples(tmp_path: Path, image
     assert in_csv == in_parquet == in_folder
 
 
-def test_bytes_in_parquet_and_hugging_face_sets_keep_their_names_of_classes(tmp_path: Path) -> None:
+def test_bytes_in_parquet_and_hugging_face_sets_keep_their_class_names(tmp_path: Path) -> None:
     names = ["sparrow", "2", "1"]
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
     rows = {
@@ -58,7 +58,7 @@ def test_bytes_in_parquet_and_hugging_face_sets_keep_their_names_of_classes(tmp_
     assert a == b
 
 
-def test_tars_are_cut_anew_with_all_their_members(tmp_path: Path) -> None:
+def test_tars_are_sharded_again_with_all_their_members(tmp_path: Path) -> None:
     samples = [{"__key__": f"k{i}", "jpg": image(i), "cls": b"%d" % (i % 2), "json": b"{}"} for i in range(6)]
     for name in ("a", "b"):
         write_shard(tmp_path / f"{name}.tar", samples)
@@ -114,14 +114,18 @@ def _numbers(folder: Path) -> None:
 WRONG = {
     "nothing there": ("in", None, "input in: it is not there; give a folder of images"),
     "an empty folder": ("in", lambda folder: (folder / "in").mkdir(), "no images in it; looked for jpg"),
-    "images in no class": ("in", _alone, "x.jpg lies in no class's folder; move it to in/CLASS/x.jpg"),
+    "images in no class": ("in", _alone, "x.jpg is not in a class folder; move it to in/CLASS/x.jpg"),
     "two images of a name": ("in", _twins, "in/a/x.jpg and in/a/x.png both have the key a/x; rename one"),
-    "a class webdataset would not see": ("in", _hidden, "__other__/x would be passed over"),
-    "only bad images": ("in", _junk, "none of the 2 inputs can be used (1 x image, 1 x unreadable)"),
+    "a class webdataset would not see": ("in", _hidden, "__other__/x would be ignored"),
+    "only bad images": ("in", _junk, "none of the 2 inputs is usable (1 x image, 1 x unreadable)"),
     "a command": ("pipe:cat x.tar", None, "commands are not run"),
     "an address": ("s3://bucket/x", None, "only local files are prepared"),
-    "braces that are open": ("{a,b.tar", None, "its braces are not closed"),
-    "an unknown kind": ("in.zip", _file("in.zip", ""), "files ending in .zip; known: .tar, .parquet, .csv, .tsv"),
+    "braces that are not closed": ("{a,b.tar", None, "its braces are not closed"),
+    "an unknown kind": (
+        "in.zip",
+        _file("in.zip", ""),
+        "files ending in .zip; give files of one kind: .tar, .parquet, .csv, .tsv",
+    ),
     "a csv without the column": ("in.csv", _file("in.csv", "path,klass\n"), "no column for the label, such as label"),
     "a csv that is empty": ("in.csv", _file("in.csv", ""), "it has none; name one with --image-column"),
     "a row without label": (
@@ -129,18 +133,16 @@ WRONG = {
         _file("in.csv", "path,label\na.jpg,\n"),
         "1 rows have no label; leave them out; the first is ./a.jpg",
     ),
-    "labels far apart": ("in.csv", _file("in.csv", "path,label\na.jpg,99999\n"), "labels go up to 99,999, and only 1"),
+    "labels far apart": ("in.csv", _file("in.csv", "path,label\na.jpg,99999\n"), "labels go up to 99,999, but only 1"),
     "labels that are fractions": ("in.parquet", _floats, "column 'label' holds 0.5 (a number)"),
-    "images that are numbers": ("in.parquet", _numbers, "column 'image' is of type int64; images are bytes or paths"),
-    "a parquet file that is none": ("in.parquet", _file("in.parquet", "x"), "in.parquet cannot be read"),
-    "a tar that is none": ("in.tar", _file("in.tar", "<html>"), "in.tar, offset 0: the file ends here"),
+    "images that are numbers": ("in.parquet", _numbers, "column 'image' has type int64, but images are bytes or paths"),
+    "a file that is not parquet": ("in.parquet", _file("in.parquet", "x"), "in.parquet cannot be read"),
+    "a file that is not a tar": ("in.tar", _file("in.tar", "<html>"), "in.tar, offset 0: the file ends here"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_input_that_cannot_be_used_gets_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_an_unusable_input_gives_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     source, make, expected = WRONG[case]
     if make:
         make(tmp_path)
@@ -153,7 +155,7 @@ def test_an_input_that_cannot_be_used_gets_one_message(
 
 def test_a_label_outside_the_class_map_is_named_with_the_nearest(tmp_path: Path, images: Path) -> None:
     with pytest.raises(
-        DataError, match=r"label 'owl' of .*/owl/owl.0.jpg.* \(10 rows\) is none of .* \(did you mean owls\?\)"
+        DataError, match=r"label 'owl' of .*/owl/owl.0.jpg.* \(10 rows\) is not one of .* \(did you mean owls\?\)"
     ):
         prepare(str(images), tmp_path / "set", Options(), Columns(classes=("dog", "cat", "owls")))
 

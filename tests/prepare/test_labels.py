@@ -27,10 +27,10 @@ def _numbered_folders(folder: Path, *others: str) -> str:
     return "in"
 
 
-def _table(folder: Path, labels: list, image: str = "jpg", name: str = "in.csv") -> str:
+def _table(folder: Path, labels: list, extension: str = "jpg", name: str = "in.csv") -> str:
     for i in range(len(labels)):
-        (folder / f"{i}.{image}").write_bytes(image(i))
-    rows = "".join(f"{i}.{image},{label}\n" for i, label in enumerate(labels))
+        (folder / f"{i}.{extension}").write_bytes(image(i))
+    rows = "".join(f"{i}.{extension},{label}\n" for i, label in enumerate(labels))
     (folder / name).write_text(f"path,label\n{rows}", "utf-8-sig")
     return name
 
@@ -67,7 +67,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("case", COUNTED)
-def test_label_k_is_class_k_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_label_k_is_class_k_in_every_kind_of_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.chdir(tmp_path)
     source = COUNTED[case](tmp_path)
     manifest = prepare(source, Path("set"), Options(), Columns())[""]
@@ -91,7 +91,7 @@ ODD = {
         "1 rows have no label; leave them out; the first is",
     ),
     "a gap in a column": (lambda folder: _parquet(folder, [0.0, None, float("nan")]), "2 rows have no label"),
-    "a list in json": (lambda folder: _jsons(folder, [0, [1]]), "in.tar, sample 1: its .json holds a list, and labels"),
+    "a list in json": (lambda folder: _jsons(folder, [0, [1]]), "in.tar, sample 1: its .json holds a list, but labels"),
     "an empty member": (lambda folder: _cls(folder, [0, "\n"]), "1 rows have no label"),
     "a folder of another name": (
         lambda folder: _numbered_folders(folder, "cat"),
@@ -102,7 +102,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_a_label_that_is_none_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_an_invalid_label_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     make, expected = ODD[case]
     monkeypatch.chdir(tmp_path)
     source = make(tmp_path)
@@ -111,13 +111,13 @@ def test_a_label_that_is_none_ends_the_command(tmp_path: Path, monkeypatch: pyte
     assert expected in str(caught.value)
 
 
-def test_gaps_between_numbers_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gaps_between_numbers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shard(tmp_path / "0.tar", [{"__key__": f"{i}", "jpg": image(i), "cls": b"%d" % i} for i in (0, 1, 5)])
     assert prepare(str(tmp_path), tmp_path / "set", Options(), Columns())[""].labels == (1, 1, 0, 0, 0, 1)
     assert adopt.index([str(tmp_path)], None)[1].labels == (1, 1, 0, 0, 0, 1)
     assert caplog.text.count("3 of 6 classes have no images: 2, 3, 4") == 2
     write_shard(tmp_path / "x0.tar", [{"__key__": "k", "jpg": image(0), "cls": b"99999"}])
-    with pytest.raises(DataError, match="labels go up to 99,999, and only 1 of them occur"):
+    with pytest.raises(DataError, match="labels go up to 99,999, but only 1 of them occur"):
         adopt.index([str(tmp_path / "x0.tar")], tmp_path / "out")
 
 

@@ -34,13 +34,13 @@ def test_a_folder_of_classes_becomes_a_data_set(tmp_path: Path, images: Path) ->
     assert manifest.skipped == {"image": 1}
     assert samples["owl/more/owl_3"]["jpg"] == (images / "owl/more/owl.3.jpg").read_bytes()
     assert int(samples["owl/more/owl_3"]["cls"]) == 2
-    assert "png" in samples["dog/dog_0"], "what training does not read is stored without loss"
+    assert "png" in samples["dog/dog_0"], "formats that training does not read are stored without loss"
     (skipped,) = map(json.loads, (tmp_path / "set/skipped.jsonl").read_text().splitlines())
     assert (skipped["key"], skipped["cause"]) == ("cat/cat_0", "image")
     assert skipped["path"] == str(images / "cat/cat.0.jpg")
 
 
-def test_a_path_of_any_name_becomes_a_key_or_is_listed(tmp_path: Path) -> None:
+def test_any_path_becomes_a_key_or_is_listed_as_skipped(tmp_path: Path) -> None:
     names = [".cache/a.1.jpg", "b/../.c.jpg", "./__x__.jpg", "nul\0.jpg", "gone.jpg"]
     for name in names[:3]:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +63,16 @@ def test_names_may_be_long_and_in_any_script(tmp_path: Path) -> None:
     assert index_of(tmp_path / "set/00000.tar").read_bytes() == walk(tmp_path / "set/00000.tar")[0].tobytes()
 
 
-def test_bytes_depend_on_neither_jobs_nor_place(tmp_path: Path, images: Path) -> None:
+def test_bytes_depend_on_neither_jobs_nor_folder(tmp_path: Path, images: Path) -> None:
     options = Options(per_shard=4, val=0.2, seed=3)
-    for jobs, place in ((1, "a"), (3, "b")):
-        prepare(str(images), tmp_path / place / "set", options, Columns(), jobs=jobs)
+    for jobs, folder in ((1, "a"), (3, "b")):
+        prepare(str(images), tmp_path / folder / "set", options, Columns(), jobs=jobs)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     prepare(str(images), tmp_path / "c" / "set", Options(per_shard=4, val=0.2, seed=4), Columns())
     assert files_of(tmp_path / "a") != files_of(tmp_path / "c")
 
 
-def test_a_share_of_each_class_is_held_out(tmp_path: Path, images: Path) -> None:
+def test_a_fraction_of_each_class_is_held_out(tmp_path: Path, images: Path) -> None:
     written = prepare(str(images), tmp_path / "set", Options(val=0.3), Columns())
     assert written["val"].labels == (3, 3, 3) or sum(written["val"].labels) == 8, "the broken image may be among them"
     assert not samples_of(tmp_path / "set/train").keys() & samples_of(tmp_path / "set/val").keys()
@@ -82,16 +82,16 @@ def test_a_share_of_each_class_is_held_out(tmp_path: Path, images: Path) -> None
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_mean_and_deviation_are_the_pixels(tmp_path: Path) -> None:
+def test_mean_and_std_are_those_of_the_pixels(tmp_path: Path) -> None:
     for c, level in enumerate((0, 255)):
         (tmp_path / "in" / str(c)).mkdir(parents=True)
         Image.new("RGB", (8, 8 + 8 * c), (level, 51, 51)).save(tmp_path / "in" / str(c) / "x.png")
     manifest = prepare(str(tmp_path / "in"), tmp_path / "set", Options(), Columns())[""]
     assert manifest.mean == (0.5, 0.2, 0.2)
-    assert manifest.std == (0.5, 0.001, 0.001), "a flat channel's deviation is never 0"
+    assert manifest.std == (0.5, 0.001, 0.001), "the std of a flat channel is never 0"
 
 
-def test_sizes_are_as_asked(tmp_path: Path, images: Path) -> None:
+def test_sizes_follow_the_options(tmp_path: Path, images: Path) -> None:
     options = Options(resize=48, min_size=45, max_aspect=2.6)
     manifest = prepare(str(images), tmp_path / "set", options, Columns())[""]
     for key, sample in samples_of(tmp_path / "set").items():
@@ -102,8 +102,8 @@ def test_sizes_are_as_asked(tmp_path: Path, images: Path) -> None:
     assert manifest.skipped == {"image": 1, "small": 2, "aspect": 3}
 
 
-def test_the_killed_command_goes_on_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
-    prepare(str(images), tmp_path / "whole" / "set", Options(per_shard=3), Columns())
+def test_the_killed_command_resumes_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
+    prepare(str(images), tmp_path / "reference" / "set", Options(per_shard=3), Columns())
     command = [sys.executable, "-m", "vimscale.launch.commands.app", "data", "prepare", str(images), "set"]
     command += ["--per-shard", "3", "--jobs", "2"]
     partial = tmp_path / ".set.partial"
@@ -120,11 +120,11 @@ def test_the_killed_command_goes_on_to_the_same_bytes(tmp_path: Path, images: Pa
         assert not (tmp_path / "set").exists() or process.returncode == 0
     assert kills
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert files_of(tmp_path / "set") == files_of(tmp_path / "whole" / "set")
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "reference" / "set")
     assert not partial.exists()
 
 
-def test_shards_that_are_whole_are_kept_and_others_made_again(tmp_path: Path, images: Path) -> None:
+def test_complete_shards_are_kept_and_others_written_again(tmp_path: Path, images: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -138,7 +138,7 @@ def test_shards_that_are_whole_are_kept_and_others_made_again(tmp_path: Path, im
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
     assert len(kept) == 3
     (partial / "00001.tar").write_bytes(b"cut")
-    with pytest.raises(DataError, match=r"of other options or other inputs is there; give the same again .* rm -r"):
+    with pytest.raises(DataError, match=r"unfinished set with other options or inputs; repeat the command .* rm -r"):
         prepare(str(images), tmp_path / "set", Options(per_shard=5), Columns())
     with pytest.raises(Stop):
         prepare(str(images), tmp_path / "set", Options(per_shard=4), Columns(), progress=stop)
@@ -150,7 +150,7 @@ def test_shards_that_are_whole_are_kept_and_others_made_again(tmp_path: Path, im
 
 def test_two_commands_do_not_write_the_same_set(tmp_path: Path, images: Path) -> None:
     def other(done: int, total: int) -> None:
-        with pytest.raises(DataError, match="another process prepares this set"):
+        with pytest.raises(DataError, match="another process is preparing this set"):
             prepare(str(images), tmp_path / "set", Options(), Columns())
 
     prepare(str(images), tmp_path / "set", Options(), Columns(), progress=other)
