@@ -27,9 +27,9 @@ KNOWN_BEFORE = {
 
 @pytest.mark.parametrize("case", KNOWN_BEFORE)
 def test_a_shard_of_another_size_is_named_before_reading(folder: Path, case: str) -> None:
-    harm, said = KNOWN_BEFORE[case]
+    harm, expected = KNOWN_BEFORE[case]
     harm(folder / "00002.tar")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=expected):
         Dataset.open(str(folder))
 
 
@@ -54,10 +54,10 @@ KNOWN_AT_READING = {
 
 @pytest.mark.parametrize("case", KNOWN_AT_READING)
 def test_damaged_bytes_are_named_with_shard_and_offset(folder: Path, case: str) -> None:
-    suffix, harm, i, offset, said = KNOWN_AT_READING[case]
+    suffix, harm, i, offset, expected = KNOWN_AT_READING[case]
     dataset = Dataset.open(str(folder))
     harm(folder / f"00002{suffix}")
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=expected) as caught:
         dataset.read(2, i)
     assert f"{folder}/00002.tar" in str(caught.value)
     assert offset is None or f"offset {offset}:" in str(caught.value)

@@ -71,12 +71,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_tar_gives_one_message_with_its_offset(tmp_path: Path, case: str) -> None:
-    data, said = HOSTILE[case]
+    data, expected = HOSTILE[case]
     (tmp_path / "0.tar").write_bytes(data + bytes(1024))
-    with pytest.raises(DataError, match=rf"0.tar, offset \d+: [^\n]*({said})") as caught:
+    with pytest.raises(DataError, match=rf"0.tar, offset \d+: [^\n]*({expected})") as caught:
         walk(tmp_path / "0.tar")
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
-    with pytest.raises(tar.Fault, match=rf"^offset \d+: [^\n]*({said})") as fault:
+    with pytest.raises(tar.Fault, match=rf"^offset \d+: [^\n]*({expected})") as fault:
         shard_reader.parse(data, "shard")
     assert len(str(fault.value)) < 300
     assert 0 <= fault.value.at <= len(data)

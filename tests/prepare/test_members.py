@@ -19,7 +19,7 @@ from vimscale.errors import DataError
 from vimscale.prepare import adopt, merge
 from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.inspection import inspect, repair
-from vimscale.prepare.make import prepare
+from vimscale.prepare.make import finished, prepare
 from vimscale.prepare.shapes import Options
 
 
@@ -260,3 +260,11 @@ def test_a_choice_of_members_needs_members(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("path,label\na.jpg,0\n")
     with pytest.raises(DataError, match="--image names a member of samples in tars"):
         prepare(str(tmp_path / "in.csv"), tmp_path / "set", Options(), Columns(members=("jpg",)))
+
+
+def test_a_finished_set_of_a_chosen_member_is_recognized(tmp_path: Path) -> None:
+    folder, options, columns = _masked(tmp_path / "in", "jfif"), Options(), Columns(members=("jfif",))
+    written = prepare(str(folder), tmp_path / "set", options, columns)
+    assert finished(str(folder), tmp_path / "set", options, columns) == written
+    with pytest.raises(DataError, match="made from another input or with other options"):
+        finished(str(folder), tmp_path / "set", options, Columns(members=("png",)))

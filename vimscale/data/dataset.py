@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vimscale.data.shards.cache import Ahead, Cache, read_index
+from vimscale.data.shards.cache import BackgroundFetch, Cache, read_index
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.data.shards.shard_reader import ShardReader
 from vimscale.errors import DataError
@@ -57,7 +57,7 @@ class Dataset:
         self._cache = cache
         self._rechecked: set[int] = set()
         self._lock = Lock()
-        self._ahead = Ahead(self._fetch)
+        self._background = BackgroundFetch(self._fetch)
         # an open file takes up disk space even after it leaves the cache, so open files stay within the cache's limit
         largest = max(shard.bytes for shard in manifest.shards)
         kept = _OPEN if isinstance(store, Folder) else min(max(cache.limit // max(largest, 1), 1), _OPEN)
@@ -163,7 +163,7 @@ class Dataset:
             if room < 0:
                 break
             fitting.append(number)
-        self._ahead.request(fitting)
+        self._background.request(fitting)
 
     def read(self, number: int, i: int) -> dict[str, Any]:
         """Read sample i of shard `number` as webdataset parses it: `__key__`, and each member's bytes by extension.

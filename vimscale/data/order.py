@@ -66,7 +66,7 @@ class DatasetOrder:
         self._seed, self._window, self._number = seed, window, number
         # a batch across the border of two epochs needs both
         self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
-        self._windows = lru_cache(maxsize=2 * lanes)(self._cut)
+        self._windows = lru_cache(maxsize=2 * lanes)(self._window_starts)
         self._inside = lru_cache(maxsize=2 * lanes + 2)(self._permuted_samples)
 
     def locate(self, turn: int, lane: int = 0) -> tuple[int, int, int]:
@@ -116,7 +116,7 @@ class DatasetOrder:
         shards = generator(self._seed, 2 * epoch, 0, 0, self._number).permutation(len(self._counts))
         return shards, np.cumsum(self._counts[shards])
 
-    def _cut(self, epoch: int, lane: int) -> np.ndarray:
+    def _window_starts(self, epoch: int, lane: int) -> np.ndarray:
         """Return the offsets in the epoch at which the lane's windows start: every `window` shards."""
         begin, end = self._bounds(lane)
         _, ends = self._epoch(epoch)

@@ -104,8 +104,8 @@ def index(
     names = classes or tuple(map(str, range(max(tally.labels) + 1)))
     if empty := [name for number, name in enumerate(names) if number not in tally.labels]:
         _log.warning("%s: %s", folder, without_images(empty, len(names)))
-    if names_ignored := [name for part in parts for name in part.ignored]:
-        _log.warning("%s: %s", folder, ignored_files(names_ignored))
+    if ignored := [name for part in parts for name in part.ignored]:
+        _log.warning("%s: %s", folder, ignored_files(ignored))
     if not tally.measured:
         raise DataError(f"index {patterns[0]}: no image could be decoded: {parts[0].unread[0]}")
     mean, std = tally.normalisation()
@@ -165,8 +165,8 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
 def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
     if "cls" not in sample.members:
         raise DataError(
-            f"{where}: no member .cls, the label (it has {_has(sample)}); `vimscale data prepare` of the tars takes it"
-            " from a .json, and separates samples whose names have more dots"
+            f"{where}: no member .cls, the label (it has {_member_names(sample)}); `vimscale data prepare` of the tars"
+            " takes it from a .json, and separates samples whose names have more dots"
         )
     offset, size = sample.members["cls"]
     text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip("\ufeff \t\r\n")
@@ -193,11 +193,11 @@ def _image(sample: Sample, where: str, image: tuple[str, ...]) -> tuple[int, int
         fix = "convert the tars with `vimscale data prepare`"
         if found is not None and found.rpartition(".")[2] in _READ:
             fix = f"give --image {found} if that is the image"
-        raise DataError(f"{where}: no image among its members ({_has(sample)}); training reads {known}: {fix}")
+        raise DataError(f"{where}: no image among its members ({_member_names(sample)}); training reads {known}: {fix}")
     return sample.members[found]
 
 
-def _has(sample: Sample) -> str:
+def _member_names(sample: Sample) -> str:
     names = list(sample.members)
     return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
@@ -213,7 +213,7 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
         raise DataError(
             f"index {remote[0]}: the address holds {kept}, which the manifest would hold too; download the tars first"
         )
-    urls = [url for pattern in patterns for url in (braces(pattern) if remote else _local(pattern))]
+    urls = [url for pattern in patterns for url in (braces(pattern) if remote else _local_tars(pattern))]
     if duplicates := [url for url, count in Counter(urls).items() if count > 1]:
         raise DataError(f"index: {duplicates[0]} is given twice; give each tar once")
     if others := [url for url in urls if not url.endswith(".tar")]:
@@ -227,10 +227,10 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
             raise DataError(
                 f"index {urls[0]}: all addresses must have the same scheme; make a set of each, and merge them"
             )
-        base = f"{schemes[0]}://{_above(list(rest))}"
+        base = f"{schemes[0]}://{_common_folder(list(rest))}"
     else:
         urls = [os.path.abspath(url) for url in urls]
-        base = _above(urls)
+        base = _common_folder(urls)
     tars = [Tar(url[len(base) :].lstrip("/"), url) for url in urls]
     for tar in tars:
         try:
@@ -240,11 +240,11 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
     return base, tars
 
 
-def _above(paths: list[str]) -> str:
+def _common_folder(paths: list[str]) -> str:
     return os.path.commonpath([os.path.dirname(path) for path in paths])
 
 
-def _local(pattern: str) -> list[str]:
+def _local_tars(pattern: str) -> list[str]:
     folder = Path(pattern)
     inside = [path for path in sorted(folder.glob("*.tar")) if not hidden(path.name)]
     found = inside if folder.is_dir() else expand(pattern)

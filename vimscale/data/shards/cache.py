@@ -341,7 +341,7 @@ def local_copy(url: str, cache: str = "100GB") -> Path:
     return Cache(limit).copy(store, name)
 
 
-class Ahead:
+class BackgroundFetch:
     """Fetches shards in the background. A new request replaces the part of the last one that has not started."""
 
     def __init__(self, fetch: Callable[[int], None], threads: int = 4):
