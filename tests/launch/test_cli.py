@@ -116,12 +116,12 @@ def test_the_address_of_another_server_is_refused(shell: Shell) -> None:
 
 def test_an_existing_data_set_is_not_overwritten(shell: Shell) -> None:
     shell.run("data", "digits", "set")
-    assert "not empty; give a new one" in shell.run("data", "digits", "set", expect=2)
+    assert "not empty; give a new folder" in shell.run("data", "digits", "set", expect=2)
 
 
 def test_an_unwritable_cache_is_reported(shell: Shell) -> None:
     shell.env["XDG_CACHE_HOME"] = "/proc/1"
-    assert "set XDG_CACHE_HOME to a folder" in shell.run(*LAUNCH, expect=2)
+    assert "set XDG_CACHE_HOME to a writable folder" in shell.run(*LAUNCH, expect=2)
 
 
 def test_a_refused_launch_does_not_affect_the_next_one(shell: Shell) -> None:
