@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from vimscale.data.shards.manifest import Manifest
     from vimscale.model import VisionMamba
+    from vimscale.objectives.base import Learner
     from vimscale.runtime.run_folder import RunFolder
 
 _STARTED = time.perf_counter()
@@ -222,7 +224,7 @@ def launch(
     policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.installed())
-        folder.claim(chosen)
+        chosen = folder.claim(chosen)
         if no_ray:
             allowed = [size for size in allowed if size <= (gpus or cpus)]
             where = "as processes of this machine"
@@ -296,7 +298,7 @@ def _seconds(time_limit: str | None) -> float:
 def _summary(result: dict) -> str:
     from ..supervise.progress import figures
 
-    return f"{result['steps']:,} steps" + (f", {figures(result)}" if "top1" in result else "")
+    return f"{result['steps']:,} steps" + (f", {figures(result)}" if "images" in result else "")
 
 
 _EVALUATION = ("data.val", "data.workers", "data.cache", "parallel.precision")
@@ -314,8 +316,8 @@ def evaluate(
     raw: RawOption = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on its validation set, or another of the same classes."""
-    from vimscale.checkpoint.restore import restore
     from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import load
 
     from ..supervise.progress import figures
 
@@ -327,9 +329,9 @@ def evaluate(
     recipe = folder.recipe(overrides or ())
     if recipe.data.val is None:
         raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set; give one with data.val=..."])
-    model, _, manifest, at = restore(folder, raw=raw, step=step)
+    learner, _, manifest, at = load(folder, raw=raw, step=step)
     try:
-        row = _evaluated(model, recipe, manifest)
+        row = _evaluated(learner, recipe, manifest)
     except DataError as error:
         raise DataError(
             f"{error}\n  data.val=... names another validation set, or where it is on this machine"
@@ -337,7 +339,7 @@ def evaluate(
     Console().print(f"step {at:,}: {figures(row)}", highlight=False, soft_wrap=True)
 
 
-def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest") -> dict[str, float]:
+def _evaluated(learner: "Learner", recipe: recipes.Recipe, manifest: "Manifest") -> dict[str, float]:
     """Figures of a model on the recipe's validation set, on this process's device."""
     import torch
 
@@ -347,13 +349,14 @@ def _evaluated(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest
     temporary.shorten()
     assert recipe.data.val is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    learner.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
         return evaluate(
-            model,
+            partial(learner.ask, "evaluation_sums"),
+            learner.objective,
             Dataset.open(recipe.data.val, recipe.data.cache),
             manifest,
-            size=model.config.size,
+            size=learner.encoder.config.size,
             batch=64,
             device=device,
             workers=recipe.data.workers,
@@ -391,11 +394,14 @@ def export(
     from vimscale.checkpoint.restore import restore
     from vimscale.export import published, safetensors
     from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import load
 
     folder = RunFolder.of(run)
-    model, recipe, manifest, at = restore(folder, raw=raw, step=step)
     if prune_directions is not None:
-        model = _pruned(model, prune_directions, recipe, manifest)
+        learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+        model = _pruned(learner, prune_directions, recipe, manifest)
+    else:
+        model, recipe, manifest, at = restore(folder, raw=raw, step=step)
     target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
     if to == "hustvl":
         published.write(target, model, manifest)
@@ -407,10 +413,11 @@ def export(
     _say_same(target, f"step {at:,}", difference)
 
 
-def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, manifest: "Manifest") -> "VisionMamba":
+def _pruned(learner: "Learner", threshold: float, recipe: recipes.Recipe, manifest: "Manifest") -> "VisionMamba":
     from vimscale.export import prune
     from vimscale.model.cost import flops, parameters
 
+    model = learner.encoder
     layers = prune.closed(model, threshold)
     smaller = prune.pruned(model, layers)
     console = Console()
@@ -418,18 +425,22 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: recipes.Recipe, mani
     console.print(f"{named}: {smaller.config.directions}", highlight=False, soft_wrap=True)
     for what, one in (("before", model), ("after", smaller)):
         size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs an image"
-        console.print(f"  {what:7}{size}; {_figures(one, recipe, manifest)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  {what:7}{size}; {_figures(learner.with_encoder(one), recipe, manifest)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     return smaller.cpu()
 
 
-def _figures(model: "VisionMamba", recipe: recipes.Recipe, manifest: "Manifest") -> str:
+def _figures(learner: "Learner", recipe: recipes.Recipe, manifest: "Manifest") -> str:
     """An evaluation in words, or why there is none: a run may be far from its data."""
     from ..supervise.progress import figures
 
     if recipe.data.val is None:
         return "not evaluated: the recipe has no data.val"
     try:
-        return figures(_evaluated(model, recipe, manifest))
+        return figures(_evaluated(learner, recipe, manifest))
     except DataError as error:
         return f"not evaluated: {str(error).splitlines()[0]}"
 

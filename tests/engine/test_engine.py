@@ -22,6 +22,7 @@ distributed.join(spec)
 from deepspeed.accelerator import get_accelerator
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.errors import RunFailed
+from vimscale.objectives.base import Inputs
 
 cpu = torch.device("cpu")
 """
@@ -47,9 +48,9 @@ for fp16 in (True, False):  # what the CPU can do must not show
             changes = [f"parallel.zero={stage}", f"parallel.precision={precision}", f"parallel.persist={persist}"]
             torch.manual_seed(0)
             engine = Engine(chosen.model.shape(10), recipe.load("vim_digits_cpu", [*changes, "batch=4"]), cpu)
-            engine.backward(engine.forward(torch.randn(4, 3, 32, 32)).square().mean())
+            engine.backward(engine.loss(Inputs(torch.randn(4, 3, 32, 32), torch.arange(4)))[0])
             engine.step(1e-3)
-            parameters = list(engine.module.parameters())
+            parameters = list(engine.model.parameters())
             shards = [p.ds_tensor for p in parameters] if stage == 3 else []
             found[f"fp16={fp16} zero={stage} {precision}"] = {
                 "parameters": sorted({str(p.dtype) for p in parameters + shards}),

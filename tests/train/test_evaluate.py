@@ -18,9 +18,10 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, RecipeError
 from vimscale.launch.commands.app import app
 from vimscale.launch.supervise.progress import figures
-from vimscale.model import VisionMamba
+from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import recipe
+from vimscale.recipe.sections import ClassificationOptions
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.run_folder import RunFolder
 
@@ -112,7 +113,8 @@ def test_a_run_from_before_this_was_kept_reads_its_training_set(site: Path) -> N
 @pytest.mark.parametrize(("classes", "told"), [(4, False), (5, False), (6, True)])
 def test_top_5_of_few_classes_is_not_told(classes: int, told: bool) -> None:
     logits = torch.eye(classes)
-    found = classification.figures(classification.sums(logits, torch.arange(classes), torch.ones(classes)), classes)
+    objective = classification.Classification(ClassificationOptions(), VimConfig(num_classes=classes))
+    found = objective.figures(classification.sums(logits, torch.arange(classes), torch.ones(classes)))
     assert ("top5" in found, "top-5" in figures(found)) == (told, told)
     assert found["top1"] == 1.0
     assert "top-1 100.00%" in figures(found)

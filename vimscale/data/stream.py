@@ -14,18 +14,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.images import augment, decode, mix
-from vimscale.data.order import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, SampleRef, generator
+from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, generator
 from vimscale.data.training_set import Skipped, TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
@@ -37,6 +38,28 @@ Size = tuple[int, int]
 """Height and width of a batch's images."""
 _ATTEMPTS = 100
 """Bad samples in a row after which a shard is given up."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as it is decoded, for the views that an objective makes of it."""
+
+    image: Tensor
+    """uint8 (3, h, w), not augmented"""
+    label: int
+    key: str
+    members: dict[str, Any]
+    """The sample as webdataset parses it: the bytes of each member, by extension."""
+    size: Size
+    """Height and width of the batch's images."""
+
+
+Views = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
+"""Makes tensors from a sample in addition to its image; each name has the same shape and dtype for all samples."""
+
+
+def _no_views(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+    return {}
 
 
 @dataclass
@@ -56,6 +79,8 @@ class Batch:
     """int64 (b, 5), see `mix.draw_erase`; it stays on the host"""
     mix: Tensor | None = None
     """fp32 (b / 2, 5), see `mix.draw_mix`; it stays on the host"""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """What the objective makes of each sample, stacked: (b, ...) by name."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Cause and description of the samples that were replaced."""
     traffic: Traffic = field(default_factory=Traffic)
@@ -72,7 +97,8 @@ class Batch:
             LaunchError: they do not fit there.
         """
         images = self.images if isinstance(self.images, list) else [self.images]
-        tensors = [t for t in (*images, self.labels, self.weights, self.erase, self.mix) if t is not None]
+        host = (self.labels, self.weights, self.erase, self.mix, *self.views.values())
+        tensors = [t for t in (*images, *host) if t is not None]
         try:
             for tensor in tensors:
                 tensor.share_memory_()
@@ -88,15 +114,17 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         images = [i.pin_memory() for i in self.images] if isinstance(self.images, list) else self.images.pin_memory()
-        return replace(self, images=images, labels=self.labels.pin_memory())
+        views = {name: view.pin_memory() for name, view in self.views.items()}
+        return replace(self, images=images, labels=self.labels.pin_memory(), views=views)
 
     def to(self, device: torch.device) -> "Batch":
-        """Images and labels on the device; from pinned memory without waiting."""
+        """Images, labels and views on the device; from pinned memory without waiting."""
         if isinstance(self.images, list):
             images: Tensor | list[Tensor] = [image.to(device, non_blocking=True) for image in self.images]
         else:
             images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
+        views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
+        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True), views=views)
 
 
 def training(
@@ -110,19 +138,25 @@ def training(
     steps: int,
     skipped: Skipped = (),
     pin: bool = False,
+    views: Views = _no_views,
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank for steps [start, steps), in order; `skipped`: see `Order`.
+    """The micro-batches of this rank for steps [start, steps), in order; `skipped`: see `Order`. `views` draws from a
+    function of the seed and the sample's position.
 
     Iterating raises:
         DataError: a shard is damaged or cannot be had, or nothing in it can be used.
     """
-    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped)
+    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views)
     return _batches(source, recipe.data.workers, pin)
 
 
-def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0) -> Iterator[Batch]:
-    """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size."""
-    return _batches(_Evaluation(dataset, size, rank, world, batch), workers, pin=False)
+def evaluation(
+    dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0, views: Views = _no_views
+) -> Iterator[Batch]:
+    """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size. `views`
+    draws from a function of the sample's number alone.
+    """
+    return _batches(_Evaluation(dataset, size, rank, world, batch, views), workers, pin=False)
 
 
 def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch]:
@@ -207,8 +241,9 @@ class _Training(IterableDataset):
         world: int,
         steps: range,
         skipped: Skipped,
+        views: Views,
     ):
-        self.skipped = skipped
+        self.skipped, self.views = skipped, views
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
         self.rank, self.world = rank, world
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
@@ -220,32 +255,32 @@ class _Training(IterableDataset):
         recipe, datasets = self.recipe, self.data.datasets
         order = Order(recipe, [dataset.counts for dataset in datasets], self.skipped)
         _, accumulation = recipe.micro_batch(self.world)
-        ahead = None
+        ahead: list[tuple[int, list[int]]] = []
         for k in _share(range(self.steps.start * accumulation, self.steps.stop * accumulation)):
             step, part = divmod(k, accumulation)
-            micro, _ = recipe.micro_batch(self.world, step)
-            begin = (self.rank * accumulation + part) * micro
-            places = range(begin, begin + micro)
+            cut = recipe.micro_batch(self.world, step)
+            places = cut.rows(self.rank, part)
             if _first_worker():
-                own = range(self.rank * accumulation * micro, (self.rank + 1) * accumulation * micro)
-                if ahead != (ahead := order.ahead(step, own)):
-                    for source, shards in ahead:
-                        datasets[source].prefetch(shards)
+                before, ahead = ahead, order.ahead(step, cut.rank_rows(self.rank))
+                for source, shards in ahead if ahead != before else ():
+                    datasets[source].prefetch(shards)
             yield self._batch(list(order.at(step, places)), recipe.size_at(step, self.size))
 
     def _batch(self, places: list[SampleRef], size: Size) -> Batch:
         before = self.data.traffic
         options, seed = self.recipe.augment, self.recipe.seed
-        images, labels, keys, erase, bad = [], [], [], [], []
+        images, labels, keys, erase, views, bad = [], [], [], [], [], []
         for place in places:
-            image, label, key, skipped = self._read(place)
+            raw, image, label, skipped = self._read(place)
             bad += skipped
             rng = generator(seed, PER_SAMPLE, place.position)
             if len(self.buckets) > 1:
                 size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
             images.append(augment.for_training(image, size, options, rng))
+            sample = Sample(image, label, raw["__key__"], raw, size)
+            views.append(self.views(sample, generator(seed, PER_VIEW, place.position)))
             labels.append(label)
-            keys.append(key)
+            keys.append(sample.key)
             if options.erase:
                 erase.append(mix.draw_erase(size, options.erase, rng))
         pairs = [
@@ -260,13 +295,14 @@ class _Training(IterableDataset):
             places,
             torch.tensor(erase) if erase else None,
             torch.tensor(pairs) if pairs else None,
+            _stacked(views),
             bad,
             self.data.traffic - before,
         )
 
-    def _read(self, place: SampleRef) -> tuple[Tensor, int, str, list[tuple[str, str]]]:
-        """(image, label, key, what was bad) of a place. A bad sample is replaced by one of its shard that is drawn by
-        the place, so all that ever read this place agree, and no other shard is needed.
+    def _read(self, place: SampleRef) -> tuple[dict[str, Any], Tensor, int, list[tuple[str, str]]]:
+        """(members, image, label, what was bad) of a place. A bad sample is replaced by one of its shard that is drawn
+        by the place, so all that ever read this place agree, and no other shard is needed.
         """
         dataset = self.data.datasets[place.source]
         bad: list[tuple[str, str]] = []
@@ -286,8 +322,9 @@ class _Training(IterableDataset):
 
 
 class _Evaluation(IterableDataset):
-    def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int):
+    def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int, views: Views):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
+        self.views = views
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         return _caught(self._batches())
@@ -302,22 +339,35 @@ class _Evaluation(IterableDataset):
             images = torch.zeros(self.batch, 3, *self.size, dtype=torch.uint8)
             labels, weights = torch.zeros(self.batch, dtype=torch.int64), torch.zeros(self.batch)
             keys, bad = [""] * self.batch, []
+            views: list[dict[str, Tensor] | None] = [None] * self.batch
             for i, number in enumerate(range(begin, min(begin + self.batch, total))):
                 shard = int(ends.searchsorted(number, side="right"))
                 sample = number - int(ends[shard]) + int(self.source.counts[shard])
                 try:
-                    image, labels[i], keys[i] = _read(self.source, shard, sample)
+                    raw, image, label = _read(self.source, shard, sample)
                 except BadSample as error:
                     bad.append((error.cause, str(error)))
                     continue
-                images[i] = augment.for_evaluation(image, self.size)
+                images[i], labels[i], keys[i] = augment.for_evaluation(image, self.size), label, raw["__key__"]
+                seen = Sample(image, label, keys[i], raw, self.size)
+                views[i] = self.views(seen, generator(0, PER_VIEW, number))
                 weights[i] = 1
             traffic = self.source.traffic - before
-            yield Batch(images, labels, weights, keys, [], bad=bad, traffic=traffic)
+            # rows that do not count have the views of any other row
+            blank = Sample(images[0], 0, "", {}, self.size)
+            some = next((each for each in views if each is not None), None)
+            if some is None:
+                some = self.views(blank, generator(0, PER_VIEW, begin))
+            stacked = _stacked([each if each is not None else some for each in views])
+            yield Batch(images, labels, weights, keys, [], views=stacked, bad=bad, traffic=traffic)
 
 
-def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
-    """(image, label, key) of a sample."""
+def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in views]) for name in views[0]}
+
+
+def _read(dataset: Dataset, shard: int, sample: int) -> tuple[dict[str, Any], Tensor, int]:
+    """(members, image, label) of a sample."""
     raw = dataset.read(shard, sample)
     manifest = dataset.manifest
     try:
@@ -326,7 +376,7 @@ def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
         if dataset.recheck(shard):  # of a damaged copy another sample would take its place
             return _read(dataset, shard, sample)
         raise
-    return image, label, raw["__key__"]
+    return raw, image, label
 
 
 def _share(turns: range) -> range:

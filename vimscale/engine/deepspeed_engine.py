@@ -8,7 +8,7 @@ written in terms of fragments, which is why they know neither stage nor world si
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -21,7 +21,8 @@ from vimscale.engine import optim
 from vimscale.engine.zero_layout import BUCKET
 from vimscale.errors import RunFailed
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.cost import parameters
+from vimscale.objectives.base import Inputs, Learner, Question, parts_of
+from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -77,11 +78,14 @@ class Engine:
     """A model under training: forward, backward, update, and its state as fragments."""
 
     def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device):
-        """Builds the model. At stage 3 its parameters are sharded as each module is made and initialised one module at
-        a time, so that no rank ever holds all of them.
+        """Builds the model and the recipe's objective. At stage 3 the parameters are sharded as each module is made and
+        initialised one module at a time, so that no rank ever holds all of them.
         """
         world = dist.get_world_size()
-        settings = ds_config(recipe, world, parameters(config))
+        self.objective = build(recipe.objective, config)
+        with torch.device("meta"):  # of a sharded parameter only the name can be read
+            shapes = Learner(self.objective, VisionMamba(config))
+        settings = ds_config(recipe, world, sum(p.numel() for p in shapes.parameters()))
         # Built at every start otherwise, 40 s, and with ninja only; gloo does its work. No public switch.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = recipe.parallel.zero
@@ -90,15 +94,13 @@ class Engine:
             # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without it,
             # settings that enable neither mean fp32.
             with deepspeed.zero.Init(config_dict_or_path=settings):
-                model = VisionMamba(config, gather=_whole)
+                model = Learner(self.objective, VisionMamba(config, gather=_whole), gather=_whole)
         else:
-            model = VisionMamba(config).to(device)
-        with torch.device("meta"):  # of a sharded parameter only the name can be read
-            no_decay = VisionMamba(config).no_decay()
-        adamw = optim.optimizer(model, no_decay, recipe.optim, fused=True)
+            model = Learner(self.objective, VisionMamba(config)).to(device)
+        adamw = optim.optimizer(model.trained(), shapes.no_decay(), recipe.optim, fused=True)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
         self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
-        self._parameters = dict(self._engine.module.named_parameters())
+        self._parameters = dict(self.model.trained())
         self._check_fp32()
         self.fragments = list(self._fragments())
         self._judge: Judge | None = None
@@ -125,14 +127,24 @@ class Engine:
                 )
 
     @property
-    def module(self) -> VisionMamba:
+    def model(self) -> Learner:
         return self._engine.module
 
-    def forward(
-        self, images: Tensor | list[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
-    ) -> Tensor:
-        """Logits (b, classes); the arguments are those of `VisionMamba.forward`."""
-        return self._engine(images, draws, backward)
+    @property
+    def encoder(self) -> VisionMamba:
+        return self.model.encoder
+
+    def loss(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """(a micro-batch's loss (), the objective's figures () by name)."""
+        return self.ask("loss", inputs)
+
+    def evaluation_sums(self, inputs: Inputs, backward: Sequence[float] | None = None) -> Tensor:
+        """The objective's sums (n) for an evaluation; `backward`: how much of each layer's backward path is in."""
+        return self.ask("evaluation_sums", replace(inputs, backward=backward))
+
+    def ask(self, question: Question, inputs: Inputs) -> Any:
+        """What the objective answers for a micro-batch."""
+        return self._engine(question, *parts_of(inputs))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
@@ -221,7 +233,7 @@ class Engine:
 
     def _backward_stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What this rank holds of the backward paths' own parameters: (the optimizer's tensor, a view of it)."""
-        own = self.module.backward_stretches()
+        own = self.encoder.backward_stretches()
         for fragment in self.fragments:
             for first, last in own.get(fragment.name, ()):  # shares of the whole parameter
                 numel = torch.Size(self.shapes[fragment.name]).numel()

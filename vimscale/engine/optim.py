@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from vimscale.recipe.sections import Optim
 
 
-def optimizer(model: nn.Module, no_decay: set[str], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over two groups, or three: what weight decay shrinks, what it leaves alone, and gates."""
+def optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], no_decay: set[str], optim: Optim, *, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW over two or three groups: parameters with weight decay, those without (`no_decay`, by name), and gates."""
     groups: dict[str, dict[str, Any]] = {
         "decayed": {"params": [], "weight_decay": optim.weight_decay},
         "spared": {"params": [], "weight_decay": 0.0},
         "gates": {"params": [], "weight_decay": optim.weight_decay if optim.gate_decay is None else optim.gate_decay},
     }
-    for name, p in model.named_parameters():
+    for name, p in parameters:
         last = name.rpartition(".")[2]
         spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
         groups["gates" if last == "backward_gate" else "spared" if spared else "decayed"]["params"].append(p)

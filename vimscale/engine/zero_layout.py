@@ -15,6 +15,8 @@ from torch import nn
 
 from vimscale.engine import optim
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.objectives.base import Learner
+from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
 
 BUCKET = 500_000_000
@@ -69,15 +71,15 @@ class Sent:
 
 
 def parameters(config: VimConfig, recipe: Recipe) -> tuple[Parameter, ...]:
-    """Every parameter in the model's order. Allocates nothing."""
+    """Every parameter of the encoder and the objective, in the order of the engine. Allocates nothing."""
     with torch.device("meta"):
-        model = VisionMamba(config)
-    groups = optim.optimizer(model, model.no_decay(), recipe.optim, fused=False).param_groups
+        model = Learner(build(recipe.objective, config), VisionMamba(config))
+    groups = optim.optimizer(model.trained(), model.no_decay(), recipe.optim, fused=False).param_groups
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     narrow = set()
     if recipe.parallel.precision == "bf16":
         narrow = {id(p) for m in model.modules() if type(m) in _NARROW_KINDS for p in m.parameters(recurse=False)}
-    return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.named_parameters())
+    return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.trained())
 
 
 def _groups(parameters: Sequence[Parameter]) -> list[list[int]]:

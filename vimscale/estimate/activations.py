@@ -12,20 +12,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vimscale import ops
+from vimscale.errors import LaunchError
 from vimscale.estimate import roofline
 from vimscale.estimate.devices import Device
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.vim import Gather, Recompute
-from vimscale.objectives import classification
-from vimscale.recipe.sections import Objective
+from vimscale.objectives.base import Inputs, Learner, Sample
+from vimscale.objectives.build import build
+from vimscale.recipe.sections import ClassificationOptions, ObjectiveOptions
 
 Backend = Literal["cpu", "triton"]
 
@@ -127,6 +130,9 @@ class _Ledger(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
 
 
+_CLASSIFICATION = ClassificationOptions()
+
+
 class _Bare(VisionMamba):
     """Without initial values, which fake tensors cannot have."""
 
@@ -135,22 +141,34 @@ class _Bare(VisionMamba):
 
 
 def passes(
-    config: VimConfig, levels: Sequence[Recompute], batch: int, precision: str, device: Device | None, backend: Backend
+    config: VimConfig,
+    levels: Sequence[Recompute],
+    batch: int,
+    precision: str,
+    device: Device | None,
+    backend: Backend,
+    options: ObjectiveOptions = _CLASSIFICATION,
 ) -> Passes:
     """Of a micro-batch of `batch` images, each layer at its level of recomputation, as the kernels of `backend` have
     it. What Triton's launchers allocate for themselves is left out: they cannot be entered without a GPU. Without a
     device there is no time.
     """
     short, short_levels, places = _shortened(config, tuple(levels))
-    return _added_up(_entries(short, short_levels, batch, precision, device, backend), places)
+    return _added_up(_entries(short, short_levels, batch, precision, device, backend, options), places)
 
 
 def estimate(
-    config: VimConfig, levels: Sequence[Recompute], batch: int, precision: str, device: Device | None, backend: Backend
+    config: VimConfig,
+    levels: Sequence[Recompute],
+    batch: int,
+    precision: str,
+    device: Device | None,
+    backend: Backend,
+    options: ObjectiveOptions = _CLASSIFICATION,
 ) -> Passes:
     """As `passes`, from those of 8 and of 16 images: bytes and time grow in proportion but for what every batch has."""
     short, short_levels, places = _shortened(config, tuple(levels))
-    few, more = (_entries(short, short_levels, b, precision, device, backend) for b in (8, 16))
+    few, more = (_entries(short, short_levels, b, precision, device, backend, options) for b in (8, 16))
 
     def at(a: float, b: float) -> Any:
         return a + (b - a) * (batch - 8) / 8
@@ -225,19 +243,26 @@ def _entries(
     precision: str,
     device: Device | None,
     backend: Backend,
+    options: ObjectiveOptions = _CLASSIFICATION,
 ) -> list[_Entry]:
     """A stretch before the first layer, one a layer (or pair), one from the head to its gradient, one a layer in turn
     back, and one after that.
     """
+    objective = build(options, config)
+    blank = Sample(torch.zeros(3, *config.size, dtype=torch.uint8), 0, "", {}, config.size)
+    views = objective.views(blank, np.random.default_rng(0))
     with FakeTensorMode(), ops.counted(backend):
-        model = _Bare(config)
-        model.recompute = levels
-        images = torch.empty(batch, 3, *config.size)
-        labels = torch.empty(batch, dtype=torch.int64)
-        draws = torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None
-        parts = [0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None
-        given = [t for t in (*model.parameters(), *model.buffers(), images, labels, draws) if t is not None]
-        ledger = _Ledger(given, backend == "cpu", device)
+        model = Learner(objective, _Bare(config), init=False)
+        model.encoder.recompute = levels
+        inputs = Inputs(
+            images=torch.empty(batch, 3, *config.size),
+            targets=torch.empty(batch, dtype=torch.int64),
+            views={name: torch.empty(batch, *view.shape, dtype=view.dtype) for name, view in views.items()},
+            draws=torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None,
+            backward=[0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None,
+        )
+        given = [t for t in tree_leaves((inputs.images, inputs.targets, inputs.views, inputs.draws)) if t is not None]
+        ledger = _Ledger([*model.parameters(), *model.buffers(), *given], backend == "cpu", device)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(ledger.hand_on)
 
@@ -245,13 +270,34 @@ def _entries(
             ledger.cut()
             arguments[0].register_hook(lambda _: ledger.cut())
 
-        hooks = [model.blocks[group[0]].register_forward_pre_hook(before) for group in model._groups()]
-        hooks.append(model.norm.register_forward_pre_hook(before))
+        groups = model.encoder._groups()
+        hooks = [model.encoder.blocks[group[0]].register_forward_pre_hook(before) for group in groups]
+        hooks.append(model.encoder.norm.register_forward_pre_hook(before))
         with ledger:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(images, draws, parts)
+                loss, _ = _asked(model, inputs)
             for hook in hooks:  # recomputation passes by again
                 hook.remove()
-            classification.loss(logits, labels, Objective()).backward()
+            loss.backward()
         ledger.cut()
+    if len(ledger.entries) != 2 * len(groups) + 3:
+        raise LaunchError(
+            f"objective {options.kind}: a plan counts the memory of one pass through the encoder per micro-batch, and"
+            f" this objective makes {(len(ledger.entries) - 1) / (2 * len(groups) + 2):.1f}; it cannot be planned yet"
+        )
     return ledger.entries
+
+
+def _asked(model: Learner, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of fake tensors.
+
+    Raises:
+        LaunchError: the objective looks at values, which fake tensors do not have.
+    """
+    try:
+        return model.ask("loss", inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise LaunchError(
+            f"objective {model.objective.options.kind}: its loss looks at the values of tensors ({error.func}), which"
+            " plans do not have; it cannot be planned"
+        ) from None

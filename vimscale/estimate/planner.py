@@ -177,7 +177,8 @@ class Planner:
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
-        return count(config, levels, micro, self.recipe.parallel.precision, self.place.device, self.place.backend)
+        precision, place = self.recipe.parallel.precision, self.place
+        return count(config, levels, micro, precision, place.device, place.backend, self.recipe.objective)
 
     def most(self, zero: int, rule: str, micro: int, accumulation: int, world: int, *, exact: bool) -> Need:
         """The need of the phase that needs most; `micro`: of the recipe's own batch, from which phases' follow."""

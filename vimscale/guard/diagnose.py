@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -17,7 +16,6 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.guard import report as guard_report
 from vimscale.guard.judge import Micro, Record, Seen
-from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -26,7 +24,7 @@ _OUTLYING = 10.0
 """So many times the largest activation of the last good batch is not normal for a layer."""
 
 
-def examine(
+def diagnose(
     folder: RunFolder,
     seen: Seen,
     record: Record,
@@ -35,16 +33,17 @@ def examine(
     engine: Engine,
     prefetcher: Prefetcher,
     train_set: TrainingSet,
-    recipe: Recipe,
     rollbacks: int,
 ) -> dict[str, Any]:
-    """Look into a bad step and write down what is found; the report, the same on every rank. Called by all of them."""
+    """Find out what is wrong with a bad step and write a report; returns it, the same on every rank. All ranks call
+    this.
+    """
     rank = dist.get_rank()
-    before = [_forward(engine, prefetcher, recipe, micro)[0] for micro in good.micros] if good is not None else []
+    before = [_forward(engine, prefetcher, micro)[0] for micro in good.micros] if good is not None else []
     usual = {name: max(largest[name] for largest in before) for name in before[0]} if before else {}
     samples, layers = [], []
     for part, micro in enumerate(record.micros):
-        largest, losses = _forward(engine, prefetcher, recipe, micro)
+        largest, losses = _forward(engine, prefetcher, micro)
         layers.append(_first_faults(largest, usual) | {"rank": rank, "part": part})
         samples += _samples(micro, losses, train_set, rank, part)
     own = {
@@ -75,9 +74,7 @@ def examine(
 
 
 @torch.no_grad()
-def _forward(
-    engine: Engine, prefetcher: Prefetcher, recipe: Recipe, micro: Micro
-) -> tuple[dict[str, float], list[float]]:
+def _forward(engine: Engine, prefetcher: Prefetcher, micro: Micro) -> tuple[dict[str, float], list[float]]:
     """(each module's largest activation in the order they end, each image's loss); inf or nan where not finite."""
     found: dict[str, Tensor] = {}
 
@@ -90,15 +87,13 @@ def _forward(
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in engine.module.named_modules() if name]
+    modules = [*engine.encoder.named_modules(), *engine.model.added.named_modules(prefix="objective")]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules if name]
     try:
-        images, targets = prefetcher.prepare(micro.batch)
-        logits = engine.forward(images, micro.draws, micro.backward)
+        losses = engine.ask("loss_per_sample", micro.inputs(prefetcher))
     finally:
         for handle in handles:
             handle.remove()
-    smoothing = recipe.objective.label_smoothing
-    losses = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing, reduction="none")
     return {name: float(value) for name, value in found.items()}, losses.tolist()
 
 
@@ -142,6 +137,7 @@ def _tensors(micros: list[Micro]) -> dict[str, Tensor]:
         else:
             tensors |= {f"{part}/images/{i}": image for i, image in enumerate(batch.images.unbind())}
         others = {"labels": batch.labels, "erase": batch.erase, "mix": batch.mix, "draws": micro.draws}
+        others |= {f"views/{name}": view for name, view in batch.views.items()}
         tensors |= {f"{part}/{name}": tensor for name, tensor in others.items() if tensor is not None}
         if micro.backward is not None:
             tensors[f"{part}/backward"] = torch.tensor(micro.backward)

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vimscale.data.prefetch import Prefetcher
 from vimscale.data.stream import Batch
+from vimscale.objectives.base import Inputs
 from vimscale.recipe import sections
 from vimscale.recipe.recipe import Recipe
 
@@ -57,6 +59,11 @@ class Micro:
     batch: Batch
     draws: Tensor | None
     backward: list[float] | None
+
+    def inputs(self, prefetcher: Prefetcher) -> Inputs:
+        """What the objective is given."""
+        images, targets = prefetcher.prepare(self.batch)
+        return Inputs(images, targets, self.batch.views, self.draws, self.backward)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], 
     Raises:
         OSError: that cannot be done.
     """
-    path = place(folder, report["step"], report["rollbacks"])
+    path = folder_of(folder, report["step"], report["rollbacks"])
     path.mkdir(parents=True, exist_ok=True)
     files.save_tensors(path / f"rank_{rank:05d}.safetensors", tensors)
     if rank == 0:
@@ -109,8 +109,8 @@ def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], 
             shutil.rmtree(old)
 
 
-def place(folder: RunFolder, step: int, rollbacks: int) -> Path:
-    """Of a step that comes again after a rollback there is another report."""
+def folder_of(folder: RunFolder, step: int, rollbacks: int) -> Path:
+    """The folder of a step's report. A step that comes again after a rollback has another one."""
     name = run_folder.checkpoint_name(step)
     return folder.guard / (f"{name}_{rollbacks + 1}" if rollbacks else name)
 

@@ -208,17 +208,24 @@ class VisionMamba(nn.Module):
     # ---- forward
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        draws: Tensor | None = None,
+        backward: Sequence[float] | None = None,
+        *,
+        features: bool = False,
     ) -> Tensor:
         """Logits (b, num_classes) in fp32, of images (b, 3, h, w), or of a list of images (3, h, w) of any sizes, which
         are packed into rows. `draws` (b, layers), uniform in [0, 1), decide which contributions are dropped in
         training; `backward` (layers) is how much of each layer's backward path is in, all of it where absent. Both come
-        from outside, so that they can be functions of sample and step and not of the rank.
+        from outside, so that they can be functions of sample and step and not of the rank. `features`: return what the
+        head reads (b, features) instead.
 
         Raises:
             ValueError: an image whose sides are not a multiple of the patch.
         """
-        return self.head(self.forward_features(images, draws, backward)).float()
+        read = self.forward_features(images, draws, backward)
+        return read if features else self.head(read).float()
 
     @overload
     def forward_features(

@@ -4,27 +4,47 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
+from vimscale.recipe import own_code
 from vimscale.recipe.sections import (
+    AnyObjective,
     Augment,
     Checkpoint,
+    ClassificationOptions,
     Count,
     Data,
     Evaluate,
     Guard,
     Log,
     Model,
-    Objective,
     Optim,
     Parallel,
     Phase,
     Step,
 )
 from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
+
+
+class MicroBatch(NamedTuple):
+    """How a global batch is cut: each rank takes a contiguous part of it, in `accumulation` micro-batches of `size`."""
+
+    size: int
+    """Images that a rank computes at once."""
+    accumulation: int
+    """Micro-batches per step."""
+
+    def rows(self, rank: int, part: int) -> range:
+        """The images of the global batch in micro-batch `part` of a rank."""
+        begin = (rank * self.accumulation + part) * self.size
+        return range(begin, begin + self.size)
+
+    def rank_rows(self, rank: int) -> range:
+        """The images of the global batch that a rank computes in a step."""
+        return range(self.rows(rank, 0).start, self.rows(rank + 1, 0).start)
 
 
 class Recipe(Section):
@@ -44,7 +64,7 @@ class Recipe(Section):
     model: Model = Model()
     data: Data
     augment: Augment = Augment()
-    objective: Objective = Objective()
+    objective: AnyObjective = ClassificationOptions()
     optim: Optim = Optim()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
@@ -137,8 +157,8 @@ class Recipe(Section):
             images -= batch * (end - start)
         raise AssertionError("the last stretch has no end")
 
-    def micro_batch(self, world: int, step: int | None = None) -> tuple[int, int]:
-        """(images a rank computes at once, such micro-steps a step) on `world` ranks; in step `step`, or by `batch`.
+    def micro_batch(self, world: int, step: int | None = None) -> "MicroBatch":
+        """How `world` ranks cut the global batch of step `step`; default: a batch of the recipe's own size.
 
         Raises:
             RecipeError: the batch, or that of a phase, cannot be divided among them.
@@ -169,13 +189,20 @@ class Recipe(Section):
             ]
         if faults:
             raise RecipeError(f"recipe {self.name}", faults)
-        return (self.batch if step is None else self.batch_at(step)) // cuts, accumulation
+        return MicroBatch((self.batch if step is None else self.batch_at(step)) // cuts, accumulation)
 
     def to_yaml(self) -> str:
         return dump(self.model_dump())
 
 
-_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"))
+def _with_full_paths(tree: dict, folder: Path) -> None:
+    """Make the path of a user's own file, which a recipe gives relative to itself, a full one."""
+    section = tree.get("objective")
+    if isinstance(section, dict) and isinstance(section.get("kind"), str):
+        section["kind"] = own_code.absolute(section["kind"], folder)
+
+
+_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"), with_full_paths=_with_full_paths)
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

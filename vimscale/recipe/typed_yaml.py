@@ -54,6 +54,11 @@ class Section(BaseModel):
             return values
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
+    @classmethod
+    def section_for(cls, tree: Any) -> "type[Section]":
+        """The class that validates `tree`, where its content decides which."""
+        return cls
+
 
 File = TypeVar("File", bound=Section)
 
@@ -79,6 +84,8 @@ class Kind(Generic[File]):
     """Beside the package in a source tree and inside it in a wheel: where those that come with it are."""
     either: tuple[str, ...] = ()
     """Keys that exclude each other: one laid over another replaces it."""
+    with_full_paths: Callable[[dict, Path], None] | None = None
+    """Makes paths in a file's tree, which are relative to the file's folder, full ones."""
 
     def load(self, source: str | Path, overrides: Iterable[str] = ()) -> File:
         """The file `source`, or the shipped one of that name, with `a.b=c` overrides put on top.
@@ -91,11 +98,13 @@ class Kind(Generic[File]):
         changes: dict = {}
         for text in overrides:
             _override(changes, text, faults)
+        if self.with_full_paths is not None:
+            self.with_full_paths(changes, Path.cwd())
         tree = self._lay_over(self._read(path, ()), changes)
         try:
             loaded = self.section.model_validate(tree)
         except ValidationError as error:
-            faults += _explained(self.section, error)
+            faults += _explained(self.section, tree, error)
         if faults:
             raise self.error(self._title(path), faults)
         return loaded
@@ -108,11 +117,13 @@ class Kind(Generic[File]):
         """
         title = f"{self.name} {where}"
         try:
-            return self.section.model_validate(_mapping_of(text))
+            tree = _mapping_of(text)
         except _Unread as error:
             raise self.error(title, [str(error)]) from None
+        try:
+            return self.section.model_validate(tree)
         except ValidationError as error:
-            raise self.error(title, _explained(self.section, error)) from None
+            raise self.error(title, _explained(self.section, tree, error)) from None
 
     def shipped(self) -> dict[str, Path]:
         """Those that come with the package, by name."""
@@ -150,6 +161,8 @@ class Kind(Generic[File]):
             raise self.error(title, [f"{path} is not text in UTF-8"]) from None
         except OSError as error:
             raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
+        if self.with_full_paths is not None:
+            self.with_full_paths(tree, path.parent)
         base = tree.pop("base", None)
         if base is None:
             return tree
@@ -166,9 +179,11 @@ class Kind(Generic[File]):
 
 
 def _lay_over(base: dict, top: dict) -> dict:
+    """`top` over `base`. A section of another `kind` has other options: it replaces the one below."""
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        below = merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict) and value.get("kind") in (None, below.get("kind"))
         merged[key] = _lay_over(merged[key], value) if both else value
     return merged
 
@@ -359,13 +374,13 @@ _BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at lea
 _BOUNDS |= {"less_than_equal": ("le", "at most")}
 
 
-def _explained(whole: type[Section], error: ValidationError) -> list[str]:
+def _explained(whole: type[Section], tree: dict, error: ValidationError) -> list[str]:
     faults = error.errors(include_url=False)
-    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(whole, fault)]
+    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(whole, tree, fault)]
     return lines + [f"and {len(faults) - _EXPLAINED:,} more"] * (len(faults) > _EXPLAINED)
 
 
-def _explain(whole: type[Section], fault: Any) -> list[str]:
+def _explain(whole: type[Section], tree: dict, fault: Any) -> list[str]:
     """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
     place = [part for part in fault["loc"] if part not in (*UNION, "[key]")]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
@@ -374,12 +389,12 @@ def _explain(whole: type[Section], fault: Any) -> list[str]:
         broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
         return [f"{key}: {rule}" if key else rule for rule in broken]
     if kind == "extra_forbidden":
-        section = _section(whole, place[:-1])
+        section = _section(whole, tree, place[:-1])
         return [f"{key}: no such key{suggest(str(place[-1]), section.model_fields)}"]
     if kind == "missing" and isinstance(place[-1], int):
         return [f"{key}: missing; {key.rpartition('[')[0]} takes a list of {place[-1] + 1} values"]
     if kind == "missing":
-        field: FieldInfo = _section(whole, place[:-1]).model_fields[place[-1]]
+        field: FieldInfo = _section(whole, tree, place[:-1]).model_fields[place[-1]]
         about = f": {field.description}" if field.description else ""
         return [f"{key}: missing, and it has no default{about}"]
     if kind == "too_long":
@@ -398,21 +413,21 @@ def _explain(whole: type[Section], fault: Any) -> list[str]:
     return [f"{key}: {brief(value)} is not {_WANTED.get(kind, fault['msg'])}{hint}"]
 
 
-def _section(whole: type[Section], location: Iterable[str | int]) -> type[BaseModel]:
+def _section(whole: type[Section], tree: Any, location: Iterable[str | int]) -> type[Section]:
     """The section that a location in the file's tree lies in."""
-    section: type[BaseModel] = whole
+    section: type[Section] = whole
     for part in location:
+        tree = tree[part]
         if isinstance(part, int):  # which one of a list: all are alike
             continue
-        annotation = section.model_fields[part].annotation
-        annotation = _innermost(annotation)
+        annotation = _innermost(section.model_fields[part].annotation)
         assert annotation is not None
-        section = annotation
+        section = annotation.section_for(tree)
     return section
 
 
-def _innermost(annotation: Any) -> type[BaseModel] | None:
+def _innermost(annotation: Any) -> type[Section] | None:
     """The section in an annotation: `Stage` of `tuple[Stage, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := _innermost(part)) is not None), None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
+from vimscale.recipe import own_code
 from vimscale.recipe.recipe import Checkpoint, Recipe, load
 from vimscale.runtime import manifest
 from vimscale.storage import files
@@ -108,8 +109,8 @@ def misnamed(name: str, train_state: bytes) -> str | None:
     return None if checkpoint_name(step) == name else f"it is of step {step}; its name would be {checkpoint_name(step)}"
 
 
-_NUMBERS = {"train": ("loss", "lr"), "eval": ("top1", "loss", "images")}
-"""Figures that all rows of a kind have, and a result with an evaluation; top5 is left out for few classes."""
+_NUMBERS = {"train": ("loss", "lr"), "eval": ("images",)}
+"""Figures that all rows of a kind have; an evaluation's others depend on the objective."""
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
@@ -124,7 +125,8 @@ def read_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _has_numbers(row: dict[str, Any], kind: str) -> bool:
-    return all(isinstance(row.get(name), (int, float)) for name in _NUMBERS.get(kind, ()))
+    names = {*_NUMBERS.get(kind, ())} | (row.keys() - {"kind", "status"} if kind == "eval" else set())
+    return all(isinstance(row.get(name), (int, float)) for name in names)
 
 
 class RunFolder:
@@ -180,7 +182,7 @@ class RunFolder:
         except (ValueError, RecursionError):
             found = None
         sound = isinstance(found, dict) and type(found.get("step")) is type(found.get("steps")) is int
-        if sound and ("top1" not in found or _has_numbers(found, "eval")):
+        if sound and (found.keys() <= {"status", "step", "steps"} or _has_numbers(found, "eval")):
             return found
         if not self._warned:
             self._warned = True
@@ -252,9 +254,10 @@ class RunFolder:
             time.sleep(0.05)
         self._before = _Before(made, there, self._steps(), _kept(self._recipe), _kept(self._environment))
 
-    def claim(self, recipe: Recipe, wait_s: float = 0.0) -> None:
+    def claim(self, recipe: Recipe, wait_s: float = 0.0) -> Recipe:
         """Make the folder this run's, for as long as this object lives; write down what runs and where. `wait_s`: how
-        long another launch that uses it has to end.
+        long another launch that uses it has to end. Returns the recipe to run: one that names a user's own file names
+        the copy of it in this folder.
 
         Raises:
             LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
@@ -262,11 +265,26 @@ class RunFolder:
         self.hold("end that one, or choose another name=", wait_s)
         self._check(recipe)
         try:
-            files.write(self._recipe, recipe.to_yaml())
+            recipe, text = self._with_own_code(recipe)
+            files.write(self._recipe, text)
             files.write(self._environment, json.dumps(_environment(), indent=1) + "\n")
         except OSError:
             self.withdraw()
             raise
+        return recipe
+
+    def _with_own_code(self, recipe: Recipe) -> tuple[Recipe, str]:
+        """Copy the user's own file that the recipe names, if it names one: (the recipe that names the copy by its full
+        path, the text of recipe.yaml, which names it relative to itself).
+        """
+        parts = own_code.split(recipe.objective.kind)
+        if parts is None:
+            return recipe, recipe.to_yaml()
+        source, name = parts
+        copy = self.path.absolute() / source.name
+        if source != copy:
+            files.write(copy, source.read_text())
+        return _with_kind(recipe, f"{copy}:{name}"), _with_kind(recipe, f"{copy.name}:{name}").to_yaml()
 
     def release(self) -> None:
         """Let another process have the folder."""
@@ -295,7 +313,7 @@ class RunFolder:
     def _check(self, recipe: Recipe) -> None:
         if not self._recipe.exists() or self._steps() == _NO_STEPS:
             return  # a launch that never came so far leaves nothing to protect
-        changed = _differences(self.recipe().model_dump(), recipe.model_dump())
+        changed = _differences(_portable(self.recipe()).model_dump(), _portable(recipe).model_dump())
         if changed:
             raise LaunchError(
                 f"run folder {self.path} holds a run of another recipe; changed are\n  "
@@ -355,6 +373,15 @@ def _locked(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
+
+
+def _with_kind(recipe: Recipe, kind: str) -> Recipe:
+    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"kind": kind})})
+
+
+def _portable(recipe: Recipe) -> Recipe:
+    """The recipe with the content of a user's own file in place of the file's path."""
+    return _with_kind(recipe, own_code.identity(recipe.objective.kind))
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:

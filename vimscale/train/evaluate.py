@@ -1,4 +1,4 @@
-"""A model's figures on a data set: every image once, over however many ranks there are."""
+"""A model's figures on a data set: every image once, whatever the number of ranks."""
 
 import logging
 from collections.abc import Callable
@@ -6,20 +6,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vimscale.checkpoint.load import Reader
+from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalise
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import DataError
-from vimscale.objectives import classification
+from vimscale.objectives.base import Inputs, Learner, Objective
+from vimscale.objectives.build import build
+from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
+from vimscale.runtime.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
+    sums_of: Callable[[Inputs], Tensor],
+    objective: Objective,
     dataset: Dataset,
     manifest: Manifest,
     *,
@@ -30,12 +36,12 @@ def evaluate(
     world: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1, top-5 (of six classes or more) and mean cross entropy of logits = forward(images). `manifest`: the
-    training set's, for its mean and std. All ranks call `forward` as often as each other, so it may communicate. Images
-    that cannot be read are left out, and named in the log.
+    """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model. `manifest`: the training
+    set's, for its mean and std. All ranks call `sums_of` equally often, so it may communicate. Images that cannot be
+    read are left out, and the log names them.
 
     Raises:
-        DataError: the data set has other classes than the model was trained on.
+        DataError: the data set has other classes than the model was trained on, or none of its images can be read.
     """
     if dataset.manifest.classes != manifest.classes:
         raise DataError(
@@ -43,17 +49,37 @@ def evaluate(
             " prepare both with the same --classes"
         )
     mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    parts = stream.evaluation(
+        dataset, rank=rank, world=world, batch=batch, size=size, workers=workers, views=objective.views
+    )
+    sums = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
-        for part in stream.evaluation(dataset, rank=rank, world=world, batch=batch, size=size, workers=workers):
+        for part in parts:
             heartbeat.beat("evaluate")
             for _, description in part.bad:
                 log.warning("not evaluated: %s", description)
             part = part.to(device)
             assert isinstance(part.images, Tensor)
-            logits = forward(normalise(part.images, mean, std))
-            sums += classification.sums(logits, part.labels, part.weights.to(device))
+            images = normalise(part.images, mean, std)
+            sums = sums + sums_of(Inputs(images, part.labels, part.views, weights=part.weights.to(device)))
     sums = distributed.total(sums)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
-    return classification.figures(sums, len(manifest.classes))
+    return objective.figures(sums)
+
+
+def load(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:
+    """The encoder and the objective's modules of a run's checkpoint, on the CPU and ready to evaluate, with the recipe,
+    the training set's manifest and the step. Arguments and errors are those of `restore`.
+    """
+    encoder, recipe, manifest, at = restore(run, raw=raw, step=step)
+    learner = Learner(build(recipe.objective, encoder.config), encoder).eval()
+    added, buffers = learner.added_parameters(), learner.buffers_to_save()
+    if added or buffers:
+        reader = Reader(run.newest_checkpoint(at))
+        kind = "ema" if "ema" in reader.kinds and not raw else "weight"
+        with torch.no_grad():
+            for of, tensors in ((kind, added), ("buffer", buffers)):
+                for name, tensor in tensors.items():
+                    tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
+    return learner, recipe, manifest, at

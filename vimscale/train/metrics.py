@@ -9,11 +9,13 @@ import platform
 import resource
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vimscale.data.dataset import Traffic
 from vimscale.data.prefetch import Prefetcher
@@ -164,6 +166,55 @@ def _drop_after(path: Path, step: int, *, trained: bool) -> None:
         )
     elif missing:
         log.warning("%s: the losses of %d of %d steps are missing", path, missing, step)
+
+
+_TAKEN = frozenset({"kind", "step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "read_mb_per_s"})
+_TAKEN |= {"memory_gb", "fetched_mb_per_s", "cache_hits", "epoch"}
+"""Names in a line that an objective's figures cannot have."""
+
+
+class Curve:
+    """Losses, learning rates and the objective's figures of the steps since the last line, kept on the device."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._rates: list[float] = []
+        self._sums: dict[str, Tensor] = {}
+        self._micros = 0
+
+    def add_figures(self, figures: Mapping[str, Tensor]) -> None:
+        """The objective's figures of one micro-batch.
+
+        Raises:
+            RunFailed: a figure has a name that the line itself uses.
+        """
+        if taken := sorted(name for name in figures if name in _TAKEN or name.startswith("bad_")):
+            raise RunFailed(f"the objective names a figure {taken[0]}, as lines of metrics.jsonl already do; rename it")
+        for name, value in figures.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._micros += 1
+
+    def add(self, loss: Tensor, rate: float) -> None:
+        """A step is done."""
+        self._losses.append(loss)
+        self._rates.append(rate)
+
+    def read(self, step: int, world: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """(a row for each step up to `step`, the means of the figures over ranks and micro-batches), and a fresh start.
+        Waits for the device; called by all ranks.
+        """
+        first = step - len(self._losses) + 1
+        rows: list[dict[str, Any]] = [
+            {"kind": "train", "step": first + i, "loss": loss, "lr": rate}
+            for i, (loss, rate) in enumerate(zip(torch.stack(self._losses).tolist(), self._rates, strict=True))
+        ]
+        means = {}
+        if self._sums:
+            totals = distributed.total(torch.stack(list(self._sums.values()))) / (self._micros * world)
+            means = dict(zip(self._sums, totals.tolist(), strict=True))
+        self.__init__()  # type: ignore[misc]
+        return rows, means
 
 
 class Meter:
