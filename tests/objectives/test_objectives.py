@@ -183,7 +183,7 @@ def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp
         "parallel.persist=0",
         "parallel.micro_batch=8",
     )
-    changes += ("steps=8", "checkpoint.every=4", "log.every=1", "optim.warmup=2")
+    changes += ("steps=8", "checkpoint.every=4", "log.every=1", "optim.warmup=2", "optim.lr=3e-2")
     calm = _run(tmp_path / "calm", "", *changes)
     assert len(calm) == 8
     assert calm[-1]["loss"] < calm[0]["loss"]

@@ -1,1 +1,1 @@
-"""Before anything runs: memory, traffic, time and money of a run on a cluster."""
+"""What a recipe will need, take and cost, before anything runs: memory, traffic, time, money. The launcher imports it."""

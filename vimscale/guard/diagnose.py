@@ -1,4 +1,4 @@
-"""Looking into a bad step: its batch goes through the model once more, to find the first layer that is not as usual."""
+"""Diagnose a bad step: run its batch through the model again, and find the first layer that is not as usual."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from vimscale.runtime.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 _OUTLYING = 10.0
-"""So many times the largest activation of the last good batch is not normal for a layer."""
+"""A layer is an outlier from this many times its largest activation in the last good batch."""
 
 
 def diagnose(
@@ -68,14 +68,14 @@ def diagnose(
     report["cause"] = guard_report.cause(report)
     try:
         guard_report.save(folder, report, _tensors(record.micros), rank)
-    except (OSError, SafetensorError) as error:  # a full disk is no reason to end a run that can go on
+    except (OSError, SafetensorError) as error:  # a full disk must not end a run that can continue
         log.warning("the report of step %d could not be written: %s", seen.step, error)
     return report
 
 
 @torch.no_grad()
 def _forward(engine: Engine, prefetcher: Prefetcher, micro: Micro) -> tuple[dict[str, float], list[float]]:
-    """(each module's largest activation in the order they end, each image's loss); inf or nan where not finite."""
+    """(the largest activation of each module, in the order in which they return; the loss of each image)."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -98,7 +98,7 @@ def _forward(engine: Engine, prefetcher: Prefetcher, micro: Micro) -> tuple[dict
 
 
 def _first_faults(largest: dict[str, float], usual: dict[str, float]) -> dict[str, Any]:
-    """The first layer whose activations are not finite, and the first where they are far larger than usual."""
+    """The first layer whose activations are not finite, and the first whose activations are far larger than usual."""
     broken = next((name for name, value in largest.items() if not math.isfinite(value)), None)
     far = [
         (name, largest[name] / usual[name])
@@ -128,7 +128,7 @@ def _samples(micro: Micro, losses: list[float], train_set: TrainingSet, rank: in
 
 
 def _tensors(micros: list[Micro]) -> dict[str, Tensor]:
-    """A rank's micro-batches as they were given to the model, by PART/NAME; images that differ in size one by one."""
+    """A rank's micro-batches as the model got them, named PART/NAME; each image separately, as sizes may differ."""
     tensors: dict[str, Tensor] = {}
     for part, micro in enumerate(micros):
         batch = micro.batch
