@@ -1,1 +1,1 @@
-"""What a recipe will need, take and cost, before anything runs: memory, traffic, time, money. The launcher imports it."""
+"""What a recipe will need, take and cost: memory, traffic, time and money, before anything runs. For the launcher."""
