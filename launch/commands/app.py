@@ -389,12 +389,15 @@ def export(
         float | None,
         typer.Option(min=0, help="Leave out backward paths whose gate is below this, and say what that costs."),
     ] = None,
+    objective: Annotated[
+        bool, typer.Option("--objective", help="Also write the objective's own modules, to objective.safetensors.")
+    ] = False,
 ) -> None:
     """Write a run's weights for others to use, load them again, and compare logits."""
     from vimscale.checkpoint.restore import restore
     from vimscale.export import published, safetensors
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.evaluate import load
+    from vimscale.train.evaluate import export_objective, load
 
     folder = RunFolder.of(run)
     if prune_directions is not None:
@@ -410,6 +413,8 @@ def export(
         about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
         safetensors.write(target, model, manifest, about)
         difference = safetensors.largest_difference(target, model)
+    if objective:
+        export_objective(folder, target / "objective.safetensors", raw=raw, step=step)
     _say_same(target, f"step {at:,}", difference)
 
 

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: what DeepSpeed makes of the model's parameters."""
+"""The engine in a separate process: how DeepSpeed holds the model's parameters."""
 
 import json
 import subprocess
@@ -85,7 +85,7 @@ def test_parameters_states_and_scans_are_fp32_at_every_stage_whether_the_cpu_has
 
 
 def test_an_engine_with_a_parameter_that_is_not_fp32_is_refused(tmp_path: Path) -> None:
-    """DeepSpeed's own fallback, which an argument `dtype` meets on a CPU without fp16."""
+    """The argument `dtype` makes DeepSpeed fall back to bf16 on a CPU without fp16."""
     script = """
 import deepspeed, functools
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.shell import Shell
 from vimscale.checkpoint.load import Reader
@@ -226,7 +227,9 @@ def test_the_example_trains_resumes_evaluates_and_exports_through_the_command_li
     assert rows[-1]["off_by"] < rows[0]["off_by"]
     (row,) = shell.rows("own_objective", "eval")
     assert f"explained {row['explained']:.4f}" in shell.run("evaluate", "own_objective")
-    shell.run("export", "own_objective")
+    shell.run("export", "own_objective", "--objective")
     config = json.loads((shell.folder / "runs/own_objective/export/config.json").read_text())
     assert config["about"]["run"] == "own_objective"
+    added = load_file(shell.folder / "runs/own_objective/export/objective.safetensors")
+    assert added["head.0.weight"].shape == (16, 32)
     assert b"objective" not in (shell.folder / "runs/own_objective/export/model.safetensors").read_bytes()[:20_000]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalise
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import DataError
+from vimscale.errors import CheckpointError, DataError
 from vimscale.objectives.base import Inputs, Learner, Objective
 from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
+from vimscale.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -83,3 +85,17 @@ def load(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recip
                 for name, tensor in tensors.items():
                     tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
     return learner, recipe, manifest, at
+
+
+def export_objective(run: RunFolder, file: Path, *, raw: bool, step: int | None) -> None:
+    """Write the parameters and buffers of an objective's own modules as safetensors, by their names in `modules`.
+    Arguments and errors are those of `restore`.
+
+    Raises:
+        CheckpointError: the objective has none.
+    """
+    learner, recipe, _, _ = load(run, raw=raw, step=step)
+    tensors = {name: value.contiguous() for name, value in learner.added.state_dict().items()}
+    if not tensors:
+        raise CheckpointError(f"run {run.path}: objective {recipe.objective.kind} has no modules of its own to export")
+    files.save_tensors(file, tensors)
