@@ -1,4 +1,4 @@
-"""An objective of your own: hide a square of the image, and predict the mean colour of what is hidden.
+"""An objective of your own: hide a square of the image, and predict the mean color of what is hidden.
 
     vimscale launch examples/own_objective.yaml
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vimscale.objectives.base import Inputs, Learner, Objective, ObjectiveOptions, Sample
 
 
-class HiddenColour(Objective):
+class HiddenColor(Objective):
     class Options(ObjectiveOptions):
         """Keys of the recipe's `objective` section, next to `kind`."""
 
@@ -49,7 +49,7 @@ class HiddenColour(Objective):
         return (guess - truth).square().mean(dim=1)
 
     def _predict(self, model: Learner, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(predicted, true) mean colour of the hidden squares, (b, 3) each, in units of the data set's deviation."""
+        """(predicted, true) mean color of the hidden squares, (b, 3) each, in units of the data set's deviation."""
         images = inputs.images
         assert isinstance(images, Tensor), "images of several shapes (augment.buckets) cannot be hidden"
         top, left, side = inputs.views["square"].T[:, :, None]  # (b, 1) each
@@ -64,14 +64,14 @@ class HiddenColour(Objective):
     # ---- evaluation
 
     def evaluation_sums(self, model: Learner, inputs: Inputs) -> Tensor:
-        """Images, squared error, colours and their squares."""
+        """Images, squared error, colors and their squares."""
         assert inputs.weights is not None
         guess, truth = self._predict(model, inputs)
-        errors, colours, squares = ((t.mean(dim=1)) for t in ((guess - truth).square(), truth, truth.square()))
-        return torch.stack([torch.ones_like(errors), errors, colours, squares]).double() @ inputs.weights.double()
+        errors, colors, squares = ((t.mean(dim=1)) for t in ((guess - truth).square(), truth, truth.square()))
+        return torch.stack([torch.ones_like(errors), errors, colors, squares]).double() @ inputs.weights.double()
 
     def figures(self, sums: Tensor) -> dict[str, float]:
-        """`explained`: 1 if every colour is predicted, 0 if no better than by their mean."""
-        images, error, colour, square = sums.tolist()
-        variance = square / images - (colour / images) ** 2
+        """`explained`: 1 if every color is predicted, 0 if no better than by their mean."""
+        images, error, color, square = sums.tolist()
+        variance = square / images - (color / images) ** 2
         return {"images": int(images), "explained": 1 - error / images / variance, "loss": error / images}

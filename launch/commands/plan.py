@@ -96,7 +96,7 @@ def command(
         )
     console.print(table)
     console.print()
-    console.print(_comparison(rows, device=planner.place.device is not None))
+    console.print(_comparison(rows, device=planner.target.device is not None))
 
 
 def _draw(planner: "Planner", rows: list["Outlook | dict[str, Any]"], picture: Path) -> None:
@@ -214,7 +214,7 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     """What follows for the ranks that the cluster has."""
     from vimscale.model.cost import flops
 
-    recipe, place, need, sent = planner.recipe, planner.place, here.need, here.sent
+    recipe, place, need, sent = planner.recipe, planner.target, here.need, here.sent
     held = need.held
     kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
     ranks_ = f"{here.world:,} rank{'s' * (here.world > 1)}"

@@ -111,7 +111,7 @@ class Engine:
         """
         self._adamw.register_step_pre_hook(self._before_update)
         if recipe.optim.backward_lr != 1:
-            optim.scale_updates(self._adamw, list(self._backward_stretches()), recipe.optim.backward_lr)
+            optim.scale_updates(self._adamw, list(self._backward_slices()), recipe.optim.backward_lr)
 
     def _check_fp32(self) -> None:
         """Raises:
@@ -234,7 +234,7 @@ class Engine:
                     continue
             yield Fragment(name, start, numel, True, flat.detach()[offset : offset + numel], flat, offset)
 
-    def _backward_stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _backward_slices(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The slices of the backward paths' own parameters on this rank: (the optimizer's tensor, a view of it)."""
         own = self.encoder.backward_stretches()
         for fragment in self.fragments:

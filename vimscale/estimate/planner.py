@@ -107,9 +107,9 @@ class Outlook:
 class Planner:
     """Plans a recipe for a target; everything else follows from the number of ranks."""
 
-    def __init__(self, recipe: Recipe, config: VimConfig, place: Target, samples: int):
+    def __init__(self, recipe: Recipe, config: VimConfig, target: Target, samples: int):
         """`samples`: size of the training set; 0 if unknown."""
-        self.recipe, self.config, self.place, self.samples = recipe, config, place, samples
+        self.recipe, self.config, self.target, self.samples = recipe, config, target, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None
         self.parameters: tuple[Parameter, ...] = zero_layout.parameters(config, recipe)
         self._known: dict[tuple[int, int], Held] = {}
@@ -153,7 +153,7 @@ class Planner:
         elif zero == 3:
             gradients = held.gradients
             # gloo, which reduces on CPUs, copies what it scatters
-            activations = max(passes.peak, reducing * (1 if self.place.device else 2))
+            activations = max(passes.peak, reducing * (1 if self.target.device else 2))
         else:
             gradients = whole if (zero < 2 and accumulation > 1) or zero == 0 else 0
             if zero == 2 and (accumulation > 1 or self.whole > zero_layout.BUCKET):
@@ -181,8 +181,8 @@ class Planner:
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
-        precision, place = self.recipe.parallel.precision, self.place
-        return count(config, levels, micro, precision, place.device, place.backend, self.recipe.objective)
+        precision, target = self.recipe.parallel.precision, self.target
+        return count(config, levels, micro, precision, target.device, target.backend, self.recipe.objective)
 
     def most(self, zero: int, rule: str, micro: int, accumulation: int, world: int, *, exact: bool) -> Need:
         """The need of the phase that needs the most; `micro`: images for a batch of the recipe's own size."""
@@ -204,7 +204,7 @@ class Planner:
                 need = self.most(zero, rule, micro, rank_batch // micro, world, exact=False)
             except RecipeError:  # recompute is a size, which this many images exceed
                 continue
-            if need.total <= self.place.room:
+            if need.total <= self.target.room:
                 return micro
         return 0
 
@@ -214,7 +214,7 @@ class Planner:
         for rule in dict.fromkeys((*LEVELS, self.recipe.parallel.recompute)):
             for zero in range(4):
                 need = self.most(zero, rule, micro, accumulation, world, exact=True)
-                fits = need.total <= self.place.room
+                fits = need.total <= self.target.room
                 yield Option(zero, rule, need, fits, self.largest(zero, rule, world))
 
     # ---- time
@@ -228,7 +228,7 @@ class Planner:
         zero, rule = self.recipe.parallel.zero, self.recipe.parallel.recompute
         micro, accumulation = self.recipe.micro_batch(world)
         need = self.most(zero, rule, micro, accumulation, world, exact=False)
-        fits = need.total <= self.place.room
+        fits = need.total <= self.target.room
         given = fits
         if not fits and (other := self.largest(zero, rule, world)):
             micro, accumulation = other, self.recipe.batch // world // other
@@ -241,7 +241,7 @@ class Planner:
             step_s = self._step(start, rule, micro, accumulation, zero, world, sent)
             seconds += (end - start) * step_s
             work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
-        device, price = self.place.device, self.place.price
+        device, price = self.target.device, self.target.price
         hours = seconds / 3600
         return Outlook(
             world=world,
@@ -261,13 +261,13 @@ class Planner:
 
     def _step(self, start: int, rule: str, micro: int, accumulation: int, zero: int, world: int, sent: Sent) -> float:
         """Seconds of step `start`; 0 if the device's rates are unknown."""
-        device = self.place.device
+        device = self.target.device
         if device is None:
             return 0.0
         config, here = self._at(start), self._micro_at(start, micro)
         compute = accumulation * self._passes(config, rule, here, exact=False).seconds
         updating = roofline.update(device, self.whole // (world if zero else 1))
-        return roofline.step(compute, self.place.fabric.seconds(sent, world), updating, zero)
+        return roofline.step(compute, self.target.fabric.seconds(sent, world), updating, zero)
 
     # ---- refusals
 
@@ -278,12 +278,12 @@ class Planner:
         parallel = self.recipe.parallel
         micro, accumulation = self.recipe.micro_batch(world)
         need = self.most(parallel.zero, parallel.recompute, micro, accumulation, world, exact=True)
-        if need.total <= self.place.room:
+        if need.total <= self.target.room:
             return
         problem = (
-            f"{self.recipe.name} does not fit {self.place.name} on {world} ranks: one needs"
+            f"{self.recipe.name} does not fit {self.target.name} on {world} ranks: one needs"
             f" {need.total / 1e9:.1f} GB (ZeRO-{parallel.zero}, recompute {parallel.recompute}, micro-batch {micro})"
-            f" and has {self.place.room / 1e9:.1f} GB"
+            f" and has {self.target.room / 1e9:.1f} GB"
         )
         fixes = list(self._fixes(world, micro))
         fix = f"would fit: {' | '.join(fixes)}" if fixes else "nothing that was tried would fit"
@@ -306,7 +306,7 @@ class Planner:
             if fitting := self.largest(zero, "block", world):
                 yield f"parallel.zero={zero} parallel.recompute=block parallel.micro_batch={fitting}"
                 break
-        if self.place.device is None:  # more ranks on a machine share its memory
+        if self.target.device is None:  # more ranks on a machine share its memory
             return
         for more in (world << i for i in range(1, 10)):
             if self.recipe.batch % more == 0 and self.largest(parallel.zero, own, more):

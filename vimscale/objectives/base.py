@@ -66,10 +66,10 @@ class Objective(ABC):
     # ---- what it is made of
 
     def modules(self) -> dict[str, nn.Module]:
-        """Modules to train beside the encoder, by name: heads, decoders. They are sharded, saved and counted as the
-        encoder is, and left out of exports.
+        """Modules to train in addition to the encoder, by name: heads, decoders. They are sharded, saved and counted
+        like the encoder, and left out of exports.
 
-        Every parameter must be trainable; keep tensors that gradients do not update (a teacher, a centre) in fp32
+        Every parameter must be trainable; keep tensors that gradients do not update (a teacher, a center) in fp32
         buffers. Modules whose initial values are not set by their own layers have a method `init_weights`, which sets
         the module's own parameters: at ZeRO stage 3 they are complete only while that runs.
         """
@@ -82,7 +82,7 @@ class Objective(ABC):
         """
         return {}
 
-    # ---- what it minimises
+    # ---- what it minimizes
 
     def loss(self, model: "Learner", inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """(the micro-batch's loss (), figures () by name). The figures go into metrics.jsonl and the progress line, as
@@ -125,7 +125,7 @@ def _rebuilt(kind: str | type[Objective], options: ObjectiveOptions, config: Vim
 
 
 class Learner(nn.Module):
-    """An encoder, and the modules that its objective trains beside it: what the engine shards and trains."""
+    """An encoder and the objective's own modules: what the engine shards and trains."""
 
     def __init__(self, objective: Objective, encoder: VisionMamba, gather: Gather | None = None, *, init: bool = True):
         """`gather`: as of `VisionMamba`. `init`: whether to set the initial values of the objective's modules.

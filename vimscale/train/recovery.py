@@ -117,15 +117,15 @@ def roll_back(run: Run, bad: Incurable) -> None:
     run.log_guard(
         "rollback",
         {"step": seen.step, "first": first, "to": run.step, "rollbacks": guard.rollbacks, "report": str(bad.report)},
-        f"going back to step {run.step}, and past the data of steps {first} to {seen.step}"
-        f" ({guard.rollbacks} of {recipe.guard.rollbacks} times)",
+        f"rolling back to step {run.step}, and skipping the data of steps {first} to {seen.step}"
+        f" (rollback {guard.rollbacks} of {recipe.guard.rollbacks})",
     )
     heartbeat.beat("step")
 
 
 def _given_up(bad: Incurable, newest: Path | None, guard: Guard) -> str:
     """Why the guard ends the run, and what may help."""
-    tried = f"after going back {guard.rollbacks} times" if newest else "and there is no checkpoint to go back to"
+    tried = f"after {guard.rollbacks} rollbacks" if newest else "and there is no checkpoint to roll back to"
     return (
         f"step {bad.seen.step}: {bad.seen.reason}, {tried} (guard.skips, guard.rollbacks); what was seen is in"
         f" {bad.report}/report.txt. Lower optim.lr, raise optim.warmup or set optim.clip; nothing was saved since the"
