@@ -254,7 +254,8 @@ def test_output_that_nobody_reads_ends_nothing(where: object, capfd: pytest.Capt
 def test_a_program_whose_output_nobody_reads_keeps_its_exit_code() -> None:
     code = """
 import sys
-from vimscale.launch import output, progress
+from vimscale.launch.processes import output
+from vimscale.launch.supervise import progress
 sys.stdout, sys.stderr = output.writer(1), output.writer(2)
 shown = progress.Progress(progress.console())
 for number in range(1000):

@@ -112,8 +112,8 @@ class Objective(ABC):
         return torch.stack([torch.ones_like(losses), losses]).double() @ inputs.weights.double()
 
     def figures(self, sums: Tensor) -> dict[str, float]:
-        """The figures of an evaluation from its sums (n): `images`, and others. `Options.headline` names the one that
-        runs are compared by.
+        """The figures of an evaluation from its sums (n): `images`, `loss` and any others. `Options.headline` names the
+        one that runs are compared by.
         """
         images, loss = sums.tolist()
         return {"images": int(images), "loss": loss / images}

@@ -109,7 +109,7 @@ def misnamed(name: str, train_state: bytes) -> str | None:
     return None if checkpoint_name(step) == name else f"it is of step {step}; its name would be {checkpoint_name(step)}"
 
 
-_NUMBERS = {"train": ("loss", "lr"), "eval": ("images",)}
+_NUMBERS = {"train": ("loss", "lr"), "eval": ("images", "loss")}
 """Figures that all rows of a kind have; an evaluation's others depend on the objective."""
 
 

@@ -13,7 +13,7 @@ from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalise
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import CheckpointError, DataError
+from vimscale.errors import CheckpointError, DataError, RunFailed
 from vimscale.objectives.base import Inputs, Learner, Objective
 from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
@@ -44,6 +44,7 @@ def evaluate(
 
     Raises:
         DataError: the data set has other classes than the model was trained on, or none of its images can be read.
+        RunFailed: the objective's figures are incomplete.
     """
     if dataset.manifest.classes != manifest.classes:
         raise DataError(
@@ -67,7 +68,10 @@ def evaluate(
     sums = distributed.total(sums)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
-    return objective.figures(sums)
+    figures = objective.figures(sums)
+    if missing := sorted({"images", "loss"} - figures.keys()):
+        raise RunFailed(f"objective {objective.options.kind}: its figures lack {' and '.join(missing)}; add them")
+    return figures
 
 
 def load(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:
