@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.shell import Shell
+from vimscale.checkpoint.compare import Pair
 from vimscale.checkpoint.load import Reader
 from vimscale.data.stream import training
 from vimscale.data.training_set import TrainingSet
@@ -174,9 +175,7 @@ def _run(folder: Path, fault: str, *changes: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize(
-    "zero", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("zero", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in range(3)), 3])
 def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp_path: Path, zero: int) -> None:
     changes = (
         f"objective.kind={OWN}:Counting",
@@ -194,6 +193,10 @@ def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp
     assert [row["loss"] for row in again] == [row["loss"] for row in calm]
     readers = [Reader(tmp_path / name / "run/checkpoints/step_00000008") for name in ("calm", "hit")]
     assert readers[0].read("buffer", "objective.counter.updates", 0, 1).item() == 8
+    pair = Pair(*(tmp_path / name / "run/checkpoints/step_00000008" for name in ("calm", "hit")))
+    assert pair.unshared == [[], []]
+    assert all(found.same_bits for found in pair.differences())
+    assert "objective.counter.updates" in {found.parameter for found in pair.differences()}
     for kind in ("weight", "ema", "exp_avg", "exp_avg_sq"):
         features = RunFolder(tmp_path / "calm/run").recipe().model.shape(10).features
         ours, theirs = (reader.read(kind, "objective.head.weight", 0, 4 * features) for reader in readers)

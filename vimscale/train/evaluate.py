@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vimscale.checkpoint.load import Reader
+from vimscale.checkpoint.load import BUFFER, Reader
 from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
@@ -85,7 +85,7 @@ def load(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recip
         reader = Reader(run.newest_checkpoint(at))
         kind = "ema" if "ema" in reader.kinds and not raw else "weight"
         with torch.no_grad():
-            for of, tensors in ((kind, added), ("buffer", buffers)):
+            for of, tensors in ((kind, added), (BUFFER, buffers)):
                 for name, tensor in tensors.items():
                     tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
     return learner, recipe, manifest, at

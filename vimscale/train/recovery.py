@@ -23,9 +23,6 @@ from vimscale.train.run import Run
 
 log = logging.getLogger(__name__)
 
-_BUFFER = "buffer"
-"""The kind, in state files, of the objective's buffers; rank 0 saves them."""
-
 
 def resume(run: Run) -> None:
     """Continue from the newest checkpoint of the run's folder or its mirror; else start at step 0, from `model.weights`
@@ -161,7 +158,7 @@ def save(run: Run, *, stopping: bool) -> None:
         stream=run.train_set.state(recipe, at, run.skipped),
         guard=run.guard.state(),
         updates=engine.updates,
-        shapes=engine.shapes,
+        shapes=engine.shapes | {name: list(t.shape) for name, t in engine.model.buffers_to_save().items()},
         world=run.spec.world,
         zero=recipe.parallel.zero,
         ema=run.ema is not None,
@@ -193,7 +190,7 @@ def _tensors(run: Run) -> dict[str, Tensor]:
             if tensor is not None:
                 tensors[checkpoint.piece_key(kind, fragment.name, fragment.start)] = tensor
     for name, buffer in run.engine.model.buffers_to_save().items() if run.spec.rank == 0 else ():
-        tensors[checkpoint.piece_key(_BUFFER, name, 0)] = buffer.reshape(-1)
+        tensors[checkpoint.piece_key(checkpoint.BUFFER, name, 0)] = buffer.reshape(-1)
     return tensors
 
 
@@ -211,6 +208,6 @@ def _restore(run: Run, folder: Path, state: TrainState) -> None:
             tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
         heartbeat.beat(heartbeat.doing)
     for name, buffer in engine.model.buffers_to_save().items():
-        buffer.copy_(reader.read(_BUFFER, name, 0, buffer.numel()).view(buffer.shape))
+        buffer.copy_(reader.read(checkpoint.BUFFER, name, 0, buffer.numel()).view(buffer.shape))
     engine.publish([fragment.weight for fragment in engine.fragments])
     run.step = run.saved = state.step
