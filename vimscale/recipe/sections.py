@@ -1,6 +1,7 @@
 """The sections of a recipe: what each key means, and which values it takes."""
 
 import dataclasses
+import inspect
 import os
 import re
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -307,13 +308,17 @@ class ObjectiveOptions(Section):
             "properties": {"kind": {"type": "string", "pattern": r"\.py:"}},
             "required": ["kind"],
         }
-        return {"anyOf": [*(handler(kind.__pydantic_core_schema__) for kind in OBJECTIVES.values()), own]}
+        kinds = [*(handler(kind.__pydantic_core_schema__) for kind in OBJECTIVES.values()), own]
+        return {"description": inspect.cleandoc(cls.__doc__ or ""), "anyOf": kinds}
 
 
 class ClassificationOptions(ObjectiveOptions):
+    """Cross entropy over the classes of the training set, with the encoder's own head."""
+
     headline: ClassVar[str] = "top1"
     kind: Literal["classification"] = "classification"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of each target that is spread evenly over all classes."""
 
 
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {"classification": ClassificationOptions}
