@@ -1,4 +1,4 @@
-# What pods and containers run: vimscale, with the CUDA libraries of torch's own wheels, as a user without rights.
+# The image for pods and containers: vimscale, with the CUDA libraries of torch's own wheels, as an unprivileged user.
 # docker build --tag REGISTRY/vimscale:0.1.0 . && docker push REGISTRY/vimscale:0.1.0
 FROM python:3.11-slim-bookworm
 
@@ -11,7 +11,7 @@ WORKDIR /src
 COPY . .
 RUN pip install --no-cache-dir --constraint constraints.txt '.[s3]' && rm -rf /src
 
-# the number that cluster manifests name
+# the user id that cluster manifests name
 RUN useradd --uid 1000 --create-home vimscale
 USER 1000
 WORKDIR /home/vimscale

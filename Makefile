@@ -1,4 +1,4 @@
-# Each target makes .venv and installs what it needs; nothing is done again until pyproject.toml or constraints.txt change.
+# Each target creates .venv and installs what it needs, again only when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready

@@ -1,9 +1,9 @@
-"""What saving a checkpoint costs the training loop, against saving with the loop standing by: `python -m
-benchmarks.checkpoint`.
+"""What saving a checkpoint costs the training loop, compared with a loop that waits: `python -m benchmarks.checkpoint`.
 
-Vim-B's weights, moving average and AdamW's moments in fp32, shared among 1 and 2 ranks of this machine. Each round
-saves twice: once waiting until the checkpoint exists, once going on with training steps as soon as the tensors are
-copied, as a run does. Those steps are timed beside as many without one. Medians over the rounds, of the slowest rank.
+Vim-B's weights, moving average and AdamW moments in fp32, divided among 1 and 2 ranks of this machine. Each round saves
+twice: once it waits until the checkpoint exists, once it continues with training steps as soon as the tensors are
+copied, as a run does. These steps are compared with as many steps without a save. Reports medians over the rounds, of
+the slowest rank.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from vimscale.runtime.distributed import RankSpec
 _RECIPE = "vim_base_in1k"
 _KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 _SIZE = 96
-"""Of the images: what a step takes does not matter, only that there are several of them beside a save."""
+"""Image size. The time of a step does not matter, as long as several steps fit into a save."""
 _STEPS = 3
 
 
@@ -103,9 +103,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row := saves(world, arguments.rounds, Path(folder)))
         print(
-            f"{world} ranks, {row['bytes'] / 1e9:.2f} GB: a save takes {row['synchronous_s']:.2f} s, the loop stands"
+            f"{world} ranks, {row['bytes'] / 1e9:.2f} GB: a save takes {row['synchronous_s']:.2f} s, the loop waits"
             f" {row['stall_s']:.3f} s ({row['stall_share']:.1%}; the first time {row['first_stall_s']:.2f} s);"
-            f" {_STEPS} steps {row['steps_alone_s']:.2f} s, beside a save {row['steps_beside_s']:.2f} s"
+            f" {_STEPS} steps {row['steps_alone_s']:.2f} s, during a save {row['steps_beside_s']:.2f} s"
         )
     measure.write({"steps": _STEPS, "image_size": _SIZE, "rows": rows}, arguments.out)
 

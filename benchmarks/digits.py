@@ -1,7 +1,7 @@
-"""Schedules of direction trained side by side on the digits recipe: `python -m benchmarks.digits`.
+"""Train schedules of directions on the digits recipe and compare them: `python -m benchmarks.digits`.
 
-Every schedule with every seed, as the command line runs it, two ranks as processes of this machine, one run after the
-other and schedules in turn. Prints accuracy and time, and writes them as JSON.
+Runs every schedule with every seed through the command line, with two ranks as processes of this machine, one run at a
+time and schedules in turn. Prints accuracy and speed, and writes them as JSON.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SCHEDULES = ("bi*4", "fwd*2 bi*2", "(fwd bwd)*2", "shared*4", "pair*4", "fwd*4")
 
 
 def train(folder: Path, directions: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Accuracy on the held-out scans, and seconds of a step as the run itself has measured them."""
+    """Accuracy on the held-out images, and images per second as the run itself measured them."""
     name = f"run{len(list(folder.glob('runs/*')))}"
     changes = [f"name={name}", f"model.directions={directions}", f"seed={seed}", "evaluate.every=0", *overrides]
     command = [sys.executable, "-m", "vimscale.launch.cli", "launch", "vim_digits_cpu", *changes]
@@ -49,13 +49,13 @@ def main() -> None:
             for directions in options.schedules:
                 runs.append(train(Path(folder), directions, seed, options.overrides))
                 print(runs[-1], flush=True)
-    print("", f"{'directions':14}{'parameters':>12}{'MFLOPs':>9}{'images/s':>10}  top-1 of each seed", sep="\n")
+    print("", f"{'directions':14}{'parameters':>12}{'MFLOPs':>9}{'images/s':>10}  top-1 per seed", sep="\n")
     for directions in options.schedules:
         config = recipe.load("vim_digits_cpu", [f"model.directions={directions}"]).model.shape(10)
-        own = [run for run in runs if run["directions"] == directions]
-        speed = statistics.median(run["images_per_s"] for run in own)
-        accuracy = "  ".join(f"{run['top1']:.2%}" for run in own)
-        mean = statistics.mean(run["top1"] for run in own)
+        of_schedule = [run for run in runs if run["directions"] == directions]
+        speed = statistics.median(run["images_per_s"] for run in of_schedule)
+        accuracy = "  ".join(f"{run['top1']:.2%}" for run in of_schedule)
+        mean = statistics.mean(run["top1"] for run in of_schedule)
         size, work = parameters(config), flops(config) / 1e6
         print(f"{directions:14}{size:12,}{work:9.2f}{speed:10.0f}  {accuracy}  mean {mean:.2%}")
     measure.write({"runs": runs}, options.out)

@@ -1,8 +1,8 @@
 """What the directions of a Vision Mamba cost: `python -m benchmarks.directions`.
 
-A training step (forward, backward, AdamW) of the same model under several schedules, in turn, beside parameters,
-operations and peak memory. fp32 on a CPU, bf16 by autocast on a GPU. Prints a table for each image size; writes a JSON
-file and a picture (time and operations, in units of the model that walks forwards only).
+Measures a training step (forward, backward, AdamW) of the same model under several schedules, in turn, and lists
+parameters, operations and peak memory. fp32 on a CPU, bf16 by autocast on a GPU. Prints a table for each image size;
+writes a JSON file and a picture (time and operations, relative to the model that only walks forwards).
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reason in scan_cpu.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see scan_cpu.py
 
 import torch
 
@@ -37,7 +37,7 @@ MODELS = {
 
 
 def one_size(models: dict[str, VimConfig], image_size: int, batch: int, rounds: int) -> Row:
-    """Each model's step in turn; the first one is what the others are compared with."""
+    """Time each model's step in turn; the first model is the baseline."""
     samples = measure.random_batch(image_size, batch)
     configs = {name: replace(config, image_size=image_size) for name, config in models.items()}
     steps = {}
@@ -64,18 +64,20 @@ def one_size(models: dict[str, VimConfig], image_size: int, batch: int, rounds: 
 
 
 def table(rows: dict[str, Row], title: str) -> None:
-    """`flops` are the forward pass's of one image; memory is beyond parameters and the optimizer's state."""
+    """Print the rows. `flops` are those of the forward pass for one image; memory excludes parameters and optimizer
+    state.
+    """
     print(f"\n{title}")
-    print(f"{'':24}{'step, ms':>10}{'ratio':>8}{'peak extra':>14}{'parameters':>14}{'flops an image':>16}")
+    print(f"{'':24}{'step, ms':>10}{'ratio':>8}{'peak extra':>14}{'parameters':>14}{'flops per image':>17}")
     for name, row in rows.items():
         print(
             f"{name:24}{row['step_s'] * 1e3:10.0f}{row['ratio']:8.2f}{row['peak_extra_bytes'] / 2**20:10.0f} MiB"
-            f"{row['parameters'] / 1e6:12.2f} M{row['flops'] / 1e9:14.2f} G"
+            f"{row['parameters'] / 1e6:12.2f} M{row['flops'] / 1e9:15.2f} G"
         )
 
 
 def draw(sizes: list[Row], title: str, path: Path) -> None:
-    """Step times as bars, a group for each model; a mark where the operations alone would put them."""
+    """Plot step times as bars, one group per model; a mark shows the time if it were proportional to the operations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,14 +88,14 @@ def draw(sizes: list[Row], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 0.45 + 0.75 * len(names)))
     for i, size in enumerate(sizes):
         models = size["models"]
-        at = [place + (i - (len(sizes) - 1) / 2) * height for place in range(len(names))]
+        at = [row + (i - (len(sizes) - 1) / 2) * height for row in range(len(names))]
         ratios = [models[name]["ratio"] for name in names]
         operations = [models[name]["flops"] / models[names[0]]["flops"] for name in names]
         label = f"{size['image_size']} pixels, batch {size['batch']}"
         axes.barh(at, ratios, height * 0.92, color=f"C{i}", label=label)
         axes.plot(operations, at, "k|", markersize=0.6 * height * 40, label=None if i else "operations alone")
-        for place, ratio, mark in zip(at, ratios, operations, strict=True):
-            axes.text(max(ratio, mark) + 0.02, place, f"{ratio:.2f}", va="center", fontsize=9)
+        for y, ratio, mark in zip(at, ratios, operations, strict=True):
+            axes.text(max(ratio, mark) + 0.02, y, f"{ratio:.2f}", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names, family="monospace")
     axes.invert_yaxis()
     axes.set(xlabel=f"time of a training step, {names[0]} = 1", title=title)
@@ -107,21 +109,30 @@ def draw(sizes: list[Row], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512], help="of the images, in pixels")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512], help="image sizes, in pixels")
     parser.add_argument(
-        "--batch", type=int, nargs="+", help="for each size; default: 8 at 224, as many pixels at others"
+        "--batch",
+        type=int,
+        nargs="+",
+        help="one per size; default: 8 at 224, about the same number of pixels at other sizes",
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/directions"), help="of .json and .png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/directions"),
+        help="path of the .json and .png files, without the suffix",
+    )
     options = parser.parse_args()
     batches = options.batch or [measure.batch_at(size) for size in options.sizes]
     if len(batches) != len(options.sizes):
-        parser.error(f"--batch names {len(batches)} batches for {len(options.sizes)} sizes; give one for each")
+        parser.error(f"--batch has {len(batches)} values for {len(options.sizes)} sizes; give one per size")
     print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
     sizes = [one_size(MODELS, size, batch, options.rounds) for size, batch in zip(options.sizes, batches, strict=True)]
     measure.write(
         {"d_model": SMALL.d_model, "rounds": options.rounds, "sizes": sizes}, options.out.with_suffix(".json")
     )
-    title = f"The price of direction: 24 layers, {SMALL.d_model} wide (but for the stages), on {measure.place()}"
+    model = f"24 layers, {SMALL.d_model} wide (except the stages)"
+    title = f"The cost of directions: {model}, on {measure.device_and_precision()}"
     draw(sizes, title, options.out.with_suffix(".png"))
 
 

@@ -1,8 +1,8 @@
-"""Kernels and whole models on a GPU, against their peers and the device's ceilings: `python -m benchmarks.gpu`.
+"""Kernels and complete models on a GPU, against their peers and the device's ceilings: `python -m benchmarks.gpu`.
 
-Peers that are not installed are left out: mamba-ssm and causal-conv1d, built with CUDA. The recurrence under
-torch.compile and a ViT with scaled_dot_product_attention need nothing more. Prints tables; writes a JSON file and a
-picture (time against length, with the cost of the exponentials alone). Not run on a GPU yet.
+Skips peers that are not installed: mamba-ssm and causal-conv1d, built with CUDA. The recurrence under torch.compile and
+a ViT with scaled_dot_product_attention need nothing else. Prints tables; writes a JSON file and a picture (time against
+length, with the cost of the exponentials alone). This script has not run on a GPU yet.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _exponentials(out, times, SIZE: tl.constexpr):
 
 
 def ceilings(rounds: int) -> Row:
-    """What this device does of the two things a scan is made of: bytes a second copied, exponentials a second."""
+    """The device's limits for the two things that a scan consists of: bytes copied and exponentials per second."""
     source = torch.empty(2**28, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     programs, size, times = 4096, 1024, 512
@@ -57,14 +57,14 @@ def ceilings(rounds: int) -> Row:
 
 
 def mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
-    """mamba-ssm's CUDA scan, which is channel first; the layout change is not timed, its tensors come transposed."""
+    """mamba-ssm's CUDA scan, which is channel first. It gets transposed tensors, so the layout change is not timed."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     return selective_scan_fn(x, dt, A, B, C, D, z, bias, delta_softplus=True)
 
 
 def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
-    """The two lines of the paper, token by token, for torch.compile to make of them what it can."""
+    """The two lines of the paper, token by token, as input for torch.compile."""
     step = F.softplus(dt.float() + bias)
     h, y = torch.zeros(len(x), *A.shape, device=x.device), []
     for t in range(x.shape[1]):
@@ -84,13 +84,13 @@ def scans(shape: tuple[int, int, int, int], rounds: int, ceiling: Row) -> Row:
     if find_spec("selective_scan_cuda"):
         first = [t.detach().mT.contiguous().requires_grad_() if t.ndim == 3 else t for t in tensors]
         runs["mamba-ssm CUDA"] = (mamba_ssm, first)
-    if length <= 200:  # it unrolls the loop
+    if length <= 200:  # torch.compile unrolls the loop
         runs["torch.compile of the recurrence"] = (torch.compile(recurrence), tensors)
     ahead = measure.in_turn({name: measure.forward(*of) for name, of in runs.items()}, rounds)
-    whole = measure.in_turn({name: measure.forward_and_backward(*of) for name, of in runs.items()}, rounds)
+    both_passes = measure.in_turn({name: measure.forward_and_backward(*of) for name, of in runs.items()}, rounds)
     floor = b * length * e * n / ceiling["exponentials_per_s"]
     print(f"\nscan, (b, l, e, n) = {shape}, bf16; the exponentials alone take {floor * 1e3:.3f} ms")
-    table({name: (ahead[name], whole[name]) for name in runs})
+    table({name: (ahead[name], both_passes[name]) for name in runs})
     return {
         "b": b,
         "l": length,
@@ -98,15 +98,15 @@ def scans(shape: tuple[int, int, int, int], rounds: int, ceiling: Row) -> Row:
         "n": n,
         "forward": ahead,
         "exponentials alone_s": floor,
-        **{f"{name}_s": value for name, value in whole.items()},
+        **{f"{name}_s": value for name, value in both_passes.items()},
     }
 
 
 def table(rows: dict[str, tuple[float, float]]) -> None:
     ours = next(iter(rows.values()))
-    print(f"{'ms':36}{'forward':>10}{'and backward':>14}{'times ours':>12}")
-    for name, (ahead, whole) in rows.items():
-        print(f"{name:36}{ahead * 1e3:10.3f}{whole * 1e3:14.3f}{whole / ours[1]:12.2f}")
+    print(f"{'ms':36}{'forward':>10}{'and backward':>14}{'to ours':>12}")
+    for name, (ahead, both_passes) in rows.items():
+        print(f"{name:36}{ahead * 1e3:10.3f}{both_passes * 1e3:14.3f}{both_passes / ours[1]:12.2f}")
 
 
 def convolutions(shape: tuple[int, int, int], rounds: int) -> Row:
@@ -125,7 +125,7 @@ def convolutions(shape: tuple[int, int, int], rounds: int) -> Row:
 
         first = [x.detach().mT.contiguous().requires_grad_(), weight.detach().bfloat16().requires_grad_()]
         runs["causal-conv1d, twice, with flips"] = (twice, [*first, bias.detach().bfloat16().requires_grad_()])
-    return _forward_and_whole(f"convolution, (b, l, e) = {shape}, 4 taps, SiLU, bf16", runs, rounds)
+    return _both_passes(f"convolution, (b, l, e) = {shape}, 4 taps, SiLU, bf16", runs, rounds)
 
 
 def norms(shape: tuple[int, int, int], rounds: int) -> Row:
@@ -142,19 +142,19 @@ def norms(shape: tuple[int, int, int], rounds: int) -> Row:
 
     tensors = [x, residual, weight]
     runs = {"vimscale": (ours, tensors), "torch": (plain, tensors), "torch.compile": (torch.compile(plain), tensors)}
-    return _forward_and_whole(f"add and RMSNorm, {shape}, bf16", runs, rounds)
+    return _both_passes(f"add and RMSNorm, {shape}, bf16", runs, rounds)
 
 
-def _forward_and_whole(title: str, runs: dict[str, tuple[Callable[..., Tensor], list[Tensor]]], rounds: int) -> Row:
+def _both_passes(title: str, runs: dict[str, tuple[Callable[..., Tensor], list[Tensor]]], rounds: int) -> Row:
     ahead = measure.in_turn({name: measure.forward(*of) for name, of in runs.items()}, rounds)
-    whole = measure.in_turn({name: measure.forward_and_backward(*of) for name, of in runs.items()}, rounds)
+    both_passes = measure.in_turn({name: measure.forward_and_backward(*of) for name, of in runs.items()}, rounds)
     print(f"\n{title}")
-    table({name: (ahead[name], whole[name]) for name in runs})
-    return {name: {"forward_s": ahead[name], "forward_and_backward_s": whole[name]} for name in runs}
+    table({name: (ahead[name], both_passes[name]) for name in runs})
+    return {name: {"forward_s": ahead[name], "forward_and_backward_s": both_passes[name]} for name in runs}
 
 
 def models(image_size: int, batch: int, rounds: int) -> Row:
-    """Seconds a training step (forward, backward, fused AdamW; bf16 autocast) and peak memory at one batch."""
+    """Seconds per training step (forward, backward, fused AdamW; bf16 autocast) and peak memory, at one batch size."""
     vim = dataclasses.replace(PRESETS["vim_small"], image_size=image_size)
     samples = measure.random_batch(image_size, batch)
     row: Row = {"image_size": image_size, "batch": batch}
@@ -176,10 +176,17 @@ def models(image_size: int, batch: int, rounds: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=None, help="of .json and .png; default: named after the device")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="path of the .json and .png files, without the suffix; default: named after the device",
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu needs a CUDA or ROCm device; torch sees none (benchmarks.scan_cpu runs without)")
+        sys.exit(
+            "benchmarks.gpu needs a CUDA or ROCm device and torch finds none; benchmarks.scan_cpu runs without one"
+        )
     device = torch.cuda.get_device_name().lower().replace(" ", "_")
     out = options.out or Path("benchmarks/results") / f"gpu_{device}"
     rounds = options.rounds
@@ -197,7 +204,7 @@ def main() -> None:
     if find_spec("matplotlib"):
         title = f"Selective scan on {torch.cuda.get_device_name()}: 4 images, 384 channels, 16 states, bf16"
         measure.draw(result["lengths"], title, out.with_suffix(".png"))
-    print(f"written beside {out}.json")
+    print(f"wrote {out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What a sample costs on its way into a batch, against peers in the same run: `python -m benchmarks.loader`.
+"""What a sample costs on its way into a batch, compared with peers in the same run: `python -m benchmarks.loader`.
 
     image    decode, random resized crop to 224, flip; one thread. Peers: Pillow's own crop and resize; torchvision's
-             published steps on Pillow images (crop, flip, to float, normalise), written out here, as no torchvision
-             runs beside a CPU build of torch
+             published steps on Pillow images (crop, flip, to float, normalize), written out here, because no
+             torchvision runs with a CPU build of torch
     loader   JPEGs on disk to batches, no workers. Peers: webdataset's own pipeline with our decoder; an image folder
              with those steps under torch's DataLoader
-    start    opening sets of 1,000 shards, and finding a position of a run, for shards of 10 and of 10,000 samples
+    start    open sets of 1,000 shards, and find a position of a run, for shards of 10 and of 10,000 samples
 
-Images are 415 x 355 JPEGs of smooth noise and grain, about 64 KiB. CPU seconds of the process; medians.
+Images are 415 x 355 JPEGs of smooth noise and grain, about 64 KiB. Times are medians of CPU seconds of the process.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from vimscale.data.order import Order, generator
 from vimscale.data.shards import manifest as shards
 from vimscale.data.shards.manifest import Manifest, Shard
 from vimscale.data.training_set import TrainingSet
-from vimscale.recipe import recipe, sections
+from vimscale.recipe import model_section, recipe, sections
 
 _SIZE = (224, 224)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +48,7 @@ _BATCH = 64
 
 
 def jpegs(count: int) -> list[bytes]:
-    """Smooth noise with detail on top: it compresses as photographs do."""
+    """Smooth noise with detail on top; compresses like photographs."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -70,7 +70,7 @@ def ours(data: bytes, number: int) -> torch.Tensor:
 
 
 def _box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Random resized crop as torchvision documents it: (left, top, right, bottom)."""
+    """The box of a random resized crop as torchvision documents it: (left, top, right, bottom)."""
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -97,7 +97,7 @@ def torchvision_style(data: bytes, number: int) -> torch.Tensor:
     return pixels.sub_(mean).div_(std)
 
 
-# ---- a whole loader
+# ---- the complete loader
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -113,7 +113,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterator[Any]]]:
-    """One pass over the same images by each."""
+    """For each loader, a function that makes one pass over the same images."""
     samples = [{"__key__": f"{i:06d}", "jpg": image, "cls": i % 10} for i, image in enumerate(images)]
     about: dict[str, Any] = {"classes": tuple(map(str, range(10))), "mean": _MEAN, "std": _STD}
     shards.write(folder / "set", samples, per_shard=100, name="benchmark", source="", licence="", **about)
@@ -124,7 +124,7 @@ def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterato
     steps = len(images) // _BATCH
     data = sections.Data(train=str(folder / "set"))
     chosen = recipe.Recipe(
-        name="benchmark", steps=steps, batch=_BATCH, data=data, model=sections.Model(preset="vim_tiny")
+        name="benchmark", steps=steps, batch=_BATCH, data=data, model=model_section.Model(preset="vim_tiny")
     )
     config = chosen.model.shape(10)
 
@@ -147,11 +147,11 @@ def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterato
     return {"vimscale": vimscale, "webdataset": of_tars, "image folder + PIL": of_folder}
 
 
-# ---- a start
+# ---- starting
 
 
 def start(per_shard: int) -> dict[str, float]:
-    """Opening a set of 1,000 shards, and the first positions after a far one."""
+    """Open a set of 1,000 shards, and find the positions after one far into a run."""
     with tempfile.TemporaryDirectory() as folder:
         parts = []
         for i in range(1000):
@@ -159,7 +159,7 @@ def start(per_shard: int) -> dict[str, float]:
             size = 512 * 115 * per_shard
             for path, length in ((name, size), (f"{name}.idx", 8 * (per_shard + 1))):
                 with (Path(folder) / path).open("wb") as file:
-                    file.truncate(length)  # sparse: sizes are all that is looked at
+                    file.truncate(length)  # sparse: only the sizes are read
             parts.append(Shard(name, per_shard, size, "0" * 64))
         manifest = Manifest("synthetic", ("0",), tuple(parts), _MEAN, _STD)
         (Path(folder) / shards.MANIFEST).write_text(manifest.to_json())
@@ -191,7 +191,7 @@ def start(per_shard: int) -> dict[str, float]:
 
 
 def cpu_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of this process for each, every round running all of them once."""
+    """Median CPU seconds of this process for each function; every round runs all of them once."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -216,7 +216,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         least = result[kind]["vimscale"]
         axis.bar_label(bars, [f" {value:,.0f} us, {least / value:.2f}x" for value in values], fontsize=9)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("CPU us an image; ours over the peer's")
+        axis.set_xlabel("CPU us per image; ours relative to the peer")
         axis.set_xlim(0, max(values) * 1.4)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -227,7 +227,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=1280)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loader"), help="of .json and .png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/loader"),
+        help="path of the .json and .png files, without the suffix",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = measure.machine() | {"webdataset": webdataset.__version__}
@@ -250,8 +255,8 @@ def main() -> None:
             name: (lambda load=load: sum(1 for _ in islice(load(), steps)))
             for name, load in loaders(Path(folder), images).items()
         }
-        for name, run in runs.items():  # brings the files into memory, too
-            # webdataset's shuffle leaves a partial batch, as it may
+        for name, run in runs.items():  # also brings the files into memory
+            # webdataset's shuffle can leave a partial batch
             assert run() in (steps, steps - 1), name
         seconds = cpu_in_turn(runs, options.rounds)
     result["loader"] = {name: value / (steps * _BATCH) * 1e6 for name, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: functions timed in turn, what they ran on, and how a result is written."""
+"""Helpers for the benchmarks: time functions in turn, describe the machine, and write results."""
 
 import json
 import os
@@ -20,17 +20,18 @@ from torch.profiler import ProfilerActivity, profile
 from vimscale.kernels.cases import ScanCase
 from vimscale.launch.processes.rank import before_torch
 
-before_torch()  # memory is kept as in a launched rank; the scripts see to OpenMP before they import torch
+before_torch()  # the allocator behaves as in a launched rank; scripts set OpenMP up before they import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""What whole models are measured on; torch's name for ROCm devices too."""
+"""The device for complete models; torch's name for ROCm devices too."""
 
 
 def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, every round running all of them once: what else the machine does hits them alike.
+    """Median seconds of each function. Every round runs all of them once, so that other load on the machine affects
+    them equally.
 
-    An unmeasured call precedes each measured one: what another left in the caches and took from the allocator is not
-    timed. On a GPU each call is timed by events and followed by a synchronisation.
+    An unmeasured call precedes each measured one, so that what other functions left in the caches and the allocator is
+    not timed. On a GPU, events time each call, and a synchronization follows.
     """
     timer = _gpu_seconds if torch.cuda.is_available() else _seconds
     taken: dict[str, list[float]] = {name: [] for name in functions}
@@ -58,11 +59,12 @@ def _gpu_seconds(function: Callable[[], Any]) -> float:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that tensors take at once during `run`, beyond what they took before it. Call it once before:
-    what a first call makes and keeps (an optimizer's state) would be counted.
+    """The most memory that tensors take at once during `run`, beyond what they took before it. Call `run` once before:
+    otherwise this counts what a first call makes and keeps (an optimizer's state).
 
-    On a CPU every allocation and release is traced, also those inside operations. One thread runs meanwhile: the trace
-    is the calling thread's, and a kernel's helper may be the one to drop the last reference to a tensor.
+    On a CPU this traces every allocation and release, including those inside operations, and limits torch to one
+    thread: the trace covers the calling thread only, and a kernel's helper thread could drop the last reference to a
+    tensor.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -70,7 +72,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells of its start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it logs its start and end
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,14 +80,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
             run()
     finally:
         torch.set_num_threads(threads)
-    # the table that the profiler makes of them keeps the sum an operation, not their order
+    # the profiler's own table has a sum per operation, not the order
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes), default=0)
 
 
 def batch_at(image_size: int, most: int = 8, reference: int = 224) -> int:
-    """Images a step so that their pixels stay about those of `most` images of the reference size; at least one."""
+    """Images per step with about as many pixels as `most` images of the reference size; at least one."""
     return max(round(most * (reference / image_size) ** 2), 1)
 
 
@@ -95,8 +97,8 @@ def training_step(
     batch: tuple[Tensor, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
-    """Forward and backward on (images, labels), and the optimizer's step if there is one; gradients are then dropped.
-    fp32 on a CPU, bf16 by autocast on a GPU.
+    """A function that runs forward and backward on (images, labels) and the optimizer's step if there is one, and then
+    drops the gradients. fp32 on a CPU, bf16 by autocast on a GPU.
     """
     images, labels = batch
     parameters = list(parameters)
@@ -114,7 +116,7 @@ def training_step(
 
 
 def inference(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
-    """Logits without a graph, at a training step's precision."""
+    """A function that computes logits without a graph, at the precision of a training step."""
 
     def run() -> object:
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
@@ -129,7 +131,7 @@ def random_batch(image_size: int, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def inputs(case: ScanCase) -> list[Tensor]:
-    """The eight tensors of a scan, each wanting a gradient."""
+    """The eight tensors of a scan, each with requires_grad."""
     return [t.requires_grad_() for t in (case.x, case.dt, case.A, case.B, case.C, case.D, case.z, case.dt_bias)]
 
 
@@ -147,7 +149,7 @@ def forward_and_backward(function: Callable[..., Tensor], tensors: list[Tensor])
 
 
 def machine() -> dict[str, str]:
-    """The device, the versions and the commit that a result is good for."""
+    """The device, the versions and the commit that a result applies to."""
     found = {"cpu": _cpu_name(), "threads": str(torch.get_num_threads()), "python": platform.python_version()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -161,8 +163,8 @@ def machine() -> dict[str, str]:
     return found | {"commit": commit.stdout.strip() or "not a checkout"}
 
 
-def place() -> str:
-    """The device and the precision there, for a picture's title."""
+def device_and_precision() -> str:
+    """The device and its precision, for the title of a picture."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, bf16"
     return f"{torch.get_num_threads()} CPU cores, fp32"
@@ -180,7 +182,7 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Time against length, both logarithmic, of everything that the rows have seconds for."""
+    """Plot time against length, both logarithmic, for everything that the rows have seconds for."""
     import matplotlib
 
     matplotlib.use("Agg")

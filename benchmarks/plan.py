@@ -1,7 +1,7 @@
-"""What `vimscale plan` says of bytes against what a real engine takes on this machine's CPU: python -m benchmarks.plan
+"""Bytes that `vimscale plan` predicts, compared with a real engine on this machine's CPU: `python -m benchmarks.plan`.
 
-Every row is a process a rank: an engine, two steps, the second one measured. Rows that the result already has are not
-measured again, so that a run that was stopped goes on.
+For every row, each rank is a process that builds an engine and runs two steps; the second one is measured. Rows that
+the result already contains are not measured again, so that a stopped run can resume.
 """
 
 import argparse
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
-    """As `measured`, from fake tensors and arithmetic."""
+    """The figures of `measured`, from fake tensors and arithmetic."""
     zero, persist = recipe.parallel.zero, recipe.parallel.persist
     planner = Planner(recipe, recipe.model.shape(CLASSES), Target("here", None, 0, Fabric(world, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(world)
@@ -41,7 +41,7 @@ def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
     sent = zero_layout.sent(planner.parameters, zero, world, accumulation, persist=persist)
     need = planner.most(zero, recipe.parallel.recompute, micro, accumulation, world, exact=True)
     beyond = need.total - need.images - need.held.between_steps
-    if zero == 3:  # there all the time
+    if zero == 3:  # they exist all the time
         beyond -= need.buckets + need.gradients
     return {
         **{name: getattr(held, name) for name in ("parameters", "weights", "optimizer", "ema", "gradients")},
@@ -52,7 +52,7 @@ def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
 
 
 def _bytes(*tensors: Any) -> int:
-    """Of the storages behind tensors, or lists of tensors, each once."""
+    """Bytes of the storages of tensors, or lists of tensors; each storage counts once."""
     found: dict[int, int] = {}
     for tensor in torch.utils._pytree.tree_leaves(tensors):
         if isinstance(tensor, torch.Tensor):
@@ -62,7 +62,7 @@ def _bytes(*tensors: Any) -> int:
 
 
 def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
-    """Bytes that this rank's engine holds, sends in a step, and takes at once beyond what it held before the step."""
+    """Bytes that this rank's engine holds, that it sends per step, and its peak beyond what it held before the step."""
     from vimscale.engine.deepspeed_engine import Engine
 
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
 
     def step() -> None:
         for _ in range(accumulation):
-            # as the loop: nothing outlives the micro-batch
+            # as in the training loop, nothing outlives the micro-batch
             engine.backward(engine.loss(Inputs(images, labels))[0])
             found["gradients"] = gradients()
             engine.step(1e-4)
@@ -102,7 +102,7 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
 
 
 def _watched(name: str, calls: Counter[str]) -> Any:
-    """A collective that adds up the larger of its two tensors; those of a few numbers are left out."""
+    """A collective that counts the bytes of the larger of its two tensors; ignores tensors of a few numbers."""
     collective = getattr(dist, name)
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -115,7 +115,7 @@ def _watched(name: str, calls: Counter[str]) -> Any:
 
 
 def both(cases: list[list[str]], world: int) -> list[list[dict[str, dict[str, Any]]]]:
-    """Predicted and measured, of every rank, of the digits recipe with the changes of each case."""
+    """Predicted and measured figures of every rank, for the digits recipe with the changes of each case."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -153,9 +153,9 @@ def _one_rank(rank: int, world: int, folder: Path, cases: list[list[str]]) -> No
 
 
 def _rows() -> list[tuple[str, int, list[str]]]:
-    """(name, ranks, changes): recomputation changes the activations, the stage what stands beside them."""
+    """(name, ranks, changes): recomputation changes the activations, the ZeRO stage everything else."""
     cases = [(preset, size, level, 1) for preset in SIZES for size in (96, 160, 224) for level in LEVELS]
-    # where activations are least, and where they are most
+    # the fewest activations, and the most
     ends = ((96, "block"), (224, "none"))
     cases += [(preset, size, level, zero) for preset in SIZES for size, level in ends for zero in (0, 2, 3)]
     rows = []

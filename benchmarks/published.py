@@ -1,6 +1,6 @@
 """The published Vision Mambas as plain functions of their own state dicts and constructor arguments (hustvl/Vim,
-wangf3014/Mamba-Reg, OliverRensu/ARM fine-tuned), built on nothing of vimscale: what our models are held against, and
-what a benchmark runs when it says "the original architecture".
+wangf3014/Mamba-Reg, OliverRensu/ARM fine-tuned). Uses nothing from vimscale: our models are tested against it, and
+benchmarks run it as "the original architecture".
 
 Axes, channels first inside a mixer as published: b images, l tokens, d model width, e inner width, n state, r dt rank.
 """
@@ -20,18 +20,10 @@ of mamba-ssm's selective_scan_fn and selective_scan_ref.
 
 
 def scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    z: Tensor,
-    delta_bias: Tensor,
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, z: Tensor, delta_bias: Tensor,
     delta_softplus: bool,
-) -> Tensor:
-    """One token after the other."""
+) -> Tensor:  # fmt: skip
+    """The scan, token by token."""
     assert delta_softplus
     step = F.softplus(dt + delta_bias[:, None])
     h = u.new_zeros(*u.shape[:2], A.shape[1])
@@ -53,9 +45,9 @@ def forward(
     token_order: Tensor | None = None,
     flipped: bool = False,
 ) -> Tensor:
-    """What the published model gives for images (b, c, h, w) in evaluation mode. `arguments`: the constructor's, all of
-    them. `cls_position`: where if_random_cls_token_position put the class token; `token_order` (l): what
-    if_random_token_rank drew; `flipped`: whether the draw against flip_img_sequences_ratio fell that way.
+    """The output of the published model for images (b, c, h, w) in evaluation mode. `arguments` are all arguments of
+    its constructor. `cls_position` is where if_random_cls_token_position put the class token, `token_order` (l) what
+    if_random_token_rank drew, and `flipped` whether flip_img_sequences_ratio made it flip the sequence.
     """
     if "num_cls_tokens" in arguments:
         return _mambar(state, arguments, images, scan)
@@ -78,18 +70,18 @@ def _vim(
 ) -> Tensor:
     x = _patches(state, images, arguments["stride"])
     m = x.shape[1]
-    places: list[int] = []
+    positions: list[int] = []
     if arguments["if_cls_token"] and arguments["use_double_cls_token"]:
         head, tail = (state[f"cls_token_{end}"].expand(len(x), -1, -1) for end in ("head", "tail"))
-        x, places = torch.cat([head, x, tail], dim=1), [0, m + 1]
+        x, positions = torch.cat([head, x, tail], dim=1), [0, m + 1]
     elif arguments["if_cls_token"]:
-        places = [m // 2 if arguments["use_middle_cls_token"] else cls_position or 0]
-        x = _inserted(x, state["cls_token"], places[0])
+        positions = [m // 2 if arguments["use_middle_cls_token"] else cls_position or 0]
+        x = _inserted(x, state["cls_token"], positions[0])
     if arguments["if_abs_pos_embed"]:
         x = x + state["pos_embed"]
     if token_order is not None:
         x = x[:, token_order]
-        places = [token_order.tolist().index(place) for place in places]
+        positions = [token_order.tolist().index(position) for position in positions]
     if flipped:
         x = x.flip(1)
     kind = "v1" if arguments["if_bimamba"] else arguments["bimamba_type"]
@@ -124,8 +116,8 @@ def _vim(
             hidden, residual = (one + two.flip(1)) / half, (one_residual + two_residual.flip(1)) / half
     x = _norm(state, "norm_f", hidden if residual is None else residual + hidden, arguments)
 
-    if places:
-        x = sum(x[:, place] for place in places) / len(places)
+    if positions:
+        x = sum(x[:, position] for position in positions) / len(positions)
     elif arguments["final_pool_type"] == "none":
         x = x[:, -1]
     elif arguments["final_pool_type"] == "mean":
@@ -143,13 +135,13 @@ def _mambar(state: State, arguments: dict[str, Any], images: Tensor, scan: Scan)
     for i in range(m):
         pieces += [x[:, i * gap : (i + 1) * gap], registers[:, i : i + 1]]
     hidden = torch.cat([*pieces, x[:, m * gap :]], dim=1)
-    places = [(i + 1) * gap + i for i in range(m)]
+    positions = [(i + 1) * gap + i for i in range(m)]
     mixer = _Mixer(state, "v2", True, arguments["ssm_cfg"] or {}, scan)
     residual = torch.zeros_like(hidden)
     for i in range(arguments["depth"]):
         residual = residual + hidden
         hidden = mixer(i, _norm(state, f"layers.{i}.norm", residual, arguments))
-    x = _norm(state, "norm_f", residual + hidden, arguments)[:, places]
+    x = _norm(state, "norm_f", residual + hidden, arguments)[:, positions]
     if arguments["cls_reduce"] > 1:
         x = _norm(state, "norm_neck", F.linear(x, state["neck.weight"]).flatten(1), arguments)
     return _head(state, x.flatten(1), arguments)
@@ -233,7 +225,7 @@ class _Mixer:
 
 
 def _columns(x: Tensor) -> Tensor:
-    """x (b, c, l) of a square with the class token in its middle: rows become columns, the class token stays."""
+    """Transpose the square in x (b, c, l): rows become columns; the class token stays in the middle."""
     middle = x.shape[-1] // 2
     image = torch.cat([x[..., :middle], x[..., middle + 1 :]], dim=-1)
     side = int(image.shape[-1] ** 0.5)

@@ -1,7 +1,7 @@
-"""How long a run stands after it lost a rank or a node, and where that time goes: `python -m benchmarks.recovery`.
+"""How long a run stops after it loses a rank or a node, and where that time goes: `python -m benchmarks.recovery`.
 
-Kills, with SIGKILL, rank 1 of the digits recipe with and without Ray, and a node of a two-node Ray of this machine, a
-few rounds each, in turn; prints medians. The clock runs from the kill to the end of the next step.
+Kills (SIGKILL) rank 1 of the digits recipe with and without Ray, and a node of a two-node Ray cluster on this machine,
+a few rounds each, in turn; prints medians. The clock runs from the kill to the end of the next step.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _AT = 60
 
 
 def recovery(kill: Callable[[Path], None], *options: str) -> dict[str, float]:
-    """Seconds of each phase from `kill`, which gets the run's folder, to the end of the next step."""
+    """Seconds of each phase from `kill`, which is passed the run's folder, to the end of the next step."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"steps={_STEPS}", f"evaluate.every={_STEPS}", "checkpoint.every=50", "log.every=5"]
         command = [sys.executable, "-m", "vimscale.launch.cli", "launch", "vim_digits_cpu", *overrides, *options]
@@ -36,7 +36,7 @@ def recovery(kill: Callable[[Path], None], *options: str) -> dict[str, float]:
             if found := re.match(r"going on after ([\d.]+) s: (.*)", line):
                 phases = {name: float(s) for name, s in re.findall(r"([a-zA-Z ]+?) ([\d.]+)(?:,|$) ?", found[2])}
                 total = time.perf_counter() - killed
-                phases = {"noticing": max(total - float(found[1]), 0.0)} | phases | {"in all": total}
+                phases = {"noticing": max(total - float(found[1]), 0.0)} | phases | {"total": total}
                 process.terminate()
         process.wait()
     return phases
@@ -77,7 +77,7 @@ def main() -> None:
     for name, results in measured.items():
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
         figures = ", ".join(f"{key} {value:.1f}" for key, value in medians.items())
-        worst = max(result["in all"] for result in results)
+        worst = max(result["total"] for result in results)
         sys.stdout.write(f"{name}: s, median of {rounds}: {figures} (slowest {worst:.1f})\n")
 
 

@@ -1,7 +1,7 @@
 """How long a launch takes to its first step, and what Ray and DeepSpeed cost in memory: `python -m benchmarks.startup`.
 
 Launches the digits recipe with and without Ray, a few rounds each, in turn; prints medians. Memory is the proportional
-set size (PSS) of every process of a launch in the middle of it, so that shared pages are counted once.
+set size (PSS) of every process of a launch, in the middle of the run, so that pages in common are counted once.
 """
 
 import argparse
@@ -18,7 +18,7 @@ _LOOK_AT = 40
 
 
 def descendants(pid: int) -> list[int]:
-    """The process and all below it."""
+    """The process and all its descendants."""
     children = Path(f"/proc/{pid}/task").glob("*/children")
     below = [int(child) for file in children for child in file.read_text().split()]
     return [pid, *(d for child in below for d in descendants(child))]
@@ -38,7 +38,7 @@ def role(pid: int, launcher: int) -> str:
 
 
 def launch(*options: str) -> tuple[dict[str, float], dict[str, float]]:
-    """(seconds of each phase until the first step, MB by role in mid-run)."""
+    """(seconds of each phase until the first step, MB by role in the middle of the run)."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"steps={_STEPS}", f"evaluate.every={_STEPS}", "log.every=5"]
         command = [sys.executable, "-m", "vimscale.launch.cli", "launch", "vim_digits_cpu", *overrides, *options]
@@ -48,7 +48,7 @@ def launch(*options: str) -> tuple[dict[str, float], dict[str, float]]:
         for line in process.stdout:
             if found := re.match(r"first step after ([\d.]+) s: (.*)", line):
                 phases = {name: float(s) for name, s in re.findall(r"([a-zA-Z ]+?) ([\d.]+)(?:,|$) ?", found[2])}
-                phases["in all"] = float(found[1])
+                phases["total"] = float(found[1])
             if line.startswith(f"step {_LOOK_AT}/"):
                 for pid in descendants(process.pid):
                     name = role(pid, process.pid)
@@ -59,7 +59,7 @@ def launch(*options: str) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def imports() -> dict[str, float]:
-    """MB of a bare process after importing torch, and torch and DeepSpeed."""
+    """MB of a bare process after importing torch, and after importing torch and DeepSpeed."""
     code = "import os\n{}\nprint('PSS', open('/proc/self/smaps_rollup').read().split('Pss:')[1].split()[0])"
     result = {}
     for name, lines in {"torch": "import torch", "torch and deepspeed": "import torch, deepspeed"}.items():
@@ -79,7 +79,7 @@ def main() -> None:
             measured[name].append(launch(*options))
             time.sleep(1)
     for name, results in measured.items():
-        for what, unit, part in (("time to the first step", "s", 0), ("memory in mid-run", "MB", 1)):
+        for what, unit, part in (("time to the first step", "s", 0), ("memory in the middle of the run", "MB", 1)):
             keys = results[0][part]
             medians = {key: statistics.median(result[part][key] for result in results) for key in keys}
             figures = ", ".join(f"{key} {value:,.1f}" for key, value in medians.items())

@@ -1,9 +1,9 @@
 """Vim-Ti against a transformer of DeiT-Ti's dimensions as images grow: `python -m benchmarks.vit`.
 
-Training (forward and backward) with batches of about equally many pixels, inference with one image; time in turn and
-peak memory. And at 224 pixels a training step of the original architecture with mamba-ssm's reference scan, which is
-what a machine without CUDA is left with. fp32 on a CPU, bf16 by autocast on a GPU. Prints tables; writes a JSON file
-and a picture.
+Measures training (forward and backward) with batches of about the same number of pixels, and inference with one image:
+time, in turn, and peak memory. At 224 pixels it also measures a training step of the original architecture with
+mamba-ssm's reference scan, which is the only one for machines without CUDA. fp32 on a CPU, bf16 by autocast on a GPU.
+Prints tables; writes a JSON file and a picture.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reason in scan_cpu.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see scan_cpu.py
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,11 @@ Row = dict[str, Any]
 SIZES = (224, 384, 512, 768, 1024, 1248, 1536, 2048)
 TINY = PRESETS["vim_tiny"]
 SLOW_ROUNDS = 3
-"""At most, of what takes 20 s an image."""
+"""Most rounds of what takes 20 s per image."""
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each after a norm and added to its input."""
+    """Attention and an MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, d: int, heads: int):
         super().__init__()
@@ -49,8 +49,8 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The peer of a whole model (arXiv:2010.11929) with torch's fused attention; by default DeiT-Ti's dimensions
-    (arXiv:2012.12877).
+    """A transformer to compare with (arXiv:2010.11929), with torch's fused attention; by default with the dimensions of
+    DeiT-Ti (arXiv:2012.12877).
     """
 
     def __init__(self, image_size: int, d: int = 192, heads: int = 3, depth: int = 12, patch: int = 16):
@@ -85,26 +85,27 @@ def compare(what: str, runs: dict[str, Callable[[], object]], image_size: int, b
 
 
 def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
-    """Both models over the sizes. A training step that is likely to take more memory than that is left out, judged by
-    that of the size before: with fused attention memory grows as pixels do.
+    """Compare both models at each size. Skips a training step that is likely to take more than `memory_gib`, judged by
+    the previous size: with fused attention, memory grows in proportion to the pixels.
     """
-    print(f"\nmedian of {rounds} rounds; ratios: Vim-Ti by DeiT-Ti")
+    print(f"\nmedian of {rounds} rounds; ratios: Vim-Ti / DeiT-Ti")
     print(f"{'':10}{'pixels':>8}{'batch':>7}{'Vim-Ti, ms':>12}{'memory':>14}{'DeiT-Ti':>12}{'memory':>14}", end="")
     print(f"{'time':>9}{'memory':>9}")
     rows: list[Row] = []
-    bytes_a_pixel = 0.0
+    bytes_per_pixel = 0.0
     for image_size in image_sizes:
         torch.manual_seed(0)
         models = {name: make(image_size).to(measure.DEVICE) for name, make in MODELS.items()}
         batch = measure.batch_at(image_size)
         pixels = batch * image_size**2
-        if bytes_a_pixel * pixels <= memory_gib * 2**30:
+        if bytes_per_pixel * pixels <= memory_gib * 2**30:
             samples = measure.random_batch(image_size, batch)
             steps = {name: measure.training_step(model, model.parameters(), samples) for name, model in models.items()}
             rows.append(compare("training", steps, image_size, batch, rounds))
-            bytes_a_pixel = max(rows[-1]["peak_extra_bytes"].values()) / pixels
+            bytes_per_pixel = max(rows[-1]["peak_extra_bytes"].values()) / pixels
         else:
-            print(f"{'training':10}{image_size:8}{batch:7}   left out: likely {bytes_a_pixel * pixels / 2**30:.1f} GiB")
+            likely = bytes_per_pixel * pixels / 2**30
+            print(f"{'training':10}{image_size:8}{batch:7}   skipped: likely {likely:.1f} GiB")
         for batch in (8, 1) if image_size == 224 else (1,):
             images, _ = measure.random_batch(image_size, batch)
             runs = {name: measure.inference(model.eval(), images) for name, model in models.items()}
@@ -113,7 +114,9 @@ def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
 
 
 def original(rounds: int, size: int, image_size: int = 224) -> Row:
-    """A training step on `size` images, here and of the original architecture with mamba-ssm's reference scan."""
+    """Time a training step on `size` images, ours and that of the original architecture with mamba-ssm's reference
+    scan.
+    """
     from benchmarks import published
     from vimscale.model.published.weights import published_config, to_published
 
@@ -149,7 +152,7 @@ def original(rounds: int, size: int, image_size: int = 224) -> Row:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Time of inference, time of training and peak memory, for an image, against the image's side."""
+    """Plot the times of inference and training and the peak memory, per image, against the side of the image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +161,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     figure, (inference, training, memory) = pyplot.subplots(1, 3, figsize=(14, 4.8))
 
     def lines(axes: Any, what: str, key: str, unit: float, style: str, suffix: str = "") -> None:
-        largest = {row["image_size"]: row for row in rows if row["what"] == what}  # of two batches the last: one image
+        largest = {row["image_size"]: row for row in rows if row["what"] == what}  # of two batches, the last: one image
         for i, name in enumerate(MODELS):
             points = [(size, row[key][name] / row["batch"] / unit) for size, row in largest.items()]
             if points:
@@ -168,9 +171,9 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     lines(training, "training", "seconds", 1, "o-")
     lines(memory, "training", "peak_extra_bytes", 2**20, "o-", ", training")
     lines(memory, "inference", "peak_extra_bytes", 2**20, "o--", ", inference")
-    inference.set(title="Inference", ylabel="s an image")
-    training.set(title="Training (forward and backward)", ylabel="s an image")
-    memory.set(title="Peak memory beyond the weights", ylabel="MiB an image")
+    inference.set(title="Inference", ylabel="s per image")
+    training.set(title="Training (forward and backward)", ylabel="s per image")
+    memory.set(title="Peak memory beyond the weights", ylabel="MiB per image")
     ticks = sorted({row["image_size"] for row in rows})
     for axes in (inference, training, memory):
         axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=60)
@@ -187,22 +190,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--sizes", type=int, nargs="*", default=SIZES, help="of the images, in pixels; none: the original alone"
+        "--sizes", type=int, nargs="*", default=SIZES, help="image sizes, in pixels; none: only the original"
     )
-    parser.add_argument("--memory", type=float, default=16, help="GiB that a training step may take")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vit"), help="of .json and .png")
+    parser.add_argument("--memory", type=float, default=16, help="most GiB for a training step")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/vit"),
+        help="path of the .json and .png files, without the suffix",
+    )
     options = parser.parse_args()
     print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
     result: Row = {"rounds": options.rounds}
     if find_spec("mamba_ssm"):
         result["original"] = [original(options.rounds, size) for size in (1, 8)]
     else:
-        print("\nmamba-ssm is not installed: the original architecture is left out")
+        print("\nmamba-ssm is not installed: skipping the original architecture")
     result["rows"] = sizes(sorted(options.sizes), options.rounds, options.memory)
     measure.write(result, options.out.with_suffix(".json"))
-    title = (
-        f"Vim-Ti and a transformer of DeiT-Ti's dimensions on {measure.place()}, patches of {TINY.patch_size} pixels"
-    )
+    where = f"{measure.device_and_precision()}, patches of {TINY.patch_size} pixels"
+    title = f"Vim-Ti and a transformer of DeiT-Ti's dimensions on {where}"
     draw(result["rows"], title, options.out.with_suffix(".png"))
 
 

@@ -1,6 +1,6 @@
-"""Residual add and normalisation, the residual stream kept in fp32.
+"""Residual add and normalization; the residual stream stays in fp32.
 
-Axes: d model width, m rows: all the axes before it, taken together.
+Axes: d model width, m rows (all the axes before it, flattened).
 """
 
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .backend import Backend, choose
+from .backend import Backend, choose, fused_module
 from .checks import check_tensors, wide
 
 Kind = Literal["rms", "layer"]
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
-# In any dtype.
+# Works in any dtype.
 
 
 def reference_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (m, d), residual (m, d), weight and bias (d) -> normed (m, d) in x's dtype, total (m, d), stats (m, 2): the
-    mean that is subtracted (0 for RMS) and what the rest is multiplied by.
+    mean to subtract (0 for RMS) and the scale to multiply by.
     """
     total = x.to(weight.dtype, copy=True) if residual is None else residual + x.to(weight.dtype)
     mean = total.mean(1, keepdim=True) if kind == "layer" else torch.zeros_like(total[:, :1])
@@ -37,7 +37,9 @@ def reference_forward(
 def reference_backward(
     total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in dnormed's dtype (empty where that is dresidual's), dresidual (m, d), dweight (d), dbias (d) or empty."""
+    """dx in dnormed's dtype (empty if dresidual has the same dtype: it is dx), dresidual (m, d), dweight (d), and
+    dbias (d) or empty.
+    """
     mean, scale = stats.split(1, 1)
     unit = (total - mean) * scale
     dnormed_wide = dnormed.to(total.dtype)
@@ -53,17 +55,14 @@ def reference_backward(
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
-# One of three implementations, each a pair (forward, backward) with the signatures of the reference.
+# Each of the three implementations is a pair (forward, backward) with the signatures of the reference.
 
 
 def _implementation(backend: str) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
-    if backend == "cpu":
-        from .add_norm_cpu import backward, forward
-    elif backend == "triton":
-        from .add_norm_triton import backward, forward
-    else:
+    if backend == "reference":
         return reference_forward, reference_backward
-    return forward, backward
+    module = fused_module("add_norm", backend)
+    return module.forward, module.backward
 
 
 @torch.library.custom_op("vimscale::add_norm", mutates_args=())
@@ -79,15 +78,9 @@ def _add_norm(
 
 @torch.library.custom_op("vimscale::add_norm_backward", mutates_args=())
 def _add_norm_backward(
-    total: Tensor,
-    weight: Tensor,
-    stats: Tensor,
-    dnormed: Tensor,
-    dtotal: Tensor | None,
-    kind: str,
-    has_bias: bool,
+    total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _, backward = _implementation(backend)
     dtotal = None if dtotal is None else dtotal.contiguous()
     dx, dresidual, dweight, dbias = backward(
@@ -147,12 +140,12 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and its RMSNorm or LayerNorm: returns (normed (..., d) in x's dtype, total (..., d) in fp32).
 
-    x and residual (..., d), weight and bias (d); `residual` None starts the stream with x. Sums are fp32 (fp64 where x
-    is), under autocast too. `backend` is chosen by x's device where it is None (kernels/backend.py). Every tensor gets
-    a gradient, once.
+    x and residual (..., d), weight and bias (d); without a residual, the stream starts with x. Sums are fp32 (fp64 if x
+    is fp64), under autocast too. If `backend` is None, x's device decides (kernels/backend.py). Every tensor gets a
+    gradient; there are no second derivatives.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, an empty tensor, or an unknown kind.
+        ValueError: shapes, dtypes or devices do not match, a tensor is empty, or the kind is unknown.
     """
     tensors = {"x": (x, "... d"), "residual": (residual, "... d"), "weight": (weight, "d"), "bias": (bias, "d")}
     check_tensors("add_norm", tensors)

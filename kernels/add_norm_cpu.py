@@ -1,8 +1,8 @@
-"""Residual add and norm in numba, for machines without a GPU: a row is read once and stays in the first cache.
+"""Residual add and norm in numba, for machines without a GPU: a row is read once and stays in the first-level cache.
 
 Axes: m rows, d model width.
 """
-# what numba compiles infers its types:
+# numba infers the types of what it compiles:
 # mypy: disable-error-code="no-untyped-def"
 
 import numpy as np
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from .cpu import kernel, numbers, run
 
-# Rows of a work item, which sums its own share of the weight's gradient.
+# Rows per work item. Each item has its own partial sum of the weight's gradient.
 ROWS = 32
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (m, d), residual (m, d), weight and bias (d) fp32, all contiguous -> normed (m, d) in x's dtype, total (m, d)
-    fp32, stats (m, 2) fp32: the mean that is subtracted (0 for RMS) and what the rest is multiplied by.
+    """x (m, d), residual (m, d), weight and bias (d), all contiguous, in fp32 but for x -> normed (m, d) in x's dtype,
+    total (m, d) and stats (m, 2) in fp32: the mean to subtract (0 for RMS) and the scale to multiply by.
     """
     m, d = x.shape
     normed, total, stats = torch.empty(m, d), torch.empty(m, d), torch.empty(m, 2)
@@ -33,8 +33,8 @@ def forward(
 def backward(
     total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in dnormed's dtype (empty where that is fp32: it is dresidual), dresidual (m, d), dweight (d), dbias (d) or
-    empty, these in fp32.
+    """dx in dnormed's dtype (empty if that is fp32: dresidual is dx), and in fp32 dresidual (m, d), dweight (d), and
+    dbias (d) or empty.
     """
     m, d = total.shape
     items = -(-m // ROWS)
@@ -53,7 +53,7 @@ def backward(
 
 @kernel
 def _forward(first, last, x, residual, weight, bias, normed, total, stats, layer, eps):
-    """`residual` without rows is none."""
+    """A `residual` without rows means that there is none."""
     m, d = x.shape
     for row in range(first * ROWS, min(last * ROWS, m)):
         x_row, total_row, normed_row = x[row], total[row], normed[row]
@@ -81,7 +81,7 @@ def _forward(first, last, x, residual, weight, bias, normed, total, stats, layer
 
 @kernel
 def _backward(first, last, total, weight, stats, dnormed, dtotal, dresidual, dweight, dbias, layer):
-    """`dtotal` without rows is none. dweight and dbias (items, d) come as zeros and are added to."""
+    """A `dtotal` without rows means that there is none. dweight and dbias (items, d) must be zero; the kernel adds."""
     m, d = total.shape
     for item in range(first, last):
         dweight_sum, dbias_sum = dweight[item], dbias[item]

@@ -1,8 +1,8 @@
-"""Residual add and norm in Triton: a row is read once, forwards by a program of its own.
+"""Residual add and norm in Triton: each row is read once. The forward kernel has one program per row.
 
 Axes: m rows, d model width.
 """
-# Triton's own language, which mypy takes for Python:
+# mypy takes Triton's language for Python:
 # mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
@@ -14,34 +14,36 @@ from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
 
-# The backward's programs: enough for 15 warps on each of 132 multiprocessors at once, and as few partial sums of the
-# weight's gradient as that allows.
+# Programs of the backward kernel: enough for 15 warps on each of 132 multiprocessors at once, with as few partial sums
+# of the weight's gradient as that allows.
 PROGRAMS = 2048
-# A warp takes 512 elements of a row, 16 a lane: the sums of a narrower row are shuffles, without barriers. With 32 a
-# lane the backward needs 249 registers at d = 768, and half as many warps fit.
+# Elements of a row per warp, 16 per lane: a narrower row is summed by shuffles, without barriers. With 32 per lane the
+# backward kernel needs 249 registers at d = 768, and half as many warps fit.
 WARP_ELEMENTS = 512
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (m, d), residual (m, d), weight and bias (d) fp32, all contiguous -> normed (m, d) in x's dtype, total (m, d)
-    fp32, stats (m, 2) fp32: the mean that is subtracted (0 for RMS) and what the rest is multiplied by.
+    """x (m, d), residual (m, d), weight and bias (d), all contiguous, in fp32 but for x -> normed (m, d) in x's dtype,
+    total (m, d) and stats (m, 2) in fp32: the mean to subtract (0 for RMS) and the scale to multiply by.
     """
     m, d = x.shape
     normed = x.new_empty(m, d)
     total = weight.new_empty(m, d)
     stats = weight.new_empty(m, 2)
     with torch.cuda.device_of(x):
-        _forward_kernel[(m,)](x, residual, weight, bias, normed, total, stats, d, eps, kind == "layer", **_launch(d))
+        add_norm_fwd_kernel[(m,)](
+            x, residual, weight, bias, normed, total, stats, d, eps, kind == "layer", **_launch(d)
+        )
     return normed, total, stats
 
 
 def backward(
     total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in dnormed's dtype (empty where that is fp32: it is dresidual), dresidual (m, d), dweight (d), dbias (d) or
-    empty, these in fp32.
+    """dx in dnormed's dtype (empty if that is fp32: dresidual is dx), and in fp32 dresidual (m, d), dweight (d), and
+    dbias (d) or empty.
     """
     m, d = total.shape
     rows = triton.cdiv(m, PROGRAMS)
@@ -51,7 +53,7 @@ def backward(
     dweight = weight.new_empty(programs, d)
     dbias = weight.new_empty(programs, d) if has_bias else None
     with torch.cuda.device_of(total):
-        _backward_kernel[(programs,)](
+        add_norm_bwd_kernel[(programs,)](
             total, weight, stats, dnormed, dtotal, dx, dresidual, dweight, dbias, m, d, rows, kind == "layer",
             **_launch(d),
         )  # fmt: skip
@@ -69,7 +71,7 @@ def _launch(d: int) -> dict[str, int | bool]:
 
 
 @triton.jit
-def _forward_kernel(
+def add_norm_fwd_kernel(
     x, residual, weight, bias, normed, total, stats, d, eps, LAYER: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -94,11 +96,11 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["m", "rows"])
-def _backward_kernel(
+def add_norm_bwd_kernel(
     total, weight, stats, dnormed, dtotal, dx, dresidual, dweight, dbias, m, d, rows,
     LAYER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`rows` rows a program, so that weight and the program's share of its gradient stay in registers."""
+    """Each program handles `rows` rows, so that the weight and the partial sum of its gradient stay in registers."""
     first = tl.program_id(0) * rows
     column = tl.arange(0, WIDTH)
     inside = column < d
@@ -140,10 +142,11 @@ def compile_cases(dtype: torch.dtype, d: int, target: str) -> list[CompileCase]:
     width = options.pop("WIDTH")
     with_dx = dtype != torch.float32
     cases = []
-    # bytes: x, normed and fp32 residual, total; then dnormed, dx (but in fp32) and fp32 total, dtotal, dresidual
-    for kernel, name, size in (
-        (_forward_kernel, "norm_forward", 2 * dtype.itemsize + 8),
-        (_backward_kernel, "norm_backward", (1 + with_dx) * dtype.itemsize + 12),
+    # bytes: x, normed, and residual, total in fp32; then dnormed, dx (unless fp32), and total, dtotal, dresidual in
+    # fp32
+    for kernel, size in (
+        (add_norm_fwd_kernel, 2 * dtype.itemsize + 8),
+        (add_norm_bwd_kernel, (1 + with_dx) * dtype.itemsize + 12),
     ):
         for kind in ("rms", "layer"):
             absent = {"bias", "dbias"} if kind == "rms" else set()
@@ -153,8 +156,8 @@ def compile_cases(dtype: torch.dtype, d: int, target: str) -> list[CompileCase]:
             types = activation | integers | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
             cases.append(
                 CompileCase(
-                    name=f"{name}_{kind}",
                     kernel=kernel,
+                    variant=f"_{kind}",
                     signature={argument: types.get(argument, "*fp32") for argument in kernel.arg_names},
                     constexprs=constants,
                     options=options,

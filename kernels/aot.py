@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel for GPUs that are not here, and reads from the machine code what it will cost.
+"""Compile every Triton kernel for GPUs that this machine does not have, and read its cost from the machine code.
 
     python -m vimscale.kernels.aot --target sm_90 --dtype bfloat16 --json rows.json
 
-One row a kernel, dtype, preset width and target: registers, spills, shared memory, the instructions of the main loop
-and a roofline. Instructions are those a 32-lane warp issues for one token of 32 channels; the times are clocks of one
-multiprocessor for the same. Not for a process that interprets kernels: Triton chooses at its first import.
+Prints one row per kernel, dtype, preset width and target: registers, spills, shared memory, the instructions of the
+main loop, and a roofline. Instructions are what a 32-lane warp issues for one token of 32 channels; times are clocks of
+one multiprocessor for the same. It cannot run in a process that interprets kernels: Triton decides at its first import.
 """
 
 import argparse
@@ -30,20 +30,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Device:
-    """A compilation target and what one of its multiprocessors does in a clock."""
+    """A compilation target, and what one of its multiprocessors does per clock."""
 
     backend: str
     arch: int | str
     lanes: int
     """Lanes of a warp."""
     issue: int
-    """Lanes that may start an instruction."""
+    """Lanes that can start an instruction."""
     memory: float
     """Bytes to and from device memory: bandwidth / (multiprocessors x clock)."""
     exponentials: int = 16
 
 
-# A100 80 GB 2.0 TB/s; H200 4.8 TB/s; B200 8 TB/s; MI300X 5.3 TB/s (four 16-lane units a compute unit)
+# A100 80 GB 2.0 TB/s; H200 4.8 TB/s; B200 8 TB/s; MI300X 5.3 TB/s (four 16-lane units per compute unit)
 DEVICES = {
     "sm_80": Device("cuda", 80, lanes=32, issue=128, memory=2.0e12 / (108 * 1.41e9)),
     "sm_90": Device("cuda", 90, lanes=32, issue=128, memory=4.8e12 / (132 * 1.755e9)),
@@ -51,7 +51,7 @@ DEVICES = {
     "gfx942": Device("hip", "gfx942", lanes=64, issue=64, memory=5.3e12 / (304 * 2.1e9)),
 }
 
-# what an instruction is called in the table; SASS first, then GCN
+# the kinds of instructions in the table; SASS names first, then GCN
 _KINDS = {
     "exponential": r"MUFU|v_(exp|log|rcp|rsq|sqrt)",
     "arithmetic": r"F(FMA|MUL|ADD)2?$|v_(pk_)?(fma|fmac|mul|add|sub)_f32",
@@ -64,7 +64,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What the compiler made of a kernel. `spilled` is in bytes a lane, `loop` counts the main loop's instructions."""
+    """What the compiler made of a kernel. `spilled` is in bytes per lane; `loop` counts the main loop by kind."""
 
     registers: int
     spilled: int
@@ -89,22 +89,22 @@ class Row:
     issue_clocks: float
     memory_clocks: float
     floor_clocks: float
-    """What the exponentials that the mathematics needs take; 0 where it needs none."""
+    """Time of the exponentials that the mathematics needs; 0 if it needs none."""
     bound: str
     ratio: float | None
     """Issue clocks over the floor."""
 
 
 def examine(case: CompileCase, target: str, dtype: torch.dtype, width: int) -> Row:
-    """Compile one case for one target, and count."""
+    """Compile one case for one target, and count its instructions."""
     device = DEVICES[target]
     anatomy = _anatomy(_Source(case), target)
     warps = case.options["num_warps"]
-    share = warps * 32 / (case.tokens * case.channels)
-    mix = {kind: round(count * share, 2) for kind, count in anatomy.loop.items()}
-    issued = sum(anatomy.loop.values()) * share
+    scale = warps * 32 / (case.tokens * case.channels)  # from the loop's count to one token of 32 channels
+    mix = {kind: round(count * scale, 2) for kind, count in anatomy.loop.items()}
+    issued = sum(anatomy.loop.values()) * scale
     clocks = {
-        "exponential": anatomy.loop["exponential"] * share * device.lanes / device.exponentials,
+        "exponential": anatomy.loop["exponential"] * scale * device.lanes / device.exponentials,
         "issue": issued * device.lanes / device.issue,
         "memory": case.bytes * 32 / device.memory,
     }
@@ -119,8 +119,8 @@ def examine(case: CompileCase, target: str, dtype: torch.dtype, width: int) -> R
 
 
 def cases(dtype: torch.dtype, width: int, target: str) -> list[CompileCase]:
-    """What the *_triton modules beside this one launch on `target` for a model of inner width `width`; in fp16 also the
-    LARGE forms, whose offsets are no different in another dtype.
+    """All launches of the *_triton modules next to this one, on `target`, for a model of inner width `width`. fp16 also
+    includes the LARGE forms, whose offsets are the same in every dtype.
     """
     names = sorted(path.stem for path in Path(__file__).parent.glob("*_triton.py"))
     modules = [importlib.import_module(f".{name}", __package__) for name in names]
@@ -128,7 +128,7 @@ def cases(dtype: torch.dtype, width: int, target: str) -> list[CompileCase]:
     if dtype != torch.float16:
         return usual
     large = [
-        replace(case, name=f"{case.name}_large", constexprs={**case.constexprs, "LARGE": True})
+        replace(case, variant=f"{case.variant}_large", constexprs={**case.constexprs, "LARGE": True})
         for case in usual
         if "LARGE" in case.constexprs
     ]
@@ -136,7 +136,7 @@ def cases(dtype: torch.dtype, width: int, target: str) -> list[CompileCase]:
 
 
 class _Source:
-    """A case as far as the compiler sees it: widths that compile to the same code are compiled once."""
+    """A case as the compiler sees it, so that widths that compile to the same code are compiled once."""
 
     def __init__(self, case: CompileCase):
         self.case = case
@@ -159,11 +159,11 @@ def _anatomy(source: _Source, target: str) -> Anatomy:
     from triton.compiler import ASTSource
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted in this process; compile in one without it")
+        raise RuntimeError("TRITON_INTERPRET=1: this process interprets kernels; unset it to compile them")
     case, device = source.case, DEVICES[target]
     aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(case.signature.items())
+        (position,): [["tt.divisibility", 16]]
+        for position, (name, kind) in enumerate(case.signature.items())
         if kind.startswith(("*", "i")) and name not in case.loose
     }
     code = triton.compile(
@@ -191,9 +191,9 @@ def _of_sass(code: Any) -> Anatomy:
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([^;]*);", listing)
     addresses = [int(address, 16) for address, _, _ in found]
     jumps = [
-        (int(goal[1], 16), address)
+        (int(target[1], 16), address)
         for address, (_, name, rest) in zip(addresses, found, strict=True)
-        if name == "BRA" and (goal := re.search(r"0x([0-9a-f]+)", rest))
+        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest))
     ]
     first, last = _longest_loop(jumps, addresses[-1])
     body = [name for address, (_, name, _) in zip(addresses, found, strict=True) if first <= address <= last]
@@ -222,8 +222,8 @@ def _of_gcn(code: Any) -> Anatomy:
 
 
 def _longest_loop(jumps: list[tuple[int, int]], end: int) -> tuple[int, int]:
-    """The widest (goal, place) of the backward jumps; the whole program where there is none."""
-    backward = [(goal, place) for goal, place in jumps if goal < place]
+    """The backward jump (target, origin) that spans the most code; the entire program if there is none."""
+    backward = [(target, origin) for target, origin in jumps if target < origin]
     return max(backward, key=lambda jump: jump[1] - jump[0], default=(0, end))
 
 
@@ -238,7 +238,7 @@ def _line(row: Row) -> str:
     mix = " ".join(f"{row.mix[kind]:6.1f}" for kind in (*_KINDS, "rest"))
     ratio = "   -" if row.ratio is None else f"{row.ratio:4.2f}"
     return (
-        f"{row.target:7}{row.kernel:27}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
+        f"{row.target:7}{row.kernel:33}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
         f" {row.issued:7.1f} {mix} {row.exponential_clocks:6.1f} {row.issue_clocks:6.1f} {row.memory_clocks:6.1f}"
         f" {row.bound:12}{ratio}"
     )
@@ -249,25 +249,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vimscale.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(DEVICES), help="default: all of them")
     parser.add_argument("--dtype", action="append", choices=list(names), help="default: all of them")
-    parser.add_argument("--width", action="append", type=int, help="inner width; default: those of the presets")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    asked = parser.parse_args()
+    parser.add_argument("--width", action="append", type=int, help="inner width; default: the widths of the presets")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    options = parser.parse_args()
 
     kinds = " ".join(f"{kind[:6]:>6}" for kind in (*_KINDS, "rest"))
     print(
-        "instructions a warp issues, and clocks of a multiprocessor, for one token of 32 channels; spills in bytes\n"
-        f"{'target':7}{'kernel':27}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
+        "instructions per warp, and clocks of a multiprocessor, for one token of 32 channels; spills in bytes\n"
+        f"{'target':7}{'kernel':33}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
         f" {'exp':>6} {'issue':>6} {'memory':>6} {'bound':12}issue/floor"
     )
     rows = []
-    for target in asked.target or DEVICES:
-        for dtype in asked.dtype or names:
-            for width in asked.width or PRESET_WIDTHS.values():
+    for target in options.target or DEVICES:
+        for dtype in options.dtype or names:
+            for width in options.width or PRESET_WIDTHS.values():
                 for case in cases(names[dtype], width, target):
                     rows.append(examine(case, target, names[dtype], width))
                     print(_line(rows[-1]), flush=True)
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":

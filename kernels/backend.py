@@ -1,10 +1,11 @@
-"""Which implementation of an op runs: plain torch, numba on a CPU, Triton on a GPU."""
+"""Which implementation of an op runs: plain torch, numba on a CPU, or Triton on a GPU."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ _counted: Backend | None = None
 
 @contextmanager
 def counted(backend: Backend) -> Iterator[None]:
-    """While it lasts every op takes `backend`, wherever its tensors are, and CPU kernels allocate but compute nothing:
-    for fake tensors, whose bytes are counted.
+    """For fake tensors, whose bytes are counted: inside the context every op takes `backend`, wherever its tensors
+    are, and CPU kernels allocate but compute nothing.
     """
     global _counted  # torch.compile would stop at a ContextVar
     before, _counted = _counted, backend
@@ -33,16 +34,17 @@ def counting() -> bool:
     return _counted is not None
 
 
-def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
-    """The backend for `x`: the one asked for, else the one named by the environment variable VIMSCALE_BACKEND, else
-    the fused one of x's device; the reference where that cannot run (fp64, another kind of device, no numba).
+def choose(requested: Backend | None, op: str, x: Tensor) -> Backend:
+    """The backend for `x`: `requested` if given; otherwise the one that the environment variable VIMSCALE_BACKEND
+    names; otherwise the fused backend of x's device, or the reference if that cannot run (fp64, another kind of device,
+    no numba).
 
     Raises:
-        ValueError: the backend asked for is unknown or cannot run on x, with the reason.
+        ValueError: the requested backend is unknown, or cannot run on x; the message gives the reason.
     """
     if _counted is not None:
         return _counted
-    name, source = (asked, "backend") if asked is not None else (os.environ.get(SETTING), SETTING)
+    name, source = (requested, "backend") if requested is not None else (os.environ.get(SETTING), SETTING)
     if not name:
         preferred: Backend = "cpu" if x.device.type == "cpu" else "triton"
         return "reference" if _obstacle(preferred, x) else preferred
@@ -53,12 +55,19 @@ def choose(asked: Backend | None, op: str, x: Tensor) -> Backend:
     return name  # type: ignore[return-value]
 
 
+def fused_module(op: str, backend: str) -> Any:
+    """The module of an op's fused backend, e.g. add_norm_cpu. It is imported on first use: numba and Triton are
+    optional.
+    """
+    return import_module(f".{op}_{backend}", __package__)
+
+
 def _obstacle(backend: str, x: Tensor) -> str | None:
-    """Why `backend` cannot run on x, None if it can."""
+    """Why `backend` cannot run on x; None if it can."""
     if backend == "reference":
         return None
     if x.dtype not in _FUSED_DTYPES:
-        return f"x is {_name(x.dtype)}, and it knows {', '.join(map(_name, _FUSED_DTYPES))}"
+        return f"x is {_name(x.dtype)}; it supports {', '.join(map(_name, _FUSED_DTYPES))}"
     if backend == "cpu":
         if x.device.type not in ("cpu", "meta"):
             return f"x is on {x.device}"

@@ -1,6 +1,6 @@
-"""Shapes, inputs and tolerances that tests and benchmarks share.
+"""Shapes, inputs and tolerances for tests and benchmarks.
 
-Axes: k directions, b images, l tokens, e inner channels, n states a channel.
+Axes: k directions, b images, l tokens, e inner channels, n states per channel.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# what a relative error may be, as a share of the tensor's largest value: fp32 sums of up to 1000 tokens in another
-# order; for the 16-bit types two roundings of the result (2^-8 and 2^-11 each) on top of inputs that are the same
+# The largest allowed error, relative to the tensor's largest value. fp32: sums over up to 1000 tokens in another order.
+# 16-bit types: two roundings of the result (2^-8 and 2^-11 each); the inputs are the same.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
-# (b, l, e, n): one token, just under and over a chunk, the tokens of a 224-pixel image, a long one; odd widths
+# (b, l, e, n): one token, just under a multiple of the chunk, the tokens of a 224-pixel image, a long sequence; odd
+# widths
 ODD_SHAPES = [(2, 1, 24, 4), (2, 63, 80, 8), (1, 197, 96, 16), (1, 1000, 24, 16)]
 
 # (b, l, e, n) that benchmarks measure: Vim-B at 224 pixels, Vim-Ti at 1248 pixels
 BENCH_SHAPES = [(64, 197, 768, 16), (4, 6084, 384, 16)]
 
-# inner width and tokens of the presets, for compiling ahead of time: tiny, small, base at 224 pixels
+# inner widths of the presets, for compiling ahead of time
 PRESET_WIDTHS = {"vim_tiny": 384, "vim_small": 768, "vim_base": 1536}
 
 
@@ -39,7 +40,7 @@ class ScanCase:
     reset: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that gets a gradient, in the order of the fields."""
+        """All tensors that get a gradient, in the order of the fields."""
         return [self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial_state]
 
 
@@ -51,7 +52,7 @@ def scan_case(
     directions: int = 1,
     seed: int = 0,
 ) -> ScanCase:
-    """Random inputs as a trained mixer sees them: steps from 1e-3 to 1, A from -1 to -n, one border every 50 tokens."""
+    """Random inputs like those of a trained mixer: steps from 1e-3 to 1, A from -1 to -n, a border every 50 tokens."""
     b, length, e, n = shape
     k = directions
     g = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
-"""Depthwise causal convolution over tokens, in one direction or both from one read, channel last.
+"""Depthwise causal convolution over tokens, channel last: one direction, or both from one read of the input.
 
-Axes: b images, l tokens, e inner channels, k taps; a leading axis of weights and outputs counts directions.
+Axes: b images, l tokens, e inner channels, k taps; weights and outputs have a leading axis of directions.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Backend, choose
+from .backend import Backend, choose, fused_module
 from .checks import check_tensors, images_of, wide
 
 Activation = Literal["silu"] | None
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
-# In any dtype. The sequence is padded by k - 1 tokens on both sides, so that every tap is a slice.
+# Works in any dtype. Pads the sequence by k - 1 tokens on both sides, so that every tap is a slice.
 
 
 def reference_forward(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool
 ) -> Tensor:
-    """x (b, l, e), weight (directions, e, k), bias (directions, e), image (b, l) numbers -> y (directions, b, l, e)."""
+    """x (b, l, e), weight (directions, e, k), bias (directions, e), image numbers (b, l) -> y (directions, b, l, e)."""
     parameters = zip(weight, bias, reverse, strict=True)
     y = torch.stack([_pre_activation(_seen(x, image, w, r), w, c) for w, c, r in parameters])
     return (F.silu(y) if silu else y).to(x.dtype)
@@ -58,14 +58,14 @@ def _pre_activation(seen: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _seen(x: Tensor, image: Tensor | None, weight: Tensor, reverse: bool) -> list[Tensor]:
-    """What each tap sees from every token, (b, l, e) each."""
+    """For each tap, what it sees from every token, (b, l, e)."""
     k = weight.shape[-1]
     padded = _pad(x.to(weight.dtype), k)
     return [_within_image(padded[:, tap], image, k, tap) for tap in _taps(x.shape[1], k, reverse)]
 
 
 def _taps(length: int, k: int, reverse: bool) -> list[slice]:
-    """For each tap, where it lies in the padded sequence as the token that sees goes from 0 to length - 1."""
+    """For each tap, its positions in the padded sequence as the token that sees it goes from 0 to length - 1."""
     starts = range(2 * (k - 1), k - 2, -1) if reverse else range(k)
     return [slice(start, start + length) for start in starts]
 
@@ -74,7 +74,7 @@ def _within_image(values: Tensor, image: Tensor | None, k: int, tap: slice) -> T
     """values (b, l, e), zero where the token and its `tap` belong to different images."""
     if image is None:
         return values
-    same = _pad(image.unsqueeze(-1), k)[:, tap] == image.unsqueeze(-1)  # (b, l, 1); the padding is zero in any image
+    same = _pad(image.unsqueeze(-1), k)[:, tap] == image.unsqueeze(-1)  # (b, l, 1); the padding is zero for any image
     return torch.where(same, values, 0)
 
 
@@ -83,17 +83,14 @@ def _pad(values: Tensor, k: int) -> Tensor:
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
-# One of three implementations, each a pair (forward, backward) with the signatures of the reference.
+# Each of the three implementations is a pair (forward, backward) with the signatures of the reference.
 
 
 def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    if backend == "cpu":
-        from .causal_conv1d_cpu import backward, forward
-    elif backend == "triton":
-        from .causal_conv1d_triton import backward, forward
-    else:
+    if backend == "reference":
         return reference_forward, reference_backward
-    return forward, backward
+    module = fused_module("causal_conv1d", backend)
+    return module.forward, module.backward
 
 
 @torch.library.custom_op("vimscale::causal_conv1d", mutates_args=())
@@ -106,21 +103,15 @@ def _conv(
 
 @torch.library.custom_op("vimscale::causal_conv1d_backward", mutates_args=())
 def _conv_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    image: Tensor | None,
-    dy: Tensor,
-    reverse: Sequence[bool],
-    silu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, backward = _implementation(backend)
     return backward(_dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu)
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x with channels side by side; the half of a (b, l, 2e) projection, the usual x, is not copied."""
+    """x with contiguous channels. Half of a (b, l, 2e) projection, the usual x, is not copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -163,15 +154,16 @@ def causal_conv1d(
 ) -> Tensor:
     """y_t = bias + sum_j weight[:, j] x_{t - (k-1) + j}: token t sees itself and the k - 1 tokens before it.
 
-    x (b, l, e), weight (e, k), bias (e); returns (b, l, e) in x's dtype. With `reverse` a token sees the k - 1 tokens
-    *after* it, the tap weight[:, k-1] staying on the token itself: the same as flipping, convolving and flipping back.
+    x (b, l, e), weight (e, k), bias (e); returns (b, l, e) in x's dtype. With `reverse`, a token sees the k - 1 tokens
+    *after* it, and the tap weight[:, k-1] stays on the token itself: this equals flip, convolve, flip back.
 
-    `reset` (b, l) bool marks the first token, in token order, of each image of a packed sequence: tokens of other
-    images are then not seen, in either direction. Sums are fp32 (fp64 where x is), under autocast too. `backend` is
-    chosen by x's device where it is None (kernels/backend.py). Every floating argument gets a gradient, once.
+    `reset` (b, l) bool marks the first token, in token order, of each image of a packed sequence: a token then does not
+    see tokens of other images, in either direction. Sums are fp32 (fp64 if x is fp64), under autocast too. If `backend`
+    is None, x's device decides (kernels/backend.py). Every floating-point argument gets a gradient; there are no second
+    derivatives.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, an empty tensor, or an unknown activation.
+        ValueError: shapes, dtypes or devices do not match, a tensor is empty, or the activation is unknown.
     """
     tensors = {"x": (x, "b l e"), "weight": (weight, "e k"), "bias": (bias, "e")}
     check_tensors("causal_conv1d", tensors, {"reset": (reset, "b l")})
@@ -190,7 +182,8 @@ def bidirectional_conv1d(
 ) -> Tensor:
     """`causal_conv1d` forwards with weight[0], bias[0] and in reverse with weight[1], bias[1], from one read of x.
 
-    x (b, l, e), weight (2, e, k), bias (2, e); returns (2, b, l, e), both in token order. The rest is as there.
+    x (b, l, e), weight (2, e, k), bias (2, e); returns (2, b, l, e), both in token order. All else is as in
+    `causal_conv1d`.
     """
     tensors = {"x": (x, "b l e"), "weight": (weight, "2 e k"), "bias": (bias, "2 e")}
     check_tensors("bidirectional_conv1d", tensors, {"reset": (reset, "b l")})

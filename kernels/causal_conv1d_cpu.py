@@ -1,13 +1,13 @@
-"""The causal convolution in numba, for machines without a GPU: every direction from one pass over x.
+"""The causal convolution in numba, for machines without a GPU: all directions from one pass over x.
 
-Axes: b images, l tokens, e inner channels, k taps; a leading axis of weights and outputs counts directions.
+Axes: b images, l tokens, e inner channels, k taps; weights and outputs have a leading axis of directions.
 
-As in causal_conv1d_triton.py, a window of k rows slides over the sequence from position -(k-1) to l-1; its last row is
-the token that looks forwards, its first one the token that looks in reverse. Kernels work on tiles that stay in the
-first cache: some tokens of one image and the k - 1 on each side of them, zero where they belong to another image or to
-none, for a block of channels.
+As in causal_conv1d_triton.py, a window of k rows slides over the sequence from position -(k-1) to l-1. Its last row is
+the token that looks forwards, its first row the token that looks in reverse. The kernels work on tiles that stay in the
+first-level cache: tokens of one image and the k - 1 tokens on each side, for a block of channels; tokens of another
+image, or outside the sequence, are zero.
 """
-# what numba compiles infers its types:
+# numba infers the types of what it compiles:
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ from torch import Tensor
 from .cpu import BLOCK, COLUMNS, kernel, numbers, read, run, spread, tile, write
 from .simd import Variable, emitted, sigmoid
 
-# Tokens of a tile, and tiles of a work item; the backward's item has its own sum of the gradients of taps and bias.
+# Tokens per tile, and tiles per work item. In the backward pass, each item has its own partial sum of the gradients of
+# taps and bias.
 _TOKENS = 32
 _TILES = 4
 
@@ -29,8 +30,8 @@ _TILES = 4
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool
 ) -> Tensor:
-    """x (b, l, e), channels side by side, weight (directions, e, k) and bias (directions, e) fp32, image (b, l) int32
-    numbers -> y (directions, b, l, e) in x's dtype.
+    """x (b, l, e) with contiguous channels, weight (directions, e, k) and bias (directions, e) in fp32, image numbers
+    (b, l) int32 -> y (directions, b, l, e) in x's dtype.
     """
     y = torch.empty(len(weight), *x.shape)
     run(_forward, _items(x), tuple(x.shape), *_inputs(x, weight, bias, image, reverse), silu, spread(y))
@@ -40,7 +41,7 @@ def forward(
 def backward(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over the directions, dweight and dbias fp32."""
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions; dweight and dbias in fp32."""
     directions, e, k = weight.shape
     dx = torch.empty(x.shape)
     dtaps = torch.zeros(_items(x), directions, k + 1, -(-e // BLOCK) * BLOCK)  # the last one is the bias
@@ -58,7 +59,7 @@ def _items(x: Tensor) -> int:
 
 
 def _inputs(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool]) -> tuple[Any, ...]:
-    """What both kernels read. Taps, and the bias after them, are (directions, k + 1, e) with e in whole blocks."""
+    """What both kernels read. Taps, then the bias, are (directions, k + 1, e), with e padded to full blocks."""
     taps = torch.cat([_taps(weight, reverse).transpose(1, 2), bias.unsqueeze(1)], dim=1).detach()
     taps = F.pad(taps, (0, -taps.shape[-1] % BLOCK))
     images = np.empty((0, 0), np.int32) if image is None else numbers(image.contiguous())
@@ -66,12 +67,12 @@ def _inputs(x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, rever
 
 
 def _taps(weight: Tensor, reverse: Sequence[bool]) -> Tensor:
-    """weight with the taps of each direction in the order of the window's rows, or back from it."""
+    """weight with the taps of each direction in the order of the window's rows, or the reverse of that."""
     return torch.stack([w.flip(-1) if r else w for w, r in zip(weight, reverse, strict=True)])
 
 
-# Tiles (rows, BLOCK). Window p is the rows from p to p + k - 1 of a tile of x, and `taps_at` where a block of channels
-# begins among the taps of a direction, which have e channels.
+# Tiles are (rows, BLOCK). Window p is the rows from p to p + k - 1 of a tile of x. `taps_at` is the index where a block
+# of channels begins in the taps of a direction, which have e channels.
 
 
 @emitted
@@ -106,7 +107,7 @@ def _silu_backward(code, windows, pre, dy):
 
 @emitted
 def _to_rows(code, k, tokens, dpre, taps, taps_at, e, dx):
-    """dx[t], of row t + k - 1, gets what its k windows have for it."""
+    """Add to dx[t], the gradient of row t + k - 1, what its k windows contribute."""
     with code.loop(0, tokens) as t:
         sums = [Variable(dx[t * BLOCK + c]) for c in COLUMNS]
         with code.loop(0, k) as j:
@@ -118,7 +119,7 @@ def _to_rows(code, k, tokens, dpre, taps, taps_at, e, dx):
 
 @emitted
 def _to_taps(code, k, first, last, xs, dpre, dtaps, taps_at, e):
-    """dtaps[j] gets the sum of dpre[p] xs[p + j], and the bias that of dpre, for the windows from first to last."""
+    """For the windows from first to last: add the sum of dpre[p] xs[p + j] to dtaps[j], that of dpre to the bias."""
     with code.loop(0, k) as j:
         sums = [Variable(dtaps[taps_at + j * e + c]) for c in COLUMNS]
         with code.loop(first, last) as p:
@@ -135,8 +136,19 @@ def _to_taps(code, k, first, last, xs, dpre, dtaps, taps_at, e):
 
 
 @kernel
+def _tokens_of(item, length):
+    """The image of a work item, its first token, and the token after its last."""
+    span = _TILES * _TOKENS
+    spans = (length + span - 1) // span
+    first = item % spans * span
+    return item // spans, first, min(first + span, length)
+
+
+@kernel
 def _part(image, b, first, stop, length, reach):
-    """The tokens from first on that are of one image, up to stop, and up to `reach` more of it on either side."""
+    """The end of the run of tokens of one image, from first up to stop; and the bounds of that run with up to `reach`
+    more tokens of the image on either side.
+    """
     last = stop
     if image.shape[1] > 0:
         last = first + 1
@@ -153,7 +165,7 @@ def _part(image, b, first, stop, length, reach):
 
 @kernel
 def _read_between(x, strides, k, b, begin, end, first, last, e0, width, rows):
-    """Tokens from first to last, with zeros for those before begin and after end."""
+    """Read the tokens from first to last; those before begin and after end become zeros."""
     begin, end = max(begin, first), min(end, last)
     rows[: begin - first] = np.float32(0)
     rows[end - first : last - first] = np.float32(0)
@@ -163,16 +175,13 @@ def _read_between(x, strides, k, b, begin, end, first, last, e0, width, rows):
 
 @kernel
 def _forward(first_item, last_item, size, x, taps, image, reverse, silu, y):
-    """x (1, b, l, e) and y (directions, b, l, e) are pairs: their numbers, and how far apart along the axes."""
+    """x (1, b, l, e) and y (directions, b, l, e) are pairs: the numbers, and the strides of the axes."""
     _, length, e = size
     directions, k, padded = taps.shape[0], taps.shape[1] - 1, taps.shape[2]
     reach = k - 1
-    span = _TILES * _TOKENS
-    spans = (length + span - 1) // span
     xs, ys = tile(_TOKENS + 2 * reach), tile(_TOKENS + reach)
     for item in range(first_item, last_item):
-        b, stop = item // spans, min((item % spans + 1) * span, length)
-        first = item % spans * span
+        b, first, stop = _tokens_of(item, length)
         while first < stop:
             last, begin, end = _part(image, b, first, min(first + _TOKENS, stop), length, reach)
             tokens = last - first
@@ -192,19 +201,16 @@ def _forward(first_item, last_item, size, x, taps, image, reverse, silu, y):
 
 @kernel
 def _backward(first_item, last_item, size, x, taps, image, reverse, silu, dy, dx, dtaps):
-    """x, dx (1, b, l, e) and dy (directions, b, l, e) are pairs as in `_forward`. Next to a part's border, windows of
-    either neighbour have its rows: their gradients are computed twice. dtaps (items, directions, k + 1, e) come as
-    zeros and are added to.
+    """x, dx (1, b, l, e) and dy (directions, b, l, e) are pairs, as in `_forward`. Rows near the border of a part are
+    in windows of both neighbours, so the gradients of these windows are computed twice. dtaps (items, directions, k +
+    1, e) must be zero; the kernel adds.
     """
     _, length, e = size
     directions, k, padded = taps.shape[0], taps.shape[1] - 1, taps.shape[2]
     reach = k - 1
-    span = _TILES * _TOKENS
-    spans = (length + span - 1) // span
     xs, pre, dys, dxs = tile(_TOKENS + 2 * reach), tile(_TOKENS + reach), tile(_TOKENS + reach), tile(_TOKENS)
     for item in range(first_item, last_item):
-        b, stop = item // spans, min((item % spans + 1) * span, length)
-        first = item % spans * span
+        b, first, stop = _tokens_of(item, length)
         while first < stop:
             last, begin, end = _part(image, b, first, min(first + _TOKENS, stop), length, reach)
             tokens = last - first

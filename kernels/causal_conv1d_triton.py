@@ -1,13 +1,13 @@
-"""The causal convolution in Triton: every direction from one read of x, forwards and backwards.
+"""The causal convolution in Triton: all directions from one read of x, forward and backward pass.
 
-Axes: b images, l tokens, e inner channels, k taps; a leading axis of weights and outputs counts directions.
+Axes: b images, l tokens, e inner channels, k taps; weights and outputs have a leading axis of directions.
 
-A window of k consecutive rows x_p .. x_{p+k-1} slides over the sequence, its position p going from -(k-1) to l-1. What
-the window holds is what two tokens ask for: its last one, p + k - 1, forwards, and its first one, p, in reverse. So a
-direction is only an order of the taps and the token that its output goes to. A program slides over a tile of positions
-with the window in registers: each row is read once, but for the k - 1 that two tiles share.
+A window of k consecutive rows x_p .. x_{p+k-1} slides over the sequence; its position p goes from -(k-1) to l-1. The
+window holds what two tokens need: the last one, p + k - 1, forwards, and the first one, p, in reverse. So directions
+differ only in the order of the taps and in the token that the output belongs to. A program slides over a tile of
+positions with the window in registers: each row is read once, except the k - 1 rows where two tiles overlap.
 """
-# Triton's own language, which mypy takes for Python:
+# mypy takes Triton's language for Python:
 # mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 
 from collections.abc import Sequence
@@ -20,13 +20,15 @@ from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
 from .large import is_large, tile_grid, tile_program, token_number
+from .triton_tiles import sigmoid
 
-# Channels of a program, which is one warp; they divide the inner widths of all presets. Forwards 4 a lane (of NVIDIA's
-# 32): loads of 8 bytes in 16 bits, of 16 in fp32, 80-130 registers. Backwards 2 a lane, 96-146 registers: with 4, the
-# window, its gradient, the taps and theirs took all 255, and spilt where there are image numbers.
+# Channels per program, which is one warp; they divide the inner widths of all presets. The forward kernel has 4 per
+# lane (of NVIDIA's 32): loads of 8 bytes in 16 bits, of 16 bytes in fp32, 80-130 registers. The backward kernel has 2
+# per lane and 96-146 registers: with 4, the window, the taps and the gradients of both took all 255 registers, and
+# spilled if there were image numbers.
 FORWARD_CHANNELS = 128
 BACKWARD_CHANNELS = 64
-# Most positions of a program: the rows that two tiles share are then 1/20 of what is read, and the benchmarks have 9 or
+# Most positions per program: the rows where two tiles overlap are then 1/20 of all reads, and the benchmarks have 9 or
 # more programs for each of 132 multiprocessors.
 POSITIONS = 64
 # Rows whose loads are in flight together.
@@ -37,8 +39,8 @@ LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool
 ) -> Tensor:
-    """x (b, l, e), channels side by side, weight (directions, e, k) and bias (directions, e) fp32, image (b, l) int32
-    numbers -> y (directions, b, l, e) in x's dtype.
+    """x (b, l, e) with contiguous channels, weight (directions, e, k) and bias (directions, e) in fp32, image numbers
+    (b, l) int32 -> y (directions, b, l, e) in x's dtype.
     """
     b, length, e = x.shape
     directions, _, k = weight.shape
@@ -47,7 +49,7 @@ def forward(
     grid = triton.cdiv(e, FORWARD_CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1))
     with torch.cuda.device_of(x):
-        _forward_kernel[tile_grid(grid, large)](
+        causal_conv1d_fwd_kernel[tile_grid(grid, large)](
             x, weight, bias, image, y, length, e, tile, *x.stride()[:2],
             *_constants(reverse, k, silu, FORWARD_CHANNELS), LARGE=large, **LAUNCH,
         )  # fmt: skip
@@ -57,7 +59,7 @@ def forward(
 def backward(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over the directions, dweight and dbias fp32."""
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions; dweight and dbias in fp32."""
     b, length, e = x.shape
     directions, _, k = weight.shape
     tiles, tile = _tiles(length)
@@ -67,7 +69,7 @@ def backward(
     grid = triton.cdiv(e, BACKWARD_CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1))
     with torch.cuda.device_of(x):
-        _backward_kernel[tile_grid(grid, large)](
+        causal_conv1d_bwd_kernel[tile_grid(grid, large)](
             x, weight, bias, image, dy, dx, dweight_parts, dbias_parts, length, e, tile, *x.stride()[:2],
             *_constants(reverse, k, silu, BACKWARD_CHANNELS), LARGE=large, **LAUNCH,
         )  # fmt: skip
@@ -77,19 +79,19 @@ def backward(
 
 
 def _tiles(positions: int) -> tuple[int, int]:
-    """How many tiles, and the positions of each: as even as whole batches of rows allow."""
+    """The number of tiles and the positions of each, as even as full batches of ROWS rows allow."""
     tiles = triton.cdiv(positions, POSITIONS)
     return tiles, triton.cdiv(triton.cdiv(positions, tiles), ROWS) * ROWS
 
 
 def _constants(reverse: Sequence[bool], k: int, silu: bool, channels: int) -> tuple[int, int, int, bool, int, int]:
-    """The kernels' compile-time arguments; REVERSED has bit i set where direction i is in reverse."""
+    """The compile-time arguments of the kernels; bit i of REVERSED is set if direction i is in reverse."""
     return len(reverse), sum(bool(r) << i for i, r in enumerate(reverse)), k, silu, channels, ROWS
 
 
 @triton.jit
 def _load_rows(rows, first, length, stride, channel, e, COUNT: tl.constexpr):
-    """COUNT rows from `first` on in fp32, zero outside the sequence."""
+    """COUNT rows from `first` on, in fp32; zero outside the sequence."""
     loaded = ()
     for i in tl.static_range(COUNT):
         row = first + i
@@ -100,7 +102,7 @@ def _load_rows(rows, first, length, stride, channel, e, COUNT: tl.constexpr):
 
 @triton.jit
 def _load_numbers(image, first, length, COUNT: tl.constexpr):
-    """The image numbers of COUNT rows, -1 outside the sequence; unused where `image` is None."""
+    """The image numbers of COUNT rows, -1 outside the sequence; not used if `image` is None."""
     loaded = ()
     for i in tl.static_range(COUNT):
         if image is None:
@@ -113,7 +115,9 @@ def _load_numbers(image, first, length, COUNT: tl.constexpr):
 
 @triton.jit
 def _within_image(value, image, numbers, j: tl.constexpr, REVERSE: tl.constexpr):
-    """`value` at row j of the window, zero where the token that looks through the window is of another image."""
+    """`value` at row j of the window; zero if that row and the token that looks through the window are of different
+    images.
+    """
     if image is None:
         return value
     else:
@@ -122,14 +126,8 @@ def _within_image(value, image, numbers, j: tl.constexpr, REVERSE: tl.constexpr)
 
 
 @triton.jit
-def _sigmoid(x):
-    """By exp2, which is one instruction; tl.sigmoid's exp guards against denormals that the 1 + swallows."""
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
-
-
-@triton.jit
 def _load_taps(weight, channel, e, DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr):
-    """The taps of each direction in the order of the window's rows, K a direction."""
+    """The taps of each direction in the order of the window's rows, K per direction."""
     taps = ()
     for d in tl.static_range(DIRECTIONS):
         for j in tl.static_range(K):
@@ -147,7 +145,7 @@ def _load_bias(bias, channel, e, DIRECTIONS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length", "tile"])
-def _forward_kernel(
+def causal_conv1d_fwd_kernel(
     x, weight, bias, image, y, length, e, tile, x_b_stride, x_l_stride,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
@@ -178,7 +176,7 @@ def _forward_kernel(
                 for j in tl.static_range(K):
                     out += taps[d * K + j] * _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
                 if SILU:
-                    out *= _sigmoid(out)
+                    out *= sigmoid(out)
                 token = start + i + (0 if (REVERSED >> d) & 1 else K - 1)
                 y_row = y + ((d * images + b) * length + token) * e
                 inside = (channel < e) & (token >= 0) & (token < length)
@@ -188,13 +186,13 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "tile"])
-def _backward_kernel(
+def causal_conv1d_bwd_kernel(
     x, weight, bias, image, dy, dx, dweight, dbias, length, e, tile, x_b_stride, x_l_stride,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `tile` rows of dx. A row is complete when the window has left it, so positions start k - 1 before the
-    tile; their share of dweight and dbias belongs to the tile before, but for the first tile's.
+    """Compute `tile` rows of dx. A row is complete when the window has left it, so positions start k - 1 before the
+    tile. What these positions add to dweight and dbias belongs to the previous tile, except in the first tile.
     """
     block, number, b, tiles, images = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, tile), LARGE)
     b = b.to(tl.int64)
@@ -246,7 +244,7 @@ def _backward_kernel(
                     pre = biases[d]
                     for j in tl.static_range(K):
                         pre += taps[d * K + j] * _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
-                    gate = _sigmoid(pre)
+                    gate = sigmoid(pre)
                     dpre *= gate * (1 + pre * (1 - gate))
                 dpre_owned = tl.where(owned, dpre, 0.0)
                 dbiases += (dbiases_so_far[d] + dpre_owned,)
@@ -273,15 +271,15 @@ def _backward_kernel(
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
-    """Both directions, four taps and SiLU, as the mixer launches them; "packed" with image numbers."""
+    """Both directions, four taps and SiLU, as the mixer launches them; "_packed" has image numbers."""
     activation = dict.fromkeys(("x", "y", "dy", "dx"), TRITON_TYPE[dtype])
     parameter = dict.fromkeys(("weight", "bias", "dweight", "dbias"), "*fp32")
     loose = {"length", "tile"} | ({"e", "x_b_stride", "x_l_stride"} if e % 16 else set())
     cases = []
-    # a program does both directions, so bytes and exponentials are those of both: x and two y; then x, dx and two dy
-    for kernel, name, channels, tensors in (
-        (_forward_kernel, "conv_forward", FORWARD_CHANNELS, 3),
-        (_backward_kernel, "conv_backward", BACKWARD_CHANNELS, 4),
+    # a program computes both directions, so bytes and exponentials count both: x and two y; then x, dx and two dy
+    for kernel, channels, tensors in (
+        (causal_conv1d_fwd_kernel, FORWARD_CHANNELS, 3),
+        (causal_conv1d_bwd_kernel, BACKWARD_CHANNELS, 4),
     ):
         for packed in (False, True):
             names = ("DIRECTIONS", "REVERSED", "K", "SILU", "CHANNELS", "ROWS")
@@ -291,8 +289,8 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
             types = activation | parameter | {"image": "*i32"} | dict.fromkeys(constants, "constexpr")
             cases.append(
                 CompileCase(
-                    name=f"{name}_packed" if packed else name,
                     kernel=kernel,
+                    variant="_packed" if packed else "",
                     signature={argument: types.get(argument, "i32") for argument in kernel.arg_names},
                     constexprs=constants,
                     options=LAUNCH,

@@ -1,4 +1,4 @@
-"""What public functions ask of their tensors, said in one form: the argument, what it is, what it must be."""
+"""Check the tensors that public functions are given; errors name the argument, what it is and what it must be."""
 
 from collections.abc import Collection, Mapping
 
@@ -10,13 +10,14 @@ _Named = Mapping[str, tuple[Tensor | None, str]]
 
 
 def check_tensors(op: str, floating: _Named, boolean: _Named | None = None, *, alike: Collection[str] = ()) -> None:
-    """Each tensor against its axes, e.g. {"x": (x, "b l e"), "weight": (weight, "e k")}.
+    """Check each tensor against its axes, e.g. {"x": (x, "b l e"), "weight": (weight, "e k")}.
 
-    A letter is one size wherever it stands, set by its first tensor; "..." is any number of leading axes, a digit
-    itself. None is let pass. All tensors are on one device, none is empty, and those named in `alike` share a dtype.
+    A letter stands for the same size everywhere, which the first tensor with that letter sets. "..." stands for any
+    number of leading axes, and a number for itself. None passes. All tensors must be on one device, none may be empty,
+    and those named in `alike` must have the same dtype.
 
     Raises:
-        ValueError: naming the argument, what it is, and what it must be.
+        ValueError: names the argument, what it is, and what it must be.
     """
     given = {name: given for name, given in {**floating, **(boolean or {})}.items() if given[0] is not None}
     sizes: dict[str, int | Size] = {}
@@ -46,7 +47,7 @@ def check_tensors(op: str, floating: _Named, boolean: _Named | None = None, *, a
 
 
 def _fits(shape: Size, axes: list[str], sizes: dict[str, int | Size]) -> bool:
-    """Whether `shape` has these axes. Sizes of axes seen for the first time are added to `sizes`."""
+    """Whether `shape` has these axes. Adds the sizes of axes that it sees for the first time to `sizes`."""
     found: list[int | Size] = list(shape)
     if axes[0] == "...":
         leading = len(shape) - len(axes) + 1
@@ -60,10 +61,10 @@ def _fits(shape: Size, axes: list[str], sizes: dict[str, int | Size]) -> bool:
 
 
 def wide(t: Tensor, x: Tensor) -> Tensor:
-    """A parameter or state in what sums over x are kept in, fp32 (fp64 beside fp64), and contiguous for the kernels."""
+    """A parameter or state in the dtype of sums over x, fp32 (fp64 if x is fp64), and contiguous for the kernels."""
     return t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def images_of(reset: Tensor | None) -> Tensor | None:
-    """(b, l) int32: the number of the image each token belongs to, from the marks on first tokens."""
+    """(b, l) int32: the number of the image that each token belongs to, from the marks on first tokens."""
     return None if reset is None else reset.cumsum(1, dtype=torch.int32)

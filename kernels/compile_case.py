@@ -1,4 +1,4 @@
-"""What `kernels.aot` must know of a Triton kernel to compile and judge it on a machine without a GPU."""
+"""What `kernels.aot` needs to know about a Triton kernel to compile and assess it on a machine without a GPU."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def target_of(device: torch.device) -> str:
-    """A device in the words of `kernels.aot`: sm_90, gfx942. sm_90 without a GPU, where kernels are interpreted."""
+    """A device as `kernels.aot` names it: sm_90, gfx942. Without a GPU, where kernels are interpreted: sm_90."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
@@ -23,22 +23,28 @@ TRITON_TYPE = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "
 class CompileCase:
     """One kernel with the types and constants of one launch."""
 
-    name: str
     kernel: Any
     """The function under @triton.jit."""
     signature: dict[str, str]
-    """Every argument in order: "*bf16", "*fp32", "*i32", "i32", "fp32", or "constexpr"."""
+    """All arguments in order: "*bf16", "*fp32", "*i32", "i32", "fp32", or "constexpr"."""
     constexprs: dict[str, Any]
-    """The values of the arguments that the signature calls constexpr; None for a pointer that is absent."""
+    """The values of the constexpr arguments; None for a pointer that is not given."""
     options: dict[str, Any]
-    """num_warps and whatever else the launch passes to the compiler."""
+    """num_warps and any other option that the launch passes to the compiler."""
     tokens: int
-    """Rows that one pass of the main loop covers; of the whole program where it has no loop."""
+    """Rows that one iteration of the main loop covers; those of the entire program if it has no loop."""
     channels: int
-    """Channels that a program covers."""
+    """Channels that one program covers."""
     bytes: float
     """Device memory read and written per token, channel and direction."""
     exponentials: float = 0
-    """What the mathematics needs per token, channel and direction: n for a scan."""
+    """Needed by the mathematics, per token, channel and direction: n for a scan."""
     loose: frozenset[str] = field(default_factory=frozenset)
     """Pointers and integers that are not multiples of 16 bytes or 16 (lengths, odd strides)."""
+    variant: str = ""
+    """Distinguishes the cases of one kernel: "_packed", "_rms"."""
+
+    @property
+    def name(self) -> str:
+        """The name that a profiler shows, without its "_kernel", and the variant."""
+        return self.kernel.fn.__name__.removesuffix("_kernel") + self.variant

@@ -1,9 +1,9 @@
-"""What the CPU kernels share: how numba compiles them, how they run on threads, and the tiles that they work on.
+"""Common parts of the CPU kernels: how numba compiles them, how they run on threads, and the tiles that they work on.
 
-numba notices a change of the file that a kernel is in, but not of this one or of simd.py: after editing these, touch
+numba notices changes to the file that contains a kernel, but not to this file or simd.py: after editing these, touch
 the *_cpu.py files.
 """
-# what numba compiles infers its types:
+# numba infers the types of what it compiles:
 # mypy: disable-error-code="no-untyped-def"
 
 import itertools
@@ -22,8 +22,8 @@ from torch import Tensor
 from .backend import counting
 from .simd import LANES
 
-# NaN and infinity must reach the outputs, so the two flags that assume them away stay off. numpy's error model divides
-# without a check for zero: with one, a loop does not become vector instructions.
+# NaN and infinity must reach the outputs, so the two flags that assume they never occur stay off. numpy's error model
+# divides without a check for zero; a loop with such a check is not vectorized.
 _COMPILER: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 inline = nb.njit(inline="always", **_COMPILER)
 
@@ -31,10 +31,10 @@ LOG2E = np.float32(1.4426950408889634)
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """Compiled on its first call, and kept on disk for other processes where there is a folder for that."""
+    """Compile on the first call, and cache the result on disk for other processes if a folder for it exists."""
     try:
         return nb.njit(nogil=True, cache=True, **_COMPILER)(function)
-    except RuntimeError:  # neither the source's folder nor a cache of the user can be written
+    except RuntimeError:  # neither the source's folder nor the user's cache is writable
         _warn_once()
         return nb.njit(nogil=True, **_COMPILER)(function)
 
@@ -42,19 +42,20 @@ def kernel(function: Callable[..., None]) -> Any:
 @lru_cache(maxsize=1)
 def _warn_once() -> None:
     logging.getLogger(__name__).warning(
-        "every process compiles the CPU kernels anew, for want of a writable cache: set NUMBA_CACHE_DIR to one"
+        "no cache for compiled CPU kernels is writable, so every process compiles them again: set NUMBA_CACHE_DIR to a"
+        " writable folder"
     )
 
 
-# Channels that a kernel works on at a time, and where their vectors begin. With four of them a loop over tokens has
-# enough to do between two steps of one recurrence, and what it touches still fits the first cache.
+# Channels that a kernel works on at a time, and the index where each of their vectors begins. With four vectors, a loop
+# over tokens has enough work between two steps of one recurrence, and its data still fits the first-level cache.
 BLOCK = 4 * LANES
 COLUMNS = range(0, BLOCK, LANES)
 
 
 @inline
 def zeros(rows, columns):
-    """They begin with a cache line: a vector that lies in two takes twice as long to load."""
+    """Zeros that start on a cache line: a vector that crosses two lines takes twice as long to load."""
     numbers = np.zeros(rows * columns + 16, np.float32)
     skipped = -(numbers.ctypes.data // 4) % 16
     return numbers[skipped : skipped + rows * columns].reshape(rows, columns)
@@ -67,8 +68,8 @@ def tile(rows):
 
 @kernel
 def read(x, at, row, width, rows):
-    """Rows of `width` channels, `row` apart from `at` on, into a tile whose further channels are zero: these then add
-    to no sum.
+    """Read rows of `width` channels, from index `at` on and `row` apart, into a tile. Sets the remaining channels of
+    the tile to zero, so that they add nothing to sums.
     """
     for m in range(len(rows)):
         source = x[at + m * row : at + m * row + width]
@@ -80,6 +81,7 @@ def read(x, at, row, width, rows):
 
 @kernel
 def write(rows, y, at, row, width):
+    """The reverse of `read`: write the first `width` channels of a tile."""
     for m in range(len(rows)):
         target = y[at + m * row : at + m * row + width]
         for j in range(width):
@@ -87,20 +89,20 @@ def write(rows, y, at, row, width):
 
 
 def numbers(t: Tensor) -> np.ndarray:
-    """The tensor's numbers, not copied; none of a fake tensor, which has none."""
+    """The tensor as an array, without a copy; an empty array while bytes are counted: fake tensors have no numbers."""
     return np.empty((0,) * t.ndim, np.float32) if counting() else t.detach().numpy()
 
 
 def array(t: Tensor | None, axes: int) -> np.ndarray:
-    """The tensor as a contiguous fp32 array; an absent one as an empty array of as many axes."""
+    """The tensor as a contiguous fp32 array; None as an empty array with that number of axes."""
     if t is None:
         return np.empty((0,) * axes, np.float32)
     return numbers(t.float().contiguous())
 
 
 def spread(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The tensor's fp32 numbers, and how far apart they are along its axes but the last, whose are side by side: no
-    copy is made of a slice, and nothing is compiled anew for other strides.
+    """The tensor's fp32 numbers, and the strides of its axes but the last, which is contiguous. A slice is not copied,
+    and other strides do not need another compilation.
     """
     t = t.detach().float()
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
@@ -109,11 +111,12 @@ def spread(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
-    """kernel(first, last, *arguments) over consecutive ranges that cover [0, items), on as many threads as torch uses.
+    """Call kernel(first, last, *arguments) over consecutive ranges that cover [0, items), on as many threads as torch
+    uses.
 
-    The kernels release the GIL and share nothing, so plain Python threads do: numba's own threading layers abort when
-    two threads enter at once (workqueue) or need an OpenMP library that the machine may not have. What an item computes
-    must not depend on the range it is in: results are then the same for any number of threads.
+    The kernels release the GIL and have no common state, so plain Python threads suffice: numba's own threading layers
+    abort when two threads enter at once (workqueue) or need an OpenMP library that the machine may not have. What an
+    item computes must not depend on its range, so that results are the same for any number of threads.
     """
     if counting():
         return
@@ -121,7 +124,7 @@ def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
     if threads <= 1:
         kernel(0, items, *arguments)
         return
-    parts = min(items, 4 * threads)  # a few for each thread, so that none waits long for the slowest
+    parts = min(items, 4 * threads)  # a few per thread, so that no thread waits long for the slowest
     numbers = itertools.count()
 
     def work() -> None:
@@ -131,11 +134,11 @@ def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
     helpers = [_pool(threads - 1, os.getpid()).submit(work) for _ in range(threads - 1)]
     work()
     for helper in helpers:
-        if not helper.cancel():  # it has begun, or is done
+        if not helper.cancel():  # it is running or done
             helper.result()
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
-    """One pool for the process: threads do not survive a fork, hence the pid."""
+    """One pool per process. Threads do not survive a fork, hence the pid."""
     return ThreadPoolExecutor(threads, thread_name_prefix="vimscale-cpu")

@@ -1,10 +1,10 @@
 """LARGE, the second form of the Triton kernels: 64-bit token numbers, and all images on the first axis of the grid.
 
-The usual form computes offsets inside an image (token x stride) in 32 bits, and has images on the second or third axis
-of the grid, where CUDA takes 65,535 programs; the first takes 2^31 - 1. A launcher asks `is_large` and compiles LARGE
-where either limit is passed. Offsets of images and directions are 64-bit in both forms.
+The usual form computes offsets inside an image (token x stride) in 32 bits, and puts images on the second or third axis
+of the grid, where CUDA allows 65,535 programs; the first axis allows 2^31 - 1. A launcher calls `is_large` and compiles
+LARGE if a launch exceeds either limit. Offsets of images and directions are 64-bit in both forms.
 """
-# Triton's own language, which mypy takes for Python:
+# mypy takes Triton's language for Python:
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -17,25 +17,25 @@ Grid = tuple[int, int, int]
 
 
 def is_large(grid: Grid, tokens: int, *strides: int) -> bool:
-    """Whether a launch needs LARGE; `strides`, in elements, lead from token to token in the tensors it indexes."""
+    """Whether a launch needs LARGE; `strides` are the token strides, in elements, of the tensors that it indexes."""
     return tokens * max(strides) >= OFFSETS or grid[1] > PROGRAMS or grid[2] > PROGRAMS
 
 
 def scan_grid(grid: Grid, large: bool) -> tuple[int, ...]:
-    """The grid to launch for (blocks, images, directions); `scan_program` takes it apart."""
+    """The grid to launch for (blocks, images, directions); `scan_program` decodes it."""
     blocks, images, directions = grid
     return (blocks * images, directions) if large else grid
 
 
 def tile_grid(grid: Grid, large: bool) -> tuple[int, ...]:
-    """The grid to launch for (blocks, tiles, images); `tile_program` takes it apart."""
+    """The grid to launch for (blocks, tiles, images); `tile_program` decodes it."""
     blocks, tiles, images = grid
     return (blocks * tiles * images,) if large else grid
 
 
 @triton.jit
 def token_number(index, LARGE: tl.constexpr):
-    """A token's number, or what it is computed from, in the width that offsets need."""
+    """A token number, or a value that it is computed from, in the width that offsets need."""
     if LARGE:
         return tl.cast(index, tl.int64)
     else:
@@ -44,7 +44,7 @@ def token_number(index, LARGE: tl.constexpr):
 
 @triton.jit
 def scan_program(blocks, LARGE: tl.constexpr):
-    """The program's block, image and direction, then the number of blocks and images."""
+    """The program's block, image and direction, then the numbers of blocks and images."""
     if LARGE:
         program = tl.program_id(0)
         return program % blocks, program // blocks, tl.program_id(1), blocks, tl.num_programs(0) // blocks
@@ -54,7 +54,7 @@ def scan_program(blocks, LARGE: tl.constexpr):
 
 @triton.jit
 def tile_program(blocks, tiles, LARGE: tl.constexpr):
-    """The program's block, tile and image, then the number of tiles and images."""
+    """The program's block, tile and image, then the numbers of tiles and images."""
     if LARGE:
         program = tl.program_id(0)
         row = program // blocks

@@ -1,8 +1,8 @@
-"""What follows the scans of a mixer on a CPU: their sum over directions, and the gate that they share.
+"""What follows the scans of a mixer on a CPU: the gated sum over directions, and its gradient.
 
-Axes: k directions, b images, l tokens, e inner channels. A work item is a token of an image.
+Axes: k directions, b images, l tokens, e inner channels. A work item is one token of one image.
 """
-# what numba compiles, or simd.py emits, infers its types:
+# numba and simd.py infer the types of what they compile:
 # mypy: disable-error-code="no-untyped-def"
 
 import numpy as np
@@ -49,8 +49,8 @@ def _sum_directions(code, directions, s, at, direction, count):
 
 @kernel
 def _combine(first, last, size, s, z, scale, y):
-    """Of a token each. s (k, b, l, e), z and y (b, l, e) are pairs: their numbers, and how far apart they are along the
-    axes; without numbers, z is no gate.
+    """s (k, b, l, e), z and y (b, l, e) are pairs: the numbers, and the strides of the axes. If z has no numbers, there
+    is no gate.
     """
     directions, length, e = size
     for item in range(first, last):
@@ -86,7 +86,7 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
 
 
 def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients of s, the same for every direction (b, l, e), and of z."""
+    """The gradient of s, (b, l, e) because it is the same for every direction, and the gradient of z."""
     if z is None:
         return dy.contiguous() * scale, dy.new_empty(0)
     directions, b, length, e = s.shape

@@ -1,8 +1,8 @@
-"""What follows the scans of a mixer: the sum over directions under their common gate, and its gradient.
+"""What follows the scans of a mixer on a GPU: the gated sum over directions, and its gradient.
 
 Axes: k directions, b images, l tokens, e inner channels.
 """
-# Triton's own language, which the tools take for Python:
+# The tools take Triton's language for Python:
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -12,11 +12,19 @@ from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
 from .large import Grid, is_large, tile_grid, tile_program, token_number
+from .triton_tiles import LOG2_E, sigmoid
 
-# (tokens, channels) of a program: rows of whole 128-byte lines in the 16-bit types, sixteen elements a lane
+# (tokens, channels) per program: rows of full 128-byte lines in the 16-bit types, sixteen elements per lane
 TILE = (32, 64)
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+
+@triton.jit
+def _tile(length, e, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LARGE: tl.constexpr):
+    """The image, token (tokens, 1) and channel (1, channels) of the program's tile, and which are inside."""
+    block, tile, b, _, _ = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, TOKENS), LARGE)
+    channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    token = token_number(tile * TOKENS + tl.arange(0, TOKENS), LARGE)[:, None]
+    return b.to(tl.int64), token, channel, (token < length) & (channel < e)
 
 
 @triton.jit
@@ -29,45 +37,37 @@ def _sum_directions(s, cell, inside, s_k, K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length"])
-def _combine(
+def scan_gate_fwd_kernel(
     s, z, y, length, e, scale, s_k, z_b, z_l,
     K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    block, tile, b, _, _ = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, TOKENS), LARGE)
-    channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    token = token_number(tile * TOKENS + tl.arange(0, TOKENS), LARGE)[:, None]
-    b = b.to(tl.int64)
-    inside = (token < length) & (channel < e)
+    b, token, channel, inside = _tile(length, e, TOKENS, CHANNELS, LARGE)
     cell = token * e + channel
 
     total = _sum_directions(s + b * length * e, cell, inside, s_k, K)
     total *= scale
     if z is not None:
         gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
-        total *= gate / (1.0 + tl.exp2(gate * -_LOG2_E))
+        total *= gate / (1.0 + tl.exp2(gate * -LOG2_E))
     tl.store(y + b * length * e + cell, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length"])
-def _combine_backward(
+def scan_gate_bwd_kernel(
     dy, s, z, ds, dz, length, e, scale, dy_b, dy_l, s_k, z_b, z_l,
     K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    block, tile, b, _, _ = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, TOKENS), LARGE)
-    channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    token = token_number(tile * TOKENS + tl.arange(0, TOKENS), LARGE)[:, None]
-    b = b.to(tl.int64)
-    inside = (token < length) & (channel < e)
+    b, token, channel, inside = _tile(length, e, TOKENS, CHANNELS, LARGE)
     cell = token * e + channel
 
     grad = tl.load(dy + b * dy_b + token * dy_l + channel, mask=inside, other=0.0).to(tl.float32) * scale
     if z is not None:
         gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
         total = _sum_directions(s + b * length * e, cell, inside, s_k, K)
-        sigmoid = 1.0 / (1.0 + tl.exp2(gate * -_LOG2_E))
-        dgate = grad * total * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        slope = sigmoid(gate)
+        dgate = grad * total * slope * (1.0 + gate * (1.0 - slope))
         tl.store(dz + b * length * e + cell, dgate.to(dz.dtype.element_ty), mask=inside)
-        grad *= gate * sigmoid
+        grad *= gate * slope
     tl.store(ds + b * length * e + cell, grad.to(ds.dtype.element_ty), mask=inside)
 
 
@@ -79,7 +79,7 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
     grid = _grid(b, length, e)
     large = is_large(grid, length, e, z_strides[1])
     with torch.cuda.device_of(s):
-        _combine[tile_grid(grid, large)](
+        scan_gate_fwd_kernel[tile_grid(grid, large)](
             s, z, y, length, e, scale, s.stride(0), *z_strides,
             K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
         )  # fmt: skip
@@ -87,7 +87,7 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
 
 
 def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """ds (b, l, e), the same for every direction, and dz (b, l, e), empty without z."""
+    """ds (b, l, e), which is the same for every direction, and dz (b, l, e), which is empty without z."""
     k, b, length, e = s.shape
     ds = s.new_empty(b, length, e)
     dz = s.new_empty(0) if z is None else z.new_empty(b, length, e)
@@ -95,7 +95,7 @@ def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> t
     grid = _grid(b, length, e)
     large = is_large(grid, length, e, z_strides[1], dy.stride(1))
     with torch.cuda.device_of(s):
-        _combine_backward[tile_grid(grid, large)](
+        scan_gate_bwd_kernel[tile_grid(grid, large)](
             dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *z_strides,
             K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
         )  # fmt: skip
@@ -113,16 +113,15 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     types |= dict.fromkeys(constants, "constexpr")
     return [
         CompileCase(
-            name=name,
             kernel=kernel,
             signature={argument: types.get(argument, "i32") for argument in kernel.arg_names},
             constexprs=constants,
             options={"num_warps": 4, "enable_fp_fusion": True},
             tokens=TILE[0],
             channels=TILE[1],
-            # tensors of the activation's size that are read or written, s counted twice
+            # tensors of the activation's size that are read or written; s counts twice
             bytes=tensors * dtype.itemsize,
             loose=frozenset({"length"}),
         )
-        for name, kernel, tensors in (("combine", _combine, 4), ("combine_backward", _combine_backward, 6))
+        for kernel, tensors in ((scan_gate_fwd_kernel, 4), (scan_gate_bwd_kernel, 6))
     ]

@@ -1,17 +1,18 @@
-"""The selective scan on a CPU, compiled by numba: parallel over image and channels, a state in registers.
+"""The selective scan on a CPU, compiled by numba: parallel over images and channels, with the state in registers.
 
-Axes: k directions, b images, l tokens, e inner channels, n states a channel. A work item walks one direction of one
-image for a block of channels, a chunk of tokens at a time. Inner loops run over the tokens of the chunk for one state,
-which stays in registers, and what they work on stays in the first cache. The forward keeps the state before each chunk;
-the backward rebuilds the states of one chunk at a time from there. Nothing of size l x e x n exists.
+Axes: k directions, b images, l tokens, e inner channels, n states per channel. A work item walks one direction of one
+image for a block of channels, one chunk of tokens at a time. The inner loops run over the tokens of the chunk for one
+state, which stays in registers; their data stays in the first-level cache. The forward pass keeps the state before each
+chunk; the backward pass rebuilds the states from there, one chunk at a time. Nothing of size l x e x n exists.
 
 Arithmetic is fp32; 16-bit tensors are converted on the way in and out.
 """
-# what numba compiles, or simd.py emits, infers its types:
+# numba and simd.py infer the types of what they compile:
 # mypy: disable-error-code="no-untyped-def"
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +21,21 @@ from torch import Tensor
 from .backend import counting
 from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, numbers, read, run, spread, tile, write, zeros
 from .scan_gate_cpu import combine, combine_backward
+from .scan_inputs import ScanInputs
 from .simd import LANES, Variable, emitted, exp2, exp2_of_product, softplus_and_slope, sums
 
 __all__ = ["CHUNK", "backward", "combine", "combine_backward", "forward"]
 
-CHUNK = 16  # tokens between kept states: fp32 states then cost n / 16 values a token and channel
+# Tokens between kept states: fp32 states then cost n / 16 values per token and channel.
+CHUNK = 16
 
 
-# Tiles are (tokens of the chunk, BLOCK), or (n, BLOCK) for what belongs to states; A comes scaled by log2(e).
+# Tiles are (tokens of the chunk, BLOCK), or (n, BLOCK) for values of states. A is already scaled by log2(e).
 
 
 @emitted
 def _project(code, tokens, rank, low, low_at, low_token, weight, step):
-    """step = low by weight (rank, BLOCK): dt from its projection, so that it need not be written and read again."""
+    """step = low times weight (rank, BLOCK): projects dt here, so that it is never written and read again."""
     with code.loop(0, tokens) as m:
         sums = [Variable(code.vector(0)) for _ in COLUMNS]
         with code.loop(0, rank) as r:
@@ -45,7 +48,7 @@ def _project(code, tokens, rank, low, low_at, low_token, weight, step):
 
 @emitted
 def _enter(code, tokens, xs, step, dt_bias, D, entering, y):
-    """`step` becomes softplus(dt + bias); what enters the state at a token is entering x B; y begins as D x."""
+    """`step` becomes softplus(dt + bias). `entering` times B is what enters the state at a token. y starts as D x."""
     with code.loop(0, tokens) as m:
         for j in COLUMNS:
             at = m * BLOCK + j
@@ -57,7 +60,7 @@ def _enter(code, tokens, xs, step, dt_bias, D, entering, y):
 
 @emitted
 def _enter_again(code, tokens, xs, step, dt_bias, entering, slope):
-    """For the backward, which wants the softplus' slope."""
+    """`_enter` for the backward pass, which needs the slope of the softplus."""
     with code.loop(0, tokens) as m:
         for j in COLUMNS:
             at = m * BLOCK + j
@@ -75,9 +78,9 @@ def _advance(
     code, n, first, last, gentle, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, y,
     x, x_at, x_token, dt, dt_at, dt_token, s, s_at, s_token, states, states_at,
 ):  # fmt: skip
-    """The forward's inner loops, over the tokens [first, last) of a chunk: one state at a time, h in registers. Where
-    the chunk is `gentle`, no decay underflows.
-    B_at and B_token: where the chunk's first token is in B, and how far from there the next one.
+    """The inner loops of the forward pass, over the tokens [first, last) of a chunk: one state at a time, with h in
+    registers. In a `gentle` chunk no decay underflows.
+    B_at is the index of the chunk's first token in B, B_token the distance to the next token; likewise for the others.
     """
     with code.loop(0, n) as i:
         A_i = [A[i * BLOCK + j] for j in COLUMNS]
@@ -106,11 +109,12 @@ def _retreat(
     far_x, x_at, x_token, far_dt, dt_at, dt_token, far_ds, ds_at, ds_token,
     dx, dx_at, dx_token, ddt, ddt_at, ddt_token, states, states_at,
 ):  # fmt: skip
-    """The backward's inner loops, over the tokens [first, last) of a chunk that has the state h before them.
+    """The inner loops of the backward pass, over the tokens [first, last) of a chunk; h is the state before them.
 
-    With g the gradient that reaches a state h_t:  g = C_t ds_t + (decay g) of the token after it in scan order; on
-    return g is what reaches h. dA, dentering, dstep, and dB and dC (n, CHUNK) are added to; before, decay (CHUNK,
-    BLOCK), dB_i and dC_i (CHUNK, LANES) are for one state at a time, the latter two zero outside of [first, last).
+    With g the gradient that reaches a state h_t:  g = C_t ds_t + (decay g) of the next token in scan order. On return,
+    g is the gradient that reaches h. The loops add to dA, dentering, dstep, and to dB and dC (n, CHUNK). The buffers
+    before and decay (CHUNK, BLOCK), dB_i and dC_i (CHUNK, LANES) hold one state at a time; dB_i and dC_i must be zero
+    outside [first, last).
     """
     with code.loop(0, n) as i:
         A_i = [A[i * BLOCK + j] for j in COLUMNS]
@@ -163,7 +167,7 @@ def _retreat(
 
 @emitted
 def _leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
-    """From the gradients of what entered and of the steps to those of x and dt, in place."""
+    """Turn the gradients of `entering` and of the steps into those of x and dt, in place."""
     for j in COLUMNS:
         dD_j, dbias_j = Variable(dD[code.index(j)]), Variable(dbias[code.index(j)])
         with code.loop(0, tokens) as m:
@@ -179,6 +183,7 @@ def _leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
 
 @kernel
 def _is_gentle(step, lowest):
+    """Whether no decay of these tokens underflows."""
     underflows = False
     for m in range(len(step)):
         for j in range(BLOCK):
@@ -188,7 +193,7 @@ def _is_gentle(step, lowest):
 
 @kernel
 def _mark(image, b, start, length, reverse, begins):
-    """For each token of the chunk, in scan order, whether it begins an image, so that the state starts anew."""
+    """For each token of the chunk, in scan order: whether it begins an image, so that the state restarts."""
     for m in range(len(begins)):
         t = length - 1 - start - m if reverse else start + m
         previous = t + 1 if reverse else t - 1
@@ -206,32 +211,49 @@ def _column(values, k, e0, width, tile):
 
 
 @kernel
-def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, image, reverse, s, final, states):
-    """x, dt, B, C and s are pairs: all their numbers, and how far apart directions, images and tokens are. With a
-    dt_proj (k, e, rank) of a rank above 0, dt is what it is yet to be multiplied with.
+def _read_parameters(
+    k, e0, width, dt_proj, A, D, dt_bias, dt_proj_block, A_block, lowest, D_block, bias_block
+):  # fmt: skip
+    """The parameters of the block's channels; A scaled by log2(e), and the lowest of each channel."""
+    _column(D, k, e0, width, D_block)
+    _column(dt_bias, k, e0, width, bias_block)
+    for r in range(dt_proj.shape[2]):
+        _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
+    lowest[:] = np.float32(0)
+    for i in range(len(A_block)):
+        for j in range(width):
+            A_block[i, j] = A[k, e0 + j, i] * LOG2E
+            lowest[j] = min(lowest[j], A_block[i, j])
+
+
+@inline
+def _position(strides, k, b, token, channel, reverse):
+    """Where a token's number is, and how far from there the next token's is in scan order."""
+    at = k * strides[0] + b * strides[1] + token * strides[2] + channel
+    return at, -strides[2] if reverse else strides[2]
+
+
+@kernel
+def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse, initial, s, final, states):
+    """x, dt, B, C and s are pairs: the numbers, and the strides of directions, images and tokens. If dt_proj
+    (k, e, rank) has a rank above 0, dt is still to be multiplied by it.
     """
     images, length, e, n = size
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
-    dt_proj_block = tile(rank)
-    lowest = tile(1)[0]
+    dt_proj_block, lowest = tile(rank), tile(1)[0]
     h, A_block, D_block, bias_block = tile(n), tile(n), tile(1)[0], tile(1)[0]
     xs, step, entering, y = tile(CHUNK), tile(CHUNK), tile(CHUNK), tile(CHUNK)
     for item in range(first, last):
         k, b, e0 = item // (images * blocks), item // blocks % images, item % blocks * BLOCK
         width = min(BLOCK, e - e0)
-        _column(D, k, e0, width, D_block)
-        _column(dt_bias, k, e0, width, bias_block)
-        for r in range(rank):
-            _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
+        _read_parameters(k, e0, width, dt_proj, A, D, dt_bias, dt_proj_block, A_block, lowest, D_block, bias_block)
         h[:] = np.float32(0)
-        lowest[:] = np.float32(0)
-        for i in range(n):
-            for j in range(width):
-                A_block[i, j] = A[k, e0 + j, i] * LOG2E
-                lowest[j] = min(lowest[j], A_block[i, j])
-                h[i, j] = initial[k, b, e0 + j, i] if len(initial) else np.float32(0)
+        if len(initial):
+            for i in range(n):
+                for j in range(width):
+                    h[i, j] = initial[k, b, e0 + j, i]
         for start in range(0, length, CHUNK):
             tokens = min(CHUNK, length - start)
             _mark(image, b, start, length, reverse[k], begins[:tokens])
@@ -239,11 +261,11 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, initial, im
             if len(states):
                 write(h, states, kept_at, width, width)
             token = length - 1 - start if reverse[k] else start
-            x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
-            dt_at, dt_token = _place(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
-            B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
-            C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
-            s_at, s_token = _place(s[1], k, b, token, e0, reverse[k])
+            x_at, x_token = _position(x[1], k, b, token, e0, reverse[k])
+            dt_at, dt_token = _position(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
+            B_at, B_token = _position(B[1], k, b, token, 0, reverse[k])
+            C_at, C_token = _position(C[1], k, b, token, 0, reverse[k])
+            s_at, s_token = _position(s[1], k, b, token, e0, reverse[k])
             read(x[0], x_at, x_token, width, xs[:tokens])
             if rank > 0:
                 _project((tokens, rank, dt[0], dt_at, dt_token, dt_proj_block, step))
@@ -274,15 +296,14 @@ def _backward(
     first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
     dx, ddt, dA, dBC, dD, dbias, dinitial,
 ):  # fmt: skip
-    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`. The gradients of B, and after them those of C, come from
-    each block of channels, the tokens of a chunk in scan order: dBC (blocks, k b chunks, 2n, CHUNK).
+    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`. dBC (blocks, k b chunks, 2n, CHUNK) receives, from each
+    block of channels, the gradients of B and then of C; the tokens of a chunk are in scan order.
     """
     images, length, e, n = size
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
-    dt_proj_block = tile(rank)
-    lowest = tile(1)[0]
+    dt_proj_block, lowest = tile(rank), tile(1)[0]
     h, g, A_block, dA_block = tile(n), tile(n), tile(n), tile(n)
     D_block, bias_block, dD_block, dbias_block = tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
     xs, step, slope, entering, before, decay = (
@@ -295,18 +316,13 @@ def _backward(
         k, b, block = item // (images * blocks), item // blocks % images, item % blocks
         e0 = block * BLOCK
         width = min(BLOCK, e - e0)
-        _column(D, k, e0, width, D_block)
-        _column(dt_bias, k, e0, width, bias_block)
-        for r in range(rank):
-            _column(dt_proj[:, :, r], k, e0, width, dt_proj_block[r])
+        _read_parameters(k, e0, width, dt_proj, A, D, dt_bias, dt_proj_block, A_block, lowest, D_block, bias_block)
         h[:] = np.float32(0)
         g[:] = np.float32(0)
-        lowest[:] = np.float32(0)
-        for i in range(n):
-            for j in range(width):
-                A_block[i, j] = A[k, e0 + j, i] * LOG2E
-                lowest[j] = min(lowest[j], A_block[i, j])
-                g[i, j] = dfinal[k, b, e0 + j, i] if len(dfinal) else np.float32(0)
+        if len(dfinal):
+            for i in range(n):
+                for j in range(width):
+                    g[i, j] = dfinal[k, b, e0 + j, i]
         dA_block[:] = np.float32(0)
         dD_block[:] = np.float32(0)
         dbias_block[:] = np.float32(0)
@@ -317,13 +333,13 @@ def _backward(
             tokens = min(CHUNK, length - start)
             _mark(image, b, start, length, reverse[k], begins[:tokens])
             token = length - 1 - start if reverse[k] else start
-            x_at, x_token = _place(x[1], k, b, token, e0, reverse[k])
-            dt_at, dt_token = _place(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
-            B_at, B_token = _place(B[1], k, b, token, 0, reverse[k])
-            C_at, C_token = _place(C[1], k, b, token, 0, reverse[k])
-            ds_at, ds_token = _place(ds[1], k, b, token, e0, reverse[k])
-            dx_at, dx_token = _place(dx[1], k, b, token, e0, reverse[k])
-            ddt_at, ddt_token = _place(ddt[1], k, b, token, e0, reverse[k])
+            x_at, x_token = _position(x[1], k, b, token, e0, reverse[k])
+            dt_at, dt_token = _position(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
+            B_at, B_token = _position(B[1], k, b, token, 0, reverse[k])
+            C_at, C_token = _position(C[1], k, b, token, 0, reverse[k])
+            ds_at, ds_token = _position(ds[1], k, b, token, e0, reverse[k])
+            dx_at, dx_token = _position(dx[1], k, b, token, e0, reverse[k])
+            ddt_at, ddt_token = _position(ddt[1], k, b, token, e0, reverse[k])
             read(x[0], x_at, x_token, width, xs[:tokens])
             if rank > 0:
                 _project((tokens, rank, dt[0], dt_at, dt_token, dt_proj_block, step))
@@ -375,7 +391,7 @@ def _backward(
 
 @kernel
 def _gather(first, last, size, dBC, reverse, dB, dC):
-    """The sum of dBC over its blocks, to the pairs dB and dC. An item is a chunk of one direction and image."""
+    """Sum dBC over its blocks into the pairs dB and dC. A work item is a chunk of one direction and image."""
     images, length, n = size
     chunks = (length + CHUNK - 1) // CHUNK
     for item in range(first, last):
@@ -385,23 +401,16 @@ def _gather(first, last, size, dBC, reverse, dB, dC):
                 for m in range(CHUNK):
                     dBC[0, item, i, m] += dBC[block, item, i, m]
         token = length - 1 - start if reverse[k] else start
-        dB_at, dB_token = _place(dB[1], k, b, token, 0, reverse[k])
-        dC_at, dC_token = _place(dC[1], k, b, token, 0, reverse[k])
+        dB_at, dB_token = _position(dB[1], k, b, token, 0, reverse[k])
+        dC_at, dC_token = _position(dC[1], k, b, token, 0, reverse[k])
         for m in range(min(CHUNK, length - start)):
             for i in range(n):
                 dB[0][np.uintp(dB_at + m * dB_token + i)] = dBC[0, item, i, m]
                 dC[0][np.uintp(dC_at + m * dC_token + i)] = dBC[0, item, n + i, m]
 
 
-@inline
-def _place(strides, k, b, token, channel, reverse):
-    """Where a number of a token is, and how far from there the next token's in scan order."""
-    at = k * strides[0] + b * strides[1] + token * strides[2] + channel
-    return at, -strides[2] if reverse else strides[2]
-
-
 def _total(parts: Tensor) -> Tensor:
-    """Their sum over the first axis, in a fixed order; so small that waking torch's threads would take longer."""
+    """The sum over the first axis, in a fixed order. So small that waking torch's threads would take longer."""
     return parts.sum(0) if counting() else torch.from_numpy(parts.numpy().sum(0))
 
 
@@ -409,105 +418,65 @@ def _items(k: int, b: int, e: int) -> int:
     return k * b * -(-e // BLOCK)
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    initial: Tensor | None,
-    image: Tensor | None,
-    reverse: Sequence[bool],
-    chunk: int,
-    dt_proj: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """s (k, b, l, e) in x's dtype, the final states (k, b, e, n), and those kept (k, b, chunks, e n) if chunk > 0.
+def _arguments(inputs: ScanInputs, reverse: Sequence[bool], dt_proj: Tensor | None) -> tuple[Any, ...]:
+    """What both kernels read, but for the initial state, in the order of their arguments."""
+    x, dt, A, B, C, D, dt_bias, _, image = inputs
+    return (
+        spread(x),
+        spread(dt),
+        array(dt_proj, 3),
+        numbers(A),
+        spread(B),
+        spread(C),
+        numbers(D),
+        numbers(torch.zeros_like(D) if dt_bias is None else dt_bias),
+        np.empty((0, 0), np.int32) if image is None else numbers(image),
+        np.array(reverse),
+    )
 
-    With dt_proj (k, e, r), dt (k, b, l, r) is multiplied by it on the way.
+
+def forward(
+    inputs: ScanInputs, reverse: Sequence[bool], chunk: int, dt_proj: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s (k, b, l, e) in x's dtype, the final states (k, b, e, n), and the kept states (k, b, chunks, e n) if chunk > 0.
+
+    With dt_proj (k, e, r), dt is (k, b, l, r) and the kernel multiplies it by dt_proj as it goes.
     """
     assert chunk in (0, CHUNK)
-    k, b, length, e = x.shape
-    n = A.shape[-1]
+    k, b, length, e = inputs.x.shape
+    n = inputs.A.shape[-1]
     s = torch.empty(k, b, length, e)
     final = torch.empty(k, b, e, n)
     states = torch.empty(k, b, -(-length // chunk), e * n) if chunk else torch.empty(0)
     run(
-        _forward,
-        _items(k, b, e),
-        (b, length, e, n),
-        spread(x),
-        spread(dt),
-        array(dt_proj, 3),
-        numbers(A),
-        spread(B),
-        spread(C),
-        numbers(D),
-        numbers(torch.zeros_like(D)) if dt_bias is None else numbers(dt_bias),
-        array(initial, 4),
-        np.empty((0, 0), np.int32) if image is None else numbers(image),
-        np.array(reverse),
-        spread(s),
-        numbers(final),
-        numbers(states.view(-1)),
-    )
-    return s.to(x.dtype), final, states
+        _forward, _items(k, b, e), (b, length, e, n), *_arguments(inputs, reverse, dt_proj), array(inputs.initial, 4),
+        spread(s), numbers(final), numbers(states.view(-1)),
+    )  # fmt: skip
+    return s.to(inputs.x.dtype), final, states
 
 
 def backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    initial: Tensor | None,
-    image: Tensor | None,
-    states: Tensor,
-    ds: Tensor,
-    dfinal: Tensor | None,
-    reverse: Sequence[bool],
-    chunk: int,
+    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int,
     dt_proj: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state, the last two empty where there is none. That of
-    dt is as wide as x, with dt_proj too.
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state; the last two are empty if their input is None.
+    The gradient of dt is as wide as x, with dt_proj too.
     """
     assert chunk == CHUNK
+    x, _, A, B, C, _, dt_bias, initial, _ = inputs
     k, b, length, e = x.shape
     n = A.shape[-1]
-    blocks = -(-e // BLOCK)
+    blocks, chunks = -(-e // BLOCK), -(-length // CHUNK)
     dx, ddt = torch.empty(k, b, length, e), torch.empty(k, b, length, e)
     dA, dD, dbias = torch.empty(b, k, e, n), torch.empty(b, k, e), torch.empty(b, k, e)
     dB, dC = torch.empty(k, b, length, n), torch.empty(k, b, length, n)
-    chunks = -(-length // CHUNK)
     dBC = torch.empty(blocks, k * b * chunks, 2 * n, CHUNK)
     dinitial = torch.empty((0, 0, 0, 0) if initial is None else (k, b, e, n))
     run(
-        _backward,
-        _items(k, b, e),
-        (b, length, e, n),
-        spread(x),
-        spread(dt),
-        array(dt_proj, 3),
-        numbers(A),
-        spread(B),
-        spread(C),
-        numbers(D),
-        numbers(torch.zeros_like(D)) if dt_bias is None else numbers(dt_bias),
-        np.empty((0, 0), np.int32) if image is None else numbers(image),
-        np.array(reverse),
-        numbers(states.view(-1)),
-        spread(ds),
-        array(dfinal, 4),
-        spread(dx),
-        spread(ddt),
-        *(numbers(t) for t in (dA, dBC, dD, dbias, dinitial)),
-    )
+        _backward, _items(k, b, e), (b, length, e, n), *_arguments(inputs, reverse, dt_proj), numbers(states.view(-1)),
+        spread(ds), array(dfinal, 4), spread(dx), spread(ddt), *(numbers(t) for t in (dA, dBC, dD, dbias, dinitial)),
+    )  # fmt: skip
     run(_gather, k * b * chunks, (b, length, n), numbers(dBC), np.array(reverse), spread(dB), spread(dC))
-    no_bias = dt_bias is None
     return (
         dx.to(x.dtype),
         ddt.to(x.dtype),
@@ -515,6 +484,6 @@ def backward(
         dB.to(B.dtype),
         dC.to(C.dtype),
         _total(dD),
-        dbias.new_empty(0) if no_bias else _total(dbias),
+        dbias.new_empty(0) if dt_bias is None else _total(dbias),
         dinitial.flatten() if initial is None else dinitial,
     )

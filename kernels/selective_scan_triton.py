@@ -1,18 +1,19 @@
-"""The selective scan on a GPU: both directions of a mixer in one launch, states in registers.
+"""The selective scan on a GPU: both directions of a mixer in one launch, with the states in registers.
 
-Axes: k directions, b images, l tokens, e inner channels, n states a channel.
+Axes: k directions, b images, l tokens, e inner channels, n states per channel.
 
 A program owns CHANNELS channels of one image and one direction and walks its tokens in scan order, CHUNK at a time. Its
-state is a tile (channels, n) over the lanes: four lanes share a channel and hold n/4 states each, so that B and C cost
-a lane one vector load and sums over n and over channels are both short. Whatever concerns a (token, channel) and not a
-state (softplus, conversions, loads, stores) is done on (CHUNK, channels) tiles with one lane a value; triton_tiles.py
-carries values between the two arrangements and takes sums across lanes, once a chunk.
+state is a tile (channels, n) spread over the lanes: each channel has four lanes that hold n/4 states each, so that B
+and C cost a lane one vector load, and sums over n and over channels are both short. Work per (token, channel) that does
+not involve a state (softplus, conversions, loads, stores) is done on (CHUNK, channels) tiles with one value per lane.
+triton_tiles.py moves values between the two layouts and sums across lanes, once per chunk.
 
-The backward needs every state. The forward keeps one in CHUNK tokens (64 / CHUNK bytes a token and channel at n = 16);
-the backward walks the chunks from the last to the first and rebuilds the states of a chunk, and their decays, in
-registers. Sixteen channels a warp is what 255 registers hold for CHUNK = 8, with every second state built once more.
+The backward pass needs every state. The forward pass keeps one every CHUNK tokens (64 / CHUNK bytes per token and
+channel at n = 16); the backward pass walks the chunks from the last to the first and rebuilds the states of a chunk,
+and their decays, in registers. For CHUNK = 8, 255 registers hold sixteen channels per warp if every second state is
+computed twice.
 """
-# Triton's own language, which the tools take for Python; its tuples grow by + only:
+# The tools take Triton's language for Python; Triton's tuples grow by + only:
 # mypy: disable-error-code="no-untyped-def, assignment"
 # ruff: noqa: RUF005
 
@@ -27,18 +28,19 @@ from torch import Tensor
 from .compile_case import TRITON_TYPE, CompileCase, target_of
 from .large import is_large, scan_grid, scan_program, token_number
 from .scan_gate_triton import combine, combine_backward
+from .scan_inputs import ScanInputs
 from .triton_tiles import LOG2_E, row_pairs, rows, softplus, sum_channels, sum_states
 
 __all__ = ["CHUNK", "backward", "combine", "combine_backward", "compile_cases", "forward"]
 
 CHUNK = 8
-"""Tokens between kept states, and tokens a pass of the kernels' loops: `rows` and `stack` are written for eight."""
+"""Tokens between kept states, and tokens per iteration of the main loops: `rows` and `stack` are written for eight."""
 
-# Sixteen channels a warp: see above. Four warps write a quarter of the partial sums of dB and dC that one would.
+# Sixteen channels per warp: see above. Four warps write a quarter of the partial sums of dB and dC that one would.
 CHANNELS, WARPS = 64, 4
-# What the backward takes where sixteen channels a warp do not fit into 255 registers: it issues 12 % more then.
+# For the backward kernel if sixteen channels per warp do not fit into 255 registers. It then issues 12 % more.
 FEWER_CHANNELS = 32
-# tokens of a program of _pack
+# tokens per program of selective_scan_pack_kernel
 ROWS = 32
 
 _COMMON = {"enable_fp_fusion": True}
@@ -48,20 +50,21 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _restart(starts, slot, h):
-    """h, or zero where a new image begins at the slot (never, without `starts`); a NaN does not get across either."""
+    """h, or zero if a new image begins at the slot (never, without `starts`). It stops a NaN too."""
     if starts is not None:
         h = tl.where(tl.load(starts + slot) != 0, 0.0, h)
     return h
 
 
 @triton.jit(do_not_specialize=["length", "slots", "backwards"])
-def _pack(
+def selective_scan_pack_kernel(
     B, C, image, packed, starts, length, slots, backwards,
     B_k, B_b, B_l, C_k, C_b, C_l,
     n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """B and C of one direction as fp32 rows (slots, 2, N) in scan order, zero where there is no token or state; and,
-    with `image`, whether the state starts anew at each: the scans then read both at constant offsets."""
+    """Write B and C of one direction as fp32 rows (slots, 2, N) in scan order, zero where there is no token or state,
+    so that the scans read both at constant offsets; with `image`, also write whether the state restarts at each slot.
+    """
     tile, b, k, _, images = scan_program(tl.cdiv(slots, ROWS), LARGE)
     slot = token_number(tile * ROWS + tl.arange(0, ROWS), LARGE)
     backward = (backwards >> k) & 1
@@ -82,7 +85,7 @@ def _pack(
     if image is not None:
         image += b.to(tl.int64) * length
         number = tl.load(image + token, mask=valid, other=0)
-        # the first token in scan order: forwards its predecessor counts as image 0, in reverse as its own
+        # the predecessor of the first token in scan order is image 0 forwards, and the token's own image in reverse
         first = slot == 0
         before = tl.load(image + token - 1 + 2 * backward, mask=valid & (slot > 0), other=0)
         before = tl.where(first & (backward == 1), number, before)
@@ -90,11 +93,11 @@ def _pack(
 
 
 @triton.jit(do_not_specialize=["length", "blocks", "backwards"])
-def _unpack(
+def selective_scan_unpack_kernel(
     partial, dB, dC, length, blocks, backwards,
     n: tl.constexpr, N: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC in token order: the sum of the channel blocks' partial sums, in the order of the blocks."""
+    """Sum the partial sums of the channel blocks, in the order of the blocks; write dB and dC in token order."""
     T: tl.constexpr = 8
     chunk, b, k, chunks, images = scan_program(tl.cdiv(length, T), LARGE)
     chunks = chunks.to(tl.int64)
@@ -119,20 +122,22 @@ def _unpack(
 
 
 @triton.jit(do_not_specialize=["length", "backwards"])
-def _forward(
+def selective_scan_fwd_kernel(
     x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, backwards,
     x_k, x_b, x_l, dt_k, dt_b, dt_l,
-    n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+    n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, KEEP: tl.constexpr,
     LARGE: tl.constexpr,
 ):  # fmt: skip
-    """s and the last state; with KEEP also the state before each chunk. WHOLE: no channel and no state is padding."""
+    """Compute s and the last state; with KEEP, also the state before each chunk. UNPADDED: no channel or state of a
+    block is padding.
+    """
     T: tl.constexpr = 8
     block, b, k, _blocks, images = scan_program(tl.cdiv(e, CHANNELS), LARGE)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     row = (k * images + b).to(tl.int64)
     chunks = tl.cdiv(length, T)
     state = tl.arange(0, N)
-    if WHOLE:
+    if UNPADDED:
         here = tl.full((CHANNELS,), True, tl.int1)
         cell_here = tl.full((CHANNELS, N), True, tl.int1)
     else:
@@ -161,7 +166,7 @@ def _forward(
         token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)[:, None]
         valid = (slot < length)[:, None] & here[None, :]
         x_tile = tl.load(x + token * x_l + channel[None, :], mask=valid, other=0.0).to(tl.float32)
-        # a slot behind the last token gets step 0 and slope 0, and leaves the state alone
+        # a slot after the last token gets step 0 and slope 0, and does not change the state
         v = tl.load(dt + token * dt_l + channel[None, :], mask=valid, other=float("-inf")).to(tl.float32)
         if dt_bias is not None:
             v += bias[None, :]
@@ -182,18 +187,18 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["length", "backwards"])
-def _backward(
+def selective_scan_bwd_kernel(
     x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
     dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, backwards,
     x_k, x_b, x_l, dt_k, dt_b, dt_l, ds_k, ds_b, ds_l,
-    n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
+    n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, LANES: tl.constexpr,
     LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient; those of parameters for one image, those of B and C for one block of channels.
+    """Compute every gradient; those of parameters for one image, those of B and C for one block of channels.
 
-    With g_t the gradient that reaches h_t and q_t = exp(step_t A) g_t what it passes on:  g_t = q_{t+1} + C_t ds_t,
+    With g_t the gradient that reaches h_t, and q_t = exp(step_t A) g_t what h_t passes on:  g_t = q_{t+1} + C_t ds_t,
     d(step_t x_t) = B_t . g_t,  dB_t = g_t (step_t x_t),  dC_t = h_t ds_t,  d(step_t A) = q_t h_{t-1}.
-    2 ** LANES lanes hold different channels; the channels of one lane are summed before lanes exchange anything.
+    2 ** LANES lanes hold different channels; each lane sums its own channels before lanes exchange anything.
     """
     T: tl.constexpr = 8
     GROUPS: tl.constexpr = 2**LANES
@@ -202,7 +207,7 @@ def _backward(
     row = (k * images + b).to(tl.int64)
     chunks = tl.cdiv(length, T)
     state = tl.arange(0, N)
-    if WHOLE:
+    if UNPADDED:
         here = tl.full((CHANNELS,), True, tl.int1)
         cell_here = tl.full((CHANNELS, N), True, tl.int1)
     else:
@@ -258,7 +263,7 @@ def _backward(
         dinflow = ()
         drate = ()
         for i in tl.static_range(T - 1, -1, -1):
-            # .ca, the default in other words, keeps the compiler from holding the rows of the first walk in registers
+            # .ca is the default; spelling it out keeps the compiler from holding rows of the first walk in registers
             B = tl.load(packed + (chunk * T + i) * (2 * N) + state, cache_modifier=".ca")
             C = tl.load(packed + (chunk * T + i) * (2 * N) + N + state)
             dC = (tl.sum(tl.reshape(h * ds_row[i], (CHANNELS // GROUPS, GROUPS, N)), 0),) + dC
@@ -266,7 +271,7 @@ def _backward(
                 h = before[i // 2]
             else:
                 B_before = tl.load(packed + (chunk * T + i - 1) * (2 * N) + state, cache_modifier=".ca")
-                # fma in place of * and +, for the same reason
+                # fma instead of * and +, for the same reason
                 h = _restart(starts, chunk * T + i - 1, before[i // 2])
                 h = tl.fma(decay[i - 1], h, inflow[i - 1][:, None] * B_before[None, :])
             g = q + ds_row[i] * C[None, :]
@@ -282,7 +287,7 @@ def _backward(
         tl.store(out, sum_channels(dB, LANES))
         dinflow_tile = sum_states(dinflow)
         drate_tile = sum_states(drate) * _LN_2
-        # read once more, for the sake of registers again
+        # read again, to save registers
         x_tile = tl.load(x + token * x_l + channel[None, :], mask=valid, other=0.0, cache_modifier=".ca").to(tl.float32)
         skip = tl.load(D + k * e + channel, mask=here, other=0.0)
         dx_tile = dinflow_tile * step_tile + skip[None, :] * ds_tile
@@ -301,15 +306,11 @@ def _backward(
         tl.store(dinitial + row * e * n + cell, q, mask=cell_here)
 
 
-def forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
-    initial: Tensor | None, image: Tensor | None, reverse: Sequence[bool], chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x, dt (k, b, l, e), B, C (k, b, l, n), A (k, e, n), D, dt_bias (k, e), initial (k, b, e, n), image (b, l).
-
-    Returns s (k, b, l, e), the last state (k, b, e, n) and the states (k, b, chunks, e n) before each chunk of tokens
-    in scan order; `chunk` is CHUNK, or 0 to keep none.
+def forward(inputs: ScanInputs, reverse: Sequence[bool], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """s (k, b, l, e), the last state (k, b, e, n), and the states (k, b, chunks, e n) before each chunk of tokens in
+    scan order; `chunk` is CHUNK, or 0 to keep none.
     """
+    x, dt, A, B, C, D, dt_bias, initial, image = inputs
     k, b, length, e = x.shape
     n = A.shape[-1]
     width = _width(n)
@@ -322,26 +323,25 @@ def forward(
     grid = triton.cdiv(e, channels), b, k
     large = is_large(grid, packed.shape[2], e, 2 * width, x.stride(2), dt.stride(2))
     with torch.cuda.device_of(x):
-        _forward[scan_grid(grid, large)](
+        selective_scan_fwd_kernel[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, _mask(reverse),
             *x.stride()[:3], *dt.stride()[:3],
-            n=n, N=width, CHANNELS=channels, WHOLE=e % channels == 0 and n == width, KEEP=keep,
+            n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, KEEP=keep,
             LARGE=large, num_warps=WARPS, **_COMMON,
         )  # fmt: skip
     return s, final, states
 
 
 def backward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
-    initial: Tensor | None, image: Tensor | None, states: Tensor, ds: Tensor, dfinal: Tensor | None,
-    reverse: Sequence[bool], chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial of `forward`, given those of s and of the last state.
 
-    The last two are empty where their input is None. `states` were kept by `forward` with the same chunk.
+    The last two are empty if their input is None. `states` are those that `forward` kept with the same chunk.
     """
     if not _keeps(chunk):
-        raise ValueError(f"the backward of a scan needs its kept states: chunk is 0, it must be {CHUNK}")
+        raise ValueError(f"the backward pass of a scan needs the kept states: chunk is 0, it must be {CHUNK}")
+    x, dt, A, B, C, D, dt_bias, initial, image = inputs
     k, b, length, e = x.shape
     n = A.shape[-1]
     width = _width(n)
@@ -360,14 +360,14 @@ def backward(
     large = is_large(grid, slots, e, 2 * width, x.stride(2), dt.stride(2), ds.stride(2))
     chunk_grid = slots // CHUNK, b, k
     with torch.cuda.device_of(x):
-        _backward[scan_grid(grid, large)](
+        selective_scan_bwd_kernel[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
             dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, _mask(reverse),
             *x.stride()[:3], *dt.stride()[:3], *ds.stride()[:3],
-            n=n, N=width, CHANNELS=channels, WHOLE=e % channels == 0 and n == width, LANES=_lanes(channels),
+            n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, LANES=_lanes(channels),
             LARGE=large, num_warps=WARPS, **_COMMON,
         )  # fmt: skip
-        _unpack[scan_grid(chunk_grid, large)](
+        selective_scan_unpack_kernel[scan_grid(chunk_grid, large)](
             partial, dB, dC, length, blocks, _mask(reverse), n=n, N=width, LARGE=large, num_warps=1, **_COMMON
         )
     return (
@@ -386,7 +386,7 @@ def _packed(
     grid = triton.cdiv(slots, ROWS), b, k
     large = is_large(grid, length, B.stride(2), C.stride(2))
     with torch.cuda.device_of(B):
-        _pack[scan_grid(grid, large)](
+        selective_scan_pack_kernel[scan_grid(grid, large)](
             B, C, image, packed, starts, length, slots, _mask(reverse),
             *B.stride()[:3], *C.stride()[:3], n=n, N=width, ROWS=ROWS, LARGE=large, **_COMMON,
         )  # fmt: skip
@@ -395,7 +395,7 @@ def _packed(
 
 def _keeps(chunk: int) -> bool:
     if chunk not in (0, CHUNK):
-        raise ValueError(f"chunk is {chunk}; these kernels keep a state every {CHUNK} tokens, or none (0)")
+        raise ValueError(f"chunk is {chunk}; it must be {CHUNK}, the tokens between kept states, or 0 to keep none")
     return chunk > 0
 
 
@@ -405,57 +405,57 @@ def _mask(reverse: Sequence[bool]) -> int:
 
 
 def _width(n: int) -> int:
-    """States a tile holds: a power of two that four lanes can share."""
+    """States per channel in a tile: a power of two that four lanes can divide."""
     if n > 512:
-        raise ValueError(f"the states of a channel are {n}; a tile of these kernels holds at most 512")
+        raise ValueError(f"a channel has {n} states; a tile of these kernels holds at most 512 (use backend reference)")
     return max(4, triton.next_power_of_2(n))
 
 
 def _channels(width: int, channels: int) -> int:
-    """Channels of a program: fewer where a channel has more than 16 states, for the same number of registers."""
+    """Channels per program: fewer if a channel has more than 16 states, so that registers stay the same."""
     return max(1, channels * 16 // max(width, 16))
 
 
 def _backward_channels(target: str, lean: bool) -> int:
-    """`lean`: 16-bit, whole blocks of channels, one image a sequence, no states handed in or out. All else, and sm_80
-    always, would park 8 to 88 bytes a lane in memory. (sm_100 parks 80 even so, and still issues an eighth less.)
+    """`lean`: 16-bit, full blocks of channels, one image per sequence, no states passed in or out. Anything else, and
+    sm_80 always, would spill 8 to 88 bytes per lane. (sm_100 spills 80 even so, and still issues an eighth less.)
     """
     return CHANNELS if target.startswith("gfx") or (lean and target != "sm_80") else FEWER_CHANNELS
 
 
 def _lanes(channels: int) -> int:
-    """log2 of the lanes over channels in a backward program: eight of each warp, if it has so many channels."""
+    """log2 of the lanes across channels in a backward program: eight per warp, if there are enough channels."""
     return (min(channels, 8 * WARPS)).bit_length() - 1
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
-    """The kernels as a model of inner width e in `dtype` launches them, at n = 16, for `kernels.aot`; "packed" with
-    image numbers and with states handed in and out.
+    """The kernels as a model of inner width e launches them in `dtype`, at n = 16, for `kernels.aot`. "_packed" has
+    image numbers, and states passed in and out.
     """
     n = 16
     size = dtype.itemsize
     types = dict.fromkeys(["x", "dt", "B", "C", "s", "ds", "dx", "ddt", "dB", "dC"], TRITON_TYPE[dtype])
     types |= dict.fromkeys(["length", "e", "slots", "blocks", "backwards"], "i32")
-    # B and C are slices of a projection's rows
+    # B and C are slices of the rows of a projection
     loose = frozenset(["length", "slots", "blocks", "backwards", "B", "B_k", "B_b", "B_l", "C", "C_k", "C_b", "C_l"])
     types |= dict.fromkeys(["image", "starts"], "*i32")
     absent = {"image": None, "starts": None, "initial": None, "dfinal": None, "dinitial": None}
 
-    def case(name: str, kernel: Any, constants: dict[str, Any], warps: int = 4, **facts: Any) -> CompileCase:
-        given = constants if name.endswith("_packed") else {**absent, **constants}
+    def case(kernel: Any, constants: dict[str, Any], variant: str = "", warps: int = 4, **facts: Any) -> CompileCase:
+        given = constants if variant == "_packed" else {**absent, **constants}
         signature = {
             argument: "constexpr" if argument in given
             else types.get(argument, "i32" if argument.endswith(("_k", "_b", "_l")) else "*fp32")
             for argument in kernel.arg_names
         }  # fmt: skip
         return CompileCase(
-            name=name, kernel=kernel, signature=signature,
+            kernel=kernel, variant=variant, signature=signature,
             constexprs={argument: given[argument] for argument in kernel.arg_names if argument in given},
             options={"num_warps": warps, **_COMMON}, loose=loose, **facts,
         )  # fmt: skip
 
     scan = {"n": n, "N": n, "LARGE": False}
-    whole = {"WHOLE": e % CHANNELS == 0}
+    unpadded = {"UNPADDED": e % CHANNELS == 0}
     kept = 4 * n / CHUNK
     rows = 2 * n / e
 
@@ -464,12 +464,12 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
         channels = _backward_channels(target, lean)
         return [
             case(
-                f"scan_forward{packed}", _forward, {**scan, **whole, "CHANNELS": CHANNELS, "KEEP": True}, WARPS,
+                selective_scan_fwd_kernel, {**scan, **unpadded, "CHANNELS": CHANNELS, "KEEP": True}, packed, WARPS,
                 tokens=CHUNK, channels=CHANNELS, bytes=3 * size + kept + 4 * rows, exponentials=n,
             ),
             case(
-                f"scan_backward{packed}", _backward,
-                {**scan, **whole, "CHANNELS": channels, "LANES": _lanes(channels)}, WARPS,
+                selective_scan_bwd_kernel,
+                {**scan, **unpadded, "CHANNELS": channels, "LANES": _lanes(channels)}, packed, WARPS,
                 tokens=CHUNK, channels=channels,
                 bytes=5 * size + kept + 4 * rows + 4 * 2 * n / channels, exponentials=n,
             ),
@@ -478,10 +478,12 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     return [
         *scan_cases(""),
         *scan_cases("_packed"),
-        case("scan_pack", _pack, {**scan, "ROWS": ROWS}, tokens=ROWS, channels=e, bytes=(size + 4) * rows),
         case(
-            # four blocks a pass: the compiler unrolls
-            "scan_unpack", _unpack, scan, warps=1, tokens=4 * CHUNK, channels=CHANNELS,
+            selective_scan_pack_kernel, {**scan, "ROWS": ROWS}, tokens=ROWS, channels=e, bytes=(size + 4) * rows,
+        ),
+        case(
+            # four blocks per iteration: the compiler unrolls
+            selective_scan_unpack_kernel, scan, warps=1, tokens=4 * CHUNK, channels=CHANNELS,
             bytes=4 * 2 * n / CHANNELS + size * rows,
         ),
     ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Vector registers for the CPU kernels: loops that numba cannot write, emitted as LLVM code a vector at a time.
+"""Vector registers for the CPU kernels: loops that numba cannot express, emitted as LLVM code one vector at a time.
 
-numba turns a loop over an array into vector instructions, but what outlives the loop's body stays in memory. A scan's
-states want to stay in registers over many tokens. Functions that are `emitted` build such loops inside numba's kernels;
-where one unrolls over a Python list of vectors, these are registers. LLVM splits the vectors that a machine's registers
-are too short for: the number of lanes decides about speed alone.
+numba turns a loop over an array into vector instructions, but a value that outlives one iteration stays in memory. The
+states of a scan should stay in registers over many tokens. Functions decorated with `emitted` build such loops inside
+numba's kernels; a Python list of vectors that such a function unrolls becomes registers. LLVM splits vectors that are
+too long for the machine's registers, so the number of lanes affects speed only.
 """
 # llvmlite has no types:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -22,12 +22,12 @@ LANES = 16 if get_host_cpu_features().get("avx512f") else 8
 
 _VECTOR, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _INDEX = ir.IntType(64)
-# numba gives what has no flags those of its kernels, and with reassociation (t + c) - c would be t.
+# numba gives instructions without flags those of its kernels; with reassociation, (t + c) - c would become t.
 _FLAGS = ("contract", "arcp")
 
 
 class Vector:
-    """LANES fp32 numbers; a Python number beside one stands for a vector of it."""
+    """LANES fp32 numbers. A Python number as the other operand stands for a vector of that number."""
 
     def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
         self.builder = builder
@@ -52,19 +52,19 @@ class Vector:
         return self._with(other, self.builder.fdiv)
 
     def below(self, other: "Vector | float", then: "Vector | float", otherwise: "Vector | float") -> "Vector":
-        """In each lane `then` where self < other, `otherwise` where it is not, or is NaN."""
+        """In each lane: `then` if self < other, else `otherwise` (also for NaN)."""
         b = self.builder
         smaller = b.fcmp_ordered("<", self.value, self.like(other).value, flags=_FLAGS)
         return Vector(b, b.select(smaller, self.like(then).value, self.like(otherwise).value))
 
     def fma(self, factor: "Vector", addend: "Vector | float") -> "Vector":
-        """self * factor + addend, where the product is not wanted for anything else: not even then is it rounded."""
+        """self * factor + addend. The product is not rounded, not even if it is also used elsewhere."""
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         operation = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
         return Vector(self.builder, self.builder.call(operation, [self.value, factor.value, self.like(addend).value]))
 
     def shuffle(self, other: "Vector", lanes: list[int]) -> "Vector":
-        """From the lanes of both, one after the other."""
+        """Select `lanes` from the concatenation of both vectors."""
         return Vector(self.builder, self.builder.shuffle_vector(self.value, other.value, ir.Constant(_INTEGERS, lanes)))
 
 
@@ -96,7 +96,7 @@ class Index:
 
 
 class Array:
-    """A contiguous fp32 array: array[index] are the LANES numbers from the index on, whatever its axes."""
+    """A contiguous fp32 array, indexed as if flat: array[index] is the LANES numbers from the index on."""
 
     def __init__(self, builder: ir.IRBuilder, pointer: Any) -> None:
         self.builder, self.pointer = builder, pointer
@@ -114,12 +114,12 @@ class Array:
         self.builder.store(vector.value, self._vector_at(index), align=4)
 
     def load(self, index: Index, count: Index) -> Vector:
-        """The first `count` numbers and zeros after them; nothing else is read."""
+        """Load the first `count` numbers, followed by zeros; reads nothing else."""
         b = self.builder
-        with b.if_else(self._is_full(count)) as (whole, part):
-            with whole:
+        with b.if_else(self._is_full(count)) as (all_lanes, some_lanes):
+            with all_lanes:
                 full, full_block = self[index].value, b.block
-            with part:
+            with some_lanes:
                 pointer, mask, align = self._vector_at(index), self._mask(count), ir.Constant(ir.IntType(32), 4)
                 kind = ir.FunctionType(_VECTOR, [pointer.type, align.type, mask.type, _VECTOR])
                 operation = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.load.v{LANES}f32.p0")
@@ -130,12 +130,12 @@ class Array:
         return Vector(b, either)
 
     def store(self, index: Index, vector: Vector, count: Index) -> None:
-        """The first `count` numbers of the vector; nothing else is written."""
+        """Store the first `count` numbers of the vector; writes nothing else."""
         b = self.builder
-        with b.if_else(self._is_full(count)) as (whole, part):
-            with whole:
+        with b.if_else(self._is_full(count)) as (all_lanes, some_lanes):
+            with all_lanes:
                 self[index] = vector
-            with part:
+            with some_lanes:
                 pointer, mask, align = self._vector_at(index), self._mask(count), ir.Constant(ir.IntType(32), 4)
                 kind = ir.FunctionType(ir.VoidType(), [_VECTOR, pointer.type, align.type, mask.type])
                 operation = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.store.v{LANES}f32.p0")
@@ -149,7 +149,7 @@ class Array:
         return self.builder.icmp_signed("<", lanes, _spread(self.builder, count.value))
 
     def fetch(self, index: Index, *, to_write: bool = False) -> None:
-        """A hint that these numbers will soon be wanted in the cache. They need not exist."""
+        """Prefetch these numbers into the cache. They need not exist."""
         b, flag = self.builder, ir.IntType(32)
         pointer = b.bitcast(self._at(index), ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
@@ -162,7 +162,7 @@ class Array:
 
 
 class Variable:
-    """A vector that changes in a loop: LLVM makes its slot a register."""
+    """A vector that changes in a loop. LLVM turns its slot into a register."""
 
     def __init__(self, vector: Vector) -> None:
         self.builder, self.slot = vector.builder, cgutils.alloca_once(vector.builder, _VECTOR)
@@ -176,7 +176,7 @@ class Variable:
 
 
 class Code:
-    """Where an `emitted` function is."""
+    """The point in the code at which an `emitted` function emits."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.builder = builder
@@ -188,7 +188,7 @@ class Code:
         return Index(self.builder, number)
 
     def either(self, condition: Index) -> Any:
-        """A context of two contexts, for what happens where the condition is not 0, and where it is."""
+        """A context that yields two contexts: the code for a condition that is not 0, and the code for 0."""
         return self.builder.if_else(self.builder.icmp_signed("!=", condition.value, self.index(0).value))
 
     @contextmanager
@@ -202,8 +202,8 @@ class Code:
 
 
 def emitted(function: Callable[..., None]) -> Any:
-    """For numba's kernels, a function whose body is what `function(code, *arguments)` emits. It is called with one
-    tuple, whose arrays arrive as `Array`, its integers as `Index` and its floats as a `Vector` of them.
+    """Decorate a function for use in numba's kernels: its body is what `function(code, *arguments)` emits. Kernels call
+    it with one tuple; arrays in it arrive as `Array`, integers as `Index`, and each float as a `Vector` of it.
     """
 
     def typed(_, arguments):
@@ -227,8 +227,8 @@ def emitted(function: Callable[..., None]) -> Any:
 
 
 def exp2(t: Vector) -> Vector:
-    """2^t to 2e-7, below 127, and 2^-126 below -126. The polynomial is exactly 1 at 0: a decay near one is multiplied
-    over thousands of tokens, and a bias would add up.
+    """2^t to 2e-7 for t < 127, and 2^-126 for t < -126. The polynomial is exactly 1 at 0: a decay near one is
+    multiplied over thousands of tokens, and a bias would add up.
     """
     t = t.below(-126, -126, t)
     rounded = t + _TO_INTEGER
@@ -236,12 +236,12 @@ def exp2(t: Vector) -> Vector:
 
 
 def exp2_of_product(s: Vector, a: Vector) -> Vector:
-    """2^(s a) for products from -126 to 127, with an eighth fewer instructions."""
+    """2^(s a) for products from -126 to 127; takes an eighth fewer instructions."""
     rounded = s.fma(a, _TO_INTEGER)
     return _power(rounded, s.fma(a, (rounded - _TO_INTEGER) * -1))
 
 
-# Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it goes to the exponent.
+# Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where a shift moves it to the exponent.
 _TO_INTEGER = 12582912
 
 
@@ -260,7 +260,9 @@ def sigmoid(v: Vector) -> Vector:
 
 
 def softplus_and_slope(v: Vector) -> tuple[Vector, Vector]:
-    """max(v, 0) + log(1 + e^-|v|), the logarithm by a polynomial to 3e-8 relative; and its derivative, the sigmoid."""
+    """max(v, 0) + log(1 + e^-|v|), with the logarithm from a polynomial (relative error 3e-8), and its derivative, the
+    sigmoid.
+    """
     u = _decay(v)
     p = u * 5.23269324e-3 - 2.95052401e-2
     for coefficient in (
@@ -276,7 +278,7 @@ def _decay(v: Vector) -> Vector:
 
 
 def sums(vectors: list[Vector]) -> Vector:
-    """The sum of each, in the lane of its number."""
+    """The sum of the lanes of each vector; lane i holds the sum of vectors[i]."""
     even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
     while len(vectors) > 1:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)

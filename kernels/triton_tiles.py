@@ -1,11 +1,11 @@
-"""Triton functions that carry values between the two arrangements of a scan: tiles of tokens, and rows beside states.
+"""Triton functions that move values between the two layouts of a scan: tiles of tokens, and rows aligned with states.
 
-A tile (8, c) has one lane a value. A row (c) beside a state (c, n) lies on several lanes, those that share a channel.
-`rows` and `stack` exchange them for eight tokens at once, through shared memory. `fold` sums across lanes: splitting an
-axis makes the compiler bring it into one lane, in exchange for the tokens, which is a fifth of the instructions of one
-butterfly a token.
+A tile (8, c) has one value per lane. A row (c) that is aligned with a state (c, n) is on several lanes: all those of
+its channel. `rows` and `stack` convert eight tokens at once, through shared memory. `fold` sums across lanes: splitting
+an axis makes the compiler bring it into one lane in exchange for the tokens, which takes a fifth of the instructions of
+one butterfly per token.
 """
-# Triton's own language, which the tools take for Python; its tuples grow by + only:
+# The tools take Triton's language for Python; Triton's tuples grow by + only:
 # mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 # ruff: noqa: RUF005
 
@@ -16,11 +16,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def sigmoid(x):
+    """Uses exp2, which is one instruction; the exp of tl.sigmoid guards against denormals, which 1 + u absorbs."""
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+
+
+@triton.jit
 def softplus(v):
     """log(1 + exp(v)) and its derivative. Relative error: 2e-7, and 6e-8 |v| below 0, as exp's argument is rounded.
 
-    = max(v, 0) + log1p(u) with u = exp(-|v|), and log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3; the polynomial is the
-    Chebyshev fit of 2 atanh(s) / s in s^2 (4e-9). Above 20 the second term is below half a unit of the first.
+    softplus(v) = max(v, 0) + log1p(u) with u = exp(-|v|), and log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3. The
+    polynomial is the Chebyshev fit of 2 atanh(s) / s in s^2 (4e-9). Above 20 the second term is below half a unit of
+    the first.
     """
     u = tl.exp2(tl.abs(v) * -LOG2_E)
     s = u / (2.0 + u)
@@ -33,7 +40,7 @@ def softplus(v):
 
 @triton.jit
 def rows(tile):
-    """The eight rows of a tile (8, c, m), each (c, m), with the lanes arranged as for states."""
+    """The eight rows of a tile (8, c, m), each (c, m), in the layout of states."""
     bits = tl.reshape(tl.permute(tile, (1, 2, 0)), (tile.shape[1], tile.shape[2], 2, 2, 2))
     even, odd = tl.split(bits)
     even0, even2 = tl.split(even)
@@ -47,8 +54,9 @@ def rows(tile):
 
 @triton.jit
 def row_pairs(a, b):
-    """The eight rows of tile a (8, c), and those of b. In one exchange; and the layout pass of Triton 3.6, which would
-    rather convert 16-bit inputs and then take every softplus on four lanes, leaves a pair alone (forward 189 -> 124).
+    """The eight rows of tile a (8, c), and those of b, in one exchange. For a single tile, the layout pass of Triton
+    3.6 would convert the 16-bit inputs instead and then compute every softplus on four lanes; it leaves a pair alone
+    (forward 189 -> 124 instructions).
     """
     pairs = rows(tl.join(a, b))
     a_rows = ()
@@ -70,7 +78,7 @@ def stack(r):
 
 @triton.jit
 def fold(x, HALVINGS: tl.constexpr):
-    """Sum over the last axis, of 2 ** HALVINGS values; see above."""
+    """Sum over the last axis, of 2 ** HALVINGS values; see the top of the file."""
     for _ in tl.static_range(HALVINGS - 1):
         even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
         x = even + odd

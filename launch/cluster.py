@@ -138,8 +138,8 @@ class Cluster(Section):
     """The container image that nodes run; kuberay needs one."""
     runs: str = "runs"
     """The folder of runs, as all nodes see it."""
-    second: Address | None = None
-    """The recipe's checkpoint.second, where it names none."""
+    mirror: Address | None = None
+    """checkpoint.mirror of recipes that name none."""
     environment: Annotated[dict[Variable, str], Field(default_factory=dict)]
     """For every rank. No secrets: these stand in files."""
     secrets: tuple[Variable, ...] = ()
@@ -208,7 +208,7 @@ class Cluster(Section):
         return min(self.nodes, -(-int(least) // (self.gpus or self.cpus))) if colon else self.nodes
 
 
-_KIND = Kind("cluster", Cluster, ClusterError, "cluster")
+_KIND = Kind("cluster", Cluster, ClusterError, "cluster", renamed={"second": "mirror"})
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Cluster:

@@ -1,4 +1,6 @@
-"""What can be said to a user in one message. Anything else that is raised is a bug, and shows its traceback."""
+"""Errors that a user sees as one message, and how messages show values. Any other exception is a bug, and shows its
+traceback.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -11,7 +13,7 @@ _LINE, _MESSAGE = 450, 1500
 
 
 class UserError(Exception):
-    """The user's input is wrong: the message names the value, the rule and the way out, and no secret of an address.
+    """The user's input is wrong. The message names the value, the rule and the fix, and hides secrets in addresses.
     Exit code 2.
     """
 
@@ -22,7 +24,7 @@ class UserError(Exception):
 
 
 class FileFaults(UserError):
-    """Every fault of a file at once, one a line; the message shortens long lines and leaves out what is too much."""
+    """All faults of a file at once, one per line. The message shortens long lines, and counts faults that it omits."""
 
     def __init__(self, title: str, faults: list[str]):
         self.faults = faults
@@ -40,15 +42,15 @@ class FileFaults(UserError):
 
 
 class RecipeError(FileFaults):
-    """A recipe, or what it asks for where it is to run."""
+    """A recipe is faulty, or asks for what the machines that run it do not have."""
 
 
 class ClusterError(FileFaults):
-    """A cluster file."""
+    """A cluster file is faulty."""
 
 
 class DataError(UserError):
-    """A data set that is not there, not whole, or not what its manifest says."""
+    """A data set is missing, incomplete, or not what its manifest says."""
 
 
 CAUSES = ("image", "pixels", "no image", "no label", "label")
@@ -56,7 +58,7 @@ CAUSES = ("image", "pixels", "no image", "no label", "label")
 
 
 class BadSample(DataError):
-    """One sample that cannot be used, where its shard is whole: it is counted by `cause`, and replaced."""
+    """One sample of an intact shard cannot be used. The data stream counts it by `cause` and uses another."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
@@ -67,15 +69,15 @@ class BadSample(DataError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there, damaged, or of another model."""
+    """A checkpoint is missing, damaged, or of another model."""
 
 
 class LaunchError(UserError):
-    """Workers, addresses or folders that cannot be had."""
+    """Workers, addresses or folders are not available."""
 
 
 class RunFailed(Exception):
-    """The run itself failed, for the reason the message gives first. Exit code 1."""
+    """The run itself failed; the message begins with the reason. Exit code 1."""
 
     exit_code = 1
 
@@ -83,18 +85,25 @@ class RunFailed(Exception):
         super().__init__(masked(message))
 
 
-def shortened(text: str, most: int) -> str:
-    """A text on one line, without its middle where it is longer, and with what cannot be printed escaped."""
-    if len(text) > most:
-        text = f"{text[: most - most // 3 - 3]} … {text[-(most // 3) :]}"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+def shortened(text: str, most: int = 200) -> str:
+    """A text of anybody's as one line of at most `most` characters: without its middle if it is longer, and with
+    unprintable characters escaped.
+    """
+    if len(text) > 2 * most:  # no more work than needed
+        text = text[:most] + text[-most:]
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return text if len(text) <= most else f"{text[: most - most // 3 - 3]} … {text[-(most // 3) :]}"
 
 
-def brief(value: Any) -> str:
-    """A value as a user would write it, shortened; a list or a mapping as what it is."""
+def brief(value: Any, most: int = 80) -> str:
+    """A value of a YAML or JSON file as it is written there, shortened; a list or a mapping by its kind."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return kind_of(value) if isinstance(value, dict | list | tuple) else shortened(repr(value), 80)
+    if isinstance(value, dict | list | tuple):
+        return kind_of(value)
+    if isinstance(value, str) and len(value) > 2 * most:
+        value = value[:most] + value[-most:]
+    return shortened(repr(value), most)
 
 
 def kind_of(value: Any) -> str:
@@ -105,15 +114,15 @@ def kind_of(value: Any) -> str:
 
 
 class WorkerDied(RunFailed):
-    """A process that reads data for a rank was killed or ran out of memory; started again, the run may succeed."""
+    """A process that reads data for a rank was killed or ran out of memory; restarting the run may help."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was perhaps meant."""
+    """The known word most like `word`, if any is close."""
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What to put behind a word that is not known: the nearest that is, or all."""
+    """What to append to a message about an unknown word: the nearest known word, or all of them."""
     near = nearest(word, known)
     return f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""The one door from the package to kernels/."""
+"""The kernels that the package uses; no other module imports kernels/."""
 
 from typing import TYPE_CHECKING
 
@@ -7,20 +7,32 @@ if TYPE_CHECKING:
     from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
-    from kernels.selective_scan import bidirectional_scan, selective_scan
+    from kernels.selective_scan import (
+        bidirectional_scan,
+        bidirectional_scan_with_state,
+        selective_scan,
+        selective_scan_with_state,
+    )
 else:
     from vimscale.kernels.add_norm import add_norm
     from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
-    from vimscale.kernels.selective_scan import bidirectional_scan, selective_scan
+    from vimscale.kernels.selective_scan import (
+        bidirectional_scan,
+        bidirectional_scan_with_state,
+        selective_scan,
+        selective_scan_with_state,
+    )
 
 __all__ = [
     "add_norm",
     "bidirectional_conv1d",
     "bidirectional_scan",
+    "bidirectional_scan_with_state",
     "bimamba_inner",
     "causal_conv1d",
     "counted",
     "selective_scan",
+    "selective_scan_with_state",
 ]

@@ -1,4 +1,4 @@
-"""`vimscale checkpoints …`: what a run has saved: look at it, check it, compare it, make room."""
+"""`vimscale checkpoints ...`: list, verify, compare and remove the checkpoints of a run."""
 
 import json
 import math
@@ -22,65 +22,65 @@ if TYPE_CHECKING:
     from vimscale.checkpoint.mirror import CheckpointStore
     from vimscale.runtime.run_folder import RunFolder
 
-checkpoints = typer.Typer(help="Look at a run's checkpoints, check, compare and remove them.", no_args_is_help=True)
+checkpoints = typer.Typer(help="List, verify, compare and remove a run's checkpoints.", no_args_is_help=True)
 
 
 @dataclass
 class Entry:
-    """One checkpoint, here, at the second place, or at both."""
+    """One checkpoint: in the run's folder, in the mirror, or in both."""
 
     name: str
     step: int
     here: bool
-    second: bool
+    mirror: bool
     ranks: int | None = None
     zero: int | None = None
     bytes: int = 0
     saved: float = 0.0
-    """Seconds since the epoch, of one that is here."""
+    """When it was saved, in seconds since the epoch, if it is here."""
     fault: str | None = None
-    """What a glance at names and sizes shows to be wrong."""
+    """What is wrong with it, as far as names and sizes show."""
     asked: bool = False
-    """Saved because a stop was asked for."""
+    """Whether it was saved because somebody asked for a stop."""
     resume: bool = False
-    """Whether a resume would take it."""
+    """Whether the run would resume from it."""
     set_aside: bool = False
 
 
 @checkpoints.command(name="list")
 def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
-    """List a run's checkpoints, newest first, and say which one a resume would take. Sizes are looked at, not contents:
-    for these, verify.
+    """List a run's checkpoints, newest first, and show which one the run would resume from. This checks sizes only; use
+    verify to check contents.
     """
     from vimscale.runtime.run_folder import RunFolder
 
     folder = RunFolder.of(run)
-    place, there, problem = _second(folder)
-    entries, foreign = _entries(folder, there), _foreign(folder)
+    store, mirrored, problem = _mirror(folder)
+    entries, foreign = _entries(folder, mirrored), _foreign(folder)
     if as_json:
-        listed = {"checkpoints": [asdict(entry) for entry in entries], "second": problem or "reached"}
+        listed = {"checkpoints": [asdict(entry) for entry in entries], "mirror": problem or "reached"}
         print(json.dumps({**listed, "foreign": foreign}))
         return
     console = Console()
     if problem is not None:
-        console.print(f"checkpoint.second: {problem}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"checkpoint.mirror: {problem}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     if foreign:
-        text = f"not checkpoints, and passed over: {', '.join(foreign)}"
+        text = f"ignored, because they are not checkpoints: {', '.join(foreign)}"
         console.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if not entries:
         console.print(f"{folder.path} has no checkpoint yet", highlight=False, soft_wrap=True)
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("checkpoint", "ranks", "ZeRO", "MB", "age", "here", *(["second"] if place is not None else []), ""):
+    for name in ("checkpoint", "ranks", "ZeRO", "MB", "age", "here", *(["mirror"] if store is not None else []), ""):
         table.add_column(name, justify="right" if name in ("ranks", "ZeRO", "MB", "age") else "left")
     for entry in entries:
         if entry.set_aside:
             continue
         age, size = (_age(entry), f"{entry.bytes / 1e6:,.1f}") if entry.here else ("", "")
         ranks, zero = ("" if number is None else str(number) for number in (entry.ranks, entry.zero))
-        cells = [entry.name, ranks, zero, size, age, "" if not entry.here else "damaged" if entry.fault else "whole"]
-        if place is not None:
-            cells.append("there" if entry.second else "")
+        cells = [entry.name, ranks, zero, size, age, "" if not entry.here else "damaged" if entry.fault else "intact"]
+        if store is not None:
+            cells.append("yes" if entry.mirror else "")
         remarks = [*(["for a stop"] if entry.asked else []), *(["resumes from it"] if entry.resume else [])]
         table.add_row(*cells, ", ".join(remarks))
     console.print(table)
@@ -100,34 +100,31 @@ def _age(entry: Entry) -> str:
     return f"{seconds:.0f} s"
 
 
-def _second(folder: "RunFolder") -> tuple["CheckpointStore | None", list[str], str | None]:
-    """The second place of a run's checkpoints, the names there, and why they cannot be had."""
-    from vimscale.checkpoint import mirror as second
+def _mirror(folder: "RunFolder") -> tuple["CheckpointStore | None", list[str], str | None]:
+    """The mirror of a run's checkpoints, the names in it, and why it cannot be reached."""
+    from vimscale.checkpoint.mirror import open_mirror
 
     recipe = folder.recipe()
     try:
-        place = second.open_mirror(recipe.checkpoint.second, recipe.name)
-        return place, place.names() if place is not None else [], None
+        store = open_mirror(recipe.checkpoint.mirror, recipe.name)
+        return store, store.names() if store is not None else [], None
     except (OSError, DataError, CheckpointError) as error:
         return None, [], str(error)
 
 
-def _entries(folder: "RunFolder", there: list[str]) -> list[Entry]:
-    """Newest first; what was set aside at the end."""
-    from vimscale.runtime.run_folder import is_checkpoint, step_of
+def _entries(folder: "RunFolder", mirrored: list[str]) -> list[Entry]:
+    """All checkpoints, newest first; those that were set aside come last."""
+    from vimscale.runtime.run_folder import intact, is_checkpoint, newest_first, step_of
 
-    found = {name: Entry(name, step_of(name), here=False, second=True) for name in there}
-    for path in folder.checkpoints.glob("step_*"):
-        if not is_checkpoint(path.name):
-            continue
-        entry = _look_at(path, step_of(path.name))
-        entry.second = path.name in found
-        found[path.name] = entry
-    entries = sorted(found.values(), key=lambda entry: -entry.step)
-    for entry in entries:
-        if entry.second or (entry.here and entry.fault is None):
-            entry.resume = True
-            break
+    paths = {path.name: path for path in folder.checkpoints.glob("step_*") if is_checkpoint(path.name)}
+    here = {name: _look_at(path, step_of(name)) for name, path in paths.items()}
+    found = {name: Entry(name, step_of(name), here=False, mirror=True) for name in mirrored} | here
+    for name in mirrored:
+        found[name].mirror = True
+    chosen = next(intact(here, mirrored, lambda name, from_mirror: from_mirror or here[name].fault is None), None)
+    if chosen is not None:
+        found[chosen].resume = True
+    entries = [found[name] for name in newest_first(found)]
     for path in _set_aside(folder)[::-1]:
         entry = _look_at(path, int(path.name.split("_")[2]))
         entry.set_aside = True
@@ -136,7 +133,7 @@ def _entries(folder: "RunFolder", there: list[str]) -> list[Entry]:
 
 
 def _set_aside(folder: "RunFolder") -> list[Path]:
-    """Checkpoints that were damaged, and have another name since."""
+    """Damaged checkpoints that were renamed to damaged_..."""
     from vimscale.runtime.run_folder import is_checkpoint
 
     found = folder.checkpoints.glob("damaged_step_*")
@@ -144,7 +141,7 @@ def _set_aside(folder: "RunFolder") -> list[Path]:
 
 
 def _foreign(folder: "RunFolder") -> list[str]:
-    """What lies among the checkpoints and is none of this package's."""
+    """Names in the folder of checkpoints that this package did not make."""
     from vimscale.runtime.run_folder import is_checkpoint
 
     ours = {path.name for path in _set_aside(folder)}
@@ -156,10 +153,10 @@ def _look_at(path: Path, step: int) -> Entry:
     from vimscale.runtime import run_folder
 
     files = [file.stat() for file in path.iterdir() if file.is_file()] if path.is_dir() else []
-    entry = Entry(path.name, step, here=True, second=False, bytes=sum(file.st_size for file in files))
+    entry = Entry(path.name, step, here=True, mirror=False, bytes=sum(file.st_size for file in files))
     entry.saved = max((file.st_mtime for file in files), default=0.0)
-    look = manifest.faults if path.name.startswith("damaged_") else run_folder.faults
-    entry.fault = next(iter(_faults(look(path, glance=True))), None)
+    faults = manifest.faults if path.name.startswith("damaged_") else run_folder.faults
+    entry.fault = next(iter(_faults(faults(path, sizes_only=True))), None)
     try:
         train_state = json.loads((path / "trainer.json").read_bytes())
         entry.ranks, entry.zero, entry.asked = (
@@ -173,7 +170,7 @@ def _look_at(path: Path, step: int) -> Entry:
 
 
 def _faults(found: Iterator[str]) -> list[str]:
-    """All of them, of which one may be that another version wrote the checkpoint."""
+    """Collect faults; that another version wrote the checkpoint, which is raised, counts as one."""
     faults: list[str] = []
     try:
         faults.extend(found)
@@ -184,32 +181,32 @@ def _faults(found: Iterator[str]) -> list[str]:
 
 @checkpoints.command()
 def verify(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Read all of a run's checkpoints, here and at the second place, and compare them with their sha256; exit code 1 if
-    one is damaged.
+    """Read all of a run's checkpoints, in its folder and in the mirror, and check every sha256; exit code 1 if one is
+    damaged.
     """
-    from vimscale.checkpoint import mirror as second
+    from vimscale.checkpoint import mirror
     from vimscale.runtime import run_folder
 
     folder = run_folder.RunFolder.of(run)
-    place, there, problem = _second(folder)
+    store, mirrored, problem = _mirror(folder)
     found = {str(path): _faults(run_folder.faults(path)) for path in run_folder.checkpoints(folder.checkpoints)}
-    if place is not None:
-        found |= {place.where(name): _faults(second.faults(place, name)) for name in there}
+    if store is not None:
+        found |= {store.where(name): _faults(mirror.faults(store, name)) for name in mirrored}
     if problem is not None:
-        found["checkpoint.second"] = [problem]
+        found["checkpoint.mirror"] = [problem]
     damaged = [where for where, faults in found.items() if faults]
     if as_json:
         print(json.dumps(found))
     else:
         console = Console()
         for where, faults in found.items():
-            console.print(f"{where}: {'whole' if not faults else 'damaged'}", highlight=False, soft_wrap=True)
+            console.print(f"{where}: {'intact' if not faults else 'damaged'}", highlight=False, soft_wrap=True)
             for fault in faults:
                 console.print(f"  {fault}", style="red", highlight=False, soft_wrap=True, markup=False)
-        damage = f"{len(damaged)} damaged" if damaged else "all whole"
+        damage = f"{len(damaged)} damaged" if damaged else "all intact"
         console.print(f"{len(found)} checkpoints, {damage}", highlight=False)
         if damaged:
-            console.print("  a launch sets a damaged one aside and takes the one before it", highlight=False)
+            console.print("  a launch sets a damaged one aside and resumes from the one before it", highlight=False)
     raise typer.Exit(1 if damaged else 0)
 
 
@@ -218,11 +215,11 @@ def diff(
     run: RunArgument,
     a: Annotated[int, typer.Argument(help="The step of a checkpoint.")],
     b: Annotated[int, typer.Argument(help="The step of another one.")],
-    other: Annotated[str | None, typer.Option(help="The run that the second one is of, if it is another run.")] = None,
+    other: Annotated[str | None, typer.Option(help="The run of the second checkpoint; default: the same run.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints, written at whatever numbers of ranks and ZeRO stages: settings, weights, moving average
-    and the optimizer's moments.
+    """Compare settings, weights, moving averages and optimizer moments of two checkpoints. They may be of different
+    numbers of ranks and ZeRO stages.
     """
     from vimscale.checkpoint.compare import Pair
     from vimscale.runtime.run_folder import RunFolder
@@ -230,26 +227,26 @@ def diff(
     paths = [RunFolder.of(run).newest_checkpoint(a), RunFolder.of(other or run).newest_checkpoint(b)]
     pair = Pair(*paths)
     found = list(pair.differences())
-    identical = all(each.same_bits for each in found) and not any(pair.unshared)
+    identical = all(each.same_bits for each in found) and not any(pair.only_in)
     if as_json:
         rows = [
             {**asdict(each), "largest": _finite(each.largest), "relative": _finite(each.relative)} for each in found
         ]
-        same = {"tensors": rows, "only_first": pair.unshared[0], "only_second": pair.unshared[1]}
+        same = {"tensors": rows, "only_first": pair.only_in[0], "only_second": pair.only_in[1]}
         print(json.dumps({"bit_identical": identical, "settings": pair.settings(), **same}))
         return
     console = Console()
     settings = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for key, (ours, theirs) in pair.settings().items():
-        settings.add_row(key, _short(ours), "->", _short(theirs))
+    for key, (first, second) in pair.settings().items():
+        settings.add_row(key, _short(first), "->", _short(second))
     console.print(settings)
-    for path, names in zip(paths, pair.unshared, strict=True):
+    for path, names in zip(paths, pair.only_in, strict=True):
         for name in names:
             console.print(f"only in {path}: {name}", highlight=False, soft_wrap=True, markup=False)
     if identical:
         console.print(f"all {len(found)} tensors are bit-identical", style="green", highlight=False)
         return
-    table = Table("kind", "tensors", "that differ", "largest difference", "relative", "most in", box=None)
+    table = Table("kind", "tensors", "differing", "largest difference", "relative", "most in", box=None)
     for kind in dict.fromkeys(each.kind for each in found):
         mine = [each for each in found if each.kind == kind]
         differ = [each for each in mine if not each.same_bits]
@@ -277,46 +274,43 @@ def _short(value: Any) -> str:
 def prune(
     run: RunArgument,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="So many of the newest stay; absent: as in the recipe.")
+        int | None, typer.Option(min=1, help="Keep this many of the newest; default: as in the recipe.")
     ] = None,
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Multiples of so many steps stay; absent: as in the recipe.")
+        int | None, typer.Option(min=1, help="Keep those at multiples of this many steps; default: as in the recipe.")
     ] = None,
     damaged: Annotated[
-        bool, typer.Option("--damaged", help="Remove those, too, that were set aside as damaged.")
+        bool, typer.Option("--damaged", help="Also remove those that were set aside as damaged.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go, and remove nothing.")] = False,
 ) -> None:
-    """Remove a run's older checkpoints, but never the newest whole one, and none while the run is going on. What is at
-    the second place stays.
+    """Remove a run's older checkpoints, but never the newest intact one, and none while the run is in progress. The
+    mirror is left alone.
     """
-    from vimscale.checkpoint import mirror as second
+    from vimscale.checkpoint import retention
     from vimscale.runtime import run_folder
 
     folder = run_folder.RunFolder.of(run)
     if not dry_run:
-        folder.hold("its checkpoints are pruned once it has ended (checkpoint.keep does it meanwhile)")
+        folder.hold("prune its checkpoints once it has ended (checkpoint.keep does it meanwhile)")
     given = {"keep": keep, "keep_every": keep_every}
     rules = folder.recipe().checkpoint.model_copy(update={key: n for key, n in given.items() if n is not None})
     names = [path.name for path in run_folder.checkpoints(folder.checkpoints)]
-    whole = folder.newest_checkpoint().name if names else None
-    going = [folder.checkpoints / name for name in sorted(run_folder.surplus(names, rules)) if name != whole]
+    newest = folder.newest_checkpoint().name if names else None
+    removed = [folder.checkpoints / name for name in sorted(retention.surplus(names, rules)) if name != newest]
+    stay = len(names) - len(removed)
     if damaged:
-        going += _set_aside(folder)
-    room = 0
-    for path in going:
+        removed += _set_aside(folder)
+    freed = 0
+    for path in removed:
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        room += size
+        freed += size
         print(f"{path}: {size / 1e6:,.1f} MB")
         if dry_run:
             continue
         if path.name.startswith("damaged_"):
             shutil.rmtree(path)
         else:
-            second.remove(path)
-    done = "would be removed, which would give" if dry_run else "removed, which gives"
-    print(f"{len(going)} {done} {room / 1e6:,.1f} MB; {len(names) - _regular(going)} checkpoints stay")
-
-
-def _regular(paths: list[Path]) -> int:
-    return sum(not path.name.startswith("damaged_") for path in paths)
+            retention.remove(path)
+    done = "would be removed, which would free" if dry_run else "removed, which frees"
+    print(f"{len(removed)} {done} {freed / 1e6:,.1f} MB; {stay} checkpoints stay")

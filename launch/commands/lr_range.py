@@ -134,7 +134,7 @@ def rising(chosen: Recipe, low: float, high: float, steps: int) -> Recipe:
         "guard.skips": 0,
         "guard.rollbacks": 0,
         "checkpoint.every": steps,
-        "checkpoint.second": None,
+        "checkpoint.mirror": None,
         "evaluate.every": 0,
         "log.every": min(chosen.log.every, 10),
     }

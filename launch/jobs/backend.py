@@ -117,9 +117,9 @@ def completed(recipe: Recipe, cluster: Cluster) -> Recipe:
     Raises:
         RecipeError: it names files by paths that mean nothing where the job runs.
     """
-    if recipe.checkpoint.second is None and cluster.second is not None:
+    if recipe.checkpoint.mirror is None and cluster.mirror is not None:
         recipe = recipe.model_copy(
-            update={"checkpoint": recipe.checkpoint.model_copy(update={"second": cluster.second})}
+            update={"checkpoint": recipe.checkpoint.model_copy(update={"mirror": cluster.mirror})}
         )
     if cluster.backend == "local":
         return recipe
@@ -127,7 +127,7 @@ def completed(recipe: Recipe, cluster: Cluster) -> Recipe:
     named = {
         "data.val": recipe.data.val,
         "model.weights": recipe.model.weights,
-        "checkpoint.second": recipe.checkpoint.second,
+        "checkpoint.mirror": recipe.checkpoint.mirror,
     }
     places += [(key, place) for key, place in named.items() if place is not None]
     faults = [

@@ -158,7 +158,7 @@ def plan(source: str, overrides: Iterable[str], samples: int | None, runs: Path)
     for name, point in zip(names, points, strict=True):
         changes = [f"{key}={value}" for key, value in point.items()]
         try:
-            # a second place for checkpoints knows runs by this name alone
+            # a mirror knows runs by this name alone
             full = _short(f"{sweep}.{name}")
             trials.append(
                 Trial(name, point, recipes.load(source, [*plain, *changes, f"name={full}"]), _at(folder, name))

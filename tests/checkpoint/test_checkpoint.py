@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever is damaged, in the way or killed; and their second place."""
+"""Checkpoints and their mirror: complete or absent, whatever is damaged, in the way or killed."""
 
 import json
 import os
@@ -24,9 +24,8 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from tests.support.shell import Shell
-from vimscale.checkpoint import load as checkpoint
-from vimscale.checkpoint import mirror
-from vimscale.checkpoint.load import Reader, TrainState
+from vimscale.checkpoint import mirror, retention
+from vimscale.checkpoint.load import Reader, TrainState, consolidated, newest, read_train_state
 from vimscale.checkpoint.save import Saver, write_state
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe import recipe
@@ -38,16 +37,16 @@ pytestmark = pytest.mark.usefixtures("alone")
 TENSORS = {"weight/a@0": torch.arange(40.0), "weight/b@3": torch.randn(7), "ema/a@0": torch.randn(40)}
 
 
-def _trainer(step: int) -> TrainState:
+def _train_state(step: int) -> TrainState:
     return TrainState(step, {}, step, {"a": [8, 5], "b": [10]}, 1, 1, True)
 
 
 def _save(folder: Path, *steps: int, **rules: Any) -> list[dict]:
-    """What was emitted."""
+    """Save a checkpoint for each step; returns the events that were emitted."""
     events: list[dict] = []
     saver = Saver(folder, Checkpoint(**rules), "run", events.append)
     for step in steps:
-        saver.save(TENSORS, _trainer(step))
+        saver.save(TENSORS, _train_state(step))
     saver.close()
     return events
 
@@ -62,12 +61,12 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_is_told_of_once_it_exists_and_holds_what_was_copied(tmp_path: Path) -> None:
+def test_a_checkpoint_is_announced_once_it_exists_and_holds_what_was_copied(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    saver = Saver(folder, Checkpoint(), "run", lambda event: seen.append(checkpoint.newest(folder)))
+    saver = Saver(folder, Checkpoint(), "run", lambda event: seen.append(newest(folder)))
     seen: list[Path | None] = []
     mine = {name: tensor.clone() for name, tensor in TENSORS.items()}
-    saver.save(mine, _trainer(10))
+    saver.save(mine, _train_state(10))
     for tensor in mine.values():
         tensor.zero_()  # the next step's update
     saver.wait()
@@ -79,29 +78,29 @@ def test_a_checkpoint_is_told_of_once_it_exists_and_holds_what_was_copied(tmp_pa
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_the_newest_are_kept_and_multiples_for_good(tmp_path: Path) -> None:
+def test_the_newest_stay_and_multiples_of_keep_every_for_good(tmp_path: Path) -> None:
     events = _save(tmp_path / "c", *range(10, 80, 10), keep=2, keep_every=30)
     assert [event["step"] for event in events] == [10, 20, 30, 40, 50, 60, 70]
     assert _names(tmp_path / "c") == [f"step_000000{n}" for n in (30, 60, 70)]
 
 
-def test_the_newest_regular_one_is_kept_whatever_stops_add(tmp_path: Path) -> None:
+def test_the_newest_regular_checkpoint_stays_however_many_stops_add(tmp_path: Path) -> None:
     _save(tmp_path / "c", 10, 20, 21, 22, 23, every=10, keep=1)
     assert _names(tmp_path / "c") == ["step_00000020", "step_00000023"]
 
 
-def test_a_rollback_takes_what_was_saved_for_a_stop_only_if_there_is_no_other(tmp_path: Path) -> None:
+def test_a_rollback_uses_a_checkpoint_of_a_stop_only_if_there_is_no_other(tmp_path: Path) -> None:
     saver = Saver(tmp_path, Checkpoint(), "run", lambda event: None)
     for step in (10, 13):
-        saver.save(TENSORS, replace(_trainer(step), asked=step == 13))
+        saver.save(TENSORS, replace(_train_state(step), asked=step == 13))
     saver.close()
-    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000013"
-    assert checkpoint.newest(tmp_path, regular=True) == tmp_path / "step_00000010"
-    mirror.remove(tmp_path / "step_00000010")
-    assert checkpoint.newest(tmp_path, regular=True) == tmp_path / "step_00000013"
+    assert newest(tmp_path) == tmp_path / "step_00000013"
+    assert newest(tmp_path, regular=True) == tmp_path / "step_00000010"
+    retention.remove(tmp_path / "step_00000010")
+    assert newest(tmp_path, regular=True) == tmp_path / "step_00000013"
 
 
-def test_the_same_state_saved_again_leaves_the_checkpoint_as_it_is(tmp_path: Path) -> None:
+def test_saving_the_same_state_again_leaves_the_checkpoint_alone(tmp_path: Path) -> None:
     path = tmp_path / "step_00000010"
     state = path / "state-00000-of-00001.safetensors"
     _save(tmp_path, 10)
@@ -109,9 +108,9 @@ def test_the_same_state_saved_again_leaves_the_checkpoint_as_it_is(tmp_path: Pat
     assert [event["step"] for event in _save(tmp_path, 10)] == [10]
     assert state.stat() == before
     saver = Saver(tmp_path, Checkpoint(), "run", lambda event: None)
-    saver.save(TENSORS, replace(_trainer(10), updates=9))
+    saver.save(TENSORS, replace(_train_state(10), updates=9))
     saver.close()
-    assert checkpoint.read_train_state(path).updates == 9, "another state of that step takes its place"
+    assert read_train_state(path).updates == 9, "another state of that step replaces it"
     for number in ("", "_2"):
         _damage(state)
         _save(tmp_path, 10)
@@ -127,19 +126,19 @@ def test_every_damage_is_detected(tmp_path: Path) -> None:
     files = sorted(path.iterdir())
     for number in range(400):
         file = files[number % len(files)]
-        whole = file.read_bytes()
+        intact = file.read_bytes()
         if rng.random() < 0.2:
-            file.write_bytes(whole[: rng.randrange(len(whole))])
+            file.write_bytes(intact[: rng.randrange(len(intact))])
         else:
-            data = bytearray(whole)
+            data = bytearray(intact)
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             file.write_bytes(data)
         assert manifest.damage(path) is not None, (number, file)
-        file.write_bytes(whole)
+        file.write_bytes(intact)
     assert manifest.damage(path) is None
 
 
-def _exchange(a: Path, b: Path) -> None:
+def _swap(a: Path, b: Path) -> None:
     a.rename(a.with_name("between"))
     b.rename(a)
     a.with_name("between").rename(b)
@@ -148,22 +147,22 @@ def _exchange(a: Path, b: Path) -> None:
 def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "c"
     _save(folder, 10, 20, 30)
-    _exchange(folder / "step_00000020", folder / "step_00000030")
+    _swap(folder / "step_00000020", folder / "step_00000030")
     assert run_folder.damage(folder / "step_00000030") == "it is of step 20; its name would be step_00000020"
-    assert checkpoint.newest(folder) == folder / "step_00000010"
+    assert newest(folder) == folder / "step_00000010"
     assert _names(folder) == ["damaged_step_00000020", "damaged_step_00000030", "step_00000010"]
     assert "step_00000030 is damaged and set aside as damaged_step_00000030: it is of step 20" in caplog.text
 
 
-def test_a_copy_under_another_steps_name_is_damaged(tmp_path: Path, place: str) -> None:
-    _save(tmp_path / "c", 10, 20, second=place)
-    there = mirror.open_mirror(place, "run")
+def test_a_copy_under_another_steps_name_is_damaged(tmp_path: Path, address: str) -> None:
+    _save(tmp_path / "c", 10, 20, mirror=address)
+    there = mirror.open_mirror(address, "run")
     assert there is not None
     for entry in (*manifest.files(tmp_path / "c/step_00000010"), {"name": manifest.NAME}):
         there.put("step_00000030", entry["name"], tmp_path / "c/step_00000010" / entry["name"])
     there.finish("step_00000030", (tmp_path / "c/step_00000010" / manifest.NAME).read_bytes())
     assert list(mirror.faults(there, "step_00000030")) == ["it is of step 10; its name would be step_00000010"]
-    assert checkpoint.newest(tmp_path / "c", there) == tmp_path / "c/step_00000020"
+    assert newest(tmp_path / "c", there) == tmp_path / "c/step_00000020"
 
 
 FOREIGN = (
@@ -177,36 +176,36 @@ FOREIGN = (
 )
 
 
-def test_names_that_are_not_ours_are_passed_over_and_left_alone(tmp_path: Path) -> None:
+def test_names_of_others_are_ignored_and_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     _save(folder, 10)
     for name in FOREIGN:
         shutil.copytree(folder / "step_00000010", folder / name)
-    assert checkpoint.newest(folder) == folder / "step_00000010"
+    assert newest(folder) == folder / "step_00000010"
     _save(folder, 20, keep=1)
-    mirror.remove_after(folder / "step_00000020")
+    retention.remove_after(folder / "step_00000020")
     assert _names(folder) == sorted([*FOREIGN, "step_00000020"])
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"step": "10"}', b'{"step": true}', b"\xff"])
-def test_a_trainer_file_of_no_step_is_damage_even_where_its_sha256_is_right(tmp_path: Path, text: bytes) -> None:
+def test_a_trainer_file_without_a_step_is_damage_even_if_its_sha256_is_right(tmp_path: Path, text: bytes) -> None:
     _save(tmp_path, 10, 20)
     train_state = tmp_path / "step_00000020/trainer.json"
     train_state.write_bytes(text)
     names = ("state-00000-of-00001.safetensors", "trainer.json")
     manifest.write(train_state.parent, [manifest.seal(train_state.with_name(name)) for name in names])
     with pytest.raises(CheckpointError, match=r"trainer\.json"):
-        checkpoint.read_train_state(train_state.parent)
-    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000010"
+        read_train_state(train_state.parent)
+    assert newest(tmp_path) == tmp_path / "step_00000010"
 
 
-def test_a_checkpoint_of_an_older_version_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_is_reported_and_left_alone(tmp_path: Path) -> None:
     _save(tmp_path, 10)
     path = tmp_path / "step_00000010"
     listing = path / "manifest.json"
     listing.write_text(json.dumps({"format": 1, "files": json.loads(listing.read_text())["files"]}))
     with pytest.raises(CheckpointError, match="its format is 1, this version reads 2"):
-        checkpoint.newest(tmp_path)
+        newest(tmp_path)
     assert path.is_dir()
 
 
@@ -225,15 +224,15 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     hostile = pickle.dumps(_Hostile(witness))
     for name in ("state-00001-of-00002.safetensors", "extra.pt", "extra.pkl"):
         (path / name).write_bytes(hostile)
-    assert checkpoint.newest(folder) == path
+    assert newest(folder) == path
     assert torch.equal(Reader(path).read("weight", "a", 0, 40), TENSORS["weight/a@0"])
 
     state = path / "state-00000-of-00001.safetensors"
     state.write_bytes(hostile)
     assert manifest.damage(path) is not None
-    manifest.write(path, [manifest.seal(state), manifest.seal(path / "trainer.json")])  # made to look whole
-    assert checkpoint.newest(folder) == path
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    manifest.write(path, [manifest.seal(state), manifest.seal(path / "trainer.json")])  # sealed again
+    assert newest(folder) == path
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         Reader(path)
     assert not witness.exists()
 
@@ -246,7 +245,36 @@ def test_a_state_file_is_what_the_library_reads(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in odd.items())
 
 
-# ---- the second place
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
+    folder, names = tmp_path / "c", ["step_99999999", "step_100000000", "step_00000010"]
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / manifest.NAME).touch()
+    assert [path.name for path in run_folder.checkpoints(folder)] == [names[1], names[0], names[2]]
+    assert retention.surplus(names, Checkpoint(keep=1, every=7)) == [names[0], names[2]]
+    retention.remove_after(folder / names[0])
+    assert _names(folder) == [names[2], names[0]]
+
+
+def test_the_mirror_is_asked_for_what_the_run_does_not_have_intact() -> None:
+    asked = []
+
+    def is_intact(name: str, from_mirror: bool) -> bool:
+        asked.append((name, from_mirror))
+        return name == "step_00000020"
+
+    here, mirrored = ["step_00000020", "step_00000040"], ["step_00000010", "step_00000040", "step_00000050"]
+    assert next(run_folder.intact(here, mirrored, is_intact)) == "step_00000020"
+    assert asked == [
+        ("step_00000050", True),
+        ("step_00000040", False),
+        ("step_00000040", True),
+        ("step_00000020", False),
+    ]
+    assert list(run_folder.intact(here, mirrored, is_intact)) == ["step_00000020"]
+
+
+# ---- the mirror
 
 
 @pytest.fixture
@@ -265,77 +293,78 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "elsewhere") if request.param == "folder" else request.getfixturevalue("bucket")
 
 
-def test_the_newest_is_copied_to_the_second_place_and_fetched_from_there(tmp_path: Path, place: str) -> None:
+def test_the_newest_is_copied_to_the_mirror_and_fetched_from_there(tmp_path: Path, address: str) -> None:
     folder = tmp_path / "c"
     for step in (10, 20, 30):
-        _save(folder, step, keep=2, second=place)
-    there = mirror.open_mirror(place, "run")
+        _save(folder, step, keep=2, mirror=address)
+    there = mirror.open_mirror(address, "run")
     assert there is not None
     assert there.names() == ["step_00000030", "step_00000020"]
     shutil.rmtree(folder / "step_00000030")
     shutil.rmtree(folder / "step_00000020")
-    found = checkpoint.newest(folder, there)
+    found = newest(folder, there)
     assert found == folder / "step_00000030"
     assert torch.equal(Reader(found).read("ema", "a", 0, 40), TENSORS["ema/a@0"])
 
     for number in ("", "_2"):
         _damage(found / "trainer.json")
         (folder / ".step_00000030.fetched").mkdir()  # by a process that was killed then
-        assert checkpoint.newest(folder, there) == found, "a damaged one is replaced by its copy"
+        assert newest(folder, there) == found, "a damaged one is replaced by its copy"
         assert (folder / f"damaged_step_00000030{number}").is_dir()
 
 
-def test_what_is_whole_at_the_second_place_is_not_written_again(tmp_path: Path, place: str) -> None:
-    there = mirror.open_mirror(place, "run")
+def test_what_the_mirror_has_intact_is_not_written_again(tmp_path: Path, address: str) -> None:
+    there = mirror.open_mirror(address, "run")
     assert there is not None
-    _save(tmp_path, 10, second=place)
+    _save(tmp_path, 10, mirror=address)
     text = (tmp_path / "step_00000010/trainer.json").read_bytes()
     assert mirror.has(there, "step_00000010", text)
     assert not mirror.has(there, "step_00000010", text + b" ")
     assert not mirror.has(there, "step_00000020", text)
     there.put("step_00000010", "trainer.json", text[:-1])
-    if not place.startswith("s3:"):
-        (Path(place) / "run/.step_00000010.partial/trainer.json").rename(Path(place) / "run/step_00000010/trainer.json")
+    if not address.startswith("s3:"):
+        copies = Path(address) / "run"
+        (copies / ".step_00000010.partial/trainer.json").rename(copies / "step_00000010/trainer.json")
     assert list(mirror.faults(there, "step_00000010")) == ["trainer.json does not have the sha256 it was written with"]
-    _save(tmp_path, 10, second=place)
+    _save(tmp_path, 10, mirror=address)
     assert mirror.has(there, "step_00000010", text), "a damaged copy is replaced"
 
 
-class _Held:
-    """A place that takes nothing until it may."""
+class _Blocked:
+    """A store that writes nothing until `open` is set."""
 
-    def __init__(self, place: mirror.CheckpointStore):
-        self._place, self.may = place, threading.Event()
+    def __init__(self, store: mirror.CheckpointStore):
+        self._store, self.open = store, threading.Event()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._place, name)
+        return getattr(self._store, name)
 
     def put(self, *arguments: Any) -> None:
-        self.may.wait()
-        self._place.put(*arguments)
+        self.open.wait()
+        self._store.put(*arguments)
 
 
-def test_a_slow_second_place_gets_the_newest_first_and_all_that_stay_for_good(tmp_path: Path) -> None:
+def test_a_slow_mirror_gets_the_newest_first_and_all_that_stay_for_good(tmp_path: Path) -> None:
     there = mirror.open_mirror(str(tmp_path / "there"), "run")
     assert there is not None
-    held = _Held(there)
-    copier = mirror.Copier(held, Checkpoint(keep=1, keep_every=20))
+    blocked = _Blocked(there)
+    copier = mirror.Copier(blocked, Checkpoint(keep=1, keep_every=20))
     _save(tmp_path / "c", 10, 20, 30, 40, 50, keep=9)
     for step in (10, 20, 30, 40, 50):
         copier.offer(tmp_path / f"c/step_000000{step}")
     assert copier.needed() >= {"step_00000020", "step_00000040", "step_00000050"}
-    held.may.set()
+    blocked.open.set()
     copier.wait()
     assert there.names() == ["step_00000050", "step_00000040", "step_00000020"]
 
 
-def test_a_relative_second_place_is_one_of_the_folder_that_the_command_is_given_in() -> None:
-    chosen = recipe.load("vim_digits_cpu", ["checkpoint.second=../elsewhere"])
-    assert chosen.checkpoint.second == str(Path.cwd().parent / "elsewhere")
+def test_a_relative_mirror_starts_from_the_working_directory() -> None:
+    chosen = recipe.load("vim_digits_cpu", ["checkpoint.mirror=../elsewhere"])
+    assert chosen.checkpoint.mirror == str(Path.cwd().parent / "elsewhere")
 
 
 SLOW = """
@@ -348,12 +377,12 @@ from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
 
 class Slow:
-    def __init__(self, place):
-        self._place = place
+    def __init__(self, store):
+        self._store = store
     def __getattr__(self, name):
-        return getattr(self._place, name)
+        return getattr(self._store, name)
     def read(self, *arguments):
-        for piece in self._place.read(*arguments):
+        for piece in self._store.read(*arguments):
             time.sleep(0.5)
             yield piece
 
@@ -364,13 +393,13 @@ def rank(number, folder):
     from vimscale.checkpoint import load
     from vimscale.runtime.heartbeat import heartbeat
 
-    place = Slow(mirror.open_mirror(f"{folder}/there", "run"))
-    found = load.newest(folder / "here", place)
+    store = Slow(mirror.open_mirror(f"{folder}/there", "run"))
+    found = load.newest(folder / "here", store)
     assert found == folder / "here/step_00000010", found
     assert heartbeat.beats >= 3, heartbeat.beats
     moving = heartbeat.beats
     distributed.together((lambda: time.sleep(3)) if number == 0 else None)
-    assert heartbeat.beats <= moving + 1, "nothing moves, so the watchdog is to see it"
+    assert heartbeat.beats <= moving + 1, "nothing moves, and the watchdog must see that"
     distributed.leave()
 
 if __name__ == "__main__":
@@ -384,9 +413,9 @@ if __name__ == "__main__":
 """
 
 
-def test_ranks_wait_for_a_slow_second_place_longer_than_for_each_other(tmp_path: Path) -> None:
-    saver = Saver(tmp_path / "c", Checkpoint(second=str(tmp_path / "there")), "run", lambda event: None)
-    saver.save({"weight/a@0": torch.zeros(2_000_000)}, _trainer(10))
+def test_ranks_wait_longer_for_a_slow_mirror_than_for_each_other(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "c", Checkpoint(mirror=str(tmp_path / "there")), "run", lambda event: None)
+    saver.save({"weight/a@0": torch.zeros(2_000_000)}, _train_state(10))
     saver.close()
     (tmp_path / "here").mkdir()
     done = subprocess.run([sys.executable, "-c", SLOW, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -394,14 +423,14 @@ def test_ranks_wait_for_a_slow_second_place_longer_than_for_each_other(tmp_path:
 
 
 @pytest.mark.parametrize("how", [("--no-ray",), pytest.param((), marks=pytest.mark.slow)], ids=["processes", "ray"])
-def test_a_run_whose_disk_is_full_on_one_rank_saves_at_the_second_place_and_goes_on_from_it(
+def test_a_run_whose_disk_is_full_on_one_rank_saves_to_the_mirror_and_resumes_from_it(
     shell: Shell, bucket: str, how: tuple[str, ...]
 ) -> None:
     changes = ("steps=40", "checkpoint.every=10", "log.every=1", "parallel.zero=1", "--workers", "2", *how)
     here = shell.folder / "runs/full/checkpoints"
     shell.run("launch", "small.yaml", "name=calm", *changes)
     shell.env |= {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
-    full = ("launch", "small.yaml", "name=full", f"checkpoint.second={bucket}", *changes)
+    full = ("launch", "small.yaml", "name=full", f"checkpoint.mirror={bucket}", *changes)
     process = shell.popen(*full)
     shell.reaches(process, "full", 12)
     rank = shell.process_of("full", 1)
@@ -417,19 +446,19 @@ def test_a_run_whose_disk_is_full_on_one_rank_saves_at_the_second_place_and_goes
     assert shell.losses("full") == shell.losses("calm")
     ours, theirs = (run_folder.checkpoints(shell.folder / f"runs/{name}/checkpoints")[0] for name in ("full", "calm"))
     for kind in ("weight", "ema"):
-        both = [checkpoint.consolidated(path, kind).values() for path in (ours, theirs)]
+        both = [consolidated(path, kind).values() for path in (ours, theirs)]
         assert all(map(torch.equal, *both))
 
 
-def test_the_second_place_takes_what_the_first_cannot(tmp_path: Path, place: str) -> None:
+def test_the_mirror_takes_what_the_run_folder_cannot(tmp_path: Path, address: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    saver = Saver(tmp_path / "file" / "c", Checkpoint(second=place), "run", lambda event: None)
-    saver.save(TENSORS, _trainer(10))
-    with pytest.raises(RunFailed, match=rf"could not be written: .*; it is at {place}/run/step_00000010 instead"):
+    saver = Saver(tmp_path / "file" / "c", Checkpoint(mirror=address), "run", lambda event: None)
+    saver.save(TENSORS, _train_state(10))
+    with pytest.raises(RunFailed, match=rf"could not be written: .*; it is at {address}/run/step_00000010 instead"):
         saver.wait()
-    found = checkpoint.newest(tmp_path / "c", mirror.open_mirror(place, "run"))
+    found = newest(tmp_path / "c", mirror.open_mirror(address, "run"))
     assert found == tmp_path / "c/step_00000010"
-    assert checkpoint.read_train_state(found) == _trainer(10)
+    assert read_train_state(found) == _train_state(10)
 
 
 # ---- kills
@@ -452,7 +481,7 @@ def test_after_a_kill_at_any_instant_the_newest_checkpoint_loads(shell: Shell, k
         os.kill(int(re.findall(r"process (\d+) on", text)[-1]), signal.SIGKILL)
         process.kill()
         process.communicate()
-        whole = run_folder.checkpoints(folder)
-        assert manifest.damage(whole[0]) is None
-        assert checkpoint.consolidated(whole[0], "weight")
-        assert checkpoint.read_train_state(whole[0]).step == int(whole[0].name.removeprefix("step_"))
+        left = run_folder.checkpoints(folder)
+        assert manifest.damage(left[0]) is None
+        assert consolidated(left[0], "weight")
+        assert read_train_state(left[0]).step == int(left[0].name.removeprefix("step_"))

@@ -68,7 +68,7 @@ def test_updates_of_a_slice_are_scaled_and_others_are_not() -> None:
 
 def test_parameters_of_backward_paths_are_known_by_name_and_slice() -> None:
     config = dataclasses.replace(PRESETS["vim_digits"], depth=6, directions="bi fwd shared pair*2 cross")
-    own = VisionMamba(config).backward_stretches()
+    own = VisionMamba(config).backward_slices()
     assert {name.split(".")[1] for name in own} == {"0", "2", "4", "5"}
     assert own["blocks.0.mixer.D"] == [(0.5, 1)]
     assert [name for name in own if name.startswith("blocks.2.")] == ["blocks.2.mixer.A_log"]

@@ -141,11 +141,11 @@ def test_an_order_mixes_in_every_lane_from_the_recipes_step_on() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.reweight=[{step: 5, weights: [1, 2]}]", "reweight: there is one source"),
+        ("data.reweight=[{step: 5, weights: [1, 2]}]", "reweight: there is only one source"),
         ("data.train=[]", "the mixture is empty"),
         ("data.train=[{data: a}, {data: b, weight: 10000}]", "below 1/4096"),
         ("phases=[{step: 5, image_size: 30}]", "phase at step 5: image_size 30 is not a multiple of patch_size 8"),
-        ("phases=[{step: 5}, {step: 5}]", "phases: their steps must rise; they are 5, 5"),
+        ("phases=[{step: 5}, {step: 5}]", "phases: their steps must increase; they are 5, 5"),
         ("augment.repeats=5", "batch 24 is not a multiple of augment.repeats 5 x data.lanes 1; use 25"),
         ("augment.policy=rand-m12", "neither 3-augment nor a RandAugment"),
         ("data.cache=big", "'big' is not a size; write 500MB, 100GB or 2TB"),

@@ -1,6 +1,6 @@
-"""Seeded noise for what reads other people's files: each ends in a model or in one short message, and no code runs.
+"""Seeded noise for the readers of other people's files: each gives a model or one short message, and no code runs.
 
-`pytest -m slow tests/export/test_importer_fuzz.py` goes on for a minute, with seeds of its own.
+`pytest -m slow tests/export/test_importer_fuzz.py` continues for a minute, with other seeds.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint.load import consolidated
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.errors import UserError
 from vimscale.export import published, safetensors, starting, unwrap
@@ -34,7 +34,7 @@ ARGUMENTS = complete(
     {"img_size": 8, "patch_size": 4, "stride": 4, "depth": 1, "embed_dim": 16, "d_state": 2, "num_classes": 3}
 )
 CASES = 40
-"""Of each kind, in `make test`."""
+"""Cases of each kind in `make test`."""
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *("", "x", "\0", "\ud800", "none", "é" * 3, "x" * 100_000, "bi*" + "9" * 5000, "(" * 3000, "../../etc/passwd"),
@@ -50,7 +50,7 @@ class _Trap:
 
 
 def _once(attempt: Callable[[], object]) -> bool:
-    """Whether it worked; fails on anything but one short message."""
+    """Whether it worked; anything but one short message fails the test."""
     message = None
     try:
         attempt()
@@ -72,14 +72,14 @@ def _imported(path: Path) -> None:
     from_published(arguments, found.state)
 
 
-# ---- bytes of files that were right
+# ---- damaged bytes of valid files
 
 
 def _damaged(content: bytes, chance: random.Random) -> bytes:
     data = bytearray(content)
     for _ in range(chance.choice([1, 1, 2, 8])):
         at, kind = chance.randrange(len(data)), chance.randrange(6)
-        at = min(at, 4000) if chance.random() < 0.7 else at  # where structure is
+        at = min(at, 4000) if chance.random() < 0.7 else at  # where the structure is
         if kind == 0:
             data[at] ^= 1 << chance.randrange(8)
         elif kind == 1:
@@ -150,12 +150,12 @@ def _contents(chance: random.Random, folder: Path) -> None:
             key = chance.choice(keys)
             if isinstance(state.get(key), Tensor):
                 state[key] = state[key].reshape(-1)[None] if chance.random() < 0.5 else state[key].flatten()[0]
-    whole: Any = chance.choice([state, {"model": state, "args": _value(chance)}, {"ema": {"module": state}}, [state]])
-    torch.save(whole, folder / "a.pth")
+    content: Any = chance.choice([state, {"model": state, "args": _value(chance)}, {"ema": {"module": state}}, [state]])
+    torch.save(content, folder / "a.pth")
     _once(lambda: _imported(folder / "a.pth"))
 
 
-# ---- pickles of any steps
+# ---- pickles of random steps
 
 
 def _steps(chance: random.Random, folder: Path) -> None:
@@ -195,7 +195,7 @@ def _odd(chance: random.Random) -> Any:
 
 
 def _mutated(tree: Any, chance: random.Random) -> Any:
-    """JSON with one to three of its values changed, left out or added."""
+    """JSON with one to three of its values changed, removed or added."""
     tree = json.loads(json.dumps(tree))
     for _ in range(chance.randrange(1, 4)):
         node = tree
@@ -251,9 +251,9 @@ def _indexes(chance: random.Random, folder: Path) -> None:
     halves = [dict(list(state.items())[i::2]) for i in range(2)]
     save_file(halves[0], folder / "0.safetensors")
     torch.save(halves[1], folder / "1.bin")
-    places = {key: name for half, name in zip(halves, ("0.safetensors", "1.bin"), strict=True) for key in half}
+    weight_map = {key: name for half, name in zip(halves, ("0.safetensors", "1.bin"), strict=True) for key in half}
     path = folder / "a.index.json"
-    path.write_bytes(_text(_mutated({"metadata": {}, "weight_map": places}, chance), chance))
+    path.write_bytes(_text(_mutated({"metadata": {}, "weight_map": weight_map}, chance), chance))
     _once(lambda: _imported(path))
 
 
@@ -267,13 +267,13 @@ def _checkpoints(chance: random.Random, folder: Path) -> None:
         save_file({odd: torch.ones(chance.choice([(48,), (3, 16), (0,), ()]))}, path)
     (folder / "trainer.json").write_bytes(_text(_mutated(fields, chance), chance))
     manifest.write(folder, [manifest.seal(path)])
-    _once(lambda: checkpoint.consolidated(folder, "weight"))
+    _once(lambda: consolidated(folder, "weight"))
 
 
 def _manifests(chance: random.Random, folder: Path) -> None:
     (folder / "a").write_bytes(b"x")
     entries = _mutated([manifest.seal(folder / "a")], chance)
-    (folder / manifest.NAME).write_bytes(manifest.text(entries))  # sealed all the same
+    (folder / manifest.NAME).write_bytes(manifest.text(entries))  # sealed nevertheless
     _once(lambda: list(manifest.faults(folder)))
     (folder / manifest.NAME).write_bytes(_text(_mutated(json.loads(manifest.text([])), chance), chance))
     _once(lambda: list(manifest.faults(folder)))
@@ -290,7 +290,7 @@ KINDS = [_bytes, _contents, _steps, _arguments, _exports, _indexes, _checkpoints
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_file_ends_in_a_model_or_in_one_short_message(kind: Callable, tmp_path: Path) -> None:
+def test_any_file_gives_a_model_or_one_short_message(kind: Callable, tmp_path: Path) -> None:
     for seed in range(CASES):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -298,7 +298,7 @@ def test_any_file_ends_in_a_model_or_in_one_short_message(kind: Callable, tmp_pa
 
 
 @pytest.mark.slow
-def test_any_file_ends_in_a_model_or_in_one_short_message_for_a_minute(tmp_path: Path) -> None:
+def test_any_file_gives_a_model_or_one_short_message_for_a_minute(tmp_path: Path) -> None:
     until, seed = time.monotonic() + 60, 1_000_000
     while time.monotonic() < until:
         for kind in KINDS:

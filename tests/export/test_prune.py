@@ -1,4 +1,4 @@
-"""Pruned directions: what is left computes what the gates left open."""
+"""Pruned directions: the smaller model computes what the gates let through."""
 
 import dataclasses
 from typing import Any
@@ -66,7 +66,7 @@ def test_shared_layers_and_stages_are_pruned() -> None:
     torch.testing.assert_close(smaller(images), model(images))
 
 
-def test_a_model_all_of_whose_gates_are_closed_has_none_left() -> None:
+def test_a_model_with_all_gates_closed_has_none_left() -> None:
     model = _model(dataclasses.replace(CONFIG, depth=2, directions="bi*2"), {0: 0.0, 1: 0.0})
     smaller = prune.pruned(model, prune.closed(model, 0.1))
     assert (smaller.config.directions, smaller.config.backward_gate) == ("fwd*2", False)

@@ -1,4 +1,4 @@
-"""Published weights come out of whatever they are wrapped in; what is not a checkpoint is called what it is."""
+"""Published weights are found in any wrapper; a message names the format of a file that is not a checkpoint."""
 
 import argparse
 import json
@@ -68,12 +68,12 @@ WRAPPED: dict[str, Any] = {
     "compiled layers": _compiled_blocks(),
     "FSDP": {key.replace("mixer.", "_fsdp_wrapped_module.mixer."): value for key, value in STATE.items()},
     "lightning": {"state_dict": _under("model.net."), "hyper_parameters": {"lr": np.float32(0.5)}, "loops": {}},
-    "beside an average": {"model": STATE, "model_ema": OTHER},
-    "beside an average with a counter": {"model": STATE, "model_ema": _under("module.", OTHER, n_averaged=COUNT)},
-    "beside an average in a dict": {"model": STATE, "ema": {"module": OTHER, "decay": 0.99, "updates": 7}},
+    "next to an average": {"model": STATE, "model_ema": OTHER},
+    "next to an average with a counter": {"model": STATE, "model_ema": _under("module.", OTHER, n_averaged=COUNT)},
+    "next to an average in a dict": {"model": STATE, "ema": {"module": OTHER, "decay": 0.99, "updates": 7}},
     "an average with a prefix": {"state_dict": {**STATE, **_under("model_ema.", OTHER)}},
     "student and teacher": {"student": _under("backbone."), "teacher": _under("backbone.", OTHER)},
-    "an average alone": {"model_ema": _under("module.", n_averaged=COUNT)},
+    "only an average": {"model_ema": _under("module.", n_averaged=COUNT)},
     "half precision": {"model": {key: value.half() for key, value in STATE.items()}},
     "parameters": {"model": {key: torch.nn.Parameter(value) for key, value in STATE.items()}},
     "the same twice": {"model": STATE, "state_dict": STATE},
@@ -92,12 +92,12 @@ def test_weights_are_unwrapped(case: str, legacy: bool, tmp_path: Path) -> None:
     assert all(torch.equal(found.state[key], value) for key, value in expected.items())
     if "average" in case or "teacher" in case:
         averaged = unwrap.read(tmp_path / "a.pth", ema=True)
-        assert all(torch.equal(averaged.state[key], (STATE if "alone" in case else OTHER)[key]) for key in STATE)
-        said = "the file holds a moving average alone" if "alone" in case else "--ema takes it instead"
+        assert all(torch.equal(averaged.state[key], (STATE if "only" in case else OTHER)[key]) for key in STATE)
+        said = "the file holds only a moving average" if "only" in case else "--ema takes it instead"
         assert any(said in note for note in found.notes), found.notes
 
 
-def test_what_is_left_out_and_taken_is_said(tmp_path: Path) -> None:
+def test_notes_say_what_was_used_and_what_was_left_out(tmp_path: Path) -> None:
     torch.save(WRAPPED["encoder."], tmp_path / "a.pth")
     assert unwrap.read(tmp_path / "a.pth").notes == [
         "the weights are those under model.encoder",
@@ -107,14 +107,14 @@ def test_what_is_left_out_and_taken_is_said(tmp_path: Path) -> None:
     assert unwrap.read(tmp_path / "a.pth", ema=True).notes[-1] == "there is no moving average in the file"
 
 
-def test_averages_of_torch_itself_are_known_by_their_counter(tmp_path: Path) -> None:
+def test_torchs_own_averages_are_recognised_by_their_counter(tmp_path: Path) -> None:
     torch.save({"model": _averaged_by_torch()}, tmp_path / "a.pth")
     found = unwrap.read(tmp_path / "a.pth", ema=True)
     assert found.state.keys() == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
     assert "there is no moving average in the file" not in found.notes
 
 
-def test_two_models_are_not_chosen_between(tmp_path: Path) -> None:
+def test_a_file_with_two_models_is_refused(tmp_path: Path) -> None:
     torch.save({"first": STATE, "second": OTHER}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="holds 2 models, under first, second; save the one you mean by itself"):
         unwrap.read(tmp_path / "a.pth")
@@ -131,8 +131,8 @@ def test_other_protocols_are_read_bit_by_bit(protocol: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_views_of_one_storage_are_read_as_torch_reads_them(dtype: torch.dtype, tmp_path: Path) -> None:
-    whole = torch.arange(600).to(dtype).view(20, 30)
-    state = STATE | {"a": whole.T, "b": whole[3:, ::2], "c": whole[:, 0], "d": whole.flatten()[1:1], "e": whole[0, 0]}
+    base = torch.arange(600).to(dtype).view(20, 30)
+    state = STATE | {"a": base.T, "b": base[3:, ::2], "c": base[:, 0], "d": base.flatten()[1:1], "e": base[0, 0]}
     torch.save(state, tmp_path / "a.pth")
     found, theirs = unwrap.read(tmp_path / "a.pth").state, torch.load(tmp_path / "a.pth", weights_only=True)
     assert all(torch.equal(found[key], theirs[key]) and found[key].dtype == theirs[key].dtype for key in state)
@@ -144,9 +144,9 @@ def test_shards_are_read_through_their_index(kind: str, tmp_path: Path) -> None:
     names = [f"model-0000{i}-of-00002.{kind}" for i in (1, 2)]
     for name, half in zip(names, (dict(items[::2]), dict(items[1::2])), strict=True):
         (save_file if kind == "safetensors" else torch.save)(half, tmp_path / name)
-    places = {key: names[i % 2] for i, (key, _) in enumerate(items)}
+    weight_map = {key: names[i % 2] for i, (key, _) in enumerate(items)}
     index = tmp_path / f"model.{kind}.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     found = unwrap.read(index)
     assert found.notes[0] == "2 shards"
     assert all(torch.equal(found.state[key], STATE[key]) for key in STATE)
@@ -154,7 +154,7 @@ def test_shards_are_read_through_their_index(kind: str, tmp_path: Path) -> None:
         unwrap.read(tmp_path / names[1])
     with pytest.raises(CheckpointError, match=rf"it is a folder; give a file of it: {index.name}, model-00001"):
         unwrap.read(tmp_path)
-    index.write_text(json.dumps({"weight_map": places | {"head.more": names[0]}}))
+    index.write_text(json.dumps({"weight_map": weight_map | {"head.more": names[0]}}))
     with pytest.raises(CheckpointError, match=r"1 tensors are not in the shards it names: head\.more"):
         unwrap.read(index)
     for outside in ("../x.bin", "/etc/passwd", "a/b", "", None, 3, ".hidden"):
@@ -165,7 +165,7 @@ def test_shards_are_read_through_their_index(kind: str, tmp_path: Path) -> None:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 NOT_WEIGHTS: dict[str, tuple[bytes, str]] = {
-    "a git-lfs pointer": (LFS, "is a git-lfs pointer, which stands for the file; fetch that with `git lfs pull`"),
+    "a git-lfs pointer": (LFS, "is a git-lfs pointer, not the file itself; fetch that with `git lfs pull`"),
     "a page": (b"\n<!DOCTYPE html>\n<html><head>", "is a web page"),
     "an error of a bucket": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "is a web page"),
     "JSON": (b'{"error": "Invalid username or password."}', "is JSON"),
@@ -181,7 +181,7 @@ NOT_WEIGHTS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("case", NOT_WEIGHTS)
-def test_what_is_not_a_checkpoint_is_called_what_it_is(case: str, suffix: str, tmp_path: Path) -> None:
+def test_a_message_names_the_format_of_a_file_that_is_not_a_checkpoint(case: str, suffix: str, tmp_path: Path) -> None:
     content, said = NOT_WEIGHTS[case]
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
@@ -200,7 +200,7 @@ def test_a_file_cut_short_says_so(tmp_path: Path) -> None:
             unwrap.read(tmp_path / name)
 
 
-def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+def test_the_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "a.pth")
     torch.save(STATE, tmp_path / "a.safetensors")
     for name in ("a.pth", "a.safetensors"):
@@ -231,14 +231,14 @@ ODD_TENSORS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", ODD_TENSORS)
-def test_tensors_that_are_no_weights_are_named(case: str, tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_weights_are_named(case: str, tmp_path: Path) -> None:
     value, said = ODD_TENSORS[case]
     torch.save(STATE | {"x": value}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=said):
         unwrap.read(tmp_path / "a.pth")
 
 
-def test_a_zip_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:
+def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a.pth")
     with zipfile.ZipFile(tmp_path / "a.pth") as right, zipfile.ZipFile(tmp_path / "b.pth", "w") as bomb:
         for name in right.namelist():
@@ -255,7 +255,7 @@ def _pickled(folder: Path, steps: bytes) -> Path:
 
 
 DOUBLED = b"Nq\x000" + b"h\x00h\x00\x86q\x000" * 80
-"""Slot 0 becomes a tuple of two tuples of two tuples ...: 2^80 leaves, in 600 bytes."""
+"""Slot 0 becomes a tuple of two tuples of two tuples ...: 2^80 leaves in 600 bytes."""
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu%stQ"
 TENSOR = b"}X\x17\0\0\0patch_embed.proj.weightctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0%s\x89NtRs"
 ODD_PICKLES: dict[str, tuple[bytes, str]] = {
@@ -285,7 +285,7 @@ ODD_PICKLES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", ODD_PICKLES)
-def test_pickles_that_would_take_everything_are_refused_at_once(case: str, tmp_path: Path) -> None:
+def test_pickles_that_would_exhaust_time_or_memory_are_refused_at_once(case: str, tmp_path: Path) -> None:
     steps, said = ODD_PICKLES[case]
     with pytest.raises(CheckpointError, match=said) as caught:
         unwrap.read(_pickled(tmp_path, steps))

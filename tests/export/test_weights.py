@@ -1,4 +1,4 @@
-"""A run starts from weights only if its model computes the same with them, and says what it changed of them."""
+"""A run starts from weights only if its model computes the same with them, and reports how it adapts them."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def _model(config: VimConfig = OURS) -> VisionMamba:
 # ---- which models compute the same
 
 
-def test_every_field_of_a_model_is_one_of_three_things_to_loaded_weights() -> None:
+def test_every_field_of_a_model_is_in_one_of_three_groups() -> None:
     fields = [field.name for field in dataclasses.fields(VimConfig) if field.init]
     assert sorted(fields) == sorted([*starting.MEANING, *starting.OWN_RULE, *starting.TRAINING])
 
@@ -84,7 +84,7 @@ CHANGES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_model_that_computes_something_else_is_refused_by_field(name: str) -> None:
+def test_a_model_that_computes_something_else_is_refused_field_by_field(name: str) -> None:
     for before, change in CHANGES[name]:
         old = dataclasses.replace(OURS, **before)
         starting.compare(_source(old), old, _manifest())
@@ -92,11 +92,11 @@ def test_a_model_that_computes_something_else_is_refused_by_field(name: str) -> 
             starting.compare(_source(old), dataclasses.replace(old, **change), _manifest())
 
 
-def test_each_field_with_a_meaning_is_tried() -> None:
+def test_every_field_of_meaning_has_a_case() -> None:
     assert starting.MEANING.keys() <= CHANGES.keys()
 
 
-def test_all_differences_are_listed_with_what_to_set() -> None:
+def test_all_differences_are_listed_with_the_fix() -> None:
     ours = dataclasses.replace(OURS, cls_token="first", directions="bi@column*2", pos_embed=False)
     with pytest.raises(CheckpointError) as caught:
         starting.compare(_source(), ours, _manifest())
@@ -121,22 +121,22 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_what_computes_the_same_starts_without_a_word(case: str) -> None:
+def test_what_computes_the_same_starts_without_a_note(case: str) -> None:
     before, change = SAME[case]
     old = dataclasses.replace(OURS, **before)
     assert starting.compare(_source(old), dataclasses.replace(old, **change), _manifest()) == []
 
 
-def test_a_ramp_is_said_and_half_a_ramp_refused() -> None:
+def test_a_ramp_is_noted_and_an_unfinished_one_refused() -> None:
     ramp = dataclasses.replace(OURS, backward_ramp=(0, 10))
     (note,) = starting.compare(_source(), ramp, _manifest())
     assert note.startswith("backward_ramp: ")
     assert starting.compare(_source(ramp), OURS, _manifest()) == []
-    with pytest.raises(CheckpointError, match=r"backward paths were in by 0\.3; train that one to the end of its ramp"):
+    with pytest.raises(CheckpointError, match=r"backward paths at 0\.3; train that run to the end of its ramp"):
         starting.compare(_source(ramp, backward=0.3), OURS, _manifest())
 
 
-# ---- and then do
+# ---- adapted weights
 
 
 def _images(config: VimConfig = OURS) -> Tensor:
@@ -165,29 +165,29 @@ def test_a_head_follows_the_names_of_its_classes(tmp_path: Path) -> None:
     started, notes = _started(tmp_path, OURS, there)
     assert torch.equal(_logits(started, images, there), expected[:, order])
     assert len(notes) == 1
-    assert "its rows are put into the training set's by name" in notes[0]
+    assert "its rows are reordered by name to match the training set" in notes[0]
 
 
 @pytest.mark.parametrize("classes", [("ant", "bee", "cat", "eel"), ("ant", "bee"), (*NAMES, "eel")])
-def test_a_head_of_other_classes_starts_again(tmp_path: Path, classes: tuple[str, ...]) -> None:
+def test_a_head_of_other_classes_starts_from_random_values(tmp_path: Path, classes: tuple[str, ...]) -> None:
     safetensors.write(tmp_path, _model(), _manifest(), {})
     config = dataclasses.replace(OURS, num_classes=len(classes))
     weights, notes = safetensors.starting_weights(tmp_path, config, _manifest(classes))
     assert not [name for name in weights if name.startswith("head.")]
     assert len(notes) == 1
-    assert notes[0].startswith("head: it starts again, because the weights are of ")
+    assert notes[0].startswith("head: starts from random values, because the weights are of ")
 
 
-def test_an_imported_head_is_kept_by_number_and_that_is_said(tmp_path: Path) -> None:
+def test_an_imported_head_is_kept_by_number_with_a_note(tmp_path: Path) -> None:
     safetensors.write(tmp_path, _model(), _manifest(("0", "1", "2", "3")), {"file": "x.pth", "published": {}})
     started, notes = _started(tmp_path, OURS, _manifest())
     assert torch.equal(_logits(started, _images(), _manifest()), _logits(_model(), _images(), _manifest())) is False
     assert torch.equal(started.head.weight, _model().head.weight)
-    assert "what its 4 classes are called is not known, so class 0 is taken for ant" in notes[0]
+    assert "the names of its 4 classes are not known, so class 0 is assumed to be ant" in notes[0]
 
 
 @pytest.mark.parametrize("stride", [4, 2])
-def test_images_normalised_otherwise_give_the_logits_they_gave(tmp_path: Path, stride: int) -> None:
+def test_images_with_another_normalisation_give_the_same_logits(tmp_path: Path, stride: int) -> None:
     config = dataclasses.replace(OURS, stride=stride)
     model, images = _model(config), _images()
     there = _manifest(mean=(0.2, 0.5, 0.7), std=(0.1, 0.3, 0.6))
@@ -203,7 +203,7 @@ def test_a_stem_that_pads_cannot_be_converted() -> None:
         starting.compare(_source(config), config, _manifest(std=(0.1, 0.3, 0.6)))
 
 
-def test_gates_that_are_new_change_nothing(tmp_path: Path) -> None:
+def test_new_gates_change_nothing(tmp_path: Path) -> None:
     model, images = _model(), _images()
     safetensors.write(tmp_path, model, _manifest(), {})
     started, notes = _started(tmp_path, dataclasses.replace(OURS, backward_gate=True), _manifest())
@@ -212,7 +212,7 @@ def test_gates_that_are_new_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"image_size": 24}, {"image_size": (16, 32)}, {"stride": 2}])
-def test_a_finer_or_larger_grid_is_said(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_finer_or_larger_grid_is_noted(tmp_path: Path, change: dict[str, Any]) -> None:
     model = _model()
     safetensors.write(tmp_path, model, _manifest(), {})
     config = dataclasses.replace(OURS, **change)
@@ -270,7 +270,7 @@ NO_WEIGHTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "for the published code": (_published, "for the published code; `vimscale import .*model.pth`"),
     "cut short": (_cut, "model.safetensors has .* bytes, not the .* that its header says"),
     "fewer names": (_config(classes=["a"]), "names 1 classes, its model has 4"),
-    "no names": (_config(classes=None), "classes is None, not a list of names"),
+    "no names": (_config(classes=None), "classes is null, not a list of names"),
     "no deviation": (_config(std=[0, 1, 1]), "std is"),
     "another format": (_config(format=2), "format 2, this version reads 1"),
     "an unknown field": (_config(model=OURS.to_dict() | {"rope": True}), "rope: no such field"),
@@ -279,13 +279,13 @@ NO_WEIGHTS: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", NO_WEIGHTS)
-def test_what_holds_no_weights_is_said_without_reading_any(case: str, tmp_path: Path) -> None:
+def test_folders_without_weights_are_refused_without_reading_any(case: str, tmp_path: Path) -> None:
     make, said = NO_WEIGHTS[case]
     with pytest.raises(CheckpointError, match=f"model.weights .* does not hold an exported model: (.|\n)*{said}"):
         starting.read(make(tmp_path))
 
 
-def test_a_config_of_another_size_than_its_weights_makes_no_room(tmp_path: Path) -> None:
+def test_a_config_larger_than_its_weights_allocates_nothing(tmp_path: Path) -> None:
     huge = dataclasses.replace(OURS, d_model=50_000).to_dict()
     with pytest.raises(CheckpointError, match="weights and config are of different models"):
         safetensors.load(_config(model=huge)(tmp_path))
@@ -297,14 +297,14 @@ def test_a_typo_is_found_before_ray_starts_and_leaves_nothing(shell: Shell) -> N
     assert not (shell.folder / "runs").exists()
 
 
-def test_a_run_that_is_resumed_needs_its_weights_no_more(tmp_path: Path) -> None:
+def test_a_run_that_resumes_does_not_need_its_weights(tmp_path: Path) -> None:
     recipe = recipes.load("vim_digits_cpu", ["model.weights=gone"])
     with pytest.raises(CheckpointError, match="it is not there"):
         starting.check(recipe, RunFolder(tmp_path / "run"), _manifest())
     (tmp_path / "run/checkpoints/step_00000010").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000010/manifest.json").write_text("{}")
     starting.check(recipe, RunFolder(tmp_path / "run"), _manifest())
-    there = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"second": str(tmp_path)})})
+    there = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"mirror": str(tmp_path)})})
     (tmp_path / "run").rename(tmp_path / "checkpoints")
     (tmp_path / "checkpoints/checkpoints").rename(tmp_path / recipe.name)
     starting.check(there, RunFolder(tmp_path / "nowhere"), _manifest())

@@ -1,5 +1,5 @@
-"""What the tests of kernels share: fused backends, errors relative to the largest value, poisoned buffers, what torch
-asks of every call of an op, launches that are only looked at, and tensors larger than the memory.
+"""Helpers for the kernel tests: fused backends, errors relative to the largest value, poisoned buffers, torch's rules
+for ops, launches that are recorded instead of run, and tensors larger than the memory.
 """
 
 import mmap
@@ -23,7 +23,7 @@ Tensors = Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def assert_close(ours: Tensors, reference: Tensors, dtype: torch.dtype) -> None:
-    """Each of ours as near to its fp64 reference as TOLERANCE says, as a share of the reference's largest value."""
+    """Check that each of ours is within TOLERANCE of its fp64 reference, relative to the reference's largest value."""
     ours, reference = (dict(t if isinstance(t, Mapping) else enumerate(t)) for t in (ours, reference))
     assert ours.keys() == reference.keys()
     for name, a in ours.items():
@@ -34,7 +34,7 @@ def assert_close(ours: Tensors, reference: Tensors, dtype: torch.dtype) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on every buffer made without values is full of NaN, of -7 in integers: what is not written shows."""
+    """Fill every buffer that is allocated without values with NaN (integers: -7), so that unwritten values show."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -48,21 +48,21 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:
-    """Strides of axes of one do not matter, not even to a compiler."""
+    """Ignores strides of axes of size one: they do not matter, not even to a compiler."""
     strides = [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1]
     return t.dtype, t.shape, strides, t.storage_offset()
 
 
 class OpRules(TorchDispatchMode):
-    """Checks every call of a vimscale op while it is active: no output shares memory with an input or another output,
-    not even an empty one (torch refuses that, on a GPU as here); inputs keep their values; and outputs have the layout
-    that the op's fake implementation promises to a compiler.
+    """Checks every call of a vimscale op while it is active: no output aliases an input or another output, not even if
+    it is empty (torch refuses that, on any device); inputs keep their values; and outputs have the layout that the op's
+    fake implementation promises to a compiler.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        """One op and its arguments for each combination of tensors that are given and other arguments."""
+        """One op and its arguments for each combination of given tensors and other arguments."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace != "vimscale":
@@ -76,7 +76,7 @@ class OpRules(TorchDispatchMode):
         outputs = result if isinstance(result, tuple) else (result,)
 
         storages = [t.untyped_storage()._cdata for t in outputs]
-        assert len({*storages}) == len(storages), f"{op}: two outputs share their memory"
+        assert len({*storages}) == len(storages), f"{op}: two outputs have the same memory"
         assert not {*storages} & {t.untyped_storage()._cdata for t in inputs}, f"{op}: an output is an input"
         for t, value in zip(inputs, before, strict=True):
             torch.testing.assert_close(t, value, rtol=0, atol=0, equal_nan=True)
@@ -90,7 +90,7 @@ class OpRules(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher asked of Triton."""
+    """One launch: the kernel, its grid and its compile-time constants."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -98,7 +98,7 @@ class Launch:
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """From here on no Triton kernel runs; the list gets what would have been launched."""
+    """Record Triton launches in the returned list instead of running them."""
     from vimscale.kernels import selective_scan_triton
 
     launches: list[Launch] = []
@@ -106,14 +106,14 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     def record(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
         launches.append(Launch(kernel.fn.__name__, grid, constants))
 
-    monkeypatch.setattr(type(selective_scan_triton._forward), "run", record)
+    monkeypatch.setattr(type(selective_scan_triton.selective_scan_fwd_kernel), "run", record)
     return launches
 
 
 def untouched(numbers: int, dtype: torch.dtype, device: str) -> Tensor:
-    """A tensor that may be larger than the memory: pages of the CPU's that nobody writes to do not exist."""
+    """A tensor that can be larger than the memory: on a CPU, pages that are never written do not exist."""
     if device != "cpu":
         return torch.empty(numbers, dtype=dtype, device=device)
-    no_reserve = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
+    no_reserve = 0x4000  # MAP_NORESERVE, for which Python's mmap has no name
     pages = mmap.mmap(-1, numbers * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     return torch.frombuffer(pages, dtype=dtype)

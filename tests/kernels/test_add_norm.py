@@ -1,4 +1,4 @@
-"""Add and norm against the definitions."""
+"""add_norm against the definitions, and the fused backends against the reference."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -33,7 +33,7 @@ def test_output_and_gradients_equal_the_definition(kind: Literal["rms", "layer"]
         torch.testing.assert_close(a, b)
 
 
-def test_the_residual_stays_fp32_while_the_output_follows_x() -> None:
+def test_the_residual_stays_fp32_and_the_output_has_the_dtype_of_x() -> None:
     x = torch.randn(2, 3, 8).bfloat16()
     normed, residual = add_norm(x, torch.randn(2, 3, 8), torch.ones(8))
     assert (normed.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
@@ -54,8 +54,8 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tenso
 def _run(
     norm: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], outputs: slice, **options: Any
 ) -> Tensors:
-    """Both outputs and the gradient of every input, for output gradients that depend on the shape alone; `outputs`
-    are those that the loss uses.
+    """Both outputs and the gradient of every input. The output gradients depend on the shape alone; `outputs` selects
+    those that the loss uses.
     """
     device = DEVICE.get(options.get("backend", "reference"), "cpu")
     leaves = [None if t is None else t.to(device).detach().requires_grad_() for t in inputs]
@@ -97,7 +97,7 @@ def test_fused_backends_equal_the_reference(
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", FUSED)
-def test_fused_backends_equal_the_reference_whatever_is_left_out(
+def test_fused_backends_equal_the_reference_with_any_optional_arguments(
     backend: Backend,
     dtype: torch.dtype,
     with_bias: bool,
@@ -115,8 +115,8 @@ def test_fused_backends_equal_the_reference_whatever_is_left_out(
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_a_program_may_own_several_rows(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """62 rows, which three programs cannot share evenly, nor work items of 32."""
+def test_a_program_can_own_several_rows(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """62 rows do not divide evenly among three programs, or into work items of 32."""
     if backend == "triton":
         from vimscale.kernels import add_norm_triton
 
@@ -141,7 +141,7 @@ def test_two_runs_are_bit_identical(backend: Backend) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_the_number_of_threads_does_not_change_results() -> None:
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2):
@@ -153,7 +153,7 @@ def test_threads_do_not_change_a_bit() -> None:
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_the_references_gradients_pass_gradcheck(kind: Kind) -> None:
+def test_gradients_of_the_reference_pass_gradcheck(kind: Kind) -> None:
     x, residual, weight, bias = (t.double().requires_grad_() for t in _inputs((2, 3, 5)))
     assert torch.autograd.gradcheck(lambda *t: add_norm(*t, kind=kind), (x, residual, weight, bias))
     assert torch.autograd.gradcheck(lambda x, w: add_norm(x, None, w, kind=kind), (x, weight))
@@ -161,7 +161,7 @@ def test_the_references_gradients_pass_gradcheck(kind: Kind) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
-def test_the_op_keeps_torchs_rules(backend: Backend, dtype: torch.dtype) -> None:
+def test_the_op_passes_opcheck(backend: Backend, dtype: torch.dtype) -> None:
     x, residual, weight, bias = (t.to(DEVICE.get(backend, "cpu")) for t in _inputs((3, 8), dtype))
     op, backward = torch.ops.vimscale.add_norm, torch.ops.vimscale.add_norm_backward
     leaves = [t.detach().clone().requires_grad_() for t in (x, residual, weight, bias)]
@@ -177,14 +177,14 @@ def _twice(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     return add_norm(normed + x, total + residual, weight, bias, kind="layer")
 
 
-def test_it_compiles_without_a_graph_break() -> None:
+def test_add_norm_compiles_without_a_graph_break() -> None:
     inputs, both = _inputs((2, 9, 8)), slice(None)
     compiled = torch.compile(_twice, fullgraph=True, backend="aot_eager")
     for a, b in zip(_run(compiled, inputs, both), _run(_twice, inputs, both), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_it_exports() -> None:
+def test_add_norm_can_be_exported() -> None:
     class Twice(torch.nn.Module):
         def forward(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             return _twice(x, residual, weight, bias)
@@ -202,7 +202,7 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_parameters_and_strides_of_any_kind_are_taken() -> None:
+def test_any_parameter_dtype_and_any_strides_work() -> None:
     x, residual, weight, _ = _inputs((4, 6, 8))
     straight = add_norm(x.transpose(0, 1).contiguous(), residual.transpose(0, 1).contiguous(), weight)
     turned = add_norm(x.transpose(0, 1), residual.transpose(0, 1), weight.double())
@@ -234,7 +234,7 @@ def test_a_second_derivative_is_refused() -> None:
         ({"kind": "batch"}, "kind 'batch' is neither 'rms' nor 'layer'"),
     ],
 )
-def test_bad_input_is_named(changed: dict[str, Any], message: str) -> None:
+def test_errors_name_the_bad_input(changed: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"x": torch.ones(2, 8), "residual": torch.ones(2, 8), "weight": torch.ones(8)}
     with pytest.raises(ValueError, match=f"add_norm: .*{message}"):
         add_norm(**arguments | changed)

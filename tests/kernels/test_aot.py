@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not here, and its machine code keeps to what it may cost."""
+"""Every Triton kernel compiles for GPUs that this machine does not have, and its machine code stays within limits."""
 
 import json
 import os
@@ -11,20 +11,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Clocks that issuing instructions takes on sm_90 in 16 bits, over those of the exponentials that the mathematics needs.
-# Reached: 0.97 and 2.48. The backward has no room left: a compiler that needs more is to be looked at.
-CEILINGS = {"scan_forward": 1.6, "scan_backward": 2.5}
+# Most clocks for issuing instructions on sm_90 in 16 bits, relative to the clocks of the exponentials that the
+# mathematics needs. Reached: 0.97 and 2.48. The backward kernel has no room left: if a compiler needs more, look at its
+# code.
+CEILINGS = {"selective_scan_fwd": 1.6, "selective_scan_bwd": 2.5}
 
-# Bytes a lane that may be parked in memory. sm_100: at the price of 3 to 5 loads and stores of 278 instructions, where
-# half the channels a warp would park none and issue 317. sm_80: once a program, for packed sequences that also hand
-# states in and out; what parks none issues a tenth more.
-PARKED = {("sm_100", "scan_backward"): 96, ("sm_80", "scan_backward_packed"): 16}
-# LARGE forms hold 64-bit token numbers; only launches that nothing else can serve pay for them.
-LARGE_PARKED = 128
+# Most bytes spilled per lane. sm_100: this costs 3 to 5 loads and stores of 278 instructions; half the channels per
+# warp would spill nothing and issue 317. sm_80: once per program, for packed sequences that also pass states in and
+# out; the code that spills nothing issues a tenth more.
+SPILLED = {("sm_100", "selective_scan_bwd"): 96, ("sm_80", "selective_scan_bwd_packed"): 16}
+# LARGE forms hold 64-bit token numbers; only launches that need them pay for them.
+LARGE_SPILLED = 128
 
 
 def _rows(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Rows of kernels.aot, from a process of its own: in this one Triton interprets kernels where there is no GPU."""
+    """Rows of kernels.aot, from a separate process: without a GPU, Triton interprets kernels in this one."""
     path = folder / "rows.json"
     done = subprocess.run(
         [sys.executable, "-m", "vimscale.kernels.aot", *arguments, "--json", str(path)],
@@ -43,24 +44,24 @@ def _check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         name = f"{row['target']} {row['kernel']} {row['dtype']} {row['width']}"
         usual = row["kernel"].removesuffix("_large")
-        allowed = PARKED.get((row["target"], usual), 0) + (LARGE_PARKED if usual != row["kernel"] else 0)
+        allowed = SPILLED.get((row["target"], usual), 0) + (LARGE_SPILLED if usual != row["kernel"] else 0)
         if row["spilled"] > allowed:
             faults.append(f"{name}: spills {row['spilled']} bytes, allowed {allowed}")
         ceiling = CEILINGS.get(row["kernel"]) if row["target"] == "sm_90" and row["dtype"] != "float32" else None
         if ceiling is not None and row["ratio"] > ceiling:
             faults.append(f"{name}: {row['ratio']} of the floor, allowed {ceiling}")
         if row["shared"] > 48 * 1024:
-            faults.append(f"{name}: {row['shared']} bytes of shared memory, more than a program gets unasked")
+            faults.append(f"{name}: {row['shared']} bytes of shared memory, more than a program gets by default")
     assert faults == []
 
 
 def test_bf16_kernels_compile_for_hopper_without_spills_near_the_exponential_floor(tmp_path: Path) -> None:
     rows = _rows(tmp_path, "--target", "sm_90", "--dtype", "bfloat16", "--width", "768")
-    assert {"scan_forward", "scan_backward"} <= {row["kernel"] for row in rows}
+    assert CEILINGS.keys() <= {row["kernel"] for row in rows}
     _check(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel_dtype_and_width_compiles_for(target: str, tmp_path: Path) -> None:
+def test_every_kernel_dtype_and_width_compiles(target: str, tmp_path: Path) -> None:
     _check(_rows(tmp_path, "--target", target))

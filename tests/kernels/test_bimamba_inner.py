@@ -1,4 +1,4 @@
-"""The inside of a mixer as one op: against its parts put together with flips, and what it keeps for its backward."""
+"""bimamba_inner against its parts combined with flips, and what it keeps for the backward pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def _by_parts(
     D: Tensor,
     reverse: Sequence[bool],
 ) -> Tensor:
-    """As the published code does it: the reverse direction is the forward one on flipped tokens, flipped back."""
+    """As in the published code: the reverse direction is the forward one on flipped tokens, flipped back."""
     x, z = xz.chunk(2, dim=-1)
     total = torch.zeros_like(x)
     for i, backwards in enumerate(reverse):
@@ -67,7 +67,7 @@ def _results(inputs: list[Tensor], y: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("reverse", [BOTH, (False,), (True,)], ids=str)
-def test_it_is_the_parts_put_together(reverse: tuple[bool, ...], recompute: bool) -> None:
+def test_bimamba_inner_equals_its_parts(reverse: tuple[bool, ...], recompute: bool) -> None:
     inputs = _inputs(directions=len(reverse))
     ours = _results(inputs, bimamba_inner(*inputs, reverse=reverse, recompute=recompute))
     theirs = _results(inputs, _by_parts(*inputs, reverse))
@@ -76,7 +76,7 @@ def test_it_is_the_parts_put_together(reverse: tuple[bool, ...], recompute: bool
 
 
 @pytest.mark.parametrize("options", [{"fuse": "sum"}, {"gated": False}, {"reset": True}], ids=str)
-def test_recomputing_changes_nothing(options: dict[str, Any]) -> None:
+def test_recompute_gives_the_same_results(options: dict[str, Any]) -> None:
     inputs = _inputs()
     if "reset" in options:
         options = {"reset": torch.zeros(2, 9, dtype=torch.bool).index_fill_(1, torch.tensor([0, 4, 5]), True)}
@@ -98,11 +98,11 @@ def test_packed_images_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numba_gives_the_reference_and_its_gradients(
+def test_numba_equals_the_reference_with_gradients(
     dtype: torch.dtype, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = _inputs(2, 63, 40, 8, 5, dtype=dtype)
-    if dtype != torch.float32:  # products are rounded too: against the reference with the same roundings
+    if dtype != torch.float32:  # products are rounded too, so compare with a reference that has the same roundings
         exact = _results(inputs, bimamba_inner(*inputs, recompute=recompute, backend="reference"))
     else:
         wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -115,10 +115,10 @@ def test_numba_gives_the_reference_and_its_gradients(
     else:
         for name in ours:
             off = (ours[name].double() - exact[name].double()).abs().max() / exact[name].double().abs().max()
-            assert off < 2**-5, name  # a rounding of a projection that falls the other way moves what follows it
+            assert off < 2**-5, name  # a projection that is rounded the other way changes everything after it
 
 
-def test_triton_gives_the_reference_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_equals_the_reference_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [t.detach().to(DEVICE["triton"]).requires_grad_() for t in _inputs(1, 11, 24, 4, 3, dtype=torch.float32)]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     exact = _results(wide, bimamba_inner(*wide))
@@ -126,9 +126,9 @@ def test_triton_gives_the_reference_and_its_gradients(monkeypatch: pytest.Monkey
     assert_close(_results(inputs, bimamba_inner(*inputs, backend="triton")), exact, torch.float32)
 
 
-def test_only_the_projections_are_kept_besides_the_input() -> None:
+def test_recompute_keeps_only_the_input_and_the_projections() -> None:
     def kept(recompute: bool) -> float:
-        """Of what is as long as the tokens: values a token and channel."""
+        """Saved values per token and channel, in tensors that grow with the number of tokens."""
         inputs, found = _inputs(2, 64, 32, 4, 2, dtype=torch.float32), {}
 
         def note(t: Tensor) -> Tensor:
@@ -142,22 +142,22 @@ def test_only_the_projections_are_kept_besides_the_input() -> None:
 
     # xz 2, projections 2 (r + 2n) / e
     assert kept(recompute=True) == 2 + 2 * 10 / 32
-    # and, of both directions, what the convolution gave and what the scan gave; dt is rebuilt
+    # plus the outputs of the convolution and the scan for both directions; dt is rebuilt
     assert kept(recompute=False) == kept(recompute=True) + 2 * 2
 
 
-def test_gradients_pass_a_numerical_check() -> None:
+def test_gradients_pass_gradcheck() -> None:
     inputs = _inputs(1, 4, 2, 2, 1)
     assert torch.autograd.gradcheck(bimamba_inner, inputs)
 
 
-def test_the_op_is_what_torch_asks_of_an_op() -> None:
+def test_the_op_passes_opcheck() -> None:
     inputs = _inputs(dtype=torch.float32)
     for keep in (False, True):
         torch.library.opcheck(module._inner, (*inputs, None, [False, True], 0.5, True, keep, "cpu"))
 
 
-def test_it_is_compiled_into_one_graph() -> None:
+def test_bimamba_inner_compiles_into_one_graph() -> None:
     inputs = _inputs(dtype=torch.float32)
     for recompute in (False, True):
 
@@ -172,14 +172,14 @@ def test_it_is_compiled_into_one_graph() -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_autocast_does_not_reach_inside() -> None:
+def test_autocast_does_not_apply_inside() -> None:
     inputs = _inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = bimamba_inner(*inputs)
     assert torch.equal(inside, bimamba_inner(*inputs))
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_input() -> None:
     xz, *parameters = _inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="bimamba_inner: fuse 'max' is not sum or mean"):
         bimamba_inner(xz, *parameters, fuse="max")

@@ -1,4 +1,4 @@
-"""The causal convolution against its definition, in both directions."""
+"""The causal convolution against its definition in both directions, and the fused backends against the reference."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -54,7 +54,7 @@ def test_silu_is_applied_last() -> None:
     torch.testing.assert_close(causal_conv1d(x, w, b, activation="silu"), F.silu(causal_conv1d(x, w, b)))
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_shapes_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \(4, 4\); it must be \(e, k\), here \(3, k\)"):
         causal_conv1d(torch.randn(1, 5, 3), torch.randn(4, 4), torch.randn(4))
 
@@ -63,7 +63,7 @@ Tensors = list[Tensor]
 
 
 def _inputs(shape: tuple[int, int, int], taps: int = 4, dtype: torch.dtype = torch.float32) -> Tensors:
-    """x, as the first half of a projection, and weight and bias of both directions."""
+    """x, which is the first half of a projection, and weight and bias of both directions."""
     b, length, e = shape
     g = torch.Generator().manual_seed(0)
     projected = torch.randn(b, length, 2 * e, generator=g).to(dtype)
@@ -75,7 +75,7 @@ def _reset(shape: tuple[int, int, int]) -> Tensor:
 
 
 def _run(convolve: Callable[..., Tensor], inputs: Tensors, **options: Any) -> Tensors:
-    """The output and the gradient of every input, for an output gradient that depends on the shape alone."""
+    """The output and the gradient of every input. The output gradient depends on the shape alone."""
     device = DEVICE.get(options.get("backend", "reference"), "cpu")
     if options.get("reset") is not None:
         options["reset"] = options["reset"].to(device)
@@ -89,7 +89,7 @@ def _doubles(inputs: Tensors) -> Tensors:
     return [t.double() for t in inputs]
 
 
-# the interpreter takes seconds for the longest sequence: it runs in one dtype
+# the interpreter takes seconds for the longest sequence, so only one dtype runs it
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
@@ -128,14 +128,14 @@ def test_fused_backends_equal_the_reference_with_every_option(
 
 @pytest.mark.parametrize("taps", [1, 2, 6])
 @pytest.mark.parametrize("backend", FUSED)
-def test_any_number_of_taps_may_outgrow_the_sequence(backend: Backend, taps: int) -> None:
+def test_taps_can_outnumber_the_tokens(backend: Backend, taps: int) -> None:
     inputs = _inputs((1, 4, 8), taps)
     expected = _run(bidirectional_conv1d, _doubles(inputs))
     assert_close(_run(bidirectional_conv1d, inputs, backend=backend), expected, torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
-def test_both_directions_at_once_are_the_two_of_them(backend: Backend) -> None:
+def test_both_directions_at_once_equal_each_direction_alone(backend: Backend) -> None:
     x, weight, bias = (t.to(DEVICE.get(backend, "cpu")) for t in _inputs((2, 9, 24)))
     both = bidirectional_conv1d(x, weight, bias, activation="silu", backend=backend)
     for i, reverse in enumerate((False, True)):
@@ -168,7 +168,7 @@ def test_two_runs_are_bit_identical(backend: Backend) -> None:
         assert torch.equal(a, b)
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_the_number_of_threads_does_not_change_results() -> None:
     inputs, threads = _inputs((8, 9, 600)), torch.get_num_threads()
     results = []
     try:
@@ -182,7 +182,7 @@ def test_threads_do_not_change_a_bit() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_the_references_gradients_pass_gradcheck(activation: Literal["silu"] | None, packed: bool) -> None:
+def test_gradients_of_the_reference_pass_gradcheck(activation: Literal["silu"] | None, packed: bool) -> None:
     shape = (2, 5, 3)
     inputs = [t.detach().clone().requires_grad_() for t in _doubles(_inputs(shape))]
     options: dict[str, Any] = {"activation": activation, "reset": _reset(shape) if packed else None}
@@ -190,7 +190,7 @@ def test_the_references_gradients_pass_gradcheck(activation: Literal["silu"] | N
 
 
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
-def test_the_op_keeps_torchs_rules(backend: Backend) -> None:
+def test_the_op_passes_opcheck(backend: Backend) -> None:
     x, weight, bias = (t.to(DEVICE.get(backend, "cpu")) for t in _inputs((1, 3, 8)))
     image = torch.ones(1, 3, dtype=torch.int32, device=x.device).cumsum(1, dtype=torch.int32)
     op, backward = torch.ops.vimscale.causal_conv1d, torch.ops.vimscale.causal_conv1d_backward
@@ -206,14 +206,14 @@ def _mixed(x: Tensor, weight: Tensor, bias: Tensor, reset: Tensor) -> Tensor:
     return forwards * causal_conv1d(backwards, weight[0], bias[0], reverse=True)
 
 
-def test_it_compiles_without_a_graph_break() -> None:
+def test_convolutions_compile_without_a_graph_break() -> None:
     inputs, reset = _inputs((2, 9, 8)), _reset((2, 9, 8))
     compiled = torch.compile(_mixed, fullgraph=True, backend="aot_eager")
     for a, b in zip(_run(compiled, inputs, reset=reset), _run(_mixed, inputs, reset=reset), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_it_exports() -> None:
+def test_convolutions_can_be_exported() -> None:
     class Mixed(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor, bias: Tensor, reset: Tensor) -> Tensor:
             return _mixed(x, weight, bias, reset)
@@ -231,7 +231,7 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_parameters_and_strides_of_any_kind_are_taken() -> None:
+def test_any_parameter_dtype_and_any_strides_work() -> None:
     x, weight, bias = _inputs((2, 9, 8), dtype=torch.bfloat16)
     straight = causal_conv1d(x, weight[0].bfloat16().float(), bias[0].double().float())
     channels_first = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -268,7 +268,7 @@ def test_a_second_derivative_is_refused() -> None:
         ({"backend": "cuda"}, "'cuda' is not one of reference, cpu, triton"),
     ],
 )
-def test_bad_input_is_named(changed: dict[str, Any], message: str) -> None:
+def test_errors_name_the_bad_input(changed: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"x": torch.ones(1, 5, 3), "weight": torch.ones(3, 4), "bias": torch.ones(3)}
     with pytest.raises(ValueError, match=f"causal_conv1d: .*{message}"):
         causal_conv1d(**arguments | changed)

@@ -1,4 +1,4 @@
-"""Every op behind the public functions, with every combination of optional arguments: torch's rules and the numbers."""
+"""Every op behind the public functions, with every combination of optional arguments: torch's rules and results."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -14,13 +14,13 @@ from vimscale.kernels.cases import scan_case
 from vimscale.ops import (
     add_norm,
     bidirectional_conv1d,
-    bidirectional_scan,
+    bidirectional_scan_with_state,
     bimamba_inner,
     causal_conv1d,
-    selective_scan,
+    selective_scan_with_state,
 )
 
-# a function, the tensors it is given, its other arguments, and which of its outputs the loss uses
+# a function, its tensors, its other arguments, and which of its outputs the loss uses
 Call = tuple[Callable[..., Any], Mapping[str, Tensor], Mapping[str, Any], tuple[int, ...]]
 YES_NO = (False, True)
 RESET = torch.tensor([[True, False, True], [False, True, False]])
@@ -33,7 +33,8 @@ def _draw(*size: int, seed: int = 0) -> Tensor:
 
 def _scans(b: int) -> Iterator[Call]:
     optional = ("z", "dt_bias", "initial_state")
-    modes = cycle([(selective_scan, 1, {"reverse": True}), (bidirectional_scan, 2, {}), (selective_scan, 1, {})])
+    one, both = selective_scan_with_state, bidirectional_scan_with_state
+    modes = cycle([(one, 1, {"reverse": True}), (both, 2, {}), (one, 1, {})])
     outputs = cycle([(0,), (0, 1), (0, 1), (1,), (0,)])
     for given in product(YES_NO, repeat=4):
         scan, directions, arguments = next(modes)
@@ -42,7 +43,7 @@ def _scans(b: int) -> Iterator[Call]:
         tensors = {name: getattr(case, name) for name in ("x", "dt", "A", "B", "C", "D", *optional)}
         tensors = {name: t for name, t in tensors.items() if name not in left_out}
         reset = {"reset": RESET[:b]} if given[3] else {}
-        yield scan, tensors | reset, arguments | {"return_final_state": True}, next(outputs)
+        yield scan, tensors | reset, arguments, next(outputs)
 
 
 def _convolutions(b: int) -> Iterator[Call]:
@@ -93,7 +94,7 @@ OPS = {
 
 
 def _awkward(shape: torch.Size, kind: int) -> Tensor:
-    """A gradient as autograd hands it on: expanded from one number, transposed in memory, or every second number."""
+    """A gradient as autograd can pass it: expanded from one number, transposed in memory, or every second number."""
     if kind == 0:
         return _draw(1).expand(shape)
     if kind == 1:
@@ -104,7 +105,7 @@ def _awkward(shape: torch.Size, kind: int) -> Tensor:
 def _results(
     call: Call, dtype: torch.dtype, backend: str, kind: int, rules: OpRules | None = None
 ) -> dict[str, Tensor]:
-    """The outputs that are used, and the gradient of every tensor given, rounded to bf16 at first for any dtype."""
+    """The outputs that are used, and the gradient of every given tensor. Inputs are rounded to bf16 for any dtype."""
     function, tensors, arguments, used = call
     device = DEVICE.get(backend, "cpu")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -129,11 +130,11 @@ def _results(
 
 
 def _run_all(family: str, backend: str) -> OpRules:
-    """Every call, under torch's rules, against the reference in fp64."""
+    """Run every call, check torch's rules, and compare with the reference in fp64."""
     rules = OpRules()
     calls = list(CALLS[family](1 if backend == "triton" else 2))
     if (family, backend) == ("mixers", "triton"):
-        calls = calls[::3]  # made of the ops of the other families, and a second each in the interpreter
+        calls = calls[::3]  # they consist of the other families' ops, and each takes a second in the interpreter
     for number, call in enumerate(calls):
         for kind in [number // 3 % 3] if backend == "triton" else range(3):
             exact = _results(call, torch.float64, "reference", kind)
@@ -149,14 +150,14 @@ def _run_all(family: str, backend: str) -> OpRules:
 
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
 @pytest.mark.parametrize("family", CALLS)
-def test_whatever_is_left_out_ops_keep_torchs_rules_and_their_gradients(family: str, backend: str) -> None:
+def test_ops_follow_torchs_rules_and_equal_the_reference_with_any_optional_arguments(family: str, backend: str) -> None:
     _run_all(family, backend)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
 @pytest.mark.parametrize("family", CALLS)
-def test_whatever_is_left_out_ops_pass_torchs_own_check(family: str, backend: str) -> None:
+def test_ops_pass_opcheck_with_any_optional_arguments(family: str, backend: str) -> None:
     for op, *arguments in _run_all(family, backend).calls.values():
         learns = not op._opname.endswith("_backward")
         given = [

@@ -1,4 +1,4 @@
-"""Kernels where 32-bit offsets and a GPU's grid end: far strides, and launches that are only looked at."""
+"""Kernels beyond the limits of 32-bit offsets and of a GPU's grid: far strides, and launches that are only recorded."""
 
 from collections.abc import Callable, Iterable
 from math import prod
@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.kernels.kernel_checks import DEVICE, FUSED, assert_close, record_launches, untouched
 from vimscale.kernels import causal_conv1d_triton, large, scan_gate_triton, selective_scan_triton
 from vimscale.kernels.backend import Backend
+from vimscale.kernels.scan_inputs import ScanInputs
 from vimscale.ops import add_norm, bidirectional_conv1d, bidirectional_scan, bimamba_inner, selective_scan
 
 
@@ -18,8 +19,8 @@ def _draw(*size: int, seed: int = 0) -> Tensor:
 
 
 class FarTokens:
-    """Tensors (b, l, width) cut out of rows 2^28 elements apart: token 8 is 2^31 from token 0. Before the first row is
-    room, so that an offset that wraps around reads other numbers instead of other memory.
+    """Tensors (b, l, width) with rows 2^28 elements apart: token 8 is 2^31 from token 0. There is room before the first
+    row, so that an offset that wraps around reads other numbers instead of other memory.
     """
 
     STRIDE, TOKENS, WIDTH = 2**28, 9, 256
@@ -38,8 +39,8 @@ class FarTokens:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_tokens_may_lie_2_to_the_31_apart(backend: Backend) -> None:
-    """Of every tensor that has tokens, the output's gradient included; the CPU's kernels read fp32 where it lies."""
+def test_tokens_can_be_2_to_the_31_elements_apart(backend: Backend) -> None:
+    """In every tensor that has tokens, including the gradient of the output. CPU kernels read fp32 in place."""
     device, dtype = DEVICE[backend], torch.float32 if backend == "cpu" else torch.bfloat16
     far = FarTokens(dtype, device)
     b, length, e, n = 1, far.TOKENS, 8, 4
@@ -60,8 +61,8 @@ def test_tokens_may_lie_2_to_the_31_apart(backend: Backend) -> None:
     assert_close(results(map(far, near), backend), exact, dtype)
 
 
-def test_the_large_form_of_every_kernel_gives_the_reference_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several images, blocks of channels and tiles of tokens, whose numbers come from one axis of the grid."""
+def test_the_large_form_of_every_kernel_equals_the_reference_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several images, blocks of channels and tiles of tokens, all numbered along one axis of the grid."""
     monkeypatch.setattr(large, "OFFSETS", 0)
     b, length, e, n, rank = 2, 9, 24, 4, 1
     for module, name, size in (
@@ -97,13 +98,13 @@ def _mixer(b: int) -> None:
 
 
 def _on_meta(length: int, e: int) -> None:
-    """Every launcher whose kernel has token numbers, on one image without memory."""
+    """Call every launcher whose kernel has token numbers, on one image without memory."""
     k, n, reverse = 2, 2, (False, True)
     x, B, A = (torch.empty(size, device="meta") for size in ((k, 1, length, e), (k, 1, length, n), (k, e, n)))
     D, weight = torch.empty(k, e, device="meta"), torch.empty(k, e, 3, device="meta")
-    scan = (x, x, A, B, B, D, None, None, None)
-    _, _, states = selective_scan_triton.forward(*scan, reverse, selective_scan_triton.CHUNK)
-    selective_scan_triton.backward(*scan, states, x, None, reverse, selective_scan_triton.CHUNK)
+    inputs = ScanInputs(x, x, A, B, B, D, None, None, None)
+    _, _, states = selective_scan_triton.forward(inputs, reverse, selective_scan_triton.CHUNK)
+    selective_scan_triton.backward(inputs, states, x, None, reverse, selective_scan_triton.CHUNK)
     scan_gate_triton.combine(x, x[0], 1.0)
     scan_gate_triton.combine_backward(x[0], x, x[0], 1.0)
     causal_conv1d_triton.forward(x[0], weight, D, None, reverse, True)
@@ -113,10 +114,10 @@ def _on_meta(length: int, e: int) -> None:
 @pytest.mark.parametrize(
     "launch", [lambda: _mixer(70_000), lambda: _on_meta(4_200_000, 8)], ids=["70,000 images", "4.2 million tokens"]
 )
-def test_no_launch_has_more_programs_on_an_axis_than_a_gpu_takes(
+def test_no_launch_has_more_programs_on_an_axis_than_a_gpu_allows(
     launch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """65,535 on the second and third; CUDA refuses more, and the interpreter does not."""
+    """CUDA allows 65,535 on the second and third axis; the interpreter does not check."""
     launches = record_launches(monkeypatch)
     launch()
     allowed = launches.copy()
@@ -131,23 +132,31 @@ def test_no_launch_has_more_programs_on_an_axis_than_a_gpu_takes(
         assert ours.constants.get("LARGE", False) == (ours.grid != usual.grid), ours
 
 
-def test_offsets_are_64_bit_where_an_image_has_2_to_the_31_elements_and_nowhere_else(
+def test_offsets_are_64_bit_only_if_an_image_has_2_to_the_31_elements(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever is dense too: the outputs and the gradients that the launchers allocate."""
+    """Dense tensors count too: the outputs and gradients that the launchers allocate."""
     launches = record_launches(monkeypatch)
     for length, e, expected in ((2**20 - 8, 2**11, False), (2**20, 2**11, True)):
         launches.clear()
         _on_meta(length, e)
-        # _pack and _unpack read and write rows of states, which are short
+        # selective_scan_pack_kernel and selective_scan_unpack_kernel read and write rows of states, which are short
         found = {launch.kernel: launch.constants["LARGE"] for launch in launches if "pack" not in launch.kernel}
         assert found == dict.fromkeys(
-            ["_forward", "_backward", "_combine", "_combine_backward", "_forward_kernel", "_backward_kernel"], expected
+            [
+                "selective_scan_fwd_kernel",
+                "selective_scan_bwd_kernel",
+                "scan_gate_fwd_kernel",
+                "scan_gate_bwd_kernel",
+                "causal_conv1d_fwd_kernel",
+                "causal_conv1d_bwd_kernel",
+            ],
+            expected,
         )
 
 
 @pytest.mark.gpu
-def test_a_gpu_takes_batches_that_outgrow_its_grid() -> None:
+def test_a_gpu_runs_batches_larger_than_an_axis_of_its_grid() -> None:
     b, length, e, n = 70_000, 9, 8, 4
     x, dt, z = (_draw(b, length, e, seed=i).cuda() for i in range(3))
     B, C = (_draw(b, length, n, seed=i).cuda() for i in (3, 4))

@@ -1,4 +1,4 @@
-"""The reference scan against the recurrence written out in fp64, the fused ones against the reference."""
+"""The reference scan against the recurrence written out in fp64, and the fused scans against the reference."""
 
 import subprocess
 import sys
@@ -12,8 +12,14 @@ from torch import Tensor
 
 from tests.kernels.kernel_checks import DEVICE, FUSED, assert_close, poison
 from vimscale.kernels import selective_scan as module
+from vimscale.kernels.backend import fused_module
 from vimscale.kernels.cases import ODD_SHAPES, ScanCase, scan_case
-from vimscale.ops import bidirectional_scan, selective_scan
+from vimscale.ops import (
+    bidirectional_scan,
+    bidirectional_scan_with_state,
+    selective_scan,
+    selective_scan_with_state,
+)
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
@@ -29,7 +35,7 @@ def _inputs(b: int = 2, length: int = 7, e: int = 3, n: int = 5, dtype: torch.dt
 def _by_hand(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, *, reverse: bool
 ) -> Tensor:
-    """The two lines of the paper, one token after another; backwards by walking the tokens backwards."""
+    """The two lines of the paper, token by token; in reverse, the loop walks the tokens backwards."""
     step = F.softplus(dt + dt_bias)
     h = torch.zeros(x.shape[0], *A.shape, dtype=x.dtype)
     y = [torch.empty(0)] * x.shape[1]
@@ -54,7 +60,7 @@ def test_output_and_every_gradient_equal_the_recurrence(reverse: bool, length: i
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_gradients_pass_a_numerical_check(reverse: bool) -> None:
+def test_gradients_pass_gradcheck(reverse: bool) -> None:
     assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, reverse=reverse), _inputs(1, 3, 2, 2))
 
 
@@ -72,26 +78,26 @@ def test_gate_and_bias_are_optional() -> None:
     torch.testing.assert_close(plain * F.silu(ones), gated)
 
 
-def test_bf16_comes_out_as_bf16_and_is_summed_in_fp32() -> None:
+def test_bf16_inputs_give_bf16_outputs_with_fp32_sums() -> None:
     exact = _inputs(length=200)
     rounded = [t.detach().to(torch.bfloat16) for t in exact]
     rounded[2] = exact[2].detach().float()
     x, dt, A, B, C, D, z, bias = rounded
-    for gate, roundings in ((None, 1), (z, 2)):  # of the scan's output, and of the gate's
+    for gate, roundings in ((None, 1), (z, 2)):  # of the output of the scan, and of the gate
         out = selective_scan(x, dt, A, B, C, D, gate, bias)
         wide = selective_scan(*(None if t is None else t.double() for t in (x, dt, A, B, C, D, gate, bias)))
         assert out.dtype == torch.bfloat16
-        # a rounding is half a unit in the last of bf16's 8 bits
+        # one rounding is half a unit in the last place of bf16's 8 bits
         torch.testing.assert_close(out.double(), wide, rtol=roundings * 2**-8, atol=1e-6)
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_errors_name_a_shape_that_does_not_match() -> None:
     x, dt, A, B, C, D, _, _ = _inputs()
     with pytest.raises(ValueError, match=r"B has shape \(2, 6, 5\); it must be \(b, l, n\), here \(2, 7, 5\)"):
         selective_scan(x, dt, A, B[:, :6], C, D)
 
 
-def test_saved_memory_does_not_grow_with_the_square_of_the_length() -> None:
+def test_saved_memory_grows_linearly_with_the_length() -> None:
     def saved(length: int) -> int:
         total = 0
 
@@ -117,23 +123,23 @@ OPTIONS: list[tuple[str, ...]] = [
     ("z", "dt_bias", "initial_state", "reset"),
 ]
 MODES = {
-    "forward": (selective_scan, {"reverse": False}),
-    "reverse": (selective_scan, {"reverse": True}),
-    "both": (bidirectional_scan, {"fuse": "mean"}),
+    "forward": (selective_scan, selective_scan_with_state, {"reverse": False}),
+    "reverse": (selective_scan, selective_scan_with_state, {"reverse": True}),
+    "both": (bidirectional_scan, bidirectional_scan_with_state, {"fuse": "mean"}),
 }
 
 
 def _results(
     case: ScanCase, mode: str, options: tuple[str, ...], backend: str, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """y, the final state and the gradient of every tensor that goes in, all of them reached from both outputs."""
+    """y, the final state, and the gradient of every input; both outputs contribute to each gradient."""
     optional = {"z", "dt_bias", "initial_state"}
     names = [f.name for f in fields(case) if f.name not in optional | {"reset"} or f.name in optional & set(options)]
     device = DEVICE.get(backend, "cpu")
     tensors = {name: getattr(case, name).to(device, dtype).detach().requires_grad_() for name in names}
-    scan, arguments = MODES[mode]
+    _, scan_with_state, arguments = MODES[mode]
     reset = {"reset": case.reset.to(device)} if "reset" in options else {}
-    y, final = scan(**tensors, **reset, **arguments, return_final_state=True, backend=backend)
+    y, final = scan_with_state(**tensors, **reset, **arguments, backend=backend)
     g = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=g).to(case.x.dtype).to(device, y.dtype)
     dfinal = torch.randn(final.shape, generator=g).to(device, final.dtype)
@@ -163,7 +169,7 @@ def _agrees_with_fp64(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
 @pytest.mark.parametrize("shape", [*ODD_SHAPES, (2, 20, 40, 5)], ids=str)
-def test_numba_gives_the_reference_and_its_gradients(
+def test_numba_equals_the_reference_with_gradients(
     shape: tuple[int, int, int, int], options: tuple[str, ...], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -171,8 +177,8 @@ def test_numba_gives_the_reference_and_its_gradients(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_triton_gives_the_reference_and_its_gradients(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the public functions; tests/kernels/test_selective_scan_triton.py has the shapes and the corners."""
+def test_triton_equals_the_reference_with_gradients(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public functions; test_selective_scan_triton.py covers shapes and corner cases."""
     _agrees_with_fp64((2, 11, 40, 4), torch.float32, mode, OPTIONS[-1], "triton", monkeypatch)
 
 
@@ -180,7 +186,7 @@ def test_triton_gives_the_reference_and_its_gradients(mode: str, monkeypatch: py
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_a_gpu_gives_the_reference_and_its_gradients(
+def test_a_gpu_equals_the_reference_with_gradients(
     shape: tuple[int, int, int, int], options: tuple[str, ...], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -188,13 +194,13 @@ def test_a_gpu_gives_the_reference_and_its_gradients(
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_the_op_and_its_kernels_keep_states_equally_often(backend: str) -> None:
-    assert module.CHUNK[backend] == module._fused(backend).CHUNK
+def test_the_op_and_its_kernels_agree_on_the_chunk(backend: str) -> None:
+    assert module.CHUNK[backend] == fused_module("selective_scan", backend).CHUNK
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_decays_may_underflow(reverse: bool) -> None:
-    """Exponents reach -1,000: the CPU's kernels have other loops for chunks with any below what fp32 can hold."""
+def test_decays_can_underflow(reverse: bool) -> None:
+    """Exponents reach -1,000. The CPU kernels use other loops for chunks in which one is below fp32's range."""
     inputs = [t.detach() for t in _inputs(length=50, e=70, dtype=torch.float32)]
     inputs[1], inputs[2] = 3 * inputs[1] + 4, 20 * inputs[2]
     results = []
@@ -203,10 +209,10 @@ def test_decays_may_underflow(reverse: bool) -> None:
         y = selective_scan(*given, reverse=reverse)
         results.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
     for name, exact, ours in zip(("y", *NAMES), *results, strict=True):
-        assert (ours - exact).abs().max() < 2e-6 * exact.abs().max(), name  # some ulps of fp32 at sums' scale
+        assert (ours - exact).abs().max() < 2e-6 * exact.abs().max(), name  # a few fp32 ulps at the scale of the sums
 
 
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
+def test_the_number_of_threads_does_not_change_results() -> None:
     case, threads = scan_case((3, 50, 200, 8), directions=2), torch.get_num_threads()
     results = []
     try:
@@ -220,7 +226,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_non_contiguous_inputs_simply_work(backend: str) -> None:
+def test_non_contiguous_inputs_give_the_same_results(backend: str) -> None:
     case = scan_case((2, 30, 48, 4), directions=2)
     plain = _results(case, "both", ("z",), backend)
     scattered = {
@@ -233,7 +239,7 @@ def test_non_contiguous_inputs_simply_work(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_both_directions_are_the_sum_of_one_and_the_other(backend: str) -> None:
+def test_both_directions_equal_the_sum_of_a_forward_and_a_reverse_scan(backend: str) -> None:
     case = scan_case((2, 30, 48, 4), directions=2)
     parts = [case.x, case.dt, case.A, case.B, case.C, case.D]
     both = bidirectional_scan(*parts, case.z, case.dt_bias, backend=backend)
@@ -244,15 +250,15 @@ def test_both_directions_are_the_sum_of_one_and_the_other(backend: str) -> None:
     torch.testing.assert_close(both, one + other)
     pairs = [(t[0], t[1]) for t in parts]
     assert torch.equal(both, bidirectional_scan(*pairs, case.z, (case.dt_bias[0], case.dt_bias[1]), backend=backend))
-    shared = bidirectional_scan(case.x[0].expand(2, -1, -1, -1), *parts[1:], backend=backend)
-    assert torch.equal(shared, bidirectional_scan((case.x[0], case.x[0]), *parts[1:], backend=backend))
+    expanded = bidirectional_scan(case.x[0].expand(2, -1, -1, -1), *parts[1:], backend=backend)
+    assert torch.equal(expanded, bidirectional_scan((case.x[0], case.x[0]), *parts[1:], backend=backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_packed_sequence_is_its_images_scanned_alone(mode: str, backend: str) -> None:
+def test_a_packed_sequence_equals_its_images_scanned_alone(mode: str, backend: str) -> None:
     case = scan_case((1, 40, 24, 4), directions=2 if mode == "both" else 1)
-    scan, arguments = MODES[mode]
+    scan, _, arguments = MODES[mode]
     reset = torch.zeros(1, 40, dtype=torch.bool)
     borders = [0, 13, 14, 40]
     reset[0, borders[:-1]] = True
@@ -268,35 +274,26 @@ def test_a_packed_sequence_is_its_images_scanned_alone(mode: str, backend: str) 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_sequence_in_two_parts_hands_its_state_over(reverse: bool, backend: str) -> None:
+def test_a_scan_continues_from_the_final_state_of_another(reverse: bool, backend: str) -> None:
     case = scan_case((2, 40, 24, 4))
 
     def run(tokens: slice, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         x, dt, B, C = (t[:, tokens] for t in (case.x, case.dt, case.B, case.C))
-        return selective_scan(
-            x,
-            dt,
-            case.A,
-            B,
-            C,
-            case.D,
-            reverse=reverse,
-            initial_state=initial,
-            return_final_state=True,
-            backend=backend,
+        return selective_scan_with_state(
+            x, dt, case.A, B, C, case.D, reverse=reverse, initial_state=initial, backend=backend
         )
 
-    whole, end = run(slice(None), None)
+    y, end = run(slice(None), None)
     parts = [slice(0, 17), slice(17, 40)]
     first, second = reversed(parts) if reverse else parts
     y_first, state = run(first, None)
     y_second, state = run(second, state)
     torch.testing.assert_close(state, end)
-    torch.testing.assert_close(whole, torch.cat([y_second, y_first] if reverse else [y_first, y_second], dim=1))
+    torch.testing.assert_close(y, torch.cat([y_second, y_first] if reverse else [y_first, y_second], dim=1))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
-def test_ops_are_what_torch_asks_of_an_op(backend: str, dtype: torch.dtype) -> None:
+def test_ops_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
     case = scan_case((2, 20, 24, 4), dtype, directions=2)
     tensors = [t.requires_grad_() for t in case.tensors() if t is not case.z]
     image, reverse, chunk = case.reset.cumsum(1, dtype=torch.int32), [False, True], module.CHUNK[backend]
@@ -309,7 +306,7 @@ def test_ops_are_what_torch_asks_of_an_op(backend: str, dtype: torch.dtype) -> N
         torch.library.opcheck(module._combine_backward, (s[0].detach(), s.detach(), case.z.detach(), 0.5, backend))
 
 
-def test_scans_are_compiled_into_one_graph() -> None:
+def test_scans_compile_into_one_graph() -> None:
     case = scan_case((2, 20, 24, 4), directions=2)
     tensors = [t.requires_grad_() for t in case.tensors()[:8]]
 
@@ -323,7 +320,7 @@ def test_scans_are_compiled_into_one_graph() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_scans_are_exported_for_any_batch_and_length() -> None:
+def test_scans_can_be_exported_for_any_batch_and_length() -> None:
     class Scan(torch.nn.Module):
         def forward(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Tensor:
             return selective_scan(x, dt, A, B, C, D, z)
@@ -335,7 +332,7 @@ def test_scans_are_exported_for_any_batch_and_length() -> None:
     assert torch.equal(program.module()(*other), Scan()(*other))
 
 
-def test_nan_in_one_image_reaches_its_output_and_no_other() -> None:
+def test_a_nan_in_one_image_reaches_its_output_and_no_other() -> None:
     x, dt, A, B, C, D, z, bias = (t.detach() for t in scan_case((3, 20, 40, 4)).tensors()[:8])
     dt[1, 5, 7] = torch.nan
     y = selective_scan(x, dt, A, B, C, D, z, bias)
@@ -343,10 +340,10 @@ def test_nan_in_one_image_reaches_its_output_and_no_other() -> None:
     assert y[[0, 2]].isfinite().all()
 
 
-def test_kernels_run_where_nothing_compiled_can_be_kept() -> None:
+def test_kernels_run_without_a_writable_cache() -> None:
     code = """
 import torch, numba.core.caching
-numba.core.caching.CacheImpl._locator_classes = []  # as where no folder is writable
+numba.core.caching.CacheImpl._locator_classes = []  # as if no folder were writable
 from vimscale.kernels.cases import scan_case
 from vimscale.ops import selective_scan
 tensors = scan_case((1, 5, 8, 4)).tensors()[:8]
@@ -357,8 +354,8 @@ print(torch.allclose(selective_scan(*tensors, backend="cpu"), selective_scan(*te
     assert done.stderr.count("set NUMBA_CACHE_DIR") == 1
 
 
-def test_no_tensor_of_every_state_is_ever_alive() -> None:
-    """Peak memory of a forward and backward pass, as the kernel counts it, against the inputs."""
+def test_peak_memory_has_no_room_for_all_states_at_once() -> None:
+    """Compares the peak memory of a forward and backward pass, as the kernel counts it, with the inputs."""
     code = """
 import ctypes, pathlib, sys, torch
 from vimscale.kernels.cases import scan_case
@@ -367,7 +364,7 @@ def status(key):
     return int(pathlib.Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
 def run(tensors):
     torch.autograd.grad(selective_scan(*tensors), tensors, torch.ones(tensors[0].shape))
-run([t.requires_grad_() for t in scan_case((1, 8, 32, 16)).tensors()[:8]])  # compiles
+run([t.requires_grad_() for t in scan_case((1, 8, 32, 16)).tensors()[:8]])  # compile
 tensors = [t.requires_grad_() for t in scan_case((2, 2000, 384, 16)).tensors()[:8]]
 ctypes.CDLL(None).malloc_trim(0)
 before = status("VmRSS")
@@ -379,7 +376,7 @@ print((status("VmHWM") - before) / sum(t.nbytes for t in tensors))
     assert 0.5 < float(out.stdout) <= 3
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_input() -> None:
     case = scan_case((2, 7, 3, 5))
     good = {name: getattr(case, name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")}
     for changed, message in (
@@ -405,8 +402,8 @@ def test_bad_input_is_named() -> None:
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = scan_case((2, 7, 3, 5), torch.float64).tensors()[:8]
-    assert selective_scan(*tensors).dtype == torch.float64  # of itself, the reference
-    with pytest.raises(ValueError, match="backend cpu cannot run here: x is float64, and it knows float32, bfloat16"):
+    assert selective_scan(*tensors).dtype == torch.float64  # by default, the reference
+    with pytest.raises(ValueError, match="backend cpu cannot run here: x is float64; it supports float32, bfloat16"):
         selective_scan(*tensors, backend="cpu")
     monkeypatch.setenv("VIMSCALE_BACKEND", "cpu")
     with pytest.raises(ValueError, match="VIMSCALE_BACKEND cpu cannot run here: x is float64"):

@@ -1,4 +1,4 @@
-"""The Triton scan, run by Triton's interpreter where there is no GPU, against the recurrence in fp64 with autograd."""
+"""The Triton scan against the recurrence in fp64 with autograd; without a GPU, Triton's interpreter runs it."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from tests.kernels import kernel_checks
 from tests.kernels.kernel_checks import poison
 from vimscale.kernels import selective_scan_triton as kernels
 from vimscale.kernels.cases import TOLERANCE
+from vimscale.kernels.scan_inputs import ScanInputs
 
 DEVICE = kernel_checks.DEVICE["triton"]
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial")
@@ -23,7 +24,7 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: sizes, directions and which of the optional tensors are there."""
+    """One call: sizes, directions, and whether the optional tensors are given."""
 
     b: int = 1
     length: int = 11
@@ -44,7 +45,7 @@ class Case:
             "x": draw(k, b, length, e).to(self.dtype),
             "dt": draw(k, b, length, e).to(self.dtype),
             "A": -F.softplus(draw(k, e, n) + 1),
-            # as a projection hands them out: neighbours in memory, no row aligned
+            # as a projection returns them: adjacent in memory, no row aligned
             "B": draw(k, b, length, 3 + 2 * n).to(self.dtype)[..., 3 : 3 + n],
             "C": draw(k, b, length, 3 + 2 * n).to(self.dtype)[..., 3 + n :],
             "D": draw(k, e),
@@ -54,7 +55,7 @@ class Case:
         return {name: None if t is None else t.to(DEVICE) for name, t in tensors.items()}
 
     def image(self) -> Tensor | None:
-        """Borders inside chunks, on a chunk's first token, and (in the last image of the batch) on token 0."""
+        """Borders inside chunks, on the first token of a chunk, and (in the last sequence of the batch) on token 0."""
         if not self.optional:
             return None
         border = torch.zeros(self.b, self.length, dtype=torch.int32)
@@ -64,7 +65,7 @@ class Case:
 
 
 def _recurrence(case: Case, tensors: dict[str, Tensor | None], image: Tensor | None) -> tuple[Tensor, Tensor]:
-    """s and the last state, one token after another."""
+    """s and the last state, token by token."""
     x, dt, A, B, C, D, dt_bias, initial = tensors.values()
     outputs, finals = [], []
     for k, backward in enumerate(case.reverse):
@@ -95,7 +96,7 @@ def _assert_close(name: str, ours: Tensor, exact: Tensor, tolerance: float) -> N
 def _check(case: Case) -> None:
     tensors, image = case.tensors(), case.image()
     g = torch.Generator().manual_seed(1)
-    # one gate serves every direction: ds is the same tensor for all
+    # all directions have the same gate, so ds is the same tensor for all
     ds = torch.randn(case.b, case.length, case.e, generator=g).to(DEVICE, case.dtype).expand_as(tensors["x"])
     dfinal = torch.randn(tensors["A"][:, None].expand(-1, case.b, -1, -1).shape, generator=g).to(DEVICE)
     dfinal = dfinal if case.optional else None
@@ -109,9 +110,10 @@ def _check(case: Case) -> None:
     )
 
     chunk = kernels.CHUNK
-    first = kernels.forward(*tensors.values(), image, case.reverse, chunk)
-    ours = kernels.backward(*tensors.values(), image, first[2], ds, dfinal, case.reverse, chunk)
-    again = kernels.backward(*tensors.values(), image, first[2], ds, dfinal, case.reverse, chunk)
+    inputs = ScanInputs(*tensors.values(), image)
+    first = kernels.forward(inputs, case.reverse, chunk)
+    ours = kernels.backward(inputs, first[2], ds, dfinal, case.reverse, chunk)
+    again = kernels.backward(inputs, first[2], ds, dfinal, case.reverse, chunk)
     tolerance = TOLERANCE[case.dtype]
     _assert_close("s", first[0], s, tolerance)
     _assert_close("final", first[1], final, TOLERANCE[torch.float32])
@@ -123,10 +125,10 @@ def _check(case: Case) -> None:
         assert mine.dtype == tensors[name].dtype, name
         _assert_close(f"d{name}", mine, gradients[name], tolerance if name in ("x", "dt", "B", "C") else 2e-5)
 
-    lean = kernels.forward(*tensors.values(), image, case.reverse, 0)
-    assert lean[2].shape == (0,)
-    assert torch.equal(lean[0], first[0])
-    assert torch.equal(lean[1], first[1])
+    without_states = kernels.forward(inputs, case.reverse, 0)
+    assert without_states[2].shape == (0,)
+    assert torch.equal(without_states[0], first[0])
+    assert torch.equal(without_states[1], first[1])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def _check(case: Case) -> None:
         Case(length=9, e=40, n=20, reverse=(True,)),
         Case(dtype=torch.bfloat16, n=16),
         Case(dtype=torch.float16, n=8, optional=False),
-        Case(length=9, e=64, n=16, dtype=torch.bfloat16, optional=False),  # whole blocks, nothing optional: the widest
+        Case(length=9, e=64, n=16, dtype=torch.bfloat16, optional=False),  # full blocks, nothing optional: the widest
     ],
     ids=str,
 )
@@ -160,7 +162,7 @@ def test_a_nan_in_an_input_reaches_the_output_and_stops_at_an_image_border() -> 
     case = Case(length=11, reverse=(False,))
     tensors, image = case.tensors(), case.image()
     tensors["x"][0, 0, 4, 7] = float("nan")
-    s, final, _ = kernels.forward(*tensors.values(), image, case.reverse, 0)
+    s, final, _ = kernels.forward(ScanInputs(*tensors.values(), image), case.reverse, 0)
     # borders at 3, 8 and 9: tokens 4 to 7 share an image
     assert s[0, 0, 4:8, 7].isnan().all()
     assert not s[0, 0, :4].isnan().any()
@@ -168,16 +170,16 @@ def test_a_nan_in_an_input_reaches_the_output_and_stops_at_an_image_border() -> 
     assert not final.isnan().any()
 
 
-def test_the_step_is_exact_over_the_whole_range_of_dt() -> None:
-    """With A = 0, B = C = 1 and D = 0 one token gives softplus(dt) x; the gradient of dt is the sigmoid."""
+def test_the_step_is_exact_over_the_full_range_of_dt() -> None:
+    """With A = 0, B = C = 1 and D = 0, one token gives softplus(dt) x, and the gradient of dt is the sigmoid."""
     dt = torch.cat([torch.linspace(-15, 30, 1000), torch.tensor([-1e-6, 0.0, 1e-6, 100.0])]).to(DEVICE)
     dt = dt[None, None, None]
     ones, e = torch.ones_like(dt), dt.shape[-1]
     A, row, D = dt.new_zeros(1, e, 4), dt.new_ones(1, 1, 1, 1), dt.new_zeros(1, e)
-    inputs = (ones, dt, A[..., :1].contiguous(), row, row, D, None, None, None)
-    s, _, states = kernels.forward(*inputs, (False,), kernels.CHUNK)
-    _, ddt, *_ = kernels.backward(*inputs, states, ones, None, (False,), kernels.CHUNK)
-    # what `_softplus` promises at -15; small steps are nearly as exact as large ones
+    inputs = ScanInputs(ones, dt, A[..., :1].contiguous(), row, row, D, None, None, None)
+    s, _, states = kernels.forward(inputs, (False,), kernels.CHUNK)
+    _, ddt, *_ = kernels.backward(inputs, states, ones, None, (False,), kernels.CHUNK)
+    # the error of `softplus` at -15; small steps are nearly as exact as large ones
     torch.testing.assert_close(s.double(), F.softplus(dt.double(), threshold=1000), rtol=1.1e-6, atol=0)
     torch.testing.assert_close(ddt.double(), torch.sigmoid(dt.double()), rtol=1.1e-6, atol=0)
 
@@ -205,7 +207,7 @@ def test_combine_sums_the_directions_under_one_gate(k: int, gated: bool) -> None
         _assert_close("dz", dz, exact_z.grad, 2e-6)
 
 
-def test_another_chunk_is_refused() -> None:
+def test_an_unsupported_chunk_is_refused() -> None:
     tensors = Case(length=1).tensors()
-    with pytest.raises(ValueError, match="chunk is 5; these kernels keep a state every 8 tokens, or none"):
-        kernels.forward(*tensors.values(), None, (False, True), 5)
+    with pytest.raises(ValueError, match="chunk is 5; it must be 8, the tokens between kept states, or 0"):
+        kernels.forward(ScanInputs(*tensors.values(), None), (False, True), 5)

@@ -48,12 +48,12 @@ WRONG = {
     "a layer of no known kind": (
         (*LAUNCH, "model.directions=bi by"),
         None,
-        "'by' is no kind of layer; known: fwd, bwd",
+        "'by' is not a kind of layer; known: fwd, bwd",
     ),
     "more layers than the depth": (
         (*LAUNCH, "model.directions=bi*3", "model.depth=2"),
         None,
-        "3 layers are named, depth is 2: this is layer 3\n      bi*3\n      ^",
+        "the text names 3 layers, but depth is 2: this is layer 3\n      bi*3\n      ^",
     ),
     "a class token that is not there": (
         (*LAUNCH, "model.cls_token=none", "model.pool=cls"),

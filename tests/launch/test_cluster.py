@@ -52,6 +52,15 @@ def test_what_does_not_fit_together_is_said(tmp_path: Path) -> None:
     assert token.startswith("TOKEN: stands in environment and in secrets")
 
 
+def test_the_mirror_is_read_by_its_earlier_name_but_not_by_both(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: ray\nsecond: s3://b/runs\n")
+    assert cluster.load(path).mirror == "s3://b/runs"
+    assert cluster.load(path, ["mirror=s3://c"]).mirror == "s3://c"
+    path.write_text("base: ray\nsecond: s3://b/runs\nmirror: s3://c\n")
+    assert _faults(path) == ["second: this is the earlier name of mirror, which is given too; remove second"]
+
+
 def test_a_cluster_file_may_build_on_another(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: ray\ncpus: 64\nray: {address: 'http://10.0.0.1:8265'}\n")

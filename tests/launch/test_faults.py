@@ -12,7 +12,7 @@ import torch
 
 from tests.support.faults import SCHEDULED, Fault, Full, SmallDisk, run_on, schedule, survive
 from tests.support.shell import EVERYTHING, Shell, new_shell
-from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint.load import consolidated
 from vimscale.engine.deepspeed_engine import MOMENTS
 from vimscale.runtime import manifest, run_folder
 
@@ -60,7 +60,7 @@ def _state(shell: Shell, name: str) -> dict[str, torch.Tensor]:
     return {
         f"{kind}/{key}": value
         for kind in ("weight", "ema", *MOMENTS)
-        for key, value in checkpoint.consolidated(newest, kind).items()
+        for key, value in consolidated(newest, kind).items()
     }
 
 

@@ -268,11 +268,11 @@ def test_paths_that_mean_nothing_on_a_cluster_are_refused_and_so_are_secrets_tha
         _ray(runs="runs")
 
 
-def test_a_second_place_comes_from_the_cluster_where_the_recipe_names_none() -> None:
+def test_the_clusters_mirror_applies_if_the_recipe_names_none() -> None:
     small = recipes.load("vim_digits_cpu")
-    assert jobs.completed(small, _ray(second="s3://b/runs")).checkpoint.second == "s3://b/runs"
-    named = recipes.load("vim_digits_cpu", ["checkpoint.second=/mine"])
-    assert jobs.completed(named, _ray(second="s3://b/runs")).checkpoint.second == "/mine"
+    assert jobs.completed(small, _ray(mirror="s3://b/runs")).checkpoint.mirror == "s3://b/runs"
+    named = recipes.load("vim_digits_cpu", ["checkpoint.mirror=/mine"])
+    assert jobs.completed(named, _ray(mirror="s3://b/runs")).checkpoint.mirror == "/mine"
 
 
 def test_a_failed_job_is_explained_by_its_last_error() -> None:

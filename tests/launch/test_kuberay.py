@@ -110,7 +110,7 @@ def test_secrets_are_named_and_never_written(monkeypatch: pytest.MonkeyPatch) ->
         "name": "AWS_SECRET_ACCESS_KEY",
         "valueFrom": {"secretKeyRef": {"name": "bucket", "key": "AWS_SECRET_ACCESS_KEY"}},
     }
-    assert recipes.Recipe.model_validate(yaml.safe_load(config_map["data"]["recipe.yaml"])).checkpoint.second == (
+    assert recipes.Recipe.model_validate(yaml.safe_load(config_map["data"]["recipe.yaml"])).checkpoint.mirror == (
         "s3://bucket/runs"
     )
 

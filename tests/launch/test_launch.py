@@ -13,7 +13,7 @@ import torch
 
 from tests.support.ray_head import ray_head
 from tests.support.shell import Shell, new_shell
-from vimscale.checkpoint import load as checkpoint
+from vimscale.checkpoint.load import consolidated
 from vimscale.launch.processes.rank import Ending
 from vimscale.launch.supervise.failures import first_cause
 from vimscale.runtime import manifest, run_folder
@@ -33,11 +33,7 @@ def _weights(shell: Shell, name: str) -> dict[str, torch.Tensor]:
     """Weights and moving average of a run's newest checkpoint."""
     newest = run_folder.checkpoints(shell.folder / "runs" / name / "checkpoints")[0]
     assert manifest.damage(newest) is None
-    return {
-        f"{kind}/{key}": value
-        for kind in ("weight", "ema")
-        for key, value in checkpoint.consolidated(newest, kind).items()
-    }
+    return {f"{kind}/{key}": value for kind in ("weight", "ema") for key, value in consolidated(newest, kind).items()}
 
 
 def _same_weights(shell: Shell, a: str, b: str) -> bool:
@@ -287,7 +283,7 @@ def test_a_run_without_any_whole_checkpoint_stops_and_loses_nothing(shell: Shell
     (folder / "result.json").unlink()
     _flip_a_bit(folder / "checkpoints/step_00000050/trainer.json")
     output = shell.run("evaluate", "small", expect=2)
-    assert "no checkpoint is whole" in output
+    assert "no checkpoint is intact" in output
     output = shell.run("launch", "small.yaml", "checkpoint.every=50", *PROCESSES, expect=2)
     assert "trainer.json does not have the sha256 it was written with" in output
     assert "Traceback" not in output

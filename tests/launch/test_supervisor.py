@@ -250,7 +250,7 @@ def test_nodes_that_are_taken_away_are_left_with_a_checkpoint(runs: RunFolder, m
     assert _supervise(runs, Scripted([], room=0, **leaving))[0] == 3
 
 
-def test_whoever_takes_a_checkpoint_instead_of_a_damaged_one_is_told(
+def test_a_warning_says_that_an_earlier_checkpoint_replaces_a_damaged_one(
     runs: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20):
@@ -258,7 +258,7 @@ def test_whoever_takes_a_checkpoint_instead_of_a_damaged_one_is_told(
     damaged = runs.checkpoints / run_folder.checkpoint_name(20) / "manifest.json"
     damaged.write_text("{")
     assert runs.newest_checkpoint().name == run_folder.checkpoint_name(10)
-    assert "not whole, so step_00000010 is taken instead: step_00000020" in caplog.text
+    assert "using step_00000010, because a newer checkpoint is damaged: step_00000020" in caplog.text
 
 
 # ---- the watchdog

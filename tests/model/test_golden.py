@@ -1,6 +1,6 @@
-"""Our model gives what the original Vision Mamba code gave, logits and every gradient, on its own random weights.
+"""Our model computes the same logits and gradients as the original Vision Mamba code, on random weights of that code.
 
-The outputs were recorded from hustvl/Vim and live beside the checkout, not in it.
+The outputs were recorded from hustvl/Vim. They are next to the checkout, not in it.
 """
 
 import json
@@ -24,9 +24,9 @@ PARAMETERS = {"vim_tiny": 7_148_008, "vim_small": 25_796_584, "vim_base": 97_598
 def _recorded(case: str) -> tuple[dict, dict[str, Tensor]]:
     path = GOLDEN / f"{case}.safetensors"
     if not path.exists():
-        pytest.skip(f"recorded outputs of the original code are not at {GOLDEN}")
+        pytest.skip(f"there are no recorded outputs of the original code at {GOLDEN}")
     with safe_open(path, "pt") as golden:
-        tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118  safe_open is no dict
+        tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118  safe_open is not a dict
         return json.loads(golden.metadata()["config"]), tensors
 
 
@@ -37,7 +37,7 @@ def _below(tensors: dict[str, Tensor], folder: str) -> dict[str, Tensor]:
 def _close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
     assert ours.shape == theirs.shape, what
     off = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
-    assert off < bound, f"{what} is off by {off:.1e} of its largest value"
+    assert off < bound, f"{what}: error {off:.1e} relative to the largest value"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,7 +50,7 @@ def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
     features = model.forward_features(tensors["image"])
     F.cross_entropy(logits, tensors["target"]).backward()
 
-    # fp32 sums in another order over four layers; gradients sum over tokens and images too
+    # fp32 sums run in another order over four layers; gradients also sum over tokens and images
     _close(logits.detach(), tensors["logits"], 1e-5, "logits")
     _close(features.detach(), tensors["features"], 1e-5, "features")
     with torch.no_grad():
@@ -65,13 +65,13 @@ def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_states_go_in_and_out_bit_by_bit(case: str) -> None:
+def test_recorded_states_convert_to_ours_and_back_bit_for_bit(case: str) -> None:
     published, tensors = _recorded(case)
     state = _below(tensors, "state/")
     model = from_published(published, state)
-    again = to_published(model)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[key], state[key]) for key in state)
+    converted = to_published(model)
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[key], state[key]) for key in state)
     arguments = published_config(model)
     without_effect = {"final_pool_type"} | ({"use_middle_cls_token"} if not published["if_cls_token"] else set())
     assert {k: arguments[k] for k in published.keys() - without_effect} == {
@@ -82,20 +82,20 @@ def test_recorded_states_go_in_and_out_bit_by_bit(case: str) -> None:
 def _published_shapes() -> dict[str, dict]:
     path = GOLDEN / "published_state_dicts.json"
     if not path.exists():
-        pytest.skip(f"the published shapes are not at {GOLDEN}")
+        pytest.skip(f"there are no published shapes at {GOLDEN}")
     return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "small_patch16_stride8" not in name and "vim" in name])
-def test_published_keys_and_shapes_are_exactly_theirs(name: str) -> None:
+def test_converted_keys_and_shapes_equal_the_published_ones(name: str) -> None:
     theirs = _published_shapes()[name]
     with torch.device("meta"):
         ours = to_published(VisionMamba(config_of(complete(PUBLISHED[name]))))
     assert {key: list(value.shape) for key, value in ours.items()} == theirs["state_dict"]
     assert sum(value.numel() for value in ours.values()) == theirs["parameters"]
-    guessed, taken = guess(ours)
+    guessed, assumed = guess(ours)
     assert guessed == complete(PUBLISHED[name])
-    assert "if_divide_out True" in taken
+    assert "if_divide_out True" in assumed
 
 
 @pytest.mark.parametrize("preset", PARAMETERS)

@@ -1,4 +1,4 @@
-"""VisionMamba: the published sizes, its parts, and what its configuration refuses."""
+"""VisionMamba: published sizes, parts of the model, and configurations that are refused."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.cost import costs, flops, parameters
 from vimscale.model.mixer import Mamba
 from vimscale.model.presets import Stage
-from vimscale.model.tokens import layout, resized, walk
+from vimscale.model.tokens import layout, resized, scan_order
 
 SMALL = VimConfig(
     num_classes=5, image_size=16, patch_size=4, d_model=16, depth=3, d_state=4, directions="bi fwd bwd", d_head=8
@@ -23,17 +23,17 @@ EVERY_KIND = dataclasses.replace(
 FAMILY: dict[str, VimConfig] = {
     "as published": SMALL,
     "every kind of layer": EVERY_KIND,
-    "a learned mixture of paths": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="gate"),
-    "paths side by side": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="concat"),
+    "paths in a learned combination": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="gate"),
+    "concatenated paths": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="concat"),
     "sums": dataclasses.replace(SMALL, depth=4, directions="cross shared pair*2", fuse="sum"),
     "class tokens at both ends": dataclasses.replace(SMALL, cls_token="both", registers=3),
     "ARM's block": dataclasses.replace(SMALL, norm="layer", mlp="swiglu", expand=1, layer_scale=0.1, ssm_norm=True),
-    "registers are read": dataclasses.replace(
+    "the head reads registers": dataclasses.replace(
         SMALL, cls_token="none", registers=4, pool="registers", register_reduce=2
     ),
     "convolutional stem": dataclasses.replace(SMALL, cls_token="first", registers=2, pool="mean", stem="conv"),
     "overlapping patches": dataclasses.replace(SMALL, cls_token="none", pool="max", stride=2),
-    "the last token is read": dataclasses.replace(SMALL, cls_token="none", pool="last", directions="bi bwd fwd"),
+    "the head reads the last token": dataclasses.replace(SMALL, cls_token="none", pool="last", directions="bi bwd fwd"),
     "not square": dataclasses.replace(SMALL, pos_embed=False, image_size=(16, 24)),
     "hierarchical": dataclasses.replace(
         SMALL, cls_token="none", stages=(Stage(depth=2, d_model=16, directions="fwd bi"), Stage(depth=2, d_model=32))
@@ -106,7 +106,7 @@ def test_every_parameter_takes_part_and_learns(member: VimConfig) -> None:
 
 
 def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> None:
-    """torch counts products, and not what is inside fused ops: what mixers and attention do there is taken out here."""
+    """torch counts products, but not those inside fused ops: subtract what mixers and attention do there."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _model(member)(_images(member, 1))
     ours = flops(member)
@@ -116,7 +116,7 @@ def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> N
         e, n, r = member.expand * part.d_model, member.d_state, member.dt_rank(part.d_model)
         paths = len(part.layer.paths)
         inside = paths * e * (9 * n + 2 * member.d_conv + 2 * (r + 2 * n) + 2 * r)
-        if part.layer.kind == "shared":  # its projections stand outside
+        if part.layer.kind == "shared":  # its projections are outside the fused op
             inside = e * (2 * 9 * n + 2 * member.d_conv)
         elif part.layer.kind == "attn":
             inside = 4 * part.tokens * part.d_model
@@ -124,7 +124,7 @@ def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> N
     assert abs(ours - counter.get_total_flops()) <= 0.01 * ours
 
 
-def test_presets_and_shapes_survive_a_file(member: VimConfig) -> None:
+def test_configs_survive_json(member: VimConfig) -> None:
     assert VimConfig.from_dict(json.loads(json.dumps(member.to_dict()))) == member
 
 
@@ -141,30 +141,30 @@ def test_presets_and_shapes_survive_a_file(member: VimConfig) -> None:
         ("middle", 3, (9,), (4, 10, 15)),  # 16 patches: a register after every 4, the class token after 8
     ],
 )
-def test_class_token_and_registers_stand_where_they_are_told(
+def test_class_token_and_registers_are_at_the_configured_positions(
     cls_token: Any, registers: int, cls: tuple[int, ...], taken: tuple[int, ...]
 ) -> None:
     config = dataclasses.replace(SMALL, cls_token=cls_token, registers=registers)
-    where = layout(config, (4, 4))
-    assert (where.cls, where.registers, where.tokens) == (cls, taken, config.tokens)
+    slots = layout(config, (4, 4))
+    assert (slots.cls, slots.registers, slots.tokens) == (cls, taken, config.tokens)
     image, extra = torch.arange(16.0).view(1, 16, 1), -1 - torch.arange(float(len(cls) + registers)).view(-1, 1)
-    sequence = where.put(image, extra if len(extra) else None)
-    assert torch.equal(where.of_image(sequence), image)
-    assert [sequence[0, place, 0].item() for place in (*cls, *taken)] == extra.flatten().tolist()
+    sequence = slots.insert(image, extra if len(extra) else None)
+    assert torch.equal(slots.image_tokens(sequence), image)
+    assert [sequence[0, position, 0].item() for position in (*cls, *taken)] == extra.flatten().tolist()
 
 
-def test_orders_walk_the_plane_as_they_say() -> None:
+def test_scan_orders_visit_the_grid_as_their_names_say() -> None:
     config = dataclasses.replace(SMALL, cls_token="none", window=2)
 
     def order(name: Any) -> list[int]:
-        return walk(name, config, (3, 4)).tolist()
+        return scan_order(name, config, (3, 4)).tolist()
 
     assert order("row") == list(range(12))
     assert order("column") == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
     assert order("snake") == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11]
     assert order("window") == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
     middle = dataclasses.replace(config, cls_token="middle")
-    assert walk("column", middle, (2, 2)).tolist() == [0, 3, 2, 1, 4]  # the class token keeps its place
+    assert scan_order("column", middle, (2, 2)).tolist() == [0, 3, 2, 1, 4]  # the class token keeps its position
 
 
 @pytest.mark.parametrize("order", ["column", "snake", "window"])
@@ -176,7 +176,7 @@ def test_an_order_is_the_plain_scan_of_permuted_patches(order: str) -> None:
     model, other = _model(config), _model(plain)
     images = _images(config)
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)  # (b, 3, l, 4, 4)
-    moved = patches[:, :, walk(order, config, config.grid)]  # type: ignore[arg-type]
+    moved = patches[:, :, scan_order(order, config, config.grid)]  # type: ignore[arg-type]
     again = moved.unflatten(2, (4, 4)).transpose(3, 4).flatten(2, 3).flatten(3, 4)
     torch.testing.assert_close(model(images), other(again))
 
@@ -184,32 +184,32 @@ def test_an_order_is_the_plain_scan_of_permuted_patches(order: str) -> None:
 def test_the_position_embedding_is_resized_around_the_class_token() -> None:
     config = dataclasses.replace(SMALL, cls_token="middle", registers=1)
     rows = torch.arange(4.0).repeat_interleave(4).view(16, 1).expand(16, 2)
-    where = layout(config, (4, 4))
-    position = where.put(rows[None], torch.tensor([[100.0, 100.0], [-100.0, -100.0]]))[0]
+    before = layout(config, (4, 4))
+    position = before.insert(rows[None], torch.tensor([[100.0, 100.0], [-100.0, -100.0]]))[0]
     larger = resized(position, config, (8, 4))
     after = layout(config, (8, 4))
     assert larger[after.cls[0]].tolist() == [100, 100]
     assert larger[after.registers[0]].tolist() == [-100, -100]
-    plane = after.of_image(larger[None]).view(8, 4, 2)
-    assert torch.equal(plane[:, :1].expand_as(plane), plane), "columns alike stay alike"
-    # in the middle of a ramp bicubic is close to the ramp, at half-pixel centres
+    plane = after.image_tokens(larger[None]).view(8, 4, 2)
+    assert torch.equal(plane[:, :1].expand_as(plane), plane), "equal columns stay equal"
+    # in the middle of a ramp, bicubic interpolation is close to the ramp, at half-pixel centers
     torch.testing.assert_close(plane[3:5, 0, 0], torch.tensor([1.25, 1.75]), rtol=0, atol=0.05)
     assert torch.equal(resized(position, config, (4, 4)), position)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 32), (24, 16)])
-def test_images_of_any_size_are_taken(member: VimConfig, size: tuple[int, int]) -> None:
+def test_a_model_takes_images_of_any_size(member: VimConfig, size: tuple[int, int]) -> None:
     model = _model(member)
     images = torch.randn(2, 3, *size)
     assert model(images).shape == (2, 5)
 
 
-def test_an_image_that_is_no_whole_number_of_patches_is_refused() -> None:
+def test_an_image_that_patches_do_not_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="resize or pad 18 to 16 or 20"):
         _model()(torch.zeros(1, 3, 16, 18))
 
 
-def test_packed_images_give_what_each_gives_alone(member: VimConfig) -> None:
+def test_packed_images_give_the_logits_of_each_image_alone(member: VimConfig) -> None:
     model = _model(member).eval()
     images = [torch.randn(3, *size) for size in ((16, 24), (24, 24), (8, 8), (16, 16))]
     if member.stages:
@@ -221,7 +221,7 @@ def test_packed_images_give_what_each_gives_alone(member: VimConfig) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, config in FAMILY.items() if not config.stages])
-def test_a_pack_drops_whole_images(name: str) -> None:
+def test_drop_path_drops_all_tokens_of_an_image_in_a_pack(name: str) -> None:
     config = dataclasses.replace(FAMILY[name], drop_path=0.5)
     model = _model(config)
     images = [torch.randn(3, *size) for size in ((16, 24), (8, 8), (16, 16))]
@@ -238,12 +238,12 @@ def test_maps_of_chosen_layers_are_a_pyramid() -> None:
     assert {tuple(m.shape) for m in plain} == {(1, 16, 2, 4)}
 
 
-def test_a_map_of_no_layer_is_refused() -> None:
+def test_a_map_of_a_layer_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="from 0 to 2, or from the end"):
         _model().forward_features(_images(SMALL), layers=[3])
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to a cached function, which it traces
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to a cached function, which dynamo traces
 def test_a_model_compiles_as_one_graph() -> None:
     model, images = _model(EVERY_KIND), _images(EVERY_KIND)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -263,9 +263,9 @@ def test_the_last_map_is_what_the_head_reads_before_its_norm() -> None:
 
 def test_directions_decide_which_paths_a_layer_has() -> None:
     mixers = [block.mixer for block in _model(EVERY_KIND).blocks]
-    ways = [[reverse for _, reverse in m.paths] if isinstance(m, Mamba) else None for m in mixers]
-    both, there, back = [False, True], [False], [True]
-    assert ways == [both, both, there, back, None, both * 2, back, there, both, there, back]
+    reverses = [[reverse for _, reverse in m.paths] if isinstance(m, Mamba) else None for m in mixers]
+    both, forward, back = [False, True], [False], [True]
+    assert reverses == [both, both, forward, back, None, both * 2, back, forward, both, forward, back]
     assert [len(m.A_log) for m in mixers if isinstance(m, Mamba)] == [2, 2, 1, 1, 4, 1, 1, 2, 1, 1]
     assert [len(m.D) for m in mixers if isinstance(m, Mamba)] == [2, 1, 1, 1, 4, 1, 1, 1, 1, 1]  # shared: one set
 
@@ -278,24 +278,24 @@ def test_a_forward_layer_does_not_let_early_tokens_see_late_ones() -> None:
     torch.testing.assert_close(model(late), before)
 
 
-def _without_the_way_back(config: VimConfig, directions: str) -> tuple[VisionMamba, VisionMamba]:
-    """A model, and one of `directions` with the same weights where it has them."""
-    whole = _model(config)
+def _without_backward_paths(config: VimConfig, directions: str) -> tuple[VisionMamba, VisionMamba]:
+    """Return a model, and one with `directions` and the same weights where it has them."""
+    full = _model(config)
     part = _model(dataclasses.replace(config, directions=directions))
     state = {}
     for name, p in part.named_parameters():
-        ours = whole.get_parameter(name)
-        state[name] = ours if ours.shape == p.shape else ours[: len(p)]
+        weight = full.get_parameter(name)
+        state[name] = weight if weight.shape == p.shape else weight[: len(p)]
     part.load_state_dict(state)
-    return whole, part
+    return full, part
 
 
 @pytest.mark.parametrize("kind", ["bi", "shared"])
 @pytest.mark.parametrize("fuse", ["mean", "sum"])
-def test_a_backward_path_that_is_not_in_leaves_the_forward_one(kind: str, fuse: Any) -> None:
+def test_a_backward_path_with_factor_zero_leaves_the_forward_path(kind: str, fuse: Any) -> None:
     config = dataclasses.replace(SMALL, directions=f"{kind}*3", fuse=fuse)
-    model, forward_only = _without_the_way_back(config, "fwd*3")
-    if fuse == "mean":  # half of it: what is missing of a mean counts as zero
+    model, forward_only = _without_backward_paths(config, "fwd*3")
+    if fuse == "mean":  # half of it: a path that a mean lacks counts as zero
         for block in forward_only.blocks:
             block.mixer.out_proj.weight.data /= 2  # type: ignore[union-attr]
     images = _images(config)
@@ -317,7 +317,7 @@ def test_a_gate_is_a_factor_on_the_backward_path(directions: str) -> None:
     assert not torch.allclose(gated(images), plain(images))
 
 
-def test_the_ramp_brings_the_backward_path_in() -> None:
+def test_the_ramp_scales_the_backward_path_from_zero_to_one() -> None:
     config = dataclasses.replace(SMALL, backward_ramp=(10, 20))
     assert [config.backward_at(step) for step in (0, 10, 15, 20, 99)] == [0, 0, 0.5, 1, 1]
 
@@ -335,7 +335,7 @@ def test_published_init_zeroes_the_backward_step_bias_and_ours_does_not() -> Non
 # ---- stability
 
 
-def test_drop_path_drops_the_images_it_was_told_to(member: VimConfig) -> None:
+def test_drop_path_drops_the_images_that_the_draws_select(member: VimConfig) -> None:
     config = dataclasses.replace(member, drop_path=0.5)
     model, images = _model(config), _images(config, 4)
     kept = torch.ones(4, len(config.layers))
@@ -346,17 +346,17 @@ def test_drop_path_drops_the_images_it_was_told_to(member: VimConfig) -> None:
     assert model.drop_rates()[[0, -1]].tolist() == [0.0, 0.5]
 
 
-def test_weight_decay_spares_the_scans_own_parameters() -> None:
+def test_weight_decay_leaves_the_scans_parameters_alone() -> None:
     config = dataclasses.replace(SMALL, backward_gate=True, registers=2, layer_scale=0.1, ssm_norm=True, norm="layer")
-    spared = _model(config).no_decay()
-    assert {"pos_embed", "cls_token", "registers", "norm.weight", "norm.bias", "head.bias"} <= spared
-    inside = {"A_log", "D", "dt_bias", "conv_bias", "layer_scale", "ssm_norm"}
-    assert {f"blocks.0.mixer.{name}" for name in inside} <= spared
+    not_decayed = _model(config).no_decay()
+    assert {"pos_embed", "cls_token", "registers", "norm.weight", "norm.bias", "head.bias"} <= not_decayed
+    of_mixer = {"A_log", "D", "dt_bias", "conv_bias", "layer_scale", "ssm_norm"}
+    assert {f"blocks.0.mixer.{name}" for name in of_mixer} <= not_decayed
     decayed = {"head.weight", "patch_embed.weight", "blocks.0.mixer.in_proj.weight", "blocks.0.mixer.x_proj"}
-    assert not (decayed | {"blocks.0.mixer.backward_gate"}) & spared
+    assert not (decayed | {"blocks.0.mixer.backward_gate"}) & not_decayed
 
 
-def test_probes_tell_steps_states_and_gates_and_change_nothing() -> None:
+def test_probes_report_steps_states_and_gates_and_change_nothing() -> None:
     config = dataclasses.replace(EVERY_KIND, backward_gate=True)
     model, images = _model(config), _images(config)
     before = model(images)
@@ -377,14 +377,14 @@ def test_bf16_autocast_keeps_the_scan_in_fp32_and_the_logits_close(member: VimCo
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(images)
     assert rounded.dtype == torch.float32
-    # a few products rounded to 8 bits each, of logits around 0.1
+    # logits around 0.1 are sums of a few products, each rounded to 8 bits
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02)
 
 
 # ---- what is refused
 
 
-def test_faults_of_a_configuration_are_told_together() -> None:
+def test_faults_of_a_configuration_are_reported_together() -> None:
     with pytest.raises(ValueError, match="multiple of patch_size") as caught:
         VimConfig(image_size=30, patch_size=16, depth=2, directions="bi*3", drop_path=1.5)
     assert len([line for line in str(caught.value).splitlines() if not line.startswith(" ")]) == 3
@@ -395,13 +395,13 @@ def test_faults_of_a_configuration_are_told_together() -> None:
     [
         ({"pool": "cls", "cls_token": "none"}, "cls_token is none: use cls_token: middle or pool: mean"),
         ({"pool": "registers"}, "there are none: use registers: 12"),
-        ({"register_reduce": 2}, "goes with pool: registers"),
-        ({"registers": 99}, "99 registers among 16 image tokens"),
+        ({"register_reduce": 2}, "register_reduce needs pool: registers"),
+        ({"registers": 99}, r"more registers \(99\) than image tokens \(16\)"),
         ({"stride": 5}, "above patch_size 4"),
         ({"stem": "conv", "patch_size": 2}, "stem conv needs a patch_size of 4, 8, 16"),
         ({"image_size": (16, 18)}, "image_size 18 is not a multiple of patch_size 4; use 16 or 20"),
         ({"directions": "attn*3", "d_head": 5}, "multiple of d_head 5"),
-        ({"directions": "pair*2 bi", "fuse": "concat"}, "paths of pair layers meet by fuse mean or sum, not concat"),
+        ({"directions": "pair*2 bi", "fuse": "concat"}, "pair layers combine paths by fuse mean or sum, not concat"),
         ({"backward_ramp": (20, 10)}, "the first one earlier"),
         ({"stages": (Stage(depth=1, d_model=16),)}, "set cls_token: none and registers: 0"),
         (
@@ -411,6 +411,6 @@ def test_faults_of_a_configuration_are_told_together() -> None:
         ({"d_state": 0}, "d_state is 0; it must be at least 1"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused_with_a_way_out(change: dict[str, Any], message: str) -> None:
+def test_an_impossible_shape_is_refused_with_a_fix(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)

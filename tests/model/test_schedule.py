@@ -27,7 +27,7 @@ def test_a_schedule_names_every_layer(text: str, layers: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "column", "why"),
     [
-        ("bi*24 fdw", 6, "'fdw' is no kind"),
+        ("bi*24 fdw", 6, "'fdw' is not a kind"),
         ("bi*", 3, "takes a count"),
         ("bi*0", 3, "takes a count"),
         ("bi*100000", 3, "takes a count"),
@@ -35,15 +35,15 @@ def test_a_schedule_names_every_layer(text: str, layers: list[str]) -> None:
         ("fwd) bi", 3, "closes nothing"),
         ("", 0, "a layer is missing"),
         ("()", 1, "a layer is missing"),
-        ("bi, fwd", 2, "',' means nothing"),
-        ("*3", 0, "'*' is no kind"),
+        ("bi, fwd", 2, "',' has no meaning"),
+        ("*3", 0, "'*' is not a kind"),
         ("bi@diagonal", 3, "'@' takes an order"),
         ("bi@", 3, "'@' takes an order"),
         ("bi attn@column", 8, "attn takes no order"),
         ("fwd pair*3 bi", 4, "come in twos"),
     ],
 )
-def test_a_fault_is_shown_where_it_stands(text: str, column: int, why: str) -> None:
+def test_a_caret_points_at_the_fault(text: str, column: int, why: str) -> None:
     with pytest.raises(ValueError, match=r"\^$") as caught:
         schedule.parse(text)
     message, shown, caret = str(caught.value).split("\n")
@@ -56,7 +56,7 @@ def test_a_fault_is_shown_where_it_stands(text: str, column: int, why: str) -> N
     ("text", "depth", "column", "why"),
     [("fwd*2 bi*3", 4, 6, "this is layer 5"), ("fwd*2 bi", 3 + 1, 8, "1 more must follow")],
 )
-def test_a_wrong_depth_is_shown_where_it_goes_wrong(text: str, depth: int, column: int, why: str) -> None:
+def test_a_caret_points_at_the_first_layer_of_a_wrong_depth(text: str, depth: int, column: int, why: str) -> None:
     with pytest.raises(ValueError, match=f"depth is {depth}: {why}") as caught:
         schedule.parse(text, depth)
     assert str(caught.value).split("\n")[2].index("^") == 4 + column
@@ -74,5 +74,5 @@ def test_paths_of_a_layer_are_forward_first() -> None:
     assert (Layer("bwd").paths, Layer("attn").paths) == ((("row", True),), ())
 
 
-def test_every_second_of_a_run_of_pairs_walks_backwards() -> None:
+def test_every_second_layer_of_a_run_of_pairs_scans_backward() -> None:
     assert schedule.second_of_pairs(schedule.parse("fwd pair*4 bi pair*2")) == {2, 4, 7}

@@ -1,4 +1,4 @@
-"""Secrets in addresses: refused in recipes and cluster files, hidden from messages, filled in where they belong."""
+"""Secrets in addresses: refused in recipes and cluster files, hidden in messages, filled in at the point of use."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ def test_an_address_with_a_secret_is_refused_without_showing_it(address: str) ->
         f"data.train='{address}'",
         f"data.val='{address}'",
         f"data.train=[{{data: '{address}'}}]",
-        f"checkpoint.second='{address}'",
+        f"checkpoint.mirror='{address}'",
         f"model.weights='{address}'",
     ):
         with pytest.raises(
@@ -62,21 +62,21 @@ def test_an_address_with_a_secret_is_refused_without_showing_it(address: str) ->
         ) as no:
             recipe.load("vim_digits_cpu", [change])
         assert "hidden" not in str(no.value)
-    for change in (f"second='{address}'", f"ray.address='{address}'", f"environment.HTTPS_PROXY='{address}'"):
+    for change in (f"mirror='{address}'", f"ray.address='{address}'", f"environment.HTTPS_PROXY='{address}'"):
         with pytest.raises(ClusterError, match="the address holds") as no:
             cluster.load("ray", [change])
         assert "hidden" not in str(no.value)
 
 
 @pytest.mark.parametrize("address", HARMLESS)
-def test_an_address_without_a_secret_is_taken(address: str) -> None:
+def test_an_address_without_a_secret_is_accepted(address: str) -> None:
     assert recipe.load("vim_digits_cpu", [f"data.train='{address}'"]).data.train == address
 
 
 @pytest.mark.parametrize("address", HOLDING.values(), ids=HOLDING)
 def test_messages_hide_the_secrets_of_addresses(address: str) -> None:
     assert "hidden" not in addresses.shown(address)
-    if " " not in address:  # in a text, a space ends the address
+    if " " not in address:  # within a text, a space ends the address
         for error in (DataError, RunFailed):
             assert "hidden" not in str(error(f"no answer from {address}; check it, and {address}"))
     with pytest.raises(RecipeError) as no:
@@ -85,7 +85,7 @@ def test_messages_hide_the_secrets_of_addresses(address: str) -> None:
     assert addresses.masked("a: b@c, see s3://b/x; d") == "a: b@c, see s3://b/x; d"
 
 
-def test_variables_are_filled_in_and_escaped_before_the_host_alone() -> None:
+def test_variables_are_filled_in_and_escaped_only_before_the_host() -> None:
     environment = {"P": "a/b@c", "Q": "?sv=1&sig=a%2Fb"}
     assert addresses.filled("https://me:${P}@host/x?${Q}", environment) == "https://me:a%2Fb%40c@host/x?sv=1&sig=a%2Fb"
     assert addresses.filled("/data/${P}", environment) == "/data/${P}"
@@ -97,26 +97,26 @@ def test_a_data_set_is_read_with_a_password_from_the_environment(
     address = "http://me:${VIMSCALE_TEST_PASSWORD}@"
     with WebServer(tmp_path) as server, contextlib.ExitStack() as stack:
         stack.callback(server.shutdown)
-        place = server.url.replace("http://", address)
+        url = server.url.replace("http://", address)
         with pytest.raises(DataError, match="VIMSCALE_TEST_PASSWORD is not set in the environment; export it"):
-            Dataset.open(place)
+            Dataset.open(url)
         monkeypatch.setenv("VIMSCALE_TEST_PASSWORD", "secret")
         with pytest.raises(DataError, match=r"has no manifest.json") as no:
-            Dataset.open(place)
+            Dataset.open(url)
         assert server.passwords["manifest.json"] == "Basic bWU6c2VjcmV0"
         assert "secret" not in str(no.value)
-        # a manifest may not ask for variables: it would get them sent wherever it says
+        # variables in a manifest stay unfilled: it could have them sent anywhere
         manifest = {"format": 1, "name": "x", "classes": ["a"], "mean": [0, 0, 0], "std": [1, 1, 1]}
         base = f"{server.url}/elsewhere?${{VIMSCALE_TEST_PASSWORD}}"
         shard = {"name": "0.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64}
         manifest |= {"source": "", "licence": "", "samples": 1, "shards": [shard], "base": base}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        opened = Dataset.open(place)
+        opened = Dataset.open(url)
         assert "secret" not in opened.store.url
 
 
 @pytest.mark.parametrize("backend", ["local", "ray", "kuberay_h100", "slurm"])
-def test_jobs_name_the_variable_and_ask_for_it_among_the_secrets(backend: str) -> None:
+def test_jobs_show_the_variable_and_require_it_among_the_secrets(backend: str) -> None:
     chosen = recipe.load(
         "vim_digits_cpu", ["data.train='https://me:${PASSWORD}@host/x?${QUERY}'", "data.val=null", "model.weights=null"]
     )

@@ -1,4 +1,4 @@
-"""Places that cannot be written: one message that names the file, and what was there before stays."""
+"""Files that cannot be written: one message that names the file, and the file that was there stays."""
 
 import errno
 import os
@@ -16,8 +16,8 @@ from vimscale.storage import files
 
 
 @pytest.fixture
-def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file may grow beyond 4 KB, and who writes on gets an error, as on a full disk."""
+def little_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no file grow beyond 4 KB: further writes fail, as on a full disk."""
     # Python ignores SIGXFSZ itself
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -39,7 +39,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(
-    tmp_path: Path, little_room: None, writer: str
+    tmp_path: Path, little_space: None, writer: str
 ) -> None:
     path = tmp_path / "it.png"
     path.write_text("as it was")
@@ -52,11 +52,11 @@ def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_place_that_is_none_is_named(tmp_path: Path, writer: str) -> None:
+def test_a_path_that_cannot_exist_is_named(tmp_path: Path, writer: str) -> None:
     (tmp_path / "file").touch()
     for path, fix in (
-        (tmp_path / "gone/it.png", "its folder is not there"),
-        (tmp_path / "file/it.png", "a file stands"),
+        (tmp_path / "gone/it.png", "its folder does not exist"),
+        (tmp_path / "file/it.png", "a file is where a folder"),
     ):
         with pytest.raises(OSError) as caught:  # noqa: PT011
             WRITERS[writer](path)
@@ -101,7 +101,7 @@ def _main(code: str, **options: object) -> subprocess.CompletedProcess:
         (
             "OSError(28, 'No space left on device', 'there/it')",
             1,
-            "error: there/it: No space left on device; make room",
+            "error: there/it: No space left on device; free space",
         ),
         (
             "OSError(30, 'Read-only file system', 'there/it')",
@@ -113,21 +113,21 @@ def _main(code: str, **options: object) -> subprocess.CompletedProcess:
         ("OSError('a bug')", 1, "Traceback"),
     ],
 )
-def test_what_names_a_file_is_a_message_and_what_does_not_is_a_bug(error: str, code: int, said: str) -> None:
+def test_an_error_that_names_a_file_is_a_message_and_any_other_is_a_bug(error: str, code: int, said: str) -> None:
     done = _main(f"raise {error}")
     assert (done.returncode, done.stderr.startswith(said)) == (code, True), done.stderr
     assert ("Traceback" in done.stderr) == (said == "Traceback")
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
-def test_output_that_cannot_be_written_is_said_in_a_line(shell: Shell) -> None:
+def test_output_that_cannot_be_written_is_reported_in_one_line(shell: Shell) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "vimscale.launch.cli", "schema"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=shell.env, check=False)
     assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
 
 
-def test_a_shell_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_command_in_a_removed_folder_gets_one_message(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     script = 'cd "$1" && rmdir "$1" && exec "$2" -m vimscale.launch.cli recipes'

@@ -1,4 +1,4 @@
-"""Shards from web servers, buckets and other places: the same bytes every time, or one clear error."""
+"""Shards from web servers, buckets and other stores: the same bytes every time, or one clear error."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from vimscale.storage.store import Bucket, Retry, open_store
 # ---- a web server
 
 
-def test_cold_then_warm_the_same_bytes_and_no_request_more(server: WebServer, expected: list) -> None:
+def test_a_warm_cache_gives_the_same_bytes_without_a_request(server: WebServer, expected: list) -> None:
     cold = Dataset.open(f"{server.url}/train")
     assert everything(cold) == expected
     assert server.count(".tar") == {f"train/{n:05d}.tar": 1 for n in range(SHARDS)}
@@ -51,7 +51,7 @@ TRANSIENT = {
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("case", TRANSIENT)
-def test_what_passes_is_tried_again(server: WebServer, expected: list, case: str, ranges: bool) -> None:
+def test_transient_failures_are_retried(server: WebServer, expected: list, case: str, ranges: bool) -> None:
     server.ranges = ranges
     server.faults["train/00001.tar"] = list(TRANSIENT[case])
     server.faults["train/00003.tar.idx"] = [status(500)]
@@ -60,14 +60,14 @@ def test_what_passes_is_tried_again(server: WebServer, expected: list, case: str
     assert server.count("1.tar")["train/00001.tar"] == 1 + len(TRANSIENT[case])
 
 
-def test_a_cut_body_goes_on_where_it_was_cut(server: WebServer) -> None:
+def test_a_cut_body_continues_where_it_was_cut(server: WebServer) -> None:
     server.faults["train/00000.tar"] = [cut(60_000), cut(20_000)]
     dataset = Dataset.open(f"{server.url}/train", retry=HASTY)
     dataset.read(0, 0)
     assert dataset.traffic.fetched == BYTES + 8 * (SAMPLES + 1)
 
 
-def test_a_connection_without_a_byte_for_long_is_broken(server: WebServer) -> None:
+def test_a_connection_that_stalls_counts_as_broken(server: WebServer) -> None:
     server.faults["train/00000.tar"] = [hang(1000)]
     impatient = Retry(tries=2, first=0.01, stall=0.3)
     assert Dataset.open(f"{server.url}/train", retry=impatient).read(0, 0)["__key__"] == "0-0"
@@ -78,14 +78,14 @@ FINAL = {
     "missing": ([status(404)], 1, r"/train/00001.tar is not there \(HTTP 404 Not Found\)"),
     "forbidden": ([status(403)], 1, r"/train/00001.tar: HTTP 403 Forbidden; check the address and who may read it"),
     "down for long": ([status(503)] * 9, 4, r"/train/00001.tar: HTTP 503 Service Unavailable; tried 4 times"),
-    "cut for ever": ([cut(0)] * 9, 4, r"00001.tar: it ended after 0 of 92,160 bytes; tried 4 times"),
+    "always cut": ([cut(0)] * 9, 4, r"00001.tar: it ended after 0 of 92,160 bytes; tried 4 times"),
     "another shard": ([changed] * 9, 3, r"00001.tar: downloaded 3 times, it has 92,160 bytes of sha256 [0-9a-f]{64}"),
     "a page": ([page] * 9, 3, r"00001.tar: downloaded 3 times, it has 26 bytes of sha256"),
 }
 
 
 @pytest.mark.parametrize("case", FINAL)
-def test_what_does_not_pass_is_one_clear_error(server: WebServer, shards_cache: Path, case: str) -> None:
+def test_a_permanent_failure_is_one_clear_error(server: WebServer, shards_cache: Path, case: str) -> None:
     faults, requests, said = FINAL[case]
     server.faults["train/00001.tar"] = list(faults)
     dataset = Dataset.open(f"{server.url}/train", retry=HASTY)
@@ -111,7 +111,7 @@ def test_an_index_that_is_missing_or_of_another_shard_is_named(server: WebServer
         dataset.read(2, 0)
 
 
-def test_no_manifest_there_is_said_with_a_way_out(server: WebServer) -> None:
+def test_a_missing_manifest_is_reported_with_the_fix(server: WebServer) -> None:
     with pytest.raises(DataError, match=r"has no manifest.json; `vimscale data index` makes one"):
         Dataset.open(f"{server.url}/other")
     server.faults["train/manifest.json"] = [page]
@@ -150,7 +150,7 @@ def test_a_remote_manifest_may_name_shards_elsewhere(tmp_path: Path, server: Web
 
 
 class _Restart(logging.Handler):
-    """Starts a server process anew when a connection to the old one has failed: no moment earlier or later."""
+    """Restarts a server when a connection to it has failed: no moment earlier or later."""
 
     def __init__(self, start: Callable[[], None]):
         super().__init__()
@@ -220,8 +220,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def bucket(keys: pytest.MonkeyPatch, folder: Path) -> Iterator[ThreadedMotoServer]:
-    """s3://pictures/train on a server of its own."""
-
+    """s3://pictures/train on its own server."""
     moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
@@ -275,7 +274,7 @@ def test_a_bucket_whose_server_restarts_in_the_middle_changes_nothing(
         logging.getLogger("vimscale.storage.store").removeHandler(restart)
 
 
-def test_a_bucket_or_a_file_that_is_not_there_is_said_at_once(bucket: ThreadedMotoServer) -> None:
+def test_a_missing_bucket_or_file_is_reported_at_once(bucket: ThreadedMotoServer) -> None:
     with pytest.raises(DataError, match=r"s3://pictures/other has no manifest.json"):
         Dataset.open("s3://pictures/other")
     with pytest.raises(DataError, match=r"s3://no-such/train has no manifest.json"):
@@ -284,7 +283,7 @@ def test_a_bucket_or_a_file_that_is_not_there_is_said_at_once(bucket: ThreadedMo
 
 @pytest.fixture
 def endpoint(tmp_path: Path, keys: pytest.MonkeyPatch, folder: Path, server: WebServer) -> WebServer:
-    """A bucket's server that goes wrong when told to: to read from, S3 is a web server with ranges."""
+    """A bucket's server that fails on demand: for reading, S3 is a web server with ranges."""
     keys.setenv("AWS_ENDPOINT_URL", server.url)
     (tmp_path / "site" / "pictures").mkdir()
     folder.rename(tmp_path / "site" / "pictures" / "train")
@@ -292,7 +291,7 @@ def endpoint(tmp_path: Path, keys: pytest.MonkeyPatch, folder: Path, server: Web
 
 
 @pytest.mark.parametrize("case", TRANSIENT)
-def test_what_passes_in_a_bucket_is_tried_again(endpoint: WebServer, expected: list, case: str) -> None:
+def test_transient_failures_of_a_bucket_are_retried(endpoint: WebServer, expected: list, case: str) -> None:
     endpoint.faults["pictures/train/00001.tar"] = list(TRANSIENT[case])
     assert everything(Dataset.open("s3://pictures/train", retry=HASTY)) == expected
     assert endpoint.count("1.tar")["pictures/train/00001.tar"] == 1 + len(TRANSIENT[case])
@@ -303,13 +302,13 @@ FINAL_IN_A_BUCKET = {
     "forbidden": ([status(403)], 1, "00001.tar: .*403 Forbidden; check the region and the keys in the environment"),
     "faulty": ([status(400)], 1, "00001.tar: .*400 Bad Request; check the region"),
     "down for long": ([status(503)] * 9, 4, "00001.tar: .*503 Service Unavailable; tried 4 times"),
-    "cut for ever": ([cut(0)] * 9, 4, "00001.tar: .*body error; tried 4 times"),
+    "always cut": ([cut(0)] * 9, 4, "00001.tar: .*body error; tried 4 times"),
     "another shard": ([changed] * 9, 3, "00001.tar: downloaded 3 times, it has 92,160 bytes of sha256"),
 }
 
 
 @pytest.mark.parametrize("case", FINAL_IN_A_BUCKET)
-def test_what_does_not_pass_in_a_bucket_is_one_clear_error(endpoint: WebServer, case: str) -> None:
+def test_a_permanent_failure_of_a_bucket_is_one_clear_error(endpoint: WebServer, case: str) -> None:
     faults, requests, said = FINAL_IN_A_BUCKET[case]
     endpoint.faults["pictures/train/00001.tar"] = list(faults)
     with pytest.raises(DataError, match=said):
@@ -320,7 +319,7 @@ def test_what_does_not_pass_in_a_bucket_is_one_clear_error(endpoint: WebServer, 
 # ---- other schemes
 
 
-def test_fsspec_reads_what_it_has_a_driver_for(folder: Path, expected: list) -> None:
+def test_fsspec_reads_everything_it_has_a_driver_for(folder: Path, expected: list) -> None:
     files = fsspec.filesystem("memory")
     files.put(str(folder), "/pictures/train", recursive=True)
     for cache in ("100GB", TWO_SHARDS):
@@ -341,14 +340,14 @@ def test_a_file_address_is_a_folder(folder: Path, shards_cache: Path, expected: 
     ("source", "said"),
     [
         ("pipe:cat x.tar", "pipe:cat x.tar: no command is run to read data"),
-        ("nonsense://x", r"no such scheme as nonsense://; folders and http\(s\):// are always read"),
+        ("nonsense://x", r"nonsense:// is not a known scheme; folders and http\(s\):// can always be read"),
         ("sftp://host/x", "sftp:// needs another package: .*paramiko"),
         ("s3://", "write s3://BUCKET/FOLDER"),
-        ("http://[x/train", "is no address"),
+        ("http://[x/train", "is not an address"),
         ("/nowhere/at/all", "/nowhere/at/all is not there"),
     ],
 )
-def test_a_place_that_cannot_be_read_is_said_with_a_way_out(source: str, said: str) -> None:
+def test_an_unreadable_source_is_reported_with_the_fix(source: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         Dataset.open(source)
 
@@ -356,7 +355,7 @@ def test_a_place_that_cannot_be_read_is_said_with_a_way_out(source: str, said: s
 @pytest.mark.parametrize(
     ("library", "source", "extra"), [("obstore", "s3://b/x", "s3"), ("fsspec", "hf://datasets/x", "fsspec")]
 )
-def test_a_missing_library_is_said_with_its_extra(library: str, source: str, extra: str) -> None:
+def test_a_missing_library_is_reported_with_its_extra(library: str, source: str, extra: str) -> None:
     code = f"""
 import sys
 sys.modules["{library}"] = None
@@ -369,4 +368,4 @@ except DataError as error:
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert f"is read through {library}, which is not installed: pip install 'vimscale[{extra}]'" in done.stdout
+    assert f"needs {library}, which is not installed: pip install 'vimscale[{extra}]'" in done.stdout

@@ -1,4 +1,4 @@
-"""What other people wrote: names that lead elsewhere, JSON that is a bomb, files without an end. One short message."""
+"""Hostile input: names that lead out of a folder, JSON bombs, endless files. Each gives one short message."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from tests.support.noise import SAMPLE, overwrite, write_set
 from tests.support.web_server import WebServer
-from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import mirror
+from vimscale.checkpoint.load import Reader, read_train_state
 from vimscale.data.dataset import Dataset
 from vimscale.data.shards import manifest as shards
 from vimscale.errors import CheckpointError, DataError, LaunchError
@@ -39,7 +39,7 @@ NAMES: list[Any] = [
 ]
 
 
-def test_names_that_lead_elsewhere_or_nowhere_are_refused_in_one_line() -> None:
+def test_names_that_lead_out_of_the_folder_are_refused_in_one_line() -> None:
     for name in NAMES:
         for check in (untrusted.file_name, untrusted.file_path):
             with pytest.raises(ValueError, match=r"^the name .{,200}$"):
@@ -64,13 +64,13 @@ MANIFESTS: dict[str, tuple[Callable[[dict], Any], str]] = {
     "more samples than bytes": (_shard(samples=181), "cannot hold 181 samples in 92,160 bytes"),
     "samples in words": (_shard(samples="8"), r"shards\[1\].samples is '8', not a whole number"),
     "half a sample": (_shard(samples=8.0), r"shards\[1\].samples is 8.0, not a whole number"),
-    "true bytes": (_shard(bytes=True), r"shards\[1\].bytes is True, not a whole number"),
+    "true bytes": (_shard(bytes=True), r"shards\[1\].bytes is true, not a whole number"),
     "no sum": (_shard(sha256="x" * 64), "as its sha256"),
     "a sum with more": (_shard(sha256="0" * 64 + "\n"), "as its sha256"),
     "an unknown key": (_shard(more=1), r"shards\[1\] has an unknown key 'more'"),
     "a missing key": (lambda tree: tree["shards"][1].pop("bytes"), r"shards\[1\] has no bytes"),
-    "no list": (lambda tree: tree.update(shards={"a": 1}), "shards is an object, not a list"),
-    "no shard": (lambda tree: tree["shards"].append("00009.tar"), "not an object"),
+    "no list": (lambda tree: tree.update(shards={"a": 1}), "shards is a mapping, not a list"),
+    "no shard": (lambda tree: tree["shards"].append("00009.tar"), "not a mapping"),
     "classes as text": (lambda tree: tree.update(classes="abc"), "classes is 'abc', not a list"),
     "classes as numbers": (lambda tree: tree.update(classes=[1, 2]), r"classes\[0\] is 1, not a text"),
     "half a pair": (lambda tree: tree.update(source="\ud800"), "source is '.*', which is not Unicode"),
@@ -80,7 +80,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict], Any], str]] = {
     "sides in words": (lambda tree: tree.update(sides={"²": 1}), "which is no number of pixels"),
     "a base with NUL": (lambda tree: tree.update(base="a\0b"), "base is"),
     "another format": (lambda tree: tree.update(format=[1] * 1000), "format a list, this version reads 1"),
-    "true format": (lambda tree: tree.update(format=True), "format is True"),
+    "true format": (lambda tree: tree.update(format=True), "format is true"),
     "another sum of samples": (lambda tree: tree.update(samples=47), "says 47 samples, its shards 48"),
 }
 
@@ -93,7 +93,7 @@ def _one_line(tree: dict | bytes, said: str) -> None:
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
-def test_a_manifest_of_other_values_is_refused_in_one_line(written: Path, case: str) -> None:
+def test_a_manifest_with_wrong_values_is_refused_in_one_line(written: Path, case: str) -> None:
     harm, said = MANIFESTS[case]
     tree = json.loads((written / "manifest.json").read_text())
     harm(tree)
@@ -106,8 +106,8 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "no number": (b'{"mean": [NaN]}', "not finite"),
     "beyond all numbers": (b'{"mean": [1e999]}', "not finite"),
     "a key twice": (b'{"name": "a", "name": "b"}', "the key 'name' is there twice"),
-    "a list": (b"[1, 2]", "a list, not an object"),
-    "null": (b"null", "None, not an object"),
+    "a list": (b"[1, 2]", "a list, not a mapping"),
+    "null": (b"null", "null, not a mapping"),
     "nothing": (b"", "cannot be read"),
     "half a letter": (b'{"name": "\xff"}', "cannot be read"),
     "megabytes": (b'{"name": "' + b"x" * 5_000_000 + b'", "shards": 5}', "is 5, not a list|has no"),
@@ -115,11 +115,11 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_json_that_is_a_bomb_is_refused_in_one_line(case: str) -> None:
+def test_a_json_bomb_is_refused_in_one_line(case: str) -> None:
     _one_line(*BOMBS[case])
 
 
-def test_a_pipe_a_device_or_too_large_a_file_is_not_read(tmp_path: Path) -> None:
+def test_pipes_devices_and_huge_files_are_not_read(tmp_path: Path) -> None:
     pipe, device, large = (tmp_path / name for name in ("pipe", "device", "large"))
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
@@ -135,7 +135,7 @@ def test_a_pipe_a_device_or_too_large_a_file_is_not_read(tmp_path: Path) -> None
                 opened(str(tmp_path))
 
 
-def test_no_opener_of_a_set_follows_a_name_out_of_it(tmp_path: Path, folder: Path, server: WebServer) -> None:
+def test_opening_a_set_follows_no_name_out_of_it(tmp_path: Path, folder: Path, server: WebServer) -> None:
     outside = tmp_path / "site" / "mine.tar"
     (folder / "00001.tar").rename(outside)
     overwrite(SAMPLE * 5, b"\xff" * 300)(outside)
@@ -154,7 +154,7 @@ def test_no_opener_of_a_set_follows_a_name_out_of_it(tmp_path: Path, folder: Pat
     assert server.requests == ["train/manifest.json"]
 
 
-def test_tars_whose_names_no_manifest_may_have_are_not_indexed(tmp_path: Path) -> None:
+def test_tars_with_names_that_a_manifest_may_not_have_are_not_indexed(tmp_path: Path) -> None:
     (write_set(tmp_path / "set") / "manifest.json").unlink()
     (tmp_path / "set" / "00001.tar").rename(tmp_path / "set" / "a\nb.tar")
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_tars_whose_names_no_manifest_may_have_are_not_indexed(tmp_path: Path) -
         adopt.index([str(tmp_path / "set")], None)
 
 
-def test_a_split_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_that_leads_out_of_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows()
     rows.add("a", "cat", 1, "a.jpg")
     for split in ("../../home", "a/b", "..", "a\0"):
@@ -191,7 +191,7 @@ ENTRIES = {
 }
 
 
-def test_a_checkpoint_manifest_of_other_names_or_values_is_damage(tmp_path: Path) -> None:
+def test_a_checkpoint_manifest_with_wrong_names_or_values_is_damage(tmp_path: Path) -> None:
     (tmp_path / "step_00000001").mkdir()
     for case, listed in ENTRIES.items():
         (tmp_path / "step_00000001" / "manifest.json").write_bytes(manifest.text(listed))  # type: ignore[arg-type]
@@ -204,15 +204,15 @@ def test_a_mirror_writes_nothing_outside_the_run_and_no_more_than_its_manifest_s
     there.mkdir(parents=True)
     (there.parent / "mine").write_bytes(b"x")
     os.mkdir(tmp_path / "here")
-    place = mirror.open_mirror(str(tmp_path / "mirror"), "run")
-    assert place is not None
+    store = mirror.open_mirror(str(tmp_path / "mirror"), "run")
+    assert store is not None
     for entry, said in ((_entry(name="../mine"), "it has a /"), (_entry(), "more bytes than it may have")):
         (there / "state-0").write_bytes(b"xy")
         (there / "manifest.json").write_bytes(manifest.text([entry]))
         with pytest.raises(OSError, match=said):
-            mirror.fetch(place, "step_00000001", tmp_path / "here")
+            mirror.fetch(store, "step_00000001", tmp_path / "here")
         assert list((tmp_path / "here").iterdir()) == []
-        assert len(list(mirror.faults(place, "step_00000001"))) == 1
+        assert len(list(mirror.faults(store, "step_00000001"))) == 1
 
 
 TRAINER = {"step": 1, "stream": {}, "updates": 1, "shapes": {"a": [2]}, "world": 1, "zero": 0, "ema": False}
@@ -233,28 +233,28 @@ TRAINERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", TRAINERS)
-def test_a_trainer_file_that_is_none_is_one_message(tmp_path: Path, case: str) -> None:
+def test_an_invalid_trainer_file_gives_one_message(tmp_path: Path, case: str) -> None:
     content = TRAINERS[case]
     (tmp_path / "trainer.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(
         CheckpointError, match=r"trainer.json is not what this version writes \([^\n]{,200}\);"
     ) as caught:
-        checkpoint.read_train_state(tmp_path)
+        read_train_state(tmp_path)
     assert len(str(caught.value)) < 500
-    infinite = TRAINER | {"guard": {"losses": [float("nan"), float("inf")]}}  # which a guard may have seen
+    infinite = TRAINER | {"guard": {"losses": [float("nan"), float("inf")]}}  # a guard may have seen such losses
     (tmp_path / "trainer.json").write_text(json.dumps(infinite))
-    assert checkpoint.read_train_state(tmp_path).step == 1
+    assert read_train_state(tmp_path).step == 1
 
 
 @pytest.mark.parametrize("name", ["a", "weight/a", "weight@0", "weight/a@-1", "weight/a@" + "9" * 5000, "weight/a@x"])
-def test_a_tensor_that_is_no_fragment_is_named(tmp_path: Path, name: str) -> None:
+def test_a_tensor_that_is_not_a_fragment_is_named(tmp_path: Path, name: str) -> None:
     save_file({name: torch.zeros(2)}, tmp_path / "state-0")
     manifest.write(tmp_path, [manifest.seal(tmp_path / "state-0")])
     with pytest.raises(CheckpointError, match=r"^[^\n]{,300} which this version does not write$"):
-        checkpoint.Reader(tmp_path)
+        Reader(tmp_path)
 
 
-# ---- what runs and jobs leave
+# ---- files of runs and jobs
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "", "[]", '{"pid": "1"}', '{"pid": -1, "start": 1}', '{"pid": 1e999}'])
@@ -275,7 +275,7 @@ def test_a_damaged_report_of_a_bad_step_is_named(tmp_path: Path, text: str) -> N
         report.read(RunFolder(tmp_path))
 
 
-def test_an_index_of_terabytes_is_not_read_to_be_verified(folder: Path) -> None:
+def test_verifying_does_not_read_an_index_of_terabytes(folder: Path) -> None:
     os.truncate(folder / "00000.tar.idx", 1 << 42)
     located = inspect.locate(str(folder))
     health = inspect.examine(located, located.manifest.shards[0], deep=False)

@@ -1,4 +1,4 @@
-"""Web servers that mean harm: whatever they send comes to an end, in one short message."""
+"""Hostile web servers: whatever they send, reading ends with one short message."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def raw(*pieces: bytes) -> Fault:
-    """These bytes as the whole answer."""
+    """These bytes are the complete response."""
     return lambda handler, data: handler.wfile.write(b"".join(pieces))
 
 
 def endless(begin: bytes, piece: bytes) -> Fault:
-    """And then the same again, until the client hangs up."""
+    """`begin`, then `piece` again and again until the client hangs up."""
 
     def fault(handler: Handler, data: bytes) -> None:
         handler.wfile.write(begin)
@@ -29,7 +29,7 @@ def endless(begin: bytes, piece: bytes) -> Fault:
 
 
 def dribbled(begin: bytes) -> Fault:
-    """A byte every hundredth of a second, for three seconds."""
+    """`begin`, then a byte every hundredth of a second for three seconds."""
 
     def fault(handler: Handler, data: bytes) -> None:
         handler.wfile.write(begin)
@@ -50,11 +50,11 @@ def _from_elsewhere(handler: Handler, data: bytes) -> None:
 
 
 BROKEN = {
-    "a body of a byte now and then": dribbled(OK + b"Content-Length: 300\r\n\r\n"),
-    "a body of a byte now and then, of no length": dribbled(OK + b"\r\n"),
-    "headers of a byte now and then": dribbled(OK + b"X: "),
-    "a status of a byte now and then": dribbled(b"HTTP/1.1 200 "),
-    "chunks of a byte now and then": dribbled(OK + b"Transfer-Encoding: chunked\r\n\r\n1;"),
+    "a body of single bytes": dribbled(OK + b"Content-Length: 300\r\n\r\n"),
+    "a body of single bytes, of no length": dribbled(OK + b"\r\n"),
+    "headers of single bytes": dribbled(OK + b"X: "),
+    "a status of single bytes": dribbled(b"HTTP/1.1 200 "),
+    "chunks of single bytes": dribbled(OK + b"Transfer-Encoding: chunked\r\n\r\n1;"),
     "endless headers": endless(OK, b"X-Y: z\r\n"),
     "an endless header": endless(OK + b"X: ", b"x" * 9999),
     "100 Continue for ever": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 500),
@@ -69,7 +69,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_an_answer_that_would_never_end_is_given_up(server: WebServer, case: str) -> None:
+def test_a_response_that_would_never_end_is_given_up(server: WebServer, case: str) -> None:
     server.faults["train/manifest.json"] = [BROKEN[case]] * 2
     store = open_store(f"{server.url}/train", Retry(tries=2, first=0.01, stall=0.3))
     assert isinstance(store, Remote)
@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[list[Fault], str]] = {
         "has more than 5,000 bytes",
     ),
     "a large file": ([with_length("5001")], "has more than 5,000 bytes"),
-    "a length of many digits": ([with_length("9" * 5000)], r"Content-Length that makes no sense \('9+\.\.\."),
+    "a length of many digits": ([with_length("9" * 5000)], r"Content-Length that makes no sense \('9+ … 9+'"),
     "a length of too many digits": ([with_length("9" * 400)], "Content-Length that makes no sense"),
     "a negative length": ([with_length("-1")], r"Content-Length that makes no sense \('-1'\)"),
     "a length in words": ([with_length("a lot")], r"Content-Length that makes no sense \('a lot'\)"),
@@ -95,10 +95,10 @@ REFUSED: dict[str, tuple[list[Fault], str]] = {
     "two lengths": ([with_length("100", "5")], r"Content-Length that makes no sense \('100' and '5'\)"),
     "a gzip bomb": ([raw(OK, b"Content-Encoding: GZIP\r\n\r\n", b"\x1f\x8b")], r"compresses what it sends \(gzip\)"),
     "two compressions": ([raw(OK, b"Content-Encoding: identity, br\r\n\r\n", b"x")], r"compresses what it sends \(br"),
-    "a redirect to itself": (LOOP, "leads on without end"),
-    "a redirect to a file": ([sent_on("file:///etc/passwd")], "another place than http"),
-    "a redirect to FTP": ([sent_on("ftp://127.0.0.1/a")], "another place than http"),
-    "a redirect to data": ([sent_on("data:text/plain,a")], "another place than http"),
+    "a redirect to itself": (LOOP, "redirects endlessly"),
+    "a redirect to a file": ([sent_on("file:///etc/passwd")], "an address other than http"),
+    "a redirect to FTP": ([sent_on("ftp://127.0.0.1/a")], "an address other than http"),
+    "a redirect to data": ([sent_on("data:text/plain,a")], "an address other than http"),
     "other bytes than asked for": ([cut(50), _from_elsewhere], "sends other bytes than it was asked for"),
     "a long reason": ([raw(b"HTTP/1.1 404 " + b"\x1b[2J" * 9000 + b"\r\n\r\n")], "is not there"),
     "a long refusal": ([raw(b"HTTP/1.1 403 " + b"\x1b[2J" * 9000 + b"\r\n\r\n")], "who may read it"),
@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[list[Fault], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_answer_that_makes_no_sense_is_refused(server: WebServer, case: str) -> None:
+def test_a_response_that_makes_no_sense_is_refused(server: WebServer, case: str) -> None:
     faults, said = REFUSED[case]
     server.faults["train/manifest.json"] = list(faults)
     store = open_store(f"{server.url}/train", Retry(tries=2, first=0.01, stall=20))
@@ -116,10 +116,10 @@ def test_an_answer_that_makes_no_sense_is_refused(server: WebServer, case: str) 
     assert len(str(caught.value)) < 500
 
 
-def test_a_slow_server_is_waited_for_as_long_as_it_keeps_up(server: WebServer) -> None:
+def test_a_slow_server_is_tolerated_as_long_as_it_keeps_up(server: WebServer) -> None:
     def steady(handler: Handler, data: bytes) -> None:
         handler.wfile.write(OK + b"Content-Length: 4000\r\n\r\n")
-        for _ in range(20):  # of 4,000 bytes a second at most
+        for _ in range(20):  # at most 4,000 bytes per second
             handler.wfile.write(b"x" * 200)
             handler.server.go_on.wait(0.05)
 
@@ -129,7 +129,7 @@ def test_a_slow_server_is_waited_for_as_long_as_it_keeps_up(server: WebServer) -
 
 
 @pytest.mark.parametrize("size", [0, 1, 499, 500])
-def test_a_small_file_is_read_whole_however_it_is_sent(server: WebServer, size: int) -> None:
+def test_a_small_file_is_read_completely_however_it_is_sent(server: WebServer, size: int) -> None:
     body = bytes(range(256)) * 2
     chunks = b"".join(b"%x;a=b\r\n%b\r\n" % (len(part), part) for part in (body[:size][:7], body[:size][7:]) if part)
     ways: list[Callable[[bytes], Fault]] = [
@@ -145,7 +145,7 @@ def test_a_small_file_is_read_whole_however_it_is_sent(server: WebServer, size: 
         assert store.get("manifest.json", 500) == body[:size]
 
 
-def test_a_bucket_or_file_system_that_has_more_than_is_asked_for_is_not_read() -> None:
+def test_more_than_the_limit_is_not_read_from_a_bucket_or_file_system() -> None:
     files = fsspec.filesystem("memory")
     files.pipe("/hostile/manifest.json", b"x" * 501)
     with pytest.raises(DataError, match="has more than 500 bytes"):

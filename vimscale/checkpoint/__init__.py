@@ -1,1 +1,4 @@
-"""Checkpoints: saving beside the training, loading at any number of ranks, the mirror, comparing two."""
+"""Checkpoints: save while training, load at any number of ranks, mirror, retention, comparing two.
+
+train, guard, export, estimate and launch may import it.
+"""

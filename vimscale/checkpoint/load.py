@@ -1,16 +1,17 @@
-"""Checkpoints: whole or not there, checked before they are used, readable at any world size and ZeRO stage.
+"""Checkpoints: complete or absent, verified before use, readable at any number of ranks and any ZeRO stage.
 
     step_00002000/   state-00000-of-00002.safetensors ...   trainer.json   manifest.json (sizes and sha256, last)
 
-A state file holds one rank's fragments as flat fp32 tensors named KIND/PARAMETER@START, KIND being weight, ema or one
-of the optimizer's moments; saving.py writes them. Loading puts together whatever stretches the new layout asks for: no
-conversion, no pickle.
+A state file holds one rank's fragments as flat fp32 tensors named KIND/PARAMETER@START; KIND is weight, ema or one of
+the optimizer's moments. save.py writes them. Loading reads whichever slices the new layout asks for: no conversion, no
+pickle.
 """
 
+import json
 import logging
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands, beside its tensors."""
+    """A run's state apart from its tensors: trainer.json."""
 
     step: int
     """Optimizer steps finished."""
     stream: dict[str, Any]
-    """Where the data go on, see `TrainingSet.state`."""
+    """Where the data stream continues, see `TrainingSet.state`."""
     updates: int
     """Updates the optimizer made; fewer than `step` only if some were skipped."""
     shapes: dict[str, list[int]]
@@ -46,87 +47,99 @@ class TrainState:
     guard: dict[str, Any] = field(default_factory=dict)
     """What the guard remembers, see `Guard.state`."""
     training_set: dict[str, Any] = field(default_factory=dict)
-    """What a model means without its data, see `TrainingSet.about`; empty where it was not kept yet."""
+    """What gives the model's outputs their meaning, see `TrainingSet.about`; empty in checkpoints of versions that did
+    not save it.
+    """
     asked: bool = False
-    """Whether it was saved because a stop was asked for: a run that nobody stops does not have it."""
+    """Whether it was saved because somebody asked for a stop: a run that is never stopped does not have it."""
+
+    def to_json(self) -> bytes:
+        """The content of trainer.json; equal states give equal bytes."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
 
-def newest(folder: Path, place: CheckpointStore | None = None, *, regular: bool = False) -> Path | None:
-    """The newest whole checkpoint of a run's folder and of its second `place`, agreed on by all ranks, each of which
-    reads its share of the files. One that is at the second place alone is brought here first. `regular`: those that
-    were saved for a stop (`TrainState.asked`) are taken only if there is no other.
+def newest(folder: Path, mirror: CheckpointStore | None = None, *, regular: bool = False) -> Path | None:
+    """Find the newest intact checkpoint in a run's folder and its mirror; None if neither has any checkpoint.
 
-    A damaged one is renamed to damaged_… with a warning, and its copy or the one before it taken.
+    All ranks call this and agree on the result; each verifies its share of the files. If only the mirror has the
+    checkpoint, rank 0 fetches it into `folder` first. `regular`: use a checkpoint that was saved for a stop
+    (`TrainState.asked`) only if there is no other.
+
+    A damaged checkpoint is renamed to damaged_... with a warning; its copy in the mirror or an earlier checkpoint is
+    used instead.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged, or nobody can say whether there are: going on would
-            silently start from nothing. Or another version of this package wrote them.
+        CheckpointError: all checkpoints are damaged, or nobody can say whether there are any: continuing would silently
+            start from step 0. Or another version of this package wrote them.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    here, there = _listed(folder, place)
-    faults, spare = [], None
-    for name in sorted({*here, *there}, reverse=True):
-        checkpoint = folder / name
-        for source in [where for where, names in (("", here), ("fetched ", there)) if name in names]:
-            if source:
-                assert place is not None
-                fault = _first(distributed.together(partial(_fetch, place, name, folder) if rank == 0 else None))
-            else:
-                fault = None
+    here, mirrored = _list_names(folder, mirror)
+    faults = []
+
+    def is_intact(name: str, from_mirror: bool) -> bool:
+        checkpoint, fault = folder / name, None
+        if from_mirror:
+            assert mirror is not None
+            fault = _first(distributed.together(partial(_try_fetch, mirror, name, folder) if rank == 0 else None))
+        if fault is None:
+            fault = _first(distributed.together(partial(run_folder.damage, checkpoint, rank, world)))
             if fault is None:
-                fault = _first(distributed.together(partial(run_folder.damage, checkpoint, rank, world)))
-                if fault is None:
-                    if not (regular and read_train_state(checkpoint).asked):
-                        return checkpoint
-                    spare = spare or checkpoint
-                    break
-                if rank == 0:
-                    aside = run_folder.set_aside(checkpoint)
-                    log.warning("checkpoint %s is damaged and set aside as %s: %s", name, aside.name, fault)
-                dist.barrier()
-            faults.append(f"{source}{name}: {fault}")
+                return True
+            if rank == 0:
+                aside = run_folder.set_aside(checkpoint)
+                log.warning("checkpoint %s is damaged and set aside as %s: %s", name, aside.name, fault)
+            dist.barrier()
+        faults.append(f"{'fetched ' if from_mirror else ''}{name}: {fault}")
+        return False
+
+    spare = None
+    for name in run_folder.intact(here, mirrored, is_intact):
+        if not (regular and read_train_state(folder / name).asked):
+            return folder / name
+        spare = spare or folder / name
     if faults and spare is None:
         raise CheckpointError(
-            f"no checkpoint under {folder} is whole:\n  " + "\n  ".join(faults) + "\nrestore one from a copy,"
+            f"no checkpoint under {folder} is intact:\n  " + "\n  ".join(faults) + "\nrestore one from a copy,"
             " or choose another name= to start from step 0"
         )
     return spare
 
 
-def _listed(folder: Path, place: CheckpointStore | None) -> tuple[list[str], list[str]]:
-    """Names of the checkpoints here and at the second place, as rank 0 sees them."""
+def _list_names(folder: Path, mirror: CheckpointStore | None) -> tuple[list[str], list[str]]:
+    """Names of the checkpoints in the run's folder and in the mirror, as rank 0 sees them."""
     listing: list[Any] = [[], [], None]
     if dist.get_rank() == 0:
         listing[0] = [path.name for path in run_folder.checkpoints(folder)]
-        if place is not None:
+        if mirror is not None:
             try:
-                listing[1] = place.names()
+                listing[1] = mirror.names()
             except (OSError, DataError) as error:
                 listing[2] = str(error)
     dist.broadcast_object_list(listing)
-    here, there, problem = listing
+    here, mirrored, problem = listing
     if problem is not None and not here:
         raise CheckpointError(
-            f"checkpoint.second: {problem}\nthere is no checkpoint under {folder}, so this would start from step 0:"
-            " mend the second place, or leave checkpoint.second out"
+            f"checkpoint.mirror: {problem}\nthere is no checkpoint under {folder}, so this would start from step 0:"
+            " fix the mirror, or leave checkpoint.mirror out"
         )
     if problem is not None and dist.get_rank() == 0:
-        log.warning("checkpoint.second: %s; only the checkpoints under %s are looked at", problem, folder)
-    return here, there
+        log.warning("checkpoint.mirror: %s; only the checkpoints under %s are considered", problem, folder)
+    return here, mirrored
 
 
-def _fetch(place: CheckpointStore, name: str, folder: Path) -> str | None:
-    log.info("fetching checkpoint %s", place.where(name))
+def _try_fetch(mirror: CheckpointStore, name: str, folder: Path) -> str | None:
+    """Fetch a checkpoint; returns what went wrong, or None."""
+    log.info("fetching checkpoint %s", mirror.where(name))
     try:
-        fetch(place, name, folder)
+        fetch(mirror, name, folder)
     except (OSError, DataError) as error:
-        log.warning("checkpoint %s cannot be used: %s", place.where(name), error)
+        log.warning("checkpoint %s cannot be used: %s", mirror.where(name), error)
         return str(error)
     return None
 
 
-def _first(found: list[str | None]) -> str | None:
-    return next((fault for fault in found if fault is not None), None)
+def _first(faults: list[str | None]) -> str | None:
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
@@ -138,8 +151,8 @@ def read_train_state(checkpoint: Path) -> TrainState:
         return untrusted.build(TrainState, untrusted.loads(untrusted.read(path), finite=False))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not what this version writes ({error}); go on with the version that wrote"
-            " it, or choose another name="
+            f"{path} is not what this version writes ({error}); resume with the version that wrote it, or choose"
+            " another name="
         ) from None
 
 
@@ -149,31 +162,31 @@ _KEY = re.compile(r"(\w+/[\w.]+)@(\d{1,18})", re.ASCII)
 
 
 def piece_key(kind: str, parameter: str, start: int) -> str:
-    """The name in a state file of a piece of a parameter that starts at element `start`: KIND/PARAMETER@START."""
+    """Name a piece of a parameter in a state file, by the element it starts at: KIND/PARAMETER@START."""
     return f"{kind}/{parameter}@{start}"
 
 
 def parse_key(key: str) -> tuple[str, int] | None:
-    """(KIND/PARAMETER, START) of a `piece_key`; None if it is not one."""
+    """Split a `piece_key` into (KIND/PARAMETER, START); None if it is not one."""
     found = _KEY.fullmatch(key)
     return None if found is None else (found[1], int(found[2]))
 
 
 class Reader:
-    """The tensors of a checkpoint, by any stretch of any parameter."""
+    """Reads any slice of any parameter from a checkpoint."""
 
     def __init__(self, checkpoint: Path):
         self._pieces: dict[str, list[tuple[int, int, Any, str]]] = {}
-        names = [entry["name"] for entry in manifest.files(checkpoint)]  # whatever else is there is no part of it
+        names = [entry["name"] for entry in manifest.files(checkpoint)]  # other files are not part of it
         for path in [checkpoint / name for name in names if name.startswith("state-")]:
             try:
                 file = safe_open(path, "pt")
             except SafetensorError as error:
                 raise CheckpointError(
-                    f"{path} is no safetensors file ({error}); nothing else is read from a checkpoint: remove it to go"
-                    " on from the one before, or choose another name="
+                    f"{path} is not a safetensors file ({error}), and a checkpoint holds no other kind; remove the"
+                    " checkpoint to resume from the one before, or choose another name="
                 ) from None
-            for key in file.keys():  # noqa: SIM118  safe_open is no dict
+            for key in file.keys():  # noqa: SIM118  safe_open is not a dict
                 named, piece = parse_key(key), file.get_slice(key)
                 if named is None or len(piece.get_shape()) != 1 or piece.get_dtype() != "F32":
                     raise CheckpointError(f"{path} holds {key[:100]!r}, which this version does not write")
@@ -181,7 +194,7 @@ class Reader:
 
     @property
     def kinds(self) -> dict[str, set[str]]:
-        """The parameters that it holds something of, by kind."""
+        """Names of the parameters that it holds pieces of, by kind."""
         found: dict[str, set[str]] = {}
         for name in self._pieces:
             kind, parameter = name.split("/", 1)
@@ -189,7 +202,7 @@ class Reader:
         return found
 
     def read(self, kind: str, parameter: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened parameter, fp32, on the CPU.
+        """Read elements [start, start + numel) of a flattened parameter: fp32, on the CPU.
 
         Raises:
             CheckpointError: the checkpoint does not hold all of them.
@@ -212,9 +225,13 @@ class Reader:
 
 
 def consolidated(checkpoint: Path, kind: str) -> dict[str, Tensor]:
-    """Whole parameters, `kind` weight or ema, fp32 on the CPU."""
+    """Read all parameters in full: fp32, on the CPU. `kind`: weight or ema.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold all of them, or is damaged.
+    """
     reader, shapes = Reader(checkpoint), read_train_state(checkpoint).shapes
-    if strange := [name for name, shape in shapes.items() if min(shape, default=0) < 0]:
-        raise CheckpointError(f"{checkpoint}/trainer.json has shapes below 0, of {strange[0][:100]}")
+    if negative := [name for name, shape in shapes.items() if min(shape, default=0) < 0]:
+        raise CheckpointError(f"{checkpoint}/trainer.json has negative sizes, for {negative[0][:100]}")
     parameters = shapes.keys() - reader.kinds.get(BUFFER, set())
     return {n: reader.read(kind, n, 0, math.prod(shape)).view(shape) for n, shape in shapes.items() if n in parameters}

@@ -1,6 +1,9 @@
-"""The second place of a run's checkpoints: a folder, or an address such as s3://bucket/runs; whole or not there too.
+"""The mirror of a run's checkpoints: a folder, or an address such as s3://bucket/runs.
 
-PLACE/NAME/step_00002000/   the same files; a folder is renamed when it is whole, at an address the manifest is last
+    MIRROR/NAME/step_00002000/   the same files
+
+There, too, a checkpoint is complete or absent: a folder gets its name when it is complete; at an address the manifest
+comes last.
 """
 
 import logging
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from vimscale.checkpoint import retention
 from vimscale.errors import CheckpointError, DataError
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest, run_folder
@@ -22,31 +26,35 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointStore(Protocol):
-    """Where checkpoints of one run are, by their names. All methods raise OSError or DataError."""
+    """Checkpoints of one run, by name. All methods raise OSError or DataError."""
 
     def where(self, checkpoint: str) -> str:
-        """Its path or address, for messages."""
+        """The checkpoint's path or address, for messages."""
         ...
 
     def names(self) -> list[str]:
-        """Those with a manifest, newest first."""
+        """Names of checkpoints with a manifest, newest first."""
         ...
 
     def begin(self, checkpoint: str) -> None:
-        """Take away what is left of an earlier try."""
+        """Remove what an earlier attempt left."""
         ...
 
-    def put(self, checkpoint: str, name: str, content: Path | bytes) -> None: ...
+    def put(self, checkpoint: str, name: str, content: Path | bytes) -> None:
+        """Write the file `name` of a checkpoint that is not finished."""
+        ...
 
     def finish(self, checkpoint: str, listing: bytes) -> None:
-        """Make it exist: its manifest comes last."""
+        """Write its manifest, `listing`: from now on the checkpoint exists."""
         ...
 
     def read(self, checkpoint: str, name: str) -> Iterator[bytes]:
-        """A file's content, piece by piece."""
+        """Yield a file's content, piece by piece."""
         ...
 
-    def remove(self, checkpoint: str) -> None: ...
+    def remove(self, checkpoint: str) -> None:
+        """Remove a checkpoint; a crash leaves no partial one."""
+        ...
 
 
 class _Folder:
@@ -85,7 +93,7 @@ class _Folder:
         return files.pieces(self._path / checkpoint / name)
 
     def remove(self, checkpoint: str) -> None:
-        remove(self._path / checkpoint)
+        retention.remove(self._path / checkpoint)
 
 
 class _Address:
@@ -97,8 +105,8 @@ class _Address:
 
     def names(self) -> list[str]:
         found = [name.split("/") for name in self._remote.listed()]
-        whole = {parts[0] for parts in found if len(parts) == 2 and parts[1] == manifest.NAME}
-        return sorted((name for name in whole if run_folder.is_checkpoint(name)), reverse=True)
+        complete = {parts[0] for parts in found if len(parts) == 2 and parts[1] == manifest.NAME}
+        return run_folder.newest_first(name for name in complete if run_folder.is_checkpoint(name))
 
     def begin(self, checkpoint: str) -> None:
         self.remove(checkpoint)
@@ -120,96 +128,82 @@ class _Address:
             self._remote.delete(name)
 
 
-def open_mirror(second: str | None, run: str) -> CheckpointStore | None:
-    """The place of this run's checkpoints under a recipe's `checkpoint.second`.
+def open_mirror(address: str | None, run: str) -> CheckpointStore | None:
+    """Open the mirror of this run's checkpoints under `address`, a recipe's `checkpoint.mirror`; None if it has none.
 
     Raises:
-        CheckpointError: it is no address that can be written to.
+        CheckpointError: it is not an address that can be written to.
     """
-    if second is None:
+    if address is None:
         return None
     try:
-        opened = open_store(f"{with_secrets(second).rstrip('/')}/{run}")
+        opened = open_store(f"{with_secrets(address).rstrip('/')}/{run}")
     except DataError as error:
-        raise CheckpointError(f"checkpoint.second {shown(second)}: {error}") from None
+        raise CheckpointError(f"checkpoint.mirror {shown(address)}: {error}") from None
     if isinstance(opened, Folder):
         return _Folder(opened.path)
     if isinstance(opened, Web):
-        raise CheckpointError(f"checkpoint.second {shown(second)}: web servers are only read; {WRITTEN}")
+        raise CheckpointError(f"checkpoint.mirror {shown(address)}: a web server cannot be written to; {WRITTEN}")
     return _Address(opened)
 
 
-def remove(checkpoint: Path) -> None:
-    """In two steps, so that a crash leaves no half checkpoint under a checkpoint's name."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def remove_after(checkpoint: Path) -> None:
-    """Remove what is newer than a checkpoint that the run goes back to, and was saved on the way that it leaves."""
-    for path in run_folder.checkpoints(checkpoint.parent):
-        if path.name > checkpoint.name:
-            remove(path)
-
-
-def faults(place: CheckpointStore, name: str) -> Iterator[str]:
-    """What is wrong with the files of a checkpoint at the second place; reads all of them.
+def faults(store: CheckpointStore, name: str) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint in a mirror; reads all of its files.
 
     Raises:
         CheckpointError: another version of this package wrote it.
     """
     try:
-        entries = manifest.entries(_small(place, name, manifest.NAME), place.where(name))
+        entries = manifest.entries(_read_small(store, name, manifest.NAME), store.where(name))
     except (OSError, DataError, ValueError) as error:
         yield f"{manifest.NAME} cannot be read ({error})"
         return
     found = False
     for entry in entries:
         try:
-            if not manifest.holds(entry, _at_most(entry["bytes"], place.read(name, entry["name"]))):
+            if not manifest.holds(entry, _limited(entry["bytes"], store.read(name, entry["name"]))):
                 found = True
                 yield f"{entry['name']} does not have the sha256 it was written with"
         except (OSError, DataError) as error:
             found = True
             yield f"{entry['name']} cannot be read ({error})"
-    if not found and (fault := _name_fault(place, name)) is not None:
+    if not found and (fault := _name_fault(store, name)) is not None:
         yield fault
 
 
-def _name_fault(place: CheckpointStore, name: str) -> str | None:
+def _name_fault(store: CheckpointStore, name: str) -> str | None:
     try:
-        return run_folder.misnamed(name, b"".join(place.read(name, "trainer.json")))
+        return run_folder.misnamed(name, _read_small(store, name, "trainer.json"))
     except (OSError, DataError) as error:
         return f"trainer.json cannot be read ({error})"
 
 
-def has(place: CheckpointStore, name: str, train_state: bytes) -> bool:
-    """Whether this very state, told by its trainer.json, is there and whole: then it is not written again, and no
-    instant is without it.
+def has(store: CheckpointStore, name: str, train_state: bytes) -> bool:
+    """Whether the mirror has an intact checkpoint of this very state, the content of its trainer.json. Then nothing is
+    written, and the mirror is never without it.
     """
-    if name not in place.names():
+    if name not in store.names():
         return False
     try:
-        same = _small(place, name, "trainer.json") == train_state
+        same = _read_small(store, name, "trainer.json") == train_state
     except (OSError, DataError):
         return False
-    return same and next(faults(place, name), None) is None
+    return same and next(faults(store, name), None) is None
 
 
-def fetch(place: CheckpointStore, name: str, folder: Path) -> None:
-    """Bring a checkpoint into a run's folder, where it is looked at before it is used like any other.
+def fetch(store: CheckpointStore, name: str, folder: Path) -> None:
+    """Copy a checkpoint from a mirror into a run's folder. It is not verified yet: whoever uses it does that.
 
     Raises:
-        OSError, DataError: it cannot be had.
+        OSError, DataError: it cannot be read, or not written.
     """
     partial = folder / f".{name}.fetched"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed meanwhile
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir(parents=True)
     try:
-        _bring(place, name, manifest.NAME, untrusted.SMALL, partial)
+        _fetch_file(store, name, manifest.NAME, untrusted.SMALL, partial)
         for entry in _entries(partial):
-            _bring(place, name, entry["name"], entry["bytes"], partial)
+            _fetch_file(store, name, entry["name"], entry["bytes"], partial)
         files.sync(partial)
         partial.rename(folder / name)
         files.sync(folder)
@@ -217,12 +211,12 @@ def fetch(place: CheckpointStore, name: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _small(place: CheckpointStore, checkpoint: str, name: str) -> bytes:
-    return b"".join(_at_most(untrusted.SMALL, place.read(checkpoint, name)))
+def _read_small(store: CheckpointStore, checkpoint: str, name: str) -> bytes:
+    return b"".join(_limited(untrusted.SMALL, store.read(checkpoint, name)))
 
 
-def _at_most(most: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces, of which there may be no end.
+def _limited(most: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Pass on pieces of a file that may have no end.
 
     Raises:
         OSError: there are more than `most` bytes.
@@ -233,9 +227,9 @@ def _at_most(most: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield piece
 
 
-def _bring(place: CheckpointStore, checkpoint: str, name: str, most: int, folder: Path) -> None:
+def _fetch_file(store: CheckpointStore, checkpoint: str, name: str, most: int, folder: Path) -> None:
     with (folder / name).open("wb") as file:
-        file.writelines(_at_most(most, place.read(checkpoint, name)))
+        file.writelines(_limited(most, store.read(checkpoint, name)))
     files.sync(folder / name)
 
 
@@ -247,32 +241,33 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 
 class Copier:
-    """Copies checkpoints to the second place in a thread, the newest first; one that is no longer the newest is passed
-    over unless it is kept for good.
+    """Copies checkpoints to a mirror in a thread, newest first. It skips one that is no longer the newest, unless that
+    is kept for good.
     """
 
-    def __init__(self, place: CheckpointStore, rules: Checkpoint):
-        self._place, self._rules = place, rules
+    def __init__(self, store: CheckpointStore, rules: Checkpoint):
+        self._store, self._rules = store, rules
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._waiting: list[Path] = []
-        self._now: Path | None = None
+        self._current: Path | None = None
 
     def offer(self, checkpoint: Path) -> None:
+        """Copy a checkpoint when its turn comes; returns at once."""
         with self._lock:
-            self._waiting = [path for path in self._waiting if run_folder.stays(path.name, self._rules)]
+            self._waiting = [path for path in self._waiting if retention.kept_for_good(path.name, self._rules)]
             self._waiting.append(checkpoint)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint-copy")
                 self._thread.start()
 
     def needed(self) -> set[str]:
-        """Checkpoints that must not be removed yet."""
+        """Names of the checkpoints that must not be removed yet."""
         with self._lock:
-            return {path.name for path in (self._now, *self._waiting) if path is not None}
+            return {path.name for path in (self._current, *self._waiting) if path is not None}
 
     def wait(self) -> None:
-        """Until everything offered is copied or given up."""
+        """Wait until every offered checkpoint is copied, skipped or has failed."""
         with self._lock:
             thread = self._thread
         if thread is not None:
@@ -281,22 +276,22 @@ class Copier:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._now = self._waiting.pop() if self._waiting else None
-                if self._now is None:
+                self._current = self._waiting.pop() if self._waiting else None
+                if self._current is None:
                     self._thread = None
                     return
             try:
-                self._copy(self._now)
+                self._copy(self._current)
             except (OSError, DataError, CheckpointError) as error:
-                where = self._place.where(self._now.name)
-                log.warning("checkpoint %s could not be copied to %s: %s", self._now, where, error)
+                where = self._store.where(self._current.name)
+                log.warning("checkpoint %s could not be copied to %s: %s", self._current, where, error)
 
     def _copy(self, checkpoint: Path) -> None:
         name = checkpoint.name
-        if not has(self._place, name, (checkpoint / "trainer.json").read_bytes()):
-            self._place.begin(name)
+        if not has(self._store, name, (checkpoint / "trainer.json").read_bytes()):
+            self._store.begin(name)
             for entry in _entries(checkpoint):
-                self._place.put(name, entry["name"], checkpoint / entry["name"])
-            self._place.finish(name, (checkpoint / manifest.NAME).read_bytes())
-        for old in run_folder.surplus(self._place.names(), self._rules):
-            self._place.remove(old)
+                self._store.put(name, entry["name"], checkpoint / entry["name"])
+            self._store.finish(name, (checkpoint / manifest.NAME).read_bytes())
+        for old in retention.surplus(self._store.names(), self._rules):
+            self._store.remove(old)

@@ -1,4 +1,4 @@
-"""The model of a checkpoint, and the training set that it was trained on."""
+"""Rebuild the model of a checkpoint, with the manifest of the set that it was trained on."""
 
 from vimscale.checkpoint.load import TrainState, consolidated, read_train_state
 from vimscale.data.shards.manifest import Manifest
@@ -12,13 +12,15 @@ OF_OBJECTIVE = "objective."
 
 
 def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba, Recipe, Manifest, int]:
-    """The model of a run's checkpoint on the CPU, ready to evaluate: (model, recipe, training manifest, step). The
-    manifest names no shards, and the training set itself need not be there.
+    """Load the model of a run's newest checkpoint, or that of `step`, on the CPU, ready to evaluate.
 
-    The moving average is taken where there is one, unless `raw`.
+    The weights are the moving average if the checkpoint has one, unless `raw`.
+
+    Returns:
+        (model, recipe, training manifest, step). The manifest lists no shards: the training set itself is not needed.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: there is no intact checkpoint.
         DataError: an old checkpoint does not say what it was trained on, and the training set cannot be read.
     """
     recipe = run.recipe()
@@ -33,10 +35,10 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
 
 
 def trained_on(train_state: TrainState, recipe: Recipe) -> Manifest:
-    """Name, classes, mean and deviation of the training set, as the checkpoint has them.
+    """Name, classes, mean and standard deviation of the training set, as the checkpoint records them.
 
     Raises:
-        DataError: an old checkpoint does not have them, and the training set cannot be read.
+        DataError: an old checkpoint does not record them, and the training set cannot be read.
     """
     about = train_state.training_set
     if not about:

@@ -236,7 +236,7 @@ class Engine:
 
     def _backward_slices(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The slices of the backward paths' own parameters on this rank: (the optimizer's tensor, a view of it)."""
-        own = self.encoder.backward_stretches()
+        own = self.encoder.backward_slices()
         for fragment in self.fragments:
             for first, last in own.get(fragment.name, ()):  # fractions of the complete parameter
                 numel = torch.Size(self.shapes[fragment.name]).numel()

@@ -1,1 +1,4 @@
-"""Trained models as files for others to use, one module a format."""
+"""Models as files: one module per format for writing, and readers for weights that a run starts from.
+
+train, guard, estimate and launch may import it.
+"""

@@ -1,8 +1,8 @@
-"""Files of torch.save read without unpickling: the opcodes are interpreted here, and nothing they name is ever called.
+"""Read files of torch.save without unpickling: this module interprets the opcodes and calls nothing that they name.
 
-A pickle is a program that builds objects by calling whatever it names. Here a name is a `Name` and a call a lookup in a
-table of what checkpoints are made of; a tensor is a `Stored`, which says where its numbers are in the file. torch's own
-`weights_only` reader calls more than that, hashes keys of any depth, and takes the size of a storage on trust.
+A pickle is a program that builds objects by calling whatever it names. Here, a name becomes a `Name`, and a call a
+lookup in a table of what checkpoints consist of. A tensor becomes a `Stored`, which says where its numbers are in the
+file. torch's own `weights_only` reader calls more than that, hashes keys of any depth, and trusts a storage's size.
 """
 
 import argparse
@@ -20,28 +20,28 @@ import torch
 from torch import Tensor
 
 _MOST_STEPS = 3_000_000
-"""Of a pickle; one of Vim-B with moving average and optimizer has a tenth of that."""
+"""Most opcodes of a pickle; that of Vim-B with moving average and optimizer has a tenth of this."""
 _SMALL = 1 << 16
-"""Elements up to which a tensor may have more of them than its storage (an expanded one)."""
+"""A tensor of up to this many elements may have more than its storage does (if it is expanded)."""
 
 
 class Refused(Exception):
-    """The pickle names something that is not on the list."""
+    """The pickle names something that is not in the table."""
 
     def __init__(self, name: str):
         super().__init__(name[:100])
 
 
 class Damaged(Exception):
-    """The file is not what torch.save writes."""
+    """The file is not one that torch.save writes."""
 
 
 class Name(str):
-    """A class or function that a pickle names, in full."""
+    """The full name of a class or function in a pickle."""
 
 
 class Opaque(str):
-    """A value of no interest, by the name of its type."""
+    """A value that nobody needs, by the name of its type."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Stored:
     """A tensor in the file."""
 
     key: str
-    """Of its storage."""
+    """The key of its storage."""
     dtype: torch.dtype
     numel: int
-    """Of its storage, in elements of dtype."""
+    """The size of its storage, in elements of dtype."""
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -64,14 +64,14 @@ class Stored:
 
 class _Storage(NamedTuple):
     dtype: torch.dtype | None
-    """None: a storage of bytes."""
+    """None: untyped bytes."""
     key: str
     numel: int
 
 
 @dataclass
 class _Dtype:
-    """Of numpy."""
+    """A dtype of numpy."""
 
     code: str
     order: str = "<"
@@ -79,13 +79,13 @@ class _Dtype:
 
 @dataclass(frozen=True)
 class _Latin:
-    """Bytes, as protocol 2 writes them."""
+    """Bytes as protocol 2 writes them: text in Latin-1."""
 
     text: str
 
 
 class Archive:
-    """A file of torch.save."""
+    """An open file of torch.save."""
 
     def __init__(self, path: Path):
         """Raises:
@@ -101,11 +101,11 @@ class Archive:
             self.content: Any = self._zip(path) if self._bytes[:2] == b"PK" else self._legacy()
         except (Refused, Damaged):
             raise
-        except Exception as error:  # whatever stumbles over foreign bytes says the same: they are damaged
+        except Exception as error:  # any error on foreign bytes means that they are damaged
             raise Damaged(f"{type(error).__name__}: {str(error)[:100]}") from None
 
     def tensor(self, stored: Stored) -> Tensor:
-        """A view of the file's bytes.
+        """Read a tensor as a view of the file's bytes.
 
         Raises:
             Damaged: they are not all there.
@@ -120,10 +120,10 @@ class Archive:
         claimed = math.prod(stored.size)
         if last >= stored.numel or claimed > max(stored.numel, _SMALL):
             raise Damaged(f"a tensor of {claimed:,} elements lies in a storage of {stored.numel:,}")
-        whole: Any = self._bytes
+        buffer: Any = self._bytes
         if offset % itemsize:
-            whole, offset = bytearray(self._bytes[offset : offset + size]), 0
-        flat = torch.frombuffer(whole, dtype=stored.dtype, count=stored.numel, offset=offset)
+            buffer, offset = bytearray(self._bytes[offset : offset + size]), 0
+        flat = torch.frombuffer(buffer, dtype=stored.dtype, count=stored.numel, offset=offset)
         return flat.as_strided(stored.size, stored.stride, stored.offset)
 
     def _zip(self, path: Path) -> Any:
@@ -139,14 +139,14 @@ class Archive:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                 raise Damaged("a zip file that torch did not write: what is in it is compressed")
             if name.startswith(f"{root}data/"):
-                self._records[name.removeprefix(f"{root}data/")] = self._place(info)
+                self._records[name.removeprefix(f"{root}data/")] = self._locate(info)
         order = infos.get(f"{root}byteorder")
         if order is not None and self._read(order) != b"little":
             raise Damaged("written on a machine of the other byte order")
         return _Machine(io.BytesIO(self._read(infos[main]))).run()
 
-    def _place(self, info: zipfile.ZipInfo) -> tuple[int, int]:
-        """(offset, bytes) of a member. Read here, because torch may write them without the checksums of zip."""
+    def _locate(self, info: zipfile.ZipInfo) -> tuple[int, int]:
+        """(offset, bytes) of a member, computed here because torch may write members without zip checksums."""
         head = self._bytes[info.header_offset : info.header_offset + 30]
         start = info.header_offset + 30 + sum(int.from_bytes(head[i : i + 2], "little") for i in (26, 28))
         if len(head) < 30 or start + info.file_size > len(self._bytes):
@@ -154,12 +154,13 @@ class Archive:
         return start, info.file_size
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
-        start, size = self._place(info)
+        start, size = self._locate(info)
         return self._bytes[start : start + size]
 
     def _legacy(self) -> Any:
-        """Before torch 1.6: a magic number, the version and sizes of the machine, the object, the storages' keys, and
-        of each storage the number of elements and the elements."""
+        """Read the format before torch 1.6: a magic number, the version, type sizes of the machine, the object, the
+        storages' keys, then for each storage the number of elements and the elements.
+        """
         file: Any = self._bytes
         file.seek(0)
         if _Machine(file).run() != 0x1950A86A20F9469CFC6C:
@@ -203,8 +204,8 @@ class _Machine:
             elif name in ("GLOBAL", "STACK_GLOBAL"):
                 parts = argument.split(" ", 1) if name == "GLOBAL" else self._pop(2)
                 if not all(isinstance(part, str) for part in parts):
-                    raise Damaged("it names something by no name")
-                self._stack.append(_named(".".join(parts)))
+                    raise Damaged("it names something by a value that is not text")
+                self._stack.append(_name(".".join(parts)))
             elif name in ("BINGET", "LONG_BINGET", "GET"):
                 self._stack.append(self._memo[argument])
             elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
@@ -217,7 +218,7 @@ class _Machine:
             elif name == "STOP":
                 return self._stack.pop()
             elif name not in ("PROTO", "FRAME"):
-                self._built(name)
+                self._step(name)
         raise Damaged("it ends in the middle")
 
     def _pop(self, count: int) -> tuple[Any, ...]:
@@ -231,7 +232,7 @@ class _Machine:
         items, self._stack = self._stack, self._marks.pop()
         return items
 
-    def _built(self, name: str) -> None:
+    def _step(self, name: str) -> None:
         stack = self._stack
         if name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             stack.append(self._pop(int(name[-1])))
@@ -253,7 +254,7 @@ class _Machine:
             self._stack.append(Opaque("frozenset"))
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self._pop(2)
-            stack.append(_called(function, arguments))
+            stack.append(_call(function, arguments))
         elif name == "BUILD":
             (state,) = self._pop(1)
             _set_state(stack[-1], state)
@@ -275,7 +276,7 @@ class _Machine:
                 storage = _Storage(_STORAGES[kind], key, numel)
                 self.storages[key] = storage.dtype or torch.uint8
                 return storage
-        raise Damaged("it refers to something other than a storage")
+        raise Damaged("it refers to something that is not a storage")
 
 
 _PUSHED = {
@@ -295,8 +296,8 @@ _MADE: dict[str, Callable[[], Any]] = {
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    """Keys and values in turn. A key that is not a plain value becomes one that equals no other: hashing a tuple of
-    tuples may take forever.
+    """A dict of alternating keys and values. A key that is not a plain value becomes an object that equals no other:
+    hashing a tuple of tuples may take forever.
     """
     if len(items) % 2:
         raise Damaged("a key without a value")
@@ -308,7 +309,7 @@ def _plain(key: Any) -> bool:
     return type(key) in (str, float, bool, bytes, type(None)) or (type(key) is int and abs(key) < 2**63)
 
 
-# ---- what may be named
+# ---- what a pickle may name
 
 
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -337,13 +338,13 @@ _STORAGES: dict[str, torch.dtype | None] = {
 }
 
 
-def _named(name: str) -> Name:
+def _name(name: str) -> Name:
     if name not in _CALLS and name not in _STORAGES and name not in _DTYPES:
         raise Refused(name)
     return Name(name)
 
 
-def _called(function: Any, arguments: Any) -> Any:
+def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Name) or not isinstance(arguments, tuple) or function not in _CALLS:
         raise Damaged("it calls what cannot be called")
     if len(arguments) > 20:
@@ -367,11 +368,11 @@ def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hoo
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes, or of a subclass."""
-    return _called(function, arguments)
+    return _call(function, arguments)
 
 
 def _number(dtype: Any, content: Any = b"") -> Any:
-    """A scalar of numpy."""
+    """A numpy scalar."""
     import numpy as np
 
     content = content.text.encode("latin1") if isinstance(content, _Latin) and len(content.text) < 64 else content
@@ -426,12 +427,12 @@ _CALLS: dict[str, Callable[..., Any]] = {
     **{f"{module}.scalar": _number for module in _NUMPY},
     **{name: lambda *parts: PurePosixPath(*parts) for name in _PATHS},
 }
-"""What stands for a call of each: nothing else may be named."""
+"""What replaces a call of each name; a pickle may name nothing else."""
 
 
 def _set_state(target: Any, state: Any) -> None:
-    """Of a Namespace the values, of numpy's types the byte order; of anything else it does not matter."""
+    """Set the values of a Namespace and the byte order of a numpy dtype; the state of anything else does not matter."""
     if isinstance(target, argparse.Namespace) and isinstance(state, dict):
-        target.__dict__ = state  # a copy each time would add up, where one dict is given many times
+        target.__dict__ = state  # not a copy: copies of one dict that is set many times add up
     elif isinstance(target, _Dtype) and isinstance(state, tuple) and len(state) > 1:
         target.order = state[1] if state[1] in ("<", ">", "|", "=") else "<"

@@ -1,4 +1,4 @@
-"""Backward paths whose gates have closed, taken out: a smaller model that computes nearly the same."""
+"""Remove backward paths whose gates have closed: a smaller model that computes nearly the same."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from vimscale.model.schedule import Layer, compact, second_of_pairs
 
 
 def closed(model: VisionMamba, threshold: float) -> list[int]:
-    """Numbers of the layers that can do without their backward path: |gate| is below the threshold.
+    """Indices of the layers that can lose their backward path: |gate| is below the threshold.
 
     Raises:
         CheckpointError: the model has no gates.
@@ -24,13 +24,16 @@ def closed(model: VisionMamba, threshold: float) -> list[int]:
     }
     if not gates:
         raise CheckpointError("the model has no gates to prune by; train it with model.backward_gate: true")
-    # of a cross layer two scans would be left, which is no kind of layer
+    # a cross layer would keep two scans, and there is no such kind of layer
     return [i for i, gate in gates.items() if gate < threshold and model.config.layers[i].kind != "cross"]
 
 
 def pruned(model: VisionMamba, layers: list[int]) -> VisionMamba:
-    """The model with `layers` walking forwards only; of a pair the second layer goes. What is left of a mean keeps its
-    share of it, in the output projection.
+    """The model with forward paths only in `layers`; a pair loses its second layer. Where the two paths were averaged,
+    the output projection of the remaining path is halved.
+
+    Raises:
+        CheckpointError: a layer's ssm_norm spans both paths.
     """
     old = model.config
     seconds = second_of_pairs(old.layers)
@@ -74,7 +77,7 @@ def _config(old: VimConfig, gone: set[int], kinds: list[Layer]) -> VimConfig:
 
 
 def _forward_only(mixer: Mamba, *, paired: bool, fuse: str) -> dict[str, Tensor]:
-    """The parameters of a mixer without its second path, by name."""
+    """Parameters of a mixer without its second path, by name."""
     with torch.no_grad():
         state = {name: getattr(mixer, name)[:1].clone() for name in PATH_PARAMETERS}
         out = mixer.out_proj.weight.clone()
@@ -86,6 +89,6 @@ def _forward_only(mixer: Mamba, *, paired: bool, fuse: str) -> dict[str, Tensor]
             out *= mixer.fuse_logits.softmax(dim=0)[0]
         if mixer.ssm_norm is not None:
             if mixer.fuse != "sum" or paired:
-                raise CheckpointError("a norm after the scan (ssm_norm) sees both paths: such layers cannot be pruned")
+                raise CheckpointError("a norm after the scan (ssm_norm) spans both paths: such layers cannot be pruned")
             state["ssm_norm"] = mixer.ssm_norm.clone()
     return state | {"out_proj.weight": out}

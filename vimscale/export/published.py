@@ -1,5 +1,5 @@
-"""Published checkpoints as files: model.pth as hustvl/Vim's code writes and reads it, config.json with its
-constructor's arguments, and preprocessing.json with what that code does not keep: classes, mean and std.
+"""Published checkpoints as files: model.pth as the code of hustvl/Vim writes and reads it, config.json with the
+arguments of its constructor, and preprocessing.json with what that code does not save: classes, mean and std.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import CheckpointError
+from vimscale.errors import CheckpointError, brief
 from vimscale.export import starting, unwrap
 from vimscale.export.safetensors import difference, preprocessing
 from vimscale.model import VisionMamba
@@ -22,21 +22,21 @@ from vimscale.model.published.weights import from_published, guess, named, publi
 from vimscale.storage import files, untrusted
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and std that published models were trained with; their files do not say."""
+"""Mean and std of the data of published models; their files do not include them."""
 _ARGUMENTS, _PREPROCESSING = "config.json", "preprocessing.json"
 
 
 def write(folder: Path, model: VisionMamba, manifest: Manifest) -> None:
-    """Write `model`, trained on the set of that manifest, to `folder`.
+    """Write `model`, trained on the set of `manifest`, to `folder`.
 
     Raises:
         CheckpointError: the published code cannot express the model.
-        OSError: with a file's name; what was there before stays.
+        OSError: names the file; what was there before stays.
     """
     arguments, state = published_config(model), to_published(model)
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    torch.save({"model": state}, content)  # to a full disk it would say nothing of what happened
+    torch.save({"model": state}, content)  # torch does not name the error when a disk is full
     files.write(folder / "model.pth", content.getvalue())
     for name, tree in ((_ARGUMENTS, arguments), (_PREPROCESSING, preprocessing(manifest))):
         files.write(folder / name, json.dumps(tree, indent=1) + "\n")
@@ -53,7 +53,7 @@ def load(folder: Path) -> VisionMamba:
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
-    """Published constructor arguments from JSON.
+    """Read published constructor arguments from JSON.
 
     Raises:
         CheckpointError: the file does not hold any.
@@ -63,22 +63,25 @@ def read_arguments(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(arguments, dict):
-        raise CheckpointError(f"{path} holds {untrusted.shown(arguments)}, not the constructor's arguments by name")
+        raise CheckpointError(f"{path} holds {brief(arguments)}, not the constructor's arguments by name")
     return arguments
 
 
 def manifest_for(file: Path, classes: int) -> tuple[Manifest, dict[str, Any], str]:
-    """(classes, mean and std of the published checkpoint `file`, what a folder says of their origin, a line to print):
-    those that `write` put next to it, else ImageNet's mean and std and classes that are numbers.
+    """Find classes, mean and std of the published checkpoint `file`: those that `write` put next to it, or else
+    ImageNet's mean and std, with numbers as class names.
+
+    Returns:
+        (manifest with them, what to record about their origin, a line to print).
 
     Raises:
-        CheckpointError: what stands there does not fit.
+        CheckpointError: the file next to it does not fit.
     """
     numbers = tuple(map(str, range(classes)))
     plain = Manifest(name=file.stem[:60], classes=numbers, shards=(), mean=_IMAGENET[0], std=_IMAGENET[1])
     path = file.with_name(_PREPROCESSING)
     if not path.is_file():
-        return plain, {"unnamed": True}, "mean and std are taken to be ImageNet's, and classes are called by number"
+        return plain, {"unnamed": True}, "mean and std are assumed to be ImageNet's, and numbers serve as class names"
     tree = read_arguments(path)
     try:
         names, mean, std = starting.preprocessing_of(tree)
@@ -94,17 +97,18 @@ def manifest_for(file: Path, classes: int) -> tuple[Manifest, dict[str, Any], st
 
 
 def arguments_for(
-    state: dict[str, Tensor], args: argparse.Namespace | None, model: str | None, beside: Path | None = None
+    state: dict[str, Tensor], args: argparse.Namespace | None, model: str | None, file: Path | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The published arguments of a state dict, and lines that say where they are from: `model`, a name or a file of
-    JSON; else, where `write` wrote the file `beside`, the arguments it put there; else the training run's own `args`;
-    else keys and shapes.
+    """Find the published arguments of a state dict: (arguments, lines that say where they come from).
+
+    The sources, in this order: `model`, a name or a JSON file; the arguments next to the checkpoint `file`, if `write`
+    wrote it; the training run's own `args`; keys and shapes.
 
     Raises:
-        CheckpointError: the model cannot be told.
+        CheckpointError: the model cannot be identified.
     """
-    if model is None and beside is not None and beside.with_name(_PREPROCESSING).is_file():
-        model = str(beside.with_name(_ARGUMENTS))  # `write` put it there
+    if model is None and file is not None and file.with_name(_PREPROCESSING).is_file():
+        model = str(file.with_name(_ARGUMENTS))
     if model is not None and model.endswith(".json"):
         return complete(read_arguments(Path(model))), [f"arguments from {model}"]
     if model is not None:
@@ -115,11 +119,12 @@ def arguments_for(
         given = {ours: getattr(args, theirs, None) for theirs, ours in _FROM_ARGS.items() if ours in arguments}
         arguments |= {ours: value for ours, value in given.items() if value is not None}
         return complete(arguments), [f"the file says it is a {name}"]
-    arguments, taken = guess(state)
-    whole = ", ".join(f"{key} {value}" for key, value in arguments.items() if value != DEFAULTS[family(arguments)][key])
+    arguments, assumed = guess(state)
+    defaults = DEFAULTS[family(arguments)]
+    different = ", ".join(f"{key} {value}" for key, value in arguments.items() if value != defaults[key])
     return arguments, [
-        f"keys and shapes are those of a {family(arguments)}: {whole}",
-        f"what they do not tell is taken as published: {', '.join(taken)}; give --model where that is wrong",
+        f"keys and shapes are those of a {family(arguments)}: {different}",
+        f"what they do not show is assumed to be as published: {', '.join(assumed)}; give --model if that is wrong",
     ]
 
 
@@ -129,9 +134,9 @@ _FROM_ARGS = {
     "drop_path": "drop_path_rate",
     "global_pool": "global_pool",
 }
-"""Published constructor arguments by the training command's options."""
+"""Options of the published training command -> constructor arguments."""
 
 
 def largest_difference(folder: Path, model: VisionMamba) -> float:
-    """Load what was written and compare logits with `model`: the largest difference."""
+    """Load what `write` wrote; returns the largest difference of its logits from those of `model`."""
     return difference(load(folder), model)

@@ -1,4 +1,4 @@
-"""Weights as model.safetensors, and everything else an image needs to meet them as config.json."""
+"""Models as model.safetensors, with config.json for everything else that inference needs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 
 
 def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str, Any]) -> None:
-    """Write `model` to `folder`. `about`: where the weights come from, for people.
+    """Write `model` to `folder`. `about`: where the weights come from, for human readers.
 
     Raises:
-        OSError: with a file's name; what was there before stays.
+        OSError: names the file; what was there before stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -43,9 +43,9 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str,
 
 
 def preprocessing(manifest: Manifest) -> dict[str, Any]:
-    """What an image needs besides the model: what its classes are called, and mean and std of its channels."""
-    whole = asdict(manifest)
-    return {key: whole[key] for key in ("classes", "mean", "std")}
+    """What inference needs besides the model: the names of the classes, and mean and std of the channels."""
+    tree = asdict(manifest)
+    return {key: tree[key] for key in ("classes", "mean", "std")}
 
 
 def load(folder: Path) -> VisionMamba:
@@ -56,7 +56,7 @@ def load(folder: Path) -> VisionMamba:
     """
     try:
         tree = starting.read_config(folder)
-        if "published" in tree:  # what our own config does not say
+        if "published" in tree:  # quirks that our own config does not cover
             arguments = complete(starting.object_of(tree, "published"))
             config = config_of(arguments)
             make: Callable[[], VisionMamba] = partial(PublishedVim, arguments)
@@ -68,7 +68,7 @@ def load(folder: Path) -> VisionMamba:
         layers = {name.split(".")[1] for name in found if name.startswith("blocks.")}
         if len(layers) != len(config.layers):
             raise ValueError(f"{starting.WEIGHTS} has {len(layers)} layers, {starting.CONFIG} {len(config.layers)}")
-        with torch.device("meta"):  # before room is made for whatever the config says
+        with torch.device("meta"):  # check before allocating whatever the config says
             _check(found, {name: tuple(value.shape) for name, value in make().state_dict().items()})
         model = make()
         model.backward = backward
@@ -79,7 +79,7 @@ def load(folder: Path) -> VisionMamba:
 
 
 def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError: tensors are missing, superfluous or of another shape."""
+    """Raises ValueError if tensors are missing, superfluous or of another shape."""
     faults = [f"{name[:_NAME]} is not in the model" for name in found if name not in wanted]
     faults += [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{n} is {found[n]}, not {shape}" for n, shape in wanted.items() if n in found and found[n] != shape]
@@ -89,15 +89,15 @@ def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int,
 
 
 def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tuple[dict[str, Tensor], list[str]]:
-    """(weights, what was done to them, for people) of an exported or imported model, or of a run, for a new model of
-    shape `config` on images of the training set `manifest`.
+    """Adapt the weights of an exported or imported model, or of a run, to a new model of shape `config` on images of
+    the training set `manifest`: (weights, notes on what was adapted, for human readers).
 
-    The position embedding is resized; rows of the head are put in order by the names of their classes, and the head is
-    left out where the classes are others; the patch embedding is converted to the set's mean and std. With these the
-    new model gives for an image what the old one gave.
+    This resizes the position embedding, orders the rows of the head by the names of their classes (or leaves the head
+    out if the classes differ), and converts the patch embedding to the set's mean and std. With these weights the new
+    model gives for an image what the old one gave.
 
     Raises:
-        CheckpointError: there are none, or the two models do not compute the same.
+        CheckpointError: there are no weights, or the two models do not compute the same.
     """
     source = starting.read(folder)
     notes = starting.compare(source, config, manifest)
@@ -116,9 +116,9 @@ def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tup
 
 
 def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: Manifest) -> dict[str, Tensor]:
-    """The patch embedding of images that are normalised by the manifest's mean and std, not by the source's.
+    """The patch embedding for images normalised by the manifest's mean and std instead of the source's.
 
-    Of one pixel x: (x - m) / s = (x - m') / s' * s'/s + (m' - m) / s, and a convolution without padding is linear.
+    For a pixel x: (x - m) / s = (x - m') / s' * s'/s + (m' - m) / s, and a convolution without padding is linear.
     """
     if (source.mean, source.std) == (manifest.mean, manifest.std):
         return {}
@@ -133,12 +133,12 @@ def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: M
 
 
 def largest_difference(folder: Path, model: VisionMamba) -> float:
-    """Load what was written and compare logits with `model`: the largest difference."""
+    """Load what `write` wrote; returns the largest difference of its logits from those of `model`."""
     return difference(load(folder), model)
 
 
 def difference(one: VisionMamba, other: VisionMamba) -> float:
-    """The largest one between the logits of two models on eight images; chance falls for both in the same way.
+    """The largest difference between the logits of two models on eight images, with the same random numbers.
 
     Raises:
         CheckpointError: they are not finite.
@@ -150,5 +150,5 @@ def difference(one: VisionMamba, other: VisionMamba) -> float:
             torch.manual_seed(0)
             logits.append(model(torch.randn(8, channels, *model.config.size)))
     if not all(bool(one.isfinite().all()) for one in logits):
-        raise CheckpointError("the model gives logits that are not finite for images of noise: its run had diverged")
+        raise CheckpointError("the model gives logits that are not finite for images of noise: its run diverged")
     return float((logits[0] - logits[1]).abs().max())

@@ -1,6 +1,7 @@
-"""What a run starts from (`model.weights`): which model the weights are of, and whether the recipe's computes the same.
+"""Weights that a run starts from (`model.weights`): their model, and whether the recipe's model computes the same.
 
-No torch: `vimscale launch` asks before it starts any rank. `safetensors.starting_weights` then reads the numbers.
+Without torch: `vimscale launch` checks this before it starts any rank. `safetensors.starting_weights` then reads the
+weights.
 """
 
 import json
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vimscale.checkpoint import mirror
+from vimscale.checkpoint.mirror import open_mirror
 from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
-from vimscale.errors import CheckpointError, DataError, UserError
+from vimscale.errors import CheckpointError, DataError, UserError, brief
 from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
@@ -27,23 +28,23 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of weights before they are read."""
+    """What is known about weights before they are read."""
 
     folder: Path
     config: VimConfig
     classes: tuple[str, ...] | None
-    """None: an imported model, of which nobody knows what its classes are called."""
+    """None: an imported model whose class names are unknown."""
     mean: Triple
     std: Triple
     backward: float
-    """How much of the backward paths was in."""
+    """Factor of the backward paths, from 0 to 1 (`model.backward_ramp`)."""
 
     @property
     def is_run(self) -> bool:
         return (self.folder / "recipe.yaml").is_file()
 
 
-# ---- every field of a VimConfig is one of three things to weights that are loaded
+# ---- every field of a VimConfig falls into one of three groups for loaded weights
 
 
 def _plain(config: VimConfig, value: Any) -> Any:
@@ -81,18 +82,18 @@ MEANING: dict[str, Callable[[VimConfig], Any]] = {
     "register_reduce": lambda c: c.register_reduce,
     "pos_embed": lambda c: c.pos_embed,
 }
-"""What the model computes, or what shape its weights are of: it must be the same. None where it has no effect."""
+"""Fields that decide what the model computes or the shapes of its weights, and must be the same; None: no effect."""
 OWN_RULE = frozenset({"num_classes", "image_size", "stride", "layer_scale", "backward_gate", "backward_ramp"})
-"""See `compare`: what is loaded can be adapted to some of their values."""
+"""Fields with a rule in `compare`: the weights can be adapted to some of their values."""
 TRAINING = frozenset({"drop_path", "backward_drop", "init"})
-"""How a model is trained: nothing to weights that exist."""
+"""Fields that affect training only, not existing weights."""
 
 
 def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
-    """How the weights are adapted to the recipe's model `config` and its training set, for people.
+    """List how the weights are adapted to the recipe's model `config` and training set, for human readers.
 
     Raises:
-        CheckpointError: the recipe's model would compute something else with them; lists every difference.
+        CheckpointError: the recipe's model would compute something else with them. It lists every difference.
     """
     old = source.config
     faults, notes = [], []
@@ -102,10 +103,10 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
             fix = f"set model.{name}={_value(theirs)}"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
-            faults.append(f"{name}: the weights have {_said(theirs)}, the recipe {_said(ours)}; {fix}")
+            faults.append(f"{name}: the weights have {_text(theirs)}, the recipe {_text(ours)}; {fix}")
     if (old.layer_scale is None) != (config.layer_scale is None):
         faults.append(
-            f"layer_scale: the weights have {_said(old.layer_scale)}, the recipe {_said(config.layer_scale)};"
+            f"layer_scale: the weights have {_text(old.layer_scale)}, the recipe {_text(config.layer_scale)};"
             + (" leave it out" if old.layer_scale is None else f" set model.layer_scale={old.layer_scale}")
         )
     if old.backward_gate and not config.backward_gate and old.optional:
@@ -115,16 +116,16 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
     if old.optional and source.backward != config.backward_at(0):
         if source.backward != 1:
             faults.append(
-                f"backward_ramp: the weights are of a run whose backward paths were in by {source.backward:.2g}; train"
-                " that one to the end of its ramp"
+                f"backward_ramp: the weights are of a run with its backward paths at {source.backward:.2g}; train that"
+                " run to the end of its ramp"
             )
         else:
-            notes.append("backward_ramp: the weights are of a model with all its backward paths; they come in again")
+            notes.append("backward_ramp: the weights are of a model with its backward paths at 1; here they start over")
     if source.mean != manifest.mean or source.std != manifest.std:
-        change = f"mean {_said(source.mean)} and std {_said(source.std)} of the weights' data"
-        to = f"those of {manifest.name[:60]}, {_said(manifest.mean)} and {_said(manifest.std)}"
+        change = f"mean {_text(source.mean)} and std {_text(source.std)} of the weights' data"
+        to = f"those of {manifest.name[:60]}, {_text(manifest.mean)} and {_text(manifest.std)}"
         if old.stem == "patch":
-            notes.append(f"{change} are not {to}: patch_embed is converted, so that the same image gives the same")
+            notes.append(f"{change} are not {to}: patch_embed is converted, so that an image gives the same result")
         else:
             faults.append(
                 f"{change} are not {to}, and a conv stem cannot be converted; write the weights' mean and std into"
@@ -133,7 +134,7 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
     if faults:
         more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
         raise CheckpointError(
-            f"model.weights {source.folder}: the recipe's model is another one than the weights are of\n  "
+            f"model.weights {source.folder}: the weights are of another model than the recipe's\n  "
             + "\n  ".join([*faults[:12], *more])
         )
     if old.grid != config.grid or old.step != config.step:
@@ -144,14 +145,15 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
 
 
 def rows(source: Source, manifest: Manifest) -> list[int] | None:
-    """Which row of the weights' head each class of the training set takes; None: the head starts again."""
+    """Row of the weights' head for each class of the training set; None: the head starts from random values."""
     if source.classes is None:
         same = source.config.num_classes == len(manifest.classes)
         return list(range(len(manifest.classes))) if same else None
-    at = {name: i for i, name in enumerate(source.classes)}
-    if at.keys() != set(manifest.classes) or len(at) != len(source.classes) or len(at) != len(manifest.classes):
+    index = {name: i for i, name in enumerate(source.classes)}
+    distinct = len(index) == len(source.classes) == len(manifest.classes)
+    if not distinct or index.keys() != set(manifest.classes):
         return None
-    return [at[name] for name in manifest.classes]
+    return [index[name] for name in manifest.classes]
 
 
 def _head_notes(source: Source, manifest: Manifest) -> list[str]:
@@ -162,18 +164,18 @@ def _head_notes(source: Source, manifest: Manifest) -> list[str]:
         what = f"{have:,} classes, not {len(manifest.classes):,}"
         if source.classes is not None and have == len(manifest.classes):
             what = f"other classes: no {', '.join(name[:40] for name in new[:_SHOWN])}"
-        return [f"head: it starts again, because the weights are of {what}"]
+        return [f"head: starts from random values, because the weights are of {what}"]
     if source.classes is None:
         return [
-            f"head: kept as it is; what its {len(taken):,} classes are called is not known, so class 0 is taken for"
-            f" {manifest.classes[0][:40]} and so on"
+            f"head: kept; the names of its {len(taken):,} classes are not known, so class 0 is assumed to be"
+            f" {manifest.classes[0][:40]}, and so on"
         ]
     if taken != list(range(len(taken))):
-        return ["head: its classes stand in another order; its rows are put into the training set's by name"]
+        return ["head: its classes are in another order; its rows are reordered by name to match the training set"]
     return []
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     return json.dumps(value)[:150] if isinstance(value, list | tuple) else str(value)[:150]
@@ -181,18 +183,18 @@ def _said(value: Any) -> str:
 
 def _value(value: Any) -> str:
     """As an override on the command line."""
-    said = _said(value)
-    return f'"{said}"' if " " in said else said
+    text = _text(value)
+    return f'"{text}"' if " " in text else text
 
 
 # ---- reading
 
 
 def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
-    """Refuse `model.weights` that this run could not start from; a run that is resumed needs none.
+    """Refuse `model.weights` that this run could not start from; a run that resumes needs none.
 
     Raises:
-        CheckpointError: they are not there, or of another model.
+        CheckpointError: they are missing, or of another model.
     """
     if recipe.model.weights is None or checkpoints(folder.checkpoints) or _elsewhere(recipe):
         return
@@ -200,19 +202,19 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
 
 
 def _elsewhere(recipe: Recipe) -> bool:
-    """Whether there may be a checkpoint in the second place: the ranks find out."""
+    """Whether the mirror may have a checkpoint; if it cannot be reached, the ranks find out."""
     try:
-        place = mirror.open_mirror(recipe.checkpoint.second, recipe.name)
-        return place is not None and bool(place.names())
+        store = open_mirror(recipe.checkpoint.mirror, recipe.name)
+        return store is not None and bool(store.names())
     except (OSError, DataError):
         return True
 
 
 def read(folder: Path) -> Source:
-    """What an exported or imported folder, or a run's, holds.
+    """Describe the weights in an exported or imported folder, or in a run's.
 
     Raises:
-        CheckpointError: it holds no weights to start from; says what it is, and how it becomes some.
+        CheckpointError: it holds no weights to start from. It says what the folder is, and the fix.
     """
     if (folder / "recipe.yaml").is_file():
         return _of_run(folder)
@@ -232,10 +234,10 @@ def described(folder: Path, tree: dict[str, Any]) -> Source:
     CheckpointError: it describes one that no recipe trains.
     """
     if "published" in tree:
-        asked = ", ".join(quirks(complete(object_of(tree, "published")))) or "cls_position"
+        found = ", ".join(quirks(complete(object_of(tree, "published")))) or "cls_position"
         raise CheckpointError(
-            f"model.weights {folder} is a published model with what no recipe trains: {asked}; import it with"
-            " --model and arguments without these, if its weights are to be taken all the same"
+            f"model.weights {folder} is a published model with options that no recipe has: {found}; to use its weights"
+            " nevertheless, import it with --model and arguments without these"
         )
     config = VimConfig.from_dict(object_of(tree, "model"))
     names, mean, std = preprocessing_of(tree)
@@ -250,17 +252,17 @@ def preprocessing_of(tree: dict[str, Any]) -> tuple[tuple[str, ...], Triple, Tri
     """(classes, mean, std); raises ValueError."""
     names = tree.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"classes is {untrusted.shown(names)}, not a list of names")
+        raise ValueError(f"classes is {brief(names)}, not a list of names")
     mean, std = (_triple(tree, key) for key in ("mean", "std"))
     if min(std) <= 0:
-        raise ValueError(f"std is {_said(std)}, and images are divided by it")
+        raise ValueError(f"std is {_text(std)}, and images are divided by it")
     return tuple(names), mean, std
 
 
 def backward_of(tree: dict[str, Any]) -> float:
     value = tree.get("backward", 1.0)
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"backward is {untrusted.shown(value)}, not a number from 0 to 1")
+        raise ValueError(f"backward is {brief(value)}, not a number from 0 to 1")
     return float(value)
 
 
@@ -270,19 +272,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     tree = untrusted.loads(untrusted.read(folder / CONFIG))
     if not isinstance(tree, dict):
-        raise ValueError(f"{CONFIG} holds {untrusted.shown(tree)}, not a model's description")
+        raise ValueError(f"{CONFIG} holds {brief(tree)}, not a model's description")
     if tree.get("format") != 1:
-        found = untrusted.shown(tree.get("format"))
+        found = brief(tree.get("format"))
         raise ValueError(f"{CONFIG} has format {found}, this version reads 1")
     return tree
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file, of which the header alone is read.
+    """Names and shapes of the tensors in a safetensors file; reads the header only.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not one, or cut short.
+        ValueError: it is not a safetensors file, or is cut short.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -310,8 +312,8 @@ def _of_run(folder: Path) -> Source:
         manifest = TrainingSet.open(recipe.data).manifest
     except UserError as error:
         raise CheckpointError(
-            f"model.weights {folder} is a run whose training set, which its classes are read from, is not to be had:"
-            f" {_short(error)}; export the run where it is, and give that folder"
+            f"model.weights {folder} is a run whose training set, which has its class names, is not available:"
+            f" {_short(error)}; export the run on a machine that has it, and give that folder"
         ) from None
     config = recipe.model.shape(len(manifest.classes))
     backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
@@ -319,7 +321,7 @@ def _of_run(folder: Path) -> Source:
 
 
 def _not_ours(folder: Path) -> str | None:
-    """What else stands there, if it is a thing that is often given."""
+    """What the folder is instead, if people often give such a thing."""
     if not folder.exists():
         return "it is not there"
     if folder.is_file():
@@ -340,17 +342,17 @@ def _not_ours(folder: Path) -> str | None:
 
 
 def object_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """Raises ValueError: it is not there, or something else."""
+    """The mapping under a key; raises ValueError if there is none."""
     value = tree.get(key)
     if not isinstance(value, dict):
-        raise ValueError(f"{key} is {untrusted.shown(value)}, not an object")
+        raise ValueError(f"{key} is {brief(value)}, not a mapping")
     return value
 
 
 def _triple(tree: dict[str, Any], key: str) -> Triple:
     value = tree.get(key)
     if not isinstance(value, list) or len(value) != 3 or any(type(x) not in (int, float) for x in value):
-        raise ValueError(f"{key} is {untrusted.shown(value)}, not three numbers")
+        raise ValueError(f"{key} is {brief(value)}, not three numbers")
     return (value[0], value[1], value[2])
 
 

@@ -1,4 +1,4 @@
-"""A published checkpoint's file, whatever it is wrapped in, as one state dict of tensors."""
+"""Find the one state dict of tensors in a published checkpoint's file, whatever wraps it."""
 
 import argparse
 import math
@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale.errors import CheckpointError
+from vimscale.errors import CheckpointError, brief
 from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
 from vimscale.storage import untrusted
 
 _ANCHOR = "patch_embed.proj.weight"
-"""Every published Vision Mamba has it: what stands before it is the wrapping."""
+"""Every published Vision Mamba has it; a longer name shows the prefix of a wrapper."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of names that torch.compile, FSDP and recomputation put anywhere into them."""
+"""Parts that torch.compile, FSDP and recomputation insert anywhere in names."""
 _COUNTERS = {"n_averaged", "num_updates", "updates", "decay"}
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa|teacher)($|[._])", re.IGNORECASE)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,37 +31,37 @@ _LARGEST_INDEX = 64 << 20
 class Published(NamedTuple):
     state: dict[str, Tensor]
     args: argparse.Namespace | None
-    """Of the training run, where the file has them."""
+    """Arguments of the training run, if the file has them."""
     notes: list[str]
-    """What was taken and what left out, for people."""
+    """What was used and what was left out, for human readers."""
 
 
 def read(path: Path, *, ema: bool = False) -> Published:
-    """The model in a `.pth`, `.bin` or `.safetensors` file, or in the shards that an `.index.json` lists.
+    """Read the model in a `.pth`, `.bin` or `.safetensors` file, or in the shards that an `.index.json` lists.
 
-    What the file is decides, not what it is called. `ema`: take the moving average where there is one.
+    The content decides the format, not the file's name. `ema`: use the moving average if there is one.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else; it says what.
+        CheckpointError: the file cannot be read, or holds something else; names what it holds.
     """
     if path.name.endswith(".index.json"):
-        return _sharded(path, ema)
+        return _read_shards(path, ema)
     _check_complete(path)
-    tree, tensor, args = _opened(path)
-    return _checked(path, tree, tensor, args, ema)
+    tree, tensor, args = _open(path)
+    return _unwrap(path, tree, tensor, args, ema)
 
 
-def _opened(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespace | None]:
-    """(what the file holds, how a tensor in it is read, the training run's arguments)."""
+def _open(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespace | None]:
+    """(content of the file, function that reads a tensor of it, the training run's arguments)."""
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} cannot be read: it is {_what(path)}")
+            raise CheckpointError(f"{path} cannot be read: it is {_not_a_file(path)}")
         with path.open("rb") as file:
             head = file.read(4096)
         size = path.stat().st_size
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:  # no text begins like this
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:  # text never begins like this
             return load_file(path), lambda value: value, None
-        if (found := _something_else(head)) is not None:
+        if (found := _other_format(head)) is not None:
             raise CheckpointError(f"{path} {found}")
         archive = Archive(path)
     except OSError as error:
@@ -70,22 +70,22 @@ def _opened(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespac
         raise CheckpointError(f"{path} cannot be read: {str(error)[:_LONGEST]}") from None
     except Refused as name:
         raise CheckpointError(
-            f"{path} holds {name}, and a checkpoint that is read here holds tensors, plain values and"
-            " argparse.Namespace only: unpickling anything else could run code. Where you trust the file, load it"
-            " elsewhere and save its state dict alone"
+            f"{path} holds {name}, and a checkpoint may hold only tensors, plain values and argparse.Namespace:"
+            " unpickling anything else could run code. If you trust the file, load it elsewhere and save only its"
+            " state dict"
         ) from None
     except Damaged as error:
         short = head[:2] == b"PK" and "BadZipFile" in str(error)
         what = f"it is cut short or damaged, at {size:,} bytes: fetch it again" if short else error
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {what}") from None
-    whole = archive.content
-    args = whole.get("args", whole.get("hyper_parameters")) if isinstance(whole, dict) else None
+    content = archive.content
+    args = content.get("args", content.get("hyper_parameters")) if isinstance(content, dict) else None
     if isinstance(args, dict):
         args = argparse.Namespace(**{key: value for key, value in args.items() if isinstance(key, str)})
-    return whole, archive.tensor, args if isinstance(args, argparse.Namespace) else None
+    return content, archive.tensor, args if isinstance(args, argparse.Namespace) else None
 
 
-def _what(path: Path) -> str:
+def _not_a_file(path: Path) -> str:
     if not path.is_dir():
         return "not a file but a pipe or a device"
     inside = sorted(p.name for p in path.iterdir() if re.search(r"\.(pth?|bin|ckpt|safetensors|index\.json)$", p.name))
@@ -94,26 +94,26 @@ def _what(path: Path) -> str:
 
 
 _MAGIC = {
-    b"version https://git-lfs": "is a git-lfs pointer, which stands for the file; fetch that with `git lfs pull`",
-    b"\x1f\x8b": "is a gzip archive; unpack it, and give what is in it",
-    b"\xfd7zXZ": "is an xz archive; unpack it, and give what is in it",
-    b"7z\xbc\xaf": "is a 7z archive; unpack it, and give what is in it",
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; fetch that with `git lfs pull`",
+    b"\x1f\x8b": "is a gzip archive; unpack it, and give the file in it",
+    b"\xfd7zXZ": "is an xz archive; unpack it, and give the file in it",
+    b"7z\xbc\xaf": "is a 7z archive; unpack it, and give the file in it",
     b"\x89HDF": "is an HDF5 file, not a checkpoint of torch",
     b"%PDF": "is a PDF",
 }
 
 
-def _something_else(head: bytes) -> str | None:
-    """What a file that is no checkpoint is, by how it begins."""
+def _other_format(head: bytes) -> str | None:
+    """The format of a file that is not a checkpoint, by how it begins."""
     if not head:
         return "is empty: fetch it again"
     if (known := next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)) is not None:
         return known
     if head[257:262] == b"ustar":
-        return "is a tar archive; unpack it, and give what is in it"
+        return "is a tar archive; unpack it, and give the file in it"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] == b"<" and re.match(rb"<(!doctype|html|\?xml|head|body|!--)", text, re.IGNORECASE):
-        return "is a web page, not a checkpoint: the server sent a page in place of the file; fetch it again"
+        return "is a web page, not a checkpoint: the server sent a page instead of the file; fetch it again"
     try:
         words = head.decode("utf-8", "strict" if len(head) < 4096 else "ignore")
     except UnicodeDecodeError:
@@ -135,39 +135,39 @@ def _check_complete(path: Path) -> None:
         )
 
 
-def _sharded(path: Path, ema: bool) -> Published:
+def _read_shards(path: Path, ema: bool) -> Published:
     try:
         if path.stat().st_size > _LARGEST_INDEX:
             raise CheckpointError(f"{path} is too large for an index of shards: {path.stat().st_size:,} bytes")
-        places = untrusted.loads(path.read_bytes())["weight_map"]
-        files = dict.fromkeys(places.values())
+        weight_map = untrusted.loads(path.read_bytes())["weight_map"]
+        files = dict.fromkeys(weight_map.values())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is not an index of shards: it has no weight_map of names to files") from None
+        raise CheckpointError(f"{path} is not an index of shards: it has no weight_map from names to files") from None
     try:
         for name in files:
             if untrusted.file_name(name).startswith("."):
-                raise ValueError(f"{untrusted.shown(name)} is hidden")
+                raise ValueError(f"{brief(name)} is hidden")
     except ValueError as error:
         raise CheckpointError(f"{path} names a shard that is not a file next to it: {error}") from None
     tree: dict[str, Tensor] = {}
     for name in files:
-        whole, tensor, _ = _opened(path.with_name(name))
-        if not isinstance(whole, dict):
-            raise CheckpointError(f"{path.with_name(name)} holds a {_type(whole)}, not a dict of tensors")
-        for key, value in whole.items():
-            if places.get(key) == name and isinstance(value, Stored | Tensor):
+        content, tensor, _ = _open(path.with_name(name))
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path.with_name(name)} holds a {_type(content)}, not a dict of tensors")
+        for key, value in content.items():
+            if weight_map.get(key) == name and isinstance(value, Stored | Tensor):
                 tree[key] = _read(path.with_name(name), key, value, tensor)
-    if missing := [key for key in places if key not in tree]:
+    if missing := [key for key in weight_map if key not in tree]:
         raise CheckpointError(
             f"{path}: {len(missing)} tensors are not in the shards it names: {_listed(missing)}; fetch the shards again"
         )
-    published = _checked(path, tree, lambda value: value, None, ema)
+    published = _unwrap(path, tree, lambda value: value, None, ema)
     return published._replace(notes=[f"{len(files)} shards", *published.notes])
 
 
-# ---- which of what is in it
+# ---- which of the models in a file
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ class _Found:
 
     tree: dict[str, Any]
     path: tuple[str, ...]
-    """Keys on the way to `tree`."""
+    """Keys that lead to `tree`."""
     prefix: str
-    """Of its names there."""
+    """The prefix of its names there."""
     others: tuple[str, ...]
     """Longer prefixes there, of other models."""
 
@@ -191,12 +191,12 @@ class _Found:
         return bool(_AVERAGED.search(self.name)) or "n_averaged" in self.tree
 
 
-def _checked(
-    path: Path, whole: Any, tensor: Callable[[Any], Tensor], args: argparse.Namespace | None, ema: bool
+def _unwrap(
+    path: Path, content: Any, tensor: Callable[[Any], Tensor], args: argparse.Namespace | None, ema: bool
 ) -> Published:
-    if not isinstance(whole, dict):
-        raise CheckpointError(f"{path} holds a {_type(whole)}, not a dict of tensors")
-    chosen, notes = _chosen(path, whole, ema)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {_type(content)}, not a dict of tensors")
+    chosen, notes = _choose(path, content, ema)
     values: dict[str, Any] = {}
     left = []
     for key, value in chosen.tree.items():
@@ -208,12 +208,12 @@ def _checked(
             continue
         name = ".".join(part for part in key.removeprefix(chosen.prefix).split(".") if part not in _WRAPPERS)
         if name in values:
-            raise CheckpointError(f"{path} holds {name[:_NAME]} twice, once in a wrapping")
+            raise CheckpointError(f"{path} holds {name[:_NAME]} twice, once inside a wrapper")
         values[name] = value
     strange = {key: _type(value) for key, value in values.items() if not isinstance(value, Stored | Tensor)}
     if strange or not values:
         found = ", ".join(f"{key[:_NAME]} ({kind})" for key, kind in list(strange.items())[:_SHOWN]) or "nothing"
-        raise CheckpointError(f"{path} holds {found}; a state dict of tensors must be there, by itself or as model")
+        raise CheckpointError(f"{path} holds {found}; a state dict of tensors is needed, by itself or under model")
     if chosen.name:
         notes.insert(0, f"the weights are those under {chosen.name[:_NAME]}")
     if left:
@@ -224,9 +224,9 @@ def _checked(
     return Published({key: _read(path, key, value, tensor) for key, value in values.items()}, args, notes)
 
 
-def _chosen(path: Path, whole: dict[Any, Any], ema: bool) -> tuple[_Found, list[str]]:
+def _choose(path: Path, content: dict[Any, Any], ema: bool) -> tuple[_Found, list[str]]:
     found = []
-    for at, tree in _dicts(whole):
+    for at, tree in _dicts(content):
         prefixes = [
             key.removesuffix(_ANCHOR)
             for key, value in tree.items()
@@ -235,10 +235,10 @@ def _chosen(path: Path, whole: dict[Any, Any], ema: bool) -> tuple[_Found, list[
         for prefix in prefixes:
             longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
             found.append(_Found(tree, at, prefix, longer))
-    if not found:  # of no published model: what is there is said, or its keys are
+    if not found:  # not a published model: later checks say what it is instead
         names = ("model_ema", "model", "state_dict") if ema else ("model", "state_dict", "model_ema")
-        inner = next((name for name in names if isinstance(whole.get(name), dict)), None)
-        return _Found(whole if inner is None else whole[inner], () if inner is None else (inner,), "", ()), []
+        inner = next((name for name in names if isinstance(content.get(name), dict)), None)
+        return _Found(content if inner is None else content[inner], () if inner is None else (inner,), "", ()), []
     wanted = [one for one in found if one.averaged == ema]
     taken = wanted or found
     if len(taken) > 1:
@@ -250,7 +250,7 @@ def _chosen(path: Path, whole: dict[Any, Any], ema: bool) -> tuple[_Found, list[
     if others:
         notes.append(f"{_listed(others)} is left out; {'without --ema' if ema else '--ema'} takes it instead")
     if not wanted:
-        notes.append("there is no moving average in the file" if ema else "the file holds a moving average alone")
+        notes.append("there is no moving average in the file" if ema else "the file holds only a moving average")
     return chosen, notes
 
 
@@ -258,10 +258,10 @@ def _anchored(key: str) -> bool:
     return key == _ANCHOR or key.endswith(f".{_ANCHOR}")
 
 
-def _dicts(whole: dict[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
-    """Every dict of dicts, each once, with the keys on its way."""
+def _dicts(content: dict[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
+    """Yield every dict in nested dicts once, with the keys that lead to it."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), whole)]
+    waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), content)]
     while waiting:
         at, tree = waiting.pop(0)
         if id(tree) in seen or len(seen) > 1000:
@@ -274,7 +274,7 @@ def _dicts(whole: dict[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[Any, A
 
 
 def _read(path: Path, key: str, value: Any, tensor: Callable[[Any], Tensor]) -> Tensor:
-    """A tensor that can be a weight."""
+    """Read a tensor, and check that it can be a weight."""
     name = key[:_NAME]
     if value.dtype not in _FLOATS:
         raise CheckpointError(f"{path}: {name} is {value.dtype}; weights are floating point numbers")
@@ -282,10 +282,10 @@ def _read(path: Path, key: str, value: Any, tensor: Callable[[Any], Tensor]) -> 
         read = tensor(value)
     except Damaged as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
-    if read.numel() and not all(map(math.isfinite, map(float, read.aminmax()))):  # NaN is its own least and largest
+    if read.numel() and not all(map(math.isfinite, map(float, read.aminmax()))):  # NaN is both minimum and maximum
         bad = int((~read.isfinite()).sum())
         raise CheckpointError(
-            f"{path}: {bad:,} of {read.numel():,} numbers of {name} are not finite: the run that saved it had diverged"
+            f"{path}: {bad:,} of {read.numel():,} numbers of {name} are not finite: the run that saved it diverged"
         )
     return read
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale.errors import CheckpointError
+from vimscale.errors import CheckpointError, shortened
 from vimscale.runtime import run_folder
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files, untrusted
@@ -132,7 +132,7 @@ def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, An
     try:
         return path, *_read(path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"report {path} cannot be read: {untrusted.line(repr(error))}; remove it") from None
+        raise CheckpointError(f"report {path} cannot be read: {shortened(repr(error))}; remove it") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:

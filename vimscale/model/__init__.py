@@ -1,4 +1,8 @@
-"""Vision Mamba. Needs torch and numpy; the configuration (`presets`, `schedule`) needs neither."""
+"""Vision Mamba: configuration, mixers, model and published formats. Needs only torch and numpy; `presets`,
+`schedule` and `cost` need neither.
+
+It imports `vimscale.ops` and `vimscale.errors`. Any package above it, and `vimscale.recipe`, may import it.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +15,7 @@ __all__ = ["PRESETS", "VimConfig", "VisionMamba"]
 
 
 def __getattr__(name: str) -> Any:
-    # Recipes are checked without the seconds that importing torch takes.
+    # Checking a recipe should not take the seconds that importing torch takes.
     if name == "VisionMamba":
         from vimscale.model.vim import VisionMamba
 

@@ -1,6 +1,6 @@
-"""What a model of a shape costs before it is built: parameters and operations, layer by layer. Needs no torch.
+"""Parameters and operations of a model before it is built, layer by layer. Needs no torch.
 
-Letters: d model width, e inner width, n state, r dt rank, w convolution taps, k paths, l tokens.
+Letters: d model width, e inner width, n state, r dt rank, w convolution taps, k sets of path parameters, l tokens.
 """
 
 from collections.abc import Iterator
@@ -13,32 +13,33 @@ from vimscale.model.schedule import Layer
 
 @dataclass(frozen=True)
 class Cost:
-    """One part of a model, for one image of the config's size."""
+    """The cost of one part of a model, for one image of the config's size."""
 
     name: str
     layer: Layer | None
-    """None for what is no layer: embedding, merges, head."""
+    """None for parts that are not layers: embedding, merges, head."""
     tokens: int
     d_model: int
     parameters: int
     flops: int
-    """Of a forward pass, a multiply-add counted as two. Matrix products, convolutions and the scan (9 operations a
-    state: exp, three products, two multiply-adds, shared work included); norms and activations, below 1 %, are left
-    out.
+    """Operations of a forward pass; a multiply-add counts as two. They include matrix products, convolutions and the
+    scan (9 operations per state: exp, three products, two multiply-adds, shared work included), but not norms and
+    activations, which are below 1 %.
     """
 
 
 def costs(config: VimConfig) -> list[Cost]:
-    """Every part in order; parameters and flops of the model are their sums."""
-    return [_embedding(config), *_layers(config), *_ends(config)]
+    """List every part in order; the model's parameters and flops are their sums."""
+    return [_embedding(config), *_layers(config), _head(config)]
 
 
 def parameters(config: VimConfig) -> int:
+    """Count the model's parameters."""
     return sum(part.parameters for part in costs(config))
 
 
 def flops(config: VimConfig) -> int:
-    """Of one image's forward pass."""
+    """Count the operations of one image's forward pass."""
     return sum(part.flops for part in costs(config))
 
 
@@ -60,55 +61,51 @@ def _embedding(config: VimConfig) -> Cost:
 
 
 def _layers(config: VimConfig) -> Iterator[Cost]:
-    tokens, number = config.tokens, 0
+    tokens, index = config.tokens, 0
     for i, stage in enumerate(config.parts):
         if i > 0:
             before, area = config.parts[i - 1].d_model, stage.downsample**2
             tokens //= area
             weights = before * area * stage.d_model
             count = weights + _norm(config, before * area)
-            yield Cost(
-                f"merge {stage.downsample} x {stage.downsample}",
-                None,
-                tokens,
-                stage.d_model,
-                count,
-                2 * tokens * weights,
-            )
-        for layer in config.layers[number : number + stage.depth]:
-            count, a_token = _mixer(config, layer, stage.d_model, tokens)
-            count += config.backward_gate and number in config.optional
+            name = f"merge {stage.downsample} x {stage.downsample}"
+            yield Cost(name, None, tokens, stage.d_model, count, 2 * tokens * weights)
+        for layer in config.layers[index : index + stage.depth]:
+            count, flops_per_token = _mixer(config, layer, stage.d_model, tokens)
+            count += config.backward_gate and index in config.optional
             count += _norm(config, stage.d_model)
             if config.mlp == "swiglu":
                 d, hidden = stage.d_model, stage.d_model * 8 // 3
                 count += 3 * d * hidden + 2 * hidden + d + _norm(config, d)
-                a_token += 6 * d * hidden
-            yield Cost(f"layer {number}", layer, tokens, stage.d_model, count, tokens * a_token)
-            number += 1
+                flops_per_token += 6 * d * hidden
+            yield Cost(f"layer {index}", layer, tokens, stage.d_model, count, tokens * flops_per_token)
+            index += 1
 
 
 def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, int]:
-    """(parameters, operations a token)."""
+    """Return (parameters, operations per token) of one mixer."""
     scale = d if config.layer_scale is not None else 0
     if layer.kind == "attn":
         return 4 * d * d + scale, 8 * d * d + 4 * tokens * d
     e, n, r, w = config.expand * d, config.d_state, config.dt_rank(d), config.d_conv
     paths = len(layer.paths)
-    k = 1 if layer.kind == "shared" else paths  # sets of convolution and projections
+    k = 1 if layer.kind == "shared" else paths
     fuse = config.fuse if paths > 1 else "sum"
     width = e * paths if fuse == "concat" else e
     count = 2 * d * e + width * d + k * e * (w + 1 + r + 2 * n + r + 1 + 1) + paths * e * n + scale
     count += paths * e if fuse == "gate" else 0
     count += width if config.ssm_norm else 0
-    one_set = 2 * w * e + 2 * e * (r + 2 * n) + 2 * r * e
-    return count, 4 * d * e + 2 * width * d + k * one_set + paths * 9 * e * n
+    conv_and_projections = 2 * w * e + 2 * e * (r + 2 * n) + 2 * r * e
+    return count, 4 * d * e + 2 * width * d + k * conv_and_projections + paths * 9 * e * n
 
 
 def _norm(config: VimConfig, d: int) -> int:
+    """Count the parameters of a norm of width d."""
     return 2 * d if config.norm == "layer" else d
 
 
-def _ends(config: VimConfig) -> Iterator[Cost]:
+def _head(config: VimConfig) -> Cost:
+    """Cost of the last norm, the neck and the head."""
     d = config.widths[-1]
     count, operations = _norm(config, d), 0
     if config.pooling == "registers" and config.register_reduce > 1:
@@ -116,4 +113,4 @@ def _ends(config: VimConfig) -> Iterator[Cost]:
         count += weights + _norm(config, config.features)
         operations += 2 * config.registers * weights
     count += (config.features + 1) * config.num_classes
-    yield Cost("head", None, 1, config.features, count, operations + 2 * config.features * config.num_classes)
+    return Cost("head", None, 1, config.features, count, operations + 2 * config.features * config.num_classes)

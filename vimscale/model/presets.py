@@ -1,4 +1,4 @@
-"""The shape of a Vision Mamba, and the named shapes people ask for."""
+"""The configuration of a Vision Mamba, and presets of published and larger sizes. Needs no torch."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from vimscale.model import schedule
 from vimscale.model.schedule import Layer
 
 Fuse = Literal["mean", "sum", "gate", "concat"]
-"""How the paths of a layer meet: their mean or sum, a convex combination learned a channel, or side by side into a
-wider output projection.
+"""How a layer combines its paths. mean, sum; gate: a convex combination, learned per channel; concat: side by side,
+into a wider output projection.
 """
 ClassToken = Literal["none", "first", "middle", "both"]
 Pool = Literal["cls", "mean", "last", "max", "registers"]
@@ -23,43 +23,56 @@ class Stage:
     """One resolution of a hierarchical model."""
 
     depth: int
+    """Number of layers."""
     d_model: int
+    """Width of the residual stream."""
     directions: str | None = None
-    """As `VimConfig.directions`; absent: bi in all layers."""
+    """What each layer of the stage is. default: bi in all layers."""
     downsample: int = 2
-    """How much smaller each side of the token grid is than in the stage before; the first stage has none before it."""
+    """Factor by which each side of the token grid shrinks from the stage before; no effect in the first stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VimConfig:
-    """Everything that decides a VisionMamba's parameters and what it computes.
+    """Everything that determines a VisionMamba's parameters and what it computes. The docstrings of the fields are also
+    the documentation of a recipe's `model` section.
 
     Raises:
-        ValueError: sizes that do not fit together; one line for every broken rule.
+        ValueError: the sizes do not fit together; one line per broken rule.
     """
 
     num_classes: int = 1000
     image_size: int | tuple[int, int] = 224
-    """Side of the square image, or (height, width), in pixels: what the position embedding is made for. A model takes
-    images of other sizes too.
+    """Side of the square image, or [height, width], in pixels; a multiple of patch_size. The position embedding is made
+    for this size, but a model takes images of other sizes too.
     """
     patch_size: int = 16
+    """Side of a patch, in pixels."""
     stride: int | None = None
-    """Pixels from one patch to the next; absent: patch_size. Less makes patches overlap."""
+    """Pixels from one patch to the next; less than patch_size makes patches overlap. default: patch_size."""
     stem: Literal["patch", "conv"] = "patch"
-    """One convolution a patch, or 3 x 3 convolutions of stride 2 down to it (arXiv:2106.14881)."""
+    """What embeds a patch. patch: one convolution; conv: 3 x 3 convolutions of stride 2 (arXiv:2106.14881)."""
     d_model: int = 192
+    """Width of the residual stream."""
     depth: int = 24
+    """Number of layers."""
     d_state: int = 16
+    """Size of the scan's state per inner channel."""
     d_conv: int = 4
+    """Taps of the causal convolution before each scan."""
     expand: int = 2
     """Inner width of the mixer, in units of d_model."""
     directions: str = "bi*24"
-    """What each layer is: see `vimscale.model.schedule`."""
+    """What each layer is: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared,
+    pair, cross, attn; orders: row, column, snake, window (see vimscale.model.schedule). In a recipe, directions and
+    depth follow each other: give one of them.
+    """
     stages: tuple[Stage, ...] = ()
-    """A hierarchical model; depth, d_model and directions are then each stage's own."""
+    """Stages of a hierarchical model, each with its own depth, d_model and directions, which replace those above."""
     fuse: Fuse = "mean"
-    """How the paths of a layer meet (mean: the published `if_divide_out`)."""
+    """How a layer combines its paths. mean: the published `if_divide_out`; sum; gate: a convex combination, learned per
+    channel; concat: side by side, into a wider output projection.
+    """
     window: int = 7
     """Side of the windows of the order `window`, in tokens."""
     d_head: int = 64
@@ -67,30 +80,33 @@ class VimConfig:
     mlp: Literal["none", "swiglu"] = "none"
     """swiglu: a gated MLP of width 8/3 d_model follows each mixer (ARM's block, arXiv:2406.07537)."""
     norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm before every mixer and MLP, and before the head."""
     norm_eps: float = 1e-5
     ssm_norm: bool = False
-    """RMSNorm on what leaves the scans, before the output projection."""
+    """RMSNorm on the output of the scans, before the output projection."""
     layer_scale: float | None = None
-    """A factor a channel on every mixer's output starts at this value (arXiv:2103.17239); absent: there is none."""
+    """Initial value of a learned factor per channel on every mixer's output (arXiv:2103.17239). default: no factor."""
     cls_token: ClassToken = "middle"
-    """Where the class token stands; both: one at each end, averaged."""
+    """Position of the class token. both: one at each end; the head reads their mean."""
     registers: int = 0
-    """Tokens without an image patch, spread evenly through the sequence (arXiv:2405.14858)."""
+    """Extra tokens without an image patch, spread evenly through the sequence (arXiv:2405.14858)."""
     pool: Pool | None = None
-    """What the head reads; absent: cls where there is a class token, else mean (of the image's tokens)."""
+    """What the head reads; mean and max are over the image's tokens. default: cls if there is a class token, else mean.
+    """
     register_reduce: int = 1
-    """With pool registers: each is projected to d_model / register_reduce before they are joined."""
+    """With pool registers: project each register to d_model / register_reduce before joining them."""
     pos_embed: bool = True
+    """Whether to add a learned position embedding to the tokens."""
     drop_path: float = 0.0
-    """Chance that the last layer is skipped for an image; earlier layers linearly less."""
+    """Chance of skipping the last layer for an image; earlier layers are skipped linearly less, the first one never."""
     init: Literal["fixed", "published"] = "fixed"
-    """published: reproduce hustvl/Vim's backward dt bias of 0 (a step of 0.69 where 0.001-0.1 was meant)."""
+    """published: reproduce hustvl/Vim's backward dt bias of 0 (a step of 0.69, where 0.001-0.1 was meant)."""
     backward_gate: bool = False
-    """A learned factor a layer on the backward path, 1 at first; weight decay closes it where it is not needed."""
+    """A learned factor per layer on the backward path, initially 1; weight decay closes it where it is not needed."""
     backward_drop: float = 0.0
-    """Chance that a layer does without its backward path in a training step, the same layers on every rank."""
+    """Chance of dropping a layer's backward path in a training step; every rank drops the same layers."""
     backward_ramp: tuple[int, int] | None = None
-    """Steps over which the backward path comes in, linearly from nothing to all of it."""
+    """[first, last] step of a ramp that scales the backward path linearly from 0 to 1."""
 
     layers: tuple[Layer, ...] = field(init=False, repr=False, compare=False)
 
@@ -104,26 +120,25 @@ class VimConfig:
         computable = not faults
         if computable:
             faults = self._size_faults() + self._part_faults()
-        for where, text, depth in self._schedules() if computable else ():
+        for prefix, text, depth in self._schedules() if computable else ():
             try:
                 layers += schedule.parse(text, depth)
             except ValueError as fault:
-                faults.append(f"{where}directions: {fault}")
+                faults.append(f"{prefix}directions: {fault}")
         object.__setattr__(self, "layers", tuple(layers))
         widths = self.widths if computable else ()
         heads = {d % self.d_head for layer, d in zip(layers, widths, strict=False) if layer.kind == "attn"}
         if heads - {0}:
             faults.append(f"attn layers need a d_model that is a multiple of d_head {self.d_head}")
         if self.fuse in ("gate", "concat") and (found := {"pair", "shared"} & {layer.kind for layer in layers}):
-            faults.append(
-                f"the paths of {' and '.join(sorted(found))} layers meet by fuse mean or sum, not {self.fuse}"
-            )
+            faults.append(f"{' and '.join(sorted(found))} layers combine paths by fuse mean or sum, not {self.fuse}")
         if self.mlp != "none" and any(layer.kind == "pair" for layer in layers):
-            faults.append("the layers of a pair have no mlp between them and where they meet: set mlp: none")
+            faults.append("pair layers are summed before any mlp could follow: set mlp: none")
         if faults:
             raise ValueError("\n".join(faults))
 
     def _schedules(self) -> list[tuple[str, str, int]]:
+        """List (prefix of its keys in messages, directions, depth) of every stage."""
         if not self.stages:
             return [("", self.directions, self.depth)]
         return [(f"stages[{i}].", s.directions or f"bi*{s.depth}", s.depth) for i, s in enumerate(self.stages)]
@@ -132,18 +147,15 @@ class VimConfig:
         faults = []
         patch, step = self.patch_size, self.step
         for side in dict.fromkeys(self.size):
-            if side < patch or (side - patch) % step:
-                low = patch + max(side - patch, 0) // step * step
+            if fitting := self.fitting_sides(side):
                 rule = f"a multiple of patch_size {patch}" if step == patch else f"patch_size {patch} + n x {step}"
-                faults.append(f"image_size {side} is not {rule}; use {low} or {low + step}")
+                faults.append(f"image_size {side} is not {rule}; use {fitting[0]} or {fitting[1]}")
         if self.stem == "conv" and (patch & (patch - 1) or patch < 4 or step != patch):
             faults.append(f"stem conv needs a patch_size of 4, 8, 16 ... without stride; patch_size is {patch}")
         if step > patch:
-            faults.append(f"stride {step} is above patch_size {patch}: pixels would be left out")
+            faults.append(f"stride {step} is above patch_size {patch}: the model would skip pixels")
         if not faults and self.patches > _MOST_TOKENS:
-            faults.append(
-                f"image_size {self.image_size} makes {self.patches:,} tokens; at most {_MOST_TOKENS:,} are read"
-            )
+            faults.append(f"image_size {self.image_size} makes {self.patches:,} tokens; the limit is {_MOST_TOKENS:,}")
         if faults or not self.stages:
             return faults
         shrink = 1
@@ -153,8 +165,8 @@ class VimConfig:
                 unit = patch * shrink
                 near = max(round(self.size[0] / unit), 1) * unit
                 faults.append(
-                    f"stages[{i}]: a grid of {self.grid[0]} x {self.grid[1]} tokens cannot be made {shrink} times"
-                    f" smaller; use an image_size that is a multiple of {unit}, such as {near}"
+                    f"stages[{i}]: a grid of {self.grid[0]} x {self.grid[1]} tokens is not divisible by {shrink};"
+                    f" use an image_size that is a multiple of {unit}, such as {near}"
                 )
                 break
         return faults
@@ -169,24 +181,22 @@ class VimConfig:
         if self.layer_scale is not None and not math.isfinite(self.layer_scale):
             faults.append(f"layer_scale is {self.layer_scale}; it must be a finite number")
         if self.stages and (self.cls_token != "none" or self.registers):
-            faults.append("stages merge neighbouring tokens: set cls_token: none and registers: 0")
+            faults.append("stages merge adjacent tokens: set cls_token: none and registers: 0")
         if self.pooling == "cls" and self.cls_token == "none":
-            faults.append(
-                "pool cls asks for the class token, and cls_token is none: use cls_token: middle or pool: mean"
-            )
+            faults.append("pool cls needs a class token, but cls_token is none: use cls_token: middle or pool: mean")
         if self.pooling == "registers" and not self.registers:
-            faults.append("pool registers needs registers, and there are none: use registers: 12 or another pool")
+            faults.append("pool registers needs registers, but there are none: use registers: 12 or another pool")
         if self.register_reduce > 1 and self.pooling != "registers":
-            faults.append("register_reduce goes with pool: registers")
+            faults.append("register_reduce needs pool: registers")
         if self.d_model % self.register_reduce:
             faults.append(f"d_model {self.d_model} is not a multiple of register_reduce {self.register_reduce}")
         if self.registers > self.patches:
-            faults.append(f"{self.registers} registers among {self.patches} image tokens; use fewer")
+            faults.append(f"there are more registers ({self.registers}) than image tokens ({self.patches}); use fewer")
         if self.backward_ramp is not None and not 0 <= self.backward_ramp[0] < self.backward_ramp[1]:
             faults.append(f"backward_ramp {list(self.backward_ramp)} must be two steps, the first one earlier")
         return faults
 
-    # ---- what follows from it
+    # ---- derived values
 
     @property
     def size(self) -> tuple[int, int]:
@@ -195,25 +205,35 @@ class VimConfig:
 
     @property
     def stem_widths(self) -> tuple[int, ...]:
-        """Channels before and after each convolution of stride 2 of the stem `conv`."""
+        """Channels of the image and after each stride-2 convolution of the stem `conv`."""
         halvings = self.patch_size.bit_length() - 1
         return 3, *(max(self.widths[0] >> (halvings - i), 16) for i in range(1, halvings + 1))
 
     @property
     def step(self) -> int:
+        """Pixels from one patch to the next."""
         return self.stride or self.patch_size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of image tokens, in the first stage."""
+        """Rows and columns of image tokens in the first stage."""
         return self.grid_of(*self.size)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image of that many pixels."""
+        """Return rows and columns of the tokens of an image of height x width pixels."""
         return (height - self.patch_size) // self.step + 1, (width - self.patch_size) // self.step + 1
+
+    def fitting_sides(self, side: int) -> tuple[int, int] | None:
+        """Return the nearest smaller and larger side that patches fill exactly; None if `side` is such a side."""
+        beyond_first = side - self.patch_size
+        if beyond_first >= 0 and beyond_first % self.step == 0:
+            return None
+        smaller = self.patch_size + max(beyond_first, 0) // self.step * self.step
+        return smaller, smaller + self.step
 
     @property
     def patches(self) -> int:
+        """Image tokens in the first stage."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -222,16 +242,17 @@ class VimConfig:
 
     @property
     def tokens(self) -> int:
-        """Of one image, in the first stage: image, class token and registers."""
+        """Tokens of one image in the first stage, class tokens and registers included."""
         return self.patches + self.cls_tokens + self.registers
 
     @property
     def pooling(self) -> Pool:
+        """What the head reads, with the default resolved."""
         return self.pool or ("mean" if self.cls_token == "none" else "cls")
 
     @property
     def parts(self) -> tuple[Stage, ...]:
-        """The stages; a plain model is one."""
+        """The stages; a plain model has one."""
         return self.stages or (Stage(depth=self.depth, d_model=self.d_model, directions=self.directions),)
 
     @property
@@ -241,7 +262,7 @@ class VimConfig:
 
     @property
     def optional(self) -> frozenset[int]:
-        """Numbers of the layers that have a backward path they can do without."""
+        """Indices of the layers whose backward path can be dropped."""
         both = {i for i, layer in enumerate(self.layers) if len(layer.paths) > 1}
         return schedule.second_of_pairs(self.layers) | both
 
@@ -255,27 +276,28 @@ class VimConfig:
         return -(-d_model // 16)
 
     def backward_at(self, step: int) -> float:
-        """How much of the backward path is in after `step` steps: the ramp."""
+        """Return the ramp's factor on the backward path after `step` steps, 0 to 1."""
         if self.backward_ramp is None:
             return 1.0
         first, last = self.backward_ramp
         return min(max((step - first) / (last - first), 0.0), 1.0)
 
-    # ---- as plain values, for files
+    # ---- plain values, for files
 
     def to_dict(self) -> dict[str, Any]:
-        whole = dataclasses.asdict(self)
-        return {f.name: whole[f.name] for f in dataclasses.fields(self) if f.init}
+        """Return the fields as plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        return {f.name: values[f.name] for f in dataclasses.fields(self) if f.init}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VimConfig":
-        """The inverse of `to_dict`, also after a way through JSON.
+        """Invert `to_dict`; the values may have passed through JSON.
 
         Raises:
-            ValueError: the values are not those of a model, by name, type or size.
+            ValueError: a name, type or size is not one of a model's.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__} is not a model's values by name")
+            raise ValueError(f"a {type(values).__name__} is not a mapping of a model's values")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         stages = values.pop("stages", ())
         if not isinstance(stages, tuple) or not all(isinstance(stage, dict) for stage in stages):
@@ -289,11 +311,11 @@ class VimConfig:
 
 
 def _type_faults(kind: type, values: dict[str, Any]) -> list[str]:
-    """What of the values, read from a file, is not a field of the dataclass or not of its type."""
+    """List the values, read from a file, that are not a field of the dataclass or not of the field's type."""
     hints = get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind) if f.init}
     return [f"{str(name)[:40]}: no such field" for name in values.keys() - known] + [
-        f"{name} is {reprlib.repr(value)}, a {type(value).__name__}, which it cannot be"
+        f"{name} is {reprlib.repr(value)}, which has the wrong type {type(value).__name__}"
         for name, value in values.items()
         if name in known and not _fits(value, hints[name])
     ]
@@ -328,17 +350,18 @@ _RANGES = {
     "registers": (0, 2**16),
     "register_reduce": (1, 2**16),
 }
-"""Least and largest values: wide of anything that has been trained, and small enough for what is computed from them."""
+"""Smallest and largest value of each size: far beyond anything that has been trained, and small enough to compute with.
+"""
 _MOST_TOKENS = 2**24
 
 
-def _out_of_range(where: str, of: Any, ranges: dict[str, tuple[int, int]]) -> Iterator[str]:
+def _out_of_range(prefix: str, config: Any, ranges: dict[str, tuple[int, int]]) -> Iterator[str]:
     for name, (least, most) in ranges.items():
-        value = getattr(of, name)
-        for one in () if value is None else value if isinstance(value, tuple) else (value,):
-            if not least <= one <= most:
-                rule = f"at least {least}" if one < least else f"at most {most:,}"
-                yield f"{where}{name} is {value}; it must be {rule}"
+        value = getattr(config, name)
+        for size in () if value is None else value if isinstance(value, tuple) else (value,):
+            if not least <= size <= most:
+                rule = f"at least {least}" if size < least else f"at most {most:,}"
+                yield f"{prefix}{name} is {value}; it must be {rule}"
                 break
 
 
@@ -350,12 +373,12 @@ def _sizes() -> dict[str, VimConfig]:
         config = VimConfig(d_model=d, depth=depth, directions=f"bi*{depth}")
         presets[f"vim_{name}"] = config
         presets[f"vim_{name}_reg"] = dataclasses.replace(config, registers=16 if depth > 24 else 12)
-    # Mamba-R (arXiv:2405.14858): the registers are what the head reads
+    # Mamba-R (arXiv:2405.14858): the head reads the registers
     for name, registers, reduce in (("tiny", 12, 1), ("small", 12, 2), ("base", 12, 4), ("large", 16, 8)):
         presets[f"mambar_{name}"] = dataclasses.replace(
             presets[f"vim_{name}"], cls_token="none", registers=registers, pool="registers", register_reduce=reduce
         )
-    # ARM (arXiv:2406.07537), as fine-tuned: four scans a layer, half the inner width, and an MLP
+    # ARM (arXiv:2406.07537), as fine-tuned: four scans per layer, half the inner width, and an MLP
     for name, d, depth in (("base", 768, 12), ("large", 1024, 24), ("huge", 1536, 24)):
         presets[f"arm_{name}"] = VimConfig(
             d_model=d, depth=depth, directions=f"cross*{depth}", expand=1, mlp="swiglu", norm="layer"

@@ -1,4 +1,4 @@
-"""The direction language: what each layer mixes tokens with, and in which order it walks them, as a line of text.
+"""The direction language: a line of text that says how each layer mixes tokens, and in which order it scans them.
 
 schedule := item+                      "bi*24"    "fwd*12 bi*12"    "(fwd bwd)*12"    "(bi bi@column)*12"
 item     := (layer | "(" schedule ")") ["*" count]
@@ -12,31 +12,35 @@ from itertools import groupby
 from typing import Literal, get_args
 
 Kind = Literal["fwd", "bwd", "bi", "shared", "pair", "cross", "attn"]
-"""fwd: one scan, first token to last; bwd: one, last to first. bi: both, each with its own parameters (Vim's v2);
-shared: both over one convolution and projection, with an A each (Vim's v1). pair: two neighbouring layers side by side
-on the same input, one forward and one backward. cross: four scans, both ways over rows and columns (ARM).
-attn: softmax attention, for hybrids.
+"""fwd: one scan from the first token to the last. bwd: one scan from the last to the first. bi: both, each with its own
+parameters (Vim's v2). shared: both over one convolution and one set of projections, each with its own A (Vim's v1).
+pair: two adjacent layers in parallel on the same input, one forward and one backward. cross: four scans, forward and
+backward over rows and over columns (ARM). attn: softmax attention, for hybrids.
 """
 Order = Literal["row", "column", "snake", "window"]
-"""How the image's tokens are walked: row by row, column by column, rows in alternating direction, or square windows one
-after the other. Class token and registers keep their places in the sequence.
+"""Order in which a scan visits the image's tokens: row by row, column by column, rows in alternating direction, or
+square windows one after the other. Class token and registers keep their positions in the sequence.
 """
 
 
 @dataclass(frozen=True)
 class Layer:
+    """One layer of a schedule."""
+
     kind: Kind
     order: Order = "row"
 
     @property
     def paths(self) -> tuple[tuple[Order, bool], ...]:
-        """(order, reverse) of each scan with its own A; none for attention. `pair` is decided by its place: forward."""
+        """(order, reverse) of each scan with its own A; none for attention. A layer of kind `pair` lists the forward
+        scan; its position decides whether it is the backward layer of its pair (`second_of_pairs`).
+        """
         if self.kind == "attn":
             return ()
         if self.kind == "cross":
             return ("row", False), ("row", True), ("column", False), ("column", True)
-        ways = {"fwd": (False,), "pair": (False,), "bwd": (True,)}.get(self.kind, (False, True))
-        return tuple((self.order, reverse) for reverse in ways)
+        directions = {"fwd": (False,), "pair": (False,), "bwd": (True,)}.get(self.kind, (False, True))
+        return tuple((self.order, reverse) for reverse in directions)
 
     def __str__(self) -> str:
         return self.kind if self.order == "row" else f"{self.kind}@{self.order}"
@@ -46,19 +50,21 @@ _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<mark>[()*@])|(?P<count>\d
 MOST_LAYERS = 10_000
 _MOST_LETTERS = 10_000
 _MOST_BRACKETS = 50
-"""That stand inside of each other."""
+"""Levels of nested brackets."""
 _SHOWN = 60
-"""Characters of a text that are shown on each side of a fault."""
+"""Characters that a message shows on each side of a fault."""
 _Tokens = list[tuple[str, int]]
-_Layers = list[tuple[Layer, int]]  # each with the column it is named at
+"""Tokens with the columns they start at."""
+_Layers = list[tuple[Layer, int]]
+"""Layers with the columns that name them."""
 
 
 def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
-    """The layers, first one first; there must be `depth` of them if it is given.
+    """Parse a schedule into its layers, first to last. With `depth`, there must be exactly that many.
 
     Raises:
-        ValueError: the text does not follow the grammar, or names more or fewer layers; the message shows it with a
-            caret under the fault.
+        ValueError: the text does not follow the grammar, or names more or fewer layers than `depth`; the message shows
+            the text with a caret under the fault.
     """
     if len(text) > _MOST_LETTERS:
         raise _fault(
@@ -71,19 +77,19 @@ def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
     if depth is not None and len(layers) != depth:
         column = layers[depth][1] if len(layers) > depth else len(text)
         what = f"this is layer {depth + 1}" if len(layers) > depth else f"{depth - len(layers)} more must follow"
-        raise _fault(text, column, f"{len(layers)} layers are named, depth is {depth}: {what}")
+        raise _fault(text, column, f"the text names {len(layers)} layers, but depth is {depth}: {what}")
     _check_pairs(text, layers)
     return tuple(layer for layer, _ in layers)
 
 
 def compact(layers: Iterable[Layer]) -> str:
-    """A text that parses to these layers: runs of equal ones with a count."""
+    """Write layers as a text that parses to them, with a count for each run of equal layers."""
     runs = [(str(layer), len(list(run))) for layer, run in groupby(layers)]
     return " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
 
 
 def second_of_pairs(layers: Sequence[Layer]) -> frozenset[int]:
-    """Numbers of the pair layers that walk backwards: every second of a run."""
+    """Return the indices of the pair layers that scan backward: every second layer of a run."""
     seconds: set[int] = set()
     for i, layer in enumerate(layers):
         if layer.kind == "pair" and i > 0 and layers[i - 1].kind == "pair" and i - 1 not in seconds:
@@ -92,28 +98,29 @@ def second_of_pairs(layers: Sequence[Layer]) -> frozenset[int]:
 
 
 def _tokens(text: str) -> _Tokens:
-    """Every token with the column it starts at."""
+    """Split a text into tokens, each with the column it starts at."""
     tokens = []
     at = 0
     while text[at:].strip():
         match = _TOKEN.match(text, at)
         if match is None or match.lastgroup is None:
             at += len(text[at:]) - len(text[at:].lstrip())
-            raise _fault(text, at, f"{text[at]!r} means nothing here")
+            raise _fault(text, at, f"{text[at]!r} has no meaning here")
         tokens.append((match[match.lastgroup], match.start(match.lastgroup)))
         at = match.end()
     return tokens
 
 
-def _schedule(text: str, tokens: _Tokens, at: int, inside: int = 0) -> tuple[_Layers, int]:
-    if inside > _MOST_BRACKETS:
+def _schedule(text: str, tokens: _Tokens, at: int, level: int = 0) -> tuple[_Layers, int]:
+    """Parse a schedule from token `at` on, inside `level` brackets; return its layers and the token after it."""
+    if level > _MOST_BRACKETS:
         raise _fault(text, tokens[at - 1][1], f"more than {_MOST_BRACKETS} brackets are open here")
     layers: _Layers = []
     start = at
     while at < len(tokens) and tokens[at][0] != ")":
         token, column = tokens[at]
         if token == "(":
-            item, at = _schedule(text, tokens, at + 1, inside + 1)
+            item, at = _schedule(text, tokens, at + 1, level + 1)
             if at == len(tokens):
                 raise _fault(text, column, "this '(' is never closed")
             at += 1
@@ -122,10 +129,10 @@ def _schedule(text: str, tokens: _Tokens, at: int, inside: int = 0) -> tuple[_La
             item = [(layer, column)]
         if at < len(tokens) and tokens[at][0] == "*":
             count = tokens[at + 1][0] if at + 1 < len(tokens) else ""
-            known = count.isdigit() and len(count) <= len(str(MOST_LAYERS))
-            if not known or not 1 <= int(count) <= MOST_LAYERS // len(item):
+            is_count = count.isdigit() and len(count) <= len(str(MOST_LAYERS))
+            if not is_count or not 1 <= int(count) <= MOST_LAYERS // len(item):
                 column = tokens[at][1] + 1
-                raise _fault(text, column, f"'*' takes a count from 1 (and at most {MOST_LAYERS:,} layers)")
+                raise _fault(text, column, f"'*' takes a count of 1 or more (at most {MOST_LAYERS:,} layers in all)")
             item *= int(count)
             at += 2
         if len(layers) + len(item) > MOST_LAYERS:
@@ -138,29 +145,30 @@ def _schedule(text: str, tokens: _Tokens, at: int, inside: int = 0) -> tuple[_La
 
 
 def _layer(text: str, tokens: _Tokens, at: int) -> tuple[Layer, int]:
+    """Parse a layer at token `at`; return it and the token after it."""
     kind, column = tokens[at]
     if kind not in get_args(Kind):
-        raise _fault(text, column, f"{kind[:40]!r} is no kind of layer; known: {', '.join(get_args(Kind))}")
+        raise _fault(text, column, f"{kind[:40]!r} is not a kind of layer; known: {', '.join(get_args(Kind))}")
     if at + 1 == len(tokens) or tokens[at + 1][0] != "@":
         return Layer(kind), at + 1  # type: ignore[arg-type]  # membership in the Literal was just tested
     order, column = tokens[at + 2] if at + 2 < len(tokens) else ("", len(text))
     if order not in get_args(Order):
         raise _fault(text, column, f"'@' takes an order: {', '.join(get_args(Order))}")
     if kind in ("attn", "cross") and order != "row":
-        raise _fault(text, column, f"{kind} takes no order: it has its own")
+        raise _fault(text, column, f"{kind} takes no order; it has its own")
     return Layer(kind, order), at + 3  # type: ignore[arg-type]  # as above
 
 
 def _check_pairs(text: str, layers: _Layers) -> None:
-    """Layers of kind pair come two and two."""
+    """Raise a fault unless every run of pair layers has an even length."""
     for is_pair, run in groupby(layers, key=lambda item: item[0].kind == "pair"):
         members = list(run)
         if is_pair and len(members) % 2:
-            raise _fault(text, members[-1][1], f"pair layers come in twos; {len(members)} stand in a row here")
+            raise _fault(text, members[-1][1], f"pair layers come in twos, but here are {len(members)} in a row")
 
 
 def _fault(text: str, column: int, why: str) -> ValueError:
-    """Shows the text around its fault."""
+    """Build an error that shows the text around the fault at `column`."""
     start, end = max(column - _SHOWN, 0), column + _SHOWN
     left, right = "… " if start else "", " …" if end < len(text) else ""
     window = "".join(letter if letter.isprintable() else " " for letter in text[start:end])

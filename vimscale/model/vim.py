@@ -1,6 +1,6 @@
-"""Vision Mamba: patches -> tokens with class token and registers among them -> residual blocks of mixers -> classes.
+"""Vision Mamba: patches -> tokens, class token and registers included -> residual blocks of mixers -> class logits.
 
-Axes: b images, l tokens, d model width; images are (b, 3, h, w), already normalised.
+Axes: b images, l tokens, d model width; images are (b, 3, h, w), already normalized.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,17 +18,19 @@ from vimscale.model import schedule
 from vimscale.model.mixer import PATH_PARAMETERS, Attention, Mamba, OutProj, Probe
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
-from vimscale.model.tokens import PackedImage, Tokens, in_rows, layout, pack, resized
+from vimscale.model.tokens import Grid, PackedImage, Tokens, layout, pack, packed_tokens, resized
 from vimscale.ops import add_norm
 
 Recompute = Literal["none", "scan", "block"]
-"""What a block keeps for the backward pass: all it needs; all but convolution, dt and scan; its input alone."""
+"""What a block keeps for the backward pass. none: all it needs; scan: all but convolution, dt and scan; block: only its
+input.
+"""
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
-"""A context in which the given parameters are whole on this device, for engines that shard them as they are made."""
+"""A context in which the given parameters are complete on this device, for engines that shard them at construction."""
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm fused with the residual add before it; the residual stream is fp32 whatever x is."""
+    """RMSNorm or LayerNorm, fused with the residual add before it; the residual stream is always fp32."""
 
     def __init__(self, config: VimConfig, d: int):
         super().__init__()
@@ -46,7 +48,7 @@ class Norm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3 (silu(w1 x) * w2 x), of width 8/3 d (arXiv:2002.05202)."""
+    """w3 (silu(w1 x) * w2 x), with hidden width 8/3 d (arXiv:2002.05202)."""
 
     def __init__(self, config: VimConfig, d: int):
         super().__init__()
@@ -60,8 +62,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Add, norm, mix, and the same with an MLP where the model has one. What it returns has not been added to the
-    residual yet: the next norm does that.
+    """Add, norm, mix; then the same with an MLP if the model has one. The block does not add its output to the
+    residual: the next norm does.
     """
 
     def __init__(self, config: VimConfig, layer: Layer, d: int, *, paired: bool = False):
@@ -81,7 +83,9 @@ class Block(nn.Module):
         recompute: bool = False,
         probe: Probe | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`scale` (b or b l, broadcast over d): what drop-path multiplies contributions by, 0 or 1 / (1 - rate)."""
+        """Return (output, residual). `scale` (b or b l, broadcast over d): drop-path's factor on the contributions, 0
+        or 1 / (1 - rate).
+        """
         x, residual = self.norm(x, residual)
         if probe is not None:
             probe["rms"] = residual.detach().square().mean().sqrt()
@@ -103,7 +107,9 @@ class PatchEmbed(nn.Conv2d):
         super().__init__(3, d, config.patch_size, config.step)
 
     def init_weights(self) -> None:
-        """LeCun normal, cut at two sigmas, which shrinks the standard deviation by 0.8796; as published."""
+        """Draw from a LeCun normal truncated at two sigmas, as published; the truncation shrinks the standard deviation
+        by 0.8796.
+        """
         std = self.weight[0].numel() ** -0.5 / 0.8796
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         assert self.bias is not None
@@ -111,8 +117,8 @@ class PatchEmbed(nn.Conv2d):
 
 
 class ConvStem(nn.Sequential):
-    """3 x 3 convolutions of stride 2 and doubling width down to the patch, and one of 1 x 1 (arXiv:2106.14881); group
-    norm in place of batch norm, which would make images depend on each other.
+    """3 x 3 convolutions of stride 2 and doubling width down to one value per patch, then a 1 x 1 convolution
+    (arXiv:2106.14881). Group norm replaces batch norm, which would make images depend on each other.
     """
 
     def __init__(self, config: VimConfig, d: int):
@@ -123,7 +129,7 @@ class ConvStem(nn.Sequential):
 
 
 class Merge(nn.Module):
-    """Between stages: neighbouring tokens side by side, normalised and projected to the next width."""
+    """Between stages: concatenates adjacent tokens, normalizes them and projects them to the next width."""
 
     def __init__(self, config: VimConfig, i: int, o: int, factor: int):
         super().__init__()
@@ -147,19 +153,21 @@ class Head(nn.Linear):
 
 
 class VisionMamba(nn.Module):
-    """An image encoder and classifier of `config`'s shape (arXiv:2401.09417). Knows one device and no environment."""
+    """An image encoder and classifier with the shape `config` (arXiv:2401.09417), for one device. It reads nothing from
+    the environment.
+    """
 
     def __init__(self, config: VimConfig, gather: Gather | None = None):
-        """`gather`: for an engine that shards parameters as modules are made; initial values are then set one module
-        at a time, so that no device ever holds them all. On the meta device nothing is allocated.
+        """`gather`: for an engine that shards parameters as modules are constructed. Initialization then gathers one
+        module at a time, so that no device ever holds all parameters. On the meta device nothing is allocated.
         """
         super().__init__()
         self.config = config
         self.recompute: Sequence[Recompute] = ["none"] * len(config.layers)
         self.backward = 1.0
-        """How much of every layer's backward path is in where a call does not say: below 1 in the midst of a ramp."""
+        """Factor on every backward path when a call does not pass one: below 1 during a ramp."""
         self.probes: dict[int, Probe] | None = None
-        """Set to a dict to have the next forward pass put a probe of each layer into it."""
+        """Set to a dict, and the next forward pass puts a probe of each layer into it."""
         d = config.widths[0]
         self.patch_embed: nn.Module = ConvStem(config, d) if config.stem == "conv" else PatchEmbed(config, d)
         self.cls_token = nn.Parameter(torch.empty(config.cls_tokens, d)) if config.cls_tokens else None
@@ -171,11 +179,11 @@ class VisionMamba(nn.Module):
             for i, (layer, width) in enumerate(zip(config.layers, config.widths, strict=True))
         )
         self.merges = nn.ModuleDict()
-        """By the number of the layer they come before."""
-        at = 0
+        """Keyed by the index of the layer that follows."""
+        first = 0
         for before, stage in pairwise(config.stages):
-            at += before.depth
-            self.merges[str(at)] = Merge(config, before.d_model, stage.d_model, stage.downsample)
+            first += before.depth
+            self.merges[str(first)] = Merge(config, before.d_model, stage.d_model, stage.downsample)
         last = config.widths[-1]
         self.norm = Norm(config, last)
         self.neck = self.neck_norm = None
@@ -187,7 +195,7 @@ class VisionMamba(nn.Module):
         self._init_all(gather or (lambda parameters: nullcontext()))
 
     def _init_all(self, gather: Gather) -> None:
-        if self.norm.weight.is_meta:  # nothing to set; drawing nothing makes torch load its compiler, for seconds
+        if self.norm.weight.is_meta:  # nothing to set, and random draws on meta load torch's compiler, for seconds
             return
         for module in self.modules():
             init = getattr(module, "init_weights", None)
@@ -196,13 +204,13 @@ class VisionMamba(nn.Module):
                     init()
 
     def init_weights(self) -> None:
-        """Of this module's own parameters."""
+        """Initialize this module's own parameters, not its children's."""
         for embedding in (self.cls_token, self.registers, self.pos_embed):
             if embedding is not None:
                 nn.init.trunc_normal_(embedding, std=0.02)
 
     def drop_rates(self) -> Tensor:
-        """Drop-path rate of the contribution of each block: 0 for the first, `drop_path` for the last."""
+        """Return each block's drop-path rate (layers): 0 for the first, `drop_path` for the last."""
         return torch.linspace(0, self.config.drop_path, len(self.config.layers))
 
     # ---- forward
@@ -215,14 +223,16 @@ class VisionMamba(nn.Module):
         *,
         features: bool = False,
     ) -> Tensor:
-        """Logits (b, num_classes) in fp32, of images (b, 3, h, w), or of a list of images (3, h, w) of any sizes, which
-        are packed into rows. `draws` (b, layers), uniform in [0, 1), decide which contributions are dropped in
-        training; `backward` (layers) is how much of each layer's backward path is in, all of it where absent. Both come
-        from outside, so that they can be functions of sample and step and not of the rank. `features`: return what the
-        head reads (b, features) instead.
+        """Return logits (b, num_classes) in fp32 for images (b, 3, h, w), or for a list of images (3, h, w) of any
+        sizes, which the model packs into rows.
+
+        `draws` (b, layers), uniform in [0, 1), decide which contributions drop-path drops in training; default: none.
+        `backward` (layers) is the factor on each layer's backward path; default: `self.backward`. The caller passes
+        both, so that they can depend on sample and step and not on the rank. `features`: return what the head reads
+        (b, features) instead of logits.
 
         Raises:
-            ValueError: an image whose sides are not a multiple of the patch.
+            ValueError: patches do not fill a side of an image.
         """
         read = self.forward_features(images, draws, backward)
         return read if features else self.head(read).float()
@@ -253,20 +263,23 @@ class VisionMamba(nn.Module):
         *,
         layers: Sequence[int] | None = None,
     ) -> Tensor | list[Tensor]:
-        """What the head reads (b, features); or, after each of `layers` (counted from 0, negative from the end), the
-        residual stream of the image's tokens as a map (b, d, h, w), for detection and segmentation: the maps of a
-        hierarchical model's stages are a pyramid.
+        """Return what the head reads (b, features). With `layers` (counted from 0, or from the end if negative), return
+        instead the residual stream of the image's tokens after each of them, as maps (b, d, h, w) for detection and
+        segmentation; the maps of a hierarchical model's stages form a pyramid.
+
+        Raises:
+            ValueError: patches do not fill a side of an image; a layer is out of range; `layers` come with a list.
         """
         if isinstance(images, Tensor):
             x, tokens = self._embed(images)
-            places = None
+            packed = None
         else:
             if layers is not None:
                 raise ValueError("maps of chosen layers need images of one size: pass a tensor (b, 3, h, w)")
-            x, tokens, places = self._embed_packed(images)
-        chosen = [self._number(layer) for layer in layers or ()]
+            x, tokens, packed = self._embed_packed(images)
+        chosen = [self._index(layer) for layer in layers or ()]
         maps: dict[int, Tensor] = {}
-        scales = self._drop_scales(draws, tokens, places)
+        scales = self._drop_scales(draws, tokens, packed)
         if backward is None:
             backward = [self.backward] * len(self.blocks)
         residual: Tensor | None = None
@@ -275,21 +288,21 @@ class VisionMamba(nn.Module):
                 x, tokens = self._merge(self.merges[str(group[0])], x, residual, tokens)
                 residual = None
             x, residual = self._step(group, x, residual, tokens, scales, backward)
-            for layer in set(chosen).intersection(group):  # the two of a pair end together
+            for layer in set(chosen).intersection(group):  # both layers of a pair end with the group
                 maps[layer] = self._map(residual + x, tokens)
         if layers is not None:
             return [maps[layer] for layer in chosen]
         x, _ = self.norm(x, residual)
-        return self._pooled(x, tokens, places)
+        return self._pooled(x, tokens, packed)
 
-    def _number(self, layer: int) -> int:
+    def _index(self, layer: int) -> int:
         depth = len(self.blocks)
         if not -depth <= layer < depth:
-            raise ValueError(f"layer {layer} of {depth}: they are counted from 0 to {depth - 1}, or from the end by -1")
+            raise ValueError(f"there is no layer {layer}: count from 0 to {depth - 1}, or from the end with -1, -2 ...")
         return layer % depth
 
     def _groups(self) -> list[tuple[int, ...]]:
-        """Numbers of the blocks in turn, those of a pair together."""
+        """List the indices of the blocks in order, those of a pair together."""
         firsts = [i for i in range(len(self.blocks)) if i not in self._paired]
         return [(i, i + 1) if i + 1 in self._paired else (i,) for i in firsts]
 
@@ -302,6 +315,7 @@ class VisionMamba(nn.Module):
         scales: list[Tensor | None],
         backward: Sequence[float],
     ) -> tuple[Tensor, Tensor]:
+        """Run one block, or both blocks of a pair; return (output, residual)."""
         outs = []
         for i in group:
             probe: Probe | None = None
@@ -314,123 +328,121 @@ class VisionMamba(nn.Module):
             else:
                 out = self.blocks[i](*arguments)
             outs.append(out)
-        return outs[0] if len(outs) == 1 else self._meet(*outs)
-
-    def _meet(self, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A pair's contributions, and the residual, which passes once (hustvl/Vim adds it to itself)."""
-        x = there[0] + back[0]
-        return (x * 0.5 if self.config.fuse == "mean" else x), there[1]
+        if len(outs) == 1:
+            return outs[0]
+        (forward, residual), (reverse, _) = outs  # a pair passes the residual on once; hustvl/Vim adds it to itself
+        x = forward + reverse
+        return (x * 0.5 if self.config.fuse == "mean" else x), residual
 
     def _drop_scales(
-        self, draws: Tensor | None, tokens: Tokens, places: list[PackedImage] | None
+        self, draws: Tensor | None, tokens: Tokens, packed: list[PackedImage] | None
     ) -> list[Tensor | None]:
+        """Return drop-path's factor for each layer, per image or, in a pack, per token; None if nothing is dropped."""
         if draws is None or self.config.drop_path == 0:
             return [None] * len(self.blocks)
         rates = self.drop_rates().to(draws)
         kept = (draws >= rates) / (1 - rates)  # (b, layers)
-        if places is None:
+        if packed is None:
             return list(kept[:, None, None].unbind(dim=-1))
-        spread = draws.new_ones(len(tokens.rows), tokens.length, kept.shape[1])
-        for place, image in zip(places, kept, strict=True):
-            spread[place.row, place.start : place.start + self._tokens_of(place.grid)] = image
-        return list(spread[:, :, None].unbind(dim=-1))
+        per_token = draws.new_ones(len(tokens.rows), tokens.length, kept.shape[1])
+        for image, scale in zip(packed, kept, strict=True):
+            per_token[image.row, image.start : image.end] = scale
+        return list(per_token[:, :, None].unbind(dim=-1))
 
-    # ---- into tokens, and out of them
+    # ---- images to tokens, tokens to features
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tokens]:
-        """images (b, 3, h, w) -> tokens (b, l, d) with class token, registers and position, and where they stand."""
+        """Embed images (b, 3, h, w) as tokens (b, l, d) with class token, registers and position embedding."""
         config = self.config
         grid = self._grid(images)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (b, l, d)
-        where = layout(config, grid)
+        slots = layout(config, grid)
         extra: list[Tensor] = [t for t in (self.cls_token, self.registers) if t is not None]
-        x = where.put(patches, torch.cat(extra) if extra else None)
+        x = slots.insert(patches, torch.cat(extra) if extra else None)
         if self.pos_embed is not None:
             x = x + resized(self.pos_embed, config, grid)
-        return x, Tokens(config, ((grid,),), where.tokens, x.device)
+        return x, Tokens(config, ((grid,),), slots.tokens, x.device)
 
-    def _grid(self, images: Tensor) -> tuple[int, int]:
+    def _grid(self, images: Tensor) -> Grid:
         config = self.config
         height, width = images.shape[-2:]
-        patch, step = config.patch_size, config.step
         for side in (height, width):
-            if side < patch or (side - patch) % step:
-                low = patch + max(side - patch, 0) // step * step
+            if fitting := config.fitting_sides(side):
                 raise ValueError(
-                    f"an image of {height} x {width} pixels is not a whole number of patches of {patch} every {step}"
-                    f" pixels; resize or pad {side} to {low} or {low + step}"
+                    f"patches of {config.patch_size} pixels every {config.step} pixels do not fill an image of"
+                    f" {height} x {width} pixels; resize or pad {side} to {fitting[0]} or {fitting[1]}"
                 )
         return config.grid_of(height, width)
 
     def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[PackedImage]]:
-        """Images (3, h, w) of any sizes, in rows as long as the longest of them needs."""
+        """Embed images (3, h, w) of any sizes and pack them into rows as long as the longest image."""
         if self.config.stages:
-            raise ValueError("a hierarchical model merges neighbouring tokens: its images cannot be packed into rows")
+            raise ValueError("a hierarchical model merges adjacent tokens: its images cannot be packed into rows")
         embedded = [self._embed(image[None])[0][0] for image in images]
         grids = [self._grid(image) for image in images]
         length = max(len(x) for x in embedded)
-        places = pack(self.config, grids, length)
-        tokens = in_rows(self.config, places, length, embedded[0].device)
+        packed = pack(self.config, grids, length)
+        tokens = packed_tokens(self.config, packed, length, embedded[0].device)
         rows: list[list[Tensor]] = [[] for _ in tokens.rows]
-        for place, x in zip(places, embedded, strict=True):
-            rows[place.row].append(x)
-        filled = [F.pad(torch.cat(row), (0, 0, 0, length - sum(map(len, row)))) for row in rows]
-        return torch.stack(filled), tokens, places
-
-    def _tokens_of(self, grid: tuple[int, int]) -> int:
-        return layout(self.config, grid).tokens
+        for image, x in zip(packed, embedded, strict=True):
+            rows[image.row].append(x)
+        padded = [F.pad(torch.cat(row), (0, 0, 0, length - sum(map(len, row)))) for row in rows]
+        return torch.stack(padded), tokens, packed
 
     def _merge(self, merge: nn.Module, x: Tensor, residual: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tokens]:
         assert isinstance(merge, Merge)
         ((grid,),) = tokens.rows
         smaller = (grid[0] // merge.factor, grid[1] // merge.factor)
         if (smaller[0] * merge.factor, smaller[1] * merge.factor) != grid:
-            raise ValueError(f"a grid of {grid[0]} x {grid[1]} tokens cannot be made {merge.factor} times smaller")
+            raise ValueError(f"a grid of {grid[0]} x {grid[1]} tokens is not divisible by {merge.factor}")
         x = merge(x if residual is None else residual + x, grid)
         return x, Tokens(self.config, ((smaller,),), smaller[0] * smaller[1], x.device)
 
     def _map(self, stream: Tensor, tokens: Tokens) -> Tensor:
         ((grid,),) = tokens.rows
-        return layout(self.config, grid).of_image(stream).mT.unflatten(-1, grid)
+        return layout(self.config, grid).image_tokens(stream).mT.unflatten(-1, grid)
 
-    def _pooled(self, x: Tensor, tokens: Tokens, places: list[PackedImage] | None) -> Tensor:
-        """(b, features) of the normalised tokens."""
-        if places is None:
+    def _pooled(self, x: Tensor, tokens: Tokens, packed: list[PackedImage] | None) -> Tensor:
+        """Pool the normalized tokens to (b, features)."""
+        if packed is None:
             ((grid,),) = tokens.rows
             return self._pool(x, grid)
-        rows = [x[p.row, p.start : p.start + self._tokens_of(p.grid)][None] for p in places]
-        return torch.cat([self._pool(row, p.grid) for row, p in zip(rows, places, strict=True)])
+        return torch.cat([self._pool(x[p.row, p.start : p.end][None], p.grid) for p in packed])
 
-    def _pool(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        where = layout(self.config, grid)
+    def _pool(self, x: Tensor, grid: Grid) -> Tensor:
+        slots = layout(self.config, grid)
         if self.config.pooling == "cls":
-            return torch.stack([x[:, place] for place in where.cls]).mean(dim=0)
+            return torch.stack([x[:, position] for position in slots.cls]).mean(dim=0)
         if self.config.pooling == "registers":
-            read = torch.stack([x[:, place] for place in where.registers], dim=1)
+            registers = torch.stack([x[:, position] for position in slots.registers], dim=1)
             if self.neck is None or self.neck_norm is None:
-                return read.flatten(1)
-            return self.neck_norm(self.neck(read).flatten(1), None)[0]
+                return registers.flatten(1)
+            return self.neck_norm(self.neck(registers).flatten(1), None)[0]
         if self.config.pooling == "last":
             return x[:, -1]
-        image = where.of_image(x)
+        image = slots.image_tokens(x)
         return image.amax(dim=1) if self.config.pooling == "max" else image.mean(dim=1)
 
-    def backward_stretches(self) -> dict[str, list[tuple[Fraction, Fraction]]]:
-        """Which parts of which parameters belong to backward paths alone: (from, to), shares of the flattened one."""
-        stretches: dict[str, list[tuple[Fraction, Fraction]]] = {}
+    # ---- what optimizers need to know
+
+    def backward_slices(self) -> dict[str, list[tuple[Fraction, Fraction]]]:
+        """Return the slices of parameters that belong only to backward paths: (start, end), as fractions of the
+        flattened parameter.
+        """
+        slices: dict[str, list[tuple[Fraction, Fraction]]] = {}
         for i, block in enumerate(self.blocks):
             mixer = block.mixer
             if not isinstance(mixer, Mamba):
                 continue
-            for name in ("A_log",) if mixer.shared else PATH_PARAMETERS:
+            for name in ("A_log",) if mixer.one_set else PATH_PARAMETERS:
                 k = len(mixer.paths)
                 parts = [(Fraction(path, k), Fraction(path + 1, k)) for path in mixer.backward_paths]
                 if parts:
-                    stretches[f"blocks.{i}.mixer.{name}"] = parts
-        return stretches
+                    slices[f"blocks.{i}.mixer.{name}"] = parts
+        return slices
 
     def no_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: vectors, embeddings, the scan's A, D and biases."""
-        spared = {"pos_embed", "cls_token", "registers", "A_log", "D", "conv_bias", "dt_bias", "fuse_logits"}
+        """Return the names of the parameters without weight decay: vectors, embeddings, the scan's A, D and biases."""
+        not_decayed = {"pos_embed", "cls_token", "registers", "A_log", "D", "conv_bias", "dt_bias", "fuse_logits"}
         vectors = {name for name, p in self.named_parameters() if p.ndim == 1 and not name.endswith("backward_gate")}
-        return vectors | {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in spared}
+        return vectors | {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in not_decayed}

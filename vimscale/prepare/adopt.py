@@ -14,14 +14,13 @@ from vimscale.data.images import decode
 from vimscale.data.shards.cache import local_copy
 from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
 from vimscale.data.shards.tar import hidden
-from vimscale.errors import BadSample, DataError
+from vimscale.errors import BadSample, DataError, brief
 from vimscale.prepare import pool, shapes
 from vimscale.prepare.index import Sample, scan
 from vimscale.prepare.inputs import members
 from vimscale.prepare.inputs.classes import check_dense
 from vimscale.prepare.inputs.sources import braces, expand, passed_over, without_images
 from vimscale.prepare.tally import Tally
-from vimscale.storage import untrusted
 from vimscale.storage.addresses import secret
 
 _log = logging.getLogger(__name__)
@@ -236,7 +235,7 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
         try:
             checked_name(tar.name)
         except ValueError as error:
-            raise DataError(f"index {untrusted.shown(tar.where, 200)}: {error}; rename it") from None
+            raise DataError(f"index {brief(tar.where, 200)}: {error}; rename it") from None
     return base, tars
 
 

@@ -1,4 +1,4 @@
-"""What to train: the typed recipe, and the YAML files that hold it."""
+"""The recipe: what to train, typed, and read from YAML files."""
 
 import dataclasses
 import sys
@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
 from vimscale.recipe import own_code
+from vimscale.recipe.model_section import Model
 from vimscale.recipe.sections import (
     AnyObjective,
     Augment,
@@ -20,7 +21,6 @@ from vimscale.recipe.sections import (
     Evaluate,
     Guard,
     Log,
-    Model,
     Optim,
     Parallel,
     Phase,
@@ -48,19 +48,19 @@ class MicroBatch(NamedTuple):
 
 
 class Recipe(Section):
-    """What to train. Names no machine."""
+    """What to train. A recipe names no machine."""
 
     name: Annotated[str, AfterValidator(check_name)]
-    """The run's folder under runs/."""
+    """Name of the run's folder under runs/."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     steps: Step | None = None
     """Length of the run in optimizer steps; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """Length of the run in passes over the training set, rounded to whole steps."""
+    """Length of the run in passes over the training set, rounded to a whole number of steps."""
     batch: Count = 1024
-    """Images a step over all ranks; gradient accumulation is derived from it."""
+    """Images per step over all ranks; gradient accumulation follows from it."""
     phases: tuple[Phase, ...] = ()
-    """Other image sizes and batches from given steps on: progressive training."""
+    """Progressive training: other image sizes and batches, each from a given step on."""
     model: Model = Model()
     data: Data
     augment: Augment = Augment()
@@ -86,16 +86,16 @@ class Recipe(Section):
             faults.append("optim.min_lr 0: schedule rise multiplies it, so it must be above 0")
         micro = self.parallel.micro_batch
         if micro is not None and self.batch % micro:
-            near = max(self.batch // micro, 1) * micro
+            near = _nearest(self.batch, micro)
             faults.append(f"batch {self.batch} is not a multiple of parallel.micro_batch {micro}; use batch={near}")
         starts = [phase.step for phase in self.phases]
         if starts != sorted(set(starts)):
-            faults.append(f"phases: their steps must rise; they are {', '.join(map(str, starts))}")
+            faults.append(f"phases: their steps must increase; they are {', '.join(map(str, starts))}")
         unit = self.augment.repeats * self.data.lanes
         for batch in sorted({self.batch, *(phase.batch for phase in self.phases if phase.batch is not None)}):
             if batch % unit:
                 what = f"augment.repeats {self.augment.repeats} x data.lanes {self.data.lanes}"
-                near = max(round(batch / unit), 1) * unit
+                near = _nearest(batch, unit)
                 faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
         faults += self._phase_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
@@ -114,10 +114,10 @@ class Recipe(Section):
                     yield f"phase at step {phase.step}: {error}"
 
     def length(self, samples: int) -> int:
-        """Optimizer steps of the whole run on a training set of that many samples.
+        """Return the optimizer steps of a complete run on a training set of this many samples.
 
         Raises:
-            RecipeError: the warm-up would outlast it.
+            RecipeError: the warm-up is as long as the run, or longer.
         """
         if self.steps is not None:
             return self.steps
@@ -131,37 +131,39 @@ class Recipe(Section):
         return steps
 
     def batch_at(self, step: int) -> int:
-        """Images of step `step`, counted from 0."""
+        """Return the number of images of step `step`, counted from 0."""
         return next((p.batch for p in reversed(self.phases) if p.step <= step and p.batch is not None), self.batch)
 
     def consumed(self, step: int) -> int:
-        """Images of the steps before `step`."""
-        return sum(batch * (min(step, end) - start) for start, end, batch in self._stretches() if start < step)
+        """Return the number of images of all steps before `step`."""
+        return sum(batch * (min(step, end) - start) for start, end, batch in self._spans() if start < step)
 
     def size_at(self, step: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the training images of step `step`; `size`: the model's own."""
+        """Return height and width of the training images of step `step`; `size`: the model's own."""
         chosen = next((p.image_size for p in reversed(self.phases) if p.step <= step and p.image_size), size)
         return (chosen, chosen) if isinstance(chosen, int) else chosen
 
-    def _stretches(self) -> Iterator[tuple[int, int, int]]:
-        """(first step, step after the last, images a step), until for ever."""
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (first step, step after the last, images per step) of each phase; the last one has no end."""
         starts = sorted({0, *(phase.step for phase in self.phases)})
         for start, end in zip(starts, [*starts[1:], sys.maxsize], strict=True):
             yield start, end, self.batch_at(start)
 
     def _step_after(self, images: float) -> float:
-        """The step, and the part of it, by which that many images are consumed."""
-        for start, end, batch in self._stretches():
+        """Return the step, with its fraction, by which the run has consumed this many images."""
+        for start, end, batch in self._spans():
             if images <= batch * (end - start):
                 return start + images / batch
             images -= batch * (end - start)
-        raise AssertionError("the last stretch has no end")
+        raise AssertionError("the last span has no end")
 
-    def micro_batch(self, world: int, step: int | None = None) -> "MicroBatch":
-        """How `world` ranks cut the global batch of step `step`; default: a batch of the recipe's own size.
+    def micro_batch(self, world: int, step: int | None = None) -> MicroBatch:
+        """Return how `world` ranks cut a global batch.
+
+        `step`: the step that it is for, since phases change the batch. default: a step with the recipe's `batch`.
 
         Raises:
-            RecipeError: the batch, or that of a phase, cannot be divided among them.
+            RecipeError: the ranks cannot divide the batch, or a phase's batch.
         """
         micro = self.parallel.micro_batch
         unit = world if micro is None else world * micro
@@ -169,30 +171,34 @@ class Recipe(Section):
         accumulation = 1 if micro is None else max(self.batch // unit, 1)
         faults = []
         if self.batch % unit:
-            near = max(round(self.batch / unit), 1) * unit
-            way_out = (
-                f"use batch={near}" + (", another micro_batch" if micro else "") + " or another number of --workers"
-            )
-            faults.append(f"batch {self.batch} is not a multiple of {sizes}; {way_out}")
-        cuts = world * accumulation
+            others = ", another micro_batch" if micro else ""
+            fix = f"use batch={_nearest(self.batch, unit)}{others} or another number of --workers"
+            faults.append(f"batch {self.batch} is not a multiple of {sizes}; {fix}")
+        micro_batches = world * accumulation
         for phase in self.phases:
-            if phase.batch is not None and phase.batch % cuts:
-                near = max(round(phase.batch / cuts), 1) * cuts
+            if phase.batch is not None and phase.batch % micro_batches:
+                near = _nearest(phase.batch, micro_batches)
                 what = f"phase at step {phase.step}: batch {phase.batch}"
                 faults.append(f"{what} is not a multiple of {world} ranks x {accumulation} micro-steps; use {near}")
         if not faults and self.augment.mixes:
-            odd = [batch for _, _, batch in self._stretches() if batch // cuts % 2]
+            odd = [images for _, _, batch in self._spans() if (images := batch // micro_batches) % 2]
             faults += [
-                f"mixup and cutmix mix pairs, and micro-batches of {batch // cuts} images are odd; change the batch,"
+                f"mixup and cutmix mix pairs, and micro-batches of {images} images are odd; change the batch,"
                 " parallel.micro_batch or the number of --workers"
-                for batch in odd
+                for images in odd
             ]
         if faults:
             raise RecipeError(f"recipe {self.name}", faults)
-        return MicroBatch((self.batch if step is None else self.batch_at(step)) // cuts, accumulation)
+        return MicroBatch((self.batch if step is None else self.batch_at(step)) // micro_batches, accumulation)
 
     def to_yaml(self) -> str:
+        """Write the complete recipe, defaults included, as YAML that `load` and `parse` read."""
         return dump(self.model_dump())
+
+
+def _nearest(batch: int, unit: int) -> int:
+    """Return the multiple of `unit` nearest to `batch`, at least one unit."""
+    return max(round(batch / unit), 1) * unit
 
 
 def _with_full_paths(tree: dict, folder: Path) -> None:
@@ -202,27 +208,35 @@ def _with_full_paths(tree: dict, folder: Path) -> None:
         section["kind"] = own_code.absolute(section["kind"], folder)
 
 
-_KIND = Kind("recipe", Recipe, RecipeError, "recipes", either=("steps", "epochs"), with_full_paths=_with_full_paths)
+_KIND = Kind(
+    "recipe",
+    Recipe,
+    RecipeError,
+    "recipes",
+    either=("steps", "epochs"),
+    renamed={"checkpoint.second": "checkpoint.mirror"},
+    with_full_paths=_with_full_paths,
+)
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe `source`, a YAML file or the name of a shipped one, with `a.b=c` overrides put on top.
+    """Load the recipe `source`, a YAML file or the name of a shipped recipe, and apply `a.b=c` overrides.
 
     Raises:
-        RecipeError: with every fault that was found.
+        RecipeError: with every fault of the file and the overrides.
     """
     return _KIND.load(source, overrides)
 
 
 def parse(text: str, where: str) -> Recipe:
-    """A recipe from what `to_yaml` or `model_dump_json` wrote; `where` names the text in messages.
+    """Parse a recipe that `to_yaml` or `model_dump_json` wrote; `where` names the text in messages.
 
     Raises:
-        RecipeError: with every fault that was found.
+        RecipeError: with every fault of the text.
     """
     return _KIND.parse(text, where)
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """List the recipes that come with the package, by name."""
     return _KIND.shipped()

@@ -1,6 +1,5 @@
-"""The sections of a recipe: what each key means, and which values it takes."""
+"""The sections of a recipe except `model`: what each key means and which values it takes."""
 
-import dataclasses
 import inspect
 import os
 import re
@@ -9,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     GetJsonSchemaHandler,
     SerializeAsAny,
@@ -21,110 +19,13 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from vimscale.errors import suggest
-from vimscale.model import presets, schedule
-from vimscale.model.presets import PRESETS, ClassToken, Fuse, Pool, VimConfig
 from vimscale.recipe import own_code
-from vimscale.recipe.typed_yaml import UNION, Address, Flag, Section, Whole
+from vimscale.recipe.typed_yaml import UNION, Address, Either, Section, Size, Whole
 
 Count = Annotated[Whole, Field(ge=1, le=2**24)]
-"""Images, steps of a window, and the like."""
+"""A number of images, of steps in a window, and the like."""
 Step = Annotated[Whole, Field(ge=1, le=10**9)]
 """A number of optimizer steps."""
-_Either = Discriminator(lambda value: UNION[isinstance(value, tuple)])
-Sides = tuple[Whole, Whole]
-"""Two whole numbers, written as a list."""
-Size = Annotated[Annotated[Whole, Tag(UNION[0])] | Annotated[Sides, Tag(UNION[1])], _Either]
-"""One whole number or two."""
-
-
-class Stage(Section):
-    """One resolution of a hierarchical model."""
-
-    depth: Whole
-    d_model: Whole
-    directions: str | None = None
-    downsample: Whole = 2
-    """How much smaller each side of the token grid is than in the stage before."""
-
-
-class Model(Section):
-    """A preset, and what is changed of it; keys mean what `vimscale.model.presets.VimConfig` says."""
-
-    preset: str = "vim_small"
-    weights: Address | None = None
-    """The folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this
-    one; the position embedding is resized, the head follows the names of the classes or starts again.
-    """
-    image_size: Size | None = None
-    """Side of the square image the model sees, or [height, width], in pixels; a multiple of patch_size."""
-    patch_size: Whole | None = None
-    stride: Whole | None = None
-    """Pixels from one patch to the next; less than patch_size makes patches overlap."""
-    stem: Literal["patch", "conv"] | None = None
-    d_model: Whole | None = None
-    depth: Whole | None = None
-    d_state: Whole | None = None
-    d_conv: Whole | None = None
-    expand: Whole | None = None
-    directions: str | None = None
-    """What each layer is: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared,
-    pair, cross, attn; orders: row, column, snake, window. Follows `depth` where absent.
-    """
-    stages: tuple[Stage, ...] | None = None
-    """A hierarchical model, instead of depth, d_model and directions."""
-    fuse: Fuse | None = None
-    """How the paths of a layer meet."""
-    window: Whole | None = None
-    d_head: Whole | None = None
-    mlp: Literal["none", "swiglu"] | None = None
-    norm: Literal["rms", "layer"] | None = None
-    norm_eps: float | None = None
-    ssm_norm: Flag | None = None
-    layer_scale: float | None = None
-    cls_token: ClassToken | None = None
-    registers: Whole | None = None
-    pool: Pool | None = None
-    register_reduce: Whole | None = None
-    pos_embed: Flag | None = None
-    drop_path: float | None = None
-    init: Literal["fixed", "published"] | None = None
-    backward_gate: Flag | None = None
-    """A learned factor a layer on the backward path."""
-    backward_drop: float | None = None
-    """Chance that a layer does without its backward path in a step."""
-    backward_ramp: Sides | None = None
-    """[first, last] step over which the backward path comes in."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Model":
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset {self.preset!r} is not known{suggest(self.preset, PRESETS)}")
-        plain = [key for key in ("depth", "d_model", "directions") if getattr(self, key) is not None]
-        if self.stages and plain:
-            raise ValueError(f"stages have a depth, d_model and directions each: leave out {', '.join(plain)}")
-        self.shape(classes=1)
-        return self
-
-    def shape(self, classes: int) -> VimConfig:
-        """The model's shape, for that many classes."""
-        changes = {
-            key: value
-            for key in type(self).model_fields
-            if key not in ("preset", "weights", "stages") and (value := getattr(self, key)) is not None
-        }
-        if self.stages is not None:
-            changes["stages"] = tuple(presets.Stage(**stage.model_dump()) for stage in self.stages)
-        preset = PRESETS[self.preset]
-        if self.depth is not None and self.directions is None:
-            changes["directions"] = f"{_only_kind(preset)}*{self.depth}"
-        if self.directions is not None and self.depth is None:
-            changes["depth"] = len(schedule.parse(self.directions))
-        return dataclasses.replace(preset, num_classes=classes, **changes)
-
-
-def _only_kind(preset: VimConfig) -> str:
-    (kind,) = set(map(str, preset.layers))  # the presets are of one kind each
-    return kind
 
 
 def _check_size(text: str) -> str:
@@ -134,13 +35,13 @@ def _check_size(text: str) -> str:
 
 
 def size_bytes(text: str) -> int | None:
-    """Bytes of 500MB, 8GB or 2TB; None of anything else."""
+    """Convert 500MB, 8GB or 2TB to bytes; return None for anything else."""
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(MB|GB|TB)", text, re.ASCII)
     return int(float(found[1]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]]) if found else None
 
 
 MIX_BLOCK = 4096
-"""Images in which a mixture has its exact shares."""
+"""Images after which a mixture has drawn its exact fraction from each source."""
 
 
 class Source(Section):
@@ -148,35 +49,37 @@ class Source(Section):
 
     data: Address
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    """Its share of the images, over the sum of all weights."""
+    """Its fraction of the images is this weight over the sum of all weights."""
 
 
 class Reweight(Section):
+    """New weights of a mixture, from a step on."""
+
     step: Step
     weights: tuple[Annotated[float, Field(le=1e9)], ...]
-    """One for each source, from this step on; 0 leaves one out."""
+    """One weight per source; 0 leaves the source out."""
 
 
 class Data(Section):
     """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
 
-    train: Annotated[Annotated[Address, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], _Either]
+    train: Annotated[Annotated[Address, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], Either]
     """One data set, or a mixture of several."""
     reweight: tuple[Reweight, ...] = ()
-    """Other weights of a mixture from given steps on."""
+    """Changes of a mixture's weights, each from a given step on."""
     val: Address | None = None
     workers: Annotated[Whole, Field(ge=0, le=1024)] = 0
-    """Processes a rank that read and decode ahead; 0 reads between steps, in the rank itself."""
+    """Processes per rank that read and decode ahead; with 0, the rank itself reads between steps."""
     window: Count = 16
-    """Shards whose samples are shuffled with each other; so many must fit into the cache."""
+    """Shards whose samples are shuffled with each other; the cache must have room for all of them."""
     lanes: Count = 1
-    """Equal parts of an epoch that a batch is drawn from side by side, so that a node needs only its own parts' shards:
-    at least the number of nodes for remote data, 1 for a disk that all nodes share.
+    """Equal parts of an epoch that each batch draws from in parallel, so that a node needs only the shards of its own
+    parts. Set at least the number of nodes for remote data, 1 for a disk that all nodes share.
     """
     cache: Annotated[str, AfterValidator(_check_size)] = "100GB"
-    """Largest size of the node's cache of remote shards."""
+    """Largest size of a node's cache of remote shards."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the images that may be unreadable, and replaced by others, before the run stops."""
+    """Fraction of the images that may be unreadable, and are replaced by others, before the run stops."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Data":
@@ -185,47 +88,48 @@ class Data(Section):
         if not count:
             faults.append("train: the mixture is empty; give at least one source")
         if self.reweight and count < 2:
-            faults.append("reweight: there is one source, so nothing to weigh; leave it out")
+            faults.append("reweight: there is only one source, so there is nothing to weigh; leave it out")
         elif any(len(change.weights) != count for change in self.reweight):
             faults.append(f"reweight: each change needs {count} weights, one for each source")
         elif any(min(change.weights) < 0 or sum(change.weights) <= 0 for change in self.reweight):
-            faults.append("reweight: weights are 0 or more, and not all 0")
+            faults.append("reweight: weights must be 0 or more, and not all 0")
         all_weights = [[source.weight for source in self.sources], *(change.weights for change in self.reweight)]
         for weights in all_weights:
             if any(0 < weight * MIX_BLOCK < sum(weights) for weight in weights):
                 faults.append(f"weights {weights}: one is below 1/{MIX_BLOCK} of their sum; raise it, or leave it out")
         steps = [change.step for change in self.reweight]
         if steps != sorted(set(steps)):
-            faults.append("reweight: the steps must rise")
+            faults.append("reweight: the steps must increase")
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
     @property
     def sources(self) -> tuple[Source, ...]:
+        """The mixture's data sets; a single data set is a mixture of one."""
         return (Source(data=self.train),) if isinstance(self.train, str) else self.train
 
 
 class RandAugment(NamedTuple):
-    """rand-m9-mstd0.5-inc1, read."""
+    """The parsed form of a policy such as rand-m9-mstd0.5-inc1."""
 
     magnitude: float
     """0 to 10."""
     std: float = 0.0
     """Standard deviation of each operation's magnitude."""
     operations: int = 2
-    """So many an image."""
+    """Operations per image."""
     increasing: bool = False
     """Whether every operation gets more severe with the magnitude."""
 
 
 def randaugment(policy: str) -> RandAugment | None:
-    """What a policy's text says, in timm's notation; None if it is no RandAugment."""
+    """Parse a policy in timm's notation; return None if it is not a RandAugment."""
     kind, *parts = policy.split("-")
     found = [re.fullmatch(r"(mstd|m|n|inc)(\d{1,9}(?:\.\d{1,9})?)", part, re.ASCII) for part in parts]
     values = {match[1]: float(match[2]) for match in found if match}
-    whole = all(values.get(key, 1.0).is_integer() for key in ("n", "inc"))
-    if kind != "rand" or None in found or len(values) < len(parts) or "m" not in values or not whole:
+    integers = all(values.get(key, 1.0).is_integer() for key in ("n", "inc"))
+    if kind != "rand" or None in found or len(values) < len(parts) or "m" not in values or not integers:
         return None
     rule = RandAugment(values["m"], values.get("mstd", 0.0), int(values.get("n", 2)), bool(values.get("inc", 0)))
     return rule if rule.magnitude <= 10 and rule.std <= 10 and 1 <= rule.operations <= 100 else None
@@ -241,44 +145,49 @@ def _check_policy(text: str) -> str:
 
 
 class Augment(Section):
+    """How training images are cropped, changed and mixed."""
+
     crop_min: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Least share of the image's area that a random crop keeps; 1 switches cropping off."""
+    """Smallest fraction of the image's area that a random crop keeps; 1 turns cropping off."""
     aspect_max: Annotated[float, Field(ge=1, le=100)] = 4 / 3
-    """Crops are stretched by at most this factor, in either direction."""
+    """Largest factor by which a crop is stretched, in either direction."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Chance of a horizontal flip."""
     policy: Annotated[str, AfterValidator(_check_policy)] | None = None
-    """rand-m9-mstd0.5-inc1 and its like (RandAugment: magnitude, its deviation, n operations, increasing), or
-    3-augment (grey, solarize or blur).
+    """A RandAugment such as rand-m9-mstd0.5-inc1 (magnitude m, its deviation mstd, n operations, inc: increasing), or
+    3-augment (gray, solarize or blur).
     """
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest relative change of brightness, contrast and saturation."""
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Chance that a rectangle of the image is replaced by noise."""
+    """Chance that noise replaces a rectangle of the image."""
     mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Beta parameter by which two images are blended; 0 is off. With both mixup and cutmix, each pair draws one."""
+    """Beta parameter for blending two images; 0 is off. With both mixup and cutmix, each pair of images draws one."""
     cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Beta parameter by which two images swap a rectangle; 0 is off."""
+    """Beta parameter for swapping a rectangle between two images; 0 is off."""
     repeats: Count = 1
-    """Differently augmented copies of each image in its batch (repeated augmentation)."""
+    """Differently augmented copies of each image in a batch (repeated augmentation)."""
     buckets: Annotated[Whole, Field(ge=1, le=256)] = 1
-    """Aspect ratios that images may keep, from 1:2 to 2:1, about as many tokens each; the model packs them into rows.
-    1 makes all of them model.image_size.
+    """Number of aspect ratios that images may keep, from 1:2 to 2:1, all with about the same number of tokens; the
+    model packs them into rows. With 1, every image has the size model.image_size.
     """
 
     @property
     def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class Phase(Section):
-    """What changes at a step of progressive training; the rest stays as it was."""
+    """What changes at a step of progressive training; everything else stays as it is."""
 
     step: Annotated[Whole, Field(ge=0, le=10**9)]
     image_size: Size | None = None
-    """Of training images; model.image_size at first."""
+    """Size of training images. default: the phase before, and at first model.image_size."""
     batch: Count | None = None
-    """Images a step, cut into as many micro-steps as the recipe's own, which it is at first."""
+    """Images per step, in as many micro-steps as the recipe's own batch. default: the phase before, and at first the
+    recipe's batch.
+    """
 
 
 class ObjectiveOptions(Section):
@@ -360,9 +269,11 @@ AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(objec
 
 
 class Optim(Section):
+    """Optimizer and learning-rate schedule."""
+
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=1e38)] = 1e-3
-    """Peak learning rate, at `batch` images a step."""
+    """Peak learning rate, for `batch` images per step."""
     min_lr: Annotated[float, Field(ge=0, lt=1e38)] = 1e-5
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.05
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -371,17 +282,19 @@ class Optim(Section):
     warmup: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant", "rise"] = "cosine"
-    """After the warm-up: a cosine from lr down to min_lr, lr, or exponentially from min_lr up to lr (`lr-range`)."""
+    """Learning rate after the warm-up. cosine: from lr down to min_lr; constant: lr; rise: exponentially from min_lr up
+    to lr (`lr-range`).
+    """
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient over all parameters; null does not clip."""
     decay: Literal["fixed", "published"] = "fixed"
-    """What weight decay shrinks: matrices alone, or A_log too, as in every published Vim run."""
+    """What weight decay shrinks. fixed: only matrices; published: A_log too, as in every published Vim run."""
     gate_decay: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    """Weight decay of `model.backward_gate`'s factors; absent: weight_decay."""
+    """Weight decay of the factors of `model.backward_gate`. default: weight_decay."""
     backward_lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Learning rate of the backward paths' own parameters, in units of everything else's."""
+    """Factor on the learning rate for the backward paths' own parameters."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the weights, approached as (1 + step) / (10 + step); null keeps none."""
+    """Decay of the moving average of the weights, approached as (1 + step) / (10 + step); null keeps no average."""
 
 
 def _check_recompute(rule: str) -> str:
@@ -391,72 +304,82 @@ def _check_recompute(rule: str) -> str:
 
 
 def recompute_every(rule: str) -> int | None:
-    """The k of block/k."""
+    """Return the k of block/k; None for any other rule."""
     found = re.fullmatch(r"block/([1-9]\d{0,4})", rule, re.ASCII)
     return int(found[1]) if found else None
 
 
 class Parallel(Section):
+    """How the model and the batch are divided among ranks, and what is kept in memory."""
+
     zero: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """DeepSpeed ZeRO stage. 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     persist: Annotated[Whole, Field(ge=0, le=10**12)] = 100_000
-    """At stage 3, parameters with fewer elements stay whole on every rank."""
+    """At stage 3, every rank keeps parameters with fewer elements than this unsharded."""
     micro_batch: Count | None = None
-    """Images a rank computes at once; accumulation follows from it. Absent: all of a rank's share."""
+    """Images that a rank computes at once; gradient accumulation follows from it. default: a rank's part of the batch,
+    in one micro-step.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: fp32 parameters, states and scans, bf16 matrix products (autocast)."""
+    """bf16: bf16 matrix products (autocast); parameters, states and scans stay fp32."""
     recompute: Annotated[str, AfterValidator(_check_recompute)] = "none"
-    """What the backward pass computes again instead of keeping: none; scan (convolution, dt and scan of every layer);
-    block (all but a layer's input); block/2 (every second layer); or a size a rank such as 8GB, for which as few layers
-    as need be do so.
+    """What the backward pass recomputes instead of keeping. none; scan: convolution, dt and scan of every layer; block:
+    all but a layer's input; block/2: block in every second layer; a size such as 8GB: block or scan in as few layers as
+    it takes for a rank to keep no more than that.
     """
 
 
 class Checkpoint(Section):
+    """When checkpoints are written, and which of them are kept."""
+
     every: Step = 1_000
-    """Steps between checkpoints; one is also written at the end and on request."""
+    """Steps between checkpoints; the run also writes one at its end and on request."""
     keep: Count = 3
-    """How many of the newest to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every: Step | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
-    second: Address | None = None
-    """A second place, a folder or an address such as s3://bucket/runs: the newest checkpoint is copied there in the
-    background, and written there if the run's own folder cannot be. A relative folder is one of the working directory
-    that the recipe is read in.
+    mirror: Address | None = None
+    """A folder or an address such as s3://bucket/runs. The run copies its newest checkpoint there in the background,
+    and writes there directly if it cannot write its own folder. A relative folder starts from the working directory
+    in which the recipe is read.
     """
 
-    @field_validator("second")
+    @field_validator("mirror")
     @classmethod
-    def _of_here(cls, second: str | None) -> str | None:
-        """Ranks may work in other directories, and later commands, which read the recipe of the run's folder."""
-        return second if second is None or "://" in second else os.path.abspath(second)
+    def _absolute(cls, mirror: str | None) -> str | None:
+        """Ranks, and later commands that read the run folder's recipe, may have another working directory."""
+        return mirror if mirror is None or "://" in mirror else os.path.abspath(mirror)
 
 
 class Guard(Section):
-    """What is done about losses and gradients that are not finite, or jump."""
+    """What the run does when losses or gradients jump or are not finite."""
 
     spike: Annotated[float, Field(gt=0)] | None = 10.0
     """Robust z-score (distance from the median in units of 1.4826 median absolute deviations) from which a loss or a
-    gradient norm is a spike; null looks for what is not finite alone.
+    gradient norm is a spike; with null, only values that are not finite are bad.
     """
     window: Annotated[Whole, Field(ge=10, le=100_000)] = 100
-    """Steps that the median is of; no spike is seen before so many."""
+    """Number of steps that the median is taken over; the guard reports no spike before that many."""
     skips: Annotated[Whole, Field(ge=0, le=10**9)] = 3
-    """Bad steps in a row whose updates are left out; at one more the run goes back to its last checkpoint, and past the
-    data of those steps.
+    """Bad steps in a row whose updates are skipped. After one more, the run rolls back to its last checkpoint and skips
+    the data of those steps.
     """
     rollbacks: Annotated[Whole, Field(ge=0, le=10**9)] = 3
-    """How often it does that before the run ends."""
+    """Most rollbacks before the run ends."""
     lower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate for `lower_steps` steps after going back."""
+    """Factor on the learning rate for `lower_steps` steps after a rollback."""
     lower_steps: Annotated[Whole, Field(ge=0, le=10**9)] = 0
 
 
 class Evaluate(Section):
+    """When the run evaluates on data.val."""
+
     every: Annotated[Whole, Field(ge=0, le=10**9)] = 0
-    """Steps between evaluations; 0 evaluates at the end only."""
+    """Steps between evaluations; with 0, only at the end."""
 
 
 class Log(Section):
+    """How often the run reports progress."""
+
     every: Step = 20
-    """Steps between lines of progress. The loss of every step is kept in any case."""
+    """Steps between progress lines. The loss of every step is kept in any case."""

@@ -1,15 +1,24 @@
-"""YAML files whose sections are typed: `base` files, dotted overrides, and every fault of one explained at once."""
+"""YAML files with typed sections: `base` files, dotted overrides, and every fault of a file explained at once."""
 
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from vimscale.errors import FileFaults, brief, kind_of, shortened, suggest
@@ -17,20 +26,30 @@ from vimscale.storage import addresses
 
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}
 Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
-"""An integer that may be written 1e6."""
+"""An integer; 1e6 is one, too."""
 Flag = Annotated[bool, BeforeValidator(lambda v: _WORDS.get(v.lower(), v) if isinstance(v, str) else v)]
-"""True or false, which may be written yes, no, on or off; elsewhere these are text."""
+"""True or false. Only here yes, no, on and off mean them too; elsewhere these are text."""
 UNION = ("\0one", "\0several")
-"""Tags of a union's members, which pydantic puts into the paths of faults; no key of a file has such characters."""
+"""Tags of a union's members. Pydantic puts them into the paths of faults; no key of a file has such characters."""
+Either = Discriminator(lambda value: UNION[isinstance(value, tuple)])
+"""Chooses between one value and a list of them."""
+Sides = tuple[Whole, Whole]
+"""Two whole numbers, written as a list."""
+Size = Annotated[Annotated[Whole, Tag(UNION[0])] | Annotated[Sides, Tag(UNION[1])], Either]
+"""One whole number, or two as a list."""
 _EXPLAINED = 50
-"""Faults of one file that are put into words."""
+"""Most faults of one file that messages explain."""
 
 
 def check_address(address: str) -> str:
-    """A folder or an address; whatever is in a recipe is also in files, jobs and messages, so no secrets."""
+    """Return a folder or an address that holds no secret: recipes are copied into files, jobs and messages.
+
+    Raises:
+        ValueError: the address holds a secret.
+    """
     if (what := addresses.secret(address)) is not None:
         raise ValueError(
-            f"the address holds {what}, and would stand in files; name an environment variable in its place, as in"
+            f"the address holds {what}, which would end up in files; name an environment variable in its place, as in"
             " https://me:${PASSWORD}@host/train or https://host/train?${SIGNATURE}; for buckets set the store's own,"
             " such as AWS_ACCESS_KEY_ID (in a path, write @ as %40)"
         )
@@ -38,10 +57,12 @@ def check_address(address: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(check_address)]
-"""Where something is: a folder or an address without secrets."""
+"""A folder or an address, without secrets."""
 
 
 class Section(BaseModel):
+    """A frozen mapping of known keys; an unknown key is a fault."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -49,7 +70,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _frozen(cls, values: Any) -> Any:
-        """YAML has lists; what is frozen has tuples."""
+        """Turn YAML's lists into tuples, so that the section is immutable."""
         if not isinstance(values, dict):
             return values
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
@@ -64,7 +85,11 @@ File = TypeVar("File", bound=Section)
 
 
 def check_name(name: str) -> str:
-    """Names become folders, jobs and parts of commands: nothing that a shell or a path gives a meaning to."""
+    """Return a name that is safe as a folder, a job and part of a command: nothing in it is special to shells or paths.
+
+    Raises:
+        ValueError: the name is not safe.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(
             f"{name!r} cannot name a folder: use letters, digits, '.', '_', '-', and a letter or digit first"
@@ -81,72 +106,82 @@ class Kind(Generic[File]):
     section: type[File]
     error: type[FileFaults]
     folder: str
-    """Beside the package in a source tree and inside it in a wheel: where those that come with it are."""
+    """Folder of the files that come with the package: next to it in a source tree, inside it in a wheel."""
     either: tuple[str, ...] = ()
-    """Keys that exclude each other: one laid over another replaces it."""
+    """Keys that exclude each other: what is merged on top with one of them replaces the others."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Keys by their earlier names, both in dotted form; files and overrides may use either, but not both at once."""
     with_full_paths: Callable[[dict, Path], None] | None = None
-    """Makes paths in a file's tree, which are relative to the file's folder, full ones."""
+    """Changes paths in a file's tree, which are relative to the file's folder, to full ones."""
 
     def load(self, source: str | Path, overrides: Iterable[str] = ()) -> File:
-        """The file `source`, or the shipped one of that name, with `a.b=c` overrides put on top.
+        """Load the file `source`, or the shipped file of that name, and apply `a.b=c` overrides.
 
         Raises:
-            FileFaults: with every fault that was found.
+            FileFaults: with every fault of the file and the overrides.
         """
         path = self.find(str(source))
         faults: list[str] = []
         changes: dict = {}
         for text in overrides:
             _override(changes, text, faults)
+        faults += self._rename(changes)
         if self.with_full_paths is not None:
             self.with_full_paths(changes, Path.cwd())
-        tree = self._lay_over(self._read(path, ()), changes)
+        tree = self._merge(self._read(path, ()), changes)
         try:
             loaded = self.section.model_validate(tree)
         except ValidationError as error:
-            faults += _explained(self.section, tree, error)
+            faults += _explain_all(self.section, tree, error)
         if faults:
             raise self.error(self._title(path), faults)
         return loaded
 
     def parse(self, text: str, where: str) -> File:
-        """A resolved file's text, as `dump` writes it; `where` names it in messages.
+        """Parse the text of a resolved file, as `dump` writes it; `where` names it in messages.
 
         Raises:
-            FileFaults: with every fault that was found.
+            FileFaults: with every fault of the text.
         """
         title = f"{self.name} {where}"
         try:
-            tree = _mapping_of(text)
-        except _Unread as error:
+            tree = _parse_mapping(text)
+        except _Unreadable as error:
             raise self.error(title, [str(error)]) from None
+        if faults := self._rename(tree):
+            raise self.error(title, faults)
         try:
             return self.section.model_validate(tree)
         except ValidationError as error:
-            raise self.error(title, _explained(self.section, tree, error)) from None
+            raise self.error(title, _explain_all(self.section, tree, error)) from None
 
     def shipped(self) -> dict[str, Path]:
-        """Those that come with the package, by name."""
+        """List the files that come with the package, by name."""
         folder = Path(str(resources.files("vimscale") / self.folder))
         if not folder.exists():
             folder = Path(__file__).resolve().parents[2] / self.folder
         return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
     def find(self, source: str) -> Path:
+        """Return the path of a shipped file's name or of a file.
+
+        Raises:
+            FileFaults: there is neither.
+        """
         if source in self.shipped():
             return self.shipped()[source]
         if os.path.isfile(source):
             return Path(source)
         near = suggest(source, self.shipped())
-        fault = f"there is no such file, and no shipped {self.name} of that name{near}"
+        fault = f"there is no such file, and no {self.name} of that name comes with vimscale{near}"
         raise self.error(f"{self.name} {source}", [fault])
 
     def _title(self, path: Path) -> str:
-        """A shipped file's name; others' path, since their names (recipe.yaml) may be anybody's."""
+        """Name a shipped file by its name and any other by its path: many files are called recipe.yaml."""
         return f"{self.name} {path.stem if path.resolve() in self.shipped().values() else path}"
 
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict:
-        """The file's tree, laid over the tree of its `base`."""
+        """Return the file's tree, merged over the tree of its `base`; `above`: the files that this one is a base of."""
         title = self._title(path)
         path = path.resolve()
         if path in above:
@@ -154,13 +189,15 @@ class Kind(Generic[File]):
             raise self.error(title, [f"base: the {self.name}s build on each other in a circle: {chain}"])
         try:
             with path.open("rb") as file:
-                tree = _mapping_of(file.read(_MOST_BYTES + 1).decode())
-        except _Unread as error:
+                tree = _parse_mapping(file.read(_MOST_BYTES + 1).decode())
+        except _Unreadable as error:
             raise self.error(title, [f"{path}{error.where}: {error}" if error.where else f"{path} {error}"]) from None
         except UnicodeDecodeError:
             raise self.error(title, [f"{path} is not text in UTF-8"]) from None
         except OSError as error:
             raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
+        if faults := self._rename(tree):
+            raise self.error(title, faults)
         if self.with_full_paths is not None:
             self.with_full_paths(tree, path.parent)
         base = tree.pop("base", None)
@@ -168,23 +205,39 @@ class Kind(Generic[File]):
             return tree
         if not isinstance(base, str):
             raise self.error(title, [f"base: {brief(base)} is neither a {self.name}'s name nor a file"])
-        beside = path.parent / f"{base.removesuffix('.yaml')}.yaml"
-        return self._lay_over(self._read(beside if os.path.isfile(beside) else self.find(base), (*above, path)), tree)
+        neighbor = path.parent / f"{base.removesuffix('.yaml')}.yaml"
+        base_path = neighbor if os.path.isfile(neighbor) else self.find(base)
+        return self._merge(self._read(base_path, (*above, path)), tree)
 
-    def _lay_over(self, base: dict, top: dict) -> dict:
-        """`top` over `base`, section by section."""
+    def _rename(self, tree: dict) -> list[str]:
+        """Give `renamed` keys of a tree their names of today; returns a fault for each that is there under both."""
+        faults = []
+        for old, new in self.renamed.items():
+            *parents, old_leaf = old.split(".")
+            section: Any = tree
+            for parent in parents:
+                section = section.get(parent) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or old_leaf not in section:
+                continue
+            new_leaf = new.rpartition(".")[2]
+            if new_leaf in section:
+                faults.append(f"{old}: this is the earlier name of {new}, which is given too; remove {old}")
+            section.setdefault(new_leaf, section.pop(old_leaf))
+        return faults
+
+    def _merge(self, base: dict, top: dict) -> dict:
+        """Merge `top` over `base`, section by section."""
         given = [key for key in self.either if key in top]
-        merged = {key: value for key, value in base.items() if not given or key not in self.either}
-        return _lay_over(merged, top)
+        return _merge({key: value for key, value in base.items() if not given or key not in self.either}, top)
 
 
-def _lay_over(base: dict, top: dict) -> dict:
-    """`top` over `base`. A section of another `kind` has other options: it replaces the one below."""
+def _merge(base: dict, top: dict) -> dict:
+    """Merge `top` over `base`. A section of another `kind` has other options: it replaces the one below."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
         both = isinstance(value, dict) and isinstance(below, dict) and value.get("kind") in (None, below.get("kind"))
-        merged[key] = _lay_over(merged[key], value) if both else value
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
@@ -192,7 +245,7 @@ def _lay_over(base: dict, top: dict) -> dict:
 
 _MOST_BYTES = 256 << 10
 _MOST_VALUES = 10_000
-"""Of one file, an alias counted with all that it stands for."""
+"""Values in one file; an alias counts as all the values that it stands for."""
 _MOST_LEVELS = 20
 _DIGITS = r"\d+(?:_\d+)*"
 _FORMS = {
@@ -205,13 +258,13 @@ _FORMS = {
     "bool": (r"(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
     "null": (r"(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
 }
-"""How values that are not text are written unquoted, and what they begin with. All digits are decimal (010 is ten,
-1e-3 a number); 0x10, 0o10, 1:30, 2024-11-30, yes and off are text.
+"""Pattern of each unquoted value that is not text, and its possible first characters. All digits are decimal (010 is
+ten, 1e-3 is a number); 0x10, 0o10, 1:30, 2024-11-30, yes and off are text.
 """
 
 
-class _Unread(Exception):
-    """A text that is not YAML of the kind that is read here."""
+class _Unreadable(Exception):
+    """The text is not YAML, or it is YAML that we do not accept."""
 
     def __init__(self, why: str, mark: yaml.Mark | None = None):
         super().__init__(why)
@@ -219,7 +272,7 @@ class _Unread(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that means what it says: numbers, true, false, null, text, lists and mappings with distinct keys."""
+    """Loads YAML without surprises: numbers, true, false, null, text, lists and mappings with distinct keys."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]  # PyYAML shares them among its classes too
     yaml_constructors: ClassVar[dict] = {}
@@ -228,7 +281,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._levels = self._values = 0
         self._sizes: dict[yaml.Node, int] = {}
-        """Values in a node that is complete."""
+        """Number of values in each complete node."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark
@@ -236,38 +289,38 @@ class _Loader(yaml.SafeLoader):
         self._levels += 1
         before, self._values = self._values, self._values + 1
         if self._levels > _MOST_LEVELS:
-            raise _Unread(f"values are nested more than {_MOST_LEVELS} levels deep", mark)
+            raise _Unreadable(f"values are nested more than {_MOST_LEVELS} levels deep", mark)
         node = super().compose_node(parent, index)
         assert node is not None
         if is_alias and node not in self._sizes:
-            raise _Unread("an alias (*) stands inside of what it names", mark)
+            raise _Unreadable("an alias (*) stands inside the value that it names", mark)
         self._values += self._sizes[node] if is_alias else 0
         if self._values > _MOST_VALUES:
-            raise _Unread(f"there are more than {_MOST_VALUES:,} values, each alias counted in full", mark)
+            raise _Unreadable(f"there are more than {_MOST_VALUES:,} values, each alias counted in full", mark)
         self._sizes.setdefault(node, self._values - before)
         self._levels -= 1
         return node
 
 
 def _checked(loader: _Loader, node: yaml.ScalarNode) -> str:
-    """The text of a node, which fits its tag even where that is written (!!int x)."""
+    """Return a node's text after checking that it fits its tag, also an explicit one (!!int x)."""
     form = _FORMS.get(node.tag.rpartition(":")[2])
     if form is not None and re.match(form[0], node.value, re.ASCII) is None:
-        raise _Unread(f"{brief(node.value)} is not {node.tag.rpartition(':')[2]}, as its tag says", node.start_mark)
+        raise _Unreadable(f"{brief(node.value)} is not {node.tag.rpartition(':')[2]}, as its tag says", node.start_mark)
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", node.value):
-        raise _Unread(f"{brief(node.value)} holds a control character", node.start_mark)
+        raise _Unreadable(f"{brief(node.value)} holds a control character", node.start_mark)
     return node.value
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Keys are text, however they look: `on` and `1` too."""
+    """Build a dict whose keys are all text, `on` and `1` too."""
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
-            raise _Unread("a key is a list or a mapping, not a word", key_node.start_mark)
+            raise _Unreadable("a key is a list or a mapping, not a word", key_node.start_mark)
         key = _checked(loader, key_node)
         if key in found:
-            raise _Unread(f"key {brief(key)} is given twice", key_node.start_mark)
+            raise _Unreadable(f"key {brief(key)} is given twice", key_node.start_mark)
         found[key] = loader.construct_object(value_node, deep=True)
     return found
 
@@ -277,8 +330,8 @@ def _list(loader: _Loader, node: yaml.SequenceNode) -> list:
 
 
 def _refused(loader: _Loader, node: yaml.Node) -> Any:
-    raise _Unread(
-        f"the tag {shortened(node.tag.replace('tag:yaml.org,2002:', '!!'), 80)} is not read here", node.start_mark
+    raise _Unreadable(
+        f"the tag {shortened(node.tag.replace('tag:yaml.org,2002:', '!!'), 80)} is not supported", node.start_mark
     )
 
 
@@ -299,34 +352,34 @@ for _name, _construct in _CONSTRUCTORS.items():
 _Loader.add_constructor(None, _refused)  # any other
 
 
-def _value_of(text: str) -> Any:
-    """What a YAML text holds.
+def _parse(text: str) -> Any:
+    """Parse a YAML text.
 
     Raises:
-        _Unread: it is no YAML, or more of it than a recipe needs.
+        _Unreadable: the text is not YAML, or longer than any recipe.
     """
     if len(text) > _MOST_BYTES:
-        raise _Unread(f"is longer than {_MOST_BYTES >> 10} KiB")
+        raise _Unreadable(f"is longer than {_MOST_BYTES >> 10} KiB")
     try:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
-        again = (error.problem or "").startswith("but ")
-        raise _Unread(
-            f"{error.context}, {error.problem}" if again else str(error.problem), error.problem_mark
+        continues = (error.problem or "").startswith("but ")  # the context is the first half of the sentence
+        raise _Unreadable(
+            f"{error.context}, {error.problem}" if continues else str(error.problem), error.problem_mark
         ) from None
     except yaml.reader.ReaderError as error:
-        raise _Unread(f"holds the character {error.character:#04x}, which YAML does not allow") from None
+        raise _Unreadable(f"holds the character {error.character:#04x}, which YAML does not allow") from None
 
 
-def _mapping_of(text: str) -> dict[str, Any]:
-    tree = _value_of(text)
+def _parse_mapping(text: str) -> dict[str, Any]:
+    tree = _parse(text)
     if not isinstance(tree, dict):
-        raise _Unread("is empty" if tree is None else f"holds {kind_of(tree)}, not sections and keys")
+        raise _Unreadable("is empty" if tree is None else f"holds {kind_of(tree)}, not sections and keys")
     return tree
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1, YAML 1.2 or the loader here takes for something else."""
+    """Quotes text that YAML 1.1, YAML 1.2 or our loader would take for something else."""
 
 
 for _name, (_form, _first) in {**_FORMS, "int": (r"[-+]?(?:\d[\d_]*|0o[0-7]+)\Z", "-+0123456789")}.items():
@@ -334,14 +387,15 @@ for _name, (_form, _first) in {**_FORMS, "int": (r"[-+]?(?:\d[\d_]*|0o[0-7]+)\Z"
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """The YAML text of plain values, which reads back as the same values."""
+    """Write plain values as YAML that reads back as the same values."""
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
 
 
 def _override(tree: dict, text: str, faults: list[str]) -> None:
+    """Put the override `text`, such as optim.lr=1e-3, into the tree, or add a fault."""
     key, equals, value = text.partition("=")
     if not equals or not key or not key.isprintable():
-        faults.append(f"{brief(text)} is no override; write section.key=value")
+        faults.append(f"{brief(text)} is not an override; write section.key=value")
         return
     *parents, leaf = key.split(".")
     node = tree
@@ -351,8 +405,8 @@ def _override(tree: dict, text: str, faults: list[str]) -> None:
             return
         node = node[parent]
     try:
-        node[leaf] = _value_of(value)
-    except _Unread as error:
+        node[leaf] = _parse(value)
+    except _Unreadable as error:
         faults.append(f"{key}: {brief(value)} is not a YAML value ({error}); quote it")
 
 
@@ -374,27 +428,27 @@ _BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at lea
 _BOUNDS |= {"less_than_equal": ("le", "at most")}
 
 
-def _explained(whole: type[Section], tree: dict, error: ValidationError) -> list[str]:
+def _explain_all(root: type[Section], tree: dict, error: ValidationError) -> list[str]:
     faults = error.errors(include_url=False)
-    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(whole, tree, fault)]
+    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(root, tree, fault)]
     return lines + [f"and {len(faults) - _EXPLAINED:,} more"] * (len(faults) > _EXPLAINED)
 
 
-def _explain(whole: type[Section], tree: dict, fault: Any) -> list[str]:
-    """One pydantic error as lines that name key, value, rule and way out; a validator of ours may report several."""
-    place = [part for part in fault["loc"] if part not in (*UNION, "[key]")]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+def _explain(root: type[Section], tree: dict, fault: Any) -> list[str]:
+    """Explain one pydantic error in lines that name key, value, rule and fix; our own validators may report several."""
+    path = [part for part in fault["loc"] if part not in (*UNION, "[key]")]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
     if kind == "value_error":
-        broken = re.split(r"\n(?! )", str(context["error"]))  # indented lines belong to the one above
-        return [f"{key}: {rule}" if key else rule for rule in broken]
+        rules = re.split(r"\n(?! )", str(context["error"]))  # an indented line belongs to the line above
+        return [f"{key}: {rule}" if key else rule for rule in rules]
     if kind == "extra_forbidden":
-        section = _section(whole, tree, place[:-1])
-        return [f"{key}: no such key{suggest(str(place[-1]), section.model_fields)}"]
-    if kind == "missing" and isinstance(place[-1], int):
-        return [f"{key}: missing; {key.rpartition('[')[0]} takes a list of {place[-1] + 1} values"]
+        section = _section(root, tree, path[:-1])
+        return [f"{key}: no such key{suggest(str(path[-1]), section.model_fields)}"]
+    if kind == "missing" and isinstance(path[-1], int):
+        return [f"{key}: missing; {key.rpartition('[')[0]} takes a list of {path[-1] + 1} values"]
     if kind == "missing":
-        field: FieldInfo = _section(whole, tree, place[:-1]).model_fields[place[-1]]
+        field: FieldInfo = _section(root, tree, path[:-1]).model_fields[path[-1]]
         about = f": {field.description}" if field.description else ""
         return [f"{key}: missing, and it has no default{about}"]
     if kind == "too_long":
@@ -407,18 +461,18 @@ def _explain(whole: type[Section], tree: dict, fault: Any) -> list[str]:
         return [f"{key}: {brief(value)} must be {words} {f'{bound:g}' if isinstance(bound, float) else f'{bound:,}'}"]
     hint = ""
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
-        hint = """; a number that is meant as text is quoted: '"10"' on the command line"""
+        hint = """; quote a number that is meant as text: '"10"' on the command line"""
     elif kind in ("int_type", "float_type") and isinstance(value, str) and re.match(r"[-+]?0[xob]\w", value):
         hint = "; write it in decimal"
     return [f"{key}: {brief(value)} is not {_WANTED.get(kind, fault['msg'])}{hint}"]
 
 
-def _section(whole: type[Section], tree: Any, location: Iterable[str | int]) -> type[Section]:
-    """The section that a location in the file's tree lies in."""
-    section: type[Section] = whole
-    for part in location:
+def _section(root: type[Section], tree: Any, path: Iterable[str | int]) -> type[Section]:
+    """Return the section at `path` in the file's tree."""
+    section: type[Section] = root
+    for part in path:
         tree = tree[part]
-        if isinstance(part, int):  # which one of a list: all are alike
+        if isinstance(part, int):  # an index into a list, whose items are all of one section
             continue
         annotation = _innermost(section.model_fields[part].annotation)
         assert annotation is not None
@@ -427,7 +481,7 @@ def _section(whole: type[Section], tree: Any, location: Iterable[str | int]) -> 
 
 
 def _innermost(annotation: Any) -> type[Section] | None:
-    """The section in an annotation: `Stage` of `tuple[Stage, ...] | None`."""
+    """Find the section in an annotation: `Stage` in `tuple[Stage, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := _innermost(part)) is not None), None)

@@ -1,4 +1,4 @@
-"""The ranks of one run: what each is told, how they meet, and how they agree."""
+"""The ranks of one run: what each is given, how they form a process group, and how they agree."""
 
 import datetime
 import logging
@@ -25,7 +25,7 @@ from vimscale.runtime.heartbeat import heartbeat
 
 @dataclass(frozen=True)
 class RankSpec:
-    """All that one rank is told: the same on every rank but for its own numbers."""
+    """Everything a rank is given: the same on all ranks, except rank, device and interface."""
 
     recipe: Recipe
     folder: Path
@@ -37,32 +37,32 @@ class RankSpec:
     threads: int
     """CPU threads of this rank."""
     rendezvous: str
-    """Where the ranks meet: file://PATH on one machine, tcp://HOST:PORT across machines."""
+    """Where the ranks find each other: file://PATH on one machine, tcp://HOST:PORT across machines."""
     interface: str
-    """Network interface for gloo: the one of the address that other ranks reach this one at."""
+    """Network interface for gloo: the one that has the address at which other ranks reach this rank."""
     temporary: str | None = None
-    """A folder for sockets and files of data workers that goes with the launcher; default: one that the rank makes."""
+    """A folder for sockets and files of data workers, which the launcher removes; default: one that the rank makes."""
     patience_s: float = 300.0
-    """How long a rank waits for the others: behind the launcher's watchdog, which knows more and acts first."""
+    """How long a rank waits for the others: longer than the launcher's watchdog, which knows more and acts first."""
 
 
 def prepare(spec: RankSpec) -> None:
-    """Set this process up before DeepSpeed is imported: it reads its surroundings then."""
+    """Set this process up. Call it before importing DeepSpeed, which reads its environment at import."""
     device = torch.device(spec.device)
-    # left by an MPI job that the launcher runs in: DeepSpeed would take this process for one of that job's ranks
+    # left by an MPI job around the launcher: DeepSpeed would take this process for one of that job's ranks
     for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_") or name == "LOCAL_SIZE"]:
         del os.environ[name]
     os.environ.update(
         DS_ACCELERATOR=device.type,
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", spec.interface),
-        # DeepSpeed wants all five, though it adopts the process group it finds
+        # DeepSpeed requires all five, although it adopts the existing process group
         RANK=str(spec.rank),
         WORLD_SIZE=str(spec.world),
         LOCAL_RANK=str(device.index or 0),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",
     )
-    # JIT builds look for ninja on PATH; it is installed beside the interpreter
+    # JIT builds look for ninja on PATH; it is installed next to the interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed)\b")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -72,7 +72,7 @@ def prepare(spec: RankSpec) -> None:
 
 
 def join(spec: RankSpec, store: dist.Store | None = None) -> None:
-    """Meet the other ranks. `store`: rank 0's own end of a tcp rendezvous, if it has opened one already."""
+    """Form the process group. `store`: rank 0's end of a tcp rendezvous, if it has opened one already."""
     patience = datetime.timedelta(seconds=spec.patience_s)
     if store is None:
         if spec.rendezvous.startswith("file://"):
@@ -97,14 +97,14 @@ def leave() -> None:
 
 
 NOTHING, STOP, SAVE_FAILED = range(3)
-"""What ranks agree on, the more urgent the larger."""
+"""What a rank may request; the most urgent is the largest."""
 
 
 class Agreement:
-    """What any rank asks for, known to all of them in the same step: a small number, of which the largest counts.
+    """Makes any rank's request known to all ranks in the same step: the largest of their numbers wins.
 
-    The numbers travel over gloo, on the host, while the step computes: what is asked for during step t is known to all
-    after step t + 1, and no step waits for a device.
+    The numbers travel over gloo, on the host, while the step computes: all ranks know a request of step t after step
+    t + 1, and no step waits for a device.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -114,7 +114,7 @@ class Agreement:
         self._pending: dist.Work | None = None
 
     def __call__(self, request: int) -> int:
-        """To be called once a step by every rank; returns the same on all of them."""
+        """Call it once per step on every rank; returns the same on all of them."""
         agreed = NOTHING
         if self._pending is not None:
             self._pending.wait()
@@ -129,24 +129,24 @@ class Agreement:
 
 
 _MEET_S = 1.0
-"""How often ranks meet while one of them works alone."""
+"""Seconds between collectives while one rank works alone."""
 
 
 def together(action: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Run `action`, None on ranks that have none, however long it takes; what each rank's returned.
+    """Run `action` on the ranks that pass one, however long it takes; returns what each rank's action returned.
 
-    It runs in a thread, and all ranks meet every second meanwhile: no collective waits longer, and the heartbeat of
-    every rank goes on for as long as some rank moves bytes (`Heartbeat.moved`).
+    The action runs in a thread. Meanwhile all ranks meet in a collective every second: none waits longer, and every
+    rank's heartbeat continues as long as any rank moves bytes (`Heartbeat.moved`).
 
     Raises:
-        CheckpointError: on every rank alike, the first OSError or UserError of one.
+        CheckpointError: on all ranks, the first OSError or UserError of any of them.
     """
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
             future.set_result(action() if action is not None else None)
-        except BaseException as error:  # raised again below, in the thread that waits for it
+        except BaseException as error:  # raised again below, in the calling thread
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="together").start()
@@ -162,11 +162,11 @@ def together(action: Callable[[], Any] | None, group: dist.ProcessGroup | None =
     if problem is not None and not isinstance(problem, (OSError, UserError)):
         raise problem
     outcomes: list[Any] = [None] * len(states)
-    told = None if problem is None else str(problem)
-    dist.all_gather_object(outcomes, (told, None if told is not None else future.result()), group)
-    for told, _ in outcomes:
-        if told is not None:
-            raise CheckpointError(told)
+    message = None if problem is None else str(problem)
+    dist.all_gather_object(outcomes, (message, None if message is not None else future.result()), group)
+    for message, _ in outcomes:
+        if message is not None:
+            raise CheckpointError(message)
     return [result for _, result in outcomes]
 
 
@@ -175,23 +175,23 @@ def rank() -> int:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over all ranks, the same on each."""
+    """Sum over all ranks, in place; every rank gets it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def draws(seed: int, step: int, batch: int, width: int) -> Tensor:
-    """Uniform numbers (batch, width) in [0, 1) for the images of one global batch: what drop-path decides by.
+    """Draw uniform numbers (batch, width) in [0, 1) for the images of one global batch, which decide drop-path.
 
-    A function of seed and step alone, so that another number of ranks, or a restart, drops the same layers.
+    They depend on seed and step only: another number of ranks, or a restart, drops the same layers.
     """
     return torch.from_numpy(_uniform(seed, (1 << 62) + step, (batch, width)))
 
 
 def backward_parts(config: VimConfig, seed: int, step: int) -> list[float] | None:
-    """How much of each layer's backward path is in, in training, after `step` steps: the ramp, times 0 or
-    1 / (1 - backward_drop); None where all of all is. The same on every rank, so that what is dropped is not computed.
+    """Factor of each layer's backward path in training, after `step` steps: the ramp, times 0 or
+    1 / (1 - backward_drop). None if all factors are 1. All ranks get the same, so dropped paths need not be computed.
     """
     ramp = config.backward_at(step)
     if ramp == 1 and config.backward_drop == 0:

@@ -1,4 +1,4 @@
-"""How far this rank has come: told by what trains, read by the thread that answers for the rank."""
+"""The progress of this rank: the training loop reports it, and the thread that answers the launcher reads it."""
 
 import platform
 import statistics
@@ -10,24 +10,24 @@ Doing = Literal["start", "step", "evaluate", "save"]
 
 
 class Heartbeat:
-    """A counter that stands still when the rank does. One a process; its reader may be another thread."""
+    """A counter that stops when the rank does. One per process; another thread may read it."""
 
     def __init__(self) -> None:
         self.beats = 0
         self.doing: Doing = "start"
         self.step: int | None = None
-        """The last step that was finished since the process began."""
+        """The last step finished since the process began."""
         self.moved = 0
-        """Bytes of checkpoints that were read, written or sent, by whatever thread. They are no beat: a thread that
-        writes says nothing about the loop. Whoever waits for such a thread may beat for them (`distributed.together`).
+        """Bytes of checkpoints read, written or sent, by any thread. They are not beats: a thread that writes says
+        nothing about the loop. Whoever waits for such a thread may beat on its behalf (`distributed.together`).
         """
         self._seconds: deque[float] = deque(maxlen=100)
         self._last = time.monotonic()
 
     def beat(self, doing: Doing, step: int | None = None) -> None:
-        """A piece of work is done, and `doing` goes on; `step`: the step that was finished with it."""
+        """Report that a piece of work is done and `doing` comes next; `step`: the step that it finished."""
         now = time.monotonic()
-        if doing == self.doing == "step":  # what a save or an evaluation took is not a step's
+        if doing == self.doing == "step":  # the time of a save or an evaluation is not a step's
             self._seconds.append(now - self._last)
         self._last = now
         self.doing = doing
@@ -36,7 +36,7 @@ class Heartbeat:
         self.beats += 1
 
     def read(self) -> dict[str, Any]:
-        """What the launcher is told; `step_s` is the median time of a step, None before the second one."""
+        """The message for the launcher. `step_s`: median time of a step in seconds, None before the second step."""
         seconds = list(self._seconds)
         return {
             "kind": "heartbeat",

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: a manifest with sizes and sha256 of all files and of itself, written last."""
+"""Folders that are complete or absent: the manifest, with sizes and sha256 of all files and of itself, comes last."""
 
 import hashlib
 import json
@@ -23,18 +23,18 @@ class _Entry:
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """The manifest's entry for a file, which is on disk for good when this returns."""
+    """Sync a file to disk and return its entry for the manifest."""
     sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(pieces(path))}
 
 
 def seal_bytes(name: str, content: bytes) -> dict[str, Any]:
-    """The entry for a file of this content, wherever it is."""
+    """The entry for a file with this content, wherever it is stored."""
     return {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def text(entries: list[dict[str, Any]]) -> bytes:
-    """The manifest of these files, to the byte: what is read again is compared with it."""
+    """The manifest of these files. The same entries always give the same bytes, and reading compares them."""
     content: dict[str, Any] = {"format": FORMAT, "files": entries}
     content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return (json.dumps(content, indent=1) + "\n").encode()
@@ -48,7 +48,7 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def files(folder: Path) -> list[dict[str, Any]]:
-    """The manifest's entries.
+    """Read the entries of a folder's manifest.
 
     Raises:
         OSError: it cannot be read.
@@ -59,13 +59,13 @@ def files(folder: Path) -> list[dict[str, Any]]:
 
 
 def entries(raw: bytes, where: Path | str) -> list[dict[str, Any]]:
-    """Those of a manifest's text; `where` it was read, for messages. Raises as `files` does."""
+    """Parse the entries of a manifest. `where` names its folder in messages. Raises as `files` does."""
     content = untrusted.loads(raw)
     if not isinstance(content, dict):
         raise ValueError("it holds no entries")
     if content.get("format") == 1 and "sha256" not in content:
         raise CheckpointError(
-            f"{where}: its format is 1, this version reads {FORMAT}; go on with the version that wrote it, or choose"
+            f"{where}: its format is 1, this version reads {FORMAT}; resume with the version that wrote it, or choose"
             " another name="
         )
     if not isinstance(content.get("files"), list) or raw != text(content["files"]):
@@ -77,9 +77,9 @@ def entries(raw: bytes, where: Path | str) -> list[dict[str, Any]]:
     return listed
 
 
-def faults(folder: Path, part: int = 0, of: int = 1, *, glance: bool = False) -> Iterator[str]:
-    """What is wrong with a folder's files. Of its files, every `of`-th from `part` on is read; at a `glance` none is,
-    and their sizes alone are looked at.
+def faults(folder: Path, part: int = 0, of: int = 1, *, sizes_only: bool = False) -> Iterator[str]:
+    """Yield what is wrong with a folder's files: it checks every `of`-th one, starting at `part`. `sizes_only`: their
+    sizes only, without reading them.
 
     Raises:
         CheckpointError: another version of this package wrote it.
@@ -96,7 +96,7 @@ def faults(folder: Path, part: int = 0, of: int = 1, *, glance: bool = False) ->
             yield f"{name} is missing"
         elif path.stat().st_size != size:
             yield f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
-        elif not glance and not holds(entry, pieces(path)):
+        elif not sizes_only and not holds(entry, pieces(path)):
             yield f"{name} does not have the sha256 it was written with"
 
 
@@ -106,7 +106,7 @@ def damage(folder: Path, part: int = 0, of: int = 1) -> str | None:
 
 
 def holds(entry: dict[str, Any], content: Iterable[bytes]) -> bool:
-    """Whether a file is what its entry says."""
+    """Whether a file's content has the sha256 of its entry."""
     return _sha256(content) == entry["sha256"]
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: what is where in runs/NAME, and whether it may be used."""
+"""A run's folder: what runs/NAME holds, which of its checkpoints are intact, and who may use it."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,14 +18,14 @@ from typing import IO, Any
 
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
 from vimscale.recipe import own_code
-from vimscale.recipe.recipe import Checkpoint, Recipe, load
+from vimscale.recipe.recipe import Recipe, load
 from vimscale.runtime import manifest
 from vimscale.storage import files
 
 log = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("parallel", "checkpoint", "guard", "evaluate", "log", "data.workers", "data.cache", "data.max_bad")
-"""Sections and keys of a recipe that a resumed run may give anew: they decide how it runs, not what it computes."""
+"""Sections and keys of a recipe that may change when a run resumes: they decide how it runs, not what it computes."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -37,26 +37,12 @@ def step_of(name: str) -> int:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether it is a checkpoint's name; others may have made step_latest or step_7."""
+    """Whether this package gives checkpoints such names; users may have added step_latest or step_7."""
     return re.fullmatch(r"step_(\d{8}|[1-9]\d{8,17})", name, re.ASCII) is not None
 
 
-def surplus(names: Iterable[str], rules: Checkpoint) -> list[str]:
-    """Of checkpoints by name, those to remove: all but the `keep` newest, multiples of `keep_every`, and the newest
-    regular one, which the guard may go back to.
-    """
-    ordered = sorted(names, reverse=True)
-    goal = next((name for name in ordered if step_of(name) % rules.every == 0), None)
-    return [name for name in ordered[rules.keep :] if name != goal and not stays(name, rules)]
-
-
-def stays(name: str, rules: Checkpoint) -> bool:
-    """Whether a checkpoint is kept for good."""
-    return rules.keep_every is not None and step_of(name) % rules.keep_every == 0
-
-
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, beside those of the same step that were set aside before."""
+    """Rename a damaged checkpoint to damaged_...; a number distinguishes several of the same step."""
     number, aside = 1, checkpoint.with_name(f"damaged_{checkpoint.name}")
     while aside.exists():
         number += 1
@@ -66,19 +52,39 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints under `folder` that have a manifest, newest first; `damage` says which are complete."""
-    found = (path.parent for path in folder.glob(f"step_*/{manifest.NAME}"))
-    return sorted((path for path in found if is_checkpoint(path.name)), reverse=True)
+    """List the checkpoints under `folder` that have a manifest, newest first; `damage` says which are intact."""
+    names = (path.parent.name for path in folder.glob(f"step_*/{manifest.NAME}"))
+    return [folder / name for name in newest_first(name for name in names if is_checkpoint(name))]
 
 
-def faults(checkpoint: Path, part: int = 0, of: int = 1, *, glance: bool = False) -> Iterator[str]:
-    """What is wrong with a checkpoint: `manifest.faults`, and that its name is another step's.
+def newest_first(names: Iterable[str]) -> list[str]:
+    """Sort checkpoint names by step. As text, step_100000000 would come before step_99999999."""
+    return sorted(names, key=step_of, reverse=True)
+
+
+def intact(here: Iterable[str], mirrored: Iterable[str], is_intact: Callable[[str, bool], bool]) -> Iterator[str]:
+    """Yield names of intact checkpoints, newest first. A resume uses the first one, as do all commands by default.
+
+    Args:
+        here: names in the run's folder.
+        mirrored: names in its mirror.
+        is_intact: called as is_intact(name, from_mirror); for the mirror's copy only if the run's own is missing or
+            damaged.
+    """
+    here, mirrored = set(here), set(mirrored)
+    for name in newest_first(here | mirrored):
+        if (name in here and is_intact(name, False)) or (name in mirrored and is_intact(name, True)):
+            yield name
+
+
+def faults(checkpoint: Path, part: int = 0, of: int = 1, *, sizes_only: bool = False) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint: `manifest.faults`, and a name that belongs to another step.
 
     Raises:
         CheckpointError: another version of this package wrote it.
     """
     found = False
-    for fault in manifest.faults(checkpoint, part, of, glance=glance):
+    for fault in manifest.faults(checkpoint, part, of, sizes_only=sizes_only):
         found = True
         yield fault
     if not found and (name := _name_fault(checkpoint)) is not None:
@@ -98,7 +104,7 @@ def damage(checkpoint: Path, part: int = 0, of: int = 1) -> str | None:
 
 
 def misnamed(name: str, train_state: bytes) -> str | None:
-    """What is wrong with the name of a checkpoint, whose trainer.json says which step it is of."""
+    """Compare a checkpoint's name with the step in its trainer.json; returns what is wrong, or None."""
     try:
         content = json.loads(train_state)
     except (ValueError, RecursionError) as error:
@@ -110,13 +116,13 @@ def misnamed(name: str, train_state: bytes) -> str | None:
 
 
 _NUMBERS = {"train": ("loss", "lr"), "eval": ("images", "loss")}
-"""Figures that all rows of a kind have; an evaluation's others depend on the objective."""
+"""Figures in all rows of a kind, and "eval" in a result too if it has an evaluation. The objective decides on others."""
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None if it is not what this package writes: damaged, or somebody else's."""
+    """Parse a line of metrics.jsonl; None if it is damaged or this package did not write it."""
     try:
-        row = json.loads(line.strip(b"\0"))  # which a power failure leaves where nothing had been written yet
+        row = json.loads(line.strip(b"\0"))  # a power failure can leave zeros at the end
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
@@ -130,6 +136,8 @@ def _has_numbers(row: dict[str, Any], kind: str) -> bool:
 
 
 class RunFolder:
+    """Paths and files of one run, and the lock that keeps other launches out."""
+
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
@@ -145,7 +153,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: str) -> "RunFolder":
-        """The folder of an existing run, given by path or by name under runs/.
+        """Find the folder of an existing run, by path or by name under runs/.
 
         Raises:
             CheckpointError: there is no such run.
@@ -158,7 +166,7 @@ class RunFolder:
         raise CheckpointError(f"run {run}: no recipe.yaml in it; {here}")
 
     def recipe(self, overrides: Iterable[str] = ()) -> Recipe:
-        """The recipe as the launch resolved it, with `overrides` put on top.
+        """Load the recipe as the launch resolved it, with `overrides` on top.
 
         Raises:
             RecipeError: the file is damaged, or of another version.
@@ -166,14 +174,12 @@ class RunFolder:
         try:
             return load(self._recipe, overrides)
         except RecipeError as error:
-            way_out = "it is the run's own copy: bring it back, or remove it and launch the same recipe again"
-            raise RecipeError(
-                f"recipe {self._recipe}", [*error.faults[:-1], f"{error.faults[-1]}\n{way_out}"]
-            ) from None
+            fix = "it is the run's own copy: restore it, or remove it and launch the same recipe again"
+            raise RecipeError(f"recipe {self._recipe}", [*error.faults[:-1], f"{error.faults[-1]}\n{fix}"]) from None
 
     def result(self) -> dict[str, Any] | None:
-        """How the run ended; None while it has not, or if the file is damaged: the last steps' checkpoint gives it
-        again.
+        """How the run ended; None if it has not, or if the file is damaged. Launching a finished run again writes the
+        file from the last checkpoint.
         """
         if not self._result.is_file():
             return None
@@ -186,11 +192,11 @@ class RunFolder:
             return found
         if not self._warned:
             self._warned = True
-            log.warning("%s is damaged and not used; launching the run again writes it again", self._result)
+            log.warning("%s is damaged and not used; launch the run again to rewrite it", self._result)
         return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl that can be read, of a run that may be going on."""
+        """Read the valid rows of metrics.jsonl; the run may still be writing it."""
         if not self.metrics.exists():
             return []
         found = (read_row(line) for line in self.metrics.read_bytes().split(b"\n")[:-1])
@@ -200,30 +206,34 @@ class RunFolder:
         files.write(self._result, json.dumps(result, indent=1) + "\n")
 
     def newest_checkpoint(self, step: int | None = None) -> Path:
-        """The newest checkpoint that is whole, or the one of `step`.
+        """Find the newest intact checkpoint, or the one of `step`; reads all of its bytes.
 
         Raises:
             CheckpointError: there is none.
         """
-        candidates = checkpoints(self.checkpoints)
+        names = [path.name for path in checkpoints(self.checkpoints)]
         if step is not None:
-            candidates = [path for path in candidates if path.name == checkpoint_name(step)]
+            names = [name for name in names if name == checkpoint_name(step)]
         faults: list[str] = []
-        for path in candidates:
-            fault = damage(path)
-            if fault is None:
-                for damaged in faults:
-                    log.warning("not whole, so %s is taken instead: %s", path.name, damaged)
-                return path
-            faults.append(f"{path.name}: {fault}")
+
+        def is_intact(name: str, from_mirror: bool) -> bool:
+            if (fault := damage(self.checkpoints / name)) is not None:
+                faults.append(f"{name}: {fault}")
+            return fault is None
+
+        chosen = next(intact(names, (), is_intact), None)
+        if chosen is not None:
+            for fault in faults:
+                log.warning("using %s, because a newer checkpoint is damaged: %s", chosen, fault)
+            return self.checkpoints / chosen
         if faults:
-            raise CheckpointError(f"run {self.path}: no checkpoint is whole\n  " + "\n  ".join(faults))
+            raise CheckpointError(f"run {self.path}: no checkpoint is intact\n  " + "\n  ".join(faults))
         others = ", ".join(path.name for path in checkpoints(self.checkpoints)) or "none"
-        wanted = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
-        raise CheckpointError(f"run {self.path}: {wanted}; there are: {others}")
+        missing = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
+        raise CheckpointError(f"run {self.path}: {missing}; there are: {others}")
 
     def finished(self, recipe: Recipe) -> dict[str, Any] | None:
-        """How this run of the recipe ended; None if there is something left to do. Changes nothing.
+        """How this run of the recipe ended; None if steps are left. Changes nothing.
 
         Raises:
             LaunchError: the folder holds a run of another recipe.
@@ -232,14 +242,17 @@ class RunFolder:
         return self.result()
 
     def hold(self, otherwise: str, wait_s: float = 0.0) -> None:
-        """Keep other launches out for as long as this object lives; `otherwise`: what to do if one is in, `wait_s`: how
-        long that one has to end.
+        """Lock the folder for as long as this object lives, so that no other launch uses it.
+
+        Args:
+            otherwise: what a user can do if a launch is using it; ends the message.
+            wait_s: how long to wait for that launch to end.
 
         Raises:
-            LaunchError: one is, or the folder cannot be written.
+            LaunchError: a launch is using it, or the folder cannot be written.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        there = set(os.listdir(self.path)) if self.path.is_dir() else set[str]()
+        existing = set(os.listdir(self.path)) if self.path.is_dir() else set[str]()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
@@ -252,15 +265,15 @@ class RunFolder:
             if time.monotonic() >= until:
                 raise LaunchError(f"run folder {self.path} is in use by a launch; {otherwise}")
             time.sleep(0.05)
-        self._before = _Before(made, there, self._steps(), _kept(self._recipe), _kept(self._environment))
+        self._before = _Before(made, existing, self._steps(), _kept(self._recipe), _kept(self._environment))
 
     def claim(self, recipe: Recipe, wait_s: float = 0.0) -> Recipe:
-        """Make the folder this run's, for as long as this object lives; write down what runs and where. `wait_s`: how
-        long another launch that uses it has to end. Returns the recipe to run: one that names a user's own file names
-        the copy of it in this folder.
+        """`hold` the folder for a run of `recipe`, and record there the recipe and the environment. Returns the recipe
+        to run: if it names a user's own file, it names the copy in this folder.
 
         Raises:
-            LaunchError: it cannot be written, another launch is using it, or it holds a run of another recipe.
+            LaunchError: it cannot be written, another launch is still using it after `wait_s`, or it holds a run of
+                another recipe.
         """
         self.hold("end that one, or choose another name=", wait_s)
         self._check(recipe)
@@ -287,18 +300,19 @@ class RunFolder:
         return _with_kind(recipe, f"{copy}:{name}"), _with_kind(recipe, f"{copy.name}:{name}").to_yaml()
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder."""
         self._lock.close()
 
     def withdraw(self) -> bool:
-        """Undo `claim` and what ranks did since, but for their logs, unless a step was finished in between; whether it
-        is undone. To be called when no rank is left.
+        """Undo `claim` and remove what ranks wrote since, unless they finished a step; returns whether it did.
+
+        Call it when no rank is left. Logs that an earlier launch began keep what was added to them.
         """
         before = self._before
         if before is None or self._steps() != before.steps:
             return False
         self._before = None
-        for name in set(os.listdir(self.path)) - before.there:
+        for name in set(os.listdir(self.path)) - before.existing:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path, kept in ((self._recipe, before.recipe), (self._environment, before.environment)):
@@ -312,17 +326,17 @@ class RunFolder:
 
     def _check(self, recipe: Recipe) -> None:
         if not self._recipe.exists() or self._steps() == _NO_STEPS:
-            return  # a launch that never came so far leaves nothing to protect
+            return  # a launch that finished no step leaves nothing to protect
         changed = _differences(_portable(self.recipe()).model_dump(), _portable(recipe).model_dump())
         if changed:
             raise LaunchError(
-                f"run folder {self.path} holds a run of another recipe; changed are\n  "
+                f"run folder {self.path} holds a run of another recipe; these keys differ:\n  "
                 + "\n  ".join(changed)
                 + "\nchoose another name=, or remove the folder"
             )
 
     def _steps(self) -> "_Steps":
-        """What is written of the run's steps."""
+        """Look at what the finished steps have written."""
         rows = self.metrics.stat() if self.metrics.exists() else None
         written = (rows.st_size, rows.st_mtime_ns) if rows else None
         return _Steps(written, tuple(path.name for path in checkpoints(self.checkpoints)))
@@ -330,10 +344,10 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class _Steps:
-    """What changes when a run is trained."""
+    """Traces of finished steps."""
 
     metrics: tuple[int, int] | None
-    """Bytes and time of the last row."""
+    """Size of metrics.jsonl in bytes, and its mtime in ns."""
     checkpoints: tuple[str, ...]
 
 
@@ -342,10 +356,11 @@ _NO_STEPS = _Steps(None, ())
 
 @dataclass(frozen=True)
 class _Kept:
-    """A file as it was."""
+    """A file before the launch."""
 
     content: bytes
     times: tuple[int, int]
+    """atime and mtime in ns."""
 
 
 @dataclass(frozen=True)
@@ -353,8 +368,9 @@ class _Before:
     """A run's folder before a launch."""
 
     made: list[Path]
-    """Folders that were not there, the innermost first."""
-    there: set[str]
+    """Folders that the launch created, innermost first."""
+    existing: set[str]
+    """Names in the folder."""
     steps: _Steps
     recipe: _Kept | None
     environment: _Kept | None
@@ -363,8 +379,8 @@ class _Before:
 def _kept(path: Path) -> _Kept | None:
     if not path.is_file():
         return None
-    about = path.stat()
-    return _Kept(path.read_bytes(), (about.st_atime_ns, about.st_mtime_ns))
+    stat = path.stat()
+    return _Kept(path.read_bytes(), (stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def _locked(file: IO[str]) -> bool:

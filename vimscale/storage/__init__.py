@@ -1,4 +1,4 @@
-"""Bytes in and out: files, folders, web servers and buckets; addresses and their secrets; records from outside.
+"""Reading and writing bytes: files, folders, web servers and buckets; secrets in addresses; untrusted JSON.
 
-Imports errors alone; everything may import it.
+Imports only errors and the heartbeat; everything may import it.
 """

@@ -1,8 +1,8 @@
-"""Secrets in addresses: find them, hide them from messages, and fill them in from the environment where they are used.
+"""Secrets in addresses: find them, hide them from messages, and fill them in from the environment at the point of use.
 
-An address may hold a password (https://user:password@host/...), a token in its place, or a signature in its query
-(S3's X-Amz-Signature, Azure's sig, Google's X-Goog-Signature). Files and messages get none of these; a recipe names an
-environment variable instead: https://user:${PASSWORD}@host/train, https://host/train?${SIGNATURE}.
+An address may hold a password (https://user:password@host/...), a token in its stead, or a signature in its query
+(S3's X-Amz-Signature, Azure's sig, Google's X-Goog-Signature). None of these may get into files or messages. A recipe
+names an environment variable instead: https://user:${PASSWORD}@host/train, https://host/train?${SIGNATURE}.
 """
 
 import os
@@ -23,13 +23,13 @@ _NAME = re.compile(r"(?P<user>[^/@:?#]+)@")
 _QUERY = re.compile(r"[?#][^'\"<>]*[^'\"<>;,:.)\]]")
 _SECRET_KEY = re.compile(r"sig|token|key|secret|passw|pwd|auth|credential|session|jwt", re.IGNORECASE)
 _BARE = 16
-"""A query that is one word of at least this many characters is taken for a token."""
+"""A query of one word counts as a token from this many characters on."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _FROM_VARIABLES = re.compile(rf"\?(?:[^=&?#]*={_VARIABLE.pattern}&?|{_VARIABLE.pattern}&?)+[;,:.)\]]*$")
 
 
 def masked(text: str) -> str:
-    """A text with the secrets of all addresses in it left out: passwords, tokens, and everything behind a `?`."""
+    """Remove the secrets of all addresses in a text: passwords, tokens, and everything after a `?`."""
     return _IN_TEXT.sub(_masked, text) if "://" in text else text
 
 
@@ -49,12 +49,12 @@ def _masked(found: re.Match) -> str:
 
 
 def _is_web(found: re.Match) -> bool:
-    """Whether the scheme before it is http or https, where a name without a password is a token."""
+    """Whether the scheme before it is http or https: there, a name without a password is a token."""
     return re.search(r"https?://$", found.string[: found.start()], re.IGNORECASE) is not None
 
 
 def secret(address: str) -> str | None:
-    """What secret an address holds, in words; None if it holds none, or names variables in its place."""
+    """Name the secret that an address holds; None if it holds none, or names variables instead."""
     for found in _ALONE.finditer(_VARIABLE.sub("", address)):
         rest = found[0]
         user = _PASSWORD.match(rest)
@@ -72,15 +72,15 @@ def secret(address: str) -> str | None:
 
 
 def variables(address: str) -> list[str]:
-    """Names of the environment variables that an address takes secrets from."""
+    """Names of the environment variables from which an address takes its secrets."""
     return _VARIABLE.findall(address) if "://" in address else []
 
 
 def filled(address: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The address with its variables' values: percent-encoded before the host, as they are behind a `?`.
+    """Fill in the values of an address's variables: percent-encoded before a `?`, unchanged after it.
 
     Raises:
-        KeyError: a variable is not set; its name.
+        KeyError: a variable is not set; the argument is its name.
     """
     if not variables(address):
         return address

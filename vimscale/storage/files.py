@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and with the file's name in whatever prevents it."""
+"""Write files completely or not at all; errors name the file."""
 
 import errno
 import os
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a machine has not enough of, or does not do, where the place itself is right."""
-
+"""Errors of a machine that lacks space or fails, although the path is right."""
 
 _PIECE = 1 << 20
 
@@ -30,7 +29,7 @@ def sync(path: Path) -> None:
 
 
 def pieces(content: Path | bytes) -> Iterator[bytes]:
-    """A file piece by piece; the heartbeat is told of each."""
+    """Yield content in pieces, and count their bytes in the heartbeat."""
     if isinstance(content, bytes):
         for start in range(0, len(content), _PIECE):
             heartbeat.moved += len(piece := content[start : start + _PIECE])
@@ -44,7 +43,7 @@ def pieces(content: Path | bytes) -> Iterator[bytes]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError that names no file: a full disk shows in write and close, which know no names."""
+    """Add `path` to an OSError that names no file: write and close, which meet a full disk, do not know the name."""
     try:
         yield
     except OSError as error:
@@ -55,7 +54,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end; what stood there stays if that fails.
+    """Give a temporary path to write to; at the end it replaces `path`. If that fails, the file there stays.
 
     Raises:
         OSError: with a file's name.
@@ -75,7 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file that is either as it was or complete.
+    """Write a file: afterwards it is complete, or as it was before.
 
     Raises:
         OSError: with the file's name.
@@ -85,7 +84,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
-    """Write a safetensors file that is either as it was or complete.
+    """Write a safetensors file: afterwards it is complete, or as it was before.
 
     Raises:
         OSError: with the file's name.
@@ -98,8 +97,8 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
         mode = partial.stat().st_mode
         try:
             save_file(dict(tensors), partial)
-            partial.chmod(mode)  # the library's files are for their owner alone
-        except SafetensorError as error:  # the library's only word for what the system said
+            partial.chmod(mode)  # the library's files are readable by their owner only
+        except SafetensorError as error:  # the library reports the system's error in its text only
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise
@@ -107,23 +106,23 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
 
 
 def refusal(error: OSError) -> str:
-    """What an OSError with a file's name means for whoever gave the command: the file, what happened, and the fix."""
-    fix = _FIXES.get(error.errno or 0, "choose another place")
+    """Explain an OSError that names a file: the file, what happened, and the fix."""
+    fix = _FIXES.get(error.errno or 0, "choose another path")
     copied = error.filename2 is not None and error.errno in (*FULL, errno.EROFS)
     return f"{error.filename2 if copied else error.filename}: {error.strerror}; {fix}"
 
 
-_PERMISSION = "choose another place, or change its permissions"
-_ROOM = "make room there, or choose another place"
+_PERMISSION = "choose another path, or change its permissions"
+_ROOM = "free space there, or choose another path"
 _FIXES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: "files may not grow that large there (ulimit -f); raise the limit, or choose another place",
+    errno.EFBIG: "files may not grow that large there (ulimit -f); raise the limit, or choose another path",
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: _PERMISSION,
-    errno.EEXIST: "it is in the way; move it, or choose another place",
-    errno.ENOTDIR: "a file stands where a folder is needed; move it, or choose another place",
+    errno.EEXIST: "it is in the way; move it, or choose another path",
+    errno.ENOTDIR: "a file is where a folder is needed; move it, or choose another path",
     errno.EISDIR: "it is a folder and a file is needed; name a file",
-    errno.ENOENT: "its folder is not there, or not any more; make it, or choose another place",
+    errno.ENOENT: "its folder does not exist (any more); create it, or choose another path",
 }

@@ -1,7 +1,7 @@
-"""Where a data set's bytes are: a folder, a web server, an object store, or any place that fsspec knows.
+"""Read and write files in a folder, on a web server, in an object store, or wherever fsspec has a driver.
 
-A connection that breaks, a server that is down (5xx) or busy (429) and a body that ends early are tried again, from the
-byte that was reached. Everything else is said at once: what is not there, not permitted or not understood stays so.
+A connection that breaks, a server that is down (5xx) or busy (429), and a body that ends early are retried from the
+byte that was reached. Any other error is raised at once: what is missing, forbidden or malformed stays so.
 """
 
 import base64
@@ -24,10 +24,9 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request
 
-from vimscale.errors import DataError
+from vimscale.errors import DataError, shortened
 from vimscale.storage import files, untrusted, web
 from vimscale.storage.addresses import filled, masked, shown
-from vimscale.storage.untrusted import line
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +34,31 @@ _T = TypeVar("_T")
 
 _CHUNK = 1 << 18
 _PROGRESS = 1 << 20
-"""After so many bytes more, failures are counted anew: only a connection that leads nowhere is given up."""
+"""After this many more bytes the count of failures restarts: only a connection without progress is given up."""
 _BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
-_UNLISTED = "%s cannot be listed, so its shards are checked only when they are fetched: %s"
+_UNLISTED = "%s cannot be listed, so shards are checked only when they are fetched: %s"
 WRITTEN = "give a folder, or s3://, gs:// or az://BUCKET/FOLDER"
-_READ = "folders and http(s):// are always read; s3://, gs:// and az:// with vimscale[s3]"
+_READ = "folders and http(s):// can always be read; s3://, gs:// and az:// with vimscale[s3]"
 
 
 class Missing(DataError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class _Broken(Exception):
-    """What may go better if tried again."""
+    """A failure that a retry may fix."""
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How long a connection that fails is tried again; the pauses double from `first` to `longest`, in seconds."""
+    """How often to try a connection that fails; pauses double from `first` to `longest`, in seconds."""
 
     tries: int = 10
     first: float = 0.1
     longest: float = 15.0
     stall: float = 60.0
-    """Seconds without a byte after which a connection counts as broken, as does one that is slower than 1,000 bytes per
-    second for that long; a request to a bucket may take no longer, and goes on with another.
+    """Seconds without a byte after which a connection counts as broken, as does one that stays below 1,000 bytes per
+    second for that long. A request to a bucket may take no longer either; another one continues where it stopped.
     """
 
     def pause(self, failures: int) -> float:
@@ -67,7 +66,7 @@ class Retry:
 
 
 class Folder:
-    """Files of this machine, which are read where they are."""
+    """Files on this machine."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -78,7 +77,7 @@ class Folder:
         return str(self.path / name)
 
     def get(self, name: str, most: int = untrusted.SMALL) -> bytes:
-        """The whole of a small file.
+        """Read a small file.
 
         Raises:
             DataError: it cannot be read, or has more than `most` bytes; `Missing` if it is not there.
@@ -91,7 +90,7 @@ class Folder:
             raise DataError(f"{self.where(name)} cannot be read: {error}") from None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of those of the files that are there."""
+        """Bytes of each file that exists."""
         found = {}
         for name in names:
             try:
@@ -104,32 +103,32 @@ class Folder:
 
 
 class Remote(ABC):
-    """Files of another machine. Its kinds say how to open one at a byte, and how to list them."""
+    """Files on another machine. A subclass opens a file at a byte, lists files, and writes them if it can."""
 
     def __init__(self, url: str, retry: Retry):
         self.url = url
         self.retry = retry
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.url, self.retry)  # connections are made anew in worker processes
+        return type(self), (self.url, self.retry)  # worker processes open their own connections
 
     def where(self, name: str) -> str:
-        """The file's full address, for messages and as the name it is cached by."""
+        """The file's full address without secrets, for messages and as the name in the cache."""
         return f"{shown(self.url).rstrip('/')}/{name}"
 
     def get(self, name: str, most: int = untrusted.SMALL) -> bytes:
-        """The whole of a small file.
+        """Read a small file.
 
         Raises:
-            DataError: it cannot be had, or has more than `most` bytes; `Missing` if it is not there.
+            DataError: it cannot be read, or has more than `most` bytes; `Missing` if it is not there.
         """
         return b"".join(self.stream(name, most))
 
     def stream(self, name: str, most: int | None = None) -> Iterator[bytes]:
-        """The file piece by piece, whole and in order, over as many connections as it takes.
+        """Yield the complete file in pieces, in order, over as many connections as it takes.
 
         Raises:
-            DataError: it cannot be had, or has more than `most` bytes; `Missing` if it is not there.
+            DataError: it cannot be read, or has more than `most` bytes; `Missing` if it is not there.
         """
         done = mark = failures = 0
         while True:
@@ -151,10 +150,10 @@ class Remote(ABC):
 
     def _check(self, name: str, size: int, most: int | None) -> None:
         if most is not None and size > most:
-            raise DataError(f"{self.where(name)} has more than {most:,} bytes, which is all that is read of it")
+            raise DataError(f"{self.where(name)} has more than {most:,} bytes, the most that is read of it")
 
     def put(self, name: str, content: Path | bytes) -> None:
-        """Write a file, which others see when all of it is there.
+        """Write a file; others see it once it is complete.
 
         Raises:
             DataError: it cannot be written.
@@ -163,12 +162,12 @@ class Remote(ABC):
 
     def delete(self, name: str) -> None:
         """Raises:
-        DataError: it cannot be deleted; that it is not there is no error.
+        DataError: it cannot be deleted. A file that does not exist is not an error.
         """
         self._try(name, partial(self._delete, name))
 
     def listed(self) -> dict[str, int]:
-        """All files below and their bytes.
+        """Bytes of all files below the address, by name.
 
         Raises:
             DataError: they cannot be listed.
@@ -185,23 +184,23 @@ class Remote(ABC):
                 self._failed(name, error, failures)
 
     def _failed(self, name: str, error: _Broken, failures: int) -> None:
-        """Pause before the next try, unless there have been enough."""
+        """Pause before the next try; raises DataError after the last one."""
         if failures == self.retry.tries:
             raise DataError(
                 f"{self.where(name)}: {error}; tried {failures} times, with pauses of up to"
-                f" {self.retry.pause(failures):g} s; once it can be reached again, repeat the command"
+                f" {self.retry.pause(failures):g} s; repeat the command once it can be reached again"
             ) from None
         pause = self.retry.pause(failures)
-        log.warning("%s: %s; again in %g s", self.where(name), error, pause)
+        log.warning("%s: %s; retrying in %g s", self.where(name), error, pause)
         time.sleep(pause)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
-        """Bytes of those of the files that are there; None where asking for that would be a request a file."""
+        """Bytes of each file that exists; None if this would take one request per file."""
         return None
 
     @abstractmethod
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
-        """(bytes of the whole file, its bytes from `start` on); raises _Broken for what may go better next time."""
+        """(size of the file or None, its bytes from `start` on); raises _Broken for failures that a retry may fix."""
 
     def _put(self, name: str, content: Path | bytes) -> None:
         raise DataError(f"{self.where(name)} cannot be written: {WRITTEN}")
@@ -214,14 +213,14 @@ class Remote(ABC):
 
 
 class Web(Remote):
-    """A web server. Where it knows ranges, a broken body goes on where it broke."""
+    """A web server. If it supports ranges, a retry continues where the body broke."""
 
     def __init__(self, url: str, retry: Retry):
         super().__init__(url, retry)
         try:
             self._parts = urlsplit(url)
         except ValueError as error:
-            raise DataError(f"data {shown(url)} is no address: {error}") from None
+            raise DataError(f"data {shown(url)} is not an address: {error}") from None
         self._host = self._parts.netloc.rpartition("@")[2]
 
     def _open(self, name: str, start: int) -> tuple[int | None, Iterator[bytes]]:
@@ -233,30 +232,30 @@ class Web(Remote):
                 request.add_header("Range", f"bytes={start}-")
             if self._parts.username is not None:
                 user = f"{unquote(self._parts.username)}:{unquote(self._parts.password or '')}"
-                # this server's password is no business of one that it sends us on to
+                # a server that this one redirects to must not get its password
                 request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
             response = web.urlopen(request, self.retry.stall)
         except HTTPError as error:
             error.close()
-            said = f"HTTP {error.code} {line(error.reason)}"
+            status = f"HTTP {error.code} {shortened(error.reason)}"
             if error.code in (301, 302, 303, 307, 308):
                 raise DataError(
-                    f"{self.where(name)}: it leads on without end, or to another place than http(s):// ({said});"
+                    f"{self.where(name)}: it redirects endlessly, or to an address other than http(s):// ({status});"
                     " give the address where the files are"
                 ) from None
             if error.code >= 500 or error.code in (408, 425, 429):
-                raise _Broken(said) from None
+                raise _Broken(status) from None
             if error.code in (404, 410):
-                raise Missing(f"{self.where(name)} is not there ({said}); check the address") from None
-            raise DataError(f"{self.where(name)}: {said}; check the address and who may read it") from None
+                raise Missing(f"{self.where(name)} is not there ({status}); check the address") from None
+            raise DataError(f"{self.where(name)}: {status}; check the address and who may read it") from None
         except (InvalidURL, ValueError) as error:
-            raise DataError(f"{self.where(name)} is no address: {error}") from None
+            raise DataError(f"{self.where(name)} is not an address: {error}") from None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
             if unknown or isinstance(reason, ssl.SSLCertVerificationError):
                 raise DataError(f"{self.where(name)}: {reason}; check the address") from None
-            raise _Broken(line(str(reason)) or type(reason).__name__) from None
+            raise _Broken(shortened(str(reason)) or type(reason).__name__) from None
         try:
             length = web.length(response, start)
         except ValueError as error:
@@ -267,13 +266,13 @@ class Web(Remote):
 
 
 def _body(response: web.Response, skip: int) -> Iterator[bytes]:
-    """What is left of a response, without the first `skip` bytes of it."""
+    """Yield the rest of a response, without its first `skip` bytes."""
     with response:
         while True:
             try:
                 piece = response.read_some(_CHUNK)
             except (OSError, HTTPException) as error:
-                raise _Broken(line(str(error)) or type(error).__name__) from None
+                raise _Broken(shortened(str(error)) or type(error).__name__) from None
             if not piece:
                 return
             if len(piece) > skip:
@@ -282,7 +281,7 @@ def _body(response: web.Response, skip: int) -> Iterator[bytes]:
 
 
 class Bucket(Remote):
-    """S3, Google Cloud Storage or Azure, through obstore, which reads AWS_ENDPOINT_URL and its like."""
+    """S3, Google Cloud Storage or Azure through obstore, which reads AWS_ENDPOINT_URL and similar variables."""
 
     def __init__(self, url: str, retry: Retry):
         super().__init__(url, retry)
@@ -294,7 +293,7 @@ class Bucket(Remote):
                 client_options={"allow_http": True, "timeout": timedelta(seconds=retry.stall)},
                 retry_config={"max_retries": 0},
             )
-        except Exception as error:  # obstore has no common class for faulty addresses and settings
+        except Exception as error:  # obstore has no common class for invalid addresses and settings
             raise DataError(f"data {shown(url)}: {_first_line(error)}; write s3://BUCKET/FOLDER") from None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int] | None:
@@ -336,22 +335,22 @@ class Bucket(Remote):
             raise self._fault("", error) from None
 
     def _fault(self, name: str, error: Exception) -> Exception:
-        """What to raise for an error of obstore's."""
+        """The exception to raise for an error of obstore."""
         if isinstance(error, FileNotFoundError):
             return Missing(f"{self.where(name)} is not there; check bucket, folder and AWS_ENDPOINT_URL")
-        said = _first_line(error)
+        message = _first_line(error)
         refused = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
-        if refused or re.search(r"status code: 4(?!08|25|29)|incorrectly configured|[Cc]redential", said):
+        if refused or re.search(r"status code: 4(?!08|25|29)|incorrectly configured|[Cc]redential", message):
             return DataError(
-                f"{self.where(name)}: {said}; check the region and the keys in the environment"
+                f"{self.where(name)}: {message}; check the region and the keys in the environment"
                 " (AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true)"
             )
-        asked = "169.254.169.254" in said  # a cloud machine's own address for keys, which others do not have
-        return _Broken(said + (" (no keys in the environment)" if asked else ""))
+        no_keys = "169.254.169.254" in message  # where machines in a cloud get keys; others do not have it
+        return _Broken(message + (" (no keys in the environment)" if no_keys else ""))
 
 
 class Filesystem(Remote):
-    """Any other place that fsspec has a driver for."""
+    """Any other address that fsspec has a driver for."""
 
     def __init__(self, url: str, retry: Retry):
         super().__init__(url, retry)
@@ -361,7 +360,7 @@ class Filesystem(Remote):
             self._fsspec.get_filesystem_class(scheme.rpartition("::")[2])
         except ValueError:
             raise DataError(
-                f"data {url}: no such scheme as {scheme}://; {_READ}, others with vimscale[fsspec]"
+                f"data {url}: {scheme}:// is not a known scheme; {_READ}, others with vimscale[fsspec]"
             ) from None
         except ImportError as error:
             raise DataError(f"data {shown(url)}: {scheme}:// needs another package: {error}") from None
@@ -377,7 +376,7 @@ class Filesystem(Remote):
         try:
             system, root = self._fsspec.core.url_to_fs(self.url)
             found = system.find(root, detail=True)
-        except Exception as error:  # every driver has its own
+        except Exception as error:  # every driver raises its own
             raise _Broken(_first_line(error)) from None
         return {posixpath.relpath(path, root): entry["size"] for path, entry in found.items()}
 
@@ -411,7 +410,7 @@ class Filesystem(Remote):
             raise Missing(f"{self.where(name)} is not there; check the address") from None
         except PermissionError as error:
             raise DataError(f"{self.where(name)}: {error}; check who may read it") from None
-        except Exception as error:  # every driver has its own
+        except Exception as error:  # every driver raises its own
             raise _Broken(_first_line(error)) from None
         return getattr(file, "size", None), _pieces(_read(file))
 
@@ -426,7 +425,7 @@ def _pieces(pieces: Iterable[Any]) -> Iterator[bytes]:
     try:
         for piece in pieces:
             yield bytes(piece)
-    except Exception as error:  # the libraries beneath raise what they like when a connection breaks
+    except Exception as error:  # the libraries raise anything when a connection breaks
         raise _Broken(_first_line(error)) from None
 
 
@@ -441,17 +440,17 @@ def _library(name: str, url: str, extra: str) -> Any:
     except ImportError:
         scheme = url.partition("://")[0]
         raise DataError(
-            f"data {shown(url)}: {scheme}:// is read through {name}, which is not installed:"
+            f"data {shown(url)}: {scheme}:// needs {name}, which is not installed:"
             f" pip install 'vimscale[{extra}]' ({_READ})"
         ) from None
 
 
 def with_secrets(url: str) -> str:
-    """An address that the user gave, with the environment variables that it names; never one out of a manifest, which
-    could send them anywhere.
+    """Fill in the environment variables of an address. Only for addresses that the user gave: one from a manifest could
+    send the values anywhere.
 
     Raises:
-        DataError: one is not set.
+        DataError: a variable is not set.
     """
     try:
         return filled(url)
@@ -462,10 +461,10 @@ def with_secrets(url: str) -> str:
 
 
 def open_store(url: str, retry: Retry | None = None) -> Folder | Remote:
-    """The place `url`: a folder's path, or an address.
+    """Open `url`: a folder's path, or an address.
 
     Raises:
-        DataError: a scheme that is not known, or whose library is not installed.
+        DataError: its scheme is not known, or needs a library that is not installed.
     """
     if url.startswith("pipe:"):
         raise DataError(f"data {url}: no command is run to read data; give the shards' own address, or download them")
@@ -479,7 +478,7 @@ def open_store(url: str, retry: Retry | None = None) -> Folder | Remote:
 
 
 def beside(url: str, base: str) -> str:
-    """The place `base` as a manifest at `url` says it: an address, an absolute path, or relative to the manifest."""
+    """Resolve the `base` of a manifest at `url`: an address, an absolute path, or a path relative to the manifest."""
     if "://" in base or base.startswith(("/", "pipe:")):
         return base
     scheme, mark, path = url.partition("://")

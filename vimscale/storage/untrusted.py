@@ -1,4 +1,4 @@
-"""JSON and file names that other people wrote, read within limits. What does not fit raises ValueError, in one line."""
+"""Read JSON and file names that other people wrote, within limits. A fault is a ValueError with a one-line message."""
 
 import json
 import math
@@ -13,32 +13,20 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from vimscale.errors import brief
+
 SMALL = 64 << 20
 """Largest manifest, index or state file in bytes: 390,000 shards, or the index of 8 million samples."""
 _DIGITS = 40
 _DEPTH = 32
 _PART, _PATH = 200, 1000
-"""Bytes of a name, and letters of a path. A file system allows 255, and `.NAME.idx.partial-PID` has to fit, too."""
+"""Most bytes of a name, and characters of a path. File systems allow 255 bytes; `.NAME.idx.partial-PID` must fit."""
 
 _PLAIN = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value in a message: one short line, whatever it is."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= most + 2 else f"{text[:most]}..."
-
-
-def line(text: str, most: int = 200) -> str:
-    """What somebody else says, in a message: a short line without control characters."""
-    text = "".join(letter if letter.isprintable() else " " for letter in text[: most + 1])
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
 def read(path: Path, most: int = SMALL) -> bytes:
-    """A small regular file.
+    """Read a small regular file.
 
     Raises:
         OSError: it cannot be read.
@@ -55,10 +43,10 @@ def read(path: Path, most: int = SMALL) -> bytes:
 
 
 def loads(text: str | bytes, *, finite: bool = True) -> Any:
-    """JSON; if `finite`, without NaN and infinities.
+    """Parse JSON; `finite` refuses NaN and infinities.
 
     Raises:
-        ValueError: it is not JSON, has a key twice, a number of too many digits, or is nested too deep.
+        ValueError: it is not JSON, has a key twice, a number of too many digits, or is nested too deeply.
     """
     try:
         return json.loads(
@@ -76,7 +64,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {shown(key)} is there twice")
+        raise ValueError(f"the key {brief(key)} is there twice")
     return found
 
 
@@ -88,15 +76,15 @@ def _whole(digits: str) -> int:
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"the number {shown(text)} is not finite")
+        raise ValueError(f"the number {brief(text)} is not finite")
     return number
 
 
 def build(kind: Any, value: Any, at: str = "") -> Any:
-    """What JSON gave as a `kind`: a dataclass, or any type that its fields may have. Numbers stay as they are written.
+    """Convert a JSON value to `kind`: a dataclass, or any type that its fields may have. Numbers stay as they are.
 
     Raises:
-        ValueError: it is not one; names the first value that does not fit, by its position below `at`.
+        ValueError: it does not fit; the message names the first value that does not, by its position below `at`.
     """
     if type(value) is kind and kind in (int, float, bool, str):
         return _text(value, at) if kind is str else value
@@ -110,10 +98,10 @@ def build(kind: Any, value: Any, at: str = "") -> Any:
         (kind,) = (each for each in inner if each is not NoneType)
         return build(kind, value, at)
     if is_dataclass(kind):
-        return _dataclass(kind, _of(dict, value, at, "an object"), at)
+        return _dataclass(kind, _of(dict, value, at, "a mapping"), at)
     if origin is dict:
-        items = _of(dict, value, at, "an object").items()
-        return {build(str, key, at): build(inner[1], item, f"{at}.{shown(key, 20)}") for key, item in items}
+        items = _of(dict, value, at, "a mapping").items()
+        return {build(str, key, at): build(inner[1], item, f"{at}.{brief(key, 20)}") for key, item in items}
     if origin in (list, tuple):
         items = _of(list, value, at, "a list")
         kinds = inner if origin is tuple and inner[1:] != (Ellipsis,) else inner[:1] * len(items)
@@ -136,7 +124,7 @@ def _keys(kind: Any) -> tuple[dict[str, Any], set[str]]:
 def _dataclass(kind: Any, tree: dict[str, Any], at: str) -> Any:
     known, needed = _keys(kind)
     if unknown := tree.keys() - known.keys():
-        raise ValueError(f"{_named(at)} has an unknown key {shown(min(unknown))}")
+        raise ValueError(f"{_named(at)} has an unknown key {brief(min(unknown))}")
     if missing := needed - tree.keys():
         raise ValueError(f"{_named(at)} has no {min(missing)}")
     return kind(**{name: build(known[name], value, f"{at}.{name}" if at else name) for name, value in tree.items()})
@@ -149,7 +137,7 @@ def _of(kind: Any, value: Any, at: str, what: str) -> Any:
 
 
 def _misfit(value: Any, at: str, what: str) -> ValueError:
-    return ValueError(f"{_named(at)} is {shown(value)}, not {what}")
+    return ValueError(f"{_named(at)} is {brief(value)}, not {what}")
 
 
 def _named(at: str) -> str:
@@ -162,7 +150,7 @@ def _text(text: str, at: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_named(at)} is {shown(text)}, which is not Unicode") from None
+        raise ValueError(f"{_named(at)} is {brief(text)}, which is not Unicode") from None
     return text
 
 
@@ -175,26 +163,26 @@ def _check_depth(value: Any, at: str, left: int = _DEPTH) -> None:
 
 
 def file_name(value: object) -> str:
-    """A file's name, which leads nowhere but into the folder that it is put behind.
+    """Check that a value is a file's name: appended to a folder, it stays in that folder.
 
     Raises:
-        ValueError: it is not one; says the rule.
+        ValueError: it is not; names the rule.
     """
     return _parts(value, 1)
 
 
 def file_path(value: object) -> str:
-    """A relative path that stays below its folder, such as a/00000.tar.
+    """Check that a value is a relative path that stays below its folder, such as a/00000.tar.
 
     Raises:
-        ValueError: it is not one; says the rule.
+        ValueError: it is not; names the rule.
     """
     return _parts(value, _PATH)
 
 
 def _parts(value: object, most: int) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"the name {shown(value)} is not a text")
+        raise ValueError(f"the name {brief(value)} is not a text")
     if _PLAIN.fullmatch(value):
         return value
     parts = value[: _PATH + 1].split("/")
@@ -212,4 +200,4 @@ def _parts(value: object, most: int) -> str:
         rule = "it has a control character, or is not Unicode"
     else:
         return value
-    raise ValueError(f"the name {shown(value)} cannot be used: {rule}")
+    raise ValueError(f"the name {brief(value)} cannot be used: {rule}")

@@ -1,7 +1,7 @@
-"""Answers of web servers in bounded time and memory, whatever a server sends.
+"""Read responses of web servers in bounded time and memory, whatever a server sends.
 
-A connection has `stall` seconds of patience. Only waiting uses it up, and every 1,000 bytes give a second back: a
-server that sends nothing, or a byte now and then, is given up. Between two pieces of a file no more than a megabyte of
+A connection has a budget of `stall` seconds. Only waiting uses it up, and every 1,000 bytes give a second back: a
+server that sends nothing, or a byte now and then, is given up. Between two pieces of a file, at most a megabyte of
 anything else is read: headers, "100 Continue", pages of redirects, chunk sizes and trailers.
 """
 
@@ -25,7 +25,7 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from vimscale.storage.untrusted import shown
+from vimscale.errors import brief
 
 RATE = 1000
 """Bytes per second that a connection must keep up, on average."""
@@ -34,7 +34,7 @@ _COMPRESSED = {"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zst
 
 
 class _Paced(io.RawIOBase):
-    """What comes through a socket, as long as it comes fast enough and is not all headers."""
+    """Bytes from a socket, as long as they come fast enough and are not all headers."""
 
     def __init__(self, raw: Any, connection: socket.socket):
         self._raw, self._connection = raw, connection
@@ -62,13 +62,15 @@ class _Paced(io.RawIOBase):
 
 
 class Response(HTTPResponse):
+    """A response that raises if it is too slow, or sends too much besides its body."""
+
     def __init__(self, sock: socket.socket, *arguments: Any, **named: Any):
         super().__init__(sock, *arguments, **named)
         self._paced = _Paced(self.fp.detach(), sock)
         self.fp = io.BufferedReader(self._paced)
 
     def read_some(self, most: int) -> bytes:
-        """What has come, at most so many bytes; none at the end."""
+        """Read what has arrived, at most `most` bytes; empty at the end."""
         piece = self.read1(most)
         if piece:
             self._paced.overhead = 0
@@ -94,7 +96,7 @@ class _Https(HTTPSHandler):
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Ten, to other web servers."""
+    """Follows at most ten redirects, and only to web servers."""
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         if urlsplit(newurl).scheme not in ("http", "https"):
@@ -103,8 +105,8 @@ class _Redirects(HTTPRedirectHandler):
 
 
 def urlopen(request: Request, stall: float) -> Response:
-    """Raises what urllib's does."""
-    opener = OpenerDirector()  # build_opener's opens file:// and ftp://, too
+    """Open a request as urllib does, and raise the same errors; `stall` as in the module's docstring."""
+    opener = OpenerDirector()  # the one of build_opener opens file:// and ftp:// too
     kinds = (ProxyHandler, UnknownHandler, _Http, _Https, HTTPDefaultErrorHandler, _Redirects, HTTPErrorProcessor)
     for kind in kinds:
         opener.add_handler(kind())
@@ -112,21 +114,21 @@ def urlopen(request: Request, stall: float) -> Response:
 
 
 def length(response: Response, start: int) -> int | None:
-    """Bytes that a response to a request for those from `start` on says it has; None if it does not.
+    """The number of bytes that a response to a request from byte `start` on announces; None if it announces none.
 
     Raises:
-        ValueError: it contradicts itself, or is not what was asked for; says what the server does.
+        ValueError: it contradicts itself or the request. The message continues "the server ...".
     """
     encodings = re.split(r"[,\s]+", response.headers.get("Content-Encoding", "").lower())
     if compressed := _COMPRESSED.intersection(encodings):
-        raise ValueError(f"compresses what it sends ({min(compressed)}), which it was asked not to")
+        raise ValueError(f"compresses what it sends ({min(compressed)}), although asked not to")
     part = response.headers.get("Content-Range", f"bytes {start}-")
     if response.status == 206 and not re.match(rf"bytes {start}-", part):
-        raise ValueError(f"sends other bytes than it was asked for (Content-Range {shown(part)}, not from {start} on)")
-    said = {value.strip() for value in response.headers.get_all("Content-Length", [])}
-    if response.chunked or not said:
+        raise ValueError(f"sends other bytes than it was asked for (Content-Range {brief(part)}, not from {start} on)")
+    announced = {value.strip() for value in response.headers.get_all("Content-Length", [])}
+    if response.chunked or not announced:
         return None
-    if len(said) > 1 or not re.fullmatch("[0-9]{1,18}", min(said)):
-        what = " and ".join(map(shown, sorted(said)[:2]))
+    if len(announced) > 1 or not re.fullmatch("[0-9]{1,18}", min(announced)):
+        what = " and ".join(map(brief, sorted(announced)[:2]))
         raise ValueError(f"sends a Content-Length that makes no sense ({what})")
-    return int(min(said))
+    return int(min(announced))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vimscale.checkpoint import load as checkpoint
-from vimscale.checkpoint import mirror
+from vimscale.checkpoint import retention
 from vimscale.checkpoint.load import TrainState
 from vimscale.engine.deepspeed_engine import MOMENTS, Engine
 from vimscale.errors import RunFailed
@@ -105,7 +105,7 @@ def roll_back(run: Run, bad: Incurable) -> None:
     guard.go_back(state.step, state.guard)
     run.curve = Curve()
     if run.spec.rank == 0:
-        mirror.remove_after(newest)
+        retention.remove_after(newest)
     run.open_stream()
     if run.metrics is not None:
         run.metrics.close()

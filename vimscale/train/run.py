@@ -81,7 +81,7 @@ class Run:
         heartbeat.beat("start")
         micro = recipe.micro_batch(spec.world).size
         engine.encoder.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
-        store = open_mirror(recipe.checkpoint.second, recipe.name)
+        store = open_mirror(recipe.checkpoint.mirror, recipe.name)
         return cls(spec, emit, train_set, val_set, steps, config, engine, Guard(recipe, device), store)
 
     @property

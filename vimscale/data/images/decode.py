@@ -13,8 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vimscale.errors import BadSample
-from vimscale.storage.untrusted import shown
+from vimscale.errors import BadSample, brief
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header alone: a few bytes can ask for gigabytes."""
@@ -77,7 +76,7 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
     if label is None:
         raise BadSample("no label", f"{where}: no whole number in a member .cls, the label")
     if not 0 <= label < classes:
-        raise BadSample("label", f"{where}: label {shown(label)} is none of the {classes} classes, 0 to {classes - 1}")
+        raise BadSample("label", f"{where}: label {brief(label)} is none of the {classes} classes, 0 to {classes - 1}")
     try:
         return pixels(data), label
     except BadSample as error:

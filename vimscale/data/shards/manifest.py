@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vimscale.errors import DataError
+from vimscale.errors import DataError, brief
 from vimscale.storage import untrusted
 from vimscale.storage.files import naming, sync
 
@@ -88,7 +88,7 @@ class Manifest:
         except ValueError as error:
             raise DataError(f"data {where}: {MANIFEST} cannot be read: {error}") from None
         if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
-            found = untrusted.shown(tree["format"])
+            found = brief(tree["format"])
             raise DataError(f"data {where}: manifest format {found}, this version reads {FORMAT}")
         try:
             said = tree.pop("samples", None) if isinstance(tree, dict) else None
@@ -112,15 +112,15 @@ def _check(manifest: Manifest) -> None:
         if not 0 <= shard.samples <= min(shard.bytes // 512, untrusted.SMALL // 8 - 1) or shard.bytes >> 60:
             raise ValueError(f"{shard.name} cannot hold {shard.samples:,} samples in {shard.bytes:,} bytes")
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            raise ValueError(f"{shard.name} has {untrusted.shown(shard.sha256)} as its sha256")
+            raise ValueError(f"{shard.name} has {brief(shard.sha256)} as its sha256")
     if any(value <= 0 for value in manifest.std):
         raise ValueError(f"std is {list(manifest.std)}, and images are divided by it")
     if manifest.labels and (len(manifest.labels) != len(manifest.classes) or min(manifest.labels) < 0):
         raise ValueError(f"labels does not count the samples of {len(manifest.classes):,} classes")
     if strange := [side for side in manifest.sides if not re.fullmatch("[0-9]{1,9}", side)]:
-        raise ValueError(f"sides has {untrusted.shown(strange[0])}, which is no number of pixels")
+        raise ValueError(f"sides has {brief(strange[0])}, which is no number of pixels")
     if re.search(r"[\x00-\x1f\x7f]", manifest.base):
-        raise ValueError(f"base is {untrusted.shown(manifest.base)}, which is no folder or address")
+        raise ValueError(f"base is {brief(manifest.base)}, which is no folder or address")
 
 
 def checked_name(name: str) -> str:
@@ -130,7 +130,7 @@ def checked_name(name: str) -> str:
         ValueError: it is not one.
     """
     if not untrusted.file_path(name).endswith(".tar"):
-        raise ValueError(f"the name {untrusted.shown(name)} cannot be used: shards end in .tar")
+        raise ValueError(f"the name {brief(name)} cannot be used: shards end in .tar")
     return name
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vimscale.storage.untrusted import shown
+from vimscale.errors import brief
 
 BLOCK = 512
 ZERO = bytes(BLOCK)
@@ -180,7 +180,7 @@ def _pax(payload: bytes, offset: int) -> dict[str, bytes]:
 
 def _pax_size(value: bytes, offset: int) -> int:
     if not re.fullmatch(rb"[0-9]{1,19}", value):
-        raise Fault(offset, f"a pax header says a size of {shown(text(value))}: it is damaged")
+        raise Fault(offset, f"a pax header says a size of {brief(text(value))}: it is damaged")
     return int(value)
 
 
@@ -192,4 +192,4 @@ def _name(raw: bytes, offset: int) -> str:
 
 def short(name: str) -> str:
     """A member's name for messages."""
-    return name if len(name) <= 100 and name.isprintable() else shown(name, 100)
+    return name if len(name) <= 100 and name.isprintable() else brief(name, 100)

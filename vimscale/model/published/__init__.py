@@ -1,1 +1,5 @@
-"""Published models: the arguments that their code takes, their weights in and out, and where they differ from Vim."""
+"""Published Vision Mambas: the arguments of their constructors, conversion of their weights, and what their code does
+that ours does not.
+
+It imports the rest of `vimscale.model`; `vimscale.model` itself does not import it, and any package above may.
+"""

@@ -1,12 +1,12 @@
-"""The constructors of published Vision Mambas: their arguments and named models, as a VimConfig and back. No torch.
+"""Arguments of the constructors of published Vision Mambas: converts them to a VimConfig and back. Needs no torch.
 
 Three families: `vim` (hustvl/Vim, arXiv:2401.09417), `mambar` (wangf3014/Mamba-Reg, arXiv:2405.14858) and `arm`
-(OliverRensu/ARM as fine-tuned, arXiv:2406.07537). What their code does and a VimConfig does not say is a quirk: see
+(OliverRensu/ARM as fine-tuned, arXiv:2406.07537). What their code does and a VimConfig cannot express is a quirk: see
 `vimscale.model.published.quirks`.
 """
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from vimscale.errors import CheckpointError
@@ -77,9 +77,9 @@ DEFAULTS: dict[Family, Arguments] = {
         "global_pool": False,
     },
 }
-"""What the constructors take, with their own defaults."""
-_OF_RUNTIME = {"device", "dtype", "initializer_cfg", "pretrained"}
-"""Arguments that decide nothing about a model that gets its weights from a file."""
+"""Arguments that each family's constructor takes, with its defaults."""
+_WITHOUT_EFFECT = {"device", "dtype", "initializer_cfg", "pretrained"}
+"""Arguments that do not affect a model whose weights come from a file."""
 _SCAN_INIT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"}
 
 _PLAIN: Arguments = {"patch_size": 16, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
@@ -120,53 +120,59 @@ PUBLISHED: dict[str, Arguments] = {
     "arm_large_pz16": {**_ARM, "embed_dim": 1024, "depth": 24},
     "arm_huge_pz16": {**_ARM, "embed_dim": 1536, "depth": 24},
 }
-"""By the name of the published function; it leaves image size, number of classes and rates to the caller."""
+"""Arguments that each published function sets, by its name; the caller sets image size, number of classes and rates."""
 
 
 def family(arguments: Arguments) -> Family:
+    """Tell the family by its arguments."""
     if "num_cls_tokens" in arguments or "cls_reduce" in arguments:
         return "mambar"
     return "arm" if arguments.get("bimamba_type") == "v3" else "vim"
 
 
 def complete(arguments: Arguments) -> Arguments:
-    """The arguments with the constructor's defaults for those that are absent, in its spelling.
+    """Complete the arguments with the constructor's defaults, in its spelling.
 
     Raises:
-        CheckpointError: names that the constructor does not have, or that contradict each other.
+        CheckpointError: the constructor does not take a name or a value, or two of them contradict each other.
     """
     kind = family(arguments)
     spelled, other = ("if_devide_out", "if_divide_out") if kind == "arm" else ("if_divide_out", "if_devide_out")
-    given = {name: value for name, value in arguments.items() if name not in _OF_RUNTIME}
+    given = {name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
     if kind != "mambar" and other in given:
         value = given.pop(other)
         if given.setdefault(spelled, value) != value:
             raise CheckpointError(
-                f"if_divide_out and if_devide_out are one argument; {value} and its opposite are given"
+                f"if_divide_out and if_devide_out are the same argument, but one is {value} and the other is not"
             )
     if unknown := sorted(given.keys() - DEFAULTS[kind].keys()):
         raise CheckpointError(
-            f"{', '.join(name[:_NAME] for name in unknown[:_SHOWN])}: no argument of the published {kind} constructor;"
-            f" it takes {', '.join(sorted(DEFAULTS[kind]))}"
+            f"{', '.join(name[:_NAME] for name in unknown[:_SHOWN])}: the published {kind} constructor has no such"
+            f" argument; it takes {', '.join(sorted(DEFAULTS[kind]))}"
         )
-    if isinstance(given.get("img_size"), list):  # out of JSON
+    if isinstance(given.get("img_size"), list):  # from JSON
         given["img_size"] = tuple(given["img_size"])
-    faults = [
+    _refuse(
         f"{name} is {reprlib.repr(value)}; it must be {_RULES[name][0]}"
         for name, value in given.items()
         if not _RULES[name][1](value)
-    ]
-    if faults:
-        raise CheckpointError(_NO_MODEL + "".join(f"\n  {fault}" for fault in faults[:_SHOWN]))
+    )
     return DEFAULTS[kind] | given
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    """Raise a CheckpointError that lists the first faults, if there are any."""
+    if shown := list(faults)[:_SHOWN]:
+        raise CheckpointError("".join([_NO_MODEL, *(f"\n  {fault}" for fault in shown)]))
 
 
 _NO_MODEL = "the published arguments do not make a model"
 _SHOWN, _NAME = 4, 40
-"""Names that an error lists, and characters of each."""
+"""Faults or names that an error lists, and characters of each name."""
 _Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must be, in words and as a test."""
 _LARGEST = 4096
-"""Pixels a side; no Vision Mamba was published for images near that size."""
+"""Pixels per side; no published Vision Mamba is for images near that size."""
 _MOST_PATCHES = 2**20
 
 
@@ -206,20 +212,18 @@ _RULES: dict[str, _Rule] = {
     "if_bidirectional": ('true, false or "halved"', lambda value: isinstance(value, bool) or value == "halved"),
     "ssm_cfg": _or_none(("the mixer's arguments by name", lambda value: isinstance(value, dict))),
 }
-"""What each argument may be."""
+"""The rule for each argument."""
 
 
 def config_of(arguments: Arguments) -> VimConfig:
-    """The model's shape, of arguments that are complete. Quirks are left out of it.
+    """Convert complete arguments to a VimConfig, without their quirks.
 
     Raises:
-        CheckpointError: the original code cannot run such a model either, or it has parts that we have not.
+        CheckpointError: the published code cannot run such a model either, or the model has parts that ours lacks.
     """
     kind = family(arguments)
     ssm = _ssm(arguments, kind)
-    faults = _faults(arguments, kind)
-    if faults:
-        raise CheckpointError(_NO_MODEL + "".join(f"\n  {fault}" for fault in faults[:_SHOWN]))
+    _refuse(_faults(arguments, kind))
     depth, d = arguments["depth"], arguments["embed_dim"]
     shape: dict[str, Any] = {
         "num_classes": max(arguments["num_classes"], 1),  # without a head: see quirks
@@ -252,11 +256,12 @@ def config_of(arguments: Arguments) -> VimConfig:
     except ValueError as error:
         raise CheckpointError(f"{_NO_MODEL}\n  {error}") from None
     if config.patches > _MOST_PATCHES:
-        raise CheckpointError(f"{_NO_MODEL}\n  {config.patches:,} patches an image; at most {_MOST_PATCHES:,}")
+        raise CheckpointError(f"{_NO_MODEL}\n  {config.patches:,} patches per image; at most {_MOST_PATCHES:,}")
     return config
 
 
 def _vim(arguments: Arguments) -> dict[str, Any]:
+    """Return the fields of VimConfig that only the family `vim` decides."""
     kind = {"none": "fwd", "v1": "shared", "v2": "bi"}[scan_type(arguments)]
     cls_token: ClassToken = "none"
     pool: Pool | None = None
@@ -266,7 +271,7 @@ def _vim(arguments: Arguments) -> dict[str, Any]:
         cls_token = "both"
     else:
         cls_token = "middle" if arguments["use_middle_cls_token"] else "first"
-    # v1 never divides, nor does the slow path
+    # neither v1 nor the slow path divides
     halved = arguments["if_divide_out"] and kind != "shared" and not slow(arguments)
     return {
         "directions": f"{kind}*{arguments['depth']}",
@@ -278,12 +283,13 @@ def _vim(arguments: Arguments) -> dict[str, Any]:
 
 
 def scan_type(arguments: Arguments) -> str:
+    """Return bimamba_type, or v1 where the older if_bimamba asks for it."""
     return "v1" if arguments["if_bimamba"] else arguments["bimamba_type"]
 
 
 def quirks(arguments: Arguments) -> list[str]:
-    """Names of the (complete) arguments that ask for what only `PublishedVim` does."""
-    asked = {
+    """List the names of the (complete) arguments that ask for something only `PublishedVim` does."""
+    requested = {
         "num_classes": arguments["num_classes"] < 1,
         "channels": arguments["channels"] != 3,
         "drop_rate": arguments["drop_rate"] > 0,
@@ -294,23 +300,28 @@ def quirks(arguments: Arguments) -> list[str]:
         "final_pool_type": arguments.get("final_pool_type") == "max"
         or (arguments.get("final_pool_type") == "all" and not arguments["if_cls_token"]),
     }
-    if arguments.get("bimamba_type") == "v3":  # ARM's code takes these and does not look at them
+    if arguments.get("bimamba_type") == "v3":  # ARM's code takes these and ignores them
         for name in ("if_bidirectional", "flip_img_sequences_ratio", "final_pool_type"):
-            asked[name] = False
-    return [name for name, wanted in asked.items() if wanted]
+            requested[name] = False
+    return [name for name, is_requested in requested.items() if is_requested]
 
 
 def slow(arguments: Arguments) -> bool:
-    """Whether the mixer's slow path is asked for, which runs the forward direction alone."""
+    """Whether the arguments ask for the mixer's slow path, which runs only the forward direction."""
     return not (arguments["ssm_cfg"] or {}).get("use_fast_path", True)
 
 
 def _ssm(arguments: Arguments, kind: Family) -> dict[str, Any]:
+    """Return the mixer's arguments.
+
+    Raises:
+        CheckpointError: an argument is unknown, or its value cannot be.
+    """
     ssm = dict(arguments["ssm_cfg"] or {})
     rank = -(-arguments["embed_dim"] // 16)
     fixed = {"dt_rank": ("auto", rank), "conv_bias": (True,), "bias": (False,)}
     faults = [
-        f"ssm_cfg.{name} is {reprlib.repr(ssm[name])}; only {values[0]!r} is known here"
+        f"ssm_cfg.{name} is {reprlib.repr(ssm[name])}; only {values[0]!r} is supported"
         for name, values in fixed.items()
         if name in ssm and ssm[name] not in values
     ]
@@ -320,26 +331,24 @@ def _ssm(arguments: Arguments, kind: Family) -> dict[str, Any]:
         if name in ssm and not _whole(1, _LARGEST)[1](ssm[name])
     ]
     known = {"d_state", "d_conv", "expand", "use_fast_path"} | fixed.keys() | _SCAN_INIT
-    faults += [
-        f"ssm_cfg.{str(name)[:_NAME]} is no argument of the published mixer" for name in ssm if name not in known
-    ]
-    twice = {"vim": "d_state", "arm": "expand", "mambar": ""}[kind]
-    if twice in ssm:
-        faults.append(f"ssm_cfg.{twice}: the constructor passes {twice} itself, and fails when it is given twice")
+    unknown = [name for name in ssm if name not in known]
+    faults += [f"ssm_cfg.{str(name)[:_NAME]}: the published mixer has no such argument" for name in unknown]
+    passed = {"vim": "d_state", "arm": "expand", "mambar": ""}[kind]
+    if passed in ssm:
+        faults.append(f"ssm_cfg.{passed}: the constructor passes {passed} itself and fails if it is given twice")
     if kind != "vim" and slow(arguments):
-        faults.append("ssm_cfg.use_fast_path false is not known here; leave it out")
-    if faults:
-        raise CheckpointError(_NO_MODEL + "".join(f"\n  {fault}" for fault in faults[:_SHOWN]))
+        faults.append("ssm_cfg.use_fast_path false is not supported; leave it out")
+    _refuse(faults)
     return ssm
 
 
 def _faults(arguments: Arguments, kind: Family) -> list[str]:
-    """What the original code fails on, or this one does not have."""
+    """List what the published code fails on or ours lacks."""
     faults = []
     if kind == "mambar":
         m, reduce, d = arguments["num_cls_tokens"], arguments["cls_reduce"], arguments["embed_dim"]
         if m < 1:
-            faults.append(f"num_cls_tokens is {m}; the head reads them, so there must be one at least")
+            faults.append(f"num_cls_tokens is {m}; the head reads them, so there must be at least one")
         elif m % reduce or d % reduce:
             faults.append(f"cls_reduce {reduce} must divide num_cls_tokens {m} and embed_dim {d}")
         return faults
@@ -353,7 +362,7 @@ def _faults(arguments: Arguments, kind: Family) -> list[str]:
             faults.append("if_rope: ARM's code does not define it")
         if rows != columns or rows % 2:
             faults.append(
-                f"img_size: ARM's column scans need a square grid of an even number a side, not {rows} x {columns}"
+                f"img_size: ARM's column scans need a square grid with an even number of rows, not {rows} x {columns}"
             )
         return faults
     if scan_type(arguments) not in ("none", "v1", "v2"):
@@ -368,35 +377,35 @@ def _faults(arguments: Arguments, kind: Family) -> list[str]:
 def _rope_faults(arguments: Arguments, patches: int) -> list[str]:
     size, d = arguments["img_size"], arguments["embed_dim"]
     if not isinstance(size, int):
-        return [f"if_rope: img_size is {size}; the original code makes tables for squares only"]
+        return [f"if_rope: img_size is {size}; the published code makes tables only for squares"]
     faults = [f"if_rope: embed_dim {d} is not a multiple of 4"] if d % 4 else []
     cls = arguments["if_cls_token"] * (1 + arguments["use_double_cls_token"])
-    turned = patches + cls - (patches + cls) % 2  # an odd number of tokens: the first is taken for the class token
+    rotated = patches + cls - (patches + cls) % 2  # an odd number of tokens: the first is taken for the class token
     table = (size // arguments["patch_size"]) ** 2
-    if turned != table:
+    if rotated != table:
         faults.append(
-            f"if_rope: the table is for {table} tokens (img_size // patch_size squared), and {turned} of"
-            f" {patches + cls} would be turned; the original code fails there too"
+            f"if_rope: the table is for {table} tokens (img_size // patch_size squared), but {rotated} of"
+            f" {patches + cls} would be rotated; the published code fails there too"
         )
     return faults
 
 
 def grid(arguments: Arguments) -> tuple[int, int]:
-    """Rows and columns of patches."""
+    """Return rows and columns of patches."""
     size, patch = arguments["img_size"], arguments["patch_size"]
     rows, columns = size if isinstance(size, tuple) else (size, size)
     stride = arguments.get("stride", patch)
     return (rows - patch) // stride + 1, (columns - patch) // stride + 1
 
 
-# ---- and back
+# ---- from a VimConfig back to arguments
 
 
 def arguments_of(config: VimConfig) -> Arguments:
-    """The published constructor's arguments for a model of ours.
+    """Return the published constructor's arguments for a model of ours.
 
     Raises:
-        CheckpointError: no published constructor makes such a model; the message names what stands in the way.
+        CheckpointError: no published constructor makes such a model; the message says why.
     """
     kinds = {layer.kind for layer in config.layers}
     kind: Family = "vim"
@@ -445,6 +454,7 @@ def arguments_of(config: VimConfig) -> Arguments:
 
 
 def _obstacles(config: VimConfig, kind: Family) -> list[str]:
+    """List what of a config the published code of this family cannot express."""
     kinds = {layer.kind for layer in config.layers}
     allowed = {"vim": {"fwd", "shared", "bi"}, "mambar": {"bi"}, "arm": {"cross"}}[kind]
     fixed: dict[str, tuple] = {"stages": ((),), "stem": ("patch",), "ssm_norm": (False,), "backward_gate": (False,)}
@@ -465,15 +475,15 @@ def _obstacles(config: VimConfig, kind: Family) -> list[str]:
         if getattr(config, name) not in values
     ]
     if orders := {layer.order for layer in config.layers} - {"row"}:
-        found.append(f"tokens walked by {', '.join(sorted(orders))}: only row by row")
-    if strange := kinds - allowed:
-        found.append(f"layers of kind {', '.join(sorted(strange))}: only {', '.join(sorted(allowed))}")
+        found.append(f"scans in the order {', '.join(sorted(orders))}: only row by row")
+    if other := kinds - allowed:
+        found.append(f"layers of kind {', '.join(sorted(other))}: only {', '.join(sorted(allowed))}")
     elif len(kinds) > 1:
-        found.append(f"a schedule of several kinds ({config.directions}): only one kind in all layers")
+        found.append(f"layers of several kinds ({config.directions}): only one kind in all layers")
     elif kinds == {"shared"} and config.fuse == "mean":
         found.append("fuse mean in layers of kind shared: v1 adds both directions and never divides")
     if kind == "mambar" and config.registers % config.register_reduce:
         found.append(f"registers {config.registers}: only a multiple of register_reduce {config.register_reduce}")
     if kind == "arm" and (config.grid[0] != config.grid[1] or config.grid[0] % 2):
-        found.append(f"a grid of {config.grid[0]} x {config.grid[1]} patches: only an even number a side, squares")
+        found.append(f"a grid of {config.grid[0]} x {config.grid[1]} patches: only squares with an even number of rows")
     return found

@@ -1,7 +1,7 @@
-"""Published Vision Mamba checkpoints as models of ours, and models of ours as published checkpoints, bit by bit.
+"""Converts published Vision Mamba checkpoints to our models and our models to published checkpoints, bit for bit.
 
-A published tensor is a part of one of our parameters: paths of a layer lie in one tensor here and in several, told
-apart by a suffix, there.
+A published tensor is a slice of one of our parameters: we keep the paths of a layer in one tensor, the published code
+in several, distinguished by a suffix.
 """
 
 import math
@@ -21,8 +21,10 @@ from vimscale.model.vim import VisionMamba
 
 __all__ = ["PUBLISHED", "PublishedVim", "from_published", "guess", "published_config", "to_published"]
 
+_OTHER_MODEL = "the state dict belongs to another model"
+_NOT_PUBLISHED = "the state dict does not belong to a published Vision Mamba"
 _SHOWN = 4
-"""Keys of each kind that an error names."""
+"""Keys of each kind that an error lists."""
 
 
 def from_published(
@@ -33,40 +35,41 @@ def from_published(
     cls_position: int | Literal["random"] | None = None,
     token_order: Tensor | Literal["random"] | None = None,
 ) -> VisionMamba:
-    """The model that the published constructor makes of `arguments` (or of a name in PUBLISHED) and `state` fills.
+    """Build the model that the published constructor makes from `arguments` (or a name in PUBLISHED); load `state`.
 
-    `resize_to`: image size that the model is made for, in place of `img_size`; the position embedding is interpolated
-    in the plane, with class token and registers at their places. `cls_position` and
-    `token_order`: as in `PublishedVim`; "random" is what the published forward pass calls if_random_cls_token_position
-    and if_random_token_rank.
+    `resize_to`: make the model for this image size instead of `img_size`. The position embedding is interpolated in the
+    plane; class token and registers keep their part of it. `cls_position` and `token_order`: as in `PublishedVim`;
+    "random" is what the published forward pass calls if_random_cls_token_position and if_random_token_rank.
 
     Raises:
-        CheckpointError: arguments, keys or shapes that do not belong to such a model.
+        CheckpointError: arguments, keys or shapes do not belong to such a model.
     """
     if isinstance(arguments, str):
-        if arguments not in PUBLISHED:
-            raise CheckpointError(f"{arguments} is no published model; known: {', '.join(PUBLISHED)}")
-        arguments = PUBLISHED[arguments]
-    whole = complete(dict(arguments))
-    make = partial(build if cls_position is None and token_order is None else PublishedVim, whole)
-    config_of(whole)
-    if state and (found := _depth(state)) != whole["depth"]:
-        raise CheckpointError(
-            f"the state dict is of another model\n  it has {found} layers, not depth {whole['depth']}"
-        )
-    with torch.device("meta"):  # before room is made for whatever the arguments say
+        arguments = _by_name(arguments)
+    arguments = complete(dict(arguments))
+    make = partial(build if cls_position is None and token_order is None else PublishedVim, arguments)
+    config_of(arguments)
+    if state and (found := _depth(state)) != arguments["depth"]:
+        raise CheckpointError(f"{_OTHER_MODEL}\n  it has {found} layers, not depth {arguments['depth']}")
+    with torch.device("meta"):  # check before allocating memory for whatever the arguments say
         _check(make(), state)
     model = make()
     _fill(model, state)
     if resize_to is not None:
-        model = _resized(model, whole, resize_to)
+        model = _resized(model, arguments, resize_to)
     if isinstance(model, PublishedVim):
         model.cls_position, model.token_order = cls_position, token_order
     return model
 
 
+def _by_name(name: str) -> Arguments:
+    if name not in PUBLISHED:
+        raise CheckpointError(f"{name} is not a published model; known: {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
+
+
 def to_published(model: VisionMamba) -> dict[str, Tensor]:
-    """The state dict that the published code loads strictly: copies, under its names and in its shapes.
+    """Copy the model's state dict to the names and shapes that the published code loads strictly.
 
     Raises:
         CheckpointError: no published code expresses this model.
@@ -76,7 +79,7 @@ def to_published(model: VisionMamba) -> dict[str, Tensor]:
 
 
 def published_config(model: VisionMamba) -> Arguments:
-    """The published constructor's arguments that make this model, all of them.
+    """Return all the published constructor's arguments for this model.
 
     Raises:
         CheckpointError: no published code expresses this model.
@@ -85,24 +88,26 @@ def published_config(model: VisionMamba) -> Arguments:
         return dict(model.arguments)
     if model.backward != 1:
         raise CheckpointError(
-            f"the backward paths of this model are in by {model.backward:.2g}, and the published code has all of them:"
-            " train on to the end of backward_ramp"
+            f"the backward paths of this model have a factor of {model.backward:.2g}, which the published code cannot"
+            " express: train to the end of backward_ramp"
         )
     return arguments_of(model.config)
 
 
-# ---- where each tensor belongs
+# ---- which slice of our parameters each published tensor is
 
 
 class _Slot(NamedTuple):
-    """A published tensor, and the part of one of ours that it is."""
+    """A published tensor, and the slice of our parameter that it corresponds to."""
 
     key: str
+    """Name of the published tensor."""
     name: str
+    """Name of our parameter."""
     part: Any = ...
-    """Index of the part in ours."""
+    """Index of the slice in our parameter."""
     axis: int | None = None
-    """Of size one, which the published tensor has besides."""
+    """An axis of size 1 that only the published tensor has."""
 
     def read(self, own: Mapping[str, Tensor]) -> Tensor:
         value = own[self.name].detach()[self.part]
@@ -113,7 +118,7 @@ class _Slot(NamedTuple):
 
 
 _SUFFIXES = ("", "_b", "_c", "_c_b")
-"""Of a layer's paths: forward, backward, down the columns, up the columns."""
+"""Suffixes of a layer's paths: forward, backward, down the columns, up the columns."""
 _BY_PATH = {
     "conv1d{}.weight": ("conv_weight", 1),
     "conv1d{}.bias": ("conv_bias", None),
@@ -122,6 +127,7 @@ _BY_PATH = {
     "dt_proj{}.bias": ("dt_bias", None),
     "D{}": ("D", None),
 }
+"""Published keys of a path, each with our parameter and the axis that only the published tensor has."""
 
 
 def _slots(model: VisionMamba) -> Iterator[_Slot]:
@@ -129,12 +135,12 @@ def _slots(model: VisionMamba) -> Iterator[_Slot]:
     kind, config = family(arguments), model.config
     yield _Slot("patch_embed.proj.weight", "patch_embed.weight")
     yield _Slot("patch_embed.proj.bias", "patch_embed.bias")
-    where = layout(config, config.grid)
+    positions = layout(config, config.grid)
     if kind == "mambar":
-        image = [place for start, end in where.image for place in range(start, end)]
+        image = [position for start, end in positions.image for position in range(start, end)]
         yield _Slot("cls_token", "registers", axis=0)
         yield _Slot("pos_embed", "pos_embed", image, axis=0)
-        yield _Slot("pos_embed_cls", "pos_embed", list(where.registers), axis=0)
+        yield _Slot("pos_embed_cls", "pos_embed", list(positions.registers), axis=0)
     elif config.pos_embed:
         yield _Slot("pos_embed", "pos_embed", axis=0)
     if config.cls_tokens == 1:
@@ -148,8 +154,8 @@ def _slots(model: VisionMamba) -> Iterator[_Slot]:
     for i, block in enumerate(model.blocks):
         mixer = block.mixer
         assert isinstance(mixer, Mamba)
-        inside = "norm1" if kind == "arm" else "norm"
-        yield from _norm(model, f"layers.{i}.{inside}", f"blocks.{i}.norm")
+        norm = "norm1" if kind == "arm" else "norm"
+        yield from _norm(model, f"layers.{i}.{norm}", f"blocks.{i}.norm")
         for slot in _mixer(mixer):
             yield slot._replace(key=f"layers.{i}.mixer.{slot.key}", name=f"blocks.{i}.mixer.{slot.name}")
         if kind == "arm":
@@ -170,7 +176,7 @@ def _mixer(mixer: Mamba) -> Iterator[_Slot]:
     yield _Slot("out_proj.weight", "out_proj.weight")
     for path in range(len(mixer.paths)):
         yield _Slot(f"A{_SUFFIXES[path]}_log", "A_log", path)
-    for path in range(len(mixer.D)):  # one set where directions share it
+    for path in range(len(mixer.D)):  # a layer of kind shared has one set for both directions
         for key, (name, axis) in _BY_PATH.items():
             yield _Slot(key.format(_SUFFIXES[path]), name, path, axis)
     if mixer.layer_scale is not None:
@@ -202,7 +208,7 @@ def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     ]
     faults = [
         f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("with the wrong shape", wrong))
         if keys
     ]
     if not faults:
@@ -211,12 +217,12 @@ def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     if position is not None and "pos_embed" in shapes and tuple(position.shape) != shapes["pos_embed"]:
         size = model.config.image_size
         faults.append(
-            f"img_size {size} asks for {shapes['pos_embed'][1]} positions, and there are {position.shape[1]}: give the"
-            " img_size and stride that the checkpoint was trained with, and resize_to for another one"
+            f"img_size {size} needs {shapes['pos_embed'][1]} positions, but there are {position.shape[1]}: give the"
+            " img_size and stride of the checkpoint's training, and resize_to for another size"
         )
     else:
-        faults.append(f"check depth, embed_dim, bimamba_type, class token and num_classes; they say {_about(model)}")
-    raise CheckpointError("the state dict is of another model\n" + "\n".join(f"  {fault}" for fault in faults))
+        faults.append(f"check depth, embed_dim, bimamba_type, class token and num_classes; they are {_about(model)}")
+    raise CheckpointError("\n".join([_OTHER_MODEL, *(f"  {fault}" for fault in faults)]))
 
 
 def _about(model: VisionMamba) -> str:
@@ -227,21 +233,22 @@ def _about(model: VisionMamba) -> str:
 
 @torch.no_grad()
 def _resized(model: VisionMamba, arguments: Arguments, size: int | tuple[int, int]) -> VisionMamba:
-    larger = arguments | {"img_size": size}
-    other = PublishedVim(larger) if isinstance(model, PublishedVim) else build(larger)
+    new_arguments = arguments | {"img_size": size}
+    new = PublishedVim(new_arguments) if isinstance(model, PublishedVim) else build(new_arguments)
     state = model.state_dict()
     if model.pos_embed is not None:
-        state["pos_embed"] = resized(model.pos_embed, model.config, other.config.grid)
-    state |= {name: value for name, value in other.state_dict().items() if name.startswith("rope_")}
-    other.load_state_dict(state)
-    return other
+        state["pos_embed"] = resized(model.pos_embed, model.config, new.config.grid)
+    state |= {name: value for name, value in new.state_dict().items() if name.startswith("rope_")}
+    new.load_state_dict(state)
+    return new
 
 
-# ---- what model a state dict is of
+# ---- which model a state dict belongs to
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
-    """The published arguments that keys and shapes tell, and what they do not tell, taken as published, for people.
+    """Infer the published arguments from keys and shapes. Return them, and for people a list of the arguments that keys
+    and shapes do not determine, which are assumed to be as published.
 
     Raises:
         CheckpointError: these are not the keys of a published Vision Mamba.
@@ -251,10 +258,10 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
         inner = state["layers.0.mixer.conv1d.weight"]
         norm = state["norm_f.weight"]
     except KeyError as error:
-        raise CheckpointError(f"the state dict is of no published Vision Mamba: it has no {error}") from None
+        raise CheckpointError(f"{_NOT_PUBLISHED}: it has no {error}") from None
     for key, rank in _RANKS.items():
         if key in state and (state[key].dim() != rank or 0 in state[key].shape):
-            raise CheckpointError(f"the state dict is of no published Vision Mamba: {key} is {tuple(state[key].shape)}")
+            raise CheckpointError(f"{_NOT_PUBLISHED}: {key} is {tuple(state[key].shape)}")
     d, depth = len(norm), _depth(state)
     head = state.get("head.weight")
     arguments: Arguments = {
@@ -267,7 +274,7 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
         "residual_in_fp32": True,
         "fused_add_norm": True,
     }
-    taken = ["norm_epsilon 1e-5"]
+    assumed = ["norm_epsilon 1e-5"]
     ssm = {"d_conv": inner.shape[-1]} if inner.shape[-1] != 4 else {}
     if "pos_embed_cls" in state and "pos_embed" in state:
         neck = state.get("neck.weight")
@@ -275,8 +282,8 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
         arguments |= {"cls_reduce": 1 if neck is None else d // len(neck)}
         patches = state["pos_embed"].shape[1]
     else:
-        more, also_taken, patches = _guess_tokens(state)
-        arguments, taken = arguments | more, taken + also_taken
+        token_arguments, token_assumed, patches = _guess_tokens(state)
+        arguments, assumed = arguments | token_arguments, assumed + token_assumed
     if family(arguments) == "vim":
         arguments["d_state"] = A.shape[1]
     elif A.shape[1] != 16:
@@ -286,10 +293,10 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
     size, stride = _guess_size(patches, patch.shape[-1], fixed=family(arguments) == "mambar")
     arguments |= {"img_size": size, "ssm_cfg": ssm or None}
     if stride != patch.shape[-1]:
-        taken.append(f"img_size {size} with stride {stride}")
+        assumed.append(f"img_size {size} with stride {stride}")
     if family(arguments) != "mambar":
         arguments["stride"] = stride
-    return complete(arguments), taken
+    return complete(arguments), assumed
 
 
 _RANKS = {
@@ -299,6 +306,7 @@ _RANKS = {
     "norm_f.weight": 1,
 }
 _RANKS |= {"head.weight": 2, "pos_embed": 3, "pos_embed_cls": 3, "neck.weight": 2, "rope.freqs_cos": 2}
+"""Number of axes of the tensors that `guess` reads."""
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:
@@ -306,12 +314,12 @@ def _depth(state: Mapping[str, Tensor]) -> int:
 
 
 def _guess_tokens(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str], int]:
-    """(arguments, what was taken as published, number of patches) of a vim or arm."""
+    """Return (arguments, what is assumed to be as published, number of patches) of a vim or arm."""
     prefix = "layers.0.mixer."
     kinds = {"v3": "A_c_log", "v2": "conv1d_b.weight", "v1": "A_b_log"}
     kind = next((kind for kind, key in kinds.items() if prefix + key in state), "none")
     cls = 2 if "cls_token_head" in state else int("cls_token" in state)
-    more: Arguments = {
+    arguments: Arguments = {
         "bimamba_type": kind,
         "if_abs_pos_embed": "pos_embed" in state,
         "if_cls_token": cls > 0,
@@ -321,47 +329,54 @@ def _guess_tokens(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str], in
         "if_rope": "rope.freqs_cos" in state,
     }
     if prefix + "gamma" in state:
-        more["init_layer_scale"] = 1e-5  # where it started does not matter any more
-    taken = []
+        arguments["init_layer_scale"] = 1e-5  # trained weights replace the initial value
+    assumed = []
     if kind == "v3":
-        taken.append("global_pool False: the class token is read")
+        assumed.append("global_pool False: the head reads the class token")
     else:
-        taken.append("if_bidirectional False")
+        assumed.append("if_bidirectional False")
         if kind == "v2":
-            more["if_divide_out"] = True
-            taken.append("if_divide_out True")
+            arguments["if_divide_out"] = True
+            assumed.append("if_divide_out True")
         if cls == 1:
-            taken.append("the class token in the middle")
+            assumed.append("the class token in the middle")
         elif cls == 0:
-            taken.append("final_pool_type mean")
-        if more["if_rope"]:
-            taken.append("if_rope_residual False")
+            assumed.append("final_pool_type mean")
+        if arguments["if_rope"]:
+            assumed.append("if_rope_residual False")
     if "pos_embed" in state:
-        return more, taken, state["pos_embed"].shape[1] - cls
-    if more["if_rope"]:
-        return more, taken, len(state["rope.freqs_cos"])
-    taken.append("img_size 224")
-    return more, taken, (224 // state["patch_embed.proj.weight"].shape[-1]) ** 2
+        return arguments, assumed, state["pos_embed"].shape[1] - cls
+    if arguments["if_rope"]:
+        return arguments, assumed, len(state["rope.freqs_cos"])
+    assumed.append("img_size 224")
+    return arguments, assumed, (224 // state["patch_embed.proj.weight"].shape[-1]) ** 2
 
 
 def _guess_size(patches: int, patch: int, *, fixed: bool) -> tuple[int, int]:
-    """(image size, stride) of a square of so many patches: 224 pixels if a stride below the patch gives them, else
-    patches side by side.
+    """Guess (image size, stride) of a square image with this many patches: 224 pixels if a stride below the patch size
+    yields them, else patches that do not overlap. `fixed`: the stride is the patch size.
+
+    Raises:
+        CheckpointError: the patches do not form a square.
     """
     side = math.isqrt(max(patches, 0))
     if side * side != patches or patches < 1:
-        raise CheckpointError(f"{patches} patches are no square: give img_size, with the other published arguments")
+        raise CheckpointError(
+            f"{patches} patches do not form a square: give img_size and the other published arguments"
+        )
     if not fixed and side > 1 and side * patch > 224 and (224 - patch) % (side - 1) == 0:
         return 224, (224 - patch) // (side - 1)
     return side * patch, patch
 
 
 def named(name: str, state: Mapping[str, Tensor]) -> Arguments:
-    """The published model `name`, with the image size and number of classes that the state dict is for."""
-    if name not in PUBLISHED:
-        raise CheckpointError(f"{name} is no published model; known: {', '.join(PUBLISHED)}")
-    arguments, _ = guess(state)
-    own = complete(PUBLISHED[name])
-    if "stride" in own and own["stride"] != own["patch_size"]:
-        return own | {"num_classes": arguments["num_classes"]}
-    return own | {key: arguments[key] for key in ("img_size", "num_classes")}
+    """Return the arguments of the published model `name`, with the state dict's image size and number of classes.
+
+    Raises:
+        CheckpointError: there is no such model, or these are not the keys of a published Vision Mamba.
+    """
+    arguments = complete(_by_name(name))
+    guessed, _ = guess(state)
+    if "stride" in arguments and arguments["stride"] != arguments["patch_size"]:
+        return arguments | {"num_classes": guessed["num_classes"]}
+    return arguments | {key: guessed[key] for key in ("img_size", "num_classes")}

@@ -1,0 +1,38 @@
+"""The pages name files, anchors and packages that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_layout import FLOORS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FOLDERS = "vimscale|launch|kernels|tests|benchmarks|recipes|cluster|examples|docs"
+
+
+def _anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_of_a_page_exist(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("http") and not (target.exists() and (not anchor or anchor in _anchors(target))):
+            missing.append(link)
+    paths = re.findall(rf"`((?:{_FOLDERS})/[\w/.\-]*\.(?:py|md|yaml|sh))`", text)
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_the_tour_lists_the_floors_that_the_layout_test_enforces() -> None:
+    text = (ROOT / "docs/one-image.md").read_text()
+    block = text.partition("<!-- floors -->\n```\n")[2].partition("\n```\n<!-- /floors -->")[0]
+    assert block.splitlines() == [", ".join(floor) for floor in FLOORS]

@@ -1,0 +1,122 @@
+"""The `model` section of a recipe. Its keys come from the fields of `vimscale.model.presets.VimConfig`: one source for
+names, types, defaults and documentation.
+"""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from textwrap import dedent
+from types import GenericAlias, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field, create_model, model_validator
+
+from vimscale.errors import suggest
+from vimscale.model import presets, schedule
+from vimscale.model.presets import PRESETS, VimConfig
+from vimscale.recipe.typed_yaml import Address, Flag, Section, Sides, Size, Whole
+
+S = TypeVar("S", bound=Section)
+
+
+def _keys_of(config: type, *, preset: bool = False, leave_out: tuple[str, ...] = ()) -> Callable[[type[S]], type[S]]:
+    """Class decorator: adds a key for each field of the dataclass `config`, with its type, default and docstring. With
+    `preset` every key is optional: None keeps the preset's value.
+    """
+
+    def add(section: type[S]) -> type[S]:
+        hints, docs = get_type_hints(config), _field_docs(config)
+        keys: dict[str, Any] = {}
+        for field in dataclasses.fields(config):
+            if not field.init or field.name in leave_out:
+                continue
+            kind = _yaml_type(hints[field.name])
+            default = None if preset else ... if field.default is dataclasses.MISSING else field.default
+            about = Field(default, description=docs.get(field.name))
+            keys[field.name] = (kind | None if preset else kind, about)
+        module, text = section.__module__, section.__doc__
+        return create_model(section.__name__, __base__=section, __module__=module, __doc__=text, **keys)
+
+    return add
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """Read the docstrings under a dataclass's fields; empty where its source is not installed."""
+    try:
+        (definition,) = ast.parse(dedent(inspect.getsource(config))).body
+    except OSError:
+        return {}
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            docs[field.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
+    return docs
+
+
+def _yaml_type(hint: Any) -> Any:
+    """Convert a field's type to the one that reads it from YAML: 1e6 for 1000000, yes for true, lists for tuples."""
+    if hint == int | tuple[int, int]:
+        return Size
+    if hint == tuple[int, int]:
+        return Sides
+    if hint is presets.Stage:
+        return Stage
+    if hint in (int, bool):
+        return Whole if hint is int else Flag
+    parts = tuple(part if part in (NoneType, Ellipsis) else _yaml_type(part) for part in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return reduce(or_, parts)
+    return GenericAlias(tuple, parts) if get_origin(hint) is tuple else hint
+
+
+@_keys_of(presets.Stage)
+class Stage(Section):
+    """One resolution of a hierarchical model."""
+
+
+@_keys_of(VimConfig, preset=True, leave_out=("num_classes",))
+class Model(Section):
+    """A preset and what to change in it. Keys that are left out keep the preset's values."""
+
+    preset: str = "vim_small"
+    weights: Address | None = None
+    """Folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this one.
+    The position embedding is resized; the head follows the names of the classes or starts again.
+    """
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Model":
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r} is not known{suggest(self.preset, PRESETS)}")
+        changes = self._changes()
+        plain = [key for key in ("depth", "d_model", "directions") if key in changes]
+        if changes.get("stages") and plain:
+            raise ValueError(f"stages have a depth, d_model and directions each: leave out {', '.join(plain)}")
+        self.shape(classes=1)
+        return self
+
+    def _changes(self) -> dict[str, Any]:
+        """Return the fields of VimConfig that the recipe sets."""
+        values = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(VimConfig)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def shape(self, classes: int) -> VimConfig:
+        """Return the model's shape, for this many classes."""
+        changes = self._changes()
+        if "stages" in changes:
+            changes["stages"] = tuple(presets.Stage(**stage.model_dump()) for stage in changes["stages"])
+        preset = PRESETS[self.preset]
+        if "depth" in changes and "directions" not in changes:
+            changes["directions"] = f"{_only_kind(preset)}*{changes['depth']}"
+        if "directions" in changes and "depth" not in changes:
+            changes["depth"] = len(schedule.parse(changes["directions"]))
+        return dataclasses.replace(preset, num_classes=classes, **changes)
+
+
+def _only_kind(preset: VimConfig) -> str:
+    (kind,) = set(map(str, preset.layers))  # each preset has layers of one kind
+    return kind
