@@ -116,7 +116,7 @@ def misnamed(name: str, train_state: bytes) -> str | None:
 
 
 _NUMBERS = {"train": ("loss", "lr"), "eval": ("images", "loss")}
-"""Figures in all rows of a kind, and "eval" in a result too if it has an evaluation. The objective decides on others."""
+"""Figures in all rows of a kind, and "eval" in a result too if it has an evaluation, whatever the objective."""
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
