@@ -33,7 +33,7 @@ def recovery(kill: Callable[[Path], None], *options: str) -> dict[str, float]:
             if line.startswith(f"step {_AT}/") and not killed:
                 killed = time.perf_counter()
                 kill(Path(folder) / "runs/vim_digits_cpu")
-            if found := re.match(r"going on after ([\d.]+) s: (.*)", line):
+            if found := re.match(r"resumed after ([\d.]+) s: (.*)", line):
                 phases = {name: float(s) for name, s in re.findall(r"([a-zA-Z ]+?) ([\d.]+)(?:,|$) ?", found[2])}
                 total = time.perf_counter() - killed
                 phases = {"noticing": max(total - float(found[1]), 0.0)} | phases | {"total": total}

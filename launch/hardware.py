@@ -1,4 +1,4 @@
-"""What this machine has, as far as this process may use it: CPUs, memory, GPUs."""
+"""The CPUs, memory and GPUs of this machine that this process may use."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 def cpus() -> int:
-    """CPUs that this process may use: its affinity, and the quota of its container."""
+    """Return how many CPUs this process may use, by its affinity and the quota of its container."""
     usable = len(os.sched_getaffinity(0))
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
@@ -19,16 +19,16 @@ def cpus() -> int:
 
 
 class Memory(NamedTuple):
-    """Bytes of this machine, as far as this process may have them."""
+    """Memory that this process may use, in bytes."""
 
     total: int
     available: int
     limited: bool
-    """Whether that is a container's or a job's limit."""
+    """Whether a container or a job sets the limit."""
 
 
 def memory() -> Memory:
-    """Memory of this machine, or of the control group that this process is in, where that has less."""
+    """Return the memory of this machine, or of this process's control group where that has less."""
     kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     found = Memory(int(kib["MemTotal"]) * 1024, int(kib["MemAvailable"]) * 1024, False)
     for limit, used in _control_groups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")):
@@ -38,7 +38,7 @@ def memory() -> Memory:
 
 
 def _control_groups(membership: str, root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be dropped) of a process's control group and of those above it, below `root`."""
+    """Yield (limit, bytes in use that cannot be dropped) of a process's control group and its parents up to `root`."""
     own = re.search(r"^0::(/.*)$", membership, re.MULTILINE)
     folder = root / own[1].strip("/") if own is not None else root
     for group in (folder, *folder.parents):
@@ -53,7 +53,7 @@ def _control_groups(membership: str, root: Path) -> Iterator[tuple[int, int]]:
 
 
 def gpus() -> int:
-    """CUDA or ROCm devices of this machine, without importing torch where there is no driver."""
+    """Return how many CUDA or ROCm devices this machine has, without importing torch where there is no driver."""
     if not (Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists()):
         return 0
     import torch

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Fixtures that several test packages share."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def shell(tmp_path: Path, cache: Path) -> Shell:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A group of one rank."""
+    """Set up a process group of one rank."""
     store = dist.FileStore(str(tmp_path / "meeting"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -39,7 +39,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits(cache: Path) -> Path:
-    """The embedded set as shards, with train/ and val/."""
+    """Return the embedded data set as shards, with train/ and val/."""
     from vimscale.data import digits
 
     folder = cache / "digits"
@@ -49,7 +49,7 @@ def digits(cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of noise, which nobody may change."""
+    """Return a data set of noise, which tests must not change."""
     from tests.support.noise import write_set
 
     return write_set(tmp_path_factory.mktemp("written") / "train")
@@ -57,18 +57,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, written: Path, shards_cache: Path) -> Path:
-    """A set that may be damaged, and a cache of the test's own."""
+    """Return a copy of the set that the test may damage, with the test's own cache."""
     return Path(shutil.copytree(written, tmp_path / "site" / "train"))
 
 
 @pytest.fixture
 def server(tmp_path: Path, folder: Path) -> Iterator["WebServer"]:
-    """`folder`, served as /train."""
+    """Serve `folder` as /train."""
     from tests.support.web_server import WebServer
 
     server = WebServer(tmp_path / "site")
     yield server
-    server.go_on.set()
+    server.resume.set()
     server.shutdown()
     server.server_close()
 
@@ -81,7 +81,7 @@ def shards_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(written: Path) -> list[tuple[str, bytes, bytes]]:
-    """All samples of `written`, in the order of `everything`."""
+    """Return all samples of `written`, in the order of `everything`."""
     from tests.support.noise import everything
     from vimscale.data.dataset import Dataset
 

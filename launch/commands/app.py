@@ -276,12 +276,12 @@ def _stopped(folder: "RunFolder", console: Console) -> typer.Exit:
     """Say what a launch that was stopped leaves behind: nothing, if it trained nothing."""
     from vimscale.runtime.run_folder import checkpoints
 
-    from ..supervise.supervisor import goes_on
+    from ..supervise.supervisor import how_to_resume
 
     if folder.withdraw() and not checkpoints(folder.checkpoints):
         console.print("stopped on request before the first step; no run is left behind", highlight=False)
     else:
-        console.print(f"stopped on request; {goes_on(folder)}", highlight=False)
+        console.print(f"stopped on request; {how_to_resume(folder)}", highlight=False)
     return typer.Exit(Stopped.exit_code)
 
 

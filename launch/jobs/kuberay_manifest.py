@@ -1,7 +1,8 @@
-"""A run as KubeRay wants it: a ConfigMap with the resolved recipe, and a RayJob (ray.io/v1) that launches it.
+"""A run as KubeRay takes it: a ConfigMap with the resolved recipe, and a RayJob (ray.io/v1) that launches it.
 
-A head without GPUs, which the launcher runs on, and a group of workers, a pod a node, for the ranks. Pods run as a user
-without rights, mount nothing of their nodes, and talk to each other with a token that the operator makes.
+The RayJob has a head without GPUs, which the launcher runs on, and a group of workers, one pod per node, for the ranks.
+Pods run as an unprivileged user, mount nothing of their nodes, and authenticate to each other with a token that the
+operator makes.
 """
 
 import hashlib
@@ -17,25 +18,25 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.typed_yaml import Dumper
 
 from ..cluster import Cluster, KubeRay
-from .backend import completed, environment, launch_arguments
+from .backend import environment, launch_arguments
 
 RUN = "vimscale/run"
-"""The annotation that holds the run's name, which may be longer than Kubernetes' names and labels."""
+"""The annotation that holds the run's name, which may be longer than a Kubernetes name or label."""
 OURS = {"app.kubernetes.io/managed-by": "vimscale"}
 
 _USER = 1000
-"""As the Dockerfile has it."""
+"""User id, as in the Dockerfile."""
 _RETRIES, _RETRIES_PREEMPTIBLE = 3, 20
 _AFTER_S = 30
-"""What a pod has beside the grace: for Ray to end once the ranks have."""
+"""Seconds that a pod has on top of the grace, for Ray to end after the ranks."""
 _LONGEST = 47
-"""Characters of a RayJob's name: KubeRay makes others by adding to it."""
+"""Most characters of a RayJob's name: KubeRay appends to it for other names."""
 _FOLDER = "/etc/vimscale"
 
-# A pod's end begins with this: the launcher saves and ends, and Ray tells the others that its node will be gone, which
-# makes the run save too. Bash, which KubeRay starts Ray with, need not hand on the SIGTERM that follows. The brackets
-# keep these lines from finding themselves.
-_BEFORE_THE_END = """\
+# A pod that ends runs this first: the launcher saves and ends, and Ray announces that its node goes away, which makes
+# the run save too. Bash, which KubeRay starts Ray with, may not pass on the SIGTERM that follows. The brackets keep
+# these lines from matching themselves.
+_PRE_STOP = """\
 for process in /proc/[0-9]*; do
     case "$(tr '\\0' ' ' < "$process/cmdline")" in
         */[v]imscale\\ launch\\ *) kill -USR1 "${process#/proc/}" ;;
@@ -46,7 +47,7 @@ done
 
 
 def manifest(cluster: Cluster, recipe: Recipe) -> str:
-    """The two documents, as `kubectl apply -f -` takes them."""
+    """Return the two documents as `kubectl apply -f -` takes them. The recipe is one that `for_cluster` returned."""
     kuberay, name = cluster.kuberay, kubernetes_name(recipe.name)
     assert kuberay is not None  # a cluster file without its claim is refused
     about = {"name": name, "labels": OURS, "annotations": {RUN: recipe.name}}
@@ -54,7 +55,7 @@ def manifest(cluster: Cluster, recipe: Recipe) -> str:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": about,
-        "data": {"recipe.yaml": completed(recipe, cluster).to_yaml()},
+        "data": {"recipe.yaml": recipe.to_yaml()},
     }
     if kuberay.queue is not None:
         about = about | {"labels": OURS | {"kueue.x-k8s.io/queue-name": kuberay.queue}}
@@ -63,7 +64,7 @@ def manifest(cluster: Cluster, recipe: Recipe) -> str:
 
 
 def kubernetes_name(run: str) -> str:
-    """The run's name where Kubernetes would take it, else one as near as it takes, and no other run's."""
+    """Return the run's name if Kubernetes accepts it; else the nearest that it accepts, which no other run gets."""
     safe = re.sub("[^a-z0-9]+", "-", run.lower()).strip("-")
     if not safe[0].isalpha():
         safe = f"run-{safe}"
@@ -75,7 +76,6 @@ def kubernetes_name(run: str) -> str:
 
 def _job(cluster: Cluster, kuberay: KubeRay, name: str) -> dict[str, Any]:
     command = ["vimscale", *launch_arguments(cluster, f"{_FOLDER}/recipe.yaml", cluster.runs)]
-    command += ["--address", "auto", "--workers", cluster.ranks]
     head = _pod(cluster, kuberay, "ray-head", {"cpu": "2", "memory": "8G"}, head=True)
     head["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": name}})
     head["spec"]["containers"][0]["volumeMounts"].append({"name": "recipe", "mountPath": _FOLDER, "readOnly": True})
@@ -92,7 +92,7 @@ def _job(cluster: Cluster, kuberay: KubeRay, name: str) -> dict[str, Any]:
         "template": worker,
     }
     return {
-        # the shell's place is taken: a signal to the job reaches the launcher
+        # exec replaces the shell: a signal to the job reaches the launcher
         "entrypoint": "exec " + shlex.join(command),
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": {"metadata": {"labels": OURS}, "spec": _submitter(cluster, kuberay)},
@@ -107,7 +107,7 @@ def _job(cluster: Cluster, kuberay: KubeRay, name: str) -> dict[str, Any]:
             "headGroupSpec": {
                 "serviceType": "ClusterIP",
                 "enableIngress": False,
-                # no rank comes to lie here
+                # no rank is placed here
                 "rayStartParams": {"num-cpus": "0", "num-gpus": "0", **object_store},
                 "template": head,
             },
@@ -125,10 +125,10 @@ def _pod(cluster: Cluster, kuberay: KubeRay, name: str, resources: dict[str, str
     shared = str(PurePosixPath(*PurePosixPath(cluster.runs).parts[:2]))
     container = _container(cluster, name, resources) | {
         "env": _variables(cluster, kuberay, head=head),
-        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _BEFORE_THE_END]}}},
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _PRE_STOP]}}},
         "volumeMounts": [{"name": "shared", "mountPath": shared}, {"name": "memory", "mountPath": "/dev/shm"}],
     }
-    spec = _who(kuberay) | {
+    spec = _identity(kuberay) | {
         "terminationGracePeriodSeconds": cluster.grace + _AFTER_S,
         "containers": [container],
         "volumes": [
@@ -140,9 +140,9 @@ def _pod(cluster: Cluster, kuberay: KubeRay, name: str, resources: dict[str, str
 
 
 def _submitter(cluster: Cluster, kuberay: KubeRay) -> dict[str, Any]:
-    """The pod that hands the job to Ray, and prints what the launcher prints."""
+    """Return the pod that submits the job to Ray and prints what the launcher prints."""
     container = _container(cluster, "ray-job-submitter", {"cpu": "500m", "memory": "1G"})
-    return _who(kuberay) | {"restartPolicy": "Never", "containers": [container]}
+    return _identity(kuberay) | {"restartPolicy": "Never", "containers": [container]}
 
 
 def _container(cluster: Cluster, name: str, resources: dict[str, str]) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def _container(cluster: Cluster, name: str, resources: dict[str, str]) -> dict[s
     }
 
 
-def _who(kuberay: KubeRay) -> dict[str, Any]:
-    """Whom a pod runs as, and what it may ask of Kubernetes: nothing."""
-    own = {
+def _identity(kuberay: KubeRay) -> dict[str, Any]:
+    """Return the part of a pod's spec that says which user it runs as. It has no access to the Kubernetes API."""
+    security = {
         "runAsNonRoot": True,
         "runAsUser": _USER,
         "runAsGroup": _USER,
@@ -169,17 +169,21 @@ def _who(kuberay: KubeRay) -> dict[str, Any]:
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    who: dict[str, Any] = {"securityContext": own, "automountServiceAccountToken": False, "enableServiceLinks": False}
+    identity: dict[str, Any] = {
+        "securityContext": security,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+    }
     if kuberay.service_account is not None:
-        who["serviceAccountName"] = kuberay.service_account
+        identity["serviceAccountName"] = kuberay.service_account
     if kuberay.pull_secret is not None:
-        who["imagePullSecrets"] = [{"name": kuberay.pull_secret}]
-    return who
+        identity["imagePullSecrets"] = [{"name": kuberay.pull_secret}]
+    return identity
 
 
 def _variables(cluster: Cluster, kuberay: KubeRay, *, head: bool) -> list[dict[str, Any]]:
     plain = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(cluster.grace)}
-    if head:  # who stops the job gives it as long
+    if head:  # Ray's stop waits as long as the grace
         plain["RAY_JOB_STOP_WAIT_TIME_S"] = str(cluster.grace)
     written = [{"name": name, "value": value} for name, value in (plain | environment(cluster)).items()]
     secret = {"name": kuberay.secret}
@@ -188,7 +192,7 @@ def _variables(cluster: Cluster, kuberay: KubeRay, *, head: bool) -> list[dict[s
 
 
 class _Dumper(Dumper):
-    """Writes texts of several lines as they are, and nothing as a reference to what stands above."""
+    """Writes multi-line text as a block, and repeats values instead of writing references to earlier ones."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

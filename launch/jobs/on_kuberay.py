@@ -1,7 +1,8 @@
 """Jobs on Kubernetes with the KubeRay operator, through the user's own kubectl.
 
-A job is a ConfigMap, which holds the recipe and stays, and a RayJob beside it while the job waits, runs or has ended by
-itself. To stop it is to delete the RayJob: Kubernetes then ends its pods, and pods that end make the run save.
+A job is a ConfigMap, which holds the recipe and stays, and a RayJob, which exists while the job waits or runs and after
+it has ended by itself. To stop a job, delete the RayJob: Kubernetes then ends its pods, and pods that end make the run
+save.
 """
 
 import json
@@ -17,11 +18,11 @@ from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 
 from ..cluster import Cluster
-from .backend import Job, State, ask, unknown
+from .backend import ACTIVE, Job, State, check_active, check_ended, for_cluster, run_tool, unknown
 from .kuberay_manifest import OURS, RUN, kubernetes_name, manifest
 
-_LOOK_S = 2.0
-"""How often a job is looked at that has no log yet."""
+_LOG_POLL_S = 2.0
+"""Pause between two looks for a job's log."""
 _JOBS, _RECIPES = "rayjobs.ray.io", "configmaps"
 _STATES: dict[str, State] = {
     "Running": "running",
@@ -30,7 +31,7 @@ _STATES: dict[str, State] = {
     "ValidationFailed": "failed",
     "Suspending": "stopping",
 }
-"""Of RayJobs, by jobDeploymentStatus; one of any other waits: for pods, for a retry, in a queue."""
+"""States of RayJobs, by jobDeploymentStatus. With any other status a job waits: for pods, for a retry, in a queue."""
 
 
 class KubeRayJobs:
@@ -43,32 +44,33 @@ class KubeRayJobs:
         name = kubernetes_name(recipe.name)
         self._check_secrets()
         self._kubectl("get", "persistentvolumeclaim", str(self._kuberay.claim), "--output=name")
-        known = {job.id: job for job in self.jobs()}
-        if recipe.name in known and known[recipe.name].state in ("waiting", "running", "stopping"):
-            state = known[recipe.name].state
-            raise LaunchError(f"{self._where}: {recipe.name} is {state}; stop it, or choose another name=")
+        for job in self.jobs():
+            if job.id == recipe.name:
+                check_ended(job, self._where)
         self._kubectl("apply", "--dry-run=server", "--filename=-", text=documents)
-        # what a RayJob that has ended was told cannot be told anew
+        # a RayJob that has ended cannot be started again
         self._kubectl("delete", _JOBS, name, "--ignore-not-found", "--cascade=foreground", "--wait=true")
         self._kubectl("apply", "--filename=-", text=documents)
         return Job(recipe.name, "waiting", None, None)
 
     def render(self, recipe: Recipe) -> str:
-        return manifest(self._cluster, recipe)
+        return manifest(self._cluster, for_cluster(recipe, self._cluster))
 
     def jobs(self) -> list[Job]:
         found = self._read("get", f"{_JOBS},{_RECIPES}", f"--selector={_selector()}")
-        of_kind: dict[str, dict[str, Any]] = {"ConfigMap": {}, "RayJob": {}}
+        config_maps: dict[str, dict[str, Any]] = {}
+        ray_jobs: dict[str, dict[str, Any]] = {}
         for each in found["items"]:
-            of_kind[each["kind"]][each["metadata"]["annotations"][RUN]] = each
-        newest = sorted(of_kind["ConfigMap"].items(), key=lambda item: _made(of_kind["RayJob"].get(item[0], item[1])))
-        return [_job(run, of_kind["RayJob"].get(run)) for run, _ in reversed(newest)]
+            of_kind = ray_jobs if each["kind"] == "RayJob" else config_maps
+            of_kind[each["metadata"]["annotations"][RUN]] = each
+        runs = sorted(config_maps, key=lambda run: _created(ray_jobs.get(run, config_maps[run])))
+        return [_job(run, ray_jobs.get(run)) for run in reversed(runs)]
 
     def logs(self, job: str, *, follow: bool) -> Iterator[str]:
-        """Of the pod that handed the job to Ray; of the newest one, where there were several."""
+        """Yield the log of the pod that submitted the job to Ray; where there were several, of the newest."""
         last = ""
         while True:
-            active = follow and self._job(job).state in ("waiting", "running", "stopping")
+            active = follow and self._job(job).state in ACTIVE
             pod = self._pod_with_log(job)
             if pod is not None:
                 for stamp, line in self._lines(pod, active, last):
@@ -76,18 +78,14 @@ class KubeRayJobs:
                     yield line
             elif not active:
                 ranks = f"{self._cluster.runs}/{job}/logs"
-                raise LaunchError(
-                    f"{self._where}: {job} has no pod any more that its log could be had from; see {ranks}"
-                )
+                raise LaunchError(f"{self._where}: the pod with the log of {job} no longer exists; see {ranks}")
             if not active:
                 return
-            time.sleep(_LOOK_S)
+            time.sleep(_LOG_POLL_S)
 
     def stop(self, job: str) -> None:
-        state = self._job(job).state
-        if state not in ("waiting", "running", "stopping"):
-            raise LaunchError(f"{self._where}: {job} has {state} already; there is nothing to stop")
-        # foreground: it is there, as stopping, until its last pod has ended
+        check_active(self._job(job), self._where)
+        # foreground: the RayJob exists, as stopping, until its last pod has ended
         self._kubectl("delete", _JOBS, kubernetes_name(job), "--cascade=foreground", "--wait=false")
 
     def recipe(self, job: str) -> Recipe:
@@ -107,7 +105,12 @@ class KubeRayJobs:
         return known[name]
 
     def _check_secrets(self) -> None:
-        """By name: what they hold is not asked for. Who may not read secrets is believed."""
+        """Check the names of the secrets, without reading their values. Skip the check where the user may not read
+        secrets.
+
+        Raises:
+            LaunchError: the Kubernetes secret does not exist, or lacks some of them.
+        """
         if not self._cluster.secrets:
             return
         names = '{{range $name, $value := .data}}{{$name}}{{"\\n"}}{{end}}'
@@ -124,38 +127,38 @@ class KubeRayJobs:
             )
 
     def _pod_with_log(self, job: str) -> str | None:
-        """The newest pod that hands the job to Ray, once it has something to say."""
+        """Return the newest pod that submits the job to Ray, once it has started."""
         selector = f"--selector=job-name={kubernetes_name(job)}"
         pods = self._read("get", "pods", selector)["items"]
         begun = [pod for pod in pods if pod["status"]["phase"] != "Pending"]
-        return max(begun, key=_made)["metadata"]["name"] if begun else None
+        return max(begun, key=_created)["metadata"]["name"] if begun else None
 
     def _lines(self, pod: str, follow: bool, after: str) -> Iterator[tuple[str, str]]:
-        """(time, text) of each line later than `after`; a connection that is lost ends them early.
+        """Yield (time, text) of each line later than `after`. A lost connection ends the lines early.
 
         Raises:
-            LaunchError: there are none, and kubectl says why.
+            LaunchError: there are no lines, and kubectl says why.
         """
         since = [f"--since-time={after}"] if after else []
         command = self._command("logs", pod, "--timestamps", f"--follow={str(follow).lower()}", *since)
         with (
-            tempfile.TemporaryFile("w+", errors="replace") as said,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace") as process,
+            tempfile.TemporaryFile("w+", errors="replace") as stderr,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace") as process,
         ):
             assert process.stdout is not None
-            none = True
+            empty = True
             try:
                 for line in process.stdout:
-                    none = False
+                    empty = False
                     stamp, _, text = line.rstrip("\n").partition(" ")
-                    if stamp > after:  # --since-time knows whole seconds
+                    if stamp > after:  # --since-time is in whole seconds
                         yield stamp, text
                 code = process.wait()
             finally:
                 process.terminate()
-            said.seek(0)
-            why = said.read(2000).strip()
-            if none and code and "NotFound" not in why:  # a pod may go between two questions
+            stderr.seek(0)
+            why = stderr.read(2000).strip()
+            if empty and code and "NotFound" not in why:  # the pod may disappear between two calls
                 raise LaunchError(f"{self._where}: kubectl logs said: {why or f'exit code {code}'}")
 
     def _command(self, *arguments: str) -> list[str]:
@@ -163,7 +166,7 @@ class KubeRayJobs:
         return ["kubectl", *context, f"--namespace={self._kuberay.namespace}", *arguments]
 
     def _kubectl(self, *arguments: str, text: str | None = None) -> str:
-        return ask(
+        return run_tool(
             self._command(*arguments), self._where, "install it, or use another --on", text, f"kubectl {arguments[0]}"
         )
 
@@ -172,14 +175,14 @@ class KubeRayJobs:
         try:
             return json.loads(answer)
         except ValueError:
-            raise LaunchError(f"{self._where}: kubectl's answer is not understood: {answer[:200]!r}") from None
+            raise LaunchError(f"{self._where}: cannot parse kubectl's answer: {answer[:200]!r}") from None
 
 
 def _selector() -> str:
     return ",".join(f"{key}={value}" for key, value in OURS.items())
 
 
-def _made(item: dict[str, Any]) -> str:
+def _created(item: dict[str, Any]) -> str:
     return item["metadata"]["creationTimestamp"]
 
 

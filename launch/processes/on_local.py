@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 _HEARTBEAT_S = 0.25
-"""How often a rank tells how far it has come."""
+"""How often a rank sends a heartbeat."""
 
 
 class LocalGroup:
-    """Ranks that meet through a file and talk to the launcher through pipes. `threads`: a rank's; absent: its share of
-    this machine's.
+    """Ranks that meet through a file and talk to the launcher through pipes. `threads`: CPU threads per rank, default:
+    this machine's CPUs divided by the ranks.
     """
 
     def __init__(self, recipe: "Recipe", folder: Path, world: int, patience_s: float, threads: int | None = None):
@@ -37,14 +37,14 @@ class LocalGroup:
         self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
         self._processes: list[subprocess.Popen] = []
         self._pipes: dict[Connection, int] = {}
-        self._meeting = Temporary("vimscale-", SOCKETS)
+        self._temporary = Temporary("vimscale-", SOCKETS)
 
     def start(self) -> None:
         self._killed_for_memory = rank.killed_for_memory()
         on_gpus = gpus() > 0
         for number in range(self.size):
             ours, theirs = multiprocessing.Pipe()
-            # a session of its own: a Ctrl-C in the terminal reaches the launcher alone, which then asks the ranks
+            # a separate session: a Ctrl-C in the terminal reaches only the launcher, which then asks the ranks to stop
             code = f"from vimscale.launch.processes import on_local; on_local.child({theirs.fileno()})"
             command = [sys.executable, "-c", code]
             self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True))
@@ -58,9 +58,9 @@ class LocalGroup:
                     "world": self.size,
                     "device": f"cuda:{number}" if on_gpus else "cpu",
                     "threads": self._threads,
-                    "rendezvous": f"file://{self._meeting.path}/store",
+                    "rendezvous": f"file://{self._temporary.path}/store",
                     "interface": "lo",
-                    "temporary": self._meeting.path,
+                    "temporary": self._temporary.path,
                     "patience_s": self._patience_s,
                 }
             )
@@ -72,7 +72,7 @@ class LocalGroup:
             number = self._pipes[pipe]
             try:
                 report = pipe.recv()
-            except (EOFError, ConnectionResetError):  # gone without a word
+            except (EOFError, ConnectionResetError):  # it died without a report
                 del self._pipes[pipe]
                 reports.append(self._died(number))
                 continue
@@ -85,24 +85,24 @@ class LocalGroup:
         process = self._processes[number]
         code = process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        cause: rank.Cause = "died"
         if code == -signal.SIGKILL and rank.killed_for_memory() > self._killed_for_memory:
-            how += ": this machine ran out of memory"
-            return Ending(number, "failed", cause="memory", message=f"process {process.pid} {how}")
-        return Ending(number, "failed", cause="died", message=f"process {process.pid} {how}")
+            how, cause = f"{how}: this machine ran out of memory", "memory"
+        return Ending(number, "failed", cause=cause, message=f"process {process.pid} {how}")
 
     def request_stop(self) -> None:
-        self._tell("stop")
+        self._send("stop")
 
     def dump_stacks(self) -> None:
-        self._tell("stacks")
+        self._send("stacks")
 
-    def _tell(self, what: str) -> None:
+    def _send(self, command: str) -> None:
         for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):  # that it died is for poll to say
-                pipe.send(what)
+            with contextlib.suppress(BrokenPipeError):  # poll reports that it died
+                pipe.send(command)
 
     def leaving(self) -> str | None:
-        return None  # who takes this machine away tells the launcher, with a signal
+        return None  # whoever takes this machine away signals the launcher
 
     def room(self) -> int:
         return self.size
@@ -110,16 +110,16 @@ class LocalGroup:
     def kill(self) -> None:
         for process in self._processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with its data workers
+                os.killpg(process.pid, signal.SIGKILL)  # including its data workers
                 process.wait()
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], {}
-        self._meeting.remove()
+        self._temporary.remove()
 
 
 def child(descriptor: int) -> None:
-    """A rank's process: train, and answer the launcher in a thread; without a launcher it ends."""
+    """Run a rank's process: train, and answer the launcher in a thread. End if the launcher ends."""
     rank.before_torch()
     from vimscale.runtime.distributed import RankSpec
 
@@ -148,9 +148,9 @@ def child(descriptor: int) -> None:
         with sending:
             pipe.send(report)
 
-    # who ends a job may signal every process of it: that too is a request to stop, which all ranks agree on
+    # a scheduler may signal every process of a job: that is a request to stop too, which all ranks agree on
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=answer, daemon=True).start()
     emit(rank.run(spec, emit, stop.is_set))
-    os._exit(0)  # nothing is left to do, and what libraries do at exit may wait for peers that are gone
+    os._exit(0)  # skip what libraries do at exit: it may wait for peers that are gone

@@ -1,7 +1,7 @@
-"""Ranks as Ray actors in a placement group, one per rank, on a Ray of our own or one that exists (ray_connection).
+"""Ranks as Ray actors in a placement group, on a Ray of our own or an existing one (ray_connection).
 
-Ray Core, not Ray Train: recovery is what this project exists for, and a small supervisor of ours does it in less time
-and memory (docs/startup.md has the numbers). Its actors' death is seen within 0.1 s.
+This uses Ray Core, not Ray Train: recovery is what this project exists for, and our small supervisor does it in less
+time and memory (docs/startup.md has the numbers). It sees an actor's death within 0.1 s.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from vimscale.recipe.recipe import Recipe
 
 _ROOM_S = 30
-"""How long a cluster has to find room for the ranks."""
+"""Time limit for the cluster to find room for the ranks."""
 _LESS_ROOM_S = 5
-"""The same where fewer ranks would do."""
+"""Time limit where fewer ranks are allowed too."""
 _NEWS_S = 0.5
-"""How long ranks that run have to answer once one has ended."""
+"""Time limit for running ranks to answer once one has ended."""
 _MEET_S = 120
-"""How long the ranks' processes have to come up."""
+"""Time limit for the ranks' processes to come up."""
 
 
 class _Rank:
-    """The actor: one rank. Its methods run in threads of their own, so it can be asked while it trains."""
+    """The actor: one rank. Its methods run in separate threads, so that it answers while it trains."""
 
     def __init__(self) -> None:
         rank.before_torch()
@@ -47,7 +47,9 @@ class _Rank:
         self._store: Any = None
 
     def meet(self, is_first: bool, world: int) -> dict[str, Any]:
-        """Where this rank is; the first one opens the rendezvous. Also gets the slow imports done, in parallel."""
+        """Return where this rank runs; the first rank opens the rendezvous. All ranks do their slow imports here, in
+        parallel.
+        """
         import psutil
         import ray
         import torch.distributed as dist
@@ -74,7 +76,7 @@ class _Rank:
         return rank.run(self._spec, self._events.put, self._stop.is_set, self._store)
 
     def news(self) -> list[Event]:
-        """What there is to tell since the last time, and how far the rank has come."""
+        """Return the events since the last call, and a heartbeat."""
         return [*(self._events.get() for _ in range(self._events.qsize())), heartbeat.read()]
 
     def stacks(self) -> None:
@@ -85,30 +87,36 @@ class _Rank:
 
 
 class RayGroup:
-    """Ranks in a placement group of the Ray of this process: as many of `sizes` as there is room for."""
+    """Ranks in a placement group of this process's Ray.
 
-    def __init__(self, ray: Ray, recipe: "Recipe", folder: Path, sizes: list[int], *, gpu: bool, patience_s: float):
-        self.size = sizes[0]
-        self._ray, self._sizes = ray, sizes
+    `allowed`: the numbers of ranks that the run may have, largest first. The group takes the largest that has room.
+    """
+
+    def __init__(self, ray: Ray, recipe: "Recipe", folder: Path, allowed: list[int], *, gpu: bool, patience_s: float):
+        self.size = allowed[0]
+        self._ray, self._allowed = ray, allowed
         self._recipe, self._folder, self._gpu, self._patience_s = recipe, folder, gpu, patience_s
         self._actors: list[Any] = []
         self._running: dict[Any, int] = {}
-        self._asked: dict[Any, int] = {}
-        """Calls for news that are not answered yet, one a rank."""
-        self._late: list[Ending] = []
-        self._bundles: Any = None
-        self._where: list[dict[str, Any]] = []
+        """Calls of `run` that have not returned, with their ranks."""
+        self._pending_news: dict[Any, int] = {}
+        """Calls of `news` that have not returned, one per rank."""
+        self._failed_start: list[Ending] = []
+        """Endings of ranks that did not come up, for `poll` to report."""
+        self._placement_group: Any = None
+        self._locations: list[dict[str, Any]] = []
+        """What `meet` returned, by rank."""
 
     def start(self) -> None:
         try:
             self._ray.revive()
         except LaunchError as error:
-            self._late = self._deaths(f"Ray on this machine died, and another one could not be started: {error}")
+            self._failed_start = self._all_died(f"Ray on this machine died, and could not be started again: {error}")
             return
         self._ray.answer(self._form, None)
 
     def _form(self) -> None:
-        """Find room, make the actors, have them meet, and begin. What dies meanwhile is for `poll` to report."""
+        """Find room, make the actors, let them meet, and start them. `poll` reports the ranks that die meanwhile."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -116,70 +124,70 @@ class RayGroup:
             return
         remote = ray.remote(_Rank)
         for number in range(self.size):
-            placed = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=number)
+            strategy = PlacementGroupSchedulingStrategy(self._placement_group, placement_group_bundle_index=number)
             options = {"num_cpus": 1, "num_gpus": int(self._gpu), "max_restarts": 0, "max_concurrency": 4}
-            self._actors.append(remote.options(scheduling_strategy=placed, **options).remote())
+            self._actors.append(remote.options(scheduling_strategy=strategy, **options).remote())
         meeting = [actor.meet.remote(number == 0, self.size) for number, actor in enumerate(self._actors)]
-        self._where = [{"pid": 0, "host": "", "node": ""} for _ in self._actors]
-        late, end = meeting, time.monotonic() + _MEET_S
-        while late and time.monotonic() < end and self._ray.died() is None:
-            _, late = ray.wait(meeting, num_returns=len(meeting), timeout=0.5)
+        self._locations = [{"pid": 0, "host": "", "node": ""} for _ in self._actors]
+        absent, deadline = meeting, time.monotonic() + _MEET_S
+        while absent and time.monotonic() < deadline and self._ray.died() is None:
+            _, absent = ray.wait(meeting, num_returns=len(meeting), timeout=0.5)
         if self._ray.died() is not None:
             return
-        if late:
+        if absent:
             message = f"its process did not come up within {_MEET_S} s"
-            self._late = [Ending(meeting.index(ref), "failed", cause="hung", message=message) for ref in late]
+            self._failed_start = [Ending(meeting.index(ref), "failed", cause="hung", message=message) for ref in absent]
             return
         try:
-            self._where = ray.get(meeting)
+            self._locations = ray.get(meeting)
         except ray.exceptions.RayActorError:
-            # a death while the group forms is reported like any other, by poll
+            # poll reports a death while the group forms like any other
             self._running = {reference: number for number, reference in enumerate(meeting)}
             return
-        first = self._where[0]
-        on_node = Counter(where["node"] for where in self._where)
-        for number, (actor, where) in enumerate(zip(self._actors, self._where, strict=True)):
+        first = self._locations[0]
+        on_node = Counter(location["node"] for location in self._locations)
+        for number, (actor, location) in enumerate(zip(self._actors, self._locations, strict=True)):
             arguments = {
                 "recipe": self._recipe,
                 "folder": self._folder.absolute(),
                 "rank": number,
                 "world": self.size,
-                "device": "cuda:0" if self._gpu else "cpu",  # Ray shows an actor its own GPU only
-                "threads": max(1, where["cpus"] // on_node[where["node"]]),
+                "device": "cuda:0" if self._gpu else "cpu",  # Ray shows an actor only its own GPU
+                "threads": max(1, location["cpus"] // on_node[location["node"]]),
                 "rendezvous": f"tcp://{first['ip']}:{first['port']}",
-                "interface": where["interface"],
+                "interface": location["interface"],
                 "temporary": self._ray.temporary,
                 "patience_s": self._patience_s,
             }
             self._running[actor.run.remote(arguments)] = number
-            self._asked[actor.news.remote()] = number
+            self._pending_news[actor.news.remote()] = number
 
     def _find_room(self) -> bool:
-        """Reserve resources for each rank: for as many as the cluster has devices for, fewer if others use those. False
-        if Ray died meanwhile.
+        """Reserve resources for as many ranks as the cluster has devices for, or for fewer if others use those. Return
+        False if Ray died meanwhile.
 
         Raises:
-            LaunchError: there is no room for the smallest number either.
+            LaunchError: there is no room even for the fewest ranks that are allowed.
         """
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
         bundle = {"CPU": 1, **({"GPU": 1} if self._gpu else {})}
-        began, most = time.monotonic(), self._sizes[0]
+        began, most = time.monotonic(), self._allowed[0]
         while self._ray.died() is None:
-            self.size = self._fitting(min(most, self._devices())) or self._sizes[-1]
-            self._bundles = placement_group([bundle] * self.size, strategy="PACK")
-            smallest = self.size == self._sizes[-1]
-            until = max(began + _ROOM_S, time.monotonic()) if smallest else time.monotonic() + _LESS_ROOM_S
-            while not (found := self._bundles.wait(0.5)) and time.monotonic() < until:
+            self.size = self._fitting(min(most, self._devices())) or self._allowed[-1]
+            self._placement_group = placement_group([bundle] * self.size, strategy="PACK")
+            smallest = self.size == self._allowed[-1]
+            deadline = max(began + _ROOM_S, time.monotonic()) if smallest else time.monotonic() + _LESS_ROOM_S
+            while not (found := self._placement_group.wait(0.5)) and time.monotonic() < deadline:
                 if self._ray.died() is not None:
                     return False
                 if self._fitting(min(most, self._devices())) not in (0, self.size):
-                    break  # a node came or went
+                    break  # a node joined or left
             if found:
                 return True
-            remove_placement_group(self._bundles)
-            if time.monotonic() >= until:
+            remove_placement_group(self._placement_group)
+            if time.monotonic() >= deadline:
                 if smallest:
                     free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
                     raise LaunchError(f"Ray found no room for {self.size} ranks within {_ROOM_S} s; free now: {free}")
@@ -187,27 +195,28 @@ class RayGroup:
         return False
 
     def _fitting(self, devices: int) -> int:
-        return next((size for size in self._sizes if size <= devices), 0)
+        """Return the largest allowed number of ranks for this many devices; 0 if there is none."""
+        return next((size for size in self._allowed if size <= devices), 0)
 
     def _devices(self) -> int:
-        """Ranks that the nodes that are here to stay have devices for, whoever uses them now."""
+        """Return how many ranks the nodes have devices for, without nodes that drain, whoever uses the devices now."""
         import ray
 
-        draining = _draining()
+        draining = _draining_nodes()
         staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
         return sum(_bundles_of(resources, self._gpu) for resources in staying)
 
     def poll(self, timeout: float) -> list[Event | Ending]:
-        if self._late:
-            late, self._late = self._late, []
-            return [*late]
+        if self._failed_start:
+            failed, self._failed_start = self._failed_start, []
+            return [*failed]
         nothing: list[Event | Ending] = []
         reports = self._ray.answer(lambda: self._reports(timeout), nothing)
         if (name := self._ray.died()) is not None:
-            return [*self._deaths(f"Ray's {name} on this machine died, and takes the ranks along")]
+            return [*self._all_died(f"Ray's {name} on this machine died, and the ranks with it")]
         return reports
 
-    def _deaths(self, message: str) -> list[Ending]:
+    def _all_died(self, message: str) -> list[Ending]:
         return [Ending(number, "failed", cause="died", message=message) for number in range(self.size)]
 
     def _reports(self, timeout: float) -> list[Event | Ending]:
@@ -215,13 +224,13 @@ class RayGroup:
 
         done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
         reports = self._news(timeout=0)
-        if done:  # what ranks have to tell comes before their end: what is asked for already, and the rest
+        if done:  # report a rank's events before its end: those of the pending calls, then those of one more call
             reports += [*self._news(_NEWS_S), *self._news(_NEWS_S)]
         for reference in done:
             number = self._running.pop(reference)
             try:
                 ending = ray.get(reference)
-            except ray.exceptions.RayTaskError:  # a bug: a rank reports what it meets
+            except ray.exceptions.RayTaskError:  # a bug: a rank reports its own failures
                 raise
             except ray.exceptions.RayError as error:
                 ending = self._died(number, error)
@@ -230,30 +239,35 @@ class RayGroup:
         return reports
 
     def _news(self, timeout: float) -> list[Event | Ending]:
-        """What ranks told by now, and the next question; a rank that is gone or stuck answers none."""
+        """Return what the ranks have answered by now, and call those ranks again. A rank that is gone or stuck does
+        not answer.
+        """
         import ray
 
         reports: list[Event | Ending] = []
         answered, _ = (
-            ray.wait(list(self._asked), num_returns=len(self._asked), timeout=timeout) if self._asked else ([], 0)
+            ray.wait(list(self._pending_news), num_returns=len(self._pending_news), timeout=timeout)
+            if self._pending_news
+            else ([], 0)
         )
         for reference in answered:
-            number = self._asked.pop(reference)
+            number = self._pending_news.pop(reference)
             with contextlib.suppress(ray.exceptions.RayActorError):
                 reports += [event | {"rank": number} for event in ray.get(reference)]
-                self._asked[self._actors[number].news.remote()] = number
+                self._pending_news[self._actors[number].news.remote()] = number
         return reports
 
     def _died(self, number: int, error: Exception) -> Ending:
         import ray
 
-        where = self._where[number]
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
-            message = f"process {where['pid']} was ended by Ray: its machine ran out of memory"
-            return Ending(number, "failed", cause="memory", message=message, host=where["host"])
+        location = self._locations[number]
+        cause: rank.Cause = "died"
         lost = " with its node" if "node has died" in str(error) else ""
-        message = f"process {where['pid']} died{lost}"
-        return Ending(number, "failed", cause="died", message=message, host=where["host"])
+        message = f"process {location['pid']} died{lost}"
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            cause = "memory"
+            message = f"process {location['pid']} was killed by Ray: its machine ran out of memory"
+        return Ending(number, "failed", cause=cause, message=message, host=location["host"])
 
     def request_stop(self) -> None:
         for actor in self._actors:
@@ -264,8 +278,9 @@ class RayGroup:
             actor.stacks.remote()
 
     def leaving(self) -> str | None:
-        if gone := self._ray.answer(_draining, set[str]()) & {where["node"] for where in self._where}:
-            return f"Ray takes away {'nodes' if len(gone) > 1 else 'node'} {', '.join(sorted(gone))[:60]}"
+        ours = {location["node"] for location in self._locations}
+        if draining := self._ray.answer(_draining_nodes, set[str]()) & ours:
+            return f"Ray takes away {'nodes' if len(draining) > 1 else 'node'} {', '.join(sorted(draining))[:60]}"
         return None
 
     def room(self) -> int:
@@ -281,31 +296,32 @@ class RayGroup:
 
     def kill(self) -> None:
         if not self._ray.answer(self._release, False):
-            for pid in [where["pid"] for where in self._where if where["pid"]]:
+            for pid in [location["pid"] for location in self._locations if location["pid"]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self._actors, self._running, self._asked, self._bundles = [], {}, {}, None
+        self._actors, self._running, self._pending_news, self._placement_group = [], {}, {}, None
 
     def _release(self) -> bool:
-        """Have Ray end the actors and give their resources back."""
+        """Have Ray kill the actors and free their resources."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
         for actor in self._actors:
             ray.kill(actor)
-        if self._bundles is not None:
-            remove_placement_group(self._bundles)
+        if self._placement_group is not None:
+            remove_placement_group(self._placement_group)
         return True
 
 
 def _bundles_of(resources: dict[str, float], gpu: bool) -> int:
+    """Return how many ranks these resources are enough for."""
     return int(min(resources.get("CPU", 0), resources.get("GPU", 0) if gpu else sys.maxsize))
 
 
-def _draining() -> set[str]:
-    """Ids of the nodes that Ray was told to empty (`ray drain-node`, or a cloud's notice of preemption).
+def _draining_nodes() -> set[str]:
+    """Return the ids of the nodes that Ray is emptying (`ray drain-node`, or a cloud's notice of preemption).
 
-    Ray has no public call for it that works without the dashboard; this is what Ray Train asks.
+    Ray has no public call for this that works without the dashboard; Ray Train makes the same private call.
     """
     from ray._private.state import state
 

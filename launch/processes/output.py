@@ -1,4 +1,4 @@
-"""Standard output and standard error of a run: what cannot be written is dropped, and ends nothing."""
+"""Standard output and standard error of a run: a write that fails is dropped and does not end the run."""
 
 import io
 import os
@@ -6,8 +6,8 @@ from typing import Any, TextIO
 
 
 def lossy(stream: TextIO) -> TextIO:
-    """A stream to the same file, whose `write` and `flush` never fail: a reader that has gone or a full disk is no
-    reason to end a run. The first failure is reported on standard error. A stream without a file is returned as it is.
+    """Return a stream to the same file whose `write` and `flush` never fail: a reader that has gone away or a full disk
+    must not end a run. The first failure is reported on standard error. A stream without a file is returned unchanged.
     """
     try:
         descriptor = stream.fileno()
@@ -17,7 +17,7 @@ def lossy(stream: TextIO) -> TextIO:
 
 
 def writer(descriptor: int, encoding: str = "utf-8") -> TextIO:
-    """Such a stream to a descriptor, which stays open when the stream is closed."""
+    """Return such a stream to a descriptor. The descriptor stays open when the stream is closed."""
     raw: Any = _Lossy(descriptor)
     return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", write_through=True)
 
@@ -38,7 +38,7 @@ class _Lossy(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         try:
-            _all(self._descriptor, data)
+            _write_all(self._descriptor, data)
         except OSError as error:
             if not self._failed and self._descriptor != _STDERR:
                 self._failed = True
@@ -48,15 +48,15 @@ class _Lossy(io.RawIOBase):
     def _report(self, error: OSError) -> None:
         text = f"standard output cannot be written ({error.strerror}); the run continues, and what it prints is lost\n"
         try:
-            _all(_STDERR, text.encode())
+            _write_all(_STDERR, text.encode())
         except OSError:
-            return  # nowhere is left to say it
+            return  # there is nowhere left to report it
 
 
 _STDERR = 2
 
 
-def _all(descriptor: int, data: Any) -> None:
+def _write_all(descriptor: int, data: Any) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]

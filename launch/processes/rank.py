@@ -1,4 +1,4 @@
-"""What a rank's process does, whoever started it: meet the others, train, and say how that ended."""
+"""What a rank's process does, whoever started it: join the other ranks, train, and report how that ended."""
 
 import ctypes
 import faulthandler
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 Cause = Literal["died", "memory", "device", "hung", "user", "run", "error", "lost"]
-"""Of a failure: the process died, memory ran out, the device failed, no progress, the input is wrong, the run cannot go
-on, a bug, another rank went away.
+"""Why a rank failed, in this order: the process died, memory ran out, the device failed, no progress, wrong input, the
+run cannot continue, a bug, another rank went away.
 """
 
 
@@ -46,21 +46,21 @@ class Ending:
     cause: Cause | None = None
     message: str = ""
     exception: str = ""
-    """The type of what was raised, if anything was."""
+    """The type of the exception, if there was one."""
     traceback: str = ""
     step: int | None = None
-    """Of a failure: the last step that the rank finished."""
+    """For a failure: the last step that the rank finished."""
     host: str = field(default_factory=platform.node)
     time: float = field(default_factory=time.time)
 
 
 def before_torch() -> None:
-    """What a process that computes on CPUs wants settled before it loads torch.
+    """Configure OpenMP and glibc for computing on CPUs. Call this before the process loads torch.
 
-    OpenMP's idle threads sleep: they would spin for milliseconds after each of torch's operations, on the cores that
-    the CPU kernels' own threads want (a forward and backward scan took 25 ms instead of 14 on two cores). And glibc
-    keeps freed memory: large temporaries would go back to the system and be faulted in anew, page by page, in every
-    layer of every step (4 to 15 % of a training step of Vim-Ti on two cores; peak memory grew by 1 to 2 %).
+    Let OpenMP's idle threads sleep: they would spin for milliseconds after each of torch's operations, on cores that
+    the CPU kernels' own threads need (a forward and backward scan took 25 ms instead of 14 on two cores). Let glibc
+    keep freed memory: otherwise large temporaries go back to the system and are faulted in again, page by page, in
+    every layer of every step (4 to 15 % of a training step of Vim-Ti on two cores; peak memory grew by 1 to 2 %).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -73,7 +73,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def killed_for_memory() -> int:
-    """Processes that the kernel has ended since it started because memory ran out."""
+    """Return how many processes the kernel has killed since boot because memory ran out."""
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counts.get("oom_kill", 0))
 
@@ -81,7 +81,7 @@ def killed_for_memory() -> int:
 def run(
     spec: "RankSpec", emit: Callable[[Event], None], stop: Callable[[], bool], store: "dist.Store | None" = None
 ) -> Ending:
-    """Train; never raises. Rank 0 alone emits. `store`: its end of the rendezvous, if it has opened one already."""
+    """Train; never raises. Only rank 0 emits events. `store`: rank 0's end of the rendezvous, if it is open already."""
     if spec.rank > 0:
         emit = _silent
     killed = killed_for_memory()
@@ -97,7 +97,7 @@ def run(
         from vimscale.runtime import distributed
 
         distributed.prepare(spec)
-        from vimscale.train.loop import train  # brings DeepSpeed, which looks around on import
+        from vimscale.train.loop import train  # imports DeepSpeed, which inspects its environment on import
 
         heartbeat.beat("start")
         distributed.join(spec, store)
@@ -118,7 +118,7 @@ def run(
         if error.filename is None:
             return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
         return _failed(spec, "run", error, files.refusal(error))
-    except Exception as error:  # whatever else went wrong becomes a report, with its traceback
+    except Exception as error:  # anything else becomes a report with its traceback
         return _failed(spec, _cause(error), error, f"{type(error).__name__}: {error}")
     finally:
         if temporary is not None and spec.temporary is None:
@@ -140,7 +140,9 @@ def _failed(spec: "RankSpec", cause: Cause, error: Exception, message: str) -> E
 
 
 def _cause(error: Exception) -> Cause:
-    """Much of what torch has to say comes as a plain RuntimeError: gloo's loss of a peer, an allocation that failed."""
+    """Return the cause behind an exception. Torch raises plain RuntimeErrors for much: gloo's loss of a peer, an
+    allocation that failed.
+    """
     import torch
     import torch.distributed as dist
 
@@ -153,12 +155,12 @@ def _cause(error: Exception) -> Cause:
 
 
 def dump_stacks(spec: "RankSpec") -> None:
-    """Where every thread of this rank stands, below what the launcher wrote into the same file."""
+    """Append the stack of every thread of this rank to the file that the launcher has written its note into."""
     path = stacks_file(spec.folder, spec.rank)
     try:
         with path.open("a") as file:
             faulthandler.dump_traceback(file)
-    except OSError as error:  # the thread that was asked for them has more to answer
+    except OSError as error:  # the calling thread also answers heartbeats: it must not end
         log.warning("%s could not be written: %s", path, error.strerror)
 
 
@@ -167,8 +169,8 @@ def stacks_file(folder: Path, rank: int) -> Path:
 
 
 def _redirect_output(spec: "RankSpec") -> str | None:
-    """Send whatever libraries print to a file per rank; why that cannot be done, if so. The launcher speaks with one
-    voice.
+    """Redirect everything that libraries print to one file per rank, so that the launcher's output stays readable.
+    Return why the file cannot be written, or None.
     """
     problem = None
     path = spec.folder / "logs" / f"rank_{spec.rank:05d}.txt"
@@ -179,7 +181,7 @@ def _redirect_output(spec: "RankSpec") -> str | None:
         problem = f"{path} could not be written: {error.strerror}"
         descriptor = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # as where the launcher was started with it closed
+        if stream is not None:  # it is None if the launcher was started with it closed
             stream.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -201,6 +203,6 @@ class _Forward(logging.Handler):
 
 
 def _forward_logs(spec: "RankSpec", emit: Callable[[Event], None]) -> None:
-    ours = logging.getLogger("vimscale")
-    ours.setLevel(logging.INFO)
-    ours.handlers = [_Forward(emit) if spec.rank == 0 else logging.StreamHandler()]
+    logger = logging.getLogger("vimscale")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_Forward(emit) if spec.rank == 0 else logging.StreamHandler()]

@@ -1,4 +1,4 @@
-"""The connection to Ray: one of our own on this machine, which may die and be replaced, or one that exists."""
+"""The connection to Ray: our own Ray on this machine, which is replaced if it dies, or an existing one."""
 
 import atexit
 import contextlib
@@ -19,16 +19,16 @@ from .signals import Stopped
 from .temporary import Temporary
 
 RAY_SOCKETS = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
-"""Bytes that Ray adds to the path of our temporary folder for its sockets; process ids have seven digits at most."""
+"""Bytes that Ray appends to the path of our temporary folder for its sockets; a pid has seven digits at most."""
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds it"
 _END_S = 1.0
-"""How long processes that are killed may take to be gone, and the end of one that died to be seen."""
+"""Time limit for killed processes to be gone, and for the end of a process that died to be noticed."""
 
 _T = TypeVar("_T")
 
 
 class Ray:
-    """A connection to Ray: one started on this machine for this launch alone, or the cluster at `address`."""
+    """A connection to Ray: one started on this machine for this launch only, or the cluster at `address`."""
 
     def __init__(self, address: str | None):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -36,17 +36,17 @@ class Ray:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._temporary: Temporary | None = None
         self._abandoned = False
-        self._heart: dict[str, int | None] = {}
-        """Processes that a Ray of our own cannot do without; None for one that ended before it was seen."""
+        self._vital: dict[str, int | None] = {}
+        """Pids of the processes that our own Ray cannot work without; None for one that ended before it was found."""
         if address is not None:
             _check_reachable(address)
             self._connect(address)
             return
-        # Ray's ports listen on every interface: without a token anyone who reaches them runs code here;
-        # a process reads it once, so a second Ray has the same
+        # Ray's ports listen on every interface: without a token, anyone who reaches them can run code here.
+        # A process reads the token once, so a second Ray gets the same one.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        # how long a call may wait for a head that died (Ray then ends the launcher); to shut down takes half of that
+        # how long a call may wait for a head that died (Ray then ends the launcher); shutting down takes half of that
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
         self._start()
 
@@ -59,30 +59,30 @@ class Ray:
             num_cpus=cpus(),
             include_dashboard=False,
             object_store_memory=100 << 20,
-            # one level down: Ray opens its folder, and all within, to every user of the machine
+            # one level down: Ray opens its folder, and all files in it, to every user of the machine
             _temp_dir=f"{self._temporary.path}/r",
         )
-        self._heart = {"gcs_server": None, "raylet": None}
+        self._vital = {"gcs_server": None, "raylet": None}
         for process in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if (name := process.name()) in self._heart:
-                    self._heart[name] = process.pid
+                if (name := process.name()) in self._vital:
+                    self._vital[name] = process.pid
 
     def _connect(self, address: str, **options: Any) -> None:
         import ray
 
         try:
             ray.init(address, **options, logging_level="error", log_to_driver=False)
-        except (Stopped, SystemExit):  # the latter is Ray's own answer to a SIGTERM while it starts
+        except (Stopped, SystemExit):  # Ray raises SystemExit on a SIGTERM while it starts
             self.abandon()
             raise Stopped from None
-        except Exception as error:  # it raises plain ones, too, as when its raylet dies meanwhile
+        except Exception as error:  # Ray also raises plain exceptions, such as when its raylet dies meanwhile
             where = "this machine" if address == "local" else address
             self.close()
             raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
 
     def close(self) -> None:
-        """Shut a Ray of our own down, or leave the other. May be called twice."""
+        """Shut our own Ray down, or disconnect from the existing one. May be called twice."""
         import ray
 
         if self._abandoned:
@@ -96,45 +96,45 @@ class Ray:
 
     @property
     def temporary(self) -> str | None:
-        """A folder that goes with this launch, where all ranks are on this machine."""
+        """A folder that is removed with this launch, if all ranks are on this machine."""
         return self._temporary.path if self._temporary is not None else None
 
     def abandon(self) -> None:
-        """As `close`, for a process that is about to exit with code 3, at once: a Ray of our own is killed."""
+        """Close at once, for a process that is about to exit with code 3: kill our own Ray."""
         if self._temporary is None:
             self.close()
             return
-        self._heart = {}
+        self._vital = {}
         kill_own()
         self._temporary.remove()
         self._abandoned = True
         atexit.register(_leave)
 
     def died(self) -> str | None:
-        """Which process that a Ray of our own cannot do without has ended, if one has.
+        """Return the vital process of our own Ray that has ended, or None.
 
-        Ray takes seconds to tell, and calls that ask its head for something do not return.
+        Ray takes seconds to report this, and calls that need its head do not return.
         """
-        return next((name for name, pid in self._heart.items() if pid is None or _has_ended(pid)), None)
+        return next((name for name, pid in self._vital.items() if pid is None or _has_ended(pid)), None)
 
-    def answer(self, question: Callable[[], _T], otherwise: _T) -> _T:
-        """What a question to Ray returns; `otherwise` if a process of a Ray of our own has died, which may show as any
-        error and as any answer.
+    def answer(self, call: Callable[[], _T], otherwise: _T) -> _T:
+        """Return what a call to Ray returns; `otherwise` if a vital process of our own Ray has died: the call may then
+        raise anything or return anything.
         """
         if self.died() is not None:
             return otherwise
         try:
-            found = question()
+            found = call()
         except Exception:
-            end = time.monotonic() + _END_S
+            deadline = time.monotonic() + _END_S
             while self.died() is None:
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
         return otherwise if self.died() is not None else found
 
     def revive(self) -> None:
-        """Start another Ray of our own in place of one that died."""
+        """Start our own Ray again if it died."""
         if self.died() is not None:
             self.close()
             self._start()
@@ -145,7 +145,7 @@ class Ray:
         return sum(node["Alive"] for node in ray.nodes())
 
     def resources(self) -> tuple[int, int]:
-        """(CPUs, GPUs) of all nodes."""
+        """Return (CPUs, GPUs) of all nodes."""
         import ray
 
         total = self.answer(ray.cluster_resources, None)
@@ -156,11 +156,11 @@ class Ray:
 
 
 def kill_own() -> None:
-    """End whatever this process has started, and what that has, but for the brooms of temporary folders."""
+    """Kill all descendants of this process but the brooms of temporary folders."""
     import psutil
 
     killed = []
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # what is stopped starts nothing in between
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # a stopped process cannot start another one in between
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "broom" not in process.cmdline():
@@ -170,7 +170,7 @@ def kill_own() -> None:
 
 
 def _leave() -> None:
-    """End without the farewell of a Ray that was killed, which takes 20 s."""
+    """Exit without the shutdown of a Ray that was killed, which takes 20 s."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(Stopped.exit_code)
@@ -179,20 +179,23 @@ def _leave() -> None:
 def _has_ended(child: int) -> bool:
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # Ray has asked how it ended
+    except ChildProcessError:  # Ray has collected its exit code
         return True
 
 
 def _check_reachable(address: str) -> None:
-    """Check that a Ray answers there that takes our token: Ray's client asks again and again for minutes, with a raw
-    warning each time, and does not say why.
+    """Check that a Ray answers at this address and accepts our token: Ray's client would retry for minutes, with a raw
+    warning each time, and not say why.
+
+    Raises:
+        LaunchError: the address is malformed, nothing or no Ray answers there, or that Ray rejects our token.
     """
     if address == "auto":
         if "RAY_ADDRESS" not in os.environ:
             return
-        address = os.environ["RAY_ADDRESS"]  # where auto leads
+        address = os.environ["RAY_ADDRESS"]  # what auto means to Ray
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    way_out = "check it with `ray status --address`, or leave --address out to start Ray on this machine"
+    remedy = "check it with `ray status --address`, or leave --address out to start Ray on this machine"
     try:
         with socket.create_connection((host, int(port)), timeout=5):
             pass
@@ -200,7 +203,7 @@ def _check_reachable(address: str) -> None:
         message = f"--address {address}: write HOST:PORT, or auto for the cluster this machine is part of"
         raise LaunchError(message) from None
     except OSError as error:
-        raise LaunchError(f"--address {address}: nobody answers there ({error}); {way_out}") from None
+        raise LaunchError(f"--address {address}: nothing answers there ({error}); {remedy}") from None
     if os.environ.get("RAY_USE_TLS") == "1":
         return
     with _quiet_grpc() as grpc, grpc.insecure_channel(f"{host}:{port}") as channel:
@@ -210,18 +213,18 @@ def _check_reachable(address: str) -> None:
             if answer == "UNAUTHENTICATED":
                 token = _token()
                 if token is None:
-                    raise LaunchError(f"--address {address}: that Ray wants its token; {_TOKEN}")
+                    raise LaunchError(f"--address {address}: that Ray requires its token; {_TOKEN}")
                 if _ask_alive(channel, token) == "UNAUTHENTICATED":
-                    raise LaunchError(f"--address {address}: that Ray does not take the token that is set; {_TOKEN}")
+                    raise LaunchError(f"--address {address}: that Ray rejects the token that is set; {_TOKEN}")
             elif answer:
-                raise LaunchError(f"--address {address}: what answers there is no Ray ({answer}); {way_out}")
+                raise LaunchError(f"--address {address}: what answers there is not a Ray ({answer}); {remedy}")
         except grpc.FutureTimeoutError:
-            raise LaunchError(f"--address {address}: what answers there is no Ray; {way_out}") from None
+            raise LaunchError(f"--address {address}: what answers there is not a Ray; {remedy}") from None
 
 
 @contextlib.contextmanager
 def _quiet_grpc() -> Iterator[Any]:
-    """The library that Ray speaks with, and brings; it would print what a caller is told anyway."""
+    """Provide gRPC, which comes with Ray, without its own messages: the caller reports the same errors."""
     given = os.environ.get("GRPC_VERBOSITY")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
@@ -234,7 +237,7 @@ def _quiet_grpc() -> Iterator[Any]:
 
 
 def _ask_alive(channel: Any, token: str | None) -> str:
-    """Ask Ray's head whether it is alive: "" if it is, else the name of gRPC's code."""
+    """Ask Ray's head whether it is alive. Return "" if it is, else the name of gRPC's status code."""
     import grpc
 
     header = [("authorization", f"Bearer {token}")] if token is not None else None
@@ -246,7 +249,7 @@ def _ask_alive(channel: Any, token: str | None) -> str:
 
 
 def _token() -> str | None:
-    """The token that Ray's client would send."""
+    """Return the token that Ray's client would send."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return None
     if token := os.environ.get("RAY_AUTH_TOKEN"):
@@ -259,22 +262,22 @@ def _token() -> str | None:
 
 
 def wait_for_nodes(address: str, count: int, patience_s: float = 300) -> None:
-    """Return once a Ray that others are starting has so many nodes.
+    """Return once a Ray that others are starting has `count` nodes.
 
     Raises:
-        LaunchError: it has not come up, or not whole.
+        LaunchError: it has not come up, or not with all nodes, within `patience_s`.
     """
-    end = time.monotonic() + patience_s
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             cluster = Ray(address)
             break
         except LaunchError:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
     while (up := cluster.nodes()) < count:
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise LaunchError(f"Ray at {address} has {up} of {count} nodes after {patience_s:g} s")
         time.sleep(0.2)
     cluster.close()

@@ -1,4 +1,4 @@
-"""Temporary folders that go when their process ends, also where it is killed and can remove nothing itself."""
+"""Temporary folders that are removed when their process ends, even if it is killed and cannot remove them itself."""
 
 import os
 import shutil
@@ -8,45 +8,45 @@ import tempfile
 from vimscale.errors import LaunchError
 
 _SOCKET = 107
-"""Bytes that the path of a unix socket may have: Linux's sun_path, less the NUL at its end."""
+"""Most bytes in the path of a unix socket: Linux's sun_path, minus the NUL at its end."""
 
 SOCKETS = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""Bytes that multiprocessing adds to the path of a folder for temporary files."""
+"""Bytes that multiprocessing appends to the path of a folder for temporary files."""
 
 
 class Temporary:
-    """A `private_folder` of this process; what names it in its command line, or has a file of it open, is swept with
-    it.
+    """A `private_folder` of this process. When it is swept, processes that name it in their command line or have a file
+    in it open are killed with it.
     """
 
     def __init__(self, prefix: str, sockets: int):
         self.path = private_folder(prefix, sockets)
-        self._broom = _broom(self.path)
+        self._broom = _start_broom(self.path)
 
     def remove(self) -> None:
-        """Remove the folder alone. May be called twice."""
+        """Remove the folder only. May be called twice."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.sweep()
 
     def sweep(self) -> None:
-        """Do now what is done if this process is killed: also end what runs there."""
+        """Do now what happens if this process is killed: also kill the processes that use the folder."""
         assert self._broom.stdin is not None
         self._broom.stdin.close()
         self._broom.wait()
 
 
 def private_folder(prefix: str, sockets: int) -> str:
-    """A new folder of this user's alone. `sockets`: the most bytes that paths of sockets add to the folder's own. Where
-    TMPDIR leaves them no room, as the scratch folders of batch jobs often do, it is made in /tmp or /var/tmp instead.
+    """Make a new folder that only this user can open. `sockets`: the most bytes that paths of sockets add to its path.
+    If TMPDIR leaves no room for them, as the scratch folders of batch jobs often do, make it in /tmp or /var/tmp.
 
     Raises:
-        LaunchError: no folder for temporary files can be written into, or each one's path is too long.
+        LaunchError: no folder for temporary files is writable, or their paths are too long.
     """
     try:
         first = tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise LaunchError(f"{error.strerror}; set TMPDIR to a folder that can be written into") from None
-    longest = _SOCKET - sockets - len(prefix) - 9  # the slash, and eight characters of mkdtemp's
+        raise LaunchError(f"{error.strerror}; set TMPDIR to a writable folder") from None
+    longest = _SOCKET - sockets - len(prefix) - 9  # the slash, and mkdtemp's eight characters
     faults = []
     for parent in dict.fromkeys((first, "/tmp", "/var/tmp")):
         if (size := len(os.fsencode(parent))) > longest:
@@ -58,27 +58,27 @@ def private_folder(prefix: str, sockets: int) -> str:
             faults.append(f"{parent}: {error.strerror}")
     raise LaunchError(
         f"no folder for temporary files: {'; '.join(faults)}; set TMPDIR to a writable one of at most {longest} bytes"
-        " (sockets lie below it)"
+        " (sockets are made below it)"
     )
 
 
 def shorten() -> None:
-    """Give multiprocessing's sockets a short folder that goes with this process, where TMPDIR leaves them no room."""
+    """If TMPDIR leaves no room for multiprocessing's sockets, use a short folder that is removed with this process."""
     if len(os.fsencode(tempfile.gettempdir())) > _SOCKET - SOCKETS:
         use(Temporary("vimscale-", SOCKETS).path)
 
 
 def use(folder: str) -> None:
-    """Make temporary files of this process, and of those that it starts, in `folder`."""
+    """Make the temporary files of this process, and of those that it starts, in `folder`."""
     os.environ["TMPDIR"] = folder
-    tempfile.tempdir = None  # to be read again
+    tempfile.tempdir = None  # tempfile then reads TMPDIR again
 
 
-def _broom(folder: str) -> subprocess.Popen:
-    """A shell that waits for this process to end, however it does, then ends what is left and removes the folder.
+def _start_broom(folder: str) -> subprocess.Popen:
+    """Start a shell that waits until this process ends in any way, then kills what is left and removes the folder.
 
     A launcher that is killed cannot do that, and Ray's agents outlive it by a minute. Some of them overwrite their
-    command line, but have a log open. This process may have one open too.
+    command line but have a log open. This process may have one open too, and is spared.
     """
     script = """
         read -r nothing

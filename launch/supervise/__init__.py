@@ -1,1 +1,4 @@
-"""Keeping ranks alive: the supervisor, its watchdog, what it remembers of failures, how many ranks there may be."""
+"""Keeping a run alive: the supervisor, its watchdog for hangs, its record of failures, and what it prints.
+
+The commands and sweeps import this package. It imports `launch.processes` and vimscale.runtime.
+"""

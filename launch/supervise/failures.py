@@ -1,4 +1,4 @@
-"""What went wrong in a run so far, in runs/NAME/failures.json, and whether to try again."""
+"""The record of a run's failures, runs/NAME/failures.json, and the decision whether to try again."""
 
 import itertools
 import json
@@ -18,28 +18,30 @@ from ..processes.rank import Cause, Ending
 log = logging.getLogger(__name__)
 
 _SAME = 3
-"""So often the same failure at the same place ends a run."""
+"""The same failure at the same step this many times ends a run."""
 _NEAR = 2
-"""Steps that count as the same place: how far a rank that died had come is known from the others, to a step or two."""
+"""Failures up to this many steps apart count as at the same step: how far a rank that died had come is known from the
+other ranks, to a step or two.
+"""
 _PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-"""Before each restart that follows on one without a new checkpoint in between; the last one from then on."""
-_ORDER: tuple[Cause, ...] = ("died", "memory", "device", "user", "run", "hung", "error", "lost")
-_WAY_OUT: dict[Cause, str] = {
-    "died": "look into logs/ and the host's own log (dmesg) for what ends the process",
+"""Pauses before restarts without a new checkpoint in between; the last one repeats."""
+_CAUSES_FIRST: tuple[Cause, ...] = ("died", "memory", "device", "user", "run", "hung", "error", "lost")
+_REMEDIES: dict[Cause, str] = {
+    "died": "look in logs/ and in the host's own log (dmesg) for what ends the process",
     "memory": "lower parallel.micro_batch, raise parallel.zero or parallel.recompute, or use more --workers",
-    "device": "look at the host's own log for its GPU; leave that host out if it is always the same one",
-    "hung": "logs/stacks_*.txt say where every rank stood; a slow but sound run wants a larger --hang-after",
-    "lost": "the ranks cannot reach each other; `vimscale doctor` and the network between the hosts",
+    "device": "look in the host's own log for its GPU; leave that host out if it is always the same one",
+    "hung": "logs/stacks_*.txt show where every rank was; a run that is only slow needs a larger --hang-after",
+    "lost": "the ranks cannot reach each other; check the network between the hosts, and run `vimscale doctor`",
 }
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One end of a group of ranks that was not asked for."""
+    """One unrequested end of a group of ranks."""
 
     time: str
     step: int | None
-    """The last step known to be finished; None if there was none since the start."""
+    """The last step known to be finished; None if no step has finished since the start."""
     saved: int
     """The step of the newest checkpoint, 0 if there is none."""
     world: int
@@ -49,15 +51,15 @@ class Failure:
     exception: str
     message: str
     others: list[dict[str, Any]]
-    """The same of the ranks that failed with it."""
+    """The same for the ranks that failed with it."""
 
     @property
     def shape(self) -> tuple[str, str, str]:
-        """What is alike in two failures of one reason: numbers and addresses differ."""
+        """What two failures with one reason share: numbers and addresses differ."""
         return self.cause, self.exception, re.sub(r"0x[0-9a-f]+|\d[\d.,:]*", "#", self.message)
 
     def same_as(self, other: "Failure") -> bool:
-        """Whether this one, the later, may be the other again: at the same place, and nothing was saved past it."""
+        """Return whether this later failure may be the other again: at the same step, with nothing saved past it."""
         if self.shape != other.shape or (self.step is None) != (other.step is None):
             return False
         if self.step is None or other.step is None:
@@ -65,14 +67,14 @@ class Failure:
         return abs(self.step - other.step) <= _NEAR and self.saved <= other.step
 
     def is_past(self, other: "Failure") -> bool:
-        """Whether the run was further here than where the other failed: nothing at that place stops it each time."""
+        """Return whether this one came past the step of the other: nothing at that step stops the run every time."""
         if other.step is None:
             return self.step is not None
         return self.step is not None and self.step > other.step + _NEAR
 
 
 def _earlier(path: Path) -> list[Any]:
-    """What is on file. A damaged file is set aside, and the record starts again."""
+    """Return the failures on file. Set a damaged file aside and start a new record."""
     try:
         found = json.loads(path.read_bytes())
         if not isinstance(found, list):
@@ -87,12 +89,12 @@ def _earlier(path: Path) -> list[Any]:
 
 
 def first_cause(failures: list[Ending]) -> Ending:
-    """The failure that the others follow from: a death before an exception before the loss of a peer."""
-    return min(failures, key=lambda ending: (_ORDER.index(ending.cause or "lost"), ending.time))
+    """Return the failure that caused the others: a death before an exception before the loss of a peer."""
+    return min(failures, key=lambda ending: (_CAUSES_FIRST.index(ending.cause or "lost"), ending.time))
 
 
 class Failures:
-    """The failures of a run: those on file, and those of this launch, which alone decide."""
+    """The failures of a run: those on file, and those of this launch. Only the latter count for decisions."""
 
     def __init__(self, folder: RunFolder, restarts: int, within: int):
         self._folder, self._restarts, self._within = folder, restarts, within
@@ -101,7 +103,7 @@ class Failures:
         self._own: list[Failure] = []
 
     def record(self, endings: list[Ending], reached: dict[int, int | None], world: int) -> Failure:
-        """Write down that ranks failed; `reached`: the step that each rank was last heard to have finished."""
+        """Record that ranks failed. `reached`: the last step that each rank reported as finished."""
         newest = checkpoints(self._folder.checkpoints)[:1]
         first = first_cause(endings)
         steps = [ending.step for ending in endings] + list(reached.values())
@@ -124,12 +126,12 @@ class Failures:
         self._own.append(failure)
         try:
             files.write(self._file, json.dumps(self._earlier + [asdict(f) for f in self._own], indent=1) + "\n")
-        except OSError as error:  # this launch remembers it, and the next failure is written with it
+        except OSError as error:  # this launch keeps it in memory, and writes it with the next failure
             log.warning("%s could not be written: %s", self._file, error.strerror)
         return failure
 
     def hopeless(self) -> str | None:
-        """Why another try would be of no use, for a person to read; None while one may be."""
+        """Return why another try would not help, for a person to read; None if it may help."""
         last = self._own[-1]
         since = itertools.takewhile(lambda f: not f.is_past(last), reversed(self._own))
         alike = [f for f in since if last.same_as(f)][::-1]
@@ -138,12 +140,12 @@ class Failures:
         if self._recent() > self._restarts:
             return (
                 f"{self._restarts} restarts did not bring the run {self._within:,} steps further;"
-                f" all failures are in {self._file}, output of the ranks in {self._folder.path}/logs"
+                f" all failures are in {self._file}, the ranks' output in {self._folder.path}/logs"
             )
         return None
 
     def pause(self) -> float:
-        """Seconds to wait before the next try."""
+        """Return the seconds to wait before the next try."""
         idle = sum(f.saved == self._own[-1].saved for f in self._own)
         return _PAUSES_S[min(idle, len(_PAUSES_S)) - 1]
 
@@ -154,17 +156,17 @@ class Failures:
         return sum(self._own[-1].saved - f.saved < self._within for f in self._own)
 
     def _common(self, alike: list[Failure]) -> str:
-        """A report of failures that are one and the same."""
+        """Return a report on repeats of the same failure."""
         last = alike[-1]
         steps = sorted({f.step for f in alike if f.step is not None})
         where = f"at step {steps[0]:,}" if steps else "before the first step"
         where += f" to {steps[-1]:,}" if len(steps) > 1 else ""
-        lines = [f"the same failure {len(alike)} times {where}; in common are"]
+        lines = [f"the same failure {len(alike)} times {where}; they share"]
         lines.append(f"  cause: {last.cause}" + (f", {last.exception}" if last.exception else ""))
         for name in ("rank", "host"):
             values = Counter(getattr(f, name) for f in alike)
-            told = ", ".join(f"{value} ({n} times)" for value, n in values.most_common())
-            lines.append(f"  {name}: {next(iter(values))} each time" if len(values) == 1 else f"  {name}s: {told}")
+            counts = ", ".join(f"{value} ({n} times)" for value, n in values.most_common())
+            lines.append(f"  {name}: {next(iter(values))} each time" if len(values) == 1 else f"  {name}s: {counts}")
         lines.append(f"  times: {', '.join(f.time for f in alike)}")
-        lines.append(f"all are in {self._file}; {_WAY_OUT[last.cause]}")
+        lines.append(f"all failures are in {self._file}; {_REMEDIES[last.cause]}")
         return "\n  ".join(lines)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line in a terminal, plain lines anywhere else."""
+"""What a run prints: one live line in a terminal, plain lines anywhere else."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ _STYLES = {"warning": "yellow", "error": "bold red"}
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3:05, 2:11:09, 4 d 03:00."""
+    """Return a time like 12 s, 3:05, 2:11:09 or 4 d 03:00."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, s = divmod(round(seconds), 60)
@@ -25,12 +25,12 @@ def duration(seconds: float) -> str:
 
 
 def console() -> Console:
-    """Standard output, for what a run prints: it ends no run if it cannot be written."""
+    """Return a console on standard output that never fails: a run continues if its output cannot be written."""
     return Console(file=lossy(sys.stdout))
 
 
 class Progress:
-    """Shows the events of rank 0, and once, at the first step, where the time until then went."""
+    """Prints the events of rank 0 and, at the first step, where the time until then went."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -41,18 +41,20 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def phase(self, name: str, seconds: float | None = None) -> None:
-        """What went on since the phase before, or for `seconds`, was `name`."""
+        """Name the phase that ends now. It began when the phase before ended, or `seconds` ago."""
         now = time.perf_counter()
         self._phases[name] = now - self._lap if seconds is None else seconds
         self._lap = now
 
     def lap(self) -> None:
-        """The phase that comes begins now."""
+        """Begin the next phase now."""
         self._lap = time.perf_counter()
 
-    def again(self, name: str) -> None:
-        """The run has stood since the last lap, because of `name`; phases until it goes on are told as at first."""
-        self._phases, self._until = {}, "going on"
+    def restart(self, name: str) -> None:
+        """End the phase `name`, in which the run has not trained. Print the phases until it trains again, as at the
+        first step.
+        """
+        self._phases, self._until = {}, "resumed"
         self.phase(name)
 
     def note(self, level: str, message: str) -> None:

@@ -1,6 +1,6 @@
-"""Keeps a run going: starts a group of ranks, watches it, starts it anew when ranks are lost, says how it ended.
+"""Keeps a run going: starts a group of ranks, watches it, restarts it when ranks are lost, reports how it ended.
 
-Knows ranks and checkpoints, nothing of tensors; how processes are made is the group's business (on_ray, on_local).
+It knows ranks and checkpoints, not tensors. The group knows how to start processes (on_ray, on_local).
 """
 
 import time
@@ -19,32 +19,32 @@ from .progress import Progress
 from .watchdog import Watchdog
 
 _HEAR_S = 3.0
-"""How long other ranks are heard once one has failed: the first to report is often not the first to fail."""
+"""How long to listen to the other ranks once one has failed: the first to report is often not the first to fail."""
 _HEAR_DEATH_S = 0.3
-"""The same once one has died: nothing goes before that, and the time is better spent on the restart."""
+"""The same once a rank has died: a death is the first cause, and the time is better spent on the restart."""
 _DUMP_S = 1.0
-"""How long ranks that hang have to write down where they stand."""
-_LOOK_S = 1.0
-"""How often a group is asked whether it must leave its machines."""
+"""Time for ranks that hang to write their stacks."""
+_LEAVING_S = 1.0
+"""Interval between checks whether the group must leave its machines."""
 
 Reason = Literal["stop", "grow", "leave"]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a run is allowed; every value can be given on the command line."""
+    """Limits of a run; every value can be set on the command line."""
 
     restarts: int = 10
     within: int = 1000
-    """At most so many restarts in so many steps."""
+    """At most `restarts` restarts within `within` steps."""
     hang_after: float | None = None
-    """Seconds without progress that are a hang; None follows from the time of the run's steps."""
+    """Seconds without progress that are a hang; default: what follows from the time of the run's steps."""
     grace: float | None = None
-    """Seconds that ranks have to save and end once a stop is asked for; None gives them what they need."""
+    """Seconds that ranks have to save and end once a stop is requested; default: as long as they need."""
 
     @property
     def patience_s(self) -> float:
-        """How long ranks wait for each other: a little longer than the watchdog lets them."""
+        """How long ranks wait for each other: a little longer than the watchdog allows."""
         return max(300.0, (self.hang_after or 0.0) + 30.0)
 
 
@@ -52,30 +52,30 @@ class Group(Protocol):
     """A set of ranks training one recipe."""
 
     size: int
-    """Known once it is started."""
+    """The number of ranks, known once the group is started."""
 
     def start(self) -> None: ...
 
     def poll(self, timeout: float) -> list[Event | Ending]:
-        """What has come from the ranks since, waiting up to `timeout` seconds for something."""
+        """Return what the ranks have sent since the last call; wait up to `timeout` seconds for something."""
         ...
 
     def request_stop(self) -> None: ...
 
     def dump_stacks(self) -> None:
-        """Have every rank that can write where it stands to its `stacks_file`."""
+        """Have every rank that can do so write its stacks to its `stacks_file`."""
         ...
 
     def leaving(self) -> str | None:
-        """Why ranks have to leave the machines they are on soon, if they have to."""
+        """Return why ranks must leave their machines soon, or None."""
         ...
 
     def room(self) -> int:
-        """How many ranks a group in its place would have; 0 if it could not be."""
+        """Return how many ranks a new group would have in place of this one; 0 if it could not start."""
         ...
 
     def kill(self) -> None:
-        """End what is left of it. May be called at any time, and twice."""
+        """Kill what is left of the group. May be called at any time, and twice."""
         ...
 
 
@@ -86,12 +86,12 @@ def supervise(
     progress: Progress,
     policy: Policy = Policy(),
 ) -> int:
-    """Run to the end; returns the exit code: 0 finished, 3 stopped on request, with all that can be saved. Before a
-    group's first step that is nothing, and it is ended at once.
+    """Run to the end. Return the exit code: 0 if the run finished, 3 if it stopped on request and saved what it could.
+    Before a group's first step there is nothing to save, and the group is killed at once.
 
     Raises:
         UserError: a rank found the input wrong.
-        RunFailed: the run cannot go on; the message names the first cause.
+        RunFailed: the run cannot continue; the message names the first cause.
     """
     failures = Failures(folder, policy.restarts, policy.within)
     with stop.installed():
@@ -107,23 +107,23 @@ def supervise(
             finally:
                 group.kill()
             if stop.count > 1 and not watch.untrained:
-                raise RunFailed("ended at once, as asked; the same command goes on from the last checkpoint")
+                raise RunFailed("ended at once, as requested; the same command resumes from the last checkpoint")
             failed = [ending for ending in watch.endings if ending.status == "failed"]
             if not failed and len(watch.endings) == group.size:
                 if watch.endings[0].status == "done":
                     return 0
-                if watch.asked in (None, "stop") or not (room := group.room()):
+                if watch.requested in (None, "stop") or not (room := group.room()):
                     return 3
-                progress.note("info", f"going on with {room} instead of {group.size} ranks")
-                progress.again("regrouping")
+                progress.note("info", f"continuing with {room} instead of {group.size} ranks")
+                progress.restart("regrouping")
                 continue
 
             if not failed and watch.untrained:
                 return 3
             if not failed:
                 raise RunFailed(
-                    f"{_ranks(watch.unheard)} had not saved and ended {policy.grace:g} s after the request to stop"
-                    f" (--grace) and was ended; {goes_on(folder)}"
+                    f"{_ranks(watch.unreported)} did not save and end within {policy.grace:g} s of the request to stop"
+                    f" (--grace) and was killed; {how_to_resume(folder)}"
                 )
             first = first_cause(failed)
             if first.cause == "user":
@@ -138,11 +138,11 @@ def supervise(
             if first.cause == "error":
                 raise RunFailed(f"{message}\n  {where}")
             if stop.asked:
-                raise RunFailed(f"{message}, after the request to stop; {goes_on(folder)}")
+                raise RunFailed(f"{message}, after the request to stop; {how_to_resume(folder)}")
             if (why := failures.hopeless()) is not None:
                 raise RunFailed(f"{message}\n  {why}")
-            progress.note("warning", f"{message}; starting again from the last checkpoint ({failures.count()})")
-            progress.again("hearing the others")
+            progress.note("warning", f"{message}; restarting from the last checkpoint ({failures.count()})")
+            progress.restart("hearing the others")
             _pause(failures.pause(), stop)
             progress.phase("pause")
             if stop.asked:
@@ -150,7 +150,7 @@ def supervise(
 
 
 class _Watch:
-    """One group, until all of its ranks have ended or there is reason to end them."""
+    """Watches one group until all of its ranks have ended or there is a reason to kill them."""
 
     def __init__(self, group: Group, folder: RunFolder, stop: StopSignal, progress: Progress, policy: Policy):
         self._group, self._folder, self._stop, self._progress = group, folder, stop, progress
@@ -159,40 +159,43 @@ class _Watch:
         self._deadline = float("inf")
         self.endings: list[Ending] = []
         self.reached: dict[int, int | None] = {}
-        """The step that each rank was last heard to have finished."""
-        self.asked: Reason | None = None
+        """The last step that each rank reported as finished."""
+        self.requested: Reason | None = None
+        """Why the group was requested to stop, if it was."""
 
     @property
-    def unheard(self) -> list[int]:
-        """Ranks that have not said how they ended."""
+    def unreported(self) -> list[int]:
+        """Ranks that have not reported how they ended."""
         return self._watchdog.watched
 
     @property
     def untrained(self) -> bool:
-        """Whether no rank has been heard to have finished a step: there is nothing to save."""
+        """Whether no rank has reported a finished step, so that there is nothing to save."""
         return all(step is None for step in self.reached.values())
 
     def until_it_ends(self) -> None:
-        look = time.monotonic() + _LOOK_S
+        next_check = time.monotonic() + _LEAVING_S
         while len(self.endings) < self._group.size and time.monotonic() < self._deadline and self._stop.count < 2:
             if self._stop.asked and self.untrained:
                 return
-            if self._stop.asked and self.asked != "stop":
-                self._ask("stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)")
+            if self._stop.asked and self.requested != "stop":
+                self._request(
+                    "stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)"
+                )
             saved = self._hear()
-            if self.asked is None and saved and (room := self._group.room()) > self._group.size:
-                self._ask("grow", f"there is room for {room} ranks by now")
-            if self.asked is None and time.monotonic() > look:
-                look = time.monotonic() + _LOOK_S
+            if self.requested is None and saved and (room := self._group.room()) > self._group.size:
+                self._request("grow", f"there is room for {room} ranks now")
+            if self.requested is None and time.monotonic() > next_check:
+                next_check = time.monotonic() + _LEAVING_S
                 if (why := self._group.leaving()) is not None:
-                    self._ask("leave", f"{why}: finishing the step and saving a checkpoint")
+                    self._request("leave", f"{why}: finishing the step and saving a checkpoint")
             if hung := self._watchdog.hung(time.monotonic()):
                 self._dump()
                 self.endings += hung
                 return
 
     def _hear(self) -> bool:
-        """Take in what the ranks have to say; whether there is a new checkpoint."""
+        """Process what the ranks have sent; return whether there is a new checkpoint."""
         saved = False
         for report in self._group.poll(timeout=0.2):
             if isinstance(report, Ending):
@@ -201,8 +204,8 @@ class _Watch:
                 if report.status == "failed":
                     if self._deadline > time.monotonic() + _HEAR_S:
                         self._progress.lap()
-                    hear = _HEAR_DEATH_S if report.cause == "died" else _HEAR_S
-                    self._deadline = min(self._deadline, time.monotonic() + hear)
+                    listen_s = _HEAR_DEATH_S if report.cause == "died" else _HEAR_S
+                    self._deadline = min(self._deadline, time.monotonic() + listen_s)
             elif report["kind"] == "heartbeat":
                 self._watchdog.heard(report["rank"], report)
                 self.reached[report["rank"]] = report["step"]
@@ -211,17 +214,17 @@ class _Watch:
                 self._progress.show(report)
         return saved
 
-    def _ask(self, reason: Reason, message: str) -> None:
+    def _request(self, reason: Reason, message: str) -> None:
         self._progress.note("info", message)
         self._progress.lap()
-        if self.asked is None:
+        if self.requested is None:
             self._group.request_stop()
-        self.asked = reason
+        self.requested = reason
         if reason == "stop" and self._grace is not None:
             self._deadline = min(self._deadline, time.monotonic() + self._grace)
 
     def _dump(self) -> None:
-        """Write down for each rank how it stands, and have it add its stack if it can."""
+        """Write a note on each rank to its stacks file, and have the rank append its stacks if it can."""
         self._progress.lap()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         problems = []
@@ -229,7 +232,7 @@ class _Watch:
             text = f"{now} rank {rank}: {self._watchdog.describe(rank)}\n"
             problems.append(_append(stacks_file(self._folder.path, rank), text))
         self._group.dump_stacks()
-        where = f"where every rank stands is in {self._folder.path}/logs/stacks_*"
+        where = f"the stacks of every rank are in {self._folder.path}/logs/stacks_*"
         problem = next(filter(None, problems), None)
         self._progress.note("warning", f"the run hangs; {problem or where}")
         end = time.monotonic() + _DUMP_S
@@ -238,7 +241,7 @@ class _Watch:
 
 
 def _append(path: Path, text: str) -> str | None:
-    """Add to a file of the run; why it could not be written, if so: that must not hide what there is to say."""
+    """Append to a file of the run. Return why it could not be written, or None: that must not hide the failure."""
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:
@@ -252,10 +255,10 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def goes_on(folder: RunFolder) -> str:
+def how_to_resume(folder: RunFolder) -> str:
     newest = checkpoints(folder.checkpoints)[:1]
     where = newest[0].name if newest else "step 0: there is no checkpoint yet"
-    return f"the same command goes on from {where}"
+    return f"the same command resumes from {where}"
 
 
 def _pause(seconds: float, stop: StopSignal) -> None:

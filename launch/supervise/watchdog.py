@@ -1,4 +1,4 @@
-"""Notices that a run hangs: every rank tells a few times a second how far it has come."""
+"""Detects that a run hangs, from the heartbeats that every rank sends a few times per second."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,29 +7,33 @@ from ..processes.rank import Ending
 
 _SLOWEST_S = 60.0
 _STEPS = 20
-"""A hang is no progress for 60 s, or for the time of 20 steps where that is longer."""
+"""A hang is no progress for 60 s, or for the time of 20 steps if that is longer."""
 _START_S = 300.0
-"""The same before the first step, which compiles and loads, and while a checkpoint is written."""
+"""The limit before the first step, which compiles and loads, and while a checkpoint is written."""
 _SILENT_S = 3.0
-"""A rank that tells nothing for so long does not run: it is stopped, or its machine cannot be reached."""
+"""A rank that is silent for this long does not run: it is stopped, or its machine cannot be reached."""
 _AT_MOST_S = 2.0
-"""What one look adds to a rank's time without progress: when the launcher itself was stopped, no rank is to blame."""
+"""Most that one check adds to a rank's time without progress: if the launcher was stopped, no rank is to blame."""
 
 
 @dataclass
 class _Seen:
     heartbeat: dict[str, Any]
     still: float = 0.0
-    """Seconds without progress, of which the launcher was awake."""
+    """Seconds without progress while the launcher was running."""
     silent: float = 0.0
+    """Seconds without a heartbeat while the launcher was running."""
 
 
 class Watchdog:
-    """Judges by the heartbeats of all ranks; `hang_after` seconds replace the time that follows from the steps."""
+    """Judges all ranks by their heartbeats.
+
+    `hang_after`: seconds without progress that are a hang; default: derived from the time of the steps.
+    """
 
     def __init__(self, world: int, hang_after: float | None, now: float):
         self._hang_after = hang_after
-        self._looked = now
+        self._checked = now
         nothing = {"beats": 0, "doing": "start", "step": None, "step_s": None, "host": ""}
         self._ranks = {rank: _Seen(nothing) for rank in range(world)}
 
@@ -45,7 +49,7 @@ class Watchdog:
         self._ranks.pop(rank, None)
 
     def limit(self, heartbeat: dict[str, Any]) -> float:
-        """Seconds that a rank may stand still after such a heartbeat."""
+        """Return the seconds that a rank may make no progress after this heartbeat."""
         if heartbeat["step"] is None:
             return max(_START_S, self._hang_after or 0.0)
         if self._hang_after is not None:
@@ -54,9 +58,9 @@ class Watchdog:
         return max(usual, _START_S) if heartbeat["doing"] == "save" else usual
 
     def hung(self, now: float) -> list[Ending]:
-        """The ranks that the others wait for, once one has stood still for too long; else none."""
-        passed = min(now - self._looked, _AT_MOST_S)
-        self._looked = now
+        """Return the ranks that the others wait for, once a rank has made no progress for too long; else none."""
+        passed = min(now - self._checked, _AT_MOST_S)
+        self._checked = now
         for seen in self._ranks.values():
             seen.still += passed
             seen.silent += passed
@@ -64,7 +68,7 @@ class Watchdog:
             return []
         silent = [rank for rank, seen in self._ranks.items() if seen.silent > _SILENT_S]
         behind = min((seen.heartbeat["step"] or 0, seen.heartbeat["beats"]) for seen in self._ranks.values())
-        last = [
+        slowest = [
             r for r, seen in self._ranks.items() if (seen.heartbeat["step"] or 0, seen.heartbeat["beats"]) == behind
         ]
         return [
@@ -77,14 +81,14 @@ class Watchdog:
                 host=seen.heartbeat["host"],
             )
             for rank, seen in self._ranks.items()
-            if rank in (silent or last)
+            if rank in (silent or slowest)
         ]
 
     def describe(self, rank: int) -> str:
         seen = self._ranks[rank]
         step, doing = seen.heartbeat["step"], seen.heartbeat["doing"]
         where = "before its first step" if step is None else f"after step {step:,} ({doing})"
-        answers = ", and does not answer: stopped, or out of reach" if seen.silent > _SILENT_S else ""
+        answers = ", and does not answer: it is stopped or out of reach" if seen.silent > _SILENT_S else ""
         return f"no progress for {seen.still:.0f} s {where}{answers}"
 
     @property

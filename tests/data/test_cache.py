@@ -97,7 +97,7 @@ def test_who_waits_for_a_shard_has_it_once_it_is_whole_though_others_keep_it_ope
     readers[1].start()
     while _open_parts() < 2:
         time.sleep(0.001)
-    server.go_on.set()
+    server.resume.set()
     for reader in readers:
         reader.join(60)
         assert not reader.is_alive()
@@ -151,7 +151,7 @@ def test_a_download_waits_for_room_that_others_take_up(server: WebServer) -> Non
     assert server.hanging.wait(60)
     waiting = threading.Thread(target=dataset.path, args=(1,))
     waiting.start()
-    server.go_on.set()
+    server.resume.set()
     slow.join()
     waiting.join()
     assert server.count(".tar") == {"train/00000.tar": 1, "train/00001.tar": 1}
@@ -312,7 +312,7 @@ def test_a_new_wish_replaces_what_has_not_begun(server: WebServer) -> None:
     dataset.prefetch([0, 1, 2, 3, 4])
     assert server.hanging.wait(60)
     dataset.prefetch([5])
-    server.go_on.set()
+    server.resume.set()
     _join_workers()
     assert "train/00005.tar" in server.requests
     assert "train/00004.tar" not in server.requests

@@ -216,5 +216,5 @@ def test_a_run_in_progress_can_be_listed_but_not_pruned(watched: Shell) -> None:
     assert "run folder runs/small is in use by a launch" in watched.run("checkpoints", "prune", "small", expect=2)
     assert "resumes from it" in watched.run("checkpoints", "list", "small")
     process.terminate()
-    assert "stopped on request; the same command goes on from step_" in watched.finish(process, expect=3)
+    assert "stopped on request; the same command resumes from step_" in watched.finish(process, expect=3)
     assert "all intact" in watched.run("checkpoints", "verify", "small")

@@ -79,7 +79,7 @@ WRONG = {
     "a Ray address where nobody answers": (
         ("launch", "small.yaml", "--address", "127.0.0.1:9"),
         None,
-        "--address 127.0.0.1:9: nobody answers there",
+        "--address 127.0.0.1:9: nothing answers there",
     ),
     "a Ray address that is none": (("launch", "small.yaml", "--address", "here"), None, "write HOST:PORT, or auto"),
     "two places at once": (("launch", "small.yaml", "--no-ray", "--address", "auto"), None, "exclude each other"),
@@ -107,7 +107,7 @@ def test_an_address_of_something_else_than_ray_is_refused(shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         output = shell.run("launch", "small.yaml", "--address", address, expect=2, timeout=60)
-    assert "what answers there is no Ray" in output
+    assert "what answers there is not a Ray" in output
 
 
 def test_an_existing_data_set_is_not_written_over(shell: Shell) -> None:

@@ -1,4 +1,4 @@
-"""Clusters whose own tool is missing or fails: every command on jobs says so, and none takes it for an empty list."""
+"""Every job command reports a cluster tool that is missing or fails; none takes it for an empty list of jobs."""
 
 import os
 from collections.abc import Callable
@@ -37,7 +37,7 @@ BROKEN = {
     "of another machine": (_tool("\x7fELF what"), "{tool} cannot be run: Exec format error"),
     "failing": (_tool("#!/bin/sh\necho 'connect refused' >&2\nexit 1\n"), "said: connect refused"),
     "silent": (_tool("#!/bin/sh\nexit 3\n"), "said: exit code 3"),
-    "talking": (_tool("#!/bin/sh\necho welcome to \xff\n"), "answer is not understood: 'welcome to "),
+    "talking": (_tool("#!/bin/sh\necho welcome to \xff\n"), "answer: 'welcome to "),
 }
 
 
@@ -54,13 +54,13 @@ def test_a_tool_that_does_not_work_is_named(
     job.mkdir(parents=True)
     (job / "id").write_text("7\n")
     (job / "script").write_text(f"<< 'END_OF_RECIPE'\n{_recipe()}END_OF_RECIPE\n")
-    for runs in (tmp_path / "runs", tmp_path / "none"):  # with a job that is known, and without
+    for runs in (tmp_path / "runs", tmp_path / "none"):  # with a known job, and without
         for command in COMMANDS:
             if runs.name == "none" and command[0] not in ("jobs", "submit"):
                 continue
             data = ["data.train=/a", "data.val=/b"] if command[0] == "submit" else []
             if case == "talking" and command[0] == "submit" and backend != "slurm":
-                continue  # its first question is answered by the exit code alone
+                continue  # for its first call only the exit code counts
             done = runner.invoke(app.app, [*command, "--on", backend, "--with", f"runs={runs}", *data])
             assert isinstance(done.exception, LaunchError), (command, done.output, done.exception)
             assert says.format(tool=TOOLS[backend]) in str(done.exception)
@@ -74,7 +74,7 @@ def _recipe() -> str:
 
 
 @pytest.mark.parametrize("backend", ["local", "slurm"])
-def test_a_folder_of_runs_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, backend: str) -> None:
+def test_a_folder_of_runs_that_cannot_be_read_is_an_error(tmp_path: Path, backend: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LaunchError, match=r"file cannot be read: Not a directory; is `runs` in the cluster file right"):
         jobs.open_backend(cluster.load(backend, [f"runs={tmp_path}/file"])).jobs()
@@ -88,7 +88,7 @@ def test_a_damaged_record_of_a_local_job_is_named(tmp_path: Path) -> None:
         jobs.open_backend(cluster.load("local", [f"runs={tmp_path}"])).jobs()
 
 
-def test_logs_that_kubectl_may_not_read_are_not_empty_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_that_kubectl_may_not_read_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pod = '{"metadata": {"name": "p", "creationTimestamp": "1"}, "status": {"phase": "Running"}}'
     item = '{"kind": "ConfigMap", "metadata": {"annotations": {"vimscale/run": "x"}, "creationTimestamp": "1"}}'
     _tool(

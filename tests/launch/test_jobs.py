@@ -1,4 +1,4 @@
-"""Jobs outlive the shell they came from: on this machine, and on a real Ray head that has a token."""
+"""Jobs outlive the shell that submitted them: on this machine, and on a real Ray head that has a token."""
 
 import http.client
 import json
@@ -30,7 +30,7 @@ SECRET = "a value that is in no file"
 
 @dataclass
 class Head:
-    """A Ray head of a test's own, with a token and a secret in its environment."""
+    """A Ray head for one test, with a token and a secret in its environment."""
 
     shell: Shell
     """A folder whose commands know the token."""
@@ -44,8 +44,8 @@ class Head:
     def jobs(self) -> dict[str, dict]:
         return {job["id"]: job for job in json.loads(self.shell.run("jobs", *self.on, "--json"))}
 
-    def told(self) -> str:
-        """All that Ray tells of its jobs to those with the token, and what every user of the machine sees."""
+    def visible(self) -> str:
+        """Return what Ray reports about its jobs to those with the token, and what every user of the machine sees."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.ray.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {self.ray.token}"}
         )
@@ -83,7 +83,7 @@ def _wait_for_rows(head: Head, name: str) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(head: Head) -> None:
+def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_other_shells(head: Head) -> None:
     shell = head.shell
     on = (*head.on, "--with", "image=has-the-code", "--with", "secrets=[TEST_SECRET]")
     submitter = shell.popen("submit", "small.yaml", "steps=100000", *on, "--follow")
@@ -93,7 +93,7 @@ def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(
     submitter.communicate()
     _wait_for_rows(head, "small")
     shell.run("stop", "small", *on)
-    assert "stopped on request; the same command goes on from step_" in shell.run(
+    assert "stopped on request; the same command resumes from step_" in shell.run(
         "logs", "small", *on, "--follow", expect=3
     )
     done = len(shell.rows("small"))
@@ -105,20 +105,20 @@ def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_others(
     shell.run("stop", "small", *on)
     shell.run("logs", "small", *on, "--follow", expect=3)
     assert [row["step"] for row in shell.rows("small")] == list(range(1, len(shell.rows("small")) + 1))
-    told = head.told()
-    assert "small@2" in told
-    assert SECRET not in told
-    assert head.ray.token not in told
+    visible = head.visible()
+    assert "small@2" in visible
+    assert SECRET not in visible
+    assert head.ray.token not in visible
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_a_ray_cannot_take_is_refused_and_leaves_nothing_behind(head: Head) -> None:
+def test_a_job_that_a_ray_cannot_take_is_refused_and_leaves_nothing_behind(head: Head) -> None:
     shell, on = head.shell, (*head.on, "--with", "image=has-the-code")
     missing = shell.run("submit", "small.yaml", *on, "--with", "secrets=[NOT_THERE]", expect=2)
     assert "secret NOT_THERE is not set" in missing
     assert head.jobs() == {}
-    assert "small@" not in head.told(), "Ray itself has forgotten it, too"
+    assert "small@" not in head.visible(), "Ray itself has deleted it too"
     shell.run("submit", "small.yaml", "steps=100000", *on)
     _wait_for_rows(head, "small")
     assert "small is running" in shell.run("submit", "small.yaml", *on, expect=2)
@@ -127,16 +127,16 @@ def test_what_a_ray_cannot_take_is_refused_and_leaves_nothing_behind(head: Head)
         assert "has 2, 0 of them free" in refused
     shell.run("stop", "small", *on)
     shell.run("logs", "small", *on, "--follow", expect=3)
-    assert "does not run: it is stopped" in shell.run("stop", "small", *on, expect=2)
+    assert "has already stopped; there is nothing to stop" in shell.run("stop", "small", *on, expect=2)
     assert "did you mean small?" in shell.run("stop", "smal", *on, expect=2)
     assert set(head.jobs()) == {"small"}
     shell.env.pop("RAY_AUTH_TOKEN")
-    assert "wants its token" in shell.run("jobs", *on, expect=2)
+    assert "requires its token" in shell.run("jobs", *on, expect=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_code_is_sent_and_a_run_folder_beside_it_is_not(head: Head) -> None:
+def test_code_is_sent_and_the_run_folder_next_to_it_is_not(head: Head) -> None:
     shell = head.shell
     (shell.folder / "runs/old").mkdir(parents=True)
     with (shell.folder / "runs/old/weights").open("w") as sparse:
@@ -167,7 +167,7 @@ def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(she
     while len(shell.rows("small")) < 3:
         assert json.loads(shell.run("jobs", *on, "--json"))[0]["state"] == "running"
     shell.run("stop", "small", *on)
-    assert "stopped on request; the same command goes on from step_" in shell.run(
+    assert "stopped on request; the same command resumes from step_" in shell.run(
         "logs", "small", *on, "--follow", expect=3
     )
     assert json.loads(shell.run("jobs", *on, "--json"))[0]["state"] == "stopped"
@@ -175,7 +175,7 @@ def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(she
     shell.run("launch", "small.yaml", "steps=1500", "name=plain", "--no-ray", "--workers", "2")
     assert shell.losses("small") == shell.losses("plain")
     shell.run("submit", "small.yaml", "steps=1500", "name=killed", *on)
-    (pid,) = (pid for pid, command in shell.processes().items() if "on_local_jobs" in command)
+    (pid,) = (pid for pid, command in shell.processes().items() if "local_child" in command)
     os.kill(pid, signal.SIGKILL)
     assert "failed" in shell.run("jobs", *on)
     shell.nothing_is_left()
@@ -183,11 +183,11 @@ def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(she
 
 def test_a_time_limit_ends_a_run_with_a_checkpoint(shell: Shell) -> None:
     endless = ("launch", "small.yaml", "steps=100000", "--no-ray", "--workers", "1")
-    for limit in ("5s", "20s", "80s"):  # of a machine so slow that it makes no step in that time, nothing is left
+    for limit in ("5s", "20s", "80s"):  # a machine too slow for one step in that time leaves no run behind
         said = shell.run(*endless, "--time-limit", limit, expect=3)
         if "before the first step" not in said:
             break
-    assert "stopped on request; the same command goes on from step_" in said
+    assert "stopped on request; the same command resumes from step_" in said
     assert run_folder.checkpoints(shell.folder / "runs/small/checkpoints")
 
 
@@ -201,12 +201,12 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint(shell: Shell) -> None:
         (("submit", "small.yaml", "--on", "loca"), "did you mean local?"),
         (("submit", "small.yaml", "--on", "local", "--with", "secrets=[NOT_THERE]"), "secret NOT_THERE is not set"),
         (("submit", "small.yaml", "--on", "local", "--with", "workers=1000"), "--workers 1000: a worker takes one"),
-        (("jobs", "--on", "ray", "--with", "ray.address=http://127.0.0.1:1"), "nobody answers at http://127.0.0.1:1"),
-        (("submit", "small.yaml", "--on", "ray", "--with", "ray.address=http://127.0.0.1:1"), "nobody answers"),
+        (("jobs", "--on", "ray", "--with", "ray.address=http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1"),
+        (("submit", "small.yaml", "--on", "ray", "--with", "ray.address=http://127.0.0.1:1"), "nothing answers"),
         (("jobs", "--on", "ray", "--with", "ray.address=127.0.0.1"), "write http://HOST:PORT"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_message(shell: Shell, command: tuple[str, ...], said: str) -> None:
+def test_an_impossible_request_ends_in_one_message(shell: Shell, command: tuple[str, ...], said: str) -> None:
     output = shell.run(*command, expect=2)
     assert said in output
     assert "Traceback" not in output
@@ -214,20 +214,20 @@ def test_what_cannot_be_is_said_in_one_message(shell: Shell, command: tuple[str,
     assert not (shell.folder / "runs").exists(), "nothing is left behind"
 
 
-def test_a_server_that_is_no_ray_is_told_from_one_that_is_silent(shell: Shell) -> None:
+def test_a_server_that_is_not_a_ray_is_reported(shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         asked = shell.popen("jobs", "--on", "ray", "--with", f"ray.address=http://127.0.0.1:{server.getsockname()[1]}")
         connection, _ = server.accept()
         with connection:
             connection.sendall(b"SSH-2.0-OpenSSH\r\n\r\n")
-            assert "nobody answers" in shell.finish(asked, expect=2)
+            assert "nothing answers" in shell.finish(asked, expect=2)
 
 
 def _ray(**changes: object) -> clusters.Cluster:
     return clusters.load("ray", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
 
 
-def test_paths_with_anything_in_them_reach_the_launcher_whole() -> None:
+def test_paths_with_special_characters_reach_the_launcher_intact() -> None:
     runs = "/a b/it's; touch /tmp/x $(id)`id`"
     small = recipes.load("vim_digits_cpu")
     entrypoint = RayJobs(_ray(runs=runs))._entrypoint(small)
@@ -235,7 +235,7 @@ def test_paths_with_anything_in_them_reach_the_launcher_whole() -> None:
     assert runs in subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_what_is_sent_is_the_code_and_it_runs_from_there(tmp_path: Path) -> None:
+def test_the_code_is_sent_and_runs_from_the_jobs_folder(tmp_path: Path) -> None:
     small = recipes.load("vim_digits_cpu")
     RayJobs(_ray())._pack(tmp_path, small)
     assert recipes.load(tmp_path / "recipe.yaml") == small
@@ -254,25 +254,25 @@ def test_what_is_sent_is_the_code_and_it_runs_from_there(tmp_path: Path) -> None
     assert sum((tmp_path / name).stat().st_size for name in files) < 5e6
 
 
-def test_paths_that_mean_nothing_on_a_cluster_are_refused_and_so_are_secrets_that_jobs_do_not_get() -> None:
+def test_paths_that_mean_nothing_on_a_cluster_and_secrets_that_jobs_do_not_get_are_refused() -> None:
     small = recipes.load("vim_digits_cpu", ["data.train=data/x", "data.val=https://me:${PASSWORD}@host/val"])
     with pytest.raises(RecipeError) as refused:
-        jobs.completed(small, _ray())
-    assert "data.train data/x: a job starts in a folder of its own" in str(refused.value)
+        jobs.for_cluster(small, _ray())
+    assert "data.train data/x: a job starts in its own folder" in str(refused.value)
     assert "data.val: takes PASSWORD from the environment" in str(refused.value)
     with pytest.raises(RecipeError) as refused:
-        jobs.completed(small, _ray(secrets=["PASSWORD"]))
+        jobs.for_cluster(small, _ray(secrets=["PASSWORD"]))
     assert "PASSWORD" not in str(refused.value)
-    assert jobs.completed(small, clusters.load("local")) == small
+    assert jobs.for_cluster(small, clusters.load("local")) == small
     with pytest.raises(ClusterError, match="give the full path"):
         _ray(runs="runs")
 
 
-def test_the_clusters_mirror_applies_if_the_recipe_names_none() -> None:
+def test_the_mirror_comes_from_the_cluster_where_the_recipe_names_none() -> None:
     small = recipes.load("vim_digits_cpu")
-    assert jobs.completed(small, _ray(mirror="s3://b/runs")).checkpoint.mirror == "s3://b/runs"
+    assert jobs.for_cluster(small, _ray(mirror="s3://b/runs")).checkpoint.mirror == "s3://b/runs"
     named = recipes.load("vim_digits_cpu", ["checkpoint.mirror=/mine"])
-    assert jobs.completed(named, _ray(mirror="s3://b/runs")).checkpoint.mirror == "/mine"
+    assert jobs.for_cluster(named, _ray(mirror="s3://b/runs")).checkpoint.mirror == "/mine"
 
 
 def test_a_failed_job_is_explained_by_its_last_error() -> None:

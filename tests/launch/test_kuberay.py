@@ -1,4 +1,4 @@
-"""Jobs on Kubernetes: manifests against KubeRay's own schemas, and what is asked of kubectl."""
+"""Jobs on Kubernetes: manifests checked against KubeRay's own schemas, and calls of kubectl."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import yaml
 from tests.support import fake_kubectl
 from vimscale.errors import ClusterError, LaunchError
 from vimscale.launch.cluster import Cluster, load
-from vimscale.launch.jobs.kuberay_manifest import _BEFORE_THE_END, kubernetes_name
+from vimscale.launch.jobs.kuberay_manifest import _PRE_STOP, kubernetes_name
 from vimscale.launch.jobs.on_kuberay import KubeRayJobs
 from vimscale.recipe import recipe as recipes
 
@@ -41,7 +41,7 @@ def _rendered(cluster: Cluster, name: str = "vim_digits_cpu") -> list[dict[str, 
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    """Of a RayJob's spec, and closed."""
+    """Return the schema of a RayJob's spec, closed."""
     path = SCHEMAS / "ray.io_rayjobs.yaml"
     if not path.exists():
         pytest.skip(f"KubeRay's resource definitions are not at {SCHEMAS}")
@@ -51,7 +51,7 @@ def schema() -> dict[str, Any]:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with no room for keys that it does not name: a cluster would drop those, or refuse them."""
+    """Return the schema without room for keys that it does not name: a cluster would drop or refuse them."""
     if isinstance(schema, list):
         return [_closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -71,13 +71,13 @@ def test_manifests_are_valid_in_kuberays_schema(source: str, changes: tuple[str,
     assert [f"{'.'.join(map(str, fault.absolute_path))}: {fault.message}" for fault in faults] == []
 
 
-def test_a_key_that_the_schema_does_not_know_would_be_found(schema: dict[str, Any]) -> None:
+def test_a_key_that_the_schema_does_not_know_is_found(schema: dict[str, Any]) -> None:
     _, job = _rendered(load("kuberay_h100"))
     job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["envs"] = []
     assert not jsonschema.Draft202012Validator(schema).is_valid(job["spec"])
 
 
-def test_pods_run_without_rights_and_mount_nothing_of_their_nodes() -> None:
+def test_pods_run_unprivileged_and_mount_nothing_of_their_nodes() -> None:
     _, job = _rendered(load("kuberay_h100", EVERYTHING))
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
@@ -124,7 +124,7 @@ def test_the_entrypoint_is_a_launch_whose_time_ends_with_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("run", ["vim-tiny", "vim_tiny", "Vim-Tiny", "7b", "a.b", "x" * 100, "b_" + "1" * 90 + "."])
-def test_every_name_of_a_run_becomes_one_that_kubernetes_takes(run: str) -> None:
+def test_every_run_name_becomes_one_that_kubernetes_accepts(run: str) -> None:
     name = kubernetes_name(run)
     assert len(name) <= 47
     assert name[0].isalpha()
@@ -133,11 +133,11 @@ def test_every_name_of_a_run_becomes_one_that_kubernetes_takes(run: str) -> None
     assert (name == run) == (run == "vim-tiny")
 
 
-def test_names_that_differ_in_their_signs_alone_stay_apart() -> None:
+def test_names_that_differ_only_in_punctuation_stay_distinct() -> None:
     assert len({kubernetes_name(run) for run in ("vim-tiny", "vim_tiny", "vim.tiny", "Vim-Tiny")}) == 4
 
 
-def test_a_cluster_file_without_what_kuberay_needs_is_refused_with_all_that_is_missing() -> None:
+def test_a_cluster_file_that_lacks_what_kuberay_needs_is_refused_with_everything_that_is_missing() -> None:
     with pytest.raises(ClusterError) as refused:
         load("kuberay_h100", ["image=null", "kuberay.claim=null", "secrets=[KEY]", "runs=a b"])
     for part in ("image: ", "kuberay.claim: ", "kuberay.secret: ", "runs 'a b': in pods", "runs 'a b': give the full"):
@@ -153,7 +153,7 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _now(kubernetes: Path, name: str, **status: str) -> None:
-    """What the operator would say about a RayJob."""
+    """Set a RayJob's status, as the operator would."""
     path = fake_kubectl.path(kubernetes, "rayjob", name)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": status}))
 
@@ -163,7 +163,7 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again(kubernetes: Pat
     recipe = recipes.load("vim_digits_cpu", ["name=tiny"])
     assert jobs.submit(recipe).state == "waiting"
     assert [job.state for job in jobs.jobs()] == ["waiting"]
-    with pytest.raises(LaunchError, match="tiny is waiting; stop it"):
+    with pytest.raises(LaunchError, match=r"tiny is waiting on Kubernetes.*; stop it"):
         jobs.submit(recipe)
 
     _now(kubernetes, "tiny", jobDeploymentStatus="Running", jobStatus="RUNNING", startTime="2026-01-01T00:00:10Z")
@@ -178,13 +178,13 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again(kubernetes: Pat
     _now(kubernetes, "tiny", jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
     with log.open("a") as file:
         file.write("2026-01-01T00:00:12.000000001Z finished\n")
-    assert list(following) == ["step 10", "finished"], "the connection ended in between, and no line comes twice"
+    assert list(following) == ["step 10", "finished"], "the connection ended in between, and no line is repeated"
     assert jobs.jobs()[0].state == "finished"
 
     _now(kubernetes, "tiny", jobDeploymentStatus="Running", jobStatus="RUNNING")
     jobs.stop("tiny")
     assert [job.state for job in jobs.jobs()] == ["stopped"]
-    with pytest.raises(LaunchError, match="tiny has stopped already"):
+    with pytest.raises(LaunchError, match=r"tiny on Kubernetes.* has already stopped"):
         jobs.stop("tiny")
     assert jobs.submit(jobs.recipe("tiny")).state == "waiting"
     assert jobs.recipe("tiny") == recipe
@@ -203,7 +203,7 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again(kubernetes: Pat
         ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": "exit code 1"}, "failed"),
     ],
 )
-def test_what_the_operator_says_becomes_one_of_six_states(kubernetes: Path, status: dict[str, str], state: str) -> None:
+def test_the_operators_status_becomes_one_of_six_states(kubernetes: Path, status: dict[str, str], state: str) -> None:
     jobs = KubeRayJobs(load("kuberay_h100"))
     jobs.submit(recipes.load("vim_digits_cpu", ["name=tiny"]))
     _now(kubernetes, "tiny", **status)
@@ -231,8 +231,8 @@ def test_refusals_are_one_message_and_leave_nothing_behind(kubernetes: Path, mon
     assert "there is no kubectl here" in refusal()
 
 
-def test_the_end_of_a_pod_signals_the_launcher_and_rays_start_and_nobody_else(tmp_path: Path) -> None:
-    """In a namespace of its own: the script looks at all processes that it sees."""
+def test_the_end_of_a_pod_signals_only_the_launcher_and_rays_start(tmp_path: Path) -> None:
+    """Runs in its own PID namespace: the script looks at every process that it sees."""
     alone = ["unshare", "--pid", "--fork", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("namespaces cannot be made here")
@@ -245,7 +245,7 @@ def test_the_end_of_a_pod_signals_the_launcher_and_rays_start_and_nobody_else(tm
             done
         done
         while [ "$(cat /proc/[0-9]*/cmdline | grep -ac {shlex.quote("never")})" = 0 ]; do :; done
-        bash -c {shlex.quote(_BEFORE_THE_END)}
+        bash -c {shlex.quote(_PRE_STOP)}
         wait %1 %4
         kill -KILL %2 %3
     """

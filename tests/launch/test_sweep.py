@@ -87,7 +87,7 @@ def test_a_sweep_that_cannot_be_says_why(tmp_path: Path) -> None:
 def test_what_is_asked_for_wrongly_leaves_nothing_behind(tmp_path: Path) -> None:
     for arguments, message in (
         ({"overrides": ["seed=0,1", "data.val=null"]}, "--by top1: the recipe has no data.val to evaluate on"),
-        ({"overrides": ["seed=0,1"], "address": "127.0.0.1:9"}, "--address 127.0.0.1:9: nobody answers there"),
+        ({"overrides": ["seed=0,1"], "address": "127.0.0.1:9"}, "--address 127.0.0.1:9: nothing answers there"),
         ({"overrides": ["seed=0,1"], "workers": 3}, "batch 64 is not a multiple of 3 ranks; use batch=63"),
     ):
         with pytest.raises(UserError, match=message):

@@ -125,8 +125,8 @@ def test_jobs_show_the_variable_and_require_it_among_the_secrets(backend: str) -
     text = makers[backend](cluster.load(backend, named)).render(chosen)
     assert "https://me:${PASSWORD}@host/x?${QUERY}" in text
     if backend != "local":
-        with pytest.raises(RecipeError, match="takes QUERY from the environment, which jobs get by name alone"):
-            jobs.completed(chosen, cluster.load(backend, ["environment.PASSWORD=x"]))
+        with pytest.raises(RecipeError, match="takes QUERY from the environment, but jobs get only the variables"):
+            jobs.for_cluster(chosen, cluster.load(backend, ["environment.PASSWORD=x"]))
 
 
 def test_an_index_of_tars_at_an_address_with_a_password_is_refused(tmp_path: Path) -> None:

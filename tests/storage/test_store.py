@@ -17,7 +17,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tests.support.noise import BYTES, HASTY, ROOT, SAMPLE, SAMPLES, SHARDS, TWO_SHARDS, everything, moved
-from tests.support.web_server import WebServer, changed, cut, hang, page, sent_on, status
+from tests.support.web_server import WebServer, changed, cut, hang, page, redirected, status
 from vimscale.data.dataset import Dataset
 from vimscale.errors import DataError
 from vimscale.storage.store import Bucket, Retry, open_store
@@ -123,7 +123,7 @@ def test_passwords_and_signatures_are_sent_but_not_shown(server: WebServer, fold
     (folder / "00001.tar").unlink()
     address = server.url.replace("http://", "http://me:secret@")
     dataset = Dataset.open(f"{address}/train?signature=hidden", retry=HASTY)
-    server.faults["train/00000.tar"] = [sent_on("/train/aside")]
+    server.faults["train/00000.tar"] = [redirected("/train/aside")]
     (folder / "00000.tar").rename(folder / "aside")
     (folder / "00000.tar").touch()
     assert dataset.read(0, 0)["__key__"] == "0-0"

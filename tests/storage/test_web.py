@@ -5,7 +5,7 @@ from collections.abc import Callable
 import fsspec
 import pytest
 
-from tests.support.web_server import Fault, Handler, WebServer, cut, sent_on
+from tests.support.web_server import Fault, Handler, WebServer, cut, redirected
 from vimscale.errors import DataError
 from vimscale.storage.store import Remote, Retry, open_store
 
@@ -35,7 +35,7 @@ def dribbled(begin: bytes) -> Fault:
         handler.wfile.write(begin)
         for _ in range(300):
             handler.wfile.write(b"x")
-            handler.server.go_on.wait(0.01)
+            handler.server.resume.wait(0.01)
 
     return fault
 
@@ -78,7 +78,7 @@ def test_a_response_that_would_never_end_is_given_up(server: WebServer, case: st
     assert server.requests == ["train/manifest.json"] * 2
 
 
-LOOP = [sent_on("/train/manifest.json")] * 20
+LOOP = [redirected("/train/manifest.json")] * 20
 REFUSED: dict[str, tuple[list[Fault], str]] = {
     "a body without end": ([endless(OK + b"\r\n", b"x" * 9999)], "has more than 5,000 bytes"),
     "chunks without end": (
@@ -96,9 +96,9 @@ REFUSED: dict[str, tuple[list[Fault], str]] = {
     "a gzip bomb": ([raw(OK, b"Content-Encoding: GZIP\r\n\r\n", b"\x1f\x8b")], r"compresses what it sends \(gzip\)"),
     "two compressions": ([raw(OK, b"Content-Encoding: identity, br\r\n\r\n", b"x")], r"compresses what it sends \(br"),
     "a redirect to itself": (LOOP, "redirects endlessly"),
-    "a redirect to a file": ([sent_on("file:///etc/passwd")], "an address other than http"),
-    "a redirect to FTP": ([sent_on("ftp://127.0.0.1/a")], "an address other than http"),
-    "a redirect to data": ([sent_on("data:text/plain,a")], "an address other than http"),
+    "a redirect to a file": ([redirected("file:///etc/passwd")], "an address other than http"),
+    "a redirect to FTP": ([redirected("ftp://127.0.0.1/a")], "an address other than http"),
+    "a redirect to data": ([redirected("data:text/plain,a")], "an address other than http"),
     "other bytes than asked for": ([cut(50), _from_elsewhere], "sends other bytes than it was asked for"),
     "a long reason": ([raw(b"HTTP/1.1 404 " + b"\x1b[2J" * 9000 + b"\r\n\r\n")], "is not there"),
     "a long refusal": ([raw(b"HTTP/1.1 403 " + b"\x1b[2J" * 9000 + b"\r\n\r\n")], "who may read it"),
@@ -121,7 +121,7 @@ def test_a_slow_server_is_tolerated_as_long_as_it_keeps_up(server: WebServer) ->
         handler.wfile.write(OK + b"Content-Length: 4000\r\n\r\n")
         for _ in range(20):  # at most 4,000 bytes per second
             handler.wfile.write(b"x" * 200)
-            handler.server.go_on.wait(0.05)
+            handler.server.resume.wait(0.05)
 
     server.faults["train/manifest.json"] = [steady]
     store = open_store(f"{server.url}/train", Retry(tries=1, stall=20))

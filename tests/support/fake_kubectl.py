@@ -1,6 +1,6 @@
-"""A kubectl whose cluster is a folder: what is applied is a file, and what a real one would say to an error is said.
+"""A fake kubectl whose cluster is a folder: applied objects are files, and errors have the words of a real kubectl.
 
-What was asked is in `calls`. Objects are changed by tests, as the operator would.
+The file `calls` lists all calls. Tests change the objects, as the operator would.
 """
 
 import json
@@ -15,7 +15,7 @@ CREATED = "2026-01-01T00:00:00Z"
 
 
 def install(folder: Path) -> Path:
-    """The cluster's folder; its bin/ is to be put on PATH."""
+    """Make the cluster's folder and return it; the caller puts its bin/ on PATH."""
     cluster = folder / "kubernetes"
     (cluster / "bin").mkdir(parents=True)
     program = cluster / "bin" / "kubectl"

@@ -1,6 +1,6 @@
-"""A Slurm of one machine: sbatch, srun, scontrol, squeue and scancel as far as a job script needs them.
+"""A fake Slurm on one machine: sbatch, srun, scontrol, squeue and scancel, as far as a job script needs them.
 
-Each job is run by a process of its own, which outlives sbatch, as slurmd does. What was asked is in `calls`.
+A separate process runs each job and outlives sbatch, like slurmd. The file `calls` lists all calls.
 """
 
 import json
@@ -17,7 +17,7 @@ PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "scancel")
 
 
 def install(folder: Path) -> Path:
-    """The folder to put on PATH."""
+    """Make the programs; return the folder to put on PATH."""
     programs = folder / "slurm" / "bin"
     programs.mkdir(parents=True)
     for name in PROGRAMS:
@@ -34,14 +34,14 @@ def home() -> Path:
 
 def sbatch(arguments: list[str]) -> None:
     script = sys.stdin.read()
-    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
     number = str(1000 + len(list(home().glob("*.json"))))
-    keep = {"PATH", "HOME"} | set(asked["export"].split(","))
+    keep = {"PATH", "HOME"} | set(options["export"].split(","))
     job = {
-        "name": asked["job-name"],
+        "name": options["job-name"],
         "state": "PENDING",
-        "requeue": "requeue" in asked,
-        "output": asked["output"].strip('"').replace("%j", number),
+        "requeue": "requeue" in options,
+        "output": options["output"].strip('"').replace("%j", number),
         "environment": {key: value for key, value in os.environ.items() if key in keep},
     }
     (home() / f"{number}.sh").write_text(script)

@@ -1,4 +1,4 @@
-"""Faults for runs to survive: drawn from a seed, done to real processes and files at moments that are watched for."""
+"""Faults for runs to survive: drawn from a seed, injected into real processes and files at chosen moments."""
 
 import contextlib
 import os
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tests.support.processes import is_running, parent
 from tests.support.shell import Shell
 from vimscale.runtime import run_folder
 
 SCHEDULED = ("steps=36", "checkpoint.every=6", "evaluate.every=9", "log.every=1")
-"""What a run must ask for that the schedules are made for: every step is written down when it is done."""
+"""Settings of the runs that the schedules are made for: every step is logged when it is done."""
 LAUNCHES = 8
-"""Times that a command may be given."""
+"""Most launches of one command."""
 _PATIENCE_S = 600
-"""How long one launch may take, on a machine that others use as well."""
+"""Time limit for one launch, on a machine that others use too."""
 
 What = Literal[
     "kill rank", "kill worker", "stop rank", "fill disk", "kill launcher", "kill Ray", "kill helper", "damage"
@@ -32,16 +33,16 @@ class Fault:
     """What happens, and when.
 
     kill rank      SIGKILL; the launcher starts a new group
-    stop rank      SIGSTOP, and SIGCONT a second or two later
-    fill disk      no file that the rank writes may grow beyond 100 KB any more, as on a full disk
+    stop rank      SIGSTOP, then SIGCONT a second or two later
+    fill disk      no file that the rank writes may grow beyond 100 KB, as on a full disk
     kill launcher  SIGKILL
-    kill worker    SIGKILL for what reads data for the rank: a worker, the server that forks them, or its tracker
-    kill Ray       SIGKILL for gcs_server, raylet or both, of the launcher's own Ray
-    kill helper    SIGKILL for another process of that Ray: an agent, a monitor, an idle worker
-    damage         the launcher is killed, and a bit flipped in a file of the newest checkpoint, or its end cut off
+    kill worker    SIGKILL to a process that reads data for the rank: a worker, the server that forks them, its tracker
+    kill Ray       SIGKILL to gcs_server, raylet or both, of the launcher's own Ray
+    kill helper    SIGKILL to another process of that Ray: an agent, a monitor, an idle worker
+    damage         the launcher is killed, and a file of the newest checkpoint gets a flipped bit or is cut off
 
-    A moment is the first of its kind from `step` on: a step (somewhere in the one after it), a save, an evaluation;
-    or the next group's start (a rank says which process it is), or load (a rank has a checkpoint open).
+    The moment is the first of its kind from `step` on: a step (some way into the next one), a save, an evaluation; or
+    the next group's start (a rank logs its pid), or a load (a rank has a checkpoint open).
     """
 
     what: What
@@ -49,16 +50,16 @@ class Fault:
     step: int = 0
     rank: int = 0
     luck: float = 0.5
-    """Decides in [0, 1) whatever else is left open: how far into the step, for how long, which byte."""
+    """Decides, in [0, 1), everything else: how far into the step, for how long, which byte."""
 
 
 _LASTING = ("kill worker", "stop rank", "fill disk", "kill helper")
-"""What does not end the group, or may not."""
+"""Faults that do not always end the group."""
 
 
 def schedule(seed: int, *, ray: bool, helpers: bool = False) -> list[Fault]:
-    """The same faults for the same seed, one to four of them, for a run of 36 steps that saves every 6. `helpers`: what
-    works for ranks and for Ray is hit first, and may be hit again later.
+    """Draw one to four faults from a seed, for a run of 36 steps that saves every 6. With `helpers`, the processes that
+    work for the ranks and for Ray are hit first, and may be hit again later.
     """
     draw = random.Random(seed)
     lasting: list[What] = ["kill rank", "kill rank", "stop rank", "fill disk", "kill launcher"]
@@ -70,26 +71,26 @@ def schedule(seed: int, *, ray: bool, helpers: bool = False) -> list[Fault]:
         early = ["kill worker", *(["kill helper"] if ray else [])]
         lasting = [*lasting, *early]
     faults = []
-    # damage comes late: there is to be a checkpoint before the newest
-    for low, high, all_ in ((3, 11, early), (20, 28, [*lasting, "damage", "damage"])):
-        what = draw.choice(all_)
+    # damage comes late: it needs a checkpoint before the newest
+    for low, high, choices in ((3, 11, early), (20, 28, [*lasting, "damage", "damage"])):
+        what = draw.choice(choices)
         when: When = draw.choice(["step", "step", "save", "save", "evaluation"])
         rank, luck = draw.randrange(2), draw.random()
         faults.append(Fault(what, when, draw.randint(low, high), rank, luck))
         if what not in _LASTING and draw.random() < 0.5:
-            # what has just begun again is hit again
+            # hit the new group too
             when = draw.choice(["start", "load", "load"])
             faults.append(Fault(draw.choice(deadly), when, 0, draw.randrange(2), draw.random()))
     return faults
 
 
 def survive(shell: Shell, name: str, command: tuple[str, ...], faults: list[Fault]) -> list[str]:
-    """Give the command again until it ends well, while `faults` happen in their order; what each launch said.
+    """Repeat the command until it succeeds, and inject `faults` in order. Return the output of each launch.
 
-    The only thing done by hand is to give the command again, and that at once.
+    Nothing else is done by hand: the command is repeated at once.
 
     Raises:
-        AssertionError: it never ended well, or some fault found no moment to happen in.
+        AssertionError: it never succeeded, or the moment of some fault never came.
     """
     disturbed = _Disturbed(shell, name)
     waiting, said = list(faults), []
@@ -117,11 +118,13 @@ def survive(shell: Shell, name: str, command: tuple[str, ...], faults: list[Faul
 
 
 class SmallDisk:
-    """A separate file system for a shell's `runs`, in a mount namespace that a process holds."""
+    """A separate file system for a shell's `runs`, in a mount namespace that a process keeps open."""
 
     def __init__(self, shell: Shell, megabytes: int = 8):
-        """Raises:
-        PermissionError: this machine does not let this user make namespaces or mount.
+        """Mount it.
+
+        Raises:
+            PermissionError: this user may not make namespaces or mount on this machine.
         """
         mounted = shell.folder / "runs"
         mounted.mkdir()
@@ -136,15 +139,15 @@ class SmallDisk:
         if (said := self._holder.stdout.readline()) != "mounted\n":
             raise PermissionError(said.strip())
         self.seen = Shell(Path(f"/proc/{self._holder.pid}/root{shell.folder}"), shell.env)
-        """The shell's folder as it is in the namespace: to be read, not to run commands in."""
+        """The shell's folder as seen in the namespace: read it, but run no commands there."""
         self._filler = self.seen.folder / "runs" / "filler"
         user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
         enter = ["nsenter", f"--target={self._holder.pid}", *user, "--mount", "sh", "-c", 'cd "$0" && exec "$@"']
         self.inside = (*enter, str(shell.folder))
-        """What runs a command in the namespace."""
+        """The words before a command that run it in the namespace."""
 
     def fill(self, left: int) -> None:
-        """Leave `left` bytes, in whole blocks."""
+        """Fill the disk but for `left` bytes, in full blocks."""
         with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 12))
@@ -160,7 +163,7 @@ class SmallDisk:
 
 @dataclass(frozen=True)
 class Full:
-    """A disk that fills up `after` seconds behind step `step`, 0 being the start, and may be emptied again."""
+    """A disk that fills up `after` seconds after step `step` (0: the start), and may be emptied again."""
 
     step: int
     after: float
@@ -175,7 +178,7 @@ class Full:
 
 
 def run_on(disk: SmallDisk, full: Full, shell: Shell, name: str, command: tuple[str, ...]) -> tuple[int, str]:
-    """Give the command once while that happens: (exit code, what it said).
+    """Run the command once while the disk fills. Return (exit code, output).
 
     Raises:
         AssertionError: it hung.
@@ -185,7 +188,7 @@ def run_on(disk: SmallDisk, full: Full, shell: Shell, name: str, command: tuple[
         time.sleep(0.001)
     while process.poll() is None and len(disk.seen.rows(name)) < full.step:
         time.sleep(0.001)
-    time.sleep(full.after)  # not a wait for something: the disk fills this late
+    time.sleep(full.after)  # this waits for nothing: it is the time at which the disk fills
     disk.fill(full.left)
     if full.emptied:
         time.sleep(2 * full.after)
@@ -199,7 +202,7 @@ def run_on(disk: SmallDisk, full: Full, shell: Shell, name: str, command: tuple[
 
 
 class _Disturbed:
-    """A run seen from outside: its folder, and the processes that its ranks say they are."""
+    """A run seen from outside: its folder, and the pids that its ranks log."""
 
     def __init__(self, shell: Shell, name: str):
         self._shell, self._name = shell, name
@@ -208,15 +211,15 @@ class _Disturbed:
         self._metrics_before: int | None = None
 
     def is_at(self, fault: Fault) -> bool:
-        """Whether the moment is there; `step` and `evaluation` return some way into it."""
+        """Return whether the moment has come; for `step` and `evaluation`, return some way into it."""
         ranks = tuple(self._shell.process_of(self._name, rank) for rank in (0, 1))
         target = ranks[fault.rank]
-        if target is None or target == self._before[fault.rank] or not _runs(target):
+        if target is None or target == self._before[fault.rank] or not is_running(target):
             return False
         if fault.when == "start":
             return True
         if fault.when == "load":
-            # past it the figures are written to a new file; whoever looks too late strikes right after the load
+            # after a load, metrics go to a new file; a check that comes too late strikes right after the load
             return self._metrics() != self._metrics_before or any(_has_open(pid, "checkpoints/step_") for pid in ranks)
         if fault.when == "save":
             partial = (self._folder / "checkpoints").glob(".step_*.partial")
@@ -224,14 +227,14 @@ class _Disturbed:
         step = fault.step if fault.when == "step" else -(-fault.step // 9) * 9
         if self._metrics() == self._metrics_before or len(self._shell.rows(self._name)) < step:
             return False
-        # not a wait for something: the fault itself comes this late
+        # this waits for nothing: it is how late the fault comes
         time.sleep(fault.luck * (0.04 if fault.when == "step" else 0.2))
         return True
 
     def strike(self, fault: Fault, launcher: subprocess.Popen) -> None:
         rank = self._shell.process_of(self._name, fault.rank)
         assert rank is not None
-        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile, which the next launch or group will show
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile, which the next launch or group shows
             if fault.what == "kill rank":
                 os.kill(rank, signal.SIGKILL)
             elif fault.what == "stop rank":
@@ -256,18 +259,18 @@ class _Disturbed:
             self._metrics_before = self._metrics()
 
     def _readers(self, rank: int) -> list[int]:
-        """The server that forks a rank's data workers, the workers, and the tracker of what they share."""
+        """Return the server that forks a rank's data workers, the workers, and the tracker of their shared memory."""
         running = self._shell.processes()
-        own = [pid for pid in running if _parent(pid) == rank and "multiprocessing" in running[pid]]
-        return [*own, *(pid for pid in running if _parent(pid) in own)]
+        own = [pid for pid in running if parent(pid) == rank and "multiprocessing" in running[pid]]
+        return [*own, *(pid for pid in running if parent(pid) in own)]
 
     def _helpers(self) -> list[int]:
-        """Processes of Ray's own, but for the two that it cannot do without, and ranks."""
+        """Return Ray's own processes but the two that it cannot work without; ranks are not among them."""
         names = ("log_monitor", "monitor.py", "agent", "ray::IDLE")
         return [pid for pid, command in self._shell.processes().items() if any(name in command for name in names)]
 
     def damage(self, luck: float) -> None:
-        """Flip one bit in some file of the newest checkpoint, or cut it off there."""
+        """Flip one bit in a file of the newest checkpoint, or cut the file off there."""
         draw = random.Random(luck)
         path = draw.choice(sorted(run_folder.checkpoints(self._folder / "checkpoints")[0].iterdir()))
         data = bytearray(path.read_bytes())
@@ -276,29 +279,14 @@ class _Disturbed:
         path.write_bytes(data if draw.random() < 0.5 else data[:at])
 
     def _metrics(self) -> int | None:
-        """Which file holds the figures: a group that goes on from a checkpoint writes a new one."""
+        """Return the inode of the metrics file: a group that resumes from a checkpoint writes a new one."""
         path = self._folder / "metrics.jsonl"
         return path.stat().st_ino if path.exists() else None
 
 
 def _pick(pids: list[int], luck: float) -> int:
-    assert pids, "nothing of the kind runs"
+    assert pids, "no such process runs"
     return sorted(pids)[int(luck * len(pids))]
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent and so on; as of a dead process if there is none."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return ["Z", "0"]
-
-
-def _runs(pid: int) -> bool:
-    return _stat(pid)[0] != "Z"
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])
 
 
 def _has_open(pid: int | None, name: str) -> bool:

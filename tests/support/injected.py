@@ -1,7 +1,7 @@
 """A run of two ranks with an injected fault: `python -m tests.support.injected FOLDER WORLD FAULT [KEY=VALUE]...`.
 
-Nothing in the package helps with it: a rank wraps methods of its own process before it trains. stopped_at_STEP is no
-fault but a request to stop when that step is done, which the ranks agree on in the next one.
+The package does not help with this: a rank wraps methods in its own process before it trains. stopped_at_STEP is not a
+fault but a request to stop after that step; the ranks agree on it in the next one.
 """
 
 import json
@@ -23,7 +23,7 @@ from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
 
 BAD = range(25, 29)
-"""Steps, counted from 1, whose data are bad in the faults of batches; once passed over they do not come again."""
+"""Steps, counted from 1, whose data are bad in the faults of batches; a run that skips them does not see them again."""
 
 
 def main(folder: Path, world: int, fault: str, changes: list[str]) -> None:
@@ -68,7 +68,7 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
 
 
 def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> None:
-    """Change the images of the last rank wherever they are what an undisturbed run reads in those steps."""
+    """Change the last rank's images if they are those that an undisturbed run reads in these steps."""
     from vimscale.data.prefetch import Prefetcher
 
     prepare = Prefetcher.prepare
@@ -83,7 +83,7 @@ def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> No
 
 
 def _spike_in_batches(rank: int) -> None:
-    """Batches in BAD make what the head reads a thousand times as large."""
+    """In the batches of BAD, make the head's input a thousand times as large."""
     from vimscale.engine.deepspeed_engine import Engine
 
     seen: list[Any] = []
@@ -104,7 +104,7 @@ def _spike_in_batches(rank: int) -> None:
 
 
 def _once(step: int, before_forward: Callable[[Any], None]) -> None:
-    """Do something in the forward of that step, counted from 1, and never again."""
+    """Call `before_forward` once, in the forward of that step, counted from 1."""
     from vimscale.engine.deepspeed_engine import Engine
 
     backward, calls = Engine.backward, 0

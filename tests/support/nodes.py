@@ -1,4 +1,4 @@
-"""Several nodes on one machine: Ray in network namespaces, with addresses of their own and links that can be cut."""
+"""Several nodes on one machine: Ray in network namespaces, with their own addresses and links that can be cut."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ QUICK_DEATHS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""Ray's head takes a node that is silent for some 4 s for lost: a minute, unless told so."""
+"""With these settings Ray's head counts a node as lost after about 4 s of silence; the default is a minute."""
 
 
 def why_not() -> str | None:
-    """Why this machine cannot have namespaces, if it cannot."""
+    """Return why this machine cannot have namespaces, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -41,7 +41,7 @@ def _name(number: int) -> str:
 
 
 class Nodes:
-    """`count` of one CPU each, on a switch; the first holds Ray's head."""
+    """`count` nodes of one CPU each, on a switch; Ray's head runs on the first."""
 
     def __init__(self, count: int, env: dict[str, str]):
         self._env = env | {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -49,7 +49,7 @@ class Nodes:
         self._switch = f"v{os.getpid()}sw"
         self._rays: list[subprocess.Popen] = []
         self.address = f"{_ip(0)}:{_PORT}"
-        # the switch lives in a namespace too: whatever this machine does with its own packets is out of the way
+        # the switch is in a namespace too, so that this machine's own packet rules do not apply
         _ip_command("netns", "add", self._switch)
         _ip_command("-n", self._switch, "link", "add", "sw", "type", "bridge")
         _ip_command("-n", self._switch, "link", "set", "sw", "up")
@@ -69,7 +69,7 @@ class Nodes:
             _ip_command("-n", name, "link", "set", link, "up")
 
     def start(self, number: int) -> None:
-        """Ray on that node: at first, and again once the head has taken it for lost, which ends it."""
+        """Start Ray on that node, at first and again after the head has counted it as lost, which ends its Ray."""
         where = [f"--node-ip-address={_ip(number)}", "--num-cpus=1", "--object-store-memory=100000000", "--block"]
         head = ["--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={self._temporary}"]
         role = head if number == 0 else [f"--address={self.address}"]
@@ -84,13 +84,13 @@ class Nodes:
             assert ray.poll() is None, Path(log.name).read_text()
 
     def inside(self, number: int) -> list[str]:
-        """What to put before a command that is to run on that node."""
+        """Return the words before a command that run it on that node."""
         return ["ip", "netns", "exec", _name(number)]
 
     def cut(self, number: int) -> None:
         _ip_command("-n", self._switch, "link", "set", f"port{number}", "down")
 
-    def mend(self, number: int) -> None:
+    def reconnect(self, number: int) -> None:
         _ip_command("-n", self._switch, "link", "set", f"port{number}", "up")
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ def _ip_command(*arguments: str) -> None:
 
 @contextmanager
 def one_address() -> Iterator:
-    """Ray's own `Cluster`, where namespaces are not needed: nodes of one CPU, all of this machine's one address."""
+    """Provide Ray's own `Cluster`, for tests without namespaces: nodes of one CPU, all with this machine's address."""
     from ray.cluster_utils import Cluster
 
     limits = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
@@ -129,8 +129,8 @@ def one_address() -> Iterator:
 
 @contextmanager
 def own_addresses(count: int, env: dict[str, str]) -> Iterator[Nodes]:
-    all_ = Nodes(count, env)
+    nodes = Nodes(count, env)
     try:
-        yield all_
+        yield nodes
     finally:
-        all_.close()
+        nodes.close()

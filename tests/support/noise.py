@@ -1,4 +1,4 @@
-"""A data set of noise, for tests of where its bytes are, and ways to damage it."""
+"""A data set of noise, for tests of where its bytes are; and functions that damage it."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ from vimscale.storage.store import Retry
 SHARDS, SAMPLES, BYTES = 6, 8, 92_160
 TWO_SHARDS = "0.19MB"
 SAMPLE = 512 + 512 + 512 + 9216
-"""Bytes of a sample: cls, then png."""
+"""Bytes of one sample: cls, then png."""
 HASTY = Retry(tries=4, first=0.01, longest=0.02, stall=20)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_set(folder: Path, seed: int = 0, base: str = "") -> Path:
-    """A data set whose samples hold nothing but noise."""
+    """Write a data set whose samples contain only noise; return its folder."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     shards = []
@@ -43,9 +43,9 @@ def write_set(folder: Path, seed: int = 0, base: str = "") -> Path:
 
 
 def everything(dataset: Dataset) -> list[tuple[str, bytes, bytes]]:
-    """All samples, from shard to shard as a shuffled epoch reads them."""
+    """Return all samples in a shuffled order, which jumps from shard to shard."""
     order = np.random.default_rng(1).permutation(SHARDS * SAMPLES)
-    samples = [dataset.read(int(place) // SAMPLES, int(place) % SAMPLES) for place in order]
+    samples = [dataset.read(int(index) // SAMPLES, int(index) % SAMPLES) for index in order]
     return [(sample["__key__"], sample["png"], sample["cls"]) for sample in samples]
 
 

@@ -1,4 +1,4 @@
-"""A Ray head for one test: its ports, token and folder are its own, whatever else runs on the machine."""
+"""A Ray head for one test, with its own ports, token and folder, whatever else runs on the machine."""
 
 import contextlib
 import secrets
@@ -24,14 +24,14 @@ class RayHead:
     process: subprocess.Popen
     temporary: Path
     gcs: int
-    """Port for drivers, as 127.0.0.1:PORT."""
+    """Port for drivers: they connect to 127.0.0.1:PORT."""
     dashboard: int
     token: str
 
 
 @contextmanager
 def ray_head(shell: Shell, *options: str, env: dict[str, str] | None = None) -> Iterator[RayHead]:
-    """Start a head of two CPUs; `shell` gets its token. `env`: what the head has in its environment besides."""
+    """Start a head with two CPUs; `shell` gets its token. `env`: more variables for the head's environment."""
     token = secrets.token_hex(32)
     shell.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
     temporary = Path(private_folder("vimscale-", RAY_SOCKETS))
@@ -58,7 +58,7 @@ def ray_head(shell: Shell, *options: str, env: dict[str, str] | None = None) -> 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now, all different."""
+    """Return different ports that nothing listens on now."""
     with contextlib.ExitStack() as stack:
         found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [one.getsockname()[1] for one in found]

@@ -1,4 +1,4 @@
-"""The command line as a user runs it, in a folder of its own with a small recipe."""
+"""The command line as a user runs it, in its own folder with a small recipe."""
 
 import contextlib
 import json
@@ -35,13 +35,13 @@ EVERYTHING = (
     "augment.cutmix=1.0",
     "augment.repeats=2",
 )
-"""Changes to the small recipe that put the whole data plane to work."""
+"""Changes to the small recipe that use every part of the data pipeline."""
 _MARK = "VIMSCALE_TEST_FOLDER"
 
 
 @dataclass
 class Shell:
-    """A folder to work in, and `vimscale` run there as a process of its own."""
+    """A folder to work in; `vimscale` runs there as a separate process."""
 
     folder: Path
     env: dict[str, str]
@@ -53,8 +53,8 @@ class Shell:
         memory_limit: int | None = None,
         inside: Sequence[str] = (),
     ) -> subprocess.Popen:
-        """No file may grow beyond `file_limit` KB, no process beyond `memory_limit` KB of addresses. `inside`: what
-        runs the rest of its line.
+        """Start `vimscale`. Every file is limited to `file_limit` KB, every process to `memory_limit` KB of addresses.
+        `inside`: words before the command that run it, such as in a namespace.
         """
         command = [*inside, sys.executable, "-m", "vimscale.launch.cli", *arguments]
         for letter, limit in (("f", file_limit), ("v", memory_limit)):
@@ -64,7 +64,7 @@ class Shell:
         return subprocess.Popen(command, cwd=self.folder, env=self.env, start_new_session=True, **pipes)
 
     def run(self, *arguments: str, expect: int = 0, timeout: float = 240) -> str:
-        """The command's output, stderr after stdout; fails on another exit code than `expect`."""
+        """Run `vimscale`; return stdout, then stderr. Fail if the exit code is not `expect`."""
         return self.finish(self.popen(*arguments), expect, timeout)
 
     def finish(self, process: subprocess.Popen, expect: int = 0, timeout: float = 240) -> str:
@@ -81,11 +81,11 @@ class Shell:
         path = self.folder / "runs" / name / "metrics.jsonl"
         if not path.exists():
             return []
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [row for row in map(json.loads, whole) if row["kind"] == kind]
+        complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [row for row in map(json.loads, complete) if row["kind"] == kind]
 
     def processes(self) -> dict[int, str]:
-        """All that runs on behalf of this folder, as pid and command: launchers, ranks, their workers, Ray's own."""
+        """Return the pid and command of every process of this folder: launchers, ranks, their workers, Ray's own."""
         mark = f"{_MARK}={self.folder}".encode()
         found = {}
         for environ in Path("/proc").glob("[0-9]*/environ"):
@@ -96,9 +96,9 @@ class Shell:
         return found
 
     def nothing_is_left(self, within: float = 90) -> None:
-        """Wait until no process of this folder is left; fails, and ends them, if they stay.
+        """Wait until no process of this folder is left. If some stay, kill them and fail.
 
-        Two agents of Ray's take a minute to see that a killed launcher took its Ray along.
+        Two of Ray's agents take a minute to notice that their Ray was killed with its launcher.
         """
         deadline = time.monotonic() + within
         while left := self.processes():
@@ -108,30 +108,40 @@ class Shell:
             time.sleep(0.05)
 
     def end(self) -> None:
-        """Kill whatever is left, for a test that failed."""
+        """Kill whatever is left after a failed test."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def reaches(self, process: subprocess.Popen, name: str, step: int) -> None:
-        """Wait until the run has written down that step."""
+        """Wait until the run has logged that step."""
         while len(self.rows(name)) < step:
             assert process.poll() is None, f"{name} ended before step {step}: {process.communicate()}"
             time.sleep(0.01)
 
     def process_of(self, name: str, rank: int) -> int | None:
-        """The newest process of a rank, as it wrote down itself; it may have ended since."""
+        """Return the newest pid that a rank has logged; the process may have ended since."""
         path = self.folder / "runs" / name / "logs" / f"rank_{rank:05d}.txt"
         found = re.findall(r"process (\d+) on", path.read_text()) if path.exists() else []
         return int(found[-1]) if found else None
 
+    def world_sizes(self, name: str) -> list[int]:
+        """Return the number of ranks of each group that the run has had."""
+        log = self.folder / "runs" / name / "logs" / "rank_00000.txt"
+        return [int(world) for world in re.findall(r"rank 0 of (\d+)", log.read_text())]
+
     def losses(self, name: str) -> list[float]:
         rows = self.rows(name)
-        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a step is missing or there twice"
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a step is missing or repeated"
         return [row["loss"] for row in rows]
+
+
+def relative_difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest relative difference of two runs' losses."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def new_shell(folder: Path, cache: Path) -> Shell:
     (folder / "small.yaml").write_text(SMALL)
-    # Ray's workers name themselves, and would do it over their environment
+    # SPT_NOENV: Ray's workers set their process title, and would overwrite their environment with it
     return Shell(folder, os.environ | {"XDG_CACHE_HOME": str(cache), _MARK: str(folder), "SPT_NOENV": "1"})

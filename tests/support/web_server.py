@@ -1,4 +1,4 @@
-"""A web server on loopback that knows ranges, and goes wrong when told to; in a thread, or a process to be killed."""
+"""A web server on loopback that serves ranges and injects faults on request; in a thread, or in a process to kill."""
 
 import sys
 import threading
@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 Fault = Callable[["Handler", bytes], None]
-"""What is done with a request, and the bytes it asks for, instead of answering it."""
+"""Called with a request and the bytes that it asks for, instead of answering it."""
 
 
 class WebServer(ThreadingHTTPServer):
@@ -23,8 +23,8 @@ class WebServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.passwords: dict[str, str | None] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
-        """By path: what happens to the next requests for it, in turn."""
-        self.hanging, self.go_on = threading.Event(), threading.Event()
+        """By path: the faults of the next requests for it, in order."""
+        self.hanging, self.resume = threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -35,7 +35,7 @@ class WebServer(ThreadingHTTPServer):
         return Counter(path for path in self.requests if path.endswith(suffix))
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are part of the tests."""
+        """Ignore errors: clients that hang up are part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,9 +50,9 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self.reply(404, b"not here")
         data = file.read_bytes()
-        asked = self.headers.get("Range")
-        if asked and self.server.ranges:
-            self.start = int(asked.removeprefix("bytes=").rstrip("-"))
+        requested = self.headers.get("Range")
+        if requested and self.server.ranges:
+            self.start = int(requested.removeprefix("bytes=").rstrip("-"))
             data = data[self.start :]
         faults = self.server.faults[path]
         if faults:
@@ -78,8 +78,8 @@ def status(code: int) -> Fault:
     return lambda handler, data: handler.reply(code, b"<html>no</html>")
 
 
-def sent_on(path: str) -> Fault:
-    """To where it really is."""
+def redirected(path: str) -> Fault:
+    """Redirect to another path."""
 
     def fault(handler: Handler, data: bytes) -> None:
         handler.send_response(302)
@@ -91,35 +91,35 @@ def sent_on(path: str) -> Fault:
 
 
 def page(handler: Handler, data: bytes) -> None:
-    """A page where a file should be, as portals and proxies send them."""
+    """Send a page instead of the file, as portals and proxies do."""
     handler.reply(200, b"<html>please log in</html>")
 
 
 def changed(handler: Handler, data: bytes) -> None:
-    """The right number of wrong bytes."""
+    """Send the right number of wrong bytes."""
     handler.reply(200, bytes(byte ^ 1 for byte in data))
 
 
 def cut(after: int) -> Fault:
-    """The connection ends after so many bytes of more."""
+    """End the connection after this many bytes, of more that were announced."""
     return lambda handler, data: handler.reply(206 if handler.start else 200, data[:after], len(data))
 
 
 def hang(after: int) -> Fault:
-    """So many bytes, and then none until the test says so."""
+    """Send this many bytes, and the rest only once the test sets `resume`."""
 
     def fault(handler: Handler, data: bytes) -> None:
         handler.reply(200, data[:after], len(data))
         handler.wfile.flush()
         handler.server.hanging.set()
-        handler.server.go_on.wait()
+        handler.server.resume.wait()
         handler.wfile.write(data[after:])
 
     return fault
 
 
 def main() -> None:
-    """web_server FOLDER PORT [PATH BYTES]: hangs once, after so many bytes of that file. Says its port, and that."""
+    """Run `web_server FOLDER PORT [PATH BYTES]`: print the port, hang once after BYTES bytes of PATH, print that."""
     folder, port, *rest = sys.argv[1:]
     server = WebServer(Path(folder), int(port))
     if rest:
