@@ -1,4 +1,4 @@
-"""Where `vimscale` starts. Importing the commands takes a moment, and a Ctrl-C in it ends in one line, too."""
+"""The entry point of `vimscale`. It imports little, so that a Ctrl-C during imports ends in one line, too."""
 
 import os
 import signal
@@ -7,14 +7,14 @@ from types import FrameType
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+        signal.signal(number, _exit_now)
     from .commands import app
 
     app.main()
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End here and now: an exception may get lost in an import, and there is nothing to clean up yet or any more."""
+def _exit_now(number: int, frame: FrameType | None) -> None:
+    """End the process without an exception, which an import might swallow. There is nothing to clean up yet."""
     os.write(2, b"stopped on request\n")
     os._exit(3)
 

@@ -205,12 +205,12 @@ def test_recipes_run_folders_and_memory_are_checked_without_importing_torch() ->
     code = """
 import sys, vimscale.recipe.recipe, vimscale.runtime.run_folder, vimscale.export.starting
 import vimscale.launch.supervise.supervisor
-from vimscale.launch.commands import memory_check
+from vimscale.launch.processes import preflight
 from vimscale.launch.processes import on_local
 recipe = vimscale.recipe.recipe.load("vim_digits_cpu")
 config = recipe.model.shape(10)
-assert memory_check.at_most(recipe, config, 2) > 0
-assert memory_check._room(recipe, config, 2, ray=True) >= 0
+assert preflight.upper_bound(recipe, config, 2) > 0
+assert preflight._bytes_per_rank(recipe, config, 2, ray=True) >= 0
 print("torch" in sys.modules)
 """
     assert _fresh(code).strip() == "False"

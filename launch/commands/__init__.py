@@ -1,1 +1,1 @@
-"""What a user types: one file for each group of commands."""
+"""The commands that a user types: one file per command or group of commands. Only the entry point imports them."""

@@ -1,14 +1,21 @@
-"""Arguments that commands of several files take."""
+"""Arguments and options that several commands share."""
 
 from typing import Annotated
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it: section.key=value.", metavar="[A.B=C]...")]
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe: section.key=value.", metavar="[A.B=C]...")
+]
 RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
-OnOption = Annotated[str, typer.Option("--on", help="A shipped cluster's name, or the path of a YAML file.")]
+StepOption = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest one's.")]
+RawOption = Annotated[bool, typer.Option(help="Use the weights themselves instead of their moving average.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="HOST:PORT of a running Ray, or auto. Default: start a Ray on this machine.")
+]
+OnOption = Annotated[str, typer.Option("--on", help="Name of a shipped cluster, or path of a YAML file.")]
 WithOption = Annotated[
-    list[str] | None, typer.Option("--with", help="A change to the cluster, key=value; may be given several times.")
+    list[str] | None, typer.Option("--with", help="A change to the cluster, key=value; can be repeated.")
 ]

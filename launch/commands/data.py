@@ -1,6 +1,5 @@
-"""`vimscale data …`: make data sets of tar shards, look at them, mend them."""
+"""`vimscale data COMMAND`: make, inspect and repair data sets of tar shards."""
 
-import os
 import shlex
 import time
 import zlib
@@ -19,25 +18,26 @@ from vimscale.recipe import sections
 from vimscale.storage import files
 from vimscale.storage.addresses import masked
 
+from ..hardware import cpus
 from ..processes import temporary
 from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from vimscale.data.shards.manifest import Manifest
 
-data = typer.Typer(help="Make and look at data sets of tar shards.", no_args_is_help=True)
+data = typer.Typer(help="Make, inspect and repair data sets of tar shards.", no_args_is_help=True)
 
 SetArgument = Annotated[str, typer.Argument(help="A data set: a folder with a manifest.json, or digits:train.")]
 ClassesOption = Annotated[
-    Path | None, typer.Option("--classes", help="File of class names, one a line, in the order of their labels.")
+    Path | None, typer.Option("--classes", help="File of class names, one per line, in the order of their labels.")
 ]
-JobsOption = Annotated[int | None, typer.Option(min=1, help="Processes; absent: one a CPU.")]
+JobsOption = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU.")]
 ImageOption = Annotated[
     str | None,
-    typer.Option("--image", help="Extension of the image where a tar's samples hold several, such as jpg or jpg,tif."),
+    typer.Option("--image", help="Extensions of the image, such as jpg or jpg,tif, if samples in tars hold several."),
 ]
-OriginOption = Annotated[str, typer.Option("--source", help="Where the images are from, for the manifest.")]
-LicenceOption = Annotated[str, typer.Option(help="Their licence, for the manifest.")]
+OriginOption = Annotated[str, typer.Option("--source", help="Origin of the images, for the manifest.")]
+LicenceOption = Annotated[str, typer.Option(help="License of the images, for the manifest.")]
 
 
 @data.command()
@@ -46,38 +46,50 @@ def prepare(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="A folder with a sub-folder a class (or train/ and val/ of such), a .csv, .tsv or .parquet, a saved"
-            " Hugging Face data set or hf:NAME, or tars: a folder of them, a glob, braces.",
+            help="A folder with one subfolder per class (or train/ and val/ with such subfolders); a .csv, .tsv or"
+            " .parquet; a saved Hugging Face data set or hf:NAME; or tars: a folder of them, a glob, braces.",
         ),
     ],
-    output: Annotated[Path, typer.Argument(help="A new folder; of several splits, each is a set below it.")],
-    per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
-    shard_bytes: Annotated[str | None, typer.Option(help="Size of a shard instead, such as 200MB.")] = None,
-    val: Annotated[float, typer.Option(min=0, max=0.99, help="Share of each class to put into val/.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order and of the split.")] = 0,
-    shuffle: Annotated[bool, typer.Option(help="Put the samples into random order.")] = True,
-    resize: Annotated[
-        int | None, typer.Option(min=1, help="Make images with a larger shorter side so small, as JPEGs.")
+    output: Annotated[
+        Path, typer.Argument(help="A new folder. Several splits become one data set each, in subfolders.")
+    ],
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
+    shard_bytes: Annotated[
+        str | None, typer.Option(help="Size of a shard, such as 200MB, instead of --per-shard.")
     ] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of these JPEGs.")] = 90,
-    min_size: Annotated[int, typer.Option(min=1, help="Skip images with a smaller shorter side.")] = 1,
-    max_aspect: Annotated[float | None, typer.Option(min=1, help="Skip images that are longer, side to side.")] = None,
-    decode: Annotated[bool, typer.Option(help="Decode every image, to skip those that cannot be.")] = True,
+    val: Annotated[float, typer.Option(min=0, max=0.99, help="Fraction of each class to put into val/.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order and of the split.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the samples.")] = True,
+    resize: Annotated[
+        int | None,
+        typer.Option(min=1, help="Resize images to a shorter side of this many pixels, if theirs is larger, as JPEGs."),
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of these JPEGs.")] = 90,
+    min_size: Annotated[int, typer.Option(min=1, help="Skip images whose shorter side has fewer pixels.")] = 1,
+    max_aspect: Annotated[
+        float | None, typer.Option(min=1, help="Skip images whose longer side exceeds the shorter one by this factor.")
+    ] = None,
+    decode: Annotated[bool, typer.Option(help="Decode every image, to skip those that do not decode.")] = True,
     strict: Annotated[
-        bool, typer.Option("--strict", help="End at the first bad image instead of skipping it.")
+        bool, typer.Option("--strict", help="Stop at the first bad image instead of skipping it.")
     ] = False,
     classes: ClassesOption = None,
-    image_column: Annotated[str | None, typer.Option(help="Of a table: bytes or paths of the images.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of a table that holds the images' bytes or paths.")
+    ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Of a table, or of the .json in tars without .cls: the labels.")
+        str | None,
+        typer.Option(help="Column of a table, or key of the .json in tars without .cls, that holds the labels."),
     ] = None,
     image: ImageOption = None,
-    prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put a tar's name before its keys.")] = False,
+    prefix_keys: Annotated[
+        bool, typer.Option("--prefix-keys", help="Prefix each key with the name of its tar.")
+    ] = False,
     jobs: JobsOption = None,
     origin: OriginOption = "",
     licence: LicenceOption = "",
 ) -> None:
-    """Write images as shards. A command that was interrupted goes on where it stopped, to the same bytes."""
+    """Write images as shards. An interrupted command resumes where it stopped, and writes the same bytes."""
     from vimscale.prepare import make
     from vimscale.prepare.inputs.classes import read_classes
     from vimscale.prepare.inputs.rows import Columns
@@ -97,7 +109,7 @@ def prepare(
             output,
             options,
             columns,
-            jobs=jobs or _cpus(),
+            jobs=jobs or cpus(),
             strict=strict,
             origin=origin,
             licence=licence,
@@ -115,10 +127,10 @@ def prepare(
 @data.command()
 def index(
     tars: Annotated[
-        list[str], typer.Argument(metavar="TARS...", help="Folders of tars, globs, braces, or addresses with braces.")
+        list[str], typer.Argument(metavar="TARS...", help="Folders of tars, globs, or paths or URLs with braces.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for manifest and indexes; absent: beside the tars.")
+        Path | None, typer.Option(help="Folder for the manifest and the indexes. Default: the folder of the tars.")
     ] = None,
     classes: ClassesOption = None,
     image: ImageOption = None,
@@ -126,7 +138,7 @@ def index(
     origin: OriginOption = "",
     licence: LicenceOption = "",
 ) -> None:
-    """Make a data set of tars that exist: an index of each, and a manifest."""
+    """Make a data set of existing tars: write an index of each tar, and a manifest."""
     from vimscale.prepare import adopt
     from vimscale.prepare.inputs.classes import read_classes
 
@@ -138,27 +150,29 @@ def index(
             image=_extensions(image),
             origin=origin,
             licence=licence,
-            jobs=jobs or _cpus(),
+            jobs=jobs or cpus(),
             progress=bar.show,
         )
     _say_written(folder, manifest)
     if unread:
-        _say(f"  {len(unread):,} images cannot be read; training will replace them, and count that:", unread)
+        _list(f"  {len(unread):,} images cannot be read; training will replace and count them:", unread)
 
 
 @data.command()
 def verify(
     source: SetArgument,
-    deep: Annotated[bool, typer.Option("--deep", help="Read all: sha256 of shards, and decode every image.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read everything: check the sha256 of shards, and decode every image.")
+    ] = False,
     jobs: JobsOption = None,
 ) -> None:
-    """Check a data set against its manifest; every fault is listed."""
+    """Check a data set against its manifest, and list every fault."""
     from vimscale.prepare.inspection import inspect
 
     located = inspect.locate(source)
     with Bar("shards") as bar:
-        # headers alone take less time than it takes to start processes
-        found = inspect.verify(located, deep=deep, jobs=jobs or (_cpus() if deep else 1), progress=bar.show)
+        # reading only headers takes less time than starting processes
+        found = inspect.verify(located, deep=deep, jobs=jobs or (cpus() if deep else 1), progress=bar.show)
     faults = [fault for health in found for fault in health.faults + health.index_faults]
     if deep and not faults:
         faults = inspect.miscounted(located, found)
@@ -169,55 +183,61 @@ def verify(
             f"data {source}: {len(faults):,} faults in {shards:,} of {len(found):,} shards\n{lines}\n"
             f"copy these shards again, or see what `{shlex.join(['vimscale', 'data', 'repair', source])}` can save"
         )
-    how = "every image decodes" if deep else "sizes and indexes fit; --deep reads the images, too"
-    print(f"{source}: {located.manifest.samples:,} samples in {len(found):,} shards are whole: {how}")
+    checked = "every image decodes" if deep else "sizes and indexes match; --deep reads the images, too"
+    print(f"{source}: {located.manifest.samples:,} samples in {len(found):,} shards are intact: {checked}")
 
 
 @data.command()
 def repair(
     source: SetArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only said what would be done.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it. Without --yes, only print what would be done.")] = False,
     jobs: JobsOption = None,
 ) -> None:
-    """Save what is whole of a damaged data set, and write its indexes and manifest anew."""
+    """Save the intact samples of a damaged data set, and rewrite its indexes and manifest."""
     from vimscale.prepare.inspection import inspect
     from vimscale.prepare.inspection import repair as repairs
 
     located = inspect.locate(source)
     with Bar("shards") as bar:
-        todo = repairs.steps(inspect.verify(located, deep=True, jobs=jobs or _cpus(), progress=bar.show))
+        todo = repairs.steps(inspect.verify(located, deep=True, jobs=jobs or cpus(), progress=bar.show))
     if not todo:
         print(f"{source}: nothing to repair")
         return
-    _say(f"{source}: {len(todo):,} of {len(located.manifest.shards):,} shards need repair:", map(str, todo))
+    _list(f"{source}: {len(todo):,} of {len(located.manifest.shards):,} shards need repair:", map(str, todo))
     if not yes:
-        print("nothing is done yet: the same command with --yes does it")
+        print("nothing is done yet; the same command with --yes does it")
         return
-    before = repairs.repair(located, todo, jobs or _cpus())
+    before = repairs.repair(located, todo, jobs or cpus())
     print("done" if before is None else f"done; the old manifest is {before}, and the old shards are where they were")
 
 
 @data.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(metavar="SET SET... OUTPUT", help="Data sets, and a new folder.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SET SET... OUTPUT", help="Data sets to merge, and a new folder at the end.")
+    ],
 ) -> None:
-    """Make one data set of several with the same classes."""
+    """Merge data sets with the same classes into one."""
     from vimscale.prepare import merge as merges
     from vimscale.prepare.inspection import inspect
 
     *sets, output = sources
     if len(sets) < 2:
-        raise DataError("merge wants two sets or more, and a new folder at the end")
+        raise DataError("merge takes two or more data sets, and a new folder at the end")
     _say_written(output, merges.merge([inspect.locate(str(one)) for one in sets], output))
 
 
 @data.command()
 def stats(
     source: SetArgument,
-    sheet: Annotated[Path | None, typer.Option(help="Draw samples before and after augmentation: a PNG.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Whose image size and augmentation the picture shows.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw samples before and after augmentation into this PNG.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe that the sheet takes image size and augmentation from.")
+    ] = None,
 ) -> None:
-    """Show what a data set consists of."""
+    """Print a data set's size, classes, and image statistics."""
     from vimscale.prepare.inspection import inspect
 
     located = inspect.locate(source)
@@ -229,7 +249,7 @@ def stats(
         picture = contact_sheet.draw(located, chosen)
         with files.replacing(sheet) as partial:
             picture.save(partial, "PNG")
-        print(f"{sheet}: samples, and what training makes of them")
+        print(f"{sheet}: samples before and after augmentation")
 
 
 def _table(manifest: "Manifest") -> Table:
@@ -270,10 +290,10 @@ def _bar(count: int, most: int) -> str:
 
 @data.command()
 def digits(
-    folder: Annotated[Path, typer.Argument(help="A new folder; train/ and val/ are written below it.")],
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    folder: Annotated[Path, typer.Argument(help="A new folder, for train/ and val/.")],
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
-    """Write the embedded set, 1,797 scans of digits, as webdataset shards."""
+    """Write the embedded data set, 1,797 scans of digits, as webdataset shards."""
     from vimscale.data import digits
 
     for split, manifest in digits.write(folder, seed).items():
@@ -285,21 +305,21 @@ def order(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     world: Annotated[int, typer.Option(min=1, help="Ranks of the run.")] = 1,
-    rank: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="The rank to print, counted from 0.")] = 0,
     start: Annotated[int, typer.Option("--from", min=0, help="First step, counted from 0.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read; absent: the recipe's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=0, help="Data workers. Default: the recipe's.")] = None,
 ) -> None:
-    """Print every sample that a rank gets: epoch, position, shard, key and a checksum of its augmented pixels.
+    """Print every sample of a rank: epoch, position, shard, key and a checksum of its augmented pixels.
 
-    Read through the loader that training uses, so that anyone can see that neither ranks nor workers nor where one
-    starts change what a position holds.
+    The samples come from the loader that training uses. So the output shows that a position holds the same sample
+    whatever the number of ranks and workers and the first step.
     """
     from vimscale.data import stream
     from vimscale.data.training_set import TrainingSet
 
     if rank >= world:
-        raise DataError(f"there is no rank {rank} among {world}: they are counted from 0 to {world - 1}")
+        raise DataError(f"--rank {rank}: with --world {world}, ranks are counted from 0 to {world - 1}")
     changes = [] if workers is None else [f"data.workers={workers}"]
     chosen = recipes.load(recipe, [*(overrides or ()), *changes])
     _, accumulation = chosen.micro_batch(world)
@@ -322,14 +342,10 @@ def _say_written(folder: Path, manifest: "Manifest") -> None:
     print(f"{folder}: {counts} in {len(manifest.shards):,} shards, {size:,.1f} MB")
 
 
-def _say(title: str, lines: Iterable[str]) -> None:
+def _list(title: str, lines: Iterable[str]) -> None:
     print(title)
     for line in lines:
         print(f"  {line}")
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _extensions(text: str | None) -> tuple[str, ...]:
@@ -346,7 +362,7 @@ def _size(text: str | None) -> int | None:
 
 
 class Bar:
-    """How far a command is: a bar in a terminal, elsewhere a line every ten seconds."""
+    """Progress of a command: a bar in a terminal, elsewhere a line every ten seconds."""
 
     def __init__(self, what: str):
         self._what = what
@@ -359,7 +375,7 @@ class Bar:
         )
         self._bar = Progress(*columns, console=self._console, transient=True)
         self._task = self._bar.add_task(what, total=None)
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def __enter__(self) -> "Bar":
         if self._console.is_terminal:
@@ -371,6 +387,6 @@ class Bar:
 
     def show(self, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
-        if not self._console.is_terminal and time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
             self._console.print(f"{done:,} of {total:,} {self._what}", highlight=False)

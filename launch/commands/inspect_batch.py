@@ -1,37 +1,50 @@
-"""`vimscale inspect-batch`: the batch of a bad step as a table and as a picture."""
+"""`vimscale inspect-batch`: the batch of a bad step, as a table and as a picture."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from vimscale.errors import DataError
-from vimscale.guard import report as guard_report
-from vimscale.prepare.inspection import contact_sheet
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files
 
+from ..display.lines import print_line
+from .arguments import RunArgument
+
 _DRAWN = 128
-"""Images of the picture, those of the largest loss."""
+"""The most images in the picture: those with the largest loss."""
+
+
+def inspect_batch(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Argument(help="The bad step. Default: the last one with a report.")] = None,
+) -> None:
+    """Show the batch of a step that the guard found bad: the guard's report, the samples, and a picture of them."""
+    show(RunFolder.of(run), step, Console(markup=False, emoji=False))
 
 
 def show(folder: RunFolder, step: int | None, console: Console) -> None:
-    """Print a report and its samples, those of the largest loss first, and draw them into the report's folder.
+    """Print a report and its samples, the largest loss first, and draw the samples into the report's folder.
 
     Raises:
         CheckpointError: there is no such report.
     """
+    from vimscale.guard import report as guard_report
+    from vimscale.prepare.inspection import contact_sheet
+
     path, report, images = guard_report.read(folder, step)
     names = _names(folder, report["samples"])
     head = guard_report.text(report).split("\n\nsamples of the largest loss")[0]
-    console.print(head, highlight=False, soft_wrap=True, markup=False)
+    print_line(console, head)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("rank", "micro-batch", "loss", "label", "key", "shard", "sample"):
         table.add_column(name, overflow="fold")
-    order = sorted(range(len(images)), key=lambda i: _badness(report["samples"][i]["loss"]), reverse=True)
+    worst_first = sorted(range(len(images)), key=lambda i: _badness(report["samples"][i]["loss"]), reverse=True)
     drawn = []
-    for i in order:
+    for i in worst_first:
         sample = report["samples"][i]
         label = f"{sample['label']} {names[i]}"
         loss = f"{sample['loss']:.4g}"
@@ -41,12 +54,12 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     console.print()
     console.print(table)
     title = f"step {report['step']}: {report['reason']}"
-    about = f"{len(images)} images before normalising and mixing, those of the largest loss first; {report['cause']}"
+    about = f"{len(images)} images before normalizing and mixing, largest loss first; {report['cause']}"
     picture = path / "batch.png"
     drawing = contact_sheet.grid(title, about, drawn[:_DRAWN])
     with files.replacing(picture) as partial:
         drawing.save(partial, "PNG")
-    console.print(f"\npicture: {picture}", highlight=False, soft_wrap=True)
+    print_line(console, f"\npicture: {picture}")
 
 
 def _badness(loss: float) -> float:
@@ -54,7 +67,7 @@ def _badness(loss: float) -> float:
 
 
 def _names(folder: RunFolder, samples: list[dict[str, Any]]) -> list[str]:
-    """Each sample's class. Old reports do not name it; then the training set does, if it is there."""
+    """Each sample's class: from the report; for old reports, which lack it, from the training set if it is there."""
     from vimscale.data.training_set import TrainingSet
 
     if all("class" in sample for sample in samples):

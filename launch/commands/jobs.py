@@ -1,4 +1,4 @@
-"""`vimscale submit` and what comes after it: jobs on a cluster, listed, followed, stopped and resumed."""
+"""`vimscale submit`, `jobs`, `logs`, `stop` and `resume`: jobs on a cluster."""
 
 import contextlib
 import dataclasses
@@ -17,14 +17,17 @@ from vimscale.recipe.typed_yaml import check_name
 
 from .. import cluster as clusters
 from ..processes.signals import Stopped
-from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+from .arguments import JsonOption, OnOption, Overrides, RecipeArgument, WithOption
 
 if TYPE_CHECKING:
     from ..jobs.backend import Backend
 
-JobArgument = Annotated[str, typer.Argument(help="The job's name: that of its run.")]
+JobArgument = Annotated[str, typer.Argument(help="The job's name, which is its run's name.")]
 FollowOption = Annotated[
-    bool, typer.Option("--follow", help="Print its log until it ends, and exit as it does: 0, 3 when stopped, else 1.")
+    bool,
+    typer.Option(
+        "--follow", help="Print the log until the job ends. Exit with 0 if it finished, 3 if stopped, else 1."
+    ),
 ]
 
 _EXIT = {"finished": 0, "stopped": 3}
@@ -38,10 +41,10 @@ def submit(
     on: OnOption,
     overrides: Overrides = None,
     changes: WithOption = None,
-    render: Annotated[bool, typer.Option("--render", help="Print what would be handed over; submit nothing.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="Print what would be submitted; submit nothing.")] = False,
     follow: FollowOption = False,
 ) -> None:
-    """Hand a recipe to a cluster, which trains it whether or not this shell goes on."""
+    """Submit a recipe to a cluster, which trains it even if this shell ends."""
     chosen = recipes.load(recipe, overrides or ())
     backend = _open(on, changes)
     if render:
@@ -54,7 +57,7 @@ def submit(
 def list_jobs(
     on: OnOption,
     changes: WithOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List a cluster's jobs, newest first."""
     found = _open(on, changes).jobs()
@@ -70,7 +73,7 @@ def list_jobs(
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) if job.began else ""
         took = duration((job.ended or time.time()) - job.began) if job.began else ""
         table.add_row(job.id, job.state, began, took, job.message)
-    Console().print(table if found else f"no jobs on {on}")
+    Console(markup=False, emoji=False).print(table if found else f"no jobs on {on}")
 
 
 @jobs.command()
@@ -80,25 +83,25 @@ def logs(
     changes: WithOption = None,
     follow: FollowOption = False,
 ) -> None:
-    """Print what a job's launcher says."""
+    """Print the log of a job."""
     backend = _open(on, changes)
-    _show(backend, _named(job), on, changes, follow=follow)
+    _show(backend, _checked(job), on, changes, follow=follow)
 
 
 @jobs.command()
 def stop(job: JobArgument, on: OnOption, changes: WithOption = None) -> None:
-    """Ask a job to save a checkpoint and end."""
-    _open(on, changes).stop(_named(job))
-    print(f"{job} is asked to save and end; to go on: {_command('resume', job, on, changes)}")
+    """Ask a job to save a checkpoint and exit."""
+    _open(on, changes).stop(_checked(job))
+    print(f"asked {job} to save and exit; to resume it: {_command('resume', job, on, changes)}")
 
 
 @jobs.command()
 def resume(job: JobArgument, on: OnOption, changes: WithOption = None, follow: FollowOption = False) -> None:
-    """Submit a job that was stopped or failed once more; it goes on from its newest checkpoint."""
+    """Submit a stopped or failed job again; it resumes from its newest checkpoint."""
     backend = _open(on, changes)
-    chosen = backend.recipe(_named(job))
+    chosen = backend.recipe(_checked(job))
     if next((each.state for each in backend.jobs() if each.id == job), "") == "finished":
-        raise LaunchError(f"job {job} is finished; to train longer or anew, submit it under another name=")
+        raise LaunchError(f"job {job} is finished; to train it longer or again, submit it with another name=")
     _submit(backend, chosen, on, changes, follow)
 
 
@@ -108,7 +111,8 @@ def _open(on: str, changes: list[str] | None) -> "Backend":
     return open_backend(clusters.load(on, changes or ()))
 
 
-def _named(job: str) -> str:
+def _checked(job: str) -> str:
+    """The name, if it can name a job."""
     try:
         return check_name(job)
     except ValueError as error:
@@ -117,7 +121,7 @@ def _named(job: str) -> str:
 
 def _submit(backend: "Backend", recipe: recipes.Recipe, on: str, changes: list[str] | None, follow: bool) -> None:
     job = backend.submit(recipe)
-    print(f"{job.id} is handed to {on}; its log: {_command('logs', job.id, on, changes)} --follow", flush=True)
+    print(f"submitted {job.id} to {on}; its log: {_command('logs', job.id, on, changes)} --follow", flush=True)
     if follow:
         _show(backend, job.id, on, changes, follow=True)
 
@@ -128,7 +132,7 @@ def _show(backend: "Backend", job: str, on: str, changes: list[str] | None, *, f
             for line in backend.logs(job, follow=follow):
                 print(line, flush=True)
         except Stopped:
-            print(f"{job} goes on; to stop it: {_command('stop', job, on, changes)}")
+            print(f"{job} continues; to stop it: {_command('stop', job, on, changes)}")
             return
     if follow:
         state = next(each.state for each in backend.jobs() if each.id == job)
@@ -136,6 +140,6 @@ def _show(backend: "Backend", job: str, on: str, changes: list[str] | None, *, f
 
 
 def _command(verb: str, job: str, on: str, changes: list[str] | None) -> str:
-    """What to type next, safe to paste."""
+    """A command about the job for the user to paste, quoted for a shell."""
     repeated = [part for change in changes or () for part in ("--with", change)]
     return shlex.join(["vimscale", verb, job, "--on", on, *repeated])

@@ -1,1 +1,1 @@
-"""What a person looks at: progress lines, the model as a table, plots."""
+"""What a user looks at: the model as a table, plots, and the results of searches."""

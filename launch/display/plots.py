@@ -1,4 +1,4 @@
-"""Pictures drawn by matplotlib: a sweep's curves and results, losses over the learning rate, what a plan foresees."""
+"""Plots by matplotlib: a sweep's curves and results, loss over learning rate, memory and time of a plan."""
 
 import math
 from collections.abc import Sequence
@@ -14,39 +14,39 @@ from vimscale.storage import files
 if TYPE_CHECKING:
     from vimscale.estimate.planner import Outlook, Planner
 
-    from ..commands.lr_range import Found
+    from ..sweeps.lr_range import RangeResult
     from ..sweeps.trials import By, Group
 
 _SMOOTH = 0.95
+"""Factor of the exponential average of losses."""
 _NAMED = 10
-"""Curves that a legend can name, and values that an axis can."""
+"""The most curves that a legend names, and values that an axis names."""
 _IN_SIGHT = 4
-"""The memory that there is, is drawn if it is at most this many times what is needed."""
-_DECADES = 4
-"""Numbers that differ by this factor stand on a logarithmic axis."""
-
+"""Available memory is drawn as a line if it is at most this many times the memory needed."""
+_LOG_FACTOR = 4
+"""Values that differ by this factor or more get a logarithmic axis."""
 
 _FAMILIES = (
     *("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei"),
     *("WenQuanYi Micro Hei", "Droid Sans Fallback", "Arial Unicode MS", "PingFang SC", "Microsoft YaHei", "MS Gothic"),
 )
-"""Fonts that are asked for a letter in turn, as far as they are here; the first comes with matplotlib."""
+"""Fonts to look for a character in, in this order; the first comes with matplotlib."""
 _LETTERS = 40
-"""Of a value of the user's in a picture."""
+"""The most characters of a user's value in a plot."""
 
 
 @cache
 def _families() -> tuple[list[str], frozenset[int]]:
-    """The fonts that are here, and the letters that they have."""
+    """The installed fonts of _FAMILIES, and the code points that they cover."""
     from matplotlib import font_manager
 
-    here = [name for name in _FAMILIES if name in font_manager.get_font_names()]
-    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in here]
-    return here, frozenset(letter for font in fonts for letter in font.get_charmap())
+    installed = [name for name in _FAMILIES if name in font_manager.get_font_names()]
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in installed]
+    return installed, frozenset(letter for font in fonts for letter in font.get_charmap())
 
 
 def plain(text: str) -> str:
-    """A user's text as a picture can have it: no formula, no letter that would be a box."""
+    """A user's text for a plot: without formulas, and without characters that no font has."""
     known = _families()[1]
     drawn = "".join(x if ord(x) in known else ascii(x)[1:-1] for x in shortened(text, _LETTERS))
     return drawn.replace("$", r"\$")
@@ -66,20 +66,22 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Raises:
-    LaunchError: matplotlib writes no such files.
-    OSError: with the file's name.
+    """Write a figure; its file name says the format.
+
+    Raises:
+        LaunchError: matplotlib cannot write this format.
+        OSError: the file cannot be written; names it.
     """
     known = figure.canvas.get_supported_filetypes()
     kind = path.suffix.removeprefix(".") or "png"
     if kind not in known:
-        raise LaunchError(f"picture {path}: .{kind} is not a kind of picture; write one of {', '.join(sorted(known))}")
+        raise LaunchError(f"plot {path}: .{kind} is not an image format; use one of {', '.join(sorted(known))}")
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format=kind)
 
 
 def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
-    """An exponential average, free of the bias of its start; it ends before the first value that is not finite."""
+    """The exponential average, corrected for its start. It ends before the first value that is not finite."""
     average, weight, found = 0.0, 0.0, []
     for value in values:
         if not math.isfinite(value):
@@ -91,7 +93,7 @@ def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
 
 
 def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
-    """Losses of all trials, one colour a setting, the best one's the strongest; and the result over each dimension."""
+    """Plot the losses of all trials, one color per setting, the best one thickest; and the results per dimension."""
     keys = [key for key, _ in groups[0].outcomes[0].trial.setting] or ["seed"]
     figure, (curves, *results) = _figure(1 + len(keys))
     from matplotlib import colormaps
@@ -109,77 +111,78 @@ def sweep(groups: "Sequence[Group]", by: "By", title: str, path: Path) -> None:
     curves.set(
         xlabel="step",
         ylabel="training loss, smoothed",
-        title="losses, a circle where trials ended early",
+        title="losses; a circle marks an early end",
     )
-    curves.legend(frameon=False, fontsize=8, title="from the best on", title_fontsize=8)
+    curves.legend(frameon=False, fontsize=8, title="best first", title_fontsize=8)
     for key, axes in zip(keys, results, strict=True):
-        _over(axes, key, groups, by, shades)
+        _results(axes, key, groups, by, shades)
     figure.suptitle(title)
     _save(figure, path)
 
 
-def _over(axes: Any, key: str, groups: "Sequence[Group]", by: "By", shades: Any) -> None:
-    """Each finished trial's result over its value of `key`: numbers where they are on the axis, words side by side.
-    Trials that ended early are crosses at the foot, since their results are of other steps.
+def _results(axes: Any, key: str, groups: "Sequence[Group]", by: "By", shades: Any) -> None:
+    """Plot each finished trial's result over its value of `key`. Numbers stand at their value, words side by side.
+    Trials that ended early are crosses at the bottom, since their results are from other steps.
     """
     values = list(dict.fromkeys(one.trial.point[key] for group in groups for one in group.outcomes))
     try:
-        places = {value: float(value) for value in values}
+        positions = {value: float(value) for value in values}
     except ValueError:
-        places = {value: float(number) for number, value in enumerate(sorted(values))}
+        positions = {value: float(number) for number, value in enumerate(sorted(values))}
         axes.margins(x=0.2)
     else:
-        if min(places.values()) > 0 and max(places.values()) / min(places.values()) >= _DECADES:
+        if min(positions.values()) > 0 and max(positions.values()) / min(positions.values()) >= _LOG_FACTOR:
             axes.set_xscale("log")
             axes.minorticks_off()
-    if len(places) <= _NAMED:
-        names = list(map(plain, places))
-        axes.set_xticks(list(places.values()), names, rotation=20 if max(map(len, names)) > 6 else 0)
+    if len(positions) <= _NAMED:
+        names = list(map(plain, positions))
+        axes.set_xticks(list(positions.values()), names, rotation=20 if max(map(len, names)) > 6 else 0)
     for number, group in enumerate(groups):
         colour = shades(0.9 * number / max(len(groups) - 1, 1))
         for one in group.outcomes:
-            place = places[one.trial.point[key]]
+            x = positions[one.trial.point[key]]
             if one.status == "finished":
-                axes.plot(place, one.value, "o", color=colour, ms=7)
+                axes.plot(x, one.value, "o", color=colour, ms=7)
             else:
-                axes.plot(place, 0.03, "x", color=colour, transform=axes.get_xaxis_transform())
+                axes.plot(x, 0.03, "x", color=colour, transform=axes.get_xaxis_transform())
     if by == "top1":
         from matplotlib.ticker import PercentFormatter
 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel=key, ylabel="top-1" if by == "top1" else "loss", title="results, a cross where trials ended early")
+    axes.set(xlabel=key, ylabel="top-1" if by == "top1" else "loss", title="results; a cross marks an early end")
 
 
-def lr_range(rates: Sequence[float], losses: Sequence[float], found: "Found", title: str, path: Path) -> None:
-    """Losses over the learning rate, raw and smoothed, with what was read from them."""
+def lr_range(rates: Sequence[float], losses: Sequence[float], result: "RangeResult", title: str, path: Path) -> None:
+    """Plot losses over the learning rate, raw and smoothed, with the rates of the result."""
     figure, (axes,) = _figure(1)
     figure.set_size_inches(7.5, 4.6)
     axes.plot(rates, losses, color="C0", alpha=0.3, lw=1)
-    axes.plot(rates[: len(found.smooth)], found.smooth, color="C0", lw=2)
-    if found.suggested is not None:
-        axes.axvline(found.suggested, color="C2", ls="--", label=f"suggested: {found.suggested:.1e}")
-        axes.axvline(found.lowest, color="0.5", ls=":", label=f"lowest at {found.lowest:.1e}")
-    if found.diverges is not None:
-        axes.axvline(found.diverges, color="C3", ls="--", label=f"diverges from {found.diverges:.1e} on")
-        axes.axvspan(found.diverges, rates[-1], color="C3", alpha=0.08, lw=0)
-    before = [i for i, rate in enumerate(rates[: len(found.smooth)]) if found.diverges is None or rate < found.diverges]
-    if shown := [value for i in before for value in (losses[i], found.smooth[i])]:
+    smooth, diverges = result.smooth, result.diverges
+    axes.plot(rates[: len(smooth)], smooth, color="C0", lw=2)
+    if result.suggested is not None:
+        axes.axvline(result.suggested, color="C2", ls="--", label=f"suggested: {result.suggested:.1e}")
+        axes.axvline(result.lowest, color="0.5", ls=":", label=f"lowest at {result.lowest:.1e}")
+    if diverges is not None:
+        axes.axvline(diverges, color="C3", ls="--", label=f"diverges from {diverges:.1e} on")
+        axes.axvspan(diverges, rates[-1], color="C3", alpha=0.08, lw=0)
+    before = [i for i, rate in enumerate(rates[: len(smooth)]) if diverges is None or rate < diverges]
+    if shown := [value for i in before for value in (losses[i], smooth[i])]:
         low, high = min(shown), max(shown)
-        room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + (3 if found.diverges is not None else 1) * room)
+        margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + (3 if diverges is not None else 1) * margin)
     axes.set_xscale("log")
-    axes.set(xlabel="learning rate", ylabel="training loss, and smoothed")
+    axes.set(xlabel="learning rate", ylabel="training loss, raw and smoothed")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     else:
-        axes.set_title(found.story, fontsize=9)
+        axes.set_title(result.sentence, fontsize=9)
     figure.suptitle(title)
     _save(figure, path)
 
 
 def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
-    """What stands in a rank's memory at its peak, over the number of ranks; on GPUs also the time and the hours."""
-    device, room = planner.target.device, planner.target.room
+    """Plot a rank's memory at its peak over the number of ranks; on GPUs also the days and GPU hours."""
+    device, available = planner.target.device, planner.target.room
     what = "GPUs" if device is not None else "ranks"
     figure, (memory, *others) = _figure(2 if device is not None else 1)
     counts = [row.world for row in rows]
@@ -195,13 +198,14 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
     for label, sizes in parts.items():
         memory.bar([f"{count:,}" for count in counts], [size / unit for size in sizes], bottom=below, label=label)
         below = [low + size / unit for low, size in zip(below, sizes, strict=True)]
-    if room <= _IN_SIGHT * most:
-        memory.axhline(room / unit, color="k", linestyle=":", label=f"there is: {room / 1e9:,.1f} GB")
+    in_sight = available <= _IN_SIGHT * most
+    if in_sight:
+        memory.axhline(available / unit, color="k", linestyle=":", label=f"available: {available / 1e9:,.1f} GB")
     else:
-        memory.plot([], [], " ", label=f"there is: {room / 1e9:,.1f} GB, far above")
+        memory.plot([], [], " ", label=f"available: {available / 1e9:,.1f} GB, far above")
     memory.set(xlabel=what, ylabel=f"{name} per {what[:-1]} at its peak")
     memory.set_title(f"{planner.recipe.name} on {planner.target.name}")
-    memory.set_ylim(0, 1.5 * max([most, *([room] if room <= _IN_SIGHT * most else [])]) / unit)
+    memory.set_ylim(0, 1.5 * max(most, available if in_sight else 0) / unit)
     memory.margins(x=0.3 if len(rows) < 3 else 0.05)
     memory.tick_params(axis="x", rotation=45 if len(rows) > 4 else 0)
     memory.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

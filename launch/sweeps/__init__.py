@@ -1,1 +1,1 @@
-"""Sweeps: trials, how they are compared, and where they run."""
+"""Sweeps and range tests: their trials, how trials are compared, and how they run without a user."""

@@ -1,8 +1,8 @@
-"""A sweep's trials under Ray Tune: which run at once, which are given up early (ASHA), and how they are stopped.
+"""A sweep's trials under Ray Tune: which run at the same time, which are given up early (ASHA), and how they stop.
 
-Tune decides and reserves; each trial is a run of its own, in a process of its own, whose figures are read from its
-folder. So nothing is lost with Tune: what it has to know of earlier trials is told it again from their folders.
-To be imported once a `Ray` is there, which has to settle a few things before Ray's own import.
+Tune schedules trials and reserves devices. Each trial is a separate run in a separate process, and its figures are read
+from its run folder. So a lost Tune loses nothing: earlier trials are replayed to it from their folders.
+Import this after a `Ray` exists, which sets things up before Ray's own import.
 """
 
 import logging
@@ -28,17 +28,17 @@ from ..processes.signals import StopSignal
 from . import trials, unattended
 from .trials import By, Trial
 
-_LOOK_S = 0.5
-"""How often a trial's folder is read."""
+_POLL_S = 0.5
+"""Seconds between two readings of a trial's folder."""
 _SCRATCH = ".tune"
-"""What Tune writes, of no further use."""
+"""Folder of Tune's own files, removed at the end."""
 _END_S = 300
-"""How long a trial may take to save and end."""
+"""Seconds that a trial may take to save and exit."""
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What a trial is told."""
+class _Job:
+    """What a trial's process and its scheduler need to know."""
 
     trial: Trial
     steps: int
@@ -48,37 +48,37 @@ class _Order:
     threads: int | None
     cwd: Path
     first: Trial
-    """The seed of its setting that is judged for all of them; most often itself."""
+    """The trial that is judged for all seeds of its setting; often this one."""
 
 
 class _Run(tune.Trainable):
-    """One trial, as Tune sees it: every `step` is a figure to judge it by."""
+    """One trial, as Tune sees it: each `step` returns one figure to judge it by."""
 
-    def setup(self, config: dict[str, Any], orders: dict[str, _Order]) -> None:
-        self._order = order = orders[config["name"]]
-        self._trial, self._told = order.trial, 0
-        self._process = unattended.start(self._trial.folder.path, order.workers, order.threads, order.cwd)
+    def setup(self, config: dict[str, Any], jobs: dict[str, _Job]) -> None:
+        self._job = job = jobs[config["name"]]
+        self._trial, self._reported = job.trial, 0
+        self._process = unattended.start(self._trial.folder.path, job.workers, job.threads, job.cwd)
 
     def step(self) -> dict[str, Any]:
-        order = self._order
+        job = self._job
         while True:
-            code = self._process.poll()  # before the folder is read: what it wrote last is there then
-            known = trials.figures(trials.rows(self._trial.folder), order.by, order.every)
-            # the last step's figure comes when all is done, or the trial would be judged and ended before it is
-            ripe = [figure for figure in known[self._told :] if figure[0] < order.steps]
-            if ripe:
-                self._told += 1
-                return {"at": ripe[0][0], "figure": ripe[0][1]}
+            code = self._process.poll()  # poll before reading the folder, so that the last rows are not missed
+            known = trials.figures(self._trial.folder.rows(), job.by, job.every)
+            # hold the last step's figure back until the process has ended, or Tune would end the trial too early
+            new = [figure for figure in known[self._reported :] if figure[0] < job.steps]
+            if new:
+                self._reported += 1
+                return {"at": new[0][0], "figure": new[0][1]}
             if code is not None:
                 if code != 0:
-                    said = unattended.last_words(self._trial.folder.path)
-                    raise RunFailed(f"trial {self._trial.name}: {said or f'ended with code {code}'}")
-                one = trials.outcome(self._trial, order.by, order.every)
+                    error = unattended.last_error(self._trial.folder.path)
+                    raise RunFailed(f"trial {self._trial.name}: {error or f'ended with code {code}'}")
+                one = trials.outcome(self._trial, job.by, job.every)
                 return {"at": one.step, "figure": one.value, "done": True}
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def cleanup(self) -> None:
-        """Have it save a checkpoint and end."""
+        """Make the trial save a checkpoint and exit."""
         if self._process.poll() is not None:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -89,53 +89,53 @@ class _Run(tune.Trainable):
 
 
 class _Asha(ASHAScheduler):
-    """ASHA over settings: the first seed of each is judged, and the others go its way. Knows what became of trials in
-    earlier launches, and writes down which ones it gives up.
+    """ASHA over settings: it judges the first seed of each, and the other seeds follow. It replays the trials of
+    earlier launches, and records which trials it gives up.
     """
 
-    def __init__(self, past: list[Trial], orders: dict[str, _Order], keep: int):
-        order = next(iter(orders.values()))
-        steps = max(order.steps for order in orders.values())
+    def __init__(self, past: list[Trial], jobs: dict[str, _Job], keep: int):
+        job = next(iter(jobs.values()))
+        steps = max(job.steps for job in jobs.values())
         super().__init__(
             time_attr="at",
             metric="figure",
-            mode="max" if order.by == "top1" else "min",
-            grace_period=order.every,
-            max_t=max(steps, order.every),
+            mode="max" if job.by == "top1" else "min",
+            grace_period=job.every,
+            max_t=max(steps, job.every),
             reduction_factor=keep,
             stop_last_trials=False,
         )
-        self._past, self._orders, self._by, self._every = past, orders, order.by, order.every
+        self._past, self._jobs, self._by, self._every = past, jobs, job.by, job.every
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         past, self._past = self._past, []
         for one in past:
-            ghost = SimpleNamespace(trial_id=one.name)
-            super().on_trial_add(tune_controller, ghost)
-            for at, figure in trials.figures(trials.rows(one.folder), self._by, self._every):
-                self.on_trial_result(tune_controller, ghost, {"at": at, "figure": figure})
+            stand_in = SimpleNamespace(trial_id=one.name)
+            super().on_trial_add(tune_controller, stand_in)
+            for at, figure in trials.figures(one.folder.rows(), self._by, self._every):
+                self.on_trial_result(tune_controller, stand_in, {"at": at, "figure": figure})
         super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         if isinstance(trial, SimpleNamespace):
             return super().on_trial_result(tune_controller, trial, result)
-        order = self._orders[trial.config["name"]]
-        if order.trial is order.first:
+        job = self._jobs[trial.config["name"]]
+        if job.trial is job.first:
             decision = super().on_trial_result(tune_controller, trial, result)
         else:
-            decision = TrialScheduler.STOP if order.first.stopped else TrialScheduler.CONTINUE
+            decision = TrialScheduler.STOP if job.first.stopped else TrialScheduler.CONTINUE
         if decision == TrialScheduler.STOP:
-            order.trial.stop(result["at"])
+            job.trial.stop(result["at"])
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
-        order = self._orders[trial.config["name"]]
-        if order.trial is order.first:
+        job = self._jobs[trial.config["name"]]
+        if job.trial is job.first:
             super().on_trial_complete(tune_controller, trial, result)
 
 
-class _Wish(tune.Stopper):
-    """Ends all trials once the user asks for it."""
+class _StopRequest(tune.Stopper):
+    """Ends all trials once the user asks for a stop."""
 
     def __init__(self, stop: StopSignal):
         self._stop = stop
@@ -147,34 +147,34 @@ class _Wish(tune.Stopper):
         return self._stop.asked
 
 
-class _Told(tune.Callback):
-    """Says what happens."""
+class _Reporter(tune.Callback):
+    """Reports what happens to trials."""
 
     def __reduce__(self) -> tuple:
-        return object, ()  # Tune pickles its callbacks for a restoring that is not ours
+        return object, ()  # Tune pickles its callbacks for its own way to resume, which is not used here
 
-    def __init__(self, say: Callable[[str], None], orders: dict[str, _Order]):
-        self._say, self._orders = say, orders
+    def __init__(self, say: Callable[[str], None], jobs: dict[str, _Job]):
+        self._say, self._jobs = say, jobs
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._say(f"{trial}: started")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        order = self._orders[trial.config["name"]]
-        given_up = ": given up" if order.trial.stopped else ""
-        figure = f"top-1 {result['figure']:.2%}" if order.by == "top1" else f"loss {result['figure']:.4f}"
-        self._say(f"{trial}: step {result['at']:,} of {order.steps:,}, {figure}{given_up}")
+        job = self._jobs[trial.config["name"]]
+        given_up = ": given up" if job.trial.stopped else ""
+        figure = f"top-1 {result['figure']:.2%}" if job.by == "top1" else f"loss {result['figure']:.4f}"
+        self._say(f"{trial}: step {result['at']:,} of {job.steps:,}, {figure}{given_up}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        said = unattended.last_words(self._orders[trial.config["name"]].trial.folder.path)
-        self._say(f"{trial}: failed: {said or 'its process ended'}")
+        error = unattended.last_error(self._jobs[trial.config["name"]].trial.folder.path)
+        self._say(f"{trial}: failed: {error or 'its process ended'}")
 
 
 def check_room(workers: int) -> None:
-    """Whether some node of Ray has devices for all ranks of a trial; Tune would wait for one for ever.
+    """Check that some node of Ray has devices for all ranks of a trial. Tune would wait forever for one.
 
     Raises:
-        LaunchError: none has.
+        LaunchError: no node has.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kind = "GPU" if any("GPU" in node for node in nodes) else "CPU"
@@ -199,27 +199,25 @@ def run(
     stop: StopSignal,
     say: Callable[[str], None],
 ) -> None:
-    """Run the trials that are open, as many at once as there is room for. `keep`: one setting in so many goes on past
-    every rung of ASHA, at `every`, `every` x keep, ... steps; None lets all of them finish. `firsts`: by trial, the one
-    that is judged for it.
+    """Run the trials in `open_`, as many at the same time as there are devices for. ASHA's rungs are at `every`,
+    `every` x keep, ... steps; one setting in `keep` continues past each, and None lets all finish. `firsts`: for each
+    trial, by name, the trial that is judged for it.
     """
-    # Tune's own reports, files and handling of signals are in the way of ours
+    # turn off Tune's own reports, files and signal handling, which interfere with ours
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
     os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S="0")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
     _, gpus = connection.resources()
     threads = None if gpus else 1
-    orders = {
-        one.name: _Order(one, steps(one), by, every, workers, threads, Path.cwd(), firsts[one.name]) for one in open_
-    }
+    jobs = {one.name: _Job(one, steps(one), by, every, workers, threads, Path.cwd(), firsts[one.name]) for one in open_}
     judged = [one for one in past if firsts[one.name] is one]
     resources = {"cpu": workers, "gpu": workers if gpus else 0}
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_Run, orders=orders), resources),
-        param_space={"name": tune.grid_search(list(orders))},
+        tune.with_resources(tune.with_parameters(_Run, jobs=jobs), resources),
+        param_space={"name": tune.grid_search(list(jobs))},
         tune_config=tune.TuneConfig(
-            scheduler=_Asha(judged, orders, keep) if keep is not None else FIFOScheduler(),
+            scheduler=_Asha(judged, jobs, keep) if keep is not None else FIFOScheduler(),
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
@@ -227,8 +225,8 @@ def run(
             name=_SCRATCH,
             storage_path=str(folder),
             verbose=0,
-            stop=_Wish(stop),
-            callbacks=[_Told(say, orders)],
+            stop=_StopRequest(stop),
+            callbacks=[_Reporter(say, jobs)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )

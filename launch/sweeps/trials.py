@@ -1,6 +1,6 @@
-"""What a sweep consists of: dimensions read from the command line, a trial for each point, and how each one ended.
+"""The trials of a sweep: dimensions parsed from the command line, one trial per point, and how each trial ended.
 
-The trials' run folders are all that is known of a sweep; whoever asks again reads them again.
+A sweep's only state is its trials' run folders, which are read again whenever it is asked for.
 """
 
 import itertools
@@ -30,14 +30,10 @@ _STOPPED = "stopped.json"
 
 @dataclass(frozen=True)
 class Dimension:
-    """A key of the recipe and the values that are tried; of a range, how many are drawn from it."""
+    """A key of the recipe and the values to try; for a range, those drawn from it."""
 
     key: str
     values: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.key.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -46,17 +42,17 @@ class Trial:
 
     name: str
     point: dict[str, str]
-    """Its value of each dimension, as written on the command line."""
+    """Its value in each dimension, as written on the command line."""
     recipe: Recipe
     folder: RunFolder
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
-        """The point but for the seed: trials of one setting are to be averaged."""
+        """The point without its seed. Results of one setting's trials are averaged."""
         return tuple((key, value) for key, value in self.point.items() if key != "seed")
 
     def stop(self, step: int) -> None:
-        """Write down that the sweep has given it up."""
+        """Record that the sweep has given it up."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
         files.write(self.folder.path / _STOPPED, json.dumps({"step": step}) + "\n")
 
@@ -71,16 +67,16 @@ class Trial:
 
 
 def firsts(trials: Iterable[Trial]) -> dict[str, Trial]:
-    """By trial, the first one of its setting: the seed that is judged for all seeds of the setting."""
+    """For each trial, by name, the first trial of its setting: the seed that is judged for all of the setting."""
     settings: dict[tuple, Trial] = {}
     return {one.name: settings.setdefault(one.setting, one) for one in trials}
 
 
-def read(overrides: Iterable[str], samples: int | None, seed: int = 0) -> tuple[list[str], list[Dimension]]:
-    """(plain overrides, dimensions): a=1,2 is a dimension of two values, a=1e-4..1e-2 of `samples` drawn ones.
+def parse(overrides: Iterable[str], samples: int | None, seed: int = 0) -> tuple[list[str], list[Dimension]]:
+    """(plain overrides, dimensions): a=1,2 is a dimension of two values, a=1e-4..1e-2 one of `samples` drawn values.
 
     Raises:
-        LaunchError: no dimension, or ranges without a number of samples.
+        LaunchError: there is no dimension, a value occurs twice, or a range comes without a number of samples.
     """
     plain, dimensions = [], []
     for text in overrides:
@@ -89,20 +85,20 @@ def read(overrides: Iterable[str], samples: int | None, seed: int = 0) -> tuple[
         if samples is not None and (ends := _range(value)) is not None:
             values = [_draw(*ends, key, number, seed) for number in range(samples)]
         elif _range(value) is not None:
-            raise LaunchError(f"{text}: how many values of this range are to be tried? add --samples 8")
+            raise LaunchError(f"{text}: a range needs a number of values to draw from it; add --samples 8")
         if len(values) != len(set(values)):
-            raise LaunchError(f"{text}: a value is there twice; leave one out")
+            raise LaunchError(f"{text}: the same value occurs twice; leave one out")
         if len(values) > 1:
             dimensions.append(Dimension(key, tuple(values)))
         else:
             plain.append(text)
     if not dimensions:
-        raise LaunchError("nothing to try: give some key several values, as optim.lr=1e-4,3e-4,1e-3")
+        raise LaunchError("nothing to try: give some key several values, such as optim.lr=1e-4,3e-4,1e-3")
     return plain, dimensions
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside of brackets and quotes."""
+    """Split at commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -124,30 +120,30 @@ def _range(text: str) -> tuple[float, float] | None:
     except ValueError:
         return None
     if ends is not None and not 0 < ends[0] < ends[1]:
-        raise LaunchError(f"range {text}: values are drawn by their logarithm, so write LOW..HIGH with 0 < LOW < HIGH")
+        raise LaunchError(f"range {text}: values are drawn log-uniformly, so write LOW..HIGH with 0 < LOW < HIGH")
     return ends
 
 
 def _draw(low: float, high: float, key: str, number: int, seed: int) -> str:
-    """A function of its number: more samples add to those that were drawn before."""
-    luck = random.Random(f"{seed} {key} {number}").random()
-    return f"{math.exp(math.log(low) + luck * (math.log(high) - math.log(low))):.3g}"
+    """Draw value `number` of a range. It depends on nothing else, so that more samples keep the earlier ones."""
+    uniform = random.Random(f"{seed} {key} {number}").random()
+    return f"{math.exp(math.log(low) + uniform * (math.log(high) - math.log(low))):.3g}"
 
 
-def plan(source: str, overrides: Iterable[str], samples: int | None, runs: Path) -> tuple[Path, list[Trial]]:
-    """The sweep's folder, and a trial for each point: the grid of all values; ranges are drawn together, not crossed.
+def create(source: str, overrides: Iterable[str], samples: int | None, runs: Path) -> tuple[Path, list[Trial]]:
+    """The sweep's folder, and one trial per point of the grid of all values. Ranges are drawn together, not crossed.
 
     Raises:
-        RecipeError: with the faults of every trial that cannot be.
-        LaunchError: see `read`; or the sweep's folder is a run's.
+        RecipeError: lists the faults of every trial whose recipe is invalid.
+        LaunchError: see `parse`; or the sweep's folder is a run's.
     """
-    plain, dimensions = read(overrides, samples)
+    plain, dimensions = parse(overrides, samples)
     named = any(text.startswith("name=") for text in plain)
     base = recipes.load(source, plain)
     sweep = base.name if named else f"{base.name}-sweep"
     folder = (runs / sweep).absolute()
     if (folder / "recipe.yaml").exists():
-        raise LaunchError(f"{folder} is a run, and the sweep's trials would be inside; choose another name=")
+        raise LaunchError(f"{folder} is a run, and the sweep's trials would be inside it; choose another name=")
     drawn = {text.partition("=")[0] for text in overrides if _range(text.partition("=")[2])}
     together = [d for d in dimensions if d.key in drawn]
     axes = [[((d.key, value),) for value in d.values] for d in dimensions if d.key not in drawn]
@@ -158,11 +154,10 @@ def plan(source: str, overrides: Iterable[str], samples: int | None, runs: Path)
     for name, point in zip(names, points, strict=True):
         changes = [f"{key}={value}" for key, value in point.items()]
         try:
-            # a mirror knows runs by this name alone
+            # a mirror of checkpoints knows runs by this name alone
             full = _short(f"{sweep}.{name}")
-            trials.append(
-                Trial(name, point, recipes.load(source, [*plain, *changes, f"name={full}"]), _at(folder, name))
-            )
+            chosen = recipes.load(source, [*plain, *changes, f"name={full}"])
+            trials.append(Trial(name, point, chosen, RunFolder(folder / name)))
         except RecipeError as error:
             faults += [f"{', '.join(changes)}: {fault}" for fault in error.faults]
     if faults:
@@ -170,12 +165,8 @@ def plan(source: str, overrides: Iterable[str], samples: int | None, runs: Path)
     return folder, trials
 
 
-def _at(folder: Path, name: str) -> RunFolder:
-    return RunFolder(folder / name)
-
-
 def _names(points: Sequence[dict[str, str]]) -> list[str]:
-    """A folder's name for each point, made of its values."""
+    """A folder name for each point, made of its values."""
     keys = {key: key.rpartition(".")[2] for key in points[0]}
     plain = [
         "_".join(f"{keys[key]}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', value).strip('-')}" for key, value in point.items())
@@ -183,8 +174,8 @@ def _names(points: Sequence[dict[str, str]]) -> list[str]:
     ]
     names = []
     for point, name in zip(points, plain, strict=True):
-        own = f"-{zlib.crc32(repr(point).encode()):08x}" if plain.count(name) > 1 else ""
-        names.append(_short(name.replace("+", "") + own, 80))
+        suffix = f"-{zlib.crc32(repr(point).encode()):08x}" if plain.count(name) > 1 else ""
+        names.append(_short(name.replace("+", "") + suffix, 80))
     return names
 
 
@@ -193,55 +184,50 @@ def _short(name: str, most: int = 100) -> str:
 
 
 def check_installed(*modules: str) -> None:
-    """Before anything is begun.
+    """Check for the packages that a command needs before it starts anything.
 
     Raises:
-        LaunchError: what a sweep or its picture needs is not there.
+        LaunchError: one of them is not installed.
     """
     if missing := [name for name in modules if find_spec(name) is None]:
         raise LaunchError(f"{', '.join(missing)} is not installed: pip install 'vimscale[sweep]'")
 
 
-# ---- what came of them
+# ---- how they ended
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a trial has come, and how good it is by what trials are compared by."""
+    """How far a trial has come, and how good it is."""
 
     trial: Trial
     status: Literal["finished", "stopped", "unfinished"]
     step: int
     value: float | None
-    """None where there is nothing to compare yet."""
+    """What trials are compared by; None if there is nothing to compare yet."""
     losses: list[float]
     images_per_s: float | None
-    words: str
-    """Why it is not finished, if it said so."""
+    error: str
+    """Why it is not finished, in one line; empty if it did not say."""
 
 
 def figures(rows: Sequence[dict[str, Any]], by: By, every: int) -> list[tuple[int, float]]:
-    """(step, value) for every `every` steps: evaluations, or the mean loss since the one before."""
+    """(step, value) every `every` steps: the evaluation there, or the mean loss of these steps."""
     if by == "top1":
         return [(row["step"], row["top1"]) for row in rows if row["kind"] == "eval" and row["step"] % every == 0]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     return [(end, statistics.fmean(losses[end - every : end])) for end in range(every, len(losses) + 1, every)]
 
 
-def rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """What a run that may go on has written down so far."""
-    return folder.rows()
-
-
 def outcome(trial: Trial, by: By, every: int) -> Outcome:
-    written = rows(trial.folder)
-    losses = [row["loss"] for row in written if row["kind"] == "train"]
-    known = figures(written, by, every)
+    rows = trial.folder.rows()
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    known = figures(rows, by, every)
     result = trial.folder.result()
     value = known[-1][1] if known else None
     if result is not None:
         value = result["top1"] if by == "top1" else statistics.fmean(losses[-every:])
-    speeds = [row["images_per_s"] for row in written if "images_per_s" in row]
+    speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return Outcome(
         trial,
         "finished" if result is not None else "stopped" if trial.stopped else "unfinished",
@@ -249,39 +235,40 @@ def outcome(trial: Trial, by: By, every: int) -> Outcome:
         value,
         losses,
         statistics.median(speeds) if speeds else None,
-        "" if result is not None or trial.stopped else unattended.last_words(trial.folder.path),
+        "" if result is not None or trial.stopped else unattended.last_error(trial.folder.path),
     )
 
 
 @dataclass(frozen=True)
 class Group:
-    """Trials that differ in nothing but their seed."""
+    """Trials that differ only in their seed."""
 
     outcomes: list[Outcome]
     by: By
 
     @property
     def finished(self) -> list[float]:
+        """Values of the trials that finished."""
         return [one.value for one in self.outcomes if one.status == "finished" and one.value is not None]
 
     @property
     def mean(self) -> float | None:
-        """Of those that finished; of all, if none did."""
+        """Mean value of the trials that finished; of all, if none did."""
         values = self.finished or [one.value for one in self.outcomes if one.value is not None]
         return statistics.fmean(values) if values else None
 
     @property
     def spread(self) -> float | None:
+        """Standard deviation over the trials that finished; None for fewer than two."""
         return statistics.stdev(self.finished) if len(self.finished) > 1 else None
 
     @property
     def rank(self) -> tuple:
-        """To sort by, the best first: settings all of whose seeds finished, then those with some, then those that came
-        far; each by its mean.
-        """
+        """Sort key, best first: settings with all seeds finished, then with some, then by steps; each by its mean."""
         mean = self.mean
-        sound = mean is not None and math.isfinite(mean)
-        value = (mean if self.by == "loss" else -mean) if sound and mean is not None else math.inf
+        value = math.inf
+        if mean is not None and math.isfinite(mean):
+            value = mean if self.by == "loss" else -mean
         complete = len(self.finished) == len(self.outcomes)
         return -complete, -bool(self.finished), 0 if self.finished else -max(one.step for one in self.outcomes), value
 

@@ -1,4 +1,4 @@
-"""A run on this machine that a program starts, and not a person: one trial of a sweep, or a range test."""
+"""Runs on this machine that a program starts instead of a user: a sweep's trials, and range tests."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(
     stop: supervisor.StopSignal,
     threads: int | None = None,
 ) -> int:
-    """Train as `vimscale launch --no-ray` does, in a folder that is claimed; the same exit codes and exceptions."""
+    """Train as `vimscale launch --no-ray` does, in a claimed folder, with the same exit codes and exceptions."""
     policy = supervisor.Policy()
     progress = Progress(console)
 
@@ -40,10 +40,10 @@ def run(
 
 
 def start(folder: Path, workers: int, threads: int | None, cwd: Path) -> subprocess.Popen:
-    """The same as a process of its own, of the recipe that lies in `folder`. SIGTERM asks it for a checkpoint and an
-    end; it never outlives the process that started it.
+    """Start a process that trains the recipe in `folder`. On SIGTERM it saves a checkpoint and exits. It never outlives
+    the process that started it.
     """
-    log = log_file(folder)
+    log = _log_file(folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     code = "from vimscale.launch.sweeps import unattended; unattended.child()"
     with log.open("ab") as output:
@@ -62,13 +62,13 @@ def start(folder: Path, workers: int, threads: int | None, cwd: Path) -> subproc
 
 
 def child() -> None:
-    """What that process does. Its standard input ends with whoever started it, and so does it then, as if killed."""
+    """Run in that process. Its standard input ends when its parent ends; then it exits, as if killed."""
     rank.before_torch()
     sys.stdout, sys.stderr = output.writer(1), output.writer(2)
     order = json.loads(sys.stdin.readline())
 
     def watch() -> None:
-        while os.read(0, 4096):  # not by sys.stdin, which would be locked when this process ends
+        while os.read(0, 4096):  # sys.stdin would hold a lock when this process ends
             pass
         os._exit(1)
 
@@ -89,12 +89,12 @@ def child() -> None:
 _ERROR = "error: "
 
 
-def log_file(folder: Path) -> Path:
+def _log_file(folder: Path) -> Path:
     return folder / "logs" / "launch.txt"
 
 
-def last_words(folder: Path) -> str:
-    """Why the run in `folder` ended badly the last time, in a line; empty if it did not say."""
-    log = log_file(folder)
+def last_error(folder: Path) -> str:
+    """The first line of the error that ended the run in `folder` the last time; empty if there is none."""
+    log = _log_file(folder)
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return next((line.removeprefix(_ERROR) for line in reversed(lines) if line.startswith(_ERROR)), "")

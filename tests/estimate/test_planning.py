@@ -17,8 +17,9 @@ from vimscale.estimate.planner import Planner, Target, lanes_and_shards
 from vimscale.estimate.roofline import Fabric
 from vimscale.launch import cluster as clusters
 from vimscale.launch import hardware
-from vimscale.launch.commands import memory_check, plan
+from vimscale.launch.commands import plan
 from vimscale.launch.commands.app import app
+from vimscale.launch.processes import preflight
 from vimscale.model import PRESETS
 from vimscale.recipe import recipe as recipes
 
@@ -143,7 +144,7 @@ def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
 def test_bad_input_ends_in_one_message(tmp_path: Path) -> None:
     assert "8,64,512" in str(_plan(tmp_path, "vim_base_in1k", "--gpus", "many").exception)
     local = clusters.load("local", ["gpus=2"])
-    with pytest.raises(ClusterError, match="which the 2 GPUs of a node are"):
+    with pytest.raises(ClusterError, match="needs the model of a node's 2 GPUs"):
         plan.prepare(recipes.load("vim_digits_cpu"), local, 2)
 
 
@@ -151,7 +152,7 @@ def test_a_cluster_of_cpus_is_planned_without_times() -> None:
     done = CliRunner().invoke(app, ["plan", "vim_digits_cpu", "--on", "local", "--gpus", "1,2,4"])
     assert done.exit_code == 0, done.output
     assert "152,714" in done.output
-    assert "MFU" not in done.output.partition("a rank, GB")[0]
+    assert "MFU" not in done.output.partition("memory per rank, GB")[0]
 
 
 def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
@@ -165,8 +166,8 @@ def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
 
 @pytest.fixture
 def four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_check, "memory", lambda: hardware.Memory(8 * 10**9, 4 * 10**9, False))
-    monkeypatch.setattr(memory_check, "gpus", lambda: 0)
+    monkeypatch.setattr(preflight, "memory", lambda: hardware.Memory(8 * 10**9, 4 * 10**9, False))
+    monkeypatch.setattr(preflight, "gpus", lambda: 0)
 
 
 @pytest.mark.parametrize("command", [("launch",), ("launch", "--no-ray"), ("lr-range",)])
@@ -177,7 +178,7 @@ def test_a_recipe_too_large_for_this_machine_is_refused_before_anything_starts(
     done = CliRunner().invoke(app, [*command, "vim_digits_cpu", *changes, "--workers", "1", "--runs", str(tmp_path)])
     assert isinstance(done.exception, LaunchError)
     said = str(done.exception)
-    assert "does not fit this machine (4.0 GB available) on 1 ranks: one needs" in said
+    assert "does not fit this machine (4.0 GB available) on 1 rank: one needs" in said
     assert "would fit: parallel.micro_batch=" in said
     assert "--force" in said
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +200,7 @@ def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
     planner = Planner(recipe, config, Target("here", None, 0, Fabric(2, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(2)
     need = planner.most(recipe.parallel.zero, recipe.parallel.recompute, micro, accumulation, 2, exact=False)
-    assert memory_check.at_most(recipe, config, 2) > need.total
+    assert preflight.upper_bound(recipe, config, 2) > need.total
 
 
 def test_available_memory_respects_the_control_group(tmp_path: Path) -> None:

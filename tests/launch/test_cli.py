@@ -1,4 +1,4 @@
-"""What a user types: wrong input gets one message and a code, and the short commands say what they should."""
+"""The command line: wrong input ends in one message and exit code 2, and short commands print what they should."""
 
 import json
 import re
@@ -34,18 +34,18 @@ WRONG = {
     "an unknown key": ((*LAUNCH, "optim.lrr=1"), None, "optim.lrr: no such key; did you mean lr?"),
     "a wrong type": ((*LAUNCH, "batch=many"), None, "batch: 'many' is not a whole number"),
     "an unknown recipe": (("launch", "vim_digts_cpu"), None, "did you mean vim_digits_cpu?"),
-    "a batch that cannot be divided": (
+    "a batch that micro-batches cannot divide": (
         (*LAUNCH, "batch=33", "parallel.micro_batch=2"),
         None,
         "batch 33 is not a multiple of parallel.micro_batch 2; use batch=32",
     ),
-    "a batch that the ranks cannot share": (
+    "a batch that the ranks cannot divide": (
         ("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=33"),
         None,
         "batch 33 is not a multiple of 2 ranks; use batch=32 or another number of --workers",
     ),
-    "an image that is no multiple of the patch": ((*LAUNCH, "model.image_size=30"), None, "use 24 or 32"),
-    "a layer of no known kind": (
+    "an image that is not a multiple of the patch": ((*LAUNCH, "model.image_size=30"), None, "use 24 or 32"),
+    "an unknown kind of layer": (
         (*LAUNCH, "model.directions=bi by"),
         None,
         "'by' is not a kind of layer; known: fwd, bwd",
@@ -55,12 +55,12 @@ WRONG = {
         None,
         "the text names 3 layers, but depth is 2: this is layer 3\n      bi*3\n      ^",
     ),
-    "a class token that is not there": (
+    "a missing class token": (
         (*LAUNCH, "model.cls_token=none", "model.pool=cls"),
         None,
         "use cls_token: middle or pool: mean",
     ),
-    "weights that are not there": ((*LAUNCH, "model.weights=nowhere"), None, "nowhere does not hold an exported model"),
+    "missing weights": ((*LAUNCH, "model.weights=nowhere"), None, "nowhere does not hold an exported model"),
     "a budget that cannot be met": (
         (*LAUNCH, "parallel.recompute=0.001MB"),
         None,
@@ -73,7 +73,7 @@ WRONG = {
     "too many workers": (
         ("launch", "small.yaml", "--workers", "640"),
         None,
-        "--workers 640: a worker takes one CPU and this machine has",
+        "--workers 640: each rank takes one CPU and this machine has",
     ),
     "no workers": (("launch", "small.yaml", "--no-ray", "--workers", "0"), None, "--workers 0"),
     "a Ray address where nobody answers": (
@@ -81,11 +81,15 @@ WRONG = {
         None,
         "--address 127.0.0.1:9: nothing answers there",
     ),
-    "a Ray address that is none": (("launch", "small.yaml", "--address", "here"), None, "write HOST:PORT, or auto"),
-    "two places at once": (("launch", "small.yaml", "--no-ray", "--address", "auto"), None, "exclude each other"),
+    "an invalid Ray address": (("launch", "small.yaml", "--address", "here"), None, "write HOST:PORT, or auto"),
+    "processes and Ray at once": (
+        ("launch", "small.yaml", "--no-ray", "--address", "auto"),
+        None,
+        "exclude each other",
+    ),
     "a name that would leave its folder": ((*LAUNCH, "name=../other"), None, "cannot name a folder"),
     "a folder of another recipe": (LAUNCH, _another_recipe, "optim.lr: 0.0005 -> 0.001"),
-    "a run that is not there": (("evaluate", "nothing"), None, "there are no runs under ./runs"),
+    "a missing run": (("evaluate", "nothing"), None, "there are no runs under ./runs"),
 }
 
 
@@ -100,27 +104,27 @@ def test_wrong_input_gets_one_message_and_code_2(shell: Shell, case: str) -> Non
     assert output.count("error: ") == 1
     assert "Traceback" not in output
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert after == before, "what was there was touched"
+    assert after == before, "an existing file was changed"
 
 
-def test_an_address_of_something_else_than_ray_is_refused(shell: Shell) -> None:
+def test_the_address_of_another_server_is_refused(shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         output = shell.run("launch", "small.yaml", "--address", address, expect=2, timeout=60)
     assert "what answers there is not a Ray" in output
 
 
-def test_an_existing_data_set_is_not_written_over(shell: Shell) -> None:
+def test_an_existing_data_set_is_not_overwritten(shell: Shell) -> None:
     shell.run("data", "digits", "set")
     assert "not empty; give a new one" in shell.run("data", "digits", "set", expect=2)
 
 
-def test_a_cache_that_cannot_be_written_is_named(shell: Shell) -> None:
+def test_an_unwritable_cache_is_reported(shell: Shell) -> None:
     shell.env["XDG_CACHE_HOME"] = "/proc/1"
     assert "set XDG_CACHE_HOME to a folder" in shell.run(*LAUNCH, expect=2)
 
 
-def test_a_launch_that_was_refused_does_not_bind_the_next_one(shell: Shell) -> None:
+def test_a_refused_launch_does_not_affect_the_next_one(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=33", expect=2)
     shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=16", "steps=10")
     assert len(shell.losses("small")) == 10
@@ -136,7 +140,7 @@ def test_a_folder_in_use_is_refused(shell: Shell) -> None:
     shell.finish(first, expect=3)
 
 
-def test_the_data_of_a_run_may_not_be_exchanged_under_it(shell: Shell) -> None:
+def test_a_resumed_run_refuses_other_training_data(shell: Shell) -> None:
     shell.run("data", "digits", "set")
     shell.run(*LAUNCH, "data.train=set/train", "steps=10")
     (shell.folder / "runs/small/result.json").unlink()
@@ -147,11 +151,11 @@ def test_the_data_of_a_run_may_not_be_exchanged_under_it(shell: Shell) -> None:
     assert "Traceback" not in output
 
 
-def test_recipes_are_listed_with_what_they_are(shell: Shell) -> None:
+def test_recipes_are_listed_with_their_descriptions(shell: Shell) -> None:
     assert "vim_digits_cpu  A small Vim on 1,797 real scans" in shell.run("recipes")
 
 
-def test_show_prints_the_resolved_recipe_and_what_follows(shell: Shell) -> None:
+def test_show_prints_the_resolved_recipe_and_its_plan(shell: Shell) -> None:
     output = shell.run("show", "small.yaml", "optim.lr=3e-4", "parallel.micro_batch=4", "--workers", "2")
     assert "lr: 0.0003" in output
     assert re.search(r"micro-batch\s+4 images x 4 micro-steps on 2 ranks", output)
@@ -164,7 +168,7 @@ def test_the_schema_is_json(shell: Shell) -> None:
     assert json.loads(shell.run("schema", "cluster"))["title"] == "Cluster"
 
 
-def test_the_run_folder_holds_what_ran_and_where(shell: Shell) -> None:
+def test_the_run_folder_records_what_ran_and_where(shell: Shell) -> None:
     shell.run(*LAUNCH, "steps=10", "optim.lr=3e-4")
     folder = shell.folder / "runs/small"
     from vimscale.recipe import recipe
@@ -181,7 +185,7 @@ def test_the_run_folder_holds_what_ran_and_where(shell: Shell) -> None:
     assert {"step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb"} <= row.keys()
 
 
-def test_doctor_says_what_will_run(shell: Shell) -> None:
+def test_doctor_reports_what_will_run(shell: Shell) -> None:
     output = shell.run("doctor")
     assert re.search(r"will run\s+ok", output)
 

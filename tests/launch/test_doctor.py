@@ -1,4 +1,4 @@
-"""The doctor's table is true: of this machine as it is, and of machines with something amiss."""
+"""The doctor's report is right, on this machine as it is and on machines with something broken."""
 
 import resource
 import shutil
@@ -19,7 +19,7 @@ from vimscale.launch.commands.doctor import Finding
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
-    return doctor.examine(tmp_path_factory.mktemp("machine") / "runs")
+    return doctor.check(tmp_path_factory.mktemp("machine") / "runs")
 
 
 def _row(findings: list[Finding], what: str) -> Finding:
@@ -32,16 +32,16 @@ def _rendered(findings: list[Finding], width: int) -> tuple[str, int]:
     return console.export_text(), code
 
 
-def test_the_machine_of_the_tests_has_nothing_broken_and_can_train(here: list[Finding]) -> None:
+def test_nothing_is_broken_on_this_machine_and_it_can_train(here: list[Finding]) -> None:
     assert [finding for finding in here if finding.state == "broken"] == []
     assert here[-1].what == "will run"
     assert "vimscale launch vim_digits_cpu" in here[-1].found
-    assert ("GPU worker" if torch.cuda.device_count() else "CPU worker") in here[-1].found
+    assert (" on GPUs" if torch.cuda.device_count() else " on CPUs") in here[-1].found
     assert _row(here, "torch").found.startswith(torch.__version__)
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_table_fits_its_width_and_loses_no_word(here: list[Finding], width: int) -> None:
+def test_the_table_fits_its_width_and_drops_no_word(here: list[Finding], width: int) -> None:
     odd = Finding("odd", "broken", "brackets [default] stay", "pip install 'ray[default]' " + "word " * 40)
     text, code = _rendered([*here, odd], width)
     assert code == 1
@@ -52,7 +52,7 @@ def test_the_table_fits_its_width_and_loses_no_word(here: list[Finding], width: 
     assert torch.__version__ in text
 
 
-def test_what_is_broken_or_short_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_broken_or_small_resource_comes_with_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "BOUNDS", dict.fromkeys(doctor.BOUNDS, ">=1000"))
     tiny = shutil.disk_usage("/")._replace(total=64 << 20, free=64 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: tiny)
@@ -62,19 +62,19 @@ def test_what_is_broken_or_short_says_what_to_do(tmp_path: Path, monkeypatch: py
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
-        findings = doctor.examine(tmp_path)
+        findings = doctor.check(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     short = {"/dev/shm", "runs", "open files"}
     broken = {"torch", "triton", "numba", "deepspeed", "ray", "temporary", "data cache", "will run"}
     assert {finding.what for finding in findings if finding.state == "broken"} >= broken
     assert {finding.what for finding in findings if finding.state == "note"} >= short
-    assert [f for f in findings if not f.mend and (f.state == "broken" or f.what in short)] == []
+    assert [f for f in findings if not f.fix and (f.state == "broken" or f.what in short)] == []
 
 
-def test_a_table_of_the_kernel_that_is_absent_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_proc_file_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "listeners", lambda: Path("/proc/net/absent").read_text())
-    row = _row(doctor.examine(Path("runs")), "absent")
+    row = _row(doctor.check(Path("runs")), "absent")
     assert row == Finding("absent", "note", "unknown: there is no /proc/net/absent here")
 
 
@@ -82,13 +82,13 @@ def test_a_healthy_machine_exits_with_0(here: list[Finding]) -> None:
     assert _rendered(here, 80)[1] == 0
 
 
-def test_a_runs_folder_below_a_regular_file_is_broken_and_says_what_to_do(tmp_path: Path) -> None:
+def test_a_runs_folder_below_a_regular_file_is_broken_and_comes_with_a_fix(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    findings = doctor.examine(tmp_path / "file" / "runs")
+    findings = doctor.check(tmp_path / "file" / "runs")
     runs = _row(findings, "runs")
     assert runs.state == "broken"
     assert str(tmp_path / "file") in runs.found
-    assert "--runs" in runs.mend
+    assert "--runs" in runs.fix
     assert findings[-1].state == "broken"
     assert "runs" in findings[-1].found
     assert "launch" not in findings[-1].found
@@ -100,24 +100,24 @@ def test_a_cache_folder_that_is_a_file_is_broken_and_names_the_variable(
 ) -> None:
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cache = _row(doctor.examine(tmp_path), "data cache")
+    cache = _row(doctor.check(tmp_path), "data cache")
     assert cache.state == "broken"
-    assert "XDG_CACHE_HOME" in cache.mend
+    assert "XDG_CACHE_HOME" in cache.fix
 
 
-def test_looking_at_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    runs = _row(doctor.examine(tmp_path / "not" / "made" / "yet"), "runs")
+def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    runs = _row(doctor.check(tmp_path / "not" / "made" / "yet"), "runs")
     assert runs.state in ("ok", "note")
     assert str(tmp_path) in runs.found
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_runs_folder_is_in_the_command_to_try(here: list[Finding], tmp_path: Path) -> None:
+def test_the_suggested_command_names_another_runs_folder(here: list[Finding], tmp_path: Path) -> None:
     assert "--runs" in here[-1].found
-    assert "--runs" not in doctor.examine(Path("runs"))[-1].found
+    assert "--runs" not in doctor.check(Path("runs"))[-1].found
 
 
-def test_bounds_are_those_of_the_package() -> None:
+def test_bounds_match_pyproject() -> None:
     project = tomllib.loads((Path(vimscale.__file__).parents[1] / "pyproject.toml").read_text())["project"]
     declared = {}
     for line in project["dependencies"]:
@@ -134,7 +134,7 @@ def test_versions_compare_as_numbers_within_their_bounds(version: str, inside: b
     assert doctor.within(version, ">=0.19.8,<0.20") is inside
 
 
-def test_a_local_build_tag_does_not_count_and_an_open_bound_has_no_end() -> None:
+def test_local_build_tags_are_ignored_and_bounds_may_be_open() -> None:
     assert doctor.within("2.13.0+cpu", ">=2.11")
     assert doctor.within("3.0", ">=2.11")
     assert not doctor.within("2.9.1+cu128", ">=2.11")
@@ -142,12 +142,12 @@ def test_a_local_build_tag_does_not_count_and_an_open_bound_has_no_end() -> None
 
 def test_a_package_outside_its_bounds_is_broken_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(doctor.BOUNDS, "ray", ">=1.0,<2.0")
-    ray = _row(doctor.examine(Path("runs")), "ray")
+    ray = _row(doctor.check(Path("runs")), "ray")
     assert ray.state == "broken"
-    assert ray.mend == "pip install 'ray[default]>=1.0,<2.0'"
+    assert ray.fix == "pip install 'ray[default]>=1.0,<2.0'"
 
 
-def test_a_socket_is_seen_listening_where_it_listens() -> None:
+def test_listeners_reports_the_address_of_each_listening_socket() -> None:
     with socket.create_server(("0.0.0.0", 0)) as everywhere, socket.create_server(("127.0.0.1", 0)) as local:
         ports = {everywhere.getsockname()[1]: "everywhere", local.getsockname()[1]: "local"}
         seen = {ports[port]: address for address, port in doctor.listeners() if port in ports}
@@ -157,13 +157,13 @@ def test_a_socket_is_seen_listening_where_it_listens() -> None:
     assert seen["local"].is_loopback
 
 
-def test_a_socket_that_only_connects_is_no_listener() -> None:
+def test_a_connected_socket_is_not_a_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         assert client.getsockname()[1] not in {port for _, port in doctor.listeners()}
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="IPv6 is switched off here")
-def test_ipv6_addresses_are_read_whole() -> None:
+def test_ipv6_addresses_are_read_completely() -> None:
     sockets = []
     for address in ("::", "::1", "::ffff:127.0.0.1"):
         one = socket.socket(socket.AF_INET6)
@@ -189,7 +189,7 @@ def test_an_open_ray_port_is_noted_unless_it_is_loopback_or_wants_a_token(monkey
     exposed = doctor.ray_ports(listening, wants_token=False)
     assert exposed.state == "note"
     assert f"{opened} listens on 0.0.0.0" in exposed.found
-    assert "RAY_AUTH_MODE=token" in exposed.mend
+    assert "RAY_AUTH_MODE=token" in exposed.fix
     assert doctor.ray_ports(listening, wants_token=True).state == "ok"
     monkeypatch.setattr(doctor, "RAY_PORTS", {closed: "dashboard"})
     assert doctor.ray_ports(listening, wants_token=False).state == "ok"
@@ -216,9 +216,9 @@ def test_a_dashboard_is_asked_whether_it_wants_a_token(
     assert f"{server.server_port} listens on 0.0.0.0" in finding.found
 
 
-def test_a_cluster_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_address_in_the_environment_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
-    assert "10.1.2.3:6379" in _row(doctor.examine(Path("runs")), "ray").found
+    assert "10.1.2.3:6379" in _row(doctor.check(Path("runs")), "ray").found
 
 
 @pytest.mark.parametrize(
@@ -237,5 +237,5 @@ def test_a_driver_whose_gpus_torch_cannot_use_is_explained(
 ) -> None:
     finding = doctor.gpu_finding(driver, nodes, build, names, hidden_by)
     assert finding.state == state
-    assert says in f"{finding.found} {finding.mend}"
-    assert state == "ok" or finding.mend
+    assert says in f"{finding.found} {finding.fix}"
+    assert state == "ok" or finding.fix

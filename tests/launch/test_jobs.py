@@ -200,7 +200,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint(shell: Shell) -> None:
         (("stop", "small", "--on", "local"), "there is no job small on this machine"),
         (("submit", "small.yaml", "--on", "loca"), "did you mean local?"),
         (("submit", "small.yaml", "--on", "local", "--with", "secrets=[NOT_THERE]"), "secret NOT_THERE is not set"),
-        (("submit", "small.yaml", "--on", "local", "--with", "workers=1000"), "--workers 1000: a worker takes one"),
+        (("submit", "small.yaml", "--on", "local", "--with", "workers=1000"), "--workers 1000: each rank takes one"),
         (("jobs", "--on", "ray", "--with", "ray.address=http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1"),
         (("submit", "small.yaml", "--on", "ray", "--with", "ray.address=http://127.0.0.1:1"), "nothing answers"),
         (("jobs", "--on", "ray", "--with", "ray.address=127.0.0.1"), "write http://HOST:PORT"),

@@ -316,4 +316,4 @@ def test_an_existing_ray_is_used_and_left_running(shell: Shell) -> None:
         assert "2 ranks on the Ray at" in shell.run("launch", "small.yaml", *address)
         assert head.process.poll() is None
         refused = ("launch", "small.yaml", "name=more", "batch=36", *address, "--workers", "3")
-        assert "a worker takes one CPU and the Ray cluster has 2" in shell.run(*refused, expect=2)
+        assert "each rank takes one CPU and the Ray cluster has 2" in shell.run(*refused, expect=2)

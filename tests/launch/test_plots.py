@@ -1,4 +1,4 @@
-"""Pictures: letters of all languages, and a plan's picture that shows something wherever it is made."""
+"""Plots and contact sheets: text in every language, and plots of plans."""
 
 import warnings
 from pathlib import Path
@@ -30,7 +30,7 @@ def _drawn(text: str, font: lettering.Font) -> np.ndarray:
 
 @pytest.mark.parametrize("alone", [True, False], ids=["Pillow's font", "all fonts"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_no_letter_is_drawn_as_a_box(text: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_character_is_drawn_as_a_box(text: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if alone:
         monkeypatch.setattr(lettering, "FONTS", ())
         monkeypatch.setattr(lettering, "_shipped", list)
@@ -49,14 +49,14 @@ def test_no_letter_is_drawn_as_a_box(text: str, alone: bool, monkeypatch: pytest
         assert written in ("ő", "o")
 
 
-def test_a_sheet_takes_any_text_and_cuts_it_to_its_room() -> None:
+def test_a_contact_sheet_accepts_any_text_and_shortens_it() -> None:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     samples = [(image, text * 50, text) for text in TEXTS]
     sheet = contact_sheet.grid("猫" * 10_000, "\n", samples, columns=4)
     assert np.asarray(sheet).std() > 10
 
 
-def test_a_users_text_is_no_formula_and_has_no_boxes_in_plots(tmp_path: Path) -> None:
+def test_text_in_plots_is_not_read_as_a_formula_and_has_no_boxes(tmp_path: Path) -> None:
     figure, (axes,) = plots._figure(1)
     axes.set_title(" ".join(map(plots.plain, ("$x$_{", "100 %", *TEXTS))))
     with warnings.catch_warnings():
@@ -66,30 +66,32 @@ def test_a_users_text_is_no_formula_and_has_no_boxes_in_plots(tmp_path: Path) ->
     assert plots.plain("кошка") == "кошка"
 
 
-def test_the_picture_of_a_plan_for_cpus_shows_memory_and_says_what_there_is(tmp_path: Path) -> None:
+def test_the_plot_of_a_plan_for_cpus_shows_needed_and_available_memory(tmp_path: Path) -> None:
     cluster = clusters.load("local", ["workers=4"])
     planner, _ = plan.prepare(recipe.load("vim_digits_cpu", LITTLE), cluster, 2)
     assert plan._counts(None, cluster, 4) == [1, 2, 4]
     rows = plan.outlooks(planner, [2, 1024])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing positive to draw was one
-        plan._draw(planner, rows, tmp_path / "p.png")
+        plan._plot(planner, rows, tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
-    assert (picture.max(2) - picture.min(2) > 60).mean() > 0.1, "bars fill the picture"
+    assert (picture.max(2) - picture.min(2) > 60).mean() > 0.1, "bars fill the plot"
     table = plan._comparison(rows, device=False)
-    assert [next(iter(column.cells)) for column in table.columns[4:]] == [""] * 5, "how fast CPUs are is not known"
+    assert [next(iter(column.cells)) for column in table.columns[4:]] == [""] * 5, (
+        "there is no model of the speed of CPUs"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--gpus", "1024"], "fits on none of the numbers of ranks; give others with --gpus"),
-        (["--gpus", "9" * 5000], "is no list of numbers from 1 to 999,999"),
-        (["--picture", "x.jpg"], "it is a PNG; give it a name that ends in .png"),
+        (["--gpus", "1024"], "fits on none of these numbers of ranks; give others with --gpus"),
+        (["--gpus", "9" * 5000], "is not a list of numbers from 1 to 999,999"),
+        (["--picture", "x.jpg"], "the plot is a PNG; give it a name that ends in .png"),
         (["--picture", "nowhere/x.png"], "cannot be written: No such file or directory"),
     ],
 )
-def test_a_picture_that_cannot_be_is_refused(
+def test_a_plot_that_cannot_be_drawn_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -252,7 +252,7 @@ def test_workers_are_a_number_or_a_range_that_divides_the_batch() -> None:
     for wrong in ("0", "2:1", "a", "1:", ":2", "-1", "1:1000000000", "9" * 5000):
         with pytest.raises(LaunchError, match="write a number from 1 to 65,536, or MIN:MAX"):
             sizes(wrong, recipe, 4, 0, "here")
-    with pytest.raises(LaunchError, match="--workers 5:6: a worker takes one CPU and here has 4; use 1 to 4"):
+    with pytest.raises(LaunchError, match="--workers 5:6: each rank takes one CPU and here has 4; use 1 to 4"):
         sizes("5:6", recipe, 4, 0, "here")
     with pytest.raises(RecipeError, match="batch 24 is not a multiple of 5 ranks"):
         sizes("5", recipe, 8, 0, "here")

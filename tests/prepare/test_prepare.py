@@ -641,7 +641,7 @@ def test_the_commands_say_what_they_did(shell: Shell, images: Path) -> None:
     for changes in (("--seed", "1"), ("--val", "0"), ("--source", "elsewhere")):
         assert "made of another input or with other options is there" in shell.run(*same, *changes, expect=2)
     assert {path: path.stat().st_mtime_ns for path in (shell.folder / "set").rglob("*")} == made
-    assert "are whole: every image decodes" in shell.run("data", "verify", "set/train", "--deep", "--jobs", "1")
+    assert "are intact: every image decodes" in shell.run("data", "verify", "set/train", "--deep", "--jobs", "1")
     out = shell.run("data", "stats", "set/train", "--sheet", "sheet.png")
     assert "dog" in out
     with Image.open(shell.folder / "sheet.png") as sheet:
@@ -653,7 +653,7 @@ def test_the_commands_say_what_they_did(shell: Shell, images: Path) -> None:
     assert "nothing is done yet" in out
     assert not (shell.folder / "set/train/manifest.json.before").exists()
     assert "done; the old manifest is" in shell.run("data", "repair", "set/train", "--yes", "--jobs", "1")
-    assert "merge wants two sets" in shell.run("data", "merge", "set/val", "all", expect=2)
+    assert "merge takes two or more data sets" in shell.run("data", "merge", "set/val", "all", expect=2)
 
 
 def test_shards_below_folders_are_repaired_where_they_are(made: Path, tmp_path: Path) -> None:

@@ -133,4 +133,4 @@ def test_a_command_in_a_removed_folder_gets_one_message(tmp_path: Path) -> None:
     script = 'cd "$1" && rmdir "$1" && exec "$2" -m vimscale.launch.cli recipes'
     done = subprocess.run(["sh", "-c", script, "sh", gone, sys.executable], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "is not there any more; cd to another one" in done.stderr
+    assert "no longer exists; cd to another one" in done.stderr

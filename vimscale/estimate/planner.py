@@ -281,7 +281,7 @@ class Planner:
         if need.total <= self.target.room:
             return
         problem = (
-            f"{self.recipe.name} does not fit {self.target.name} on {world} ranks: one needs"
+            f"{self.recipe.name} does not fit {self.target.name} on {world} rank{'s' * (world > 1)}: one needs"
             f" {need.total / 1e9:.1f} GB (ZeRO-{parallel.zero}, recompute {parallel.recompute}, micro-batch {micro})"
             f" and has {self.target.room / 1e9:.1f} GB"
         )

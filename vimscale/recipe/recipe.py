@@ -167,7 +167,8 @@ class Recipe(Section):
         """
         micro = self.parallel.micro_batch
         unit = world if micro is None else world * micro
-        sizes = f"{world} ranks" if micro is None else f"{world} ranks x parallel.micro_batch {micro}"
+        ranks = f"{world} rank{'s' * (world > 1)}"
+        sizes = ranks if micro is None else f"{ranks} x parallel.micro_batch {micro}"
         accumulation = 1 if micro is None else max(self.batch // unit, 1)
         faults = []
         if self.batch % unit:
@@ -179,7 +180,7 @@ class Recipe(Section):
             if phase.batch is not None and phase.batch % micro_batches:
                 near = _nearest(phase.batch, micro_batches)
                 what = f"phase at step {phase.step}: batch {phase.batch}"
-                faults.append(f"{what} is not a multiple of {world} ranks x {accumulation} micro-steps; use {near}")
+                faults.append(f"{what} is not a multiple of {ranks} x {accumulation} micro-steps; use {near}")
         if not faults and self.augment.mixes:
             odd = [images for _, _, batch in self._spans() if (images := batch // micro_batches) % 2]
             faults += [

@@ -1,0 +1,65 @@
+"""`vimscale recipes`, `presets`, `schema` and `show`: what comes with the package, and what a recipe resolves to."""
+
+import json
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vimscale.recipe.recipe import Recipe, load, shipped
+
+from .. import cluster as clusters
+from ..display import model_table
+from . import plan
+from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+
+
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, path in shipped().items():
+        table.add_row(name, path.read_text().splitlines()[0].removeprefix("# "))
+    Console(markup=False, emoji=False).print(table)
+
+
+def presets() -> None:
+    """List the model presets with their parameters and FLOPs."""
+    Console(markup=False, emoji=False).print(model_table.presets())
+
+
+def schema(
+    of: Annotated[Literal["recipe", "cluster"], typer.Argument(help="The kind of file.")] = "recipe",
+) -> None:
+    """Print the JSON schema of recipes or cluster files, for editors."""
+    described = Recipe if of == "recipe" else clusters.Cluster
+    print(json.dumps(described.model_json_schema(), indent=1))
+
+
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of ranks to assume. Default: the cluster's; 1 for local.")
+    ] = None,
+    on: OnOption = "local",
+    with_: WithOption = None,
+) -> None:
+    """Print a resolved recipe, its model layer by layer, and the memory and time it needs. Runs nothing."""
+    from vimscale.engine import recompute
+
+    chosen = load(recipe, overrides or ())
+    print(chosen.to_yaml())
+    cluster = clusters.load(on, with_ or ())
+    if workers is None:
+        workers = cluster.most_ranks if cluster.backend != "local" or cluster.workers else 1
+    micro, _ = chosen.micro_batch(workers)
+    planner, notes = plan.prepare(chosen, cluster, workers)
+    device = "cpu"  # a GPU's kernels keep slightly less per layer
+    precision = chosen.parallel.precision
+    levels = recompute.levels(chosen.parallel, planner.config, micro, device)
+    kept = {level: recompute.kept_bytes(planner.config, level, micro, precision, device) for level in {*levels}}
+    console = Console(markup=False, emoji=False)
+    console.print(model_table.layers(planner.config, [kept[level][i] for i, level in enumerate(levels)], levels, micro))
+    console.print()
+    console.print(plan.summary(planner, planner.outlook(workers), notes))
