@@ -37,8 +37,7 @@ from benchmarks import measure
 from vimscale.data import stream
 from vimscale.data.images import augment, decode
 from vimscale.data.order import Order, generator
-from vimscale.data.shards import manifest as shards
-from vimscale.data.shards.manifest import Manifest, Shard
+from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, write_set
 from vimscale.data.training_set import TrainingSet
 from vimscale.recipe import model_section, recipe, sections
 
@@ -116,7 +115,7 @@ def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterato
     """For each loader, a function that makes one pass over the same images."""
     samples = [{"__key__": f"{i:06d}", "jpg": image, "cls": i % 10} for i, image in enumerate(images)]
     about: dict[str, Any] = {"classes": tuple(map(str, range(10))), "mean": _MEAN, "std": _STD}
-    shards.write(folder / "set", samples, per_shard=100, name="benchmark", source="", licence="", **about)
+    write_set(folder / "set", samples, per_shard=100, name="benchmark", source="", licence="", **about)
     for i, image in enumerate(images):
         path = folder / "images" / str(i % 10) / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +161,7 @@ def start(per_shard: int) -> dict[str, float]:
                     file.truncate(length)  # sparse: only the sizes are read
             parts.append(Shard(name, per_shard, size, "0" * 64))
         manifest = Manifest("synthetic", ("0",), tuple(parts), _MEAN, _STD)
-        (Path(folder) / shards.MANIFEST).write_text(manifest.to_json())
+        (Path(folder) / MANIFEST).write_text(manifest.to_json())
         data = sections.Data(train=folder)
         chosen = recipe.Recipe(name="benchmark", steps=10, batch=1000, data=data)
         gc.collect()

@@ -323,17 +323,17 @@ def order(
     changes = [] if workers is None else [f"data.workers={workers}"]
     chosen = recipes.load(recipe, [*(overrides or ()), *changes])
     _, accumulation = chosen.micro_batch(world)
-    opened = TrainingSet.open(chosen.data)
-    config = chosen.model.shape(len(opened.manifest.classes))
+    train_set = TrainingSet.open(chosen.data)
+    config = chosen.model.shape(len(train_set.manifest.classes))
     temporary.shorten()
-    batches = stream.training(chosen, opened, config, rank=rank, world=world, start=start, steps=start + steps)
+    batches = stream.training(chosen, train_set, config, rank=rank, world=world, start=start, steps=start + steps)
     print("step\tepoch\tposition\tshard\tkey\tpixels")
     for number, batch in enumerate(batches):
         step = start + number // accumulation
-        for place, key, image in zip(batch.places, batch.keys, batch.images, strict=True):
-            shard = opened.datasets[place.source].where(place.shard)
+        for ref, key, image in zip(batch.refs, batch.keys, batch.images, strict=True):
+            shard = train_set.datasets[ref.source].where(ref.shard)
             checksum = zlib.crc32(image.contiguous().numpy())
-            print(f"{step}\t{place.epoch}\t{place.position}\t{shard}\t{key}\t{checksum:08x}")
+            print(f"{step}\t{ref.epoch}\t{ref.position}\t{shard}\t{key}\t{checksum:08x}")
 
 
 def _say_written(folder: Path, manifest: "Manifest") -> None:

@@ -1,4 +1,4 @@
-"""What is done to images: crops, buckets, policies, and what pairs of a batch do to each other."""
+"""Augmentation: crops, buckets, policies, erasing, and mixing of pairs in a batch."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from vimscale.objectives import classification
 from vimscale.recipe.sections import Augment, RandAugment
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
-"""(4, 256): each value once a row."""
+"""(4, 256): each value once per row."""
 FILL = (124, 116, 104)
 
 
@@ -38,7 +38,7 @@ def _picture(image: torch.Tensor) -> Image.Image:
 # ---- crops, flips, sizes
 
 
-def test_crops_keep_at_least_the_area_they_are_told_to() -> None:
+def test_crops_keep_at_least_the_minimum_area() -> None:
     ramp = torch.arange(100, dtype=torch.uint8).repeat(100, 1).expand(3, 100, 100)
     spans = []
     for i in range(200):
@@ -52,7 +52,7 @@ def test_crops_keep_at_least_the_area_they_are_told_to() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 48), (48, 24)])
-def test_crops_are_stretched_no_more_than_allowed_whatever_their_shape(size: tuple[int, int]) -> None:
+def test_the_aspect_of_crops_stays_within_its_limit_at_any_target_shape(size: tuple[int, int]) -> None:
     down = torch.arange(200, dtype=torch.uint8)[:, None].expand(200, 200)
     image = torch.stack([down, down.T, down])
     stretches = []
@@ -65,14 +65,14 @@ def test_crops_are_stretched_no_more_than_allowed_whatever_their_shape(size: tup
     assert 1.2 < 1 / min(stretches) < 4 / 3 * 1.05
 
 
-def test_an_image_too_thin_for_any_crop_gives_its_middle() -> None:
+def test_an_image_too_thin_for_any_crop_gives_its_centre() -> None:
     image = torch.zeros(3, 2, 400, dtype=torch.uint8)
     image[:, :, 199:201] = 255
     for i in range(5):
         assert (augment.for_training(image, (2, 2), Augment(crop_min=0.9), generator(0, 1, i)) == 255).all()
 
 
-def test_flips_come_as_often_as_asked_and_from_the_samples_generator() -> None:
+def test_flips_have_their_probability_and_use_the_samples_generator() -> None:
     ramp = torch.arange(32, dtype=torch.uint8).repeat(32, 1).expand(3, 32, 32)
     options = Augment(crop_min=1.0, flip=0.5)
     first = [bool(augment.for_training(ramp, (32, 32), options, generator(0, 1, i))[0, 0, 0]) for i in range(400)]
@@ -101,12 +101,12 @@ def test_evaluation_takes_the_central_square(size: tuple[int, int]) -> None:
     assert abs(columns - 23.5) < 1
 
 
-def test_normalising_gives_mean_zero_and_deviation_one(digits: Path) -> None:
+def test_normalising_gives_mean_zero_and_std_one(digits: Path) -> None:
     dataset = Dataset.open(str(digits / "train"))
     (batch,) = evaluation(dataset, rank=0, world=1, batch=1438, size=(32, 32))
     mean, std = (torch.tensor(v) for v in (dataset.manifest.mean, dataset.manifest.std))
     pixels = augment.normalise(batch.images, mean, std)
-    # the manifest's figures are of the scans before they were enlarged
+    # the manifest's mean and std are of the scans before enlargement
     assert abs(pixels.mean()) < 0.02
     assert 0.8 < pixels.std() < 1.1
 
@@ -115,7 +115,7 @@ def test_normalising_gives_mean_zero_and_deviation_one(digits: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "patch", "count"), [((224, 224), 16, 9), ((224, 224), 16, 4), ((448, 224), 14, 5)])
-def test_buckets_have_about_as_many_patches_each(size: tuple[int, int], patch: int, count: int) -> None:
+def test_buckets_have_about_the_same_number_of_patches(size: tuple[int, int], patch: int, count: int) -> None:
     shapes = augment.buckets(size, patch, count)
     assert len(shapes) == len(set(shapes)) == count
     assert all(h % patch == w % patch == 0 for h, w in shapes)
@@ -130,7 +130,7 @@ def test_an_odd_number_of_buckets_keeps_the_square_and_one_is_the_size_itself() 
     assert augment.buckets((32, 64), 8, 1) == [(32, 64)]
 
 
-def test_buckets_that_become_the_same_shape_count_once() -> None:
+def test_buckets_that_round_to_the_same_shape_count_once() -> None:
     shapes = augment.buckets((32, 32), 8, 21)
     assert len(shapes) == len(set(shapes)) < 21
 
@@ -191,7 +191,7 @@ def test_an_operation_on_values_does_what_its_name_says(case: str) -> None:
     assert off.max() == 0 or name in ("Brightness", "Contrast", "Equalize"), "these round"
 
 
-def test_autocontrast_and_equalize_use_the_whole_range() -> None:
+def test_autocontrast_and_equalize_use_the_full_range() -> None:
     narrow = 100 + RAMP // 8
     for name in ("AutoContrast", "Equalize"):
         result = _applied(name, narrow, 0.5)
@@ -224,7 +224,7 @@ def test_rotation_turns_by_30_degrees_at_most(sign: int) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("axis", ["X", "Y"])
-def test_shearing_moves_each_line_by_up_to_three_tenths_of_its_place(axis: str, sign: int) -> None:
+def test_shearing_moves_each_line_by_up_to_three_tenths_of_its_position(axis: str, sign: int) -> None:
     lines = np.zeros((100, 100), dtype=np.uint8)
     lines[:, 49:52] = 255
     result = _applied(f"Shear{axis}", lines if axis == "X" else lines.T, 1.0, sign)
@@ -251,7 +251,7 @@ def test_translation_moves_by_up_to_45_hundredths_and_fills_with_the_mean(axis: 
 
 
 def _variants(level: float, increasing: bool) -> tuple[Image.Image, dict[bytes, str]]:
-    """An image on which all operations differ, and which one its result tells of."""
+    """Return an image on which all operations differ, and a function that identifies the operation from its result."""
     image = _picture(_noise(24, 24, 1) // 5 * 4 + 20)
     names = {
         OPERATIONS[name](image, Strength(level, sign, increasing)).tobytes(): name
@@ -262,7 +262,7 @@ def _variants(level: float, increasing: bool) -> tuple[Image.Image, dict[bytes, 
 
 
 @pytest.mark.parametrize("increasing", [False, True])
-def test_randaugment_takes_each_operation_as_often_as_any_and_skips_half(increasing: bool) -> None:
+def test_randaugment_draws_all_operations_equally_often_and_skips_half(increasing: bool) -> None:
     image, names = _variants(0.7, increasing)
     assert set(names.values()) == set(OPERATIONS)
     rule = RandAugment(7.0, operations=1, increasing=increasing)
@@ -275,7 +275,7 @@ def test_randaugment_takes_each_operation_as_often_as_any_and_skips_half(increas
     assert sum((count - expected) ** 2 / expected for count in found.values()) < 50, "chi-square of 14 degrees"
 
 
-def test_directions_are_as_often_positive_as_negative() -> None:
+def test_directions_are_positive_and_negative_equally_often() -> None:
     image = _picture(_noise(24, 24, 1))
     rng, rule = generator(0, 1, 0), RandAugment(5.0, operations=1)
     sides = [OPERATIONS["ShearX"](image, Strength(0.5, sign, False)).tobytes() for sign in (1, -1)]
@@ -283,8 +283,8 @@ def test_directions_are_as_often_positive_as_negative() -> None:
     assert all(60 < results.count(side) < 140 for side in sides)
 
 
-def test_magnitudes_scatter_by_their_deviation_within_0_to_10() -> None:
-    """Seen by how far TranslateX moves a ramp: nothing else adds one large number to its middle."""
+def test_magnitudes_vary_by_their_std_within_0_to_10() -> None:
+    """Measured by how far TranslateX moves a ramp: no other operation adds one large number to its middle."""
     image = Image.fromarray(np.repeat(RAMP[..., None], 3, axis=2))
     rng, rule = generator(0, 1, 0), RandAugment(9.0, std=0.5, operations=1)
     levels = []
@@ -334,7 +334,7 @@ POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m7-n3", "3-augment", None]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_same_generator_gives_the_same_pixels_and_another_others(policy: str | None) -> None:
+def test_the_same_generator_gives_the_same_pixels_and_another_gives_others(policy: str | None) -> None:
     image, chosen = _noise(60, 80), Augment(policy=policy, jitter=0.3)
     once, again, other = (augment.for_training(image, (32, 32), chosen, generator(0, 1, i)) for i in (5, 5, 6))
     assert (once.shape, once.dtype) == ((3, 32, 32), torch.uint8)
@@ -344,7 +344,7 @@ def test_the_same_generator_gives_the_same_pixels_and_another_others(policy: str
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nobody_elses_random_numbers_are_used(policy: str | None) -> None:
+def test_no_global_random_numbers_are_used(policy: str | None) -> None:
     def states() -> tuple:
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
@@ -359,7 +359,7 @@ def test_nobody_elses_random_numbers_are_used(policy: str | None) -> None:
 # ---- erasing
 
 
-def test_erased_rectangles_have_the_areas_and_shapes_of_the_paper_as_often_as_asked() -> None:
+def test_erased_rectangles_have_the_papers_areas_and_shapes_and_their_probability() -> None:
     rng = generator(0, 1, 0)
     drawn = [mix.draw_erase((100, 120), 0.25, rng) for _ in range(4000)]
     erased = [rectangle for rectangle in drawn if rectangle[2]]
@@ -376,7 +376,7 @@ def test_erased_rectangles_have_the_areas_and_shapes_of_the_paper_as_often_as_as
     assert mix.draw_erase((100, 100), 0.0, rng) == (0, 0, 0, 0, 0)
 
 
-def test_erasing_leaves_noise_of_deviation_1_in_the_rectangle_alone() -> None:
+def test_erasing_leaves_noise_of_std_1_in_the_rectangle_only() -> None:
     images = torch.full((2, 3, 64, 64), 7.0)
     erase = torch.tensor([[8, 16, 40, 30, 99], [0, 0, 0, 0, 0]])
     erased, targets = mix.apply(images.clone(), torch.tensor([1, 2]), erase, None, 10)
@@ -393,7 +393,7 @@ def test_erasing_leaves_noise_of_deviation_1_in_the_rectangle_alone() -> None:
 def _batch_of(
     count: int, chosen: Augment, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, labels, and what is drawn for them."""
+    """Return images, labels, and the parameters drawn for them."""
     size = (12, 16)
     images = torch.from_numpy(rng.normal(size=(count, 3, *size)).astype(np.float32))
     labels = torch.from_numpy(rng.integers(5, size=count))
@@ -418,7 +418,7 @@ def test_cutmix_swaps_a_box_and_labels_by_its_true_area() -> None:
     assert 0.5 < np.mean(shares) < 0.75, "uniform, but for what the border cuts off"
 
 
-def test_a_cut_box_holds_the_partners_very_pixels() -> None:
+def test_a_cut_box_holds_exactly_the_partners_pixels() -> None:
     images, labels, _, _ = _batch_of(2, Augment(), generator(0, 1, 0))
     box = torch.tensor([[1 - 5 * 6 / 192, 2.0, 4.0, 7.0, 10.0]])
     mixed, _ = mix.apply(images.clone(), labels, None, box, 5)
@@ -438,7 +438,7 @@ def test_mixup_blends_a_pair_and_its_labels() -> None:
         assert targets[i, labels[i]].item() == pytest.approx(1 if i > 3 else share, abs=1e-6)
 
 
-def test_with_both_each_pair_takes_one_or_the_other() -> None:
+def test_with_mixup_and_cutmix_each_pair_takes_one_of_them() -> None:
     rng, chosen = generator(0, 1, 0), Augment(mixup=0.8, cutmix=1.0)
     drawn = np.array([mix.draw_mix((224, 224), chosen, rng) for _ in range(2000)])
     cut = drawn[:, 3] > drawn[:, 1]
@@ -450,7 +450,7 @@ def test_with_both_each_pair_takes_one_or_the_other() -> None:
 
 
 @pytest.mark.parametrize("cut", [2, 4, 6])
-def test_what_becomes_of_an_image_does_not_depend_on_its_micro_batch(cut: int) -> None:
+def test_the_result_for_an_image_does_not_depend_on_its_micro_batch(cut: int) -> None:
     chosen = Augment(mixup=0.8, cutmix=1.0, erase=0.5)
     images, labels, erase, pairs = _batch_of(12, chosen, generator(0, 1, 0))
     mixed, targets = mix.apply(images.clone(), labels, erase, pairs, 5)
@@ -463,7 +463,7 @@ def test_what_becomes_of_an_image_does_not_depend_on_its_micro_batch(cut: int) -
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_of_shares_is_the_share_of_the_losses(smoothing: float) -> None:
+def test_the_loss_of_soft_labels_is_the_weighted_sum_of_the_losses(smoothing: float) -> None:
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 5)))
     labels, swapped = torch.tensor([1, 3]), torch.tensor([3, 1])
     _, targets = mix.apply(torch.zeros(2, 3, 4, 4), labels, None, torch.tensor([[0.3, 0, 0, 0, 0]]), 5)

@@ -1,4 +1,4 @@
-"""The node's cache of shards: its size, several processes, sets and deaths, and what is fetched ahead."""
+"""The node's cache of shards: its size, several processes and sets, killed downloads, and prefetching."""
 
 import contextlib
 import hashlib
@@ -36,7 +36,7 @@ from vimscale.data.shards.cache import local_copy
 from vimscale.data.stream import evaluation
 from vimscale.errors import DataError
 
-# ---- its size
+# ---- size
 
 
 def test_a_cache_of_two_shards_serves_an_epoch_and_stays_within_its_size(
@@ -49,7 +49,7 @@ def test_a_cache_of_two_shards_serves_an_epoch_and_stays_within_its_size(
     assert len(list(shards_cache.glob("*.tar"))) == 2
 
 
-def test_the_least_recently_used_shard_makes_room(server: WebServer) -> None:
+def test_the_least_recently_used_shard_is_evicted(server: WebServer) -> None:
     def paths(*numbers: int) -> None:
         for number in numbers:
             Dataset.open(f"{server.url}/train", cache=TWO_SHARDS).path(number)
@@ -88,7 +88,7 @@ def test_processes_of_a_node_download_a_shard_once(server: WebServer, expected: 
     assert everything(Dataset.open(f"{server.url}/train")) == expected
 
 
-def test_who_waits_for_a_shard_has_it_once_it_is_whole_though_others_keep_it_open(server: WebServer) -> None:
+def test_a_reader_that_waits_for_a_shard_gets_it_once_complete_while_others_keep_it_open(server: WebServer) -> None:
     server.faults["train/00000.tar"] = [hang(50_000)]
     datasets = [Dataset.open(f"{server.url}/train") for _ in range(2)]
     readers = [threading.Thread(target=dataset.read, args=(0, 0)) for dataset in datasets]
@@ -106,7 +106,7 @@ def test_who_waits_for_a_shard_has_it_once_it_is_whole_though_others_keep_it_ope
 
 
 def _open_parts() -> int:
-    """Descriptors of this process on shards that are being downloaded."""
+    """Count this process's descriptors of shards that are being downloaded."""
     count = 0
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -114,7 +114,9 @@ def _open_parts() -> int:
     return count
 
 
-def test_a_downloader_killed_in_the_middle_harms_nobody(server: WebServer, shards_cache: Path, expected: list) -> None:
+def test_killing_a_download_does_not_affect_other_processes(
+    server: WebServer, shards_cache: Path, expected: list
+) -> None:
     server.faults["train/00000.tar"] = [hang(50_000)]
     first = _reader(f"{server.url}/train", 0)
     assert server.hanging.wait(60)
@@ -131,7 +133,7 @@ def test_a_downloader_killed_in_the_middle_harms_nobody(server: WebServer, shard
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_what_a_dead_download_left_is_cleared_away(server: WebServer, shards_cache: Path, number: int) -> None:
+def test_leftovers_of_a_dead_download_are_removed(server: WebServer, shards_cache: Path, number: int) -> None:
     server.faults["train/00000.tar"] = [hang(50_000)]
     reader = _reader(f"{server.url}/train", 0)
     assert server.hanging.wait(60)
@@ -143,7 +145,7 @@ def test_what_a_dead_download_left_is_cleared_away(server: WebServer, shards_cac
     assert sorted(path.suffix for path in shards_cache.iterdir()) == ["", ".idx", ".tar"]
 
 
-def test_a_download_waits_for_room_that_others_take_up(server: WebServer) -> None:
+def test_a_download_waits_for_room_that_another_download_takes(server: WebServer) -> None:
     server.faults["train/00000.tar"] = [hang(50_000)]
     dataset = Dataset.open(f"{server.url}/train", cache="0.1MB")
     slow = threading.Thread(target=dataset.path, args=(0,))
@@ -223,7 +225,7 @@ def _no_bytes(path: Path) -> None:
         (".tar.idx", Path.unlink),
     ],
 )
-def test_whatever_is_damaged_in_the_cache_is_fetched_again_by_who_meets_it(
+def test_any_damage_in_the_cache_is_fetched_again_by_the_reader_that_finds_it(
     server: WebServer, shards_cache: Path, expected: list, suffix: str, harm: Callable[[Path], None]
 ) -> None:
     path = Dataset.open(f"{server.url}/train").path(0)
@@ -244,9 +246,9 @@ def test_a_process_that_has_the_damaged_copy_open_reads_the_new_one(server: WebS
     assert server.count("00000.tar") == {"train/00000.tar": 2}
 
 
-def test_a_shard_damaged_where_it_comes_from_is_not_fetched_again(server: WebServer, folder: Path) -> None:
+def test_a_shard_damaged_at_its_source_is_not_fetched_again(server: WebServer, folder: Path) -> None:
     tar = folder / "00000.tar"
-    second = SAMPLE * 3 + 1024  # a header that is not looked at when the shard is fetched, as that of the first member
+    second = SAMPLE * 3 + 1024  # a second member's header, which is not checked when the shard is fetched
     overwrite(second, b"\xff" * 512)(tar)
     about = json.loads((folder / "manifest.json").read_text())
     about["shards"][0]["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
@@ -263,7 +265,7 @@ def test_a_shard_damaged_where_it_comes_from_is_not_fetched_again(server: WebSer
     [(".tar", overwrite(16 * 2560 + 1536, b"\xff" * 900)), (".tar.idx", moved(3, 1024))],
     ids=["pixels", "another sample's label"],
 )
-def test_a_sample_damaged_in_the_cache_is_the_right_one_again(
+def test_a_sample_damaged_in_the_cache_is_read_correctly_again(
     digits: Path, shards_cache: Path, suffix: str, harm: Callable[[Path], None]
 ) -> None:
     server = WebServer(digits)
@@ -279,7 +281,7 @@ def test_a_sample_damaged_in_the_cache_is_the_right_one_again(
         server.server_close()
 
 
-# ---- ahead of time
+# ---- prefetching
 
 
 def _join_workers() -> None:
@@ -288,7 +290,7 @@ def _join_workers() -> None:
             thread.join()
 
 
-def test_shards_fetched_ahead_are_there_when_they_are_read(server: WebServer, expected: list) -> None:
+def test_prefetched_shards_are_in_the_cache_when_they_are_read(server: WebServer, expected: list) -> None:
     dataset = Dataset.open(f"{server.url}/train")
     dataset.prefetch(range(SHARDS))
     _join_workers()
@@ -298,14 +300,14 @@ def test_shards_fetched_ahead_are_there_when_they_are_read(server: WebServer, ex
     assert (dataset.traffic.hits, dataset.traffic.misses) == (SHARDS, 0)
 
 
-def test_no_more_is_fetched_ahead_than_the_cache_holds(server: WebServer) -> None:
+def test_no_more_is_prefetched_than_the_cache_holds(server: WebServer) -> None:
     dataset = Dataset.open(f"{server.url}/train", cache=TWO_SHARDS)
     dataset.prefetch([4, 2, 3, 1])
     _join_workers()
     assert server.count(".tar") == {"train/00004.tar": 1, "train/00002.tar": 1}
 
 
-def test_a_new_wish_replaces_what_has_not_begun(server: WebServer) -> None:
+def test_a_new_request_replaces_downloads_that_have_not_started(server: WebServer) -> None:
     for number in range(4):
         server.faults[f"train/{number:05d}.tar"] = [hang(1000)]
     dataset = Dataset.open(f"{server.url}/train")
@@ -318,7 +320,7 @@ def test_a_new_wish_replaces_what_has_not_begun(server: WebServer) -> None:
     assert "train/00004.tar" not in server.requests
 
 
-def test_an_error_in_the_background_is_raised_by_whoever_reads_the_shard(server: WebServer, folder: Path) -> None:
+def test_an_error_in_the_background_is_raised_when_the_shard_is_read(server: WebServer, folder: Path) -> None:
     (folder / "00001.tar").rename(folder / "aside")
     dataset = Dataset.open(f"{server.url}/train")
     dataset.prefetch([0, 1])
@@ -330,7 +332,7 @@ def test_an_error_in_the_background_is_raised_by_whoever_reads_the_shard(server:
     assert dataset.read(1, 0)["__key__"] == "1-0"
 
 
-def test_a_process_ends_while_shards_are_fetched_ahead(server: WebServer) -> None:
+def test_a_process_can_end_while_shards_are_prefetched(server: WebServer) -> None:
     server.faults["train/00000.tar"] = [hang(1000)]
     code = f"""
 from vimscale.data.dataset import Dataset
@@ -345,7 +347,7 @@ input()
     assert process.returncode == 0
 
 
-def test_a_data_set_is_pickled_with_its_place_and_settings_alone(server: WebServer, expected: list) -> None:
+def test_a_data_set_is_pickled_with_only_its_address_and_settings(server: WebServer, expected: list) -> None:
     dataset = Dataset.open(f"{server.url}/train", cache="1GB", retry=HASTY)
     dataset.prefetch([0])
     dataset.read(1, 0)
@@ -355,7 +357,7 @@ def test_a_data_set_is_pickled_with_its_place_and_settings_alone(server: WebServ
     _join_workers()
 
 
-def test_a_file_without_a_manifest_is_fetched_anew_each_time(server: WebServer, folder: Path) -> None:
+def test_a_file_without_a_manifest_is_fetched_every_time(server: WebServer, folder: Path) -> None:
     assert local_copy(f"{server.url}/train/00000.tar").read_bytes() == (folder / "00000.tar").read_bytes()
     overwrite(0, b"new")(folder / "00000.tar")
     assert local_copy(f"{server.url}/train/00000.tar").read_bytes()[:3] == b"new"
@@ -365,6 +367,6 @@ def test_a_file_without_a_manifest_is_fetched_anew_each_time(server: WebServer, 
         local_copy(f"{server.url}/train/none.tar")
 
 
-def test_what_was_fetched_is_for_this_user_alone(server: WebServer, shards_cache: Path) -> None:
+def test_fetched_files_are_readable_by_this_user_only(server: WebServer, shards_cache: Path) -> None:
     Dataset.open(f"{server.url}/train").read(0, 0)
     assert shards_cache.stat().st_mode & 0o777 == 0o700

@@ -1,4 +1,4 @@
-"""Shards, the order of samples, and batches as a pure function of manifest, seed and step."""
+"""The embedded set, shards, and batches as a pure function of manifest, seed and step."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tests.support import noise
 from vimscale.data import digits, stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Prefetcher
-from vimscale.data.shards import manifest as shards
+from vimscale.data.shards.manifest import write_set
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, WorkerDied
@@ -56,7 +56,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, digits: Path) -> No
 
 
 def test_images_are_the_scans_of_the_table(digits: Path) -> None:
-    table = np.loadtxt(Path(shards.__file__).parents[1] / "digits.csv.gz", delimiter=",")
+    table = np.loadtxt(Path(stream.__file__).with_name("digits.csv.gz"), delimiter=",")
     for batch in evaluation(Dataset.open(str(digits / "val")), rank=0, world=1, batch=1, size=(32, 32)):
         row = table[int(batch.keys[0])]
         small = (
@@ -64,10 +64,10 @@ def test_images_are_the_scans_of_the_table(digits: Path) -> None:
         )
         off = np.abs(np.asarray(small, dtype=float) / 15.9375 - row[:64].reshape(8, 8)).mean()
         assert int(batch.labels) == int(row[64])
-        assert off < 1.5, "bicubic enlargement and box reduction come back to the scan, within 1.5 of 16 grey levels"
+        assert off < 1.5, "bicubic enlargement and box reduction give the scan back, within 1.5 of 16 grey levels"
 
 
-def test_an_existing_set_is_not_written_over(digits: Path) -> None:
+def test_an_existing_set_is_not_overwritten(digits: Path) -> None:
     from vimscale.data import digits as embedded
 
     with pytest.raises(DataError, match="not empty"):
@@ -143,7 +143,7 @@ def test_damage_is_found_before_anything_is_trained(copy: Path, case: str) -> No
         Dataset.open(str(copy))
 
 
-def test_bytes_that_are_no_sample_name_shard_and_offset(copy: Path) -> None:
+def test_an_error_about_damaged_bytes_names_shard_and_offset(copy: Path) -> None:
     dataset = Dataset.open(str(copy))
     offset = int(np.fromfile(copy / "00000.tar.idx", "<u8")[3])
     with (copy / "00000.tar").open("r+b") as file:
@@ -173,14 +173,14 @@ def _recipe(*changes: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """130 digits in 7 shards, one of whose images is damaged; the tars are whole."""
+    """130 digits in 7 shards; one image is damaged, the tars are intact."""
     source = Dataset.open(str(digits / "val"))
     raw = [source.read(0, i) for i in range(130)]
     samples = [{"__key__": f"s{i:03d}", "png": r["png"], "cls": int(r["cls"])} for i, r in enumerate(raw)]
     samples[17]["png"] = samples[17]["png"][:90]
     folder = tmp_path_factory.mktemp("sets") / "small"
     manifest = source.manifest
-    shards.write(
+    write_set(
         folder,
         samples,
         per_shard=20,
@@ -199,7 +199,7 @@ Global = tuple[list[str], torch.Tensor, torch.Tensor]
 
 
 def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> list[Global]:
-    """Global batches [start, stop), put together from all ranks' micro-batches."""
+    """Assemble global batches [start, stop) from all ranks' micro-batches."""
     data = TrainingSet.open(sections.Data(train=str(folder)))
     config = chosen.model.shape(10)
     accumulation = chosen.micro_batch(world)[1]
@@ -226,7 +226,7 @@ def _same(some: list[Global], others: list[Global]) -> bool:
 
 @pytest.fixture(scope="module")
 def alone(small_set: Path) -> list[Global]:
-    """Steps 0 to 8 on one rank: epochs of 130 images end in steps 2, 5 and 8."""
+    """Steps 0 to 8 on one rank; epochs of 130 images end in steps 2, 5 and 8."""
     return _global(small_set, _recipe(*EVERYTHING), 1, 0, 9)
 
 
@@ -247,7 +247,9 @@ def test_global_batches_depend_on_neither_ranks_nor_workers_nor_restarts(
         ("phases=[{step: 1, image_size: 24, batch: 96}, {step: 3, batch: 24}]", "parallel.micro_batch=12"),
     ],
 )
-def test_nor_does_any_other_way_to_draw_or_cut_them(small_set: Path, changes: tuple[str, ...]) -> None:
+def test_global_batches_do_not_depend_on_ranks_with_lanes_repeats_and_phases(
+    small_set: Path, changes: tuple[str, ...]
+) -> None:
     chosen = _recipe(*EVERYTHING, *changes)
     one = _global(small_set, chosen, 1, 0, 5)
     assert _same(_global(small_set, chosen, 2, 0, 5), one)
@@ -258,7 +260,7 @@ def test_micro_batches_do_not_change_the_global_batch(small_set: Path, alone: li
     assert _same(_global(small_set, _recipe(*EVERYTHING, "parallel.micro_batch=4"), 3, 0, 4), alone[:4])
 
 
-def test_an_epoch_has_every_good_sample_and_another_in_place_of_the_bad_one(alone: list[Global]) -> None:
+def test_an_epoch_has_every_good_sample_and_a_replacement_for_the_bad_one(alone: list[Global]) -> None:
     seen = [key for keys, _, _ in alone for key in keys]
     for epoch in range(3):
         keys = seen[epoch * 130 : (epoch + 1) * 130]
@@ -267,7 +269,7 @@ def test_an_epoch_has_every_good_sample_and_another_in_place_of_the_bad_one(alon
         assert twice in {f"s{i:03d}" for i in range(20)}, "of the same shard"
 
 
-def test_a_bad_sample_is_counted_with_its_cause_and_place(small_set: Path) -> None:
+def test_a_bad_sample_is_counted_with_its_cause_and_location(small_set: Path) -> None:
     data = TrainingSet.open(sections.Data(train=str(small_set)))
     chosen = _recipe()
     batches = list(training(chosen, data, chosen.model.shape(10), rank=0, world=1, start=0, steps=3))
@@ -277,17 +279,17 @@ def test_a_bad_sample_is_counted_with_its_cause_and_place(small_set: Path) -> No
     assert len(bad) >= 1
 
 
-def test_a_shard_of_which_nothing_can_be_used_ends_the_run(tmp_path: Path) -> None:
+def test_a_shard_without_usable_samples_ends_the_run(tmp_path: Path) -> None:
     samples = [{"__key__": f"{i}", "png": b"junk", "cls": 0} for i in range(30)]
     about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
-    shards.write(tmp_path / "set", samples, per_shard=10, name="junk", **about)
+    write_set(tmp_path / "set", samples, per_shard=10, name="junk", **about)
     data = TrainingSet.open(sections.Data(train=str(tmp_path / "set")))
     chosen = _recipe()
     with pytest.raises(DataError, match=r"100 samples drawn from it in a row cannot be used.*data verify --deep"):
         next(training(chosen, data, chosen.model.shape(1), rank=0, world=1, start=0, steps=1))
 
 
-def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_tokens(small_set: Path) -> None:
+def test_images_of_several_shapes_keep_their_aspect_and_cost_about_the_same_tokens(small_set: Path) -> None:
     chosen = _recipe("augment.buckets=5", "model.image_size=64")
     data = TrainingSet.open(sections.Data(train=str(small_set)))
     config = chosen.model.shape(10)
@@ -303,7 +305,7 @@ def test_images_of_several_shapes_keep_their_aspect_and_cost_about_as_many_token
 
 
 class _Breaks(IterableDataset):
-    """One batch, then the error that a worker raises, or the end that it comes to."""
+    """Yields one batch; then the worker raises the error or, without one, kills itself."""
 
     def __init__(self, error: Exception | None):
         self.error = error
@@ -325,7 +327,7 @@ class _Breaks(IterableDataset):
     ],
     ids=["killed", "connection", "runtime", "memory"],
 )
-def test_a_worker_that_was_killed_is_told_from_one_that_raised(
+def test_a_killed_worker_is_distinguished_from_one_that_raised(
     monkeypatch: pytest.MonkeyPatch, error: Exception | None, raised: type[Exception], text: str
 ) -> None:
     look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
@@ -352,7 +354,7 @@ def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Pat
 
 def test_a_mixture_needs_the_same_classes(small_set: Path, tmp_path: Path) -> None:
     about = {"classes": ("0",), "mean": (0.5,) * 3, "std": (0.5,) * 3, "source": "", "licence": ""}
-    shards.write(tmp_path / "set", [{"__key__": "a", "png": b"", "cls": 0}], per_shard=10, name="one", **about)
+    write_set(tmp_path / "set", [{"__key__": "a", "png": b"", "cls": 0}], per_shard=10, name="one", **about)
     sources = (sections.Source(data=str(small_set)), sections.Source(data=str(tmp_path / "set")))
     with pytest.raises(DataError, match="has other classes than"):
         TrainingSet.open(sections.Data(train=sources))
@@ -364,7 +366,9 @@ def test_another_seed_gives_other_batches(small_set: Path) -> None:
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 64), (2, 64), (3, 50), (4, 359)])
-def test_an_evaluation_sees_every_image_once_in_equally_many_batches(digits: Path, world: int, batch: int) -> None:
+def test_an_evaluation_sees_every_image_once_in_the_same_number_of_batches_per_rank(
+    digits: Path, world: int, batch: int
+) -> None:
     dataset = Dataset.open(str(digits / "val"))
     ranks: list[list[Batch]] = [
         list(evaluation(dataset, rank=r, world=world, batch=batch, size=(32, 32))) for r in range(world)
@@ -375,10 +379,10 @@ def test_an_evaluation_sees_every_image_once_in_equally_many_batches(digits: Pat
     assert {part.images.shape[0] for parts in ranks for part in parts} == {batch}
 
 
-# ---- what a set is known by
+# ---- fingerprints and the cached set
 
 
-def test_the_manifest_is_what_the_fingerprint_is_of(digits: Path) -> None:
+def test_the_fingerprint_covers_the_manifest(digits: Path) -> None:
     manifest = Dataset.open(str(digits / "train")).manifest
     renamed = dataclasses.replace(manifest, name="other")
     assert renamed.fingerprint != manifest.fingerprint
@@ -414,7 +418,7 @@ def test_a_damaged_cached_set_is_written_again(
     assert sorted(path.name for path in (tmp_path / "vimscale").iterdir()) == [f"digits-{embedded._VERSION}"]
 
 
-def test_ranks_that_write_the_cached_set_at_once_all_find_it_whole(tmp_path: Path) -> None:
+def test_ranks_that_write_the_cached_set_at_the_same_time_all_find_it_complete(tmp_path: Path) -> None:
     code = "from vimscale.data.dataset import Dataset; print(Dataset.open('digits:val').manifest.samples)"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     ranks = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""The data plane as runs use it: mixtures, phases and mixing through kills, damaged sets, sets behind a web server."""
+"""Data in complete runs: mixtures, phases and mixing through kills, damaged sets, sets behind a web server."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tests.support.shell import EVERYTHING, Shell
 from tests.support.web_server import WebServer
 from vimscale.data.dataset import Dataset
-from vimscale.data.shards import manifest
+from vimscale.data.shards.manifest import write_set
 
 PROCESSES = ("--no-ray", "--workers", "2")
 SHORT = (*EVERYTHING, "checkpoint.every=6", "steps=24")
@@ -21,7 +21,7 @@ def _launch(shell: Shell, name: str, *how: str) -> list[float]:
 
 
 @pytest.mark.timeout(600)
-def test_a_run_with_all_of_it_ends_with_the_same_bits_after_a_kill_and_with_other_ranks(shell: Shell) -> None:
+def test_a_run_with_every_option_ends_with_the_same_bits_after_a_kill_and_with_other_ranks(shell: Shell) -> None:
     undisturbed = _launch(shell, "whole", *SHORT, *PROCESSES)
     killed = shell.popen("launch", "small.yaml", "name=killed", *SHORT, *PROCESSES)
     while len(shell.rows("killed")) < 13:
@@ -43,16 +43,16 @@ def test_images_of_several_shapes_are_packed_and_trained_on(shell: Shell) -> Non
 
 
 def _damaged(digits: Path, folder: Path, count: int) -> Path:
-    """The digits with the first `count` images of every shard cut off, in tars that are whole."""
+    """Write the digits with the first `count` images of every shard truncated, in intact tars."""
     source = Dataset.open(str(digits / "train"))
     samples = [source.read(shard, i) for shard, n in enumerate(source.counts) for i in range(n)]
     for number, sample in enumerate(samples):
         if number % 180 < count:
             sample["png"] = sample["png"][:60]
-    whole = source.manifest
-    about = {"classes": whole.classes, "mean": whole.mean, "std": whole.std, "source": "", "licence": ""}
+    original = source.manifest
+    about = {"classes": original.classes, "mean": original.mean, "std": original.std, "source": "", "licence": ""}
     rows = [{"__key__": s["__key__"], "png": s["png"], "cls": int(s["cls"])} for s in samples]
-    manifest.write(folder, rows, per_shard=180, name="damaged", **about)
+    write_set(folder, rows, per_shard=180, name="damaged", **about)
     return folder
 
 
@@ -73,7 +73,7 @@ def test_too_many_bad_images_end_the_run_with_one_message(shell: Shell, digits: 
     assert "Traceback" not in output
 
 
-def test_a_shard_that_breaks_in_mid_run_is_named_with_its_offset(shell: Shell, digits: Path) -> None:
+def test_a_shard_damaged_during_the_run_is_named_with_its_offset(shell: Shell, digits: Path) -> None:
     shutil.copytree(digits / "train", shell.folder / "set")
     tar = shell.folder / "set" / "00002.tar"
     offset = int(np.fromfile(f"{tar}.idx", "<u8")[7])
@@ -111,10 +111,10 @@ def test_a_run_behind_a_web_server_that_dies_and_comes_back_has_the_same_losses(
 
 
 @pytest.mark.slow
-def test_anyone_can_see_that_the_order_is_the_same_for_any_world(shell: Shell) -> None:
+def test_data_order_prints_the_same_samples_for_any_world(shell: Shell) -> None:
     def order(*how: str) -> list[str]:
         output = shell.run("data", "order", "small.yaml", *SHORT, "--from", "13", "--steps", "3", *how)
-        return [line for line in output.splitlines() if "\t" in line]  # stderr may have a word of Python's own
+        return [line for line in output.splitlines() if "\t" in line]  # stderr may hold messages of Python itself
 
     title, *alone = order("--world", "1", "--rank", "0")
     assert title.split() == ["step", "epoch", "position", "shard", "key", "pixels"]

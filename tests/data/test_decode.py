@@ -1,4 +1,4 @@
-"""Image files of every kind, whole and damaged, to upright RGB."""
+"""Image files of every kind, intact and damaged, become upright RGB."""
 
 import contextlib
 import io
@@ -85,7 +85,7 @@ CLEAR = {
 
 
 @pytest.mark.parametrize("kind", CLEAR)
-def test_transparent_pixels_are_white_and_others_as_they_were(kind: str) -> None:
+def test_transparent_pixels_become_white_and_others_stay(kind: str) -> None:
     image = decode.pixels(CLEAR[kind])
     colour = (84, 84, 84) if "grey" in kind else (200, 30, 40)
     assert (image[:, :, 10:] == 255).all()
@@ -104,11 +104,11 @@ STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""How a camera that writes this orientation has turned the upright image."""
+"""How a camera that writes this orientation has transformed the upright image."""
 
 
 def _quarters() -> Image.Image:
-    """48 x 32, its quarters of four colours: each of the eight orientations looks different."""
+    """48 x 32 pixels with quarters of four colours: each of the eight orientations looks different."""
     image = Image.new("RGB", (48, 32), (250, 0, 0))
     image.paste((0, 250, 0), (24, 0, 48, 16))
     image.paste((0, 0, 250), (0, 16, 24, 32))
@@ -117,7 +117,7 @@ def _quarters() -> Image.Image:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "JPEG, grey", "JPEG, cmyk"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_turned_photograph_is_set_upright(kind: str, orientation: int) -> None:
+def test_a_rotated_photograph_is_turned_upright(kind: str, orientation: int) -> None:
     upright = _quarters().convert({"JPEG, grey": "L", "JPEG, cmyk": "CMYK"}.get(kind, "RGB"))
     turn = STORED[orientation]
     stored = upright if turn is None else upright.transpose(turn)
@@ -134,7 +134,7 @@ def test_a_turned_photograph_is_set_upright(kind: str, orientation: int) -> None
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 50, b"Exif\0\0MM\0*\0\0\1"]
 )
-def test_metadata_that_makes_no_sense_does_not_matter(exif: bytes) -> None:
+def test_nonsensical_metadata_is_ignored(exif: bytes) -> None:
     data = _encoded(RED, "JPEG", exif=exif)
     assert decode.pixels(data).shape == (3, 10, 20)
     assert decode.size_of(data) == (10, 20)
@@ -160,10 +160,10 @@ def _cause(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_file_that_ends_early_is_bad_wherever_it_was_cut(kind: str) -> None:
+def test_a_truncated_file_is_bad_wherever_it_ends(kind: str) -> None:
     data = WHOLE[kind]
     assert decode.pixels(data).shape == (3, 40, 60)
-    last = len(data) - 40  # a PNG may do without its last, empty chunk
+    last = len(data) - 40  # a PNG can lack its last, empty chunk
     assert {_cause(data[:length]) for length in (0, 1, 3, 11, 30, *range(200, last, last // 20), last)} == {"image"}
 
 
@@ -174,22 +174,22 @@ def test_a_jpeg_that_lost_its_middle_is_bad() -> None:
     assert _cause(bytes(data)) == "image"
 
 
-def test_a_jpeg_with_an_odd_header_is_read_like_elsewhere() -> None:
+def test_a_jpeg_with_an_odd_header_is_read_as_other_decoders_do() -> None:
     data = bytearray(WHOLE["jpeg"])
     scan = data.index(b"\xff\xda")
     end = scan + 2 + struct.unpack_from(">H", data, scan + 2)[0]
     assert data[end - 3 : end] == b"\0\x3f\0"
-    data[end - 2] = 0  # spectral selection says nothing in a sequential file
+    data[end - 2] = 0  # spectral selection has no meaning in a sequential file
     assert torch.equal(decode.pixels(bytes(data)), decode.pixels(WHOLE["jpeg"]))
 
 
-def test_other_files_are_no_images_whatever_they_are_called() -> None:
+def test_other_files_are_not_images_whatever_their_name() -> None:
     for data in (b"", b"<html>not found</html>", _encoded(RED, "GIF"), _encoded(RED, "EPS"), _encoded(RED, "TIFF")):
         assert _cause(data) == "image"
 
 
 def _without(chunk: bytes) -> bytes:
-    """A PNG with a palette, without one of its chunks."""
+    """A palette PNG that lacks one of its chunks."""
     data = WHOLE["png, palette"]
     start = data.index(chunk) - 4
     return data[:start] + data[start + 12 + struct.unpack_from(">I", data, start)[0] :]
@@ -204,7 +204,9 @@ def test_a_png_without_a_chunk_it_needs_is_bad() -> None:
 
 @pytest.mark.parametrize("raised", [AssertionError(), KeyError("tag"), RecursionError(), NotImplementedError("mode")])
 @pytest.mark.parametrize("where", ["open", "load", "getexif"])
-def test_whatever_a_decoder_raises_is_damage(monkeypatch: pytest.MonkeyPatch, raised: Exception, where: str) -> None:
+def test_any_exception_of_a_decoder_means_a_damaged_image(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, where: str
+) -> None:
     from PIL import PngImagePlugin
 
     def fail(*arguments: object) -> None:
@@ -220,7 +222,7 @@ def test_whatever_a_decoder_raises_is_damage(monkeypatch: pytest.MonkeyPatch, ra
         assert _cause(data) == "image"
 
 
-def test_want_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_error_does_not_mean_a_damaged_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise MemoryError
 
@@ -230,7 +232,7 @@ def test_want_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_flipped_byte_makes_an_image_bad_or_another_one_and_nothing_else(kind: str) -> None:
+def test_a_flipped_byte_makes_an_image_bad_or_different_and_nothing_else(kind: str) -> None:
     draw = np.random.default_rng(0)
     for _ in range(100):
         data = bytearray(WHOLE[kind])
@@ -264,7 +266,7 @@ def test_an_image_of_too_many_pixels_is_refused_from_its_header(side: int) -> No
             decode.size_of(data)
 
 
-# all of a WebP's chunks are counted when it is opened
+# Pillow counts all chunks of a WebP when it opens it
 @pytest.mark.parametrize("kind", [kind for kind in WHOLE if kind != "webp"])
 def test_the_size_needs_no_more_than_the_header(kind: str) -> None:
     assert decode.size_of(WHOLE[kind][: max(len(WHOLE[kind]) // 2, 1200)]) == (40, 60)
@@ -280,9 +282,9 @@ def test_the_size_needs_no_more_than_the_header(kind: str) -> None:
         ({"jpg": WHOLE["jpeg"][:700], "cls": b"1"}, "image", "cannot be decoded"),
         ({"png": KINDS["png"][0]}, "no label", "member .cls"),
         ({"png": KINDS["png"][0], "cls": b"cat"}, "no label", "member .cls"),
-        ({"png": KINDS["png"][0], "cls": b"10"}, "label", "label 10 is none of the 10 classes, 0 to 9"),
-        ({"png": KINDS["png"][0], "cls": b"-1"}, "label", "label -1 is none"),
-        ({"png": KINDS["png"][0], "cls": b"9" * 4000}, "label", r"label 9{51} … 9{26} is none"),
+        ({"png": KINDS["png"][0], "cls": b"10"}, "label", "label 10 is not one of the 10 classes, 0 to 9"),
+        ({"png": KINDS["png"][0], "cls": b"-1"}, "label", "label -1 is not one"),
+        ({"png": KINDS["png"][0], "cls": b"9" * 4000}, "label", r"label 9{51} … 9{26} is not one"),
         ({"png": KINDS["png"][0], "cls": b"9" * 5000}, "no label", "member .cls"),
         ({"txt": b"a caption", "cls": b"1"}, "no image", "no image among its members"),
     ],
@@ -295,7 +297,7 @@ def test_a_bad_sample_is_named_with_its_shard_and_key(sample: dict, cause: str, 
 
 
 class _Hostile:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -317,11 +319,11 @@ def test_pickles_in_a_sample_are_never_run(tmp_path: Path) -> None:
     assert trace.exists(), "it would have left a trace"
 
 
-# ---- files that were made to do harm
+# ---- hostile files
 
 
 def _many_scans(side: int, more: int) -> bytes:
-    """A progressive JPEG whose last scan comes again."""
+    """A progressive JPEG whose last scan is repeated."""
     data = _encoded(Image.new("RGB", (side, side)), "JPEG", progressive=True)
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + b"\xff\xd9"
 
@@ -335,11 +337,11 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 PLAIN = {kind: _encoded(Image.new("RGB", (40, 60)), kind) for kind in ("JPEG", "PNG")}
-EXIF = b"\xff\xe1\0\2"  # which leads to Pillow
+EXIF = b"\xff\xe1\0\2"  # makes Pillow read the header
 MANY = 100_001
 BOMBS = {
-    "scans": (_many_scans(16, 91), "it has 101 scans, and at most 100 are read"),
-    "fewer scans of more pixels": (_many_scans(4000, 71), "it has 81 scans, and at most 80 are read"),
+    "scans": (_many_scans(16, 91), "it has 101 scans; at most 100 are read"),
+    "fewer scans of more pixels": (_many_scans(4000, 71), "it has 81 scans; at most 80 are read"),
     "scans behind a thumbnail": (_behind(_many_scans(16, 91), 2, EXIF, 1), "it has 101 scans"),
     "scans behind fill bytes": (_many_scans(16, 91).replace(b"\xff\xda", b"\xff\xff\xff\xda"), "it has 101 scans"),
     "scans behind segments": (_behind(_many_scans(16, 91), 2, b"\xff\xfe\0\2", MANY), "more than 100,000 parts"),
@@ -359,14 +361,14 @@ BOMBS = {
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_small_file_that_costs_minutes_is_refused(case: str) -> None:
-    data, said = BOMBS[case]
-    with pytest.raises(BadSample, match=said) as caught:
+    data, expected = BOMBS[case]
+    with pytest.raises(BadSample, match=expected) as caught:
         decode.pixels(data)
     assert caught.value.cause == "image"
     assert len(str(caught.value)) < 300
 
 
-def test_what_looks_like_a_bomb_and_is_none_is_read() -> None:
+def test_a_harmless_file_that_looks_like_a_bomb_is_read() -> None:
     kept = decode.pixels(_many_scans(16, 90))
     assert kept.shape == (3, 16, 16)
     marks = b"\xff\xe2" + struct.pack(">H", 60_002) + b"\xff\xda" * 30_000  # metadata may hold anything
@@ -379,19 +381,19 @@ def test_what_looks_like_a_bomb_and_is_none_is_read() -> None:
 def test_of_thousands_of_frames_the_first_is_read(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), (250 if i == 0 else 0, i % 256, i // 256)) for i in range(1000)]
     data = _encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    extension, _, height, width, image = shapes.shape(data, "here", "a", shapes.Options(), look=True)
+    extension, _, height, width, image = shapes.shape(data, "here", "a", shapes.Options(), measure=True)
     assert (extension, height, width) == ("png" if kind == "GIF" else kind.lower(), 8, 8)
     assert image is not None
     assert image[0].min() > 200
 
 
-def test_a_gif_of_comments_alone_is_refused() -> None:
+def test_a_gif_of_only_comments_is_refused() -> None:
     data = _encoded(Image.new("P", (8, 8)), "GIF")
     with pytest.raises(BadSample, match="more than 100,000 parts"):
         shapes.header(_behind(data, data.index(b","), b"!\xfe\1c\0", 50_001), "here")
 
 
-def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_not_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (str(tmp_path / "pipe.png"), "/dev/zero"):
         with pytest.raises(BadSample, match="not a regular file"):

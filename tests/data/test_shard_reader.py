@@ -1,4 +1,4 @@
-"""Shards as files: whatever is damaged is named with its offset, and a sample is what webdataset makes of it."""
+"""Shards as files: damage is named with its offset, and samples are parsed as webdataset parses them."""
 
 import io
 import tarfile
@@ -16,8 +16,8 @@ from vimscale.errors import DataError
 
 
 KNOWN_BEFORE = {
-    "cut inside a member": (resized(SAMPLE * 3 + 5000), "00002.tar has 37,256 bytes, not 92,160"),
-    "cut at a header": (resized(SAMPLE * 3), "00002.tar has 32,256 bytes, not 92,160"),
+    "truncated inside a member": (resized(SAMPLE * 3 + 5000), "00002.tar has 37,256 bytes, not 92,160"),
+    "truncated at a header": (resized(SAMPLE * 3), "00002.tar has 32,256 bytes, not 92,160"),
     "empty": (resized(0), "00002.tar has 0 bytes, not 92,160"),
     "a page": (lambda path: path.write_text("<html>not found</html>"), "00002.tar has 22 bytes, not 92,160"),
     "missing": (Path.unlink, "00002.tar is missing"),
@@ -26,32 +26,38 @@ KNOWN_BEFORE = {
 
 
 @pytest.mark.parametrize("case", KNOWN_BEFORE)
-def test_a_shard_of_another_size_is_named_before_anything_is_read(folder: Path, case: str) -> None:
-    harm, said = KNOWN_BEFORE[case]
+def test_a_shard_of_another_size_is_named_before_reading(folder: Path, case: str) -> None:
+    harm, expected = KNOWN_BEFORE[case]
     harm(folder / "00002.tar")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=expected):
         Dataset.open(str(folder))
 
 
 KNOWN_AT_READING = {
-    "a corrupt header": (".tar", overwrite(SAMPLE * 5, b"\xff" * 300), 5, SAMPLE * 5, "no header of a member"),
-    "a corrupt second header": (".tar", overwrite(SAMPLE * 5 + 1024, b"x"), 5, SAMPLE * 5 + 1024, "no header"),
-    "no samples": (".tar", overwrite(0, bytes(BYTES)), 0, 0, "no header of a member"),
-    "a page": (".tar", overwrite(0, b"<html>" * 2000), 0, 0, "no header of a member"),
-    "an offset that is none": (".tar.idx", moved(3, 512), 3, SAMPLE * 3 + 512, "no header of a member"),
-    "an offset in the middle": (".tar.idx", moved(3, 1024), 2, SAMPLE * 2, "2 samples where one should be: 2-2, 2-3"),
-    "an end that is none": (".tar.idx", moved(SAMPLES, -9728), 0, SAMPLE * SAMPLES - 9728, "the tar goes on"),
-    "no whole block": (".tar.idx", moved(3, 7), 3, None, "does not index 8 samples of a 92,160 byte shard"),
-    "cut after it was checked": (".tar", resized(SAMPLE * 3 + 5000), 3, SAMPLE * 3 + 5000, "the file ends there"),
+    "a corrupt header": (".tar", overwrite(SAMPLE * 5, b"\xff" * 300), 5, SAMPLE * 5, "no member header"),
+    "a corrupt second header": (".tar", overwrite(SAMPLE * 5 + 1024, b"x"), 5, SAMPLE * 5 + 1024, "no member header"),
+    "no samples": (".tar", overwrite(0, bytes(BYTES)), 0, 0, "no member header"),
+    "a page": (".tar", overwrite(0, b"<html>" * 2000), 0, 0, "no member header"),
+    "an offset of no header": (".tar.idx", moved(3, 512), 3, SAMPLE * 3 + 512, "no member header"),
+    "an offset in the middle": (".tar.idx", moved(3, 1024), 2, SAMPLE * 2, "2 samples instead of one: 2-2, 2-3"),
+    "an end before the end": (
+        ".tar.idx",
+        moved(SAMPLES, -9728),
+        0,
+        SAMPLE * SAMPLES - 9728,
+        "the tar has more members",
+    ),
+    "an offset within a block": (".tar.idx", moved(3, 7), 3, None, "does not index 8 samples of a 92,160 byte shard"),
+    "truncated after the check": (".tar", resized(SAMPLE * 3 + 5000), 3, SAMPLE * 3 + 5000, "the file ends there"),
 }
 
 
 @pytest.mark.parametrize("case", KNOWN_AT_READING)
-def test_bytes_that_are_no_sample_are_named_with_shard_and_offset(folder: Path, case: str) -> None:
-    suffix, harm, i, offset, said = KNOWN_AT_READING[case]
+def test_damaged_bytes_are_named_with_shard_and_offset(folder: Path, case: str) -> None:
+    suffix, harm, i, offset, expected = KNOWN_AT_READING[case]
     dataset = Dataset.open(str(folder))
     harm(folder / f"00002{suffix}")
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=expected) as caught:
         dataset.read(2, i)
     assert f"{folder}/00002.tar" in str(caught.value)
     assert offset is None or f"offset {offset}:" in str(caught.value)
@@ -65,7 +71,7 @@ def test_a_shard_that_vanishes_is_named(folder: Path) -> None:
         dataset.read(2, 0)
 
 
-def test_shards_may_stand_elsewhere_than_their_manifest(tmp_path: Path, expected: list) -> None:
+def test_shards_may_be_elsewhere_than_their_manifest(tmp_path: Path, expected: list) -> None:
     for name, base in (("beside", "../shards-beside"), ("absolute", str(tmp_path / "shards-absolute"))):
         folder = write_set(tmp_path / name, base=base)
         (tmp_path / f"shards-{name}").mkdir()
@@ -97,13 +103,13 @@ PARSED = {
     "long names": [(f"{LONG}/a.png", b"x"), (f"{LONG}/a.cls", b"1")],
     "names that are not ASCII": [("größe.png", b"x"), ("größe.cls", b"1")],
     "in a hidden folder": [("a/.b/a.png", b"x"), ("a/.b/a.cls", b"1")],
-    "what webdataset passes over": [("__meta__", b"?"), ("a.png", b"x"), ("README", b"?"), ("a.cls", b"1")],
+    "what webdataset skips": [("__meta__", b"?"), ("a.png", b"x"), ("README", b"?"), ("a.cls", b"1")],
 }
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("case", PARSED)
-def test_a_sample_is_what_webdataset_makes_of_it(case: str, kind: int) -> None:
+def test_a_sample_is_parsed_as_webdataset_parses_it(case: str, kind: int) -> None:
     data = _tar(*PARSED[case], kind=kind)
     stream = {"url": "shard", "stream": io.BytesIO(data)}
     (theirs,) = group_by_keys(tar_file_expander([stream]))
@@ -124,6 +130,6 @@ def test_what_is_not_one_sample_is_refused(members: list) -> None:
         shard_reader.parse(_tar(*members), "shard")
 
 
-def test_members_are_bytes_whatever_their_name_says() -> None:
+def test_members_are_bytes_whatever_their_extension() -> None:
     harm = b"cposix\nsystem\n(S'exit 1'\ntR."
     assert shard_reader.parse(_tar(("a.pyd", harm), ("a.pickle", harm), ("a.png", b"x")), "shard")["pyd"] == harm

@@ -1,4 +1,4 @@
-"""Where samples start in a tar: as tarfile finds them, and every kind of damage named with its offset."""
+"""Offsets of samples in a tar: as tarfile finds them, and every kind of damage named with its offset."""
 
 import io
 import tarfile
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from vimscale.data.shards import manifest
+from vimscale.data.shards.manifest import index_of
 from vimscale.errors import DataError
 from vimscale.prepare.index import walk
 
 
 def _reference(path: Path) -> list[int]:
-    """Offsets as Energon takes them from tarfile."""
+    """Find offsets with tarfile, as Energon does."""
     offsets, last = [], None
     with tarfile.open(path) as tar:
         for member in tar:
@@ -26,7 +26,7 @@ def _reference(path: Path) -> list[int]:
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("length", [5, 90, 180])
-def test_offsets_are_those_tarfile_finds_however_names_are_written(tmp_path: Path, form: int, length: int) -> None:
+def test_offsets_are_those_tarfile_finds_in_any_format_of_names(tmp_path: Path, form: int, length: int) -> None:
     path = tmp_path / "a.tar"
     folder = "/".join(["n" * 40] * (length // 41))
     with tarfile.open(path, "w", format=form) as tar:
@@ -41,12 +41,12 @@ def test_offsets_are_those_tarfile_finds_however_names_are_written(tmp_path: Pat
     assert len(keys) == 7
 
 
-def test_the_writers_index_is_the_walks(digits: Path) -> None:
+def test_the_writers_index_is_what_walk_finds(digits: Path) -> None:
     for path in (digits / "val").glob("*.tar"):
-        assert manifest.index_of(path).read_bytes() == walk(path)[0].tobytes()
+        assert index_of(path).read_bytes() == walk(path)[0].tobytes()
 
 
-def test_folders_links_and_metadata_are_part_of_no_sample(tmp_path: Path) -> None:
+def test_folders_links_and_metadata_belong_to_no_sample(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         folder = tarfile.TarInfo("n01")
@@ -85,11 +85,11 @@ def _flip(data: bytearray, at: int) -> bytes:
 
 
 BROKEN = {
-    "cut in a member": (
+    "truncated in a member": (
         _damaged(lambda d: d[:700]),
-        r"offset 0: member a.jpg has 1,000 bytes, 188 are there: it is cut",
+        r"offset 0: member a.jpg has 1,000 bytes, 188 are there: it is truncated",
     ),
-    "cut at a header": (_damaged(lambda d: d[: d.index(b"b.jpg")]), r"offset \d{4}: the file ends here"),
+    "truncated at a header": (_damaged(lambda d: d[: d.index(b"b.jpg")]), r"offset \d{4}: the file ends here"),
     "one zero block at its end": (
         _damaged(lambda d: d[: len(d.rstrip(b"\0")) // 512 * 512 + 1024]),
         r"offset \d{4}: the tar ends in one zero block",
@@ -101,8 +101,8 @@ BROKEN = {
         lambda path: path.write_bytes(b"\x1f\x8b" + bytes(999)),
         "offset 0: no tar header: the file is compressed",
     ),
-    "a tar behind a tar": (_damaged(lambda d: bytes(d) * 2), "the tar ends here, and more follows"),
-    "a key that comes back": (lambda path: _pack(path, "a.jpg", "b.jpg", "a.cls"), r"offset \d+: sample a comes back"),
+    "a tar appended to a tar": (_damaged(lambda d: bytes(d) * 2), "the tar ends here, but more bytes follow"),
+    "a key that returns": (lambda path: _pack(path, "a.jpg", "b.jpg", "a.cls"), r"offset \d+: sample a comes back"),
     "a member twice": (lambda path: _pack(path, "a.jpg", "a.JPG"), r"offset \d+: member a.JPG is there twice"),
 }
 

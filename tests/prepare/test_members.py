@@ -1,4 +1,4 @@
-"""Members of tars by any name: each is part of a sample or said to be none, and the image is the one that was meant."""
+"""Members of tars by any name: each belongs to a sample or is reported as ignored, and the right one is the image."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from vimscale.errors import DataError
 from vimscale.prepare import adopt, merge
 from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.inspection import inspect, repair
-from vimscale.prepare.make import prepare
+from vimscale.prepare.make import finished, prepare
 from vimscale.prepare.shapes import Options
 
 
@@ -46,10 +46,10 @@ def _samples(folder: Path) -> dict[str, dict]:
 
 
 def _sides(folder: Path) -> set[int]:
-    """Heights of the images that training reads."""
+    """Return the heights of the images that training reads."""
     dataset = Dataset.open(str(folder))
-    places = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
-    return {stream._read(dataset, *place)[0].shape[1] for place in places}
+    samples = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
+    return {stream._read(dataset, *sample)[0].shape[1] for sample in samples}
 
 
 # ---- names
@@ -71,7 +71,7 @@ LEFT_BEHIND = (
 @pytest.mark.parametrize(
     "name", [*LEFT_BEHIND, "README", "n01/", "__meta__", "__x__/a.jpg", "a.__key__", "n.1/a.__url__"]
 )
-def test_files_that_machines_leave_are_part_of_no_sample(name: str) -> None:
+def test_files_that_systems_leave_behind_belong_to_no_sample(name: str) -> None:
     assert split_name(name) is None
 
 
@@ -104,13 +104,13 @@ def test_left_behind_files_change_nothing_and_are_counted(tmp_path: Path, caplog
         assert caplog.text == ""
         prepare(str(littered), tmp_path / "b", Options(), Columns())
         adopt.index([str(littered)], None)
-    passed = len(mixed) - len(own)
-    assert caplog.text.count(f"{passed} files in the tars are part of no sample and passed over: ._0001.jpg") == 2
+    ignored = len(mixed) - len(own)
+    assert caplog.text.count(f"{ignored} files in the tars belong to no sample and are ignored: ._0001.jpg") == 2
     assert _samples(tmp_path / "a") == _samples(tmp_path / "b") == _samples(clean) == _samples(littered)
     assert not inspect.verify(inspect.locate(str(littered)), deep=True)[0].faults
 
 
-def test_left_behind_files_in_folders_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_behind_files_in_folders_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train/a/x.jpg", "val/a/y.jpg", "train/a/._x.jpg", "train/__MACOSX/a/x.jpg", "__MACOSX/b/x.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(_image())
@@ -121,13 +121,13 @@ def test_left_behind_files_in_folders_are_passed_over(tmp_path: Path, caplog: py
         "train": (("a",), 1),
         "val": (("a",), 1),
     }
-    assert "files that are no images are passed over: 1 hidden" in caplog.text
+    assert "files that are not images are ignored: 1 hidden" in caplog.text
     (tmp_path / "in/docs").mkdir()
     with pytest.raises(DataError, match=r"it has splits, and other folders \(docs\)"):
         prepare(str(tmp_path / "in"), tmp_path / "other", Options(), Columns())
 
 
-def test_names_with_dots_are_taken_apart_at_their_labels(tmp_path: Path) -> None:
+def test_names_with_dots_are_separated_by_their_labels(tmp_path: Path) -> None:
     members = [
         (f"n01/photo.2021.{i}.{ext}", data)
         for i in range(3)
@@ -161,12 +161,12 @@ def test_members_of_any_extension_are_kept(tmp_path: Path, caplog: pytest.LogCap
     for made, names in ((folder, others), (tmp_path / "set", {**others, "other.image": b"no image"})):
         names = {name: data for name, data in names.items() if made == folder or name != "image"}
         assert _samples(made) == {"s": {**names, "jpg": _image(), "cls": b"0"}}
-    assert caplog.text.count("passed over: s.__key__") == 2
+    assert caplog.text.count("are ignored: s.__key__") == 2
 
 
-def test_a_tar_of_nothing_but_hidden_files_says_so(tmp_path: Path) -> None:
+def test_a_tar_of_only_hidden_files_is_an_error(tmp_path: Path) -> None:
     folder = _pack(tmp_path / "in", [(".cache/s.jpg", _image()), (".cache/s.cls", b"0")])
-    with pytest.raises(DataError, match=r"holds no samples \(2 files in the tars .* passed over: .cache/s.jpg, "):
+    with pytest.raises(DataError, match=r"holds no samples \(2 files in the tars .* are ignored: .cache/s.jpg, "):
         adopt.index([str(folder)], None)
 
 
@@ -188,7 +188,7 @@ def test_tars_that_are_not_sorted_are_prepared_and_not_indexed(tmp_path: Path) -
     }
 
 
-# ---- the image among others
+# ---- several images in a sample
 
 KINDS = {"tif": "TIFF", "bmp": "BMP", "gif": "GIF", "ppm": "PPM", "jfif": "JPEG", "webp": "WEBP", "jpg": "JPEG"}
 
@@ -199,7 +199,7 @@ def _masked(folder: Path, ext: str, *, mask: str = "png") -> Path:
 
 
 @pytest.mark.parametrize("ext", ["tif", "bmp", "gif", "ppm", "webp", "input.jpg"])
-def test_of_several_images_the_user_says_which(tmp_path: Path, ext: str) -> None:
+def test_the_user_chooses_one_of_several_images(tmp_path: Path, ext: str) -> None:
     mask = "target.png" if "." in ext else "png"
     folder = _masked(tmp_path / "in", ext, mask=mask)
     for work in (
@@ -207,7 +207,7 @@ def test_of_several_images_the_user_says_which(tmp_path: Path, ext: str) -> None
         lambda: prepare(str(folder), tmp_path / "set", Options(), Columns()),
     ):
         with pytest.raises(
-            DataError, match=rf"sample s0: {ext} and {mask} may each be the image; say which with --image"
+            DataError, match=rf"sample s0: {ext} and {mask} may each be the image; choose one with --image"
         ):
             work()
     images = prepare(str(folder), tmp_path / "set", Options(), Columns(members=(ext,)))
@@ -216,7 +216,9 @@ def test_of_several_images_the_user_says_which(tmp_path: Path, ext: str) -> None
     assert (_sides(tmp_path / "set"), _sides(tmp_path / "masks")) == ({40}, {8})
     kept = {"target.png"} if "." in ext else {"other.png"}
     assert _samples(tmp_path / "set")["s0"].keys() - {"jpg", "png", "webp", "cls"} == kept
-    assert "image" not in json.loads((tmp_path / "set/manifest.json").read_text()), "one member is left that may be it"
+    assert "image" not in json.loads((tmp_path / "set/manifest.json").read_text()), (
+        "only one member is left that may be the image"
+    )
 
 
 def test_next_to_a_mask_a_jpeg_is_the_image(tmp_path: Path) -> None:
@@ -258,3 +260,11 @@ def test_a_choice_of_members_needs_members(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("path,label\na.jpg,0\n")
     with pytest.raises(DataError, match="--image names a member of samples in tars"):
         prepare(str(tmp_path / "in.csv"), tmp_path / "set", Options(), Columns(members=("jpg",)))
+
+
+def test_a_finished_set_of_a_chosen_member_is_recognized(tmp_path: Path) -> None:
+    folder, options, columns = _masked(tmp_path / "in", "jfif"), Options(), Columns(members=("jfif",))
+    written = prepare(str(folder), tmp_path / "set", options, columns)
+    assert finished(str(folder), tmp_path / "set", options, columns) == written
+    with pytest.raises(DataError, match="made from another input or with other options"):
+        finished(str(folder), tmp_path / "set", options, Columns(members=("png",)))

@@ -1,4 +1,4 @@
-"""Images as they are prepared: pixels wider than 8 bits are scaled, or refused by name; none fails a set."""
+"""Images during preparation: pixels wider than 8 bits are scaled, or refused with a reason."""
 
 import io
 import struct
@@ -36,9 +36,9 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def _prepared(data: bytes, options: Options = Options()) -> np.ndarray:  # noqa: B008  it is frozen
-    """What training sees of an image that was prepared."""
-    extension, stored, height, width, _ = shape(data, "in", "k", options, look=True)
+def _prepared(data: bytes, options: Options = Options()) -> np.ndarray:  # noqa: B008  frozen
+    """Prepare an image and return what training sees of it."""
+    extension, stored, height, width, _ = shape(data, "in", "k", options, measure=True)
     assert extension in decode.EXTENSIONS
     pixels = decode.pixels(stored)
     assert pixels.shape == (3, height, width)
@@ -62,7 +62,7 @@ def test_wide_pixels_keep_their_upper_eight_bits(kind: str) -> None:
     assert np.array_equal(_prepared(WIDE[kind]), np.repeat((RAMP >> 8)[..., None], 3, 2))
 
 
-def test_pixels_of_another_range_are_scaled_from_it() -> None:
+def test_pixels_of_another_range_are_scaled_to_8_bits() -> None:
     expected = RAMP / 65535 * 255
     twelve = b"P5 20 10 4095\n" + (RAMP >> 4).astype(">u2").tobytes()
     floats = [_tiff((RAMP / 65535).astype("<f4").tobytes(), 32, kind=3)]
@@ -78,24 +78,24 @@ def test_pixels_of_another_range_are_scaled_from_it() -> None:
         (_tiff(RAMP.astype("<i4").tobytes(), 32, kind=2), "signed whole numbers of 32 bits"),
         (_tiff(RAMP.astype("<i2").tobytes(), 16, kind=2), "signed whole numbers of 16 bits"),
         (_tiff(RAMP.astype("i1").tobytes(), 8, kind=2), "signed whole numbers of 8 bits"),
-        (_tiff((RAMP / 257).astype("<f4").tobytes(), 32, kind=3), "floats from 0 to 255, and are read from 0 to 1"),
+        (_tiff((RAMP / 257).astype("<f4").tobytes(), 32, kind=3), "floats from 0 to 255, but must be from 0 to 1"),
         (_tiff((RAMP / 65535 - 0.5).astype("<f4").tobytes(), 32, kind=3), "floats from -0.5 to 0.5"),
         (_tiff(np.full(200, np.nan, "<f4").tobytes(), 32, kind=3), "floats from nan to nan"),
     ],
 )
-def test_pixels_whose_range_nothing_tells_are_refused(data: bytes, why: str) -> None:
+def test_pixels_of_an_unknown_range_are_refused(data: bytes, why: str) -> None:
     with pytest.raises(BadSample, match=rf"in, sample k: .*{why}") as caught:
         _prepared(data)
     assert caught.value.cause == "image"
 
 
-def test_a_grey_value_that_is_transparent_becomes_white_in_16_bits_too() -> None:
+def test_a_transparent_grey_value_becomes_white_in_16_bits_too() -> None:
     image = _prepared(_saved(Image.fromarray(RAMP), "PNG", transparency=int(RAMP[3, 4])))
     assert (image[3, 4] == 255).all()
     assert np.array_equal(np.delete(image[..., 0], 64), np.delete(RAMP >> 8, 64))
 
 
-def test_modes_that_are_not_rgb_become_what_they_show() -> None:
+def test_other_modes_become_the_rgb_that_they_show() -> None:
     red, white = (200, 30, 40), (255, 255, 255)
     clear = Image.new("RGBA", (20, 10), (*red, 255))
     clear.paste((*red, 0), (10, 0, 20, 10))
@@ -120,7 +120,7 @@ def test_modes_that_are_not_rgb_become_what_they_show() -> None:
 @pytest.mark.parametrize("side", [(3, 200_000), (200_000, 3)])
 def test_a_strip_too_long_for_a_jpeg_becomes_a_png(side: tuple[int, int]) -> None:
     extension, data, height, width, _ = shape(
-        _saved(Image.new("RGB", side, (9, 8, 7)), "PNG"), "in", "k", Options(resize=1), look=False
+        _saved(Image.new("RGB", side, (9, 8, 7)), "PNG"), "in", "k", Options(resize=1), measure=False
     )
     assert (extension, sorted((height, width))) == ("png", [1, 66_667])
     assert decode.size_of(data) == (height, width)

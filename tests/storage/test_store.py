@@ -103,7 +103,7 @@ def test_an_index_that_is_missing_or_of_another_shard_is_named(server: WebServer
     moved(2, 512)(folder / "00001.tar.idx")
     moved(2, 7)(folder / "00002.tar.idx")
     dataset = Dataset.open(f"{server.url}/train")
-    with pytest.raises(DataError, match=r"00000.tar has no index \(.idx\) beside it; .* `vimscale data index`"):
+    with pytest.raises(DataError, match=r"00000.tar has no index \(.idx\) next to it; .* `vimscale data index`"):
         dataset.read(0, 0)
     with pytest.raises(DataError, match=rf"00001.tar, offset {2 * SAMPLE + 512}: the index does not fit the tar"):
         dataset.read(1, 0)

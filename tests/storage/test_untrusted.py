@@ -16,7 +16,7 @@ from tests.support.web_server import WebServer
 from vimscale.checkpoint import mirror
 from vimscale.checkpoint.load import Reader, read_train_state
 from vimscale.data.dataset import Dataset
-from vimscale.data.shards import manifest as shards
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, DataError, LaunchError
 from vimscale.guard import report
 from vimscale.launch.cluster import Cluster
@@ -58,7 +58,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict], Any], str]] = {
     **{f"name {i}": (_shard(name=name), "the name|shards.1..name") for i, name in enumerate(NAMES)},
     "an index as shard": (_shard(name="00000.tar.idx"), "shards end in .tar"),
     "the manifest as shard": (_shard(name="manifest.json"), "shards end in .tar"),
-    "a shard twice": (_shard(name="00000.tar"), "the shard 00000.tar is there twice"),
+    "a shard twice": (_shard(name="00000.tar"), "the shard 00000.tar is listed twice"),
     "no samples": (_shard(samples=-8), "cannot hold -8 samples"),
     "too many samples": (_shard(samples=10**15, bytes=10**18), "cannot hold 1,000,000,000,000,000 samples"),
     "more samples than bytes": (_shard(samples=181), "cannot hold 181 samples in 92,160 bytes"),
@@ -77,7 +77,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict], Any], str]] = {
     "two means": (lambda tree: tree.update(mean=[0.5, 0.5]), "mean has 2 values, not 3"),
     "no deviation": (lambda tree: tree.update(std=[0.2, 0, 0.2]), "images are divided by it"),
     "labels of others": (lambda tree: tree.update(labels=[6] * 9), "labels does not count"),
-    "sides in words": (lambda tree: tree.update(sides={"²": 1}), "which is no number of pixels"),
+    "sides in words": (lambda tree: tree.update(sides={"²": 1}), "which is not a number of pixels"),
     "a base with NUL": (lambda tree: tree.update(base="a\0b"), "base is"),
     "another format": (lambda tree: tree.update(format=[1] * 1000), "format a list, this version reads 1"),
     "true format": (lambda tree: tree.update(format=True), "format is true"),
@@ -88,7 +88,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict], Any], str]] = {
 def _one_line(tree: dict | bytes, said: str) -> None:
     text = tree if isinstance(tree, bytes) else json.dumps(tree)
     with pytest.raises(DataError, match=rf"^data there: manifest[^\n]*({said})[^\n]*$") as caught:
-        shards.Manifest.from_json(text, "there")
+        Manifest.from_json(text, "there")
     assert len(str(caught.value)) < 300
 
 
@@ -167,7 +167,7 @@ def test_a_split_that_leads_out_of_the_folder_is_refused(monkeypatch: pytest.Mon
     rows = Rows()
     rows.add("a", "cat", 1, "a.jpg")
     for split in ("../../home", "a/b", "..", "a\0"):
-        with pytest.raises(DataError, match="a split, which becomes a folder: the name"):
+        with pytest.raises(DataError, match="a split becomes a folder: the name"):
             sources._checked("hf:x", Files(), {split: rows}, Columns())
 
 

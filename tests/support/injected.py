@@ -75,7 +75,7 @@ def _in_batches(rank: int, change: Callable[[Any], Any], bad: range = BAD) -> No
 
     def changed(self: Any, batch: Any) -> Any:
         images, targets = prepare(self, batch)
-        here = batch.places and (bad.start - 1) * 32 <= batch.places[-1].position < (bad.stop - 1) * 32
+        here = batch.refs and (bad.start - 1) * 32 <= batch.refs[-1].position < (bad.stop - 1) * 32
         return (change(images) if here else images), targets
 
     if rank == dist.get_world_size() - 1:

@@ -1,1 +1,5 @@
-"""Tar shards to batches: shards -> plan -> stream; decode and augment per image."""
+"""From tar shards to batches on the device: data sets, the order of samples, the stream of batches, prefetching.
+
+shards/ reads and writes tars, images/ decodes and augments. Imports recipe, model, storage and errors; prepare,
+checkpoint, export, train, guard and launch import it.
+"""

@@ -1,10 +1,11 @@
-"""Which sample stands where: order = f(seed, step, place in the batch, shard sizes), whoever asks and whenever.
+"""The order of samples: a pure function of seed, step, slot in the batch and shard sizes.
 
-    step, place in the global batch  ->  lane, turn in it  ->  data set, its own turn  ->  epoch, shard, sample
+    step, slot in the global batch  ->  lane, turn in it  ->  data set, turn in that  ->  epoch, shard, sample
 
-Each arrow is a function in closed form, so any step is found without the ones before it. An epoch is a permutation of a
-data set: shards are permuted, cut into lanes, taken in windows, and the samples of a window permuted. So reading stays
-near-sequential, and a node that works on some lanes needs their shards alone.
+A turn counts images: those of a lane, or those that a lane takes from one data set. Each arrow is a function in closed
+form, so any step is found without computing the steps before it. An epoch is a permutation of a data set: it permutes
+the shards, cuts them into lanes, groups each lane's shards into windows, and permutes the samples of each window.
+Reading therefore stays near-sequential, and a node that works on some lanes needs only their shards.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,53 +27,64 @@ PER_VIEW = 12 << 60
 
 
 def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
-    """A counter-based generator (Philox): reachable at any point without drawing what comes before. `counter`: up to
-    three numbers.
+    """Return a counter-based generator (Philox) that starts at any point of a stream without drawing what comes before.
+
+    `counter` is up to three numbers.
     """
     first, second, third = (*counter, 0, 0, 0)[:3]
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, second, first, third]))
 
 
 class SampleRef(NamedTuple):
-    """A sample, and where in the run it stands."""
+    """A sample, and its position in the run."""
 
     position: int
-    """Images of the run before this one: what its generator is made from."""
+    """Images of the run before this one. It keys the sample's random generator."""
     source: int
-    """Which data set of the mixture."""
+    """Index of the data set in the mixture."""
     epoch: int
     shard: int
     sample: int
 
 
-class Plan:
+Skipped = Sequence[tuple[int, int]]
+"""(step, images): from that step on, this many more images are skipped."""
+
+
+def positions_before(recipe: Recipe, step: int, skipped: Skipped) -> int:
+    """Count the positions of a run before step `step`, including the skipped ones."""
+    return recipe.consumed(step) + sum(images for at, images in skipped if at <= step)
+
+
+class DatasetOrder:
     """The order of one data set, whose shards hold `counts` samples, epoch after epoch."""
 
     def __init__(self, counts: np.ndarray, seed: int, window: int = 16, lanes: int = 1, number: int = 0):
-        """`number`: which data set of a mixture this is; each has an order of its own."""
+        """`number` is the index of the data set in a mixture; each has its own order."""
         self.samples = int(counts.sum())
         self.lanes = lanes
         self._counts = np.asarray(counts, dtype=np.int64)
         self._seed, self._window, self._number = seed, window, number
-        # a batch on the border of two epochs asks for both
+        # a batch across the border of two epochs needs both
         self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
-        self._windows = lru_cache(maxsize=2 * lanes)(self._cut)
+        self._windows = lru_cache(maxsize=2 * lanes)(self._window_starts)
         self._inside = lru_cache(maxsize=2 * lanes + 2)(self._permuted_samples)
 
     def locate(self, turn: int, lane: int = 0) -> tuple[int, int, int]:
-        """(epoch, shard, index in the shard) of the sample whose turn it is in a lane, which goes through its own part
-        of every epoch.
+        """Return (epoch, shard, index in the shard) of a lane's sample number `turn`.
+
+        Each lane goes through its own part of every epoch.
         """
-        epoch, at, window = self._find(turn, lane)
+        epoch, offset, window = self._find(turn, lane)
         start = int(self._windows(epoch, lane)[window])
-        mixed = start + int(self._inside(epoch, lane, window)[at - start])
+        mixed = start + int(self._inside(epoch, lane, window)[offset - start])
         shards, ends = self._epoch(epoch)
         number = int(np.searchsorted(ends, mixed, side="right"))
         shard = int(shards[number])
         return epoch, shard, mixed - int(ends[number]) + int(self._counts[shard])
 
     def ahead(self, turn: int, lane: int = 0) -> list[int]:
-        """Shards of the window that `turn` lies in, then of the one after it."""
+        """List the shards of the window that contains `turn`, then those of the next window."""
         epoch, _, window = self._find(turn, lane)
         now = self._shards_of(epoch, lane, window)
         if window + 1 < len(self._windows(epoch, lane)):
@@ -80,17 +92,17 @@ class Plan:
         return now + self._shards_of(epoch + 1, lane, 0)
 
     def _find(self, turn: int, lane: int) -> tuple[int, int, int]:
-        """(epoch, place in it, window of the lane)."""
+        """Return (epoch, offset in it, window of the lane)."""
         begin, end = self._bounds(lane)
-        epoch, offset = divmod(turn, end - begin)
-        at = begin + offset
-        return epoch, at, int(np.searchsorted(self._windows(epoch, lane), at, side="right")) - 1
+        epoch, turn = divmod(turn, end - begin)
+        offset = begin + turn
+        return epoch, offset, int(np.searchsorted(self._windows(epoch, lane), offset, side="right")) - 1
 
     def _bounds(self, lane: int) -> tuple[int, int]:
         return lane * self.samples // self.lanes, (lane + 1) * self.samples // self.lanes
 
     def _span(self, epoch: int, lane: int, window: int) -> tuple[int, int]:
-        """Places of the epoch that a window holds."""
+        """Return the range of offsets in the epoch that a window covers."""
         starts = self._windows(epoch, lane)
         return int(starts[window]), int(starts[window + 1]) if window + 1 < len(starts) else self._bounds(lane)[1]
 
@@ -101,12 +113,12 @@ class Plan:
         return [int(shard) for shard in shards[first : last + 1] if self._counts[shard]]
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the epoch's order, and where each one's samples end."""
+        """Return the shards in the epoch's order, and the offset in the epoch at which each one's samples end."""
         shards = generator(self._seed, 2 * epoch, 0, 0, self._number).permutation(len(self._counts))
         return shards, np.cumsum(self._counts[shards])
 
-    def _cut(self, epoch: int, lane: int) -> np.ndarray:
-        """Where the lane's windows start in the epoch: every `window` shards."""
+    def _window_starts(self, epoch: int, lane: int) -> np.ndarray:
+        """Return the offsets in the epoch at which the lane's windows start: every `window` shards."""
         begin, end = self._bounds(lane)
         _, ends = self._epoch(epoch)
         first = int(np.searchsorted(ends, begin, side="right"))
@@ -116,14 +128,14 @@ class Plan:
     def _permuted_samples(self, epoch: int, lane: int, window: int) -> np.ndarray:
         begin, stop = self._span(epoch, lane, window)
         mixed = generator(self._seed, 2 * epoch + 1, window, lane, self._number).permutation(stop - begin)
-        return mixed.astype(np.uint32)  # each of many worker processes keeps those of its lanes
+        return mixed.astype(np.uint32)  # half the memory: every worker process keeps those of its lanes
 
 
 class Mixture:
-    """Which data set the images of a lane come from: exact shares in every block, shuffled inside it."""
+    """Which data set each image of a lane comes from: exact shares in every block, shuffled within the block."""
 
     def __init__(self, changes: Sequence[tuple[int, Sequence[float]]], seed: int, lane: int = 0):
-        """`changes`: (turn, weights) from which turn on which weights hold; the first from 0."""
+        """`changes` lists (turn, weights): the weights apply from that turn on. The first turn is 0."""
         self._seed, self._lane = seed, lane
         self._starts = [turn for turn, _ in changes]
         self._weights = [np.asarray(weights, dtype=np.float64) / sum(weights) for _, weights in changes]
@@ -133,7 +145,7 @@ class Mixture:
             self._before.append(self._before[-1] + self._inside(part, end - start))
 
     def locate(self, turn: int) -> tuple[int, int]:
-        """(data set, how many images of it come before this one)."""
+        """Return (data set, number of its images before this one)."""
         part = self._part(turn)
         block, offset = divmod(turn - self._starts[part], MIX_BLOCK)
         sources, ranks = self._block(part, block)
@@ -141,7 +153,7 @@ class Mixture:
         return source, int(self._before[part][source] + self._quota(part, block)[source] + ranks[offset])
 
     def before(self, turn: int) -> list[int]:
-        """Images of each data set before `turn`."""
+        """Count the images of each data set before `turn`."""
         part = self._part(turn)
         counted: list[int] = (self._before[part] + self._inside(part, turn - self._starts[part])).tolist()
         return counted
@@ -150,14 +162,16 @@ class Mixture:
         return int(np.searchsorted(self._starts, turn, side="right")) - 1
 
     def _inside(self, part: int, turns: int) -> np.ndarray:
-        """Images of each data set among the first `turns` of a part."""
+        """Count the images of each data set among the first `turns` of a part."""
         block, offset = divmod(turns, MIX_BLOCK)
         sources, _ = self._block(part, block)
         return self._quota(part, block) + np.bincount(sources[:offset], minlength=len(self._weights[0]))
 
     def _quota(self, part: int, blocks: int) -> np.ndarray:
-        """Images of each data set in the first `blocks` blocks: shares by largest remainder, off by less than one
-        image however far. They only grow, since no weight but 0 is below one image a block.
+        """Count the images of each data set in the first `blocks` blocks.
+
+        Shares follow the largest-remainder method, so they are off by less than one image however many blocks there
+        are. The counts never decrease, because every weight other than 0 is at least one image per block.
         """
         wanted = self._weights[part] * blocks * MIX_BLOCK
         quota = np.floor(wanted).astype(np.int64)
@@ -166,7 +180,7 @@ class Mixture:
         return quota
 
     def _shuffled(self, part: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each image of a block: its data set, and how many of that stand before it in the block."""
+        """Return for each image of a block its data set, and how many images of that set precede it in the block."""
         counts = self._quota(part, block + 1) - self._quota(part, block)
         sources = np.repeat(np.arange(len(counts)), counts)
         sources = generator(self._seed, _MIXTURE + part, block, self._lane).permutation(sources)
@@ -177,52 +191,53 @@ class Mixture:
 
 
 class Order:
-    """What every place in every batch of a recipe's run holds, for data sets of those shard sizes."""
+    """The sample in every slot of every batch of a recipe's run."""
 
-    def __init__(self, recipe: Recipe, counts: Sequence[np.ndarray], skipped: Sequence[tuple[int, int]] = ()):
-        """`skipped`: (step, images): from which step on so many images were passed over."""
+    def __init__(self, recipe: Recipe, counts: Sequence[np.ndarray], skipped: Skipped = ()):
+        """`counts` holds the shard sizes of each data set."""
         data = recipe.data
         self._recipe = recipe
         self._skipped = list(skipped)
         self._lanes, self._repeats = data.lanes, recipe.augment.repeats
-        self._plans = [Plan(count, recipe.seed, data.window, data.lanes, number) for number, count in enumerate(counts)]
+        self._orders = [
+            DatasetOrder(count, recipe.seed, data.window, data.lanes, number) for number, count in enumerate(counts)
+        ]
         weights = [(0, [source.weight for source in data.sources])]
         weights += [(self._turn(change.step), list(change.weights)) for change in data.reweight]
         self._mixtures = [Mixture(weights, recipe.seed, lane) for lane in range(data.lanes)] if len(counts) > 1 else []
 
-    def at(self, step: int, places: Iterable[int]) -> Iterator[SampleRef]:
-        """What stands at those places of the global batch of step `step`."""
+    def at(self, step: int, slots: Iterable[int]) -> Iterator[SampleRef]:
+        """Yield the samples in these slots of the global batch of step `step`."""
         first, first_turn = self._before(step), self._turn(step)
-        different, share = self._shares(step)
-        for place in places:
-            # copies of an image stand far apart, so that pairs that are mixed are of different images
-            lane, offset = divmod(place % different, share)
+        distinct, per_lane = self._distinct(step)
+        for slot in slots:
+            # copies of an image are far apart, so that mixed pairs are of different images
+            lane, offset = divmod(slot % distinct, per_lane)
             source, turn = 0, first_turn + offset
             if self._mixtures:
                 source, turn = self._mixtures[lane].locate(turn)
-            yield SampleRef(first + place, source, *self._plans[source].locate(turn, lane))
+            yield SampleRef(first + slot, source, *self._orders[source].locate(turn, lane))
 
-    def ahead(self, step: int, places: range) -> list[tuple[int, list[int]]]:
-        """(data set, shards) that those places of the batch of step `step` and of the next ones need, soonest first."""
-        different, share = self._shares(step)
-        lanes = dict.fromkeys(place % different // share for place in places)
+    def ahead(self, step: int, slots: range) -> list[tuple[int, list[int]]]:
+        """List (data set, shards) that these slots need at step `step` and the next steps, soonest first."""
+        distinct, per_lane = self._distinct(step)
+        lanes = dict.fromkeys(slot % distinct // per_lane for slot in slots)
         turn = self._turn(step)
-        wanted: dict[int, dict[int, None]] = {}
+        needed: dict[int, dict[int, None]] = {}
         for lane in lanes:
             turns = self._mixtures[lane].before(turn) if self._mixtures else [turn]
             for source, own in enumerate(turns):
-                wanted.setdefault(source, {}).update(dict.fromkeys(self._plans[source].ahead(own, lane)))
-        return [(source, list(shards)) for source, shards in wanted.items()]
+                needed.setdefault(source, {}).update(dict.fromkeys(self._orders[source].ahead(own, lane)))
+        return [(source, list(shards)) for source, shards in needed.items()]
 
     def _turn(self, step: int) -> int:
-        """Different images of a lane before step `step`."""
+        """Count the distinct images of a lane before step `step`."""
         return self._before(step) // (self._repeats * self._lanes)
 
     def _before(self, step: int) -> int:
-        """Positions before step `step`, those that were passed over among them."""
-        return self._recipe.consumed(step) + sum(images for at, images in self._skipped if at <= step)
+        return positions_before(self._recipe, step, self._skipped)
 
-    def _shares(self, step: int) -> tuple[int, int]:
-        """(different images of the step's batch, those of one lane)."""
-        different = self._recipe.batch_at(step) // self._repeats
-        return different, different // self._lanes
+    def _distinct(self, step: int) -> tuple[int, int]:
+        """Return (distinct images of the step's batch, those of one lane)."""
+        distinct = self._recipe.batch_at(step) // self._repeats
+        return distinct, distinct // self._lanes

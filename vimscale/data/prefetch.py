@@ -1,4 +1,4 @@
-"""Batches on the device, one ahead of the step: copied on a stream of their own, normalised and mixed there."""
+"""Batches on the device, one step ahead: copied on a separate CUDA stream, then normalised and mixed there."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from vimscale.data.stream import Batch
 
 
 class Prefetcher:
-    """What the model is given, batch after batch."""
+    """Hands the model its input, batch after batch."""
 
     def __init__(self, batches: Iterator[Batch], manifest: Manifest, device: torch.device):
         self._batches, self._device = batches, device
@@ -24,7 +24,7 @@ class Prefetcher:
         self._waited = 0.0
 
     def take(self) -> tuple[Tensor | list[Tensor], Tensor, Batch]:
-        """(images fp32, labels or soft targets, the batch they are of)."""
+        """Return (images fp32, labels or soft targets, the batch that they come from)."""
         if self._next is None:
             self.ahead()
         batch, self._next = self._next, None
@@ -40,22 +40,23 @@ class Prefetcher:
         return *self.prepare(batch), batch
 
     def prepare(self, batch: Batch) -> tuple[Tensor | list[Tensor], Tensor]:
-        """(images fp32, labels or soft targets) of a batch on the device."""
+        """Return (images fp32, labels or soft targets) of a batch on the device."""
         if isinstance(batch.images, list):
             return [augment.normalise(image, self._mean, self._std) for image in batch.images], batch.labels
         images = augment.normalise(batch.images, self._mean, self._std)
         return mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
 
     def ahead(self) -> None:
-        """Read the next batch and start its copy; to be called when the device has been given its work, so that it
-        computes meanwhile. At the end of the stream nothing happens.
+        """Read the next batch and start its copy. At the end of the stream, do nothing.
+
+        Call this after queueing the step's work, so that the device computes meanwhile.
         """
         if self._copies is None:
             asked = time.perf_counter()
             self._next = next(self._batches, None)
             self._waited += time.perf_counter() - asked
             return
-        # the device waits from the end of its work to the start of the next
+        # the device idles from the end of its work to the start of the next step
         ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         ends[0].record(torch.cuda.current_stream(self._device))
         batch = next(self._batches, None)
@@ -68,10 +69,10 @@ class Prefetcher:
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
     def waited(self) -> float:
-        """Seconds since the last call that the device stood still for want of data. Waits for the device."""
+        """Return the seconds that the device was idle for lack of data since the last call. Waits for the device."""
         if self._idle:
             torch.cuda.synchronize(self._device)
-            # the last pair may not have ended: its batch has not been taken
+            # the last pair may still be open: its batch has not been taken
             ended, self._idle = (self._idle, []) if self._next is None else (self._idle[:-1], self._idle[-1:])
             self._waited += sum(begin.elapsed_time(end) for begin, end in ended) / 1000
         waited, self._waited = self._waited, 0.0

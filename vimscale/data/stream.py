@@ -1,7 +1,8 @@
-"""Places to batches. Batch t is a pure function of (manifests, seed, t, augment); ranks take contiguous slices of it.
+"""Batches of a run. Global batch t is a pure function of (manifests, seed, t, augment).
 
-Rank r of W owns the r-th W-th of every global batch, cut into micro-batches; worker processes take those in rotation.
-No rank, worker or restart enters into what a batch holds: the only state of the stream is the number of steps done.
+Each rank takes one contiguous slice of it: rank r of W takes the r-th of W equal slices, cut into micro-batches. Worker
+processes take micro-batches in rotation. What a batch holds does not depend on ranks, workers or restarts: the only
+state of the stream is the number of steps done.
 """
 
 import logging
@@ -26,8 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.images import augment, decode, mix
-from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, generator
-from vimscale.data.training_set import Skipped, TrainingSet
+from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, Skipped, generator
+from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
 from vimscale.recipe.recipe import Recipe
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 Size = tuple[int, int]
 """Height and width of a batch's images."""
 _ATTEMPTS = 100
-"""Bad samples in a row after which a shard is given up."""
+"""Bad samples in a row after which reading a shard fails."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +68,24 @@ class Batch:
     """One micro-batch of one rank."""
 
     images: Tensor | list[Tensor]
-    """uint8 (b, 3, h, w); or b of (3, h, w) where they may differ in shape"""
+    """uint8 (b, 3, h, w), or b images (3, h, w) where shapes may differ"""
     labels: Tensor
     """int64 (b)"""
     weights: Tensor
-    """fp32 (b): 0 for what an evaluation does not count: filling of the last batch, and bad samples"""
+    """fp32 (b): 0 for samples that an evaluation does not count, which are padding of the last batch and bad samples"""
     keys: list[str]
-    places: list[SampleRef]
-    """Of training samples."""
+    refs: list[SampleRef]
+    """One per training sample; empty for evaluation."""
     erase: Tensor | None = None
-    """int64 (b, 5), see `mix.draw_erase`; it stays on the host"""
+    """int64 (b, 5), see `mix.draw_erase`; stays on the host"""
     mix: Tensor | None = None
-    """fp32 (b / 2, 5), see `mix.draw_mix`; it stays on the host"""
+    """fp32 (b / 2, 5), see `mix.draw_mix`; stays on the host"""
     views: dict[str, Tensor] = field(default_factory=dict)
     """What the objective makes of each sample, stacked: (b, ...) by name."""
     bad: list[tuple[str, str]] = field(default_factory=list)
-    """Cause and description of the samples that were replaced."""
+    """Cause and description of each bad sample that was replaced or, in evaluation, left out."""
     traffic: Traffic = field(default_factory=Traffic)
-    """What reading this batch took."""
+    """Bytes and cache hits of reading this batch."""
 
     @property
     def packed(self) -> bool:
@@ -94,7 +95,7 @@ class Batch:
         """Move the tensors into shared memory.
 
         Raises:
-            LaunchError: they do not fit there.
+            LaunchError: the tensors do not fit.
         """
         images = self.images if isinstance(self.images, list) else [self.images]
         host = (self.labels, self.weights, self.erase, self.mix, *self.views.values())
@@ -108,7 +109,7 @@ class Batch:
             size, free = sum(t.nbytes for t in tensors), shutil.disk_usage("/dev/shm").free
             raise LaunchError(
                 f"/dev/shm is full: a batch takes {size / 1e6:.1f} MB of this shared memory, {free / 1e6:.1f} MB are"
-                " free, and each of data.workers keeps three batches; enlarge it (docker run --shm-size=8g), or set"
+                " free, and each of the data.workers holds three batches; enlarge it (docker run --shm-size=8g), or set"
                 " data.workers=0"
             ) from None
 
@@ -118,7 +119,7 @@ class Batch:
         return replace(self, images=images, labels=self.labels.pin_memory(), views=views)
 
     def to(self, device: torch.device) -> "Batch":
-        """Images, labels and views on the device; from pinned memory without waiting."""
+        """Copy images, labels and views to the device; from pinned memory, without waiting for the copy."""
         if isinstance(self.images, list):
             images: Tensor | list[Tensor] = [image.to(device, non_blocking=True) for image in self.images]
         else:
@@ -140,11 +141,12 @@ def training(
     pin: bool = False,
     views: Views = _no_views,
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank for steps [start, steps), in order; `skipped`: see `Order`. `views` draws from a
-    function of the seed and the sample's position.
+    """Yield the micro-batches of this rank for steps [start, steps), in order. The generator that `views` gets depends
+    on the seed and the sample's position.
 
-    Iterating raises:
-        DataError: a shard is damaged or cannot be had, or nothing in it can be used.
+
+    Raises:
+        DataError: while iterating, if a shard is damaged or unavailable, or none of its samples is usable.
     """
     source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views)
     return _batches(source, recipe.data.workers, pin)
@@ -153,8 +155,10 @@ def training(
 def evaluation(
     dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0, views: Views = _no_views
 ) -> Iterator[Batch]:
-    """Every sample once over all ranks, unaugmented, in order; all ranks get as many batches, of the same size. `views`
-    draws from a function of the sample's number alone.
+    """Yield every sample once over all ranks, unaugmented, in order.
+
+    All ranks get the same number of batches, all of the same size. The generator that `views` gets depends on the
+    sample's number alone.
     """
     return _batches(_Evaluation(dataset, size, rank, world, batch, views), workers, pin=False)
 
@@ -162,7 +166,7 @@ def evaluation(
 def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch]:
     options: dict[str, Any] = {}
     if workers:
-        # a process with Ray's and gloo's threads must not be forked; a server that has imported torch may, at no cost
+        # forking a process with Ray's and gloo's threads is unsafe; forking a server that has imported torch is cheap
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         options = {"multiprocessing_context": context, "worker_init_fn": partial(_end_with, os.getpid())}
@@ -174,14 +178,14 @@ def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch
 
 
 _GONE = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
-"""What a loader raises when a worker, or the server that forks them, is gone; the last three name a socket of its."""
+"""What a loader raises when a worker or the fork server is gone; the last three come from the server's socket."""
 
 
 def _received(loader: DataLoader) -> Iterator[Any]:
-    """What the loader's workers send.
+    """Yield what the loader's workers send.
 
     Raises:
-        WorkerDied: one ended before its work was done. What a worker itself raised is raised as it is.
+        WorkerDied: a worker ended before its work was done. An exception raised inside a worker propagates as it is.
     """
     try:
         yield from loader
@@ -193,9 +197,10 @@ def _received(loader: DataLoader) -> Iterator[Any]:
 
 
 def _end_with(rank: int, worker: int) -> None:
-    """End this worker process when the rank's ends, however that dies. The parent is the server that forked it, so
-    torch's own look at the parent would never notice. Also end it when a batch cannot be sent: the queue would drop
-    the batch, and the rank would wait for it forever.
+    """End this worker process when the rank's process ends, however it ends.
+
+    The parent is the fork server, so torch's own check of the parent never notices. Also end the worker when it cannot
+    send a batch: the queue would drop the batch, and the rank would wait for it forever.
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
 
@@ -217,9 +222,9 @@ def _not_sent(error: Exception, item: Any) -> None:
 
 
 def _caught(batches: Iterator[Batch]) -> Iterator[Batch | UserError]:
-    """An error as the last item: raised in a worker it would arrive as the text of a traceback.
+    """Yield the batches, and a UserError as the last item: raised in a worker, it would arrive as a traceback's text.
 
-    A worker moves its batches into shared memory itself: the thread that sends them would drop what does not fit.
+    A worker moves its batches into shared memory here, because the thread that sends them drops what does not fit.
     """
     worker = get_worker_info()
     try:
@@ -256,43 +261,43 @@ class _Training(IterableDataset):
         order = Order(recipe, [dataset.counts for dataset in datasets], self.skipped)
         _, accumulation = recipe.micro_batch(self.world)
         ahead: list[tuple[int, list[int]]] = []
-        for k in _share(range(self.steps.start * accumulation, self.steps.stop * accumulation)):
+        for k in _of_this_worker(range(self.steps.start * accumulation, self.steps.stop * accumulation)):
             step, part = divmod(k, accumulation)
             cut = recipe.micro_batch(self.world, step)
-            places = cut.rows(self.rank, part)
             if _first_worker():
                 before, ahead = ahead, order.ahead(step, cut.rank_rows(self.rank))
                 for source, shards in ahead if ahead != before else ():
                     datasets[source].prefetch(shards)
-            yield self._batch(list(order.at(step, places)), recipe.size_at(step, self.size))
+            refs = list(order.at(step, cut.rows(self.rank, part)))
+            yield self._batch(refs, recipe.size_at(step, self.size))
 
-    def _batch(self, places: list[SampleRef], size: Size) -> Batch:
+    def _batch(self, refs: list[SampleRef], size: Size) -> Batch:
         before = self.data.traffic
         options, seed = self.recipe.augment, self.recipe.seed
         images, labels, keys, erase, views, bad = [], [], [], [], [], []
-        for place in places:
-            raw, image, label, skipped = self._read(place)
-            bad += skipped
-            rng = generator(seed, PER_SAMPLE, place.position)
+        for ref in refs:
+            raw, image, label, replaced = self._read(ref)
+            bad += replaced
+            rng = generator(seed, PER_SAMPLE, ref.position)
             if len(self.buckets) > 1:
                 size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
             images.append(augment.for_training(image, size, options, rng))
             sample = Sample(image, label, raw["__key__"], raw, size)
-            views.append(self.views(sample, generator(seed, PER_VIEW, place.position)))
+            views.append(self.views(sample, generator(seed, PER_VIEW, ref.position)))
             labels.append(label)
             keys.append(sample.key)
             if options.erase:
                 erase.append(mix.draw_erase(size, options.erase, rng))
         pairs = [
-            mix.draw_mix(size, options, generator(seed, PER_PAIR, place.position))
-            for place in (places[::2] if options.mixes else ())
+            mix.draw_mix(size, options, generator(seed, PER_PAIR, ref.position))
+            for ref in (refs[::2] if options.mixes else ())
         ]
         return Batch(
             images if len(self.buckets) > 1 else torch.stack(images),
             torch.tensor(labels),
-            torch.ones(len(places)),
+            torch.ones(len(refs)),
             keys,
-            places,
+            refs,
             torch.tensor(erase) if erase else None,
             torch.tensor(pairs) if pairs else None,
             _stacked(views),
@@ -300,25 +305,28 @@ class _Training(IterableDataset):
             self.data.traffic - before,
         )
 
-    def _read(self, place: SampleRef) -> tuple[dict[str, Any], Tensor, int, list[tuple[str, str]]]:
-        """(members, image, label, what was bad) of a place. A bad sample is replaced by one of its shard that is drawn
-        by the place, so all that ever read this place agree, and no other shard is needed.
+    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], Tensor, int, list[tuple[str, str]]]:
+        """Return (members, image, label, bad samples that were tried first).
+
+        Another sample of the same shard, drawn by position, replaces a bad one. So every reader of this position
+        agrees, and no other shard is needed.
+
         """
-        dataset = self.data.datasets[place.source]
+        dataset = self.data.datasets[ref.source]
         bad: list[tuple[str, str]] = []
-        sample = place.sample
+        sample = ref.sample
         while True:
             try:
-                return *_read(dataset, place.shard, sample), bad
+                return *_read(dataset, ref.shard, sample), bad
             except BadSample as error:
                 bad.append((error.cause, str(error)))
                 if len(bad) == _ATTEMPTS:
                     raise DataError(
-                        f"{dataset.where(place.shard)}: {_ATTEMPTS} samples drawn from it in a row cannot be used, the"
+                        f"{dataset.where(ref.shard)}: {_ATTEMPTS} samples drawn from it in a row cannot be used, the"
                         f" last because of: {error}; `vimscale data verify --deep` lists them all"
                     ) from None
-            rng = generator(self.recipe.seed, SUBSTITUTE, place.position, len(bad))
-            sample = int(rng.integers(dataset.counts[place.shard]))
+            rng = generator(self.recipe.seed, SUBSTITUTE, ref.position, len(bad))
+            sample = int(rng.integers(dataset.counts[ref.shard]))
 
 
 class _Evaluation(IterableDataset):
@@ -333,7 +341,7 @@ class _Evaluation(IterableDataset):
         ends = self.source.counts.cumsum()
         total = int(ends[-1])
         rounds = -(-total // (self.batch * self.world))
-        for k in _share(range(rounds)):
+        for k in _of_this_worker(range(rounds)):
             begin = (k * self.world + self.rank) * self.batch
             before = replace(self.source.traffic)
             images = torch.zeros(self.batch, 3, *self.size, dtype=torch.uint8)
@@ -367,22 +375,22 @@ def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _read(dataset: Dataset, shard: int, sample: int) -> tuple[dict[str, Any], Tensor, int]:
-    """(members, image, label) of a sample."""
+    """Return (members, image, label) of a sample."""
     raw = dataset.read(shard, sample)
     manifest = dataset.manifest
     try:
         image, label = decode.decode(raw, dataset.where(shard), len(manifest.classes), manifest.image)
     except BadSample:
-        if dataset.recheck(shard):  # of a damaged copy another sample would take its place
+        if dataset.recheck(shard):  # a damaged copy in the cache must not change which sample is read
             return _read(dataset, shard, sample)
         raise
     return raw, image, label
 
 
-def _share(turns: range) -> range:
-    """This worker's turns: a DataLoader takes batches from its workers in rotation."""
+def _of_this_worker(batches: range) -> range:
+    """Select the batches of this worker: a DataLoader takes batches from its workers in rotation."""
     info = get_worker_info()
-    return turns if info is None else turns[info.id :: info.num_workers]
+    return batches if info is None else batches[info.id :: info.num_workers]
 
 
 def _first_worker() -> bool:

@@ -115,15 +115,15 @@ def _samples(micro: Micro, losses: list[float], train_set: TrainingSet, rank: in
             "rank": rank,
             "part": part,
             "key": key,
-            "shard": train_set.datasets[place.source].where(place.shard),
-            "sample": place.sample,
-            "epoch": place.epoch,
-            "position": place.position,
+            "shard": train_set.datasets[ref.source].where(ref.shard),
+            "sample": ref.sample,
+            "epoch": ref.epoch,
+            "position": ref.position,
             "label": label,
             "class": train_set.manifest.classes[label],
             "loss": loss,
         }
-        for key, place, label, loss in zip(batch.keys, batch.places, batch.labels.tolist(), losses, strict=True)
+        for key, ref, label, loss in zip(batch.keys, batch.refs, batch.labels.tolist(), losses, strict=True)
     ]
 
 

@@ -1,1 +1,5 @@
-"""Making data sets of tar shards, looking at them, mending them: what `vimscale data` does."""
+"""What `vimscale data` does: make data sets of tar shards, index existing tars, merge, inspect and repair sets.
+
+inputs/ reads what sets are made from, inspection/ looks at sets. Imports data, recipe, storage and errors; launch
+imports it.
+"""

@@ -1,4 +1,4 @@
-"""Tars that exist already become a data set: each gets an index, all a manifest, and none is touched."""
+"""Existing tars become a data set: each gets an index, all get one manifest, and no tar changes."""
 
 import logging
 import os
@@ -19,25 +19,23 @@ from vimscale.prepare import pool, shapes
 from vimscale.prepare.index import Sample, scan
 from vimscale.prepare.inputs import members
 from vimscale.prepare.inputs.classes import check_dense
-from vimscale.prepare.inputs.sources import braces, expand, passed_over, without_images
+from vimscale.prepare.inputs.sources import braces, expand, ignored_files, without_images
 from vimscale.prepare.tally import Tally
 from vimscale.storage.addresses import secret
 
 _log = logging.getLogger(__name__)
 
 MEASURED = 2000
-"""Images, about, that mean and deviation are taken from: as many of each shard."""
-
-
+"""Approximate number of images for mean and std; each shard contributes the same number."""
 _READ = (*decode.EXTENSIONS, "jpe", "jfif")
-"""Last parts of extensions of files that training reads."""
+"""Last parts of the extensions of images that training reads."""
 
 
 class Tar(NamedTuple):
     name: str
-    """In the data set."""
+    """Name in the data set."""
     where: str
-    """Its path or address."""
+    """Path or address."""
 
 
 @dataclass
@@ -48,9 +46,9 @@ class Found:
     offsets: np.ndarray
     tally: Tally
     unread: tuple[str, ...]
-    """Messages about images whose header cannot be read."""
-    passed: tuple[str, ...]
-    """Files that are part of no sample."""
+    """Messages about images that cannot be read."""
+    ignored: tuple[str, ...]
+    """Files that belong to no sample."""
 
 
 def index(
@@ -64,48 +62,49 @@ def index(
     jobs: int = 1,
     progress: pool.Progress = lambda done, total: None,
 ) -> tuple[Path, Manifest, list[str]]:
-    """Write index and manifest of the tars in folders, globs, braces or addresses: (folder, manifest, what was odd).
+    """Write indexes and a manifest for the tars that `patterns` name: folders, globs, braces or addresses.
 
-    They go beside the tars, or to `output`, and then the manifest says where the tars are. `image`: extensions of the
-    samples' images, first match first, where there are others.
+    The files go next to the tars, or into `output`; then the manifest records where the tars are. `image` lists the
+    extensions of the samples' images, first match first, if they have several. Returns (folder, manifest, messages
+    about images that cannot be read).
 
     Raises:
-        DataError: no tars, a damaged tar, a sample without image or label, or a folder with a manifest.
+        DataError: there are no tars, a tar is damaged, a sample has no image or label, or the folder has a manifest.
     """
     base, tars = _tars(patterns)
     if output is None and "://" in base:
         raise DataError(f"index {patterns[0]}: the index cannot be written there; give a folder with --output")
     folder = Path(base) if output is None else output
     if (folder / MANIFEST).exists():
-        raise DataError(f"data {folder}: it has a {MANIFEST}; `vimscale data repair` mends a set, or remove the file")
+        raise DataError(
+            f"data {folder}: it has a {MANIFEST}; fix the set with `vimscale data repair`, or remove the file"
+        )
     quota = -(-MEASURED // len(tars))
     for name in image:
         if name.rpartition(".")[2] not in _READ:
             raise DataError(
                 f"--image {name}: training reads {', '.join(_READ)}; `vimscale data prepare --image {name}`"
-                " converts these"
+                " converts such images"
             )
-    work = partial(look, quota=quota, classes=len(classes) if classes else None, image=image)
-    found: dict[int, Found] = {}
-    progress(0, len(tars))
-    for number, result in pool.run(work, tars, jobs):
-        path = folder / result.shard.name
+
+    def write(part: Found) -> None:
+        path = folder / part.shard.name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_index(path, result.offsets)
+            write_index(path, part.offsets)
         except OSError as error:
             raise DataError(f"{path}.idx cannot be written: {error.strerror}; give a folder with --output") from None
-        found[number] = result
-        progress(len(found), len(tars))
-    parts = [found[number] for number in range(len(tars))]
+
+    work = partial(scan_tar, quota=quota, classes=len(classes) if classes else None, image=image)
+    parts = pool.run_all(work, tars, jobs, progress, finish=write)
     tally = Tally.sum(part.tally for part in parts)
     if classes is None:
         check_dense(tally.labels, f"index {patterns[0]}")
     names = classes or tuple(map(str, range(max(tally.labels) + 1)))
     if empty := [name for number, name in enumerate(names) if number not in tally.labels]:
         _log.warning("%s: %s", folder, without_images(empty, len(names)))
-    if passed := [name for part in parts for name in part.passed]:
-        _log.warning("%s: %s", folder, passed_over(passed))
+    if ignored := [name for part in parts for name in part.ignored]:
+        _log.warning("%s: %s", folder, ignored_files(ignored))
     if not tally.measured:
         raise DataError(f"index {patterns[0]}: no image could be decoded: {parts[0].unread[0]}")
     mean, std = tally.normalisation()
@@ -126,18 +125,18 @@ def index(
     return folder, manifest, [message for part in parts for message in part.unread]
 
 
-def look(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...]) -> Found:
-    """All that the manifest says of one tar; `quota` of its images are decoded.
+def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...]) -> Found:
+    """Collect what a manifest needs to know about one tar; decode `quota` of its images.
 
     Raises:
-        DataError: it is damaged, empty, or a sample has no image or no label among the `classes`.
+        DataError: it is damaged or empty, or a sample has no image or no label below `classes`.
     """
     path = local_copy(tar.where)
     found = scan(path)
     if found.fault is not None:
         raise DataError(f"{tar.where}, {found.fault}; {found.fix}")
     if not found.samples:
-        others = f" ({passed_over(found.passed)})" if found.passed else ""
+        others = f" ({ignored_files(found.ignored)})" if found.ignored else ""
         raise DataError(f"{tar.where} holds no samples{others}; leave it out")
     tally, unread = Tally(), []
     stride = -(-len(found.samples) // quota)
@@ -159,28 +158,29 @@ def look(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...]) -
     finally:
         os.close(descriptor)
     shard = Shard(tar.name, len(found.samples), path.stat().st_size, sha256_of(path))
-    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.passed))
+    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.ignored))
 
 
 def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
     if "cls" not in sample.members:
         raise DataError(
-            f"{where}: no member .cls, the label (it has {_has(sample)}); `vimscale data prepare` of the tars takes one"
-            " from a .json, and names with more dots apart"
+            f"{where}: no member .cls, the label (it has {_member_names(sample)}); `vimscale data prepare` of the tars"
+            " takes it from a .json, and separates samples whose names have more dots"
         )
     offset, size = sample.members["cls"]
     text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip("\ufeff \t\r\n")
     label = decode.whole_number(text)
     if label is None and text.lower() not in ("", "nan"):
         raise DataError(
-            f"{where}: its .cls is {text[:40]!r}, and training reads whole numbers; `vimscale data prepare` of the tars"
+            f"{where}: its .cls is {text[:40]!r}, but training reads whole numbers; `vimscale data prepare` of the tars"
             " with --classes FILE numbers them"
         )
     if label is None or label < 0:
-        raise DataError(f"{where}: its .cls is {text[:40]!r}, and labels count from 0; leave the sample out")
+        raise DataError(f"{where}: its .cls is {text[:40]!r}, but labels count from 0; leave the sample out")
     if classes is not None and label >= classes:
         raise DataError(
-            f"{where}: label {label} is none of the {classes} classes; --classes FILE lists all, one a line"
+            f"{where}: label {label} is not one of the {classes} classes; list all of them in --classes FILE, one per"
+            " line"
         )
     return label
 
@@ -189,20 +189,20 @@ def _image(sample: Sample, where: str, image: tuple[str, ...]) -> tuple[int, int
     found = members.image_of(sample.members, image, where)
     if found is None or not (image or found in decode.EXTENSIONS):
         known = ", ".join(image or decode.EXTENSIONS)
-        advice = "`vimscale data prepare` of the tars writes such"
+        fix = "convert the tars with `vimscale data prepare`"
         if found is not None and found.rpartition(".")[2] in _READ:
-            advice = f"say --image {found} if that is the image"
-        raise DataError(f"{where}: no image among its members ({_has(sample)}); training reads {known}: {advice}")
+            fix = f"give --image {found} if that is the image"
+        raise DataError(f"{where}: no image among its members ({_member_names(sample)}); training reads {known}: {fix}")
     return sample.members[found]
 
 
-def _has(sample: Sample) -> str:
+def _member_names(sample: Sample) -> str:
     names = list(sample.members)
     return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
 def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
-    """(folder or address above them all, the tars), in order."""
+    """Return (folder or address above all tars, the tars in order)."""
     if any(pattern.startswith("pipe:") for pattern in patterns):
         raise DataError("index pipe: commands are not run; write their output to files, and give those")
     remote = [pattern for pattern in patterns if "://" in pattern]
@@ -212,25 +212,25 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
         raise DataError(
             f"index {remote[0]}: the address holds {kept}, which the manifest would hold too; download the tars first"
         )
-    places = [place for pattern in patterns for place in (braces(pattern) if remote else _local(pattern))]
-    if twice := [place for place, count in Counter(places).items() if count > 1]:
-        raise DataError(f"index: {twice[0]} is given twice")
-    if strange := [place for place in places if not place.endswith(".tar")]:
+    urls = [url for pattern in patterns for url in (braces(pattern) if remote else _local_tars(pattern))]
+    if duplicates := [url for url, count in Counter(urls).items() if count > 1]:
+        raise DataError(f"index: {duplicates[0]} is given twice; give each tar once")
+    if others := [url for url in urls if not url.endswith(".tar")]:
         raise DataError(
-            f"index {strange[0]}: shards are files that end in .tar; of a folder elsewhere, list them as"
+            f"index {others[0]}: shards are files that end in .tar; list those of a remote folder as"
             " {00000..00099}.tar"
         )
     if remote:
-        scheme, rest = zip(*(place.split("://", 1) for place in places), strict=True)
-        if len(set(scheme)) > 1:
+        schemes, rest = zip(*(url.split("://", 1) for url in urls), strict=True)
+        if len(set(schemes)) > 1:
             raise DataError(
-                f"index {places[0]}: all addresses must be of one place; make a set of each, and merge them"
+                f"index {urls[0]}: all addresses must have the same scheme; make a set of each, and merge them"
             )
-        base = f"{scheme[0]}://{_above(list(rest))}"
+        base = f"{schemes[0]}://{_common_folder(list(rest))}"
     else:
-        places = [os.path.abspath(place) for place in places]
-        base = _above(places)
-    tars = [Tar(place[len(base) :].lstrip("/"), place) for place in places]
+        urls = [os.path.abspath(url) for url in urls]
+        base = _common_folder(urls)
+    tars = [Tar(url[len(base) :].lstrip("/"), url) for url in urls]
     for tar in tars:
         try:
             checked_name(tar.name)
@@ -239,14 +239,14 @@ def _tars(patterns: list[str]) -> tuple[str, list[Tar]]:
     return base, tars
 
 
-def _above(paths: list[str]) -> str:
+def _common_folder(paths: list[str]) -> str:
     return os.path.commonpath([os.path.dirname(path) for path in paths])
 
 
-def _local(pattern: str) -> list[str]:
+def _local_tars(pattern: str) -> list[str]:
     folder = Path(pattern)
-    within = [path for path in sorted(folder.glob("*.tar")) if not hidden(path.name)]
-    found = within if folder.is_dir() else expand(pattern)
+    inside = [path for path in sorted(folder.glob("*.tar")) if not hidden(path.name)]
+    found = inside if folder.is_dir() else expand(pattern)
     if not found:
-        raise DataError(f"index {pattern}: there are no tars; give a folder of them, a glob or braces")
+        raise DataError(f"index {pattern}: there are no tars; give a folder of tars, a glob or braces")
     return [str(path) for path in found]

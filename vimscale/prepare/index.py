@@ -1,7 +1,7 @@
-"""Where the samples of a tar stand, found from its headers alone.
+"""The samples of a tar and their offsets, found from its headers only.
 
-A shard's `.tar.idx` is as Megatron-Energon writes it: n + 1 little-endian uint64, the header of each sample's first
-member, and last where the marker that ends the tar stands.
+A shard's `.tar.idx` has the format of Megatron-Energon: n + 1 little-endian uint64, the offsets of each sample's first
+header and, last, of the marker that ends the tar.
 """
 
 import os
@@ -20,7 +20,7 @@ from vimscale.errors import DataError
 
 
 class Sample(NamedTuple):
-    """One sample of a tar: consecutive members whose names are equal up to the first dot after the folder."""
+    """One sample of a tar: the members whose names are equal up to the first dot after the folder."""
 
     key: str
     start: int
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where its last member ends."""
+        """Offset at which its last member ends."""
         return max(offset + tar.padded(size) for offset, size in self.members.values())
 
 
@@ -40,25 +40,25 @@ class Scan:
 
     samples: list[Sample] = field(default_factory=list)
     end: int = 0
-    """Where the last whole member ends."""
+    """Offset at which the last complete member ends."""
     fault: str | None = None
-    """With its offset."""
+    """The first fault, with its offset."""
     fix: str = AGAIN
-    """What helps against the fault."""
-    passed: list[str] = field(default_factory=list)
-    """Files that are part of no sample."""
+    """How to fix the fault."""
+    ignored: list[str] = field(default_factory=list)
+    """Files that belong to no sample."""
 
     @property
     def offsets(self) -> np.ndarray:
-        """uint64 (n + 1): what the index file holds."""
+        """The contents of the index file: uint64 (n + 1)."""
         return np.array([*(sample.start for sample in self.samples), self.end], dtype="<u8")
 
 
 def walk(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Offsets uint64 (n + 1) and keys (n) of the samples in the tar at `path`; payloads are not read.
+    """Return the offsets, uint64 (n + 1), and keys (n) of the samples in a tar, without reading payloads.
 
     Raises:
-        DataError: the tar is damaged, or its samples are not whole; names shard and offset.
+        DataError: the tar is damaged, or the members of a sample are not neighbours; names shard and offset.
     """
     found = scan(path)
     if found.fault is not None:
@@ -67,10 +67,10 @@ def walk(path: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def scan(path: Path, *, scattered: bool = False) -> Scan:
-    """All samples up to the end or to the first fault, which is told and not raised.
+    """Find all samples up to the end or the first fault, which is returned, not raised.
 
-    A training reader takes a sample in one read, so that its members have to be neighbours; not so if `scattered`, and
-    then only the members say where a sample is.
+    Training reads a sample in one read, so its members must be neighbours, unless `scattered`. A scattered sample has
+    no range of bytes: use the offsets of its members.
 
     Raises:
         DataError: the file cannot be opened.
@@ -93,7 +93,7 @@ def scan(path: Path, *, scattered: bool = False) -> Scan:
 
 
 def intact(path: Path, offsets: np.ndarray) -> list[Sample]:
-    """The samples between the `offsets` of an index that are complete, whatever is damaged around them."""
+    """Return the samples between the `offsets` of an index that are complete, despite damage around them."""
     samples = []
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -116,7 +116,7 @@ def _add(found: Scan, seen: dict[str, Sample], member: tar.Member, scattered: bo
     split = tar.split_name(member.name) if member.regular else None
     if split is None:
         if member.regular:
-            found.passed.append(member.name)
+            found.ignored.append(member.name)
         return
     key, extension = split
     sample = found.samples[-1] if found.samples else None
@@ -126,20 +126,21 @@ def _add(found: Scan, seen: dict[str, Sample], member: tar.Member, scattered: bo
             raise tar.Fault(
                 member.start,
                 f"sample {tar.short(key)} comes back after others: members of a sample must be neighbours",
-                "pack it again with `tar --sort=name`, or let `vimscale data prepare` make a new set of it",
+                "pack it again with `tar --sort=name`, or make a new set from it with `vimscale data prepare`",
             )
         if sample is None:
             sample = seen[key] = Sample(key, member.start, {})
             found.samples.append(sample)
     if extension in sample.members:
-        fix = "pack it again without the second, or leave it out"
+        fix = "pack it again without the second one, or leave it out"
         raise tar.Fault(member.start, f"member {tar.short(member.name)} is there twice", fix)
     sample.members[extension] = (member.data, member.size)
 
 
 def _members(descriptor: int, offset: int = 0, end: int | None = None) -> Iterator[tar.Member]:
-    """Every member with the long-name headers before it, as POSIX pax and GNU tar write them, from `offset` to `end`
-    (default: to the mark that ends the tar).
+    """Yield every member from `offset` to `end` (default: the marker that ends the tar).
+
+    A member starts with its long-name headers, as POSIX pax and GNU tar write them.
     """
     length = os.fstat(descriptor).st_size
     if not length:
@@ -153,11 +154,11 @@ def _members(descriptor: int, offset: int = 0, end: int | None = None) -> Iterat
 
 
 def _check_end(descriptor: int, offset: int) -> None:
-    """After the end there are only zeros: readers would not see a tar that was put behind another."""
+    """Check that only zeros follow the end: readers would ignore a tar that was appended to another."""
     at = offset
     while block := os.pread(descriptor, 1 << 20, at):
         if block.count(0) != len(block):
-            raise tar.Fault(offset, "the tar ends here, and more follows: unpack it, and pack it again")
+            raise tar.Fault(offset, "the tar ends here, but more bytes follow: unpack it, and pack it again")
         at += len(block)
     if at - offset < 2 * BLOCK:
-        raise tar.Fault(offset, "the tar ends in one zero block, not two: it is cut")
+        raise tar.Fault(offset, "the tar ends in one zero block, not two: it is truncated")

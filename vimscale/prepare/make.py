@@ -1,7 +1,7 @@
-"""Inputs to shards: a plan says which keys each shard holds, so shards are independent jobs that may die and be redone.
+"""Inputs to shards. A plan assigns keys to shards, so each shard is an independent job that may die and be redone.
 
-While a set is prepared, `.NAME.partial` beside it holds plan.json, a record of each finished shard, and the shards;
-these get their name, OUTPUT, in one rename at the end.
+During preparation, the folder `.NAME.partial` next to the set holds plan.json, a record of each finished shard, and the
+shards. One rename at the end gives the set its name.
 """
 
 import dataclasses
@@ -42,20 +42,20 @@ from vimscale.prepare.tally import Tally
 from vimscale.storage import untrusted
 
 MEASURED = 10_000
-"""Images, at most, that mean and deviation are taken from."""
+"""Largest number of images that mean and std are measured on."""
 SKIPPED = "skipped.jsonl"
 _RECORDS, _SET, _PLAN = "records", "set", "plan.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to be."""
+    """One shard to write."""
 
     split: str
     number: int
     entries: tuple[Entry, ...]
     measure: tuple[int, ...]
-    """Which of the entries mean and deviation are taken from."""
+    """Indices of the entries that mean and std are measured on."""
 
     @property
     def name(self) -> str:
@@ -74,63 +74,60 @@ def prepare(
     licence: str = "",
     progress: pool.Progress = lambda done, total: None,
 ) -> dict[str, Manifest]:
-    """Write `source` as a data set `output`, or as one a split below it: the manifests by split.
+    """Write `source` as the data set `output`, or as one data set per split below it. Return the manifests by split.
 
-    The bytes depend on source and options alone, not on `jobs`, nor on how often the work was interrupted.
+    The bytes depend only on source and options, not on `jobs` or on interruptions.
 
     Raises:
-        DataError: an input or an option that cannot be used, a bad image if `strict`, or a full disk.
+        DataError: an input or an option is unusable, an image is bad and `strict` is set, or the disk is full.
     """
     output = new_folder(output)
     partial = output.with_name(f".{output.name}.partial")
     try:
         with _locked(partial):
-            content = open_input(source, columns, partial)
-            plan = make_plan(content, options)
-            digest = plan_hash(content, options, plan, (origin, licence, *columns.members))
-            _same_plan(partial, digest)
+            content, plan, digest = _planned(source, partial, options, columns, origin, licence)
+            _write_plan(partial, digest)
             records = _run(content, plan, partial, options, jobs, strict, progress)
-            written, lists = {}, {}
+            written, skipped = {}, {}
             for split in dict.fromkeys(job.split for job in plan):
-                mine = [record for job, record in zip(plan, records, strict=True) if job.split == split]
+                own = [record for job, record in zip(plan, records, strict=True) if job.split == split]
                 name = f"{output.name}-{split}" if split else output.name
-                written[split] = _manifest(name, content, mine, digest, origin, licence)
-                lists[split] = [row for record in mine for row in record["skipped"]]
+                written[split] = _manifest(name, content, own, digest, origin, licence)
+                skipped[split] = [row for record in own for row in record["skipped"]]
             training = next(iter(written.values()))
             for split, manifest in written.items():
-                # all splits are normalised as the model will be trained
+                # all splits are normalised the way the model is trained
                 written[split] = replace(manifest, mean=training.mean, std=training.std)
-                _finish(partial / _SET / split, written[split], lists[split])
+                _finish(partial / _SET / split, written[split], skipped[split])
             publish(partial / _SET, output)
             shutil.rmtree(partial)
     except OSError as error:
-        way_out = "make room or choose another place; the same command goes on from the shards that are whole"
-        raise DataError(f"data {output}: {error.strerror} ({error.filename or partial}); {way_out}") from error
+        fix = "make room or choose another folder; the same command resumes from the complete shards"
+        raise DataError(f"data {output}: {error.strerror} ({error.filename or partial}); {fix}") from error
     return written
 
 
 def finished(
     source: str, output: Path, options: Options, columns: Columns, *, origin: str = "", licence: str = ""
 ) -> dict[str, Manifest] | None:
-    """The manifests that `prepare` has written for this very input and these options; None if there is no set yet.
+    """Return the manifests that `prepare` wrote for exactly this input and these options; None if there is no set yet.
 
     Raises:
-        DataError: the set that is there was made of another input or with other options.
+        DataError: the existing set was made from another input or with other options.
     """
-    there = {"": output / MANIFEST} if (output / MANIFEST).is_file() else {}
-    there = there or {path.parent.name: path for path in output.glob(f"*/{MANIFEST}")}
-    if not there:
+    existing = {"": output / MANIFEST} if (output / MANIFEST).is_file() else {}
+    existing = existing or {path.parent.name: path for path in output.glob(f"*/{MANIFEST}")}
+    if not existing:
         return None
     partial = output.with_name(f".{output.name}.partial")
     with _locked(partial):
-        content = open_input(source, columns, partial)
-        plan = make_plan(content, options)
-        digest = plan_hash(content, options, plan, (origin, licence))
-    written = {split: Manifest.from_json(path.read_bytes(), str(path.parent)) for split, path in there.items()}
+        _, plan, digest = _planned(source, partial, options, columns, origin, licence)
+    written = {split: Manifest.from_json(path.read_bytes(), str(path.parent)) for split, path in existing.items()}
     splits = list(dict.fromkeys(job.split for job in plan))
     if {*splits} != {*written} or any(manifest.plan != digest for manifest in written.values()):
         raise DataError(
-            f"data {output}: a set made of another input or with other options is there; give a new folder or remove it"
+            f"data {output}: there is a set made from another input or with other options; give a new folder, or remove"
+            " this one"
         )
     return {split: written[split] for split in splits}
 
@@ -138,11 +135,20 @@ def finished(
 # ---- the plan
 
 
+def _planned(
+    source: str, partial: Path, options: Options, columns: Columns, origin: str, licence: str
+) -> tuple[Input, list[Job], str]:
+    """Return the input, its plan, and the hash of everything that determines the set."""
+    content = open_input(source, columns, partial)
+    plan = make_plan(content, options)
+    return content, plan, plan_hash(content, options, plan, (origin, licence, *columns.members))
+
+
 def make_plan(content: Input, options: Options) -> list[Job]:
-    """Which entries go into which shard: a function of the entries and the options.
+    """Assign entries to shards: a function of the entries and the options.
 
     Raises:
-        DataError: a share for validation that leaves one side without images, or splits that exist already.
+        DataError: the fraction for validation leaves a split without images, or the input has splits already.
     """
     splits = content.splits
     if options.val:
@@ -165,7 +171,7 @@ def make_plan(content: Input, options: Options) -> list[Job]:
 
 
 def _split(entries: list[Entry], options: Options) -> dict[str, list[Entry]]:
-    """Every class gives its share of images to val."""
+    """Move the same fraction of every class to val."""
     by_class: dict[int, list[int]] = {}
     for i, entry in enumerate(entries):
         by_class.setdefault(entry.label, []).append(i)
@@ -181,19 +187,19 @@ def _split(entries: list[Entry], options: Options) -> dict[str, list[Entry]]:
     if empty := [split for split, part in parts.items() if not part]:
         smallest, largest = (f(map(len, by_class.values())) for f in (min, max))
         classes = f"classes have {smallest} to {largest} images"
-        raise DataError(f"--val {options.val} leaves {empty[0]} without images: {classes}; choose another share")
+        raise DataError(f"--val {options.val} leaves {empty[0]} without images: {classes}; choose another fraction")
     return parts
 
 
 def _cut(entries: list[Entry], options: Options) -> Iterator[int]:
-    """Sizes of the shards."""
-    size, held = 0, 0
+    """Yield the number of entries in each shard."""
+    size, filled = 0, 0
     for entry in entries:
-        full = held + entry.bytes > options.shard_bytes if options.shard_bytes else size == options.per_shard
+        full = filled + entry.bytes > options.shard_bytes if options.shard_bytes else size == options.per_shard
         if size and full:
             yield size
-            size, held = 0, 0
-        size, held = size + 1, held + entry.bytes
+            size, filled = 0, 0
+        size, filled = size + 1, filled + entry.bytes
     yield size
 
 
@@ -203,7 +209,7 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
 
 
 def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[str, ...]) -> str:
-    """sha256 of everything the set follows from, but for the images' own bytes."""
+    """sha256 of everything that determines the set, except the bytes of the images."""
     digest = hashlib.sha256()
     for line in (dataclasses.asdict(options), content.classes, about):
         digest.update(json.dumps(line).encode() + b"\n")
@@ -214,26 +220,31 @@ def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[st
     return digest.hexdigest()
 
 
-def _same_plan(partial: Path, digest: str) -> None:
+def _write_plan(partial: Path, digest: str) -> None:
+    """Write the plan's hash.
+
+    Raises:
+        DataError: the folder holds an unfinished set with another plan.
+    """
     path = partial / _PLAN
     if path.exists() and path.read_text(errors="replace") != json.dumps({"plan": digest}):
         raise DataError(
-            f"data {partial}: an unfinished set of other options or other inputs is there;"
-            f" give the same again to finish it, or start over: rm -r {shlex.quote(str(partial))}"
+            f"data {partial}: there is an unfinished set with other options or inputs; repeat the command that"
+            f" started it, or start over: rm -r {shlex.quote(str(partial))}"
         )
     write_file(path, json.dumps({"plan": digest}).encode())
 
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """The unfinished set's folder, for this process alone; gone afterwards if nothing was planned in it."""
+    """Lock the unfinished set's folder for this process; remove it at the end if it holds no plan."""
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise DataError(f"data {partial}: another process prepares this set; wait for it, or end it") from None
+        raise DataError(f"data {partial}: another process is preparing this set; wait for it, or end it") from None
     try:
         yield
     finally:
@@ -248,31 +259,23 @@ def _locked(partial: Path) -> Iterator[None]:
 def _run(
     content: Input, plan: list[Job], partial: Path, options: Options, jobs: int, strict: bool, progress: pool.Progress
 ) -> list[dict[str, Any]]:
-    """The record of every shard, in the plan's order."""
+    """Write the shards and return their records, in the plan's order."""
     (partial / _RECORDS).mkdir(exist_ok=True)
     for split in {job.split for job in plan}:
         (partial / _SET / split).mkdir(parents=True, exist_ok=True)
-    total = sum(len(job.entries) for job in plan)
     worker = _Worker(content, partial, options, strict)
-    records: dict[int, dict[str, Any]] = {}
-    done = 0
-    progress(0, total)
-    for number, record in pool.run(worker, plan, jobs):
-        records[number] = record
-        done += len(plan[number].entries)
-        progress(done, total)
-    return [records[number] for number in range(len(plan))]
+    return pool.run_all(worker, plan, jobs, progress, size=lambda job: len(job.entries))
 
 
 class _Worker:
-    """Makes one shard after the other, in whatever process."""
+    """Writes shards, in any process."""
 
     def __init__(self, content: Input, partial: Path, options: Options, strict: bool):
-        self._input = replace(content, splits={})  # jobs bring their own entries
+        self._input = replace(content, splits={})  # each job brings its entries
         self._partial, self._options, self._strict = partial, options, strict
 
     def __call__(self, job: Job) -> dict[str, Any]:
-        """The shard's record: read, if an earlier run wrote a shard that is still whole."""
+        """Write a shard and return its record, or read the record if an earlier run left a complete shard."""
         path = self._partial / _RECORDS / f"{job.name}.json"
         record = _finished(path, self._tar(job))
         if record is None:
@@ -304,22 +307,21 @@ class _Worker:
                 if self._strict:
                     raise _strict_error(str(error)) from None
                 tally.skipped[error.cause] += 1
-                where = self._input.reader.where(entry.place)
+                where = self._input.reader.where(entry.location)
                 skipped.append({"key": entry.key, "path": where, "cause": error.cause, "message": str(error)})
 
     def _sample(self, entry: Entry, measure: bool, tally: Tally) -> dict[str, Any]:
-        where = self._input.reader.where(entry.place)
+        where = self._input.reader.where(entry.location)
         try:
-            members = self._input.reader.read(entry.place)
-        except (OSError, ValueError) as error:  # a name may hold what no file's does
+            members = self._input.reader.read(entry.location)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = getattr(error, "strerror", None) or error
             raise BadSample("unreadable", f"{where}, sample {entry.key}: {reason}") from None
         if "image" not in members:
             has = ", ".join(members) or "only a label"
             raise BadSample("no image", f"{where}, sample {entry.key}: no image among its members ({has})")
-        extension, data, height, width, image = shape(
-            members.pop("image"), where, entry.key, self._options, look=measure
-        )
+        data = members.pop("image")
+        extension, data, height, width, image = shape(data, where, entry.key, self._options, measure=measure)
         tally.count(entry.label, height, width)
         if measure and image is not None:
             tally.measure(image)
@@ -331,20 +333,22 @@ def _strict_error(message: str) -> DataError:
 
 
 def _finished(record: Path, tar: Path) -> dict[str, Any] | None:
+    """Read the record of a finished shard; None if the shard is incomplete or the record is damaged."""
     try:
         found = untrusted.loads(untrusted.read(record))
         shard = found["shard"]
-        whole = shard is None or (sha256_of(tar) == shard["sha256"] and index_of(tar).exists())
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a record that is damaged is made again
+        complete = shard is None or (sha256_of(tar) == shard["sha256"] and index_of(tar).exists())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return found if whole else None
+    return found if complete else None
 
 
 # ---- the end
 
 
 def _finish(folder: Path, manifest: Manifest, skipped: list[dict[str, str]]) -> None:
-    for leftover in folder.glob(".*"):  # of processes that were killed
+    """Write the list of skipped inputs, then the manifest."""
+    for leftover in folder.glob(".*"):  # partial files of killed processes
         leftover.unlink()
     if skipped:
         write_file(folder / SKIPPED, "".join(json.dumps(row) + "\n" for row in skipped).encode())
@@ -360,7 +364,7 @@ def _manifest(
         causes = ", ".join(
             f"{count} x {cause}" for cause, count in sorted(Counter(r["cause"] for r in skipped).items())
         )
-        raise DataError(f"{name}: none of the {len(skipped)} inputs can be used ({causes}): {skipped[0]['message']}")
+        raise DataError(f"{name}: none of the {len(skipped)} inputs is usable ({causes}): {skipped[0]['message']}")
     tally = Tally.sum(Tally.from_json(record["tally"]) for record in records)
     mean, std = tally.normalisation()
     return Manifest(

@@ -1,4 +1,4 @@
-"""Several data sets of the same classes become one; no image is read for it."""
+"""Merge several data sets with the same classes into one, without reading images."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from vimscale.data.shards.manifest import (
     Shard,
     index_of,
     new_folder,
-    publish,
+    new_set,
     shard_name,
     write_file,
 )
@@ -23,18 +23,15 @@ from vimscale.prepare.tally import Tally
 
 
 def merge(sets: list[Located], output: Path) -> Manifest:
-    """Write `output`, whose shards are those of `sets`: the same files where the file system has links, else copies.
+    """Write `output` with the shards of all `sets`: hard links if the file system has them, else copies.
 
     Raises:
-        DataError: other classes, a shard that is there twice or not at all, or an output that exists.
+        DataError: the sets differ in classes or images, a shard occurs twice or is missing, or the output exists.
     """
     output = new_folder(output)
     _check(sets)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     shards: list[Shard] = []
-    try:
+    with new_set(output) as partial:
         for one in sets:
             for shard in one.manifest.shards:
                 path = partial / shard_name(len(shards))
@@ -43,10 +40,6 @@ def merge(sets: list[Located], output: Path) -> Manifest:
                 shards.append(replace(shard, name=path.name))
         manifest = _merged(output.name, [one.manifest for one in sets], tuple(shards))
         write_file(partial / MANIFEST, manifest.to_json().encode())
-        publish(partial, output)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return manifest
 
 
@@ -63,21 +56,21 @@ def _check(sets: list[Located]) -> None:
                 else f"class {label} is {mine[label]!r}, not {theirs[label]!r}"
             )
             raise DataError(
-                f"data {one.folder}: {what} as in {first.folder}; prepare one of them again with the other's names in"
-                " --classes FILE"
+                f"data {one.folder}: {what} as in {first.folder}; prepare one of the sets again with the other's class"
+                " names in --classes FILE"
             )
         if one.manifest.image != first.manifest.image:
             own, other = (", ".join(part.manifest.image) or "the usual member" for part in (one, first))
             raise DataError(
-                f"data {one.folder}: its images are {own}, not {other} as in {first.folder}; `vimscale data prepare` of"
-                " its tars makes a set without such a choice"
+                f"data {one.folder}: its images are {own}, not {other} as in {first.folder}; prepare a set from its"
+                " tars with `vimscale data prepare`, and merge that"
             )
         for shard in one.manifest.shards:
             name = str(one.tar(shard))
-            for path, size in ((one.tar(shard), shard.bytes), (one.index(shard), 8 * (shard.samples + 1))):
+            for path, size in ((one.tar(shard), shard.bytes), (one.index(shard), shard.index_bytes)):
                 if not path.is_file() or path.stat().st_size != size:
                     raise DataError(
-                        f"data {one.folder}: {path} is missing or not of its size; mend the set first:"
+                        f"data {one.folder}: {path} is missing or does not have {size:,} bytes; repair the set first:"
                         f" {shlex.join(['vimscale', 'data', 'repair', str(one.folder)])}"
                     )
             if shard.sha256 in owners:
@@ -93,7 +86,7 @@ def _link(path: Path, to: Path) -> None:
 
 
 def _merged(name: str, parts: list[Manifest], shards: tuple[Shard, ...]) -> Manifest:
-    """Mean and deviation of all, each set counting as many times as it has samples."""
+    """Combine the manifests; the mean and std weight each set by its number of samples."""
     tally = Tally()
     for part in parts:
         tally.measured += part.samples

@@ -1,4 +1,4 @@
-"""One job after the other in several processes, none of which outlives the command."""
+"""Jobs in several processes, none of which outlives the command."""
 
 import os
 import signal
@@ -14,21 +14,48 @@ from vimscale.errors import RunFailed
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
-"""Told how much is done, and of how much."""
+"""Called with the amount done and the total."""
 
 _work: Callable[[Any], Any] | None = None
 
 
-def run(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Result]]:
-    """(number, result) of every job, in the order in which they end. `work` is sent to each process once.
+def run_all(
+    work: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    processes: int,
+    progress: Progress = lambda done, total: None,
+    *,
+    size: Callable[[Job], int] = lambda job: 1,
+    finish: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Return the results of all jobs in the order of the jobs; report progress in units of `size`.
+
+    `finish` gets each result as soon as it is there, in this process.
 
     Raises:
-        RunFailed: a process was killed. What `work` raises is raised here.
+        RunFailed: see `run`.
+    """
+    results: dict[int, Result] = {}
+    done, total = 0, sum(map(size, jobs))
+    progress(done, total)
+    for number, result in run(work, jobs, processes):
+        finish(result)
+        results[number] = result
+        done += size(jobs[number])
+        progress(done, total)
+    return [results[number] for number in range(len(jobs))]
+
+
+def run(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Result]]:
+    """Yield (number, result) of every job, in the order in which jobs finish. Each process gets `work` once.
+
+    Raises:
+        RunFailed: a process was killed. Exceptions of `work` propagate.
     """
     if min(processes, len(jobs)) <= 1:
         yield from ((number, work(job)) for number, job in enumerate(jobs))
         return
-    # spawned: a fork would take over the threads of Arrow and others in whatever state they are
+    # spawn, because a fork would inherit locks held by threads of Arrow and others
     pool = ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _begin, (work,))
     try:
         waiting = {pool.submit(_do, job): number for number, job in enumerate(jobs)}
@@ -36,7 +63,7 @@ def run(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> I
             yield waiting[future], future.result()
     except BrokenProcessPool:
         raise RunFailed(
-            "one of the --jobs was killed, perhaps for want of memory; give fewer, and the same command again"
+            "one of the --jobs was killed, perhaps for lack of memory; run the same command again with fewer"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -45,12 +72,12 @@ def run(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> I
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes
     parent = parent_process()
     assert parent is not None
 
     def leave() -> None:
-        # a process that wrote on would meet those of the next command
+        # a process that kept writing would interfere with those of the next command
         parent.join()
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What a data set's manifest counts: labels, sides, skipped inputs, and the pixels' mean and deviation."""
+"""What a data set's manifest counts: labels, sides, skipped inputs, and the pixels' mean and std."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from torch import Tensor
 from vimscale.data.shards.manifest import Manifest
 
 SIDES = (1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-"""Shorter sides at which the histogram is cut."""
+"""Lower edges of the bins of the histogram of shorter sides."""
 
 
 @dataclass
 class Tally:
-    """Of some samples; those of a set's parts add up to the set's, whatever process counted them."""
+    """Counts of some samples. The tallies of a set's parts add up to the tally of the set."""
 
     labels: Counter[int] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     measured: int = 0
-    """Images whose pixels were looked at; each counts as much as another, whatever its size."""
+    """Images whose pixels were measured. Each has the same weight, whatever its size."""
     means: list[float] = field(default_factory=lambda: [0.0] * 3)
     squares: list[float] = field(default_factory=lambda: [0.0] * 3)
 
@@ -31,8 +31,8 @@ class Tally:
         self.sides[max(edge for edge in SIDES if edge <= min(height, width))] += 1
 
     def measure(self, image: Tensor) -> None:
-        """uint8 (3, h, w)"""
-        pixels = image.numpy().reshape(3, -1).astype(np.float64)  # sums of whole numbers, so exact in any order
+        """Add the pixels of an image, uint8 (3, h, w)."""
+        pixels = image.numpy().reshape(3, -1).astype(np.float64)  # sums of integers, so exact in any order
         self.measured += 1
         for channel in range(3):
             self.means[channel] += float(pixels[channel].sum()) / pixels.shape[1] / 255
@@ -40,7 +40,7 @@ class Tally:
 
     @classmethod
     def sum(cls, parts: Iterable["Tally"]) -> "Tally":
-        """To be given in the order of the set: the last bits of a sum depend on it."""
+        """Add up tallies. Pass them in the order of the set: the last bits of the sums depend on it."""
         total = cls()
         for part in parts:
             total.labels += part.labels
@@ -70,7 +70,7 @@ class Tally:
         return tuple(self.labels[label] for label in range(classes))
 
     def side_counts(self) -> dict[str, int]:
-        """`Manifest.sides`: without gaps, so that each key's upper end is the next."""
+        """Return `Manifest.sides`: without gaps, so that each bin's upper edge is the next key."""
         if not self.sides:
             return {}
         first, last = min(self.sides), max(self.sides)
@@ -80,17 +80,17 @@ class Tally:
         return dict(sorted(self.skipped.items()))
 
     def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, std) of each channel, of images in [0, 1]; never a deviation of 0."""
+        """Return (mean, std) per channel of images in [0, 1]; std is never 0."""
         mean = [total / self.measured for total in self.means]
-        spread = [max(total / self.measured - m * m, 0.0) ** 0.5 for total, m in zip(self.squares, mean, strict=True)]
+        std = [max(total / self.measured - m * m, 0.0) ** 0.5 for total, m in zip(self.squares, mean, strict=True)]
         r, g, b = (round(value, 4) for value in mean)
-        # an image set of one flat colour would be divided by zero
-        x, y, z = (max(round(value, 4), 0.001) for value in spread)
+        # images of one flat colour would be divided by zero
+        x, y, z = (max(round(value, 4), 0.001) for value in std)
         return (r, g, b), (x, y, z)
 
 
 def sides_text(manifest: Manifest) -> list[tuple[str, int]]:
-    """The histogram's rows: ("256 to 383", 12)."""
+    """Return the histogram's rows, such as ("256 to 383", 12)."""
     edges = [int(edge) for edge in manifest.sides]
     above = [*edges[1:], *(edge for edge in SIDES if edge > max(edges, default=0)), 0]
     names = [f"{low} to {high - 1}" if high else f"{low} and more" for low, high in zip(edges, above, strict=False)]

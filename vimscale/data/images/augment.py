@@ -1,4 +1,4 @@
-"""What is done to one image on the host, in uint8: a pure function of the image and the sample's own generator."""
+"""Augmentation of one image on the host, in uint8: a pure function of the image and the sample's generator."""
 
 import math
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def for_training(image: Tensor, size: Size, augment: Augment, rng: np.random.Gen
 
 
 def for_evaluation(image: Tensor, size: Size) -> Tensor:
-    """Resized so that `size` / 0.875 fits in, and its centre, as published; an image of just `size` stays as it is."""
+    """Resize to cover `size` / 0.875 and crop the centre, as published; an image of exactly `size` stays as it is."""
     height, width = image.shape[1:]
     if (height, width) == size:
         return image
@@ -37,10 +37,11 @@ def for_evaluation(image: Tensor, size: Size) -> Tensor:
 
 
 def buckets(size: Size, patch: int, count: int) -> list[Size]:
-    """The shapes of images that may keep their aspect ratio, from the widest to the tallest.
+    """List the shapes for images that keep their aspect ratio, from the widest to the tallest.
 
-    `count` ratios from 1:2 to 2:1, even in their logarithm: an odd count keeps the square. Sides are multiples of
-    `patch`; areas are at most that of `size` and near it. Ratios that so become one shape count once.
+    The `count` ratios from 1:2 to 2:1 are evenly spaced in their logarithm; an odd count includes the square. Sides are
+    multiples of `patch`; areas are close to that of `size`, and never larger. Ratios that round to the same shape give
+    it once.
     """
     if count == 1:
         return [size]
@@ -53,24 +54,24 @@ def buckets(size: Size, patch: int, count: int) -> list[Size]:
 
 
 def bucket_for(height: float, width: float, shapes: Iterable[Size]) -> Size:
-    """The shape whose aspect ratio is nearest to height x width, in its logarithm; the first of equals."""
+    """Return the shape whose log aspect ratio is nearest to that of height x width; of equals, the first."""
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
 def _random_crop(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
-    """A part of the image, about as wide to its height as `size`."""
+    """Crop a random part of the image with about the aspect ratio of `size`."""
     height, width = image.shape[1:]
-    wide = size[1] / size[0]
+    ratio = size[1] / size[0]
     for _ in range(10):
-        share, stretch, down, right = rng.random(4).tolist()
-        area = height * width * (augment.crop_min + (1 - augment.crop_min) * share)
-        aspect = wide * augment.aspect_max ** (2 * stretch - 1)
+        u_area, u_aspect, u_top, u_left = rng.random(4).tolist()
+        area = height * width * (augment.crop_min + (1 - augment.crop_min) * u_area)
+        aspect = ratio * augment.aspect_max ** (2 * u_aspect - 1)
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
-            top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
+            top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
             return image[:, top : top + h, left : left + w]
-    # ten tries did not fit: the largest central part of that shape
-    h, w = min(height, max(round(width / wide), 1)), min(width, max(round(height * wide), 1))
+    # none of ten tries fits: take the largest central crop of that ratio
+    h, w = min(height, max(round(width / ratio), 1)), min(width, max(round(height * ratio), 1))
     top, left = (height - h) // 2, (width - w) // 2
     return image[:, top : top + h, left : left + w]
 
@@ -83,5 +84,5 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (b, 3, h, w) on any device -> fp32, per channel (image / 255 - mean) / std."""
+    """Convert uint8 (b, 3, h, w) on any device to fp32: (image / 255 - mean) / std per channel."""
     return images.to(torch.float32).div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])

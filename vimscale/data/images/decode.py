@@ -1,4 +1,4 @@
-"""Bytes of an image file to an upright RGB uint8 tensor (3, h, w)."""
+"""Decoding: the bytes of an image file to an upright RGB uint8 tensor (3, h, w)."""
 
 import io
 import re
@@ -16,36 +16,35 @@ from torch import Tensor
 from vimscale.errors import BadSample, brief
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused from their header alone: a few bytes can ask for gigabytes."""
+"""Larger images are refused on reading the header: a few bytes can request gigabytes."""
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
-"""All that Pillow may recognise, whatever a member is called: some of its other readers start programs."""
+"""The only formats that Pillow may try, whatever a member's name: some of its other readers start programs."""
 _METADATA = {
     "JPEG": (b"\xff\xe1",),
     "PNG": (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"),
     "WEBP": (b"EXIF", b"XMP "),
 }
-"""Bytes without which a file does not say how it is turned. To ask Pillow costs more, for a PNG all of the decoding."""
+"""Byte strings, one of which every file with an orientation contains. Asking Pillow costs more: for a PNG, a decode."""
 MAX_SCANS = 100
-"""Of a JPEG; libjpeg writes 10 of a progressive one. Each costs a pass over all pixels, and a file of a few bytes."""
+"""Scans of a JPEG; libjpeg writes 10 for a progressive one. A scan of a few bytes costs a pass over all pixels."""
 MAX_WORK = 20 * MAX_PIXELS
-"""Scans times pixels."""
+"""Largest product of scans and pixels."""
 _PARTS = 100_000
-"""Segments of a JPEG, chunks of a PNG and blocks of a GIF: each costs time, and can be of no bytes."""
+"""Most segments of a JPEG, chunks of a PNG or blocks of a GIF: each costs time, even if it is empty."""
 _T = TypeVar("_T")
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """Tags of a TIFF."""
-_WHOLE = re.compile(r"[+-]?\d{1,4000}(\.0*)?", re.ASCII)  # int() takes 4,300
+_INTEGER = re.compile(r"[+-]?\d{1,4000}(\.0*)?", re.ASCII)  # int() accepts 4,300 digits
 
 
 @contextmanager
 def damage() -> Iterator[None]:
-    """Whatever a decoder raises in here is damage of the image that it reads; except want of memory, which another try
-    may have, and which says nothing about the image.
+    """Turn any exception of a decoder into BadSample, except MemoryError, which says nothing about the image.
 
     Raises:
-        BadSample: "image", it is damaged; "pixels", it is too large.
+        BadSample: "image" if the image is damaged; "pixels" if it is too large.
     """
     try:
         yield
@@ -59,12 +58,13 @@ def damage() -> Iterator[None]:
 
 
 def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) -> tuple[Tensor, int]:
-    """(image, label) of a webdataset sample: its member with an image's extension, and its `cls` below `classes`.
+    """Return (image, label) of a webdataset sample: its member with an image's extension, and its `cls`.
 
-    `image` names the extensions to look for, first match first (default: EXTENSIONS). No other member is looked into.
+    `image` lists the extensions to look for, first match first (default: EXTENSIONS). Other members are not read. The
+    label must be below `classes`.
 
     Raises:
-        BadSample: no image or label, or an image that cannot be read; `where` and the sample's key are named. Causes:
+        BadSample: there is no image or label, or the image cannot be read; names `where` and the sample's key. Causes:
             "no image", "no label", "label", and those of `pixels`.
     """
     where = f"{where}, sample {sample.get('__key__')}"
@@ -76,7 +76,9 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
     if label is None:
         raise BadSample("no label", f"{where}: no whole number in a member .cls, the label")
     if not 0 <= label < classes:
-        raise BadSample("label", f"{where}: label {brief(label)} is none of the {classes} classes, 0 to {classes - 1}")
+        raise BadSample(
+            "label", f"{where}: label {brief(label)} is not one of the {classes} classes, 0 to {classes - 1}"
+        )
     try:
         return pixels(data), label
     except BadSample as error:
@@ -84,18 +86,19 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
 
 
 def whole_number(text: str) -> int | None:
-    """What a label's text counts to, or None: 3 may be written as 3.0 (a table with gaps makes it so), after a byte
-    order mark, or between blanks.
+    """Parse a label's text as a whole number; return None if it is not one.
+
+    3 may be written as 3.0 (which a table with missing values does), after a byte order mark, or between blanks.
     """
     text = text.strip("\ufeff \t\r\n")
-    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
+    return int(text.partition(".")[0]) if _INTEGER.fullmatch(text) else None
 
 
 def pixels(data: bytes) -> Tensor:
-    """The upright image (3, h, w) in a JPEG, PNG or WebP file; transparent pixels are white.
+    """Decode a JPEG, PNG or WebP file to the upright image (3, h, w); transparent pixels become white.
 
     Raises:
-        BadSample: "image", it is damaged or of no known format; "pixels", it has more than MAX_PIXELS.
+        BadSample: "image" if it is damaged or has an unknown format; "pixels" if it has more than MAX_PIXELS.
     """
     header = _header(data)
     with damage():
@@ -105,10 +108,10 @@ def pixels(data: bytes) -> Tensor:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """(height, width) of the upright image, from the file's header alone.
+    """Read (height, width) of the upright image from the file's header.
 
     Raises:
-        BadSample: as `pixels` does, as far as the header shows it.
+        BadSample: like `pixels`, as far as the header shows it.
     """
     header = _header(data)
     return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
@@ -118,9 +121,9 @@ class _Header(NamedTuple):
     height: int
     width: int
     orientation: int
-    """As EXIF counts: 1 is upright, from 5 on height and width change places."""
+    """EXIF's value: 1 is upright; from 5 on, height and width are swapped."""
     image: Image.Image | None
-    """To be decoded by Pillow; None: by simplejpeg."""
+    """The image for Pillow to decode; None: simplejpeg decodes it."""
 
 
 def _header(data: bytes) -> _Header:
@@ -133,7 +136,7 @@ def _header(data: bytes) -> _Header:
 
 
 def _fast_header(data: bytes) -> _Header | None:
-    """That of a grey or RGB JPEG without metadata."""
+    """Read the header of a grey or RGB JPEG without metadata; return None for other files."""
     if not data.startswith(b"\xff\xd8") or data.find(_METADATA["JPEG"][0], 0, data.find(b"\xff\xda")) > 0:
         return None  # FF DA: the scans follow, long and without metadata
     try:
@@ -149,13 +152,17 @@ def _header_by_pillow(data: bytes) -> _Header:
     plain = data.startswith(b"\xff\xd8") and image.mode in ("RGB", "L")
     height, width = image.height, image.width
     if plain:
-        with suppress(ValueError):  # as who decodes it sees it: Pillow reads the headers on its own
+        with suppress(ValueError):  # take the size from the decoder: Pillow parses headers differently
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
     return _Header(height, width, _orientation(image, data), None if plain else image)
 
 
 def _check_scans(data: bytes, header: _Header) -> None:
-    """Refuse a JPEG whose scans take minutes."""
+    """Refuse a JPEG whose scans take minutes to decode.
+
+    Raises:
+        ValueError: it has too many scans for its size.
+    """
     if not data.startswith(b"\xff\xd8"):
         return
     colours = 0
@@ -164,20 +171,20 @@ def _check_scans(data: bytes, header: _Header) -> None:
             colours = data[at + 7] if at + 7 < len(data) else 0
         elif marker == 0xDA:
             if colours and data[at + 2 : at + 3] == bytes([colours]):
-                return  # not progressive, and all colours are in the first scan: there is no second
+                return  # not progressive, and the first scan has all colours: there is no second scan
             break
-    most = min(MAX_SCANS, MAX_WORK // max(header.height * header.width, 1))
-    if data.count(b"\xff\xda") > most:  # some of which may be metadata's
+    limit = min(MAX_SCANS, MAX_WORK // max(header.height * header.width, 1))
+    if data.count(b"\xff\xda") > limit:  # some may be part of metadata
         scans = sum(marker == 0xDA for marker, _ in _markers(data))
-        if scans > most:
-            raise ValueError(f"it has {scans:,} scans, and at most {most} are read of an image of this size")
+        if scans > limit:
+            raise ValueError(f"it has {scans:,} scans; at most {limit} are read for an image of this size")
 
 
 def check_parts(data: bytes) -> None:
-    """Refuse a file of so many parts that to open it takes minutes.
+    """Refuse a file with so many parts that opening it takes minutes.
 
     Raises:
-        ValueError: it has more than 100,000.
+        ValueError: it has more than 100,000 parts.
     """
     kinds: dict[bytes, Callable[[bytes], Iterator[Any]]]
     kinds = {b"\xff\xd8": _markers, b"\x89P": _chunks, b"GI": _extensions}
@@ -194,13 +201,13 @@ def _limited(parts: Iterator[_T]) -> Iterator[_T]:
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Markers of a JPEG up to its end, and where what they bring begins, with its length."""
+    """Yield (marker, offset of its payload, which begins with its length) of a JPEG up to its end."""
 
     def walk() -> Iterator[tuple[int, int]]:
         at = 2
         while (found := _MARKER.search(data, at)) and (marker := found[1][0]) != 0xD9:
             yield marker, found.end()
-            # after the header of a scan come its bytes, in which a marker's first byte is followed by a zero
+            # a scan's header is followed by its data, in which a zero follows every 0xff
             bare = marker in (0x01, 0xD8)
             at = found.end() + (0 if bare else int.from_bytes(data[found.end() : found.end() + 2], "big"))
 
@@ -208,7 +215,7 @@ def _markers(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _chunks(data: bytes) -> Iterator[int]:
-    """Chunks of a PNG, by their offsets."""
+    """Yield the offsets of a PNG's chunks."""
 
     def walk() -> Iterator[int]:
         at = 8
@@ -220,7 +227,7 @@ def _chunks(data: bytes) -> Iterator[int]:
 
 
 def _extensions(data: bytes) -> Iterator[int]:
-    """Blocks before the first image of a GIF, by their offsets."""
+    """Yield the offsets of the blocks before a GIF's first image."""
 
     def walk() -> Iterator[int]:
         at = 13 + (3 << (data[10] % 8 + 1) if data[10:11] >= b"\x80" else 0)
@@ -236,11 +243,11 @@ def _extensions(data: bytes) -> Iterator[int]:
 
 
 def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings(action="ignore"):  # the size is checked above, and odd metadata does no harm
+    with warnings.catch_warnings(action="ignore"):  # `_header` checks the size, and odd metadata is harmless
         try:
             return Image.open(io.BytesIO(data), formats=_FORMATS)
-        except UnidentifiedImageError:  # whose message is of the buffer
-            raise ValueError(f"none of {', '.join(_FORMATS)} begins {data[:12]!r}") from None
+        except UnidentifiedImageError:  # its message names the buffer object
+            raise ValueError(f"none of {', '.join(_FORMATS)} begins with {data[:12]!r}") from None
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -261,7 +268,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
     except ValueError as error:
         if str(error).startswith(("Corrupt", "Premature")):
             raise
-        return _decode_any(_open(data))  # an oddity of the header, which simplejpeg does not let pass
+        return _decode_any(_open(data))  # an odd header that simplejpeg rejects
 
 
 def _decode_any(image: Image.Image) -> np.ndarray:
@@ -270,14 +277,14 @@ def _decode_any(image: Image.Image) -> np.ndarray:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB of 8 bits a channel, on white where it is transparent.
+    """Convert any of Pillow's modes to RGB with 8 bits per channel, on a white background.
 
     Raises:
-        ValueError: as `eight_bits` does.
+        ValueError: like `eight_bits`.
     """
     image = eight_bits(image)
     if image.has_transparency_data:
-        if image.mode == "La":  # which Pillow converts to nothing else
+        if image.mode == "La":  # Pillow converts it only to LA
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -285,30 +292,30 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """The image, with 8 bits a channel: of 12 or 16 bits the upper eight, of floats 0 to 1 as 0 to 255.
+    """Convert to 8 bits per channel: the upper 8 of 12 or 16 bits; floats from 0 to 1 become 0 to 255.
 
-    Pillow converts such pixels by clipping: all above 255 are white.
+    Pillow would clip instead: everything above 255 would be white.
 
     Raises:
-        ValueError: pixels whose range nothing tells: signed, of 32 bits, or floats beyond 0 to 1.
+        ValueError: the range of the pixels is unknown: they are signed, have 32 bits, or are floats beyond 0 to 1.
     """
-    tags = getattr(image, "tag_v2", {})  # a TIFF's, whose modes do not say all
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose mode alone is not enough
     signed = 2 in tags.get(_SAMPLE_FORMAT, ())
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
             found = f"from {values.min():g} to {values.max():g}"
-            raise ValueError(f"its pixels are floats {found}, and are read from 0 to 1; scale them, or save 8 bits")
+            raise ValueError(f"its pixels are floats {found}, but must be from 0 to 1; scale them, or save 8 bits")
         grey = (values * 255 + 0.5).astype(np.uint8)
     elif image.mode.startswith("I") or signed:
         bits = max(tags.get(_BITS, (16,)))
         if signed or bits > 16:
             kind = f"{'signed ' if signed else ''}whole numbers of {bits} bits"
-            raise ValueError(f"its pixels are {kind}, whose range is not known; save it with 8 or 16 bits, unsigned")
+            raise ValueError(f"its pixels are {kind}, whose range is unknown; save it with 8 or 16 bits, unsigned")
         grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
     else:
         return image
-    if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow minds for 8 bits alone
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow handles this only for 8 bits
         grey = 255 - grey
     scaled = Image.fromarray(grey)
     if "transparency" in image.info:
@@ -317,7 +324,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(h, w, 3), turned and mirrored as the file's orientation says."""
+    """Rotate and mirror (h, w, 3) according to the file's orientation."""
     if orientation >= 5:
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,7 +1,7 @@
-"""Images of a batch erased and mixed: drawn on the host, done where the batch is.
+"""Random erasing, mixup and cutmix: the host draws the parameters, the device that holds the batch applies them.
 
-Axes: b images, c classes, p = b / 2 pairs. Images 2i and 2i + 1 are a pair, so as long as micro-batches are even, what
-becomes of an image does not depend on how a batch is cut.
+Axes: b images, c classes, p = b / 2 pairs. Images 2i and 2i + 1 form a pair. So as long as micro-batches are even, the
+result for an image does not depend on how a batch is cut.
 """
 
 import math
@@ -13,40 +13,40 @@ from torch import Tensor
 from vimscale.recipe.sections import Augment
 
 Erase = tuple[int, int, int, int, int]
-"""top, left, height, width, seed of the noise; all 0 where nothing is erased."""
+"""top, left, height, width, seed of the noise; all 0 if nothing is erased."""
 Mix = tuple[float, float, float, float, float]
-"""Share that an image keeps of its label; top, left, bottom, right of what the pair swaps, or an empty box to blend."""
+"""Weight of an image's own label; then top, left, bottom, right of the box that the pair swaps, empty for mixup."""
 
 
 def draw_erase(size: tuple[int, int], chance: float, rng: np.random.Generator) -> Erase:
-    """Random erasing (arXiv:1708.04896) of 0.02 to 1/3 of an image of `size`, 0.3 to 3.3 times as wide as high."""
+    """Draw random erasing (arXiv:1708.04896): 0.02 to 1/3 of an image of `size`, 0.3 to 3.3 times as wide as high."""
     none = (0, 0, 0, 0, 0)
     if rng.random() >= chance:
         return none
     for _ in range(10):
-        share, stretch, down, right = rng.random(4).tolist()
-        area = size[0] * size[1] * (0.02 + (1 / 3 - 0.02) * share)
-        aspect = math.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * stretch)
+        u_area, u_aspect, u_top, u_left = rng.random(4).tolist()
+        area = size[0] * size[1] * (0.02 + (1 / 3 - 0.02) * u_area)
+        aspect = math.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * u_aspect)
         height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < height < size[0] and 0 < width < size[1]:
-            top, left = int(down * (size[0] - height + 1)), int(right * (size[1] - width + 1))
+            top, left = int(u_top * (size[0] - height + 1)), int(u_left * (size[1] - width + 1))
             return top, left, height, width, int(rng.integers(1 << 62))
     return none
 
 
 def draw_mix(size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> Mix:
-    """What a pair of images of `size` does: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899)."""
-    cuts = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
-    if not cuts:
-        share = float(rng.beta(augment.mixup, augment.mixup)) if augment.mixup else 1.0
-        return share, 0.0, 0.0, 0.0, 0.0
+    """Draw mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) for a pair of images of `size`."""
+    cutmix = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
+    if not cutmix:
+        weight = float(rng.beta(augment.mixup, augment.mixup)) if augment.mixup else 1.0
+        return weight, 0.0, 0.0, 0.0, 0.0
     side = math.sqrt(1 - rng.beta(augment.cutmix, augment.cutmix))
     spans = []
     for length in size:
         half, centre = int(length * side) // 2, int(rng.integers(length))
         spans.append((max(centre - half, 0), min(centre + half, length)))
     (top, bottom), (left, right) = spans
-    swapped = (bottom - top) * (right - left)  # less than drawn where the border cuts it
+    swapped = (bottom - top) * (right - left)  # less than drawn if the border cuts the box
     return 1 - swapped / (size[0] * size[1]), float(top), float(left), float(bottom), float(right)
 
 
@@ -55,9 +55,9 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """Erase, then mix, in place.
 
-    images: normalised fp32 (b, 3, h, w); labels: int64 (b), on the same device. On the host, so that no step waits for
-    the device: erase, int64 (b, 5) of `draw_erase`; mix, fp32 or fp64 (p, 5) of `draw_mix`.
-    Returns the images, and as targets the labels (b), or, where pairs are mixed, fp32 (b, c) that sum to 1.
+    images: normalised fp32 (b, 3, h, w); labels: int64 (b), on the same device. erase: int64 (b, 5) from `draw_erase`;
+    mix: fp32 or fp64 (p, 5) from `draw_mix`. Both stay on the host, so that no step waits for the device.
+    Returns the images and the targets: the labels (b) or, if pairs are mixed, fp32 (b, c) whose rows sum to 1.
     """
     if erase is not None:
         _erase(images, erase)
@@ -68,7 +68,7 @@ def _erase(images: Tensor, erase: Tensor) -> None:
     noise = torch.Generator(images.device)
     for image, (top, left, height, width, seed) in zip(images, erase.tolist(), strict=True):
         if height:
-            noise.manual_seed(seed)  # its own: on any rank the same
+            noise.manual_seed(seed)  # per image, so that any rank draws the same noise
             image[:, top : top + height, left : left + width] = torch.randn(
                 (3, height, width), generator=noise, device=images.device
             )
@@ -86,7 +86,7 @@ def _mix(images: Tensor, labels: Tensor, mix: Tensor, classes: int) -> tuple[Ten
     others = pairs.flip(1)
     pairs.mul_(own).add_(others.mul_(1 - own))
 
-    # not F.one_hot: on some devices it looks at the labels, and waits for them
+    # not F.one_hot: on some devices it reads the labels, and so waits for the device
     targets = labels[:, None] == torch.arange(classes, device=labels.device)
     targets = targets.to(torch.float32).unflatten(0, (-1, 2))  # (p, 2, c)
     keeps = keeps.flatten(1)[..., None]

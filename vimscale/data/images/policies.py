@@ -1,7 +1,7 @@
-"""Changes of colour and shape drawn for one image: RandAugment, 3-Augment, colour jitter.
+"""Augmentation policies for one image: RandAugment, 3-Augment, colour jitter.
 
-What each operation of RandAugment does, and how hard, follows timm's `auto_augment`; all is drawn from the sample's
-own generator.
+The operations of RandAugment and their strengths follow timm's `auto_augment`. All random draws come from the sample's
+generator.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from torch import Tensor
 from vimscale.recipe.sections import RandAugment, randaugment
 
 _FILL = (124, 116, 104)
-"""ImageNet's mean, for what an operation moves into the picture."""
+"""ImageNet's mean, which fills the pixels that an operation moves in from outside the image."""
 _parsed = lru_cache(randaugment)
 
 
 def apply(image: Tensor, policy: str | None, jitter: float, rng: np.random.Generator) -> Tensor:
-    """uint8 (3, h, w) -> the same: a recipe's `augment.policy`, then its `augment.jitter`."""
+    """Apply a recipe's `augment.policy`, then its `augment.jitter`: uint8 (3, h, w) -> the same."""
     if policy is None and not jitter:
         return image
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -29,7 +29,7 @@ def apply(image: Tensor, policy: str | None, jitter: float, rng: np.random.Gener
         picture = three_augment(picture, rng)
     elif policy is not None:
         rule = _parsed(policy)
-        assert rule is not None, "a recipe's policy is checked when it is read"
+        assert rule is not None, "the recipe's policy is checked when the recipe is loaded"
         picture = rand_augment(picture, rule, rng)
     if jitter:
         picture = colour_jitter(picture, jitter, rng)
@@ -37,7 +37,7 @@ def apply(image: Tensor, policy: str | None, jitter: float, rng: np.random.Gener
 
 
 def rand_augment(image: Image.Image, rule: RandAugment, rng: np.random.Generator) -> Image.Image:
-    """RandAugment (arXiv:1909.13719): so many operations in a row, each of them skipped with a chance of 1/2."""
+    """Apply RandAugment (arXiv:1909.13719): `rule.operations` drawn operations, each skipped with probability 1/2."""
     operations = list(OPERATIONS.values())
     for i in rng.integers(len(operations), size=rule.operations):
         skipped, negative = rng.random(2) < 0.5
@@ -48,7 +48,7 @@ def rand_augment(image: Image.Image, rule: RandAugment, rng: np.random.Generator
 
 
 def three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """3-Augment of DeiT III (arXiv:2204.07118): grey, solarized or blurred, each with a chance of 1/3."""
+    """Apply 3-Augment of DeiT III (arXiv:2204.07118): grey, solarize or blur, each with probability 1/3."""
     choice, radius = rng.integers(3), rng.uniform(0.1, 2)
     if choice == 0:
         return image.convert("L").convert("RGB")
@@ -56,7 +56,7 @@ def three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def colour_jitter(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation, in a drawn order, each times a factor in 1 - most to 1 + most."""
+    """Change brightness, contrast and saturation in a drawn order, each by a factor between 1 - most and 1 + most."""
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = rng.uniform(1 - most, 1 + most, len(kinds))
     for i in rng.permutation(len(kinds)):
@@ -68,13 +68,14 @@ class Strength(NamedTuple):
     level: float
     """0 to 1."""
     sign: int
-    """1 or -1; says nothing to an operation that knows no direction."""
+    """1 or -1; operations without a direction ignore it."""
     increasing: bool
-    """Whether a higher level changes more for operations that count the other way, or leave the middle alone."""
+    """Whether a higher level always changes more, also in the operations that are otherwise reversed (posterize,
+    solarize) or have no effect at the middle level (the enhancements)."""
 
 
 def _rotate(image: Image.Image, strength: Strength) -> Image.Image:
-    """Up to 30 degrees, counter-clockwise where positive."""
+    """Rotate by up to 30 degrees; positive is counter-clockwise."""
     return image.rotate(30 * strength.level * strength.sign, Image.Resampling.BICUBIC, fillcolor=_FILL)
 
 
@@ -91,7 +92,7 @@ def _shear_y(image: Image.Image, strength: Strength) -> Image.Image:
 
 
 def _translate_x(image: Image.Image, strength: Strength) -> Image.Image:
-    """Up to 0.45 of the width, to the left where positive; by whole pixels, which need no costly resampling."""
+    """Translate by up to 0.45 of the width; positive is to the left. Whole pixels avoid costly resampling."""
     moved = round(0.45 * strength.level * strength.sign * image.width)
     return _affine(image, (1, 0, moved, 0, 1, 0), Image.Resampling.NEAREST)
 
@@ -102,25 +103,25 @@ def _translate_y(image: Image.Image, strength: Strength) -> Image.Image:
 
 
 def _posterize(image: Image.Image, strength: Strength) -> Image.Image:
-    """Keeps 1 to 4 bits of each value."""
+    """Keep 1 to 4 bits of each value."""
     bits = int(4 * strength.level)
     return ImageOps.posterize(image, max(4 - bits if strength.increasing else bits, 1))
 
 
 def _solarize(image: Image.Image, strength: Strength) -> Image.Image:
-    """Inverts what is at least as bright as a threshold."""
+    """Invert values at or above a threshold."""
     threshold = int(256 * strength.level)
     return ImageOps.solarize(image, 256 - threshold if strength.increasing else threshold)
 
 
 def _solarize_add(image: Image.Image, strength: Strength) -> Image.Image:
-    """Lightens the darker half of all values by up to 110."""
+    """Add up to 110 to values below 128."""
     added = int(110 * strength.level)
     return image.point([min(value + added, 255) if value < 128 else value for value in range(256)] * 3)
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[[Image.Image, Strength], Image.Image]:
-    """Times a factor: 0.1 to 1.9 with the level, or, increasing, away from 1 in either direction."""
+    """Make an operation that multiplies by a factor: 0.1 to 1.9 with the level or, if increasing, away from 1."""
 
     def operation(image: Image.Image, strength: Strength) -> Image.Image:
         away = max(1 + 0.9 * strength.level * strength.sign, 0.1)

@@ -1,10 +1,10 @@
-"""The node's cache: whole shards of remote data sets, shared by all processes of a machine.
+"""The node's cache: complete shards of remote data sets, shared by all processes of a machine.
 
     $VIMSCALE_CACHE/  KEY.tar  KEY.tar.idx  KEY.part  lock
 
-A shard is downloaded into KEY.part by whoever holds that file's lock, and gets its name once its sha256 is right; the
-others wait for the lock. Locks go with their process, so a part that nobody holds is a dead download's. Only shards'
-sizes and times of use, as the file system has them, decide what goes when room is needed: there is no list to mend.
+The process that holds the lock on KEY.part downloads the shard into it, and renames it once its sha256 is right; others
+wait for the lock. A lock ends with its process, so a part without a lock is left over from a dead download. Eviction
+depends only on the sizes and times of use that the file system records, so there is no list that could be damaged.
 """
 
 import errno
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from vimscale.data.shards.manifest import Shard
+from vimscale.data.shards.manifest import Shard, index_of, sha256_of, write_synced
 from vimscale.data.shards.shard_reader import ShardReader, offsets
 from vimscale.errors import DataError
 from vimscale.recipe.sections import size_bytes
@@ -28,11 +28,11 @@ from vimscale.storage.store import Folder, Missing, Remote, open_store
 log = logging.getLogger(__name__)
 
 _DOWNLOADS = 3
-"""So often a shard is fetched whose bytes turn out not to be those of the manifest."""
+"""Downloads of a shard before its bytes, which differ from the manifest, are an error."""
 
 
 def folder() -> Path:
-    """$VIMSCALE_CACHE, or a folder in the user's cache."""
+    """Return $VIMSCALE_CACHE, or a folder in the user's cache."""
     chosen = os.environ.get("VIMSCALE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else home / "vimscale" / "shards"
@@ -41,11 +41,11 @@ def folder() -> Path:
 class Found(NamedTuple):
     """A shard in the cache."""
 
-    opened: ShardReader
+    reader: ShardReader
     fetched: int
     """Bytes that this call downloaded."""
-    there: bool
-    """Whether it was in the cache without waiting."""
+    hit: bool
+    """Whether the shard was in the cache without waiting."""
 
 
 class _Entry(NamedTuple):
@@ -55,33 +55,33 @@ class _Entry(NamedTuple):
 
 
 class Cache:
-    """At most `limit` bytes of shards; the least recently opened go first."""
+    """At most `limit` bytes of shards; evicts the least recently opened first."""
 
     def __init__(self, limit: int):
         self.limit = limit
 
     def open(self, store: Remote, shard: Shard, home: Folder | Remote) -> Found:
-        """The shard, opened. Its index is at `home`, or else beside it.
+        """Open the shard; fetch it first if necessary. Its index is at `home`, or else next to it.
 
         Raises:
-            DataError: it cannot be had, is not what the manifest says, or does not fit in.
+            DataError: the shard is unavailable, differs from the manifest, or does not fit into the cache.
         """
-        key = _key(store.where(shard.name), shard.sha256)
         where = store.where(shard.name)
+        path = _path(where, shard.sha256)
         try:
-            opened = self._held(key, shard, where)
-            return Found(opened, 0, True) if opened else self._fetch(key, store, shard, home)
+            reader = self._cached(path, shard, where)
+            return Found(reader, 0, True) if reader else self._fetch(path, store, shard, home)
         except OSError as error:
             raise self._unwritable(error, where) from None
 
     def path(self, store: Remote, shard: Shard, home: Folder | Remote) -> Path:
-        """The shard's file, fetched if need be. It stays there until others need its room."""
+        """Return the shard's file; fetch it if necessary. It stays until the cache needs room for others."""
         self.open(store, shard, home)
-        return folder() / f"{_key(store.where(shard.name), shard.sha256)}.tar"
+        return _path(store.where(shard.name), shard.sha256)
 
     def copy(self, store: Remote, name: str) -> Path:
-        """A file that no manifest speaks of, fetched anew each time."""
-        target = folder() / f"{_key(store.where(name), '')}.tar"
+        """Fetch a file that is in no manifest; each call fetches it again."""
+        target = _path(store.where(name), "")
         try:
             path = target.with_suffix(".part")
             part = _claim(path)
@@ -97,57 +97,55 @@ class Cache:
             raise self._unwritable(error, store.where(name)) from None
         return target
 
-    def _held(self, key: str, shard: Shard, where: str) -> ShardReader | None:
-        path = folder() / f"{key}.tar"
+    def _cached(self, path: Path, shard: Shard, where: str) -> ShardReader | None:
+        """Open the shard if the cache has a complete copy of it."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            index = path.with_suffix(".tar.idx").read_bytes()
-            whole = os.fstat(descriptor).st_size == shard.bytes
+            index = index_of(path).read_bytes()
+            complete = os.fstat(descriptor).st_size == shard.bytes
         except OSError:  # missing, or the disk fails
-            whole = False
-        if not whole:
+            complete = False
+        if not complete:
             os.close(descriptor)
             return None
         try:
-            opened = ShardReader(descriptor, index, shard, where)
+            reader = ShardReader(descriptor, index, shard, where)
         except DataError as error:
-            log.warning("the cache's copy of %s is damaged and fetched again: %s", where, error)
+            log.warning("the cache's copy of %s is damaged and will be fetched again: %s", where, error)
             return None
-        _use(descriptor)
-        return opened
+        _touch(descriptor)
+        return reader
 
     def drop_damaged(self, store: Remote, shard: Shard, home: Folder | Remote) -> None:
-        """Remove the shard from the cache unless its bytes are those of the manifest, and its index is the set's.
+        """Remove the shard from the cache unless its bytes match the manifest and its index matches the set's.
 
         Raises:
-            DataError: the index cannot be had.
+            DataError: the set's index is unavailable.
         """
         where = store.where(shard.name)
-        path = folder() / f"{_key(where, shard.sha256)}.tar"
+        path = _path(where, shard.sha256)
         try:
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            index = path.with_suffix(".tar.idx").read_bytes()
+            sha256 = sha256_of(path)
+            index = index_of(path).read_bytes()
         except FileNotFoundError:
             return
-        except OSError as error:  # of the disk
+        except OSError as error:  # the disk fails
             sha256, index = f"not readable: {error.strerror}", b""
         if sha256 == shard.sha256 and index == read_index(shard, home, store):
             return
-        log.warning("the cache's copy of %s is damaged and fetched again", where)
-        path.unlink(missing_ok=True)
-        path.with_suffix(".tar.idx").unlink(missing_ok=True)
+        log.warning("the cache's copy of %s is damaged and will be fetched again", where)
+        _remove(path)
 
-    def _fetch(self, key: str, store: Remote, shard: Shard, home: Folder | Remote) -> Found:
+    def _fetch(self, target: Path, store: Remote, shard: Shard, home: Folder | Remote) -> Found:
         where = store.where(shard.name)
-        path = folder() / f"{key}.part"
+        path = target.with_suffix(".part")
         part = _claim(path)
         try:
-            if opened := self._held(key, shard, where):  # by whom was waited for
-                return Found(opened, 0, False)
+            if reader := self._cached(target, shard, where):  # another process fetched it while this one waited
+                return Found(reader, 0, False)
             index = read_index(shard, home, store)
             if shard.bytes + len(index) > self.limit:
                 raise DataError(
@@ -155,20 +153,19 @@ class Cache:
                 )
             self._make_room(shard.bytes + len(index), part)
             fetched = _download(store, shard, part)
-            opened = ShardReader(os.dup(part), index, shard, where)
-            opened.check()
-            path.with_suffix(".tar").unlink(
-                missing_ok=True
-            )  # if any, damaged; and nobody reads the index before its shard
-            _write(path.with_suffix(".tar.idx"), index)
-            path.rename(path.with_suffix(".tar"))
-            _use(part)
-            return Found(opened, fetched + len(index), False)
+            reader = ShardReader(os.dup(part), index, shard, where)
+            reader.check()
+            # a shard of that name is damaged; it goes first, since nobody reads an index without its shard
+            target.unlink(missing_ok=True)
+            write_synced(index_of(target), index)
+            path.rename(target)
+            _touch(part)
+            return Found(reader, fetched + len(index), False)
         finally:
             _release(part, path)
 
     def _make_room(self, need: int, part: int | None = None) -> None:
-        """Remove shards until `need` bytes more fit in, and allot them to `part`."""
+        """Remove shards until `need` more bytes fit, and reserve them by extending `part`."""
         while True:
             lock = _claim(folder() / "lock")
             try:
@@ -177,9 +174,8 @@ class Cache:
                 for _, size, path in kept:
                     if total + need <= self.limit:
                         break
-                    log.info("%s makes room", path)
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".tar.idx").unlink(missing_ok=True)
+                    log.info("removing %s to make room", path)
+                    _remove(path)
                     total -= size
                 if part is None:
                     return
@@ -188,18 +184,18 @@ class Cache:
                     return
             finally:
                 os.close(lock)
-            # the downloads of others take up the rest: their shards can go once they are whole
+            # other downloads take up the rest: wait for one, whose shard can then be removed
             os.close(_claim(parts[0][0]))
 
     def _unwritable(self, error: OSError, where: str) -> DataError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = f"no room for {where} in the cache" if full else f"{where} cannot be cached"
-        way_out = f"make room there, set data.cache below {self.limit:,} bytes" if full else "make it writable"
-        return DataError(f"{what} {folder()} ({error.strerror}); {way_out}, or set VIMSCALE_CACHE to another folder")
+        what = f"no room for {where} in the cache" if full else f"{where} cannot be cached in"
+        fix = f"make room there, set data.cache below {self.limit:,} bytes" if full else "make it writable"
+        return DataError(f"{what} {folder()} ({error.strerror}); {fix}, or set VIMSCALE_CACHE to another folder")
 
 
 def _contents() -> tuple[list[_Entry], list[tuple[Path, int]]]:
-    """Shards in the cache, least recently used first, and parts that are being downloaded; dead ones are removed."""
+    """List shards, least recently used first, and parts that are being downloaded; remove what dead downloads left."""
     kept, parts = [], []
     for entry in os.scandir(folder()):
         try:
@@ -208,7 +204,7 @@ def _contents() -> tuple[list[_Entry], list[tuple[Path, int]]]:
             continue
         path = Path(entry.path)
         if path.suffix == ".tar":
-            index = path.with_suffix(".tar.idx")
+            index = index_of(path)
             size += index.stat().st_size if index.exists() else 0
             kept.append(_Entry(used, size, path))
         elif path.suffix == ".part" and not _remove_dead(path) and size:
@@ -221,7 +217,7 @@ def _contents() -> tuple[list[_Entry], list[tuple[Path, int]]]:
 
 
 def _remove_dead(part: Path) -> bool:
-    """Remove the part if no process works on it."""
+    """Remove the part if no process is downloading it; return whether it is gone."""
     try:
         descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -236,8 +232,8 @@ def _remove_dead(part: Path) -> bool:
 
 
 def _claim(path: Path) -> int:
-    """The file `path`, made or emptied, for this thread alone of all on this machine; waits until it can be had."""
-    path.parent.mkdir(0o700, parents=True, exist_ok=True)  # what is in it may need a key where it came from
+    """Create or empty the file `path` and lock it; wait while another thread on this machine holds the lock."""
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)  # its contents may be private where they came from
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -246,16 +242,16 @@ def _claim(path: Path) -> int:
             os.close(descriptor)
             raise
         if _is(descriptor, path):
-            os.ftruncate(descriptor, 0)  # of what a dead process wrote
+            os.ftruncate(descriptor, 0)  # drop what a dead process wrote
             return descriptor
-        os.close(descriptor)  # it was renamed or removed by the one who had it
+        os.close(descriptor)  # the process that held the lock renamed or removed the file
 
 
 def _release(descriptor: int, path: Path) -> None:
-    """Give a claim up, and remove the file unless it got another name."""
+    """Release a claim, and remove the file unless it was renamed."""
     if _is(descriptor, path):
         path.unlink()
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a duplicate lives on
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough while a duplicate descriptor is open
     os.close(descriptor)
 
 
@@ -266,21 +262,28 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _use(descriptor: int) -> None:
-    """Said with the time of writing: that of access is not kept everywhere, and the kernel's clock ticks too slowly."""
+def _touch(descriptor: int) -> None:
+    """Record a use in mtime: not every file system keeps atime, and the kernel's own clock is too coarse."""
     os.utime(descriptor, ns=(now := time.time_ns(), now))
 
 
-def _key(where: str, sha256: str) -> str:
-    """Shards of the same name elsewhere, or of other content, are others."""
-    return hashlib.sha256(f"{where}\n{sha256}".encode()).hexdigest()
+def _path(where: str, sha256: str) -> Path:
+    """Return a shard's file in the cache: another address or other content gives another file."""
+    key = hashlib.sha256(f"{where}\n{sha256}".encode()).hexdigest()
+    return folder() / f"{key}.tar"
+
+
+def _remove(path: Path) -> None:
+    """Remove a shard, then its index."""
+    path.unlink(missing_ok=True)
+    index_of(path).unlink(missing_ok=True)
 
 
 def read_index(shard: Shard, home: Folder | Remote, store: Folder | Remote) -> bytes:
-    """The shard's index, which stands at `home` beside the manifest, or at `store` beside the shard.
+    """Read the shard's index, which is at `home` next to the manifest, or at `store` next to the shard.
 
     Raises:
-        DataError: it is at neither place, or of another shard.
+        DataError: it is at neither, or belongs to another shard.
     """
     name = f"{shard.name}.idx"
     try:
@@ -289,14 +292,14 @@ def read_index(shard: Shard, home: Folder | Remote, store: Folder | Remote) -> b
         try:
             index = store.get(name)
         except Missing:
-            way_out = "upload it, or write it with `vimscale data index`"
-            raise DataError(f"{store.where(shard.name)} has no index (.idx) beside it; {way_out}") from None
+            fix = "upload it, or write it with `vimscale data index`"
+            raise DataError(f"{store.where(shard.name)} has no index (.idx) next to it; {fix}") from None
     offsets(index, shard, store.where(shard.name))
     return index
 
 
 def _download(store: Remote, shard: Shard, part: int) -> int:
-    """Write the shard's bytes to the file `part`, and say how many were fetched."""
+    """Download the shard into the file `part`; return the number of bytes fetched."""
     fetched = 0
     for attempt in range(1, _DOWNLOADS + 1):
         size, sha256 = 0, hashlib.sha256()
@@ -319,25 +322,18 @@ def _download(store: Remote, shard: Shard, part: int) -> int:
         log.warning("%s: download %d gave %s", store.where(shard.name), attempt, found)
     raise DataError(
         f"{store.where(shard.name)}: downloaded {_DOWNLOADS} times, it has {found}; the manifest says {shard.bytes:,}"
-        f" bytes of sha256 {shard.sha256}; upload the shard again, or write the manifest anew"
+        f" bytes of sha256 {shard.sha256}; upload the shard again, or write the manifest again"
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def local_copy(url: str, cache: str = "100GB") -> Path:
-    """The file `url` on this machine: itself if it is there, else fetched into the node's cache, anew each time.
+    """Return a local file for `url`: itself if it is local, else a copy in the node's cache, fetched on every call.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the file is unavailable.
     """
-    place, _, name = url.rpartition("/")
-    store = open_store(place) if "://" in place else Folder(Path(url).parent)
+    parent, _, name = url.rpartition("/")
+    store = open_store(parent) if "://" in parent else Folder(Path(url).parent)
     if isinstance(store, Folder):
         return store.path / Path(url).name
     limit = size_bytes(cache)
@@ -345,31 +341,32 @@ def local_copy(url: str, cache: str = "100GB") -> Path:
     return Cache(limit).copy(store, name)
 
 
-class Ahead:
-    """Fetches what is wanted soon, in the background, and forgets what was asked for earlier and has not begun."""
+class BackgroundFetch:
+    """Fetches shards in the background. A new request replaces the part of the last one that has not started."""
 
     def __init__(self, fetch: Callable[[int], None], threads: int = 4):
         self._fetch = fetch
         self._threads = threads
         self._running = 0
-        self._wanted: deque[int] = deque()
+        self._requested: deque[int] = deque()
         self._lock = threading.Lock()
 
-    def want(self, numbers: Iterable[int]) -> None:
+    def request(self, numbers: Iterable[int]) -> None:
+        """Fetch these shards in this order."""
         with self._lock:
-            self._wanted = deque(numbers)
-            for _ in range(min(self._threads - self._running, len(self._wanted))):
+            self._requested = deque(numbers)
+            for _ in range(min(self._threads - self._running, len(self._requested))):
                 self._running += 1
                 threading.Thread(target=self._work, name="shards ahead", daemon=True).start()
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._wanted:
+                if not self._requested:
                     self._running -= 1
                     return
-                number = self._wanted.popleft()
+                number = self._requested.popleft()
             try:
                 self._fetch(number)
-            except DataError as error:  # whoever reads the shard tries again, and raises
+            except DataError as error:  # the reader of the shard tries again, and raises
                 log.warning("fetching ahead: %s", error)

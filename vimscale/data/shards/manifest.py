@@ -1,4 +1,4 @@
-"""Shards on disk: a folder of webdataset tars, an index beside each, and the manifest that says what is whole.
+"""Shards on disk: a folder of webdataset tars, an index next to each, and the manifest that describes them.
 
     train/  manifest.json  00000.tar  00000.tar.idx  00001.tar  00001.tar.idx ...
 
@@ -13,7 +13,8 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from vimscale.errors import DataError, brief
 from vimscale.storage import untrusted
-from vimscale.storage.files import naming, sync
+from vimscale.storage.files import naming, replacing, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -36,31 +37,36 @@ class Shard:
     bytes: int
     sha256: str
 
+    @property
+    def index_bytes(self) -> int:
+        """Size of its index: n + 1 uint64."""
+        return 8 * (self.samples + 1)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set consists of. Written last: a folder without one is not a data set."""
+    """What a data set consists of. It is written last: a folder without one is not a data set."""
 
     name: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    """Per channel, of images in [0, 1]: what the model's input is normalised with."""
+    """Per channel, of images in [0, 1]; they normalise the model's input."""
     source: str = ""
     licence: str = ""
     base: str = ""
-    """Folder or address of the shards where they do not stand beside the manifest."""
+    """Folder or address of the shards, if they are not next to the manifest."""
     labels: tuple[int, ...] = ()
-    """Samples of each class; empty if nobody counted."""
+    """Samples of each class; empty if not counted."""
     sides: dict[str, int] = field(default_factory=dict)
-    """Histogram of the images' shorter sides in pixels: from the key on, up to the next."""
+    """Histogram of the images' shorter sides in pixels: each key is a bin's lower edge, the next key its upper edge."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Inputs that did not become samples, by cause."""
     plan: str = ""
     """sha256 of what the set was made from and how: the same plan gives the same bytes."""
     image: tuple[str, ...] = ()
-    """Extensions of the image among a sample's members, first match first, where the usual ones do not say it."""
+    """Extensions of the image among a sample's members, first match first; empty: the usual ones."""
     format: int = FORMAT
     samples: int = field(init=False)
 
@@ -69,19 +75,21 @@ class Manifest:
 
     def to_json(self) -> str:
         tree = asdict(self)
-        if not self.image:  # manifests of before have none, and keep their fingerprints
+        if not self.image:  # older manifests have no such key, and must keep their fingerprints
             del tree["image"]
         return json.dumps(tree, indent=1) + "\n"
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the manifest, wherever its shards are: a run resumes on the very data it was started on."""
+        """sha256 of the manifest without `base`: a run resumes only on the data it started on, wherever that is."""
         return hashlib.sha256(replace(self, base="").to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Manifest":
-        """Raises:
-        DataError: the text is no manifest; `where` names it.
+        """Parse a manifest.
+
+        Raises:
+            DataError: the text is not a manifest; `where` names it.
         """
         try:
             tree = untrusted.loads(text)
@@ -91,22 +99,26 @@ class Manifest:
             found = brief(tree["format"])
             raise DataError(f"data {where}: manifest format {found}, this version reads {FORMAT}")
         try:
-            said = tree.pop("samples", None) if isinstance(tree, dict) else None
+            samples = tree.pop("samples", None) if isinstance(tree, dict) else None
             manifest = untrusted.build(cls, tree)
             _check(manifest)
-            untrusted.build(int, said, "samples")
+            untrusted.build(int, samples, "samples")
         except ValueError as error:
             raise DataError(f"data {where}: {MANIFEST} is not of format {FORMAT}: {error}") from None
-        if manifest.samples != said or not said:
-            raise DataError(f"data {where}: {MANIFEST} says {said} samples, its shards {manifest.samples}")
+        if manifest.samples != samples or not samples:
+            raise DataError(f"data {where}: {MANIFEST} says {samples} samples, its shards {manifest.samples}")
         return manifest
 
 
 def _check(manifest: Manifest) -> None:
-    """What the types of a manifest do not say; raises ValueError."""
+    """Check what the types of a manifest do not.
+
+    Raises:
+        ValueError: names the field, its value and the rule.
+    """
     names = Counter(checked_name(shard.name) for shard in manifest.shards)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"the shard {twice[0]} is there twice")
+    if duplicates := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"the shard {duplicates[0]} is listed twice")
     for shard in manifest.shards:
         # every sample has a header, and its index is read in one piece
         if not 0 <= shard.samples <= min(shard.bytes // 512, untrusted.SMALL // 8 - 1) or shard.bytes >> 60:
@@ -114,20 +126,20 @@ def _check(manifest: Manifest) -> None:
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             raise ValueError(f"{shard.name} has {brief(shard.sha256)} as its sha256")
     if any(value <= 0 for value in manifest.std):
-        raise ValueError(f"std is {list(manifest.std)}, and images are divided by it")
+        raise ValueError(f"std is {list(manifest.std)}, and must be positive: images are divided by it")
     if manifest.labels and (len(manifest.labels) != len(manifest.classes) or min(manifest.labels) < 0):
         raise ValueError(f"labels does not count the samples of {len(manifest.classes):,} classes")
-    if strange := [side for side in manifest.sides if not re.fullmatch("[0-9]{1,9}", side)]:
-        raise ValueError(f"sides has {brief(strange[0])}, which is no number of pixels")
+    if invalid := [side for side in manifest.sides if not re.fullmatch("[0-9]{1,9}", side)]:
+        raise ValueError(f"sides has {brief(invalid[0])}, which is not a number of pixels")
     if re.search(r"[\x00-\x1f\x7f]", manifest.base):
-        raise ValueError(f"base is {brief(manifest.base)}, which is no folder or address")
+        raise ValueError(f"base is {brief(manifest.base)}, which is not a folder or address")
 
 
 def checked_name(name: str) -> str:
-    """A shard's name: its own or a path below the set's folder, and never that of an index or a manifest.
+    """Return a shard's name: a file name or a path below the set's folder, never the name of an index or a manifest.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not such a name.
     """
     if not untrusted.file_path(name).endswith(".tar"):
         raise ValueError(f"the name {brief(name)} cannot be used: shards end in .tar")
@@ -135,18 +147,18 @@ def checked_name(name: str) -> str:
 
 
 def new_folder(folder: Path) -> Path:
-    """The folder's full path.
+    """Return the full path of a folder that is to be written.
 
     Raises:
-        DataError: it is there and not empty.
+        DataError: it exists and is not empty, or is a file.
     """
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         what = "is a file" if folder.is_file() else "the folder is not empty"
-        raise DataError(f"data {folder}: {what}; give a new one, or remove it")
+        raise DataError(f"data {folder}: {what}; give a new folder, or remove this one")
     return Path(os.path.abspath(folder))
 
 
-def write(
+def write_set(
     folder: Path,
     samples: Iterable[dict[str, Any]],
     *,
@@ -158,31 +170,43 @@ def write(
     source: str,
     licence: str,
 ) -> Manifest:
-    """Write webdataset samples (`__key__`; bytes or a number by extension) as shards: the same samples, the same bytes.
+    """Write webdataset samples (`__key__`; bytes or a number by extension) as shards.
 
-    All is written beside `folder` and renamed over in one go: a crash leaves no half data set under its name.
+    The same samples give the same bytes. The set appears under its name in one rename, so a crash leaves no incomplete
+    data set there.
 
     Raises:
         DataError: `folder` exists and is not empty.
     """
-    folder = new_folder(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     counts = Counter[int]()
     shards: list[Shard] = []
     remaining = iter(samples)
-    try:
+    with new_set(folder) as partial:
         while batch := list(islice(remaining, per_shard)):
             shards.append(write_shard(partial / shard_name(len(shards)), batch))
             counts.update(int(sample["cls"]) for sample in batch)
         labels = tuple(counts[label] for label in range(len(classes)))
         manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
         write_file(partial / MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+@contextmanager
+def new_set(folder: Path) -> Iterator[Path]:
+    """Make a folder next to `folder` to write a set into; rename it to `folder` at the end, or remove it on an error.
+
+    Raises:
+        DataError: `folder` exists and is not empty.
+    """
+    folder = new_folder(folder)
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return manifest
 
 
 def shard_name(number: int) -> str:
@@ -190,7 +214,7 @@ def shard_name(number: int) -> str:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name."""
+    """Rename a finished folder to its final name."""
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
@@ -200,14 +224,14 @@ def publish(partial: Path, folder: Path) -> None:
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
     """Write samples as one tar and its index; the same samples give the same bytes.
 
-    Neither has its name before it is whole and on disk: a crash leaves nothing but files that begin with a dot.
+    Both get their names once they are complete and on disk: a crash leaves only files whose names begin with a dot.
     """
     offsets = []
     partial = _partial(path)
     try:
         with naming(path), partial.open("wb") as file:
             tee: Any = _Hashing(file)
-            # webdataset's own writer passes over members whose extension begins with _
+            # webdataset's own writer skips members whose extension begins with _
             with tarfile.open(fileobj=tee, mode="w|") as tar:
                 for sample in samples:
                     offsets.append(tar.offset)
@@ -225,7 +249,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> Shard:
 
 
 def _add(tar: tarfile.TarFile, name: str, value: bytes | int) -> None:
-    """A member that depends on nothing but these: mtime 0, fixed owners."""
+    """Add a member whose bytes depend only on its name and value: mtime 0, fixed owners."""
     data = str(value).encode() if isinstance(value, int) else value
     member = tarfile.TarInfo(name)
     member.size, member.mode, member.uname, member.gname = len(data), 0o444, "vimscale", "vimscale"
@@ -233,7 +257,7 @@ def _add(tar: tarfile.TarFile, name: str, value: bytes | int) -> None:
 
 
 def index_of(path: Path) -> Path:
-    """Where the index of a shard stands."""
+    """Return the path of the index next to a shard."""
     return path.with_name(f"{path.name}.idx")
 
 
@@ -243,13 +267,17 @@ def write_index(path: Path, offsets: np.ndarray) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file that is either not there, as it was, or whole."""
-    partial = _partial(path)
-    with naming(path), partial.open("wb") as file:
+    """Write a file atomically: a crash leaves no file, the old file or the complete new file."""
+    with replacing(path) as partial:
+        write_synced(partial, data)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until its bytes are on disk."""
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def sha256_of(path: Path) -> str:
@@ -262,7 +290,7 @@ def _partial(path: Path) -> Path:
 
 
 class _Hashing:
-    """A file to write to that knows its sha256."""
+    """A writable file that computes the sha256 of what is written."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

@@ -1,7 +1,7 @@
-"""One shard opened: its index, and any sample of it at the cost of one read.
+"""The reader of one shard: its index, and any of its samples at the cost of one read.
 
-Plain tar headers are read here, which is faster for small samples; where a header is of another kind (long names, for
-one), tar.py reads the sample.
+It parses plain tar headers itself, which is faster for small samples. If a sample has another kind of header, such as
+one for a long name, tar.py parses it.
 """
 
 import os
@@ -15,13 +15,13 @@ from vimscale.errors import DataError
 
 
 class ShardReader:
-    """A shard's file and index. The descriptor closes with its last user; threads may share it."""
+    """A shard's file and index. Threads may share it; it closes its descriptor when its last user drops it."""
 
     def __init__(self, descriptor: int, index: bytes, shard: Shard, where: str):
-        """Takes the descriptor over.
+        """Take ownership of the descriptor.
 
         Raises:
-            DataError: the index is not of this shard.
+            DataError: the index does not belong to this shard.
         """
         self.descriptor = descriptor
         self.shard = shard
@@ -29,27 +29,27 @@ class ShardReader:
         self.offsets = offsets(index, shard, where)
         end = int(self.offsets[-1])
         if any(os.pread(descriptor, tar.BLOCK, end)):
-            raise _unfit(where, end, "the index has the last sample end there, and the tar goes on")
+            raise _mismatch(where, end, "the index ends there, and the tar has more members")
 
     def __del__(self) -> None:
         os.close(self.descriptor)
 
     def check(self) -> None:
-        """A tar header stands wherever the index says that a sample starts.
+        """Check that there is a tar header wherever the index says that a sample starts.
 
         Raises:
-            DataError: one does not; names its offset.
+            DataError: a header is missing; names its offset.
         """
         for offset in self.offsets[:-1].tolist():
             header = os.pread(self.descriptor, tar.BLOCK, offset)
-            if len(header) < tar.BLOCK or not tar.holds(header):
-                raise _unfit(self.where, offset, "no sample starts there")
+            if len(header) < tar.BLOCK or not tar.checksum_matches(header):
+                raise _mismatch(self.where, offset, "no sample starts there")
 
     def read(self, i: int) -> tuple[dict[str, Any], int]:
-        """(sample i, its bytes in the tar).
+        """Return (sample i, its size in the tar in bytes).
 
         Raises:
-            DataError: the bytes there are no sample; names shard and offset.
+            DataError: the bytes are not a sample; names shard and offset.
         """
         start, end = int(self.offsets[i]), int(self.offsets[i + 1])
         try:
@@ -64,41 +64,42 @@ class ShardReader:
 
 
 def offsets(index: bytes, shard: Shard, where: str) -> np.ndarray:
-    """The index of a shard as uint64 (n + 1).
+    """Parse the index of a shard: uint64 (n + 1).
 
     Raises:
-        DataError: it is not that of `samples` samples in `bytes` bytes.
+        DataError: it does not index `samples` samples in `bytes` bytes.
     """
-    found = np.frombuffer(index, dtype="<u8") if len(index) == 8 * (shard.samples + 1) else None
+    found = np.frombuffer(index, dtype="<u8") if len(index) == shard.index_bytes else None
     if found is None or found[-1] > shard.bytes or (found[1:] <= found[:-1]).any() or (found % tar.BLOCK).any():
         raise DataError(
             f"{where}.idx does not index {shard.samples} samples of a {shard.bytes:,} byte shard;"
-            " `vimscale data repair` writes it anew"
+            " `vimscale data repair` rewrites it"
         )
     return found
 
 
-def _unfit(where: str, offset: int, why: str) -> DataError:
-    way_out = "copy shard and index again, or write the index anew with `vimscale data repair`"
-    return DataError(f"{where}, offset {offset}: the index does not fit the tar: {why}; {way_out}")
+def _mismatch(where: str, offset: int, why: str) -> DataError:
+    fix = "copy shard and index again, or rewrite the index with `vimscale data repair`"
+    return DataError(f"{where}, offset {offset}: the index does not fit the tar: {why}; {fix}")
 
 
 def parse(data: bytes, url: str) -> dict[str, Any]:
-    """The one sample that these bytes of a tar are, as webdataset has it: `__key__`, `__url__`, and by extension the
-    members' bytes, whatever they hold.
+    """Parse the bytes of one sample in a tar as webdataset does: `__key__`, `__url__`, and members' bytes by extension.
+
+    It does not look into the members' bytes.
 
     Raises:
-        tar.Fault: they are not whole members of one sample.
+        tar.Fault: the bytes are not complete members of one sample.
     """
     sample: dict[str, Any] = {}
     at = 0
     while at < len(data):
         header = data[at : at + tar.BLOCK]
-        if len(header) < tar.BLOCK or not tar.holds(header):
-            raise tar.Fault(at, "no header of a member")
+        if len(header) < tar.BLOCK or not tar.checksum_matches(header):
+            raise tar.Fault(at, "no member header")
         name = header[: header.find(b"\0", 0, 100)].decode(errors="surrogateescape")
         split = tar.split_name(name)
-        # links, folders, long names, several directories, and what is part of no sample
+        # links, folders, long names, ustar prefixes, and members that belong to no sample
         if header[156] not in b"0\0" or not header[99] == header[345] == 0 or split is None:
             return _parse_generally(data, url)
         key, extension = split
@@ -116,17 +117,17 @@ def parse(data: bytes, url: str) -> dict[str, Any]:
 
 
 def _parse_generally(data: bytes, url: str) -> dict[str, Any]:
-    """The same for headers of any kind."""
-    # where all names are hidden ones, an index that counts them means them
+    """Parse a sample with headers of any kind."""
+    # if all names are hidden, the index must have counted hidden files
     samples = _samples(data, url, hidden=False) or _samples(data, url, hidden=True)
     if len(samples) != 1:
         keys = ", ".join(tar.short(sample["__key__"]) for sample in samples[:3])
-        raise tar.Fault(0, f"{len(samples)} samples where one should be{keys and ': '}{keys}")
+        raise tar.Fault(0, f"{len(samples)} samples instead of one{keys and ': '}{keys}")
     return samples[0]
 
 
 def _samples(data: bytes, url: str, *, hidden: bool) -> list[dict[str, Any]]:
-    """`hidden`: whether members count that are hidden files."""
+    """Parse all samples in `data`; `hidden` says whether hidden files count as members."""
     samples: list[dict[str, Any]] = []
     at = 0
     while at < len(data):

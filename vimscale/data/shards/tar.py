@@ -1,7 +1,7 @@
 """Members of a tar, read within limits: plain headers, and the long names that POSIX pax and GNU tar put before them.
 
-Every step forward is at least one block, and no header makes anything grow that is not in the file: negative sizes,
-sizes beyond the end and sparse members are faults.
+Every step advances by at least one block, and no header can request more memory than the file has bytes: negative
+sizes, sizes beyond the end and sparse members are faults.
 """
 
 import re
@@ -13,7 +13,7 @@ from vimscale.errors import brief
 BLOCK = 512
 ZERO = bytes(BLOCK)
 META = re.compile(r"__[^/]*__(?:$|/)")
-"""Names that webdataset passes over."""
+"""Names that webdataset skips."""
 _SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _HIDDEN = re.compile(
     r"(?:.*/|)(?:[.](?![.]?(?:/|$))|(?:__MACOSX|@eaDir)/|(?:thumbs[.]db|desktop[.]ini)$)", re.IGNORECASE
@@ -21,24 +21,24 @@ _HIDDEN = re.compile(
 AGAIN = "copy it again, or leave it out"
 """The fix for most faults."""
 MEMBER_LIMIT = 1 << 30
-"""Bytes of a member, and of a sample: each is read in one piece."""
+"""Largest size of a member, and of a sample, in bytes: each is read in one piece."""
 _WITH_DATA = b"\x0007"
 """Types of members that webdataset reads; links, folders and devices hold no bytes."""
 _NO_BYTES = b"123456"
 _NAMES = b"LKxXg"
-"""Headers whose payload says more about the member after them."""
-_SPARSE = "a sparse member, which can stand for any number of bytes; pack it again without --sparse"
+"""Headers whose payload describes the member after them."""
+_SPARSE = "a sparse member, which can expand to any number of bytes; pack it again without --sparse"
 _HEADERS_LIMIT = 1 << 20
 _NAME_LIMIT = 4096
 _SPACES = 8 * ord(" ")
 _RECORD = re.compile(rb"([0-9]{1,8}) ([^=]{1,1000})=")
 
 Read = Callable[[int, int], bytes]
-"""(bytes, offset) -> that many bytes from there on, fewer at the end; as os.pread."""
+"""(bytes, offset) -> this many bytes from the offset on, fewer at the end; like os.pread."""
 
 
 class Fault(Exception):
-    """What is wrong with a tar, at which of its bytes, and what helps."""
+    """What is wrong with a tar, at which offset, and the fix."""
 
     def __init__(self, at: int, why: str, fix: str = AGAIN):
         super().__init__(why)
@@ -52,7 +52,7 @@ class Fault(Exception):
 
 class Member(NamedTuple):
     start: int
-    """Of its first header, which may be that of a long name."""
+    """Offset of its first header, which may be that of a long name."""
     name: str
     data: int
     size: int
@@ -64,10 +64,10 @@ class Member(NamedTuple):
 
 
 def member(read: Read, offset: int, length: int) -> Member:
-    """The member whose headers begin at `offset` of a tar of `length` bytes.
+    """Read the member whose headers begin at `offset` of a tar of `length` bytes.
 
     Raises:
-        Fault: none does, or it does not end in the tar.
+        Fault: no member begins there, or it does not end within the tar.
     """
     start, headers = offset, 0
     long_name: str | None = None
@@ -75,7 +75,7 @@ def member(read: Read, offset: int, length: int) -> Member:
     while True:
         header = read(BLOCK, offset)
         if len(header) < BLOCK:
-            raise Fault(offset, "the file ends here, without the zero blocks that end a tar: it is cut")
+            raise Fault(offset, "the file ends here, without the zero blocks that end a tar: it is truncated")
         if header == ZERO:
             raise Fault(start, "a long name without its member" if start < offset else "the tar ends here")
         kind, name, size = _read_header(header, offset)
@@ -84,10 +84,10 @@ def member(read: Read, offset: int, length: int) -> Member:
             break
         headers += size
         if headers > _HEADERS_LIMIT:
-            raise Fault(offset, f"headers of {headers:,} bytes before a member, and {_HEADERS_LIMIT:,} are read")
+            raise Fault(offset, f"headers of {headers:,} bytes before a member; at most {_HEADERS_LIMIT:,} are read")
         payload = read(size, data)
         if len(payload) < size:
-            raise Fault(offset, f"a header of {size:,} bytes, {len(payload):,} are there: it is cut")
+            raise Fault(offset, f"a header of {size:,} bytes, {len(payload):,} are there: it is truncated")
         if kind == b"L":
             long_name = _name(payload.split(b"\x00", 1)[0], offset)
         elif kind in b"xX":
@@ -102,23 +102,24 @@ def member(read: Read, offset: int, length: int) -> Member:
     name = long_name or name
     size = 0 if kind in _NO_BYTES else size if long_size is None else long_size
     if data + size > length:
-        raise Fault(start, f"member {short(name)} has {size:,} bytes, {length - data:,} are there: it is cut")
+        raise Fault(start, f"member {short(name)} has {size:,} bytes, {length - data:,} are there: it is truncated")
     if size > MEMBER_LIMIT:
         raise Fault(start, f"member {short(name)} has {size:,} bytes; at most {MEMBER_LIMIT:,} are read")
     return Member(start, name, data, size, kind in _WITH_DATA and not name.endswith("/"))
 
 
 def hidden(name: str) -> bool:
-    """Whether Macs, Windows or notebooks leave files of this name: ._0001.jpg, .DS_Store, Thumbs.db,
-    .ipynb_checkpoints/0001.jpg. A folder's name ends in a slash.
+    """Whether macOS, Windows or notebooks leave files of this name behind.
+
+    Examples: ._0001.jpg, .DS_Store, Thumbs.db, .ipynb_checkpoints/0001.jpg. A folder's name ends in a slash.
     """
     return _HIDDEN.match(name) is not None
 
 
 def split_name(name: str, *, with_hidden: bool = False) -> tuple[str, str] | None:
-    """(key, extension) of a member by webdataset's rule: the key ends at the first dot after the folder.
+    """Return (key, extension) of a member by webdataset's rule: the key ends at the first dot after the folder.
 
-    None for what is part of no sample: a hidden file, a name without a dot, and webdataset's own __x__ and x.__key__.
+    Returns None for a member of no sample: a hidden file, a name without a dot, webdataset's own __x__ and x.__key__.
     """
     found = None if META.match(name) or (hidden(name) and not with_hidden) else _SPLIT.fullmatch(name)
     if found is None or (found[2].startswith("__") and found[2].endswith("__")):
@@ -126,13 +127,13 @@ def split_name(name: str, *, with_hidden: bool = False) -> tuple[str, str] | Non
     return found[1], found[2].lower()
 
 
-def holds(header: bytes) -> bool:
-    """Whether a header's checksum is that of its bytes, with its own eight as blanks."""
+def checksum_matches(header: bytes) -> bool:
+    """Whether a header's checksum is that of its bytes, with its own eight bytes as blanks."""
     return number(header[148:156]) == sum(header) - sum(header[148:156]) + _SPACES
 
 
 def number(field: bytes) -> int:
-    """A header's number, octal or, above 8 GiB, binary; -1 if it is none, or negative."""
+    """Parse a header's number: octal or, above 8 GiB, binary. Return -1 if it is not a number, or negative."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\x00", 1)[0].strip() or b"0"
@@ -148,9 +149,9 @@ def text(raw: bytes) -> str:
 
 
 def _read_header(header: bytes, offset: int) -> tuple[bytes, str, int]:
-    """Type, name and size."""
+    """Return type, name and size."""
     size = number(header[124:136])
-    if size < 0 or not holds(header):
+    if size < 0 or not checksum_matches(header):
         raise Fault(offset, f"no tar header{_what(header) if offset == 0 else ': it is damaged'}")
     name = text(header[:100].split(b"\x00", 1)[0])
     prefix = header[345:500].split(b"\x00", 1)[0] if header[257:263] == b"ustar\x00" else b""
@@ -161,12 +162,12 @@ def _what(header: bytes) -> str:
     if header[:2] == b"\x1f\x8b":
         return ": the file is compressed; shards are plain tars (gunzip it)"
     if header.lstrip()[:1] == b"<":
-        return f": the file is a web page ({text(header.lstrip()[:20])!r} ...), perhaps of a failed download"
-    return f": the file begins {header[:12]!r}"
+        return f": the file is a web page ({text(header.lstrip()[:20])!r} ...), perhaps from a failed download"
+    return f": the file begins with {header[:12]!r}"
 
 
 def _pax(payload: bytes, offset: int) -> dict[str, bytes]:
-    """Records are "LENGTH key=value\\n", LENGTH counting all of it."""
+    """Parse records of the form "LENGTH key=value\\n", where LENGTH counts the complete record."""
     records, at, end = {}, 0, len(payload.rstrip(b"\x00"))
     while at < end:
         found = _RECORD.match(payload, at)
@@ -191,5 +192,5 @@ def _name(raw: bytes, offset: int) -> str:
 
 
 def short(name: str) -> str:
-    """A member's name for messages."""
+    """Shorten a member's name for messages."""
     return name if len(name) <= 100 and name.isprintable() else brief(name, 100)

@@ -1,4 +1,4 @@
-"""Which of a tar's members make a sample, and which of these are its image and its label."""
+"""Which members of a tar make a sample, and which of them are its image and its label."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,10 +11,10 @@ _JPEGS = ("jpg", "jpeg", "jpe", "jfif")
 
 
 def samples_of(sample: Sample) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, members by extension): the sample itself, or those it mixes up because their names have dots.
+    """Yield (key, members by extension): the sample itself, or the samples that it mixes because of dots in names.
 
-    photo.2021.0.jpg and photo.2021.1.jpg are both of the key "photo" by webdataset's rule. Where that has no label, and
-    all its members belong to the name of one (photo.2021.0.cls), each label makes a sample.
+    By webdataset's rule, photo.2021.0.jpg and photo.2021.1.jpg both have the key "photo". If that key has no label, and
+    the name of each of its members starts like that of a label (photo.2021.0.cls), each label makes a sample.
     """
     if not any(label in sample.members for label in LABELS):
         for label in LABELS:
@@ -27,7 +27,7 @@ def samples_of(sample: Sample) -> Iterator[tuple[str, dict[str, tuple[int, int]]
 
 
 def _by_stem(members: dict[str, tuple[int, int]], stems: set[str]) -> dict[str, dict[str, tuple[int, int]]] | None:
-    """Members by the longest of the `stems` before their extension; None if one has none of them."""
+    """Group members by the longest of the `stems` that their names start with; None if a member has no stem."""
     parts: dict[str, dict[str, tuple[int, int]]] = {}
     for name, where in members.items():
         words = name.split(".")
@@ -39,11 +39,12 @@ def _by_stem(members: dict[str, tuple[int, int]], stems: set[str]) -> dict[str, 
 
 
 def image_of(names: Iterable[str], asked: tuple[str, ...], where: str) -> str | None:
-    """The extension of the image: the first of those `asked` for that is there, else the only one that may be it. Next
-    to PNGs a JPEG is: masks are stored without loss.
+    """Return the extension of the image: the first of those `asked` for that exists, else the only image.
+
+    A single JPEG next to PNGs is the image: masks are stored without loss.
 
     Raises:
-        DataError: several may be, and none was asked for.
+        DataError: several members may be the image, and none was asked for.
     """
     names = list(names)
     if asked:
@@ -55,14 +56,14 @@ def image_of(names: Iterable[str], asked: tuple[str, ...], where: str) -> str | 
         return photographs[0]
     if len(found) > 1:
         raise DataError(
-            f"{where}: {', '.join(found[:-1])} and {found[-1]} may each be the image; say which with --image, such as"
+            f"{where}: {', '.join(found[:-1])} and {found[-1]} may each be the image; choose one with --image, such as"
             f" --image {found[0]}"
         )
     return found[0] if found else None
 
 
 def label_of(names: Iterable[str]) -> str | None:
-    """The extension of the label: cls or json, or the only one that ends in such."""
+    """Return the extension of the label: cls or json, or the only one that ends in .cls or .json."""
     names = list(names)
     dotted = [[name for name in names if name.endswith(f".{label}")] for label in LABELS]
     plain = [label for label in LABELS if label in names]

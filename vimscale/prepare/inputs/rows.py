@@ -1,4 +1,4 @@
-"""Rows of an input before they are planned: what every kind of input is read into."""
+"""Rows of an input: the common form that every kind of input is read into."""
 
 import os
 from collections.abc import Iterable
@@ -17,68 +17,70 @@ _IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "filepath", "file_
 
 
 class Reader(Protocol):
-    """Gets at the bytes of a row, in any process."""
+    """Reads the bytes of a row, in any process."""
 
-    def where(self, place: Any) -> str:
-        """For messages."""
+    def where(self, location: Any) -> str:
+        """Describe a row's location, for messages."""
 
-    def read(self, place: Any) -> dict[str, bytes]:
-        """The members of a sample by extension; the image as "image", whatever its format."""
+    def read(self, location: Any) -> dict[str, bytes]:
+        """Return the members of a sample by extension; the image's key is "image", whatever its format."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How an input that leaves a choice is read."""
+    """The user's choices where an input is ambiguous."""
 
     image: str | None = None
     label: str | None = None
     classes: tuple[str, ...] | None = None
-    """Names in the order of their labels."""
+    """Class names in the order of their labels."""
     prefix_keys: bool = False
-    """Whether a tar's name is put before its keys."""
+    """Whether to put a tar's name before its keys."""
     members: tuple[str, ...] = ()
-    """Extensions of the image in a tar's samples, first match first; default: the only one that may be it."""
+    """Extensions of the image in a tar's samples, first match first; default: the only member that may be an image."""
 
 
 @dataclass
 class Rows:
-    """Of one split, labels as they stand in the input."""
+    """The rows of one split, with labels as the input has them."""
 
     keys: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    """In bytes, 0 where that is not known."""
-    places: list[Any] = field(default_factory=list)
-    """What the reader finds each by."""
+    """In bytes; 0 if unknown."""
+    locations: list[Any] = field(default_factory=list)
+    """What the reader needs to find each row."""
     classes: tuple[str, ...] | None = None
-    """Where the input itself names them."""
+    """Class names, if the input has them."""
 
-    def add(self, key: str, label: Label, size: int, place: Any) -> None:
+    def add(self, key: str, label: Label, size: int, location: Any) -> None:
         self.keys.append(key)
         self.labels.append(label)
         self.sizes.append(size)
-        self.places.append(place)
+        self.locations.append(location)
 
     def add_file(self, table: Path, name: str, label: Label) -> None:
-        """A row of a table of paths, which stand relative to the table."""
-        place = os.path.join(table.parent, name)
-        self.add(key_of(name), label, size_of(place), place)
+        """Add a row of a table of paths, which are relative to the table."""
+        path = os.path.join(table.parent, name)
+        self.add(key_of(name), label, size_of(path), path)
 
 
 class Files:
-    """Each place is a path."""
+    """Reads image files. A location is a path."""
 
-    def where(self, place: str) -> str:
-        return place
+    def where(self, location: str) -> str:
+        return location
 
-    def read(self, place: str) -> dict[str, bytes]:
-        return {"image": image_file(place)}
+    def read(self, location: str) -> dict[str, bytes]:
+        return {"image": image_file(location)}
 
 
 def image_file(path: str) -> bytes:
-    """Raises:
-    OSError: it cannot be read.
-    BadSample: it is a pipe or a device, which may have no end, or larger than any image.
+    """Read an image file.
+
+    Raises:
+        OSError: it cannot be read.
+        BadSample: it is a pipe or a device, which may have no end, or larger than any image.
     """
     try:
         return untrusted.read(Path(path), MEMBER_LIMIT)
@@ -87,8 +89,9 @@ def image_file(path: str) -> bytes:
 
 
 def key_of(path: str) -> str:
-    """A file's path as a key: webdataset reads all after a name's first dot as the extension, and hidden names are part
-    of no sample.
+    """Turn a file's path into a key without dots, since webdataset starts the extension at a name's first dot.
+
+    Leading dots go too: hidden names belong to no sample.
     """
     folder, _, name = os.path.normpath(path).rpartition("/")
     stem = name.rpartition(".")[0].replace(".", "_") or name
@@ -99,22 +102,22 @@ def size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):
-        return 0  # a broken link: the job that reads it says so, and counts it
+        return 0  # a broken link: the job that reads it reports and counts it
 
 
-def pick(path: Path | str, there: Iterable[str], columns: Columns) -> tuple[str, str]:
-    """Names of the image's and the label's column.
+def pick(path: Path | str, available: Iterable[str], columns: Columns) -> tuple[str, str]:
+    """Return the names of the image column and the label column.
 
     Raises:
-        DataError: a column that was asked for, or any of the usual ones, is not there.
+        DataError: the chosen column, or all of the usual ones, are missing.
     """
-    names = list(there)
+    names = list(available)
     found = []
-    for option, asked, usual in (("image", columns.image, _IMAGE_COLUMNS), ("label", columns.label, LABEL_COLUMNS)):
-        name = next((name for name in ((asked,) if asked else usual) if name in names), None)
+    for option, chosen, usual in (("image", columns.image, _IMAGE_COLUMNS), ("label", columns.label, LABEL_COLUMNS)):
+        name = next((name for name in ((chosen,) if chosen else usual) if name in names), None)
         if name is None:
-            what = f"no column {asked!r}" if asked else f"no column for the {option}, such as {', '.join(usual[:3])}"
-            hint = suggestion(asked, names) if asked else ""
+            what = f"no column {chosen!r}" if chosen else f"no column for the {option}, such as {', '.join(usual[:3])}"
+            hint = suggestion(chosen, names) if chosen else ""
             has = f"it has {', '.join(names) or 'none'}"
             raise DataError(f"input {path}: {what}{hint}; {has}; name one with --{option}-column")
         found.append(name)
@@ -122,22 +125,21 @@ def pick(path: Path | str, there: Iterable[str], columns: Columns) -> tuple[str,
 
 
 def checked_label(label: Any, where: str, names: tuple[str, ...] | None) -> Label:
-    """A label as it stands in an input, without blanks; None where there is none. `names` are those of the classes, if
-    the user gave them.
+    """Return an input's label without blanks, or None if there is none. `names` are the user's class names, if any.
 
     Raises:
-        DataError: it is neither a name nor a whole number.
+        DataError: the label is neither a name nor a whole number.
     """
     if isinstance(label, float):
         label = None if label != label else int(label) if label.is_integer() else label
     if isinstance(label, str):
         label = label.strip("\ufeff \t\r\n")
-        # what tables write where there is no label
+        # tables write an empty field or nan for a missing label
         return None if label == "" or (label.lower() == "nan" and label not in (names or ())) else label
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         value, kind = brief(label), kind_of(label)
-        held = value if value == kind else f"{value} ({kind})"
+        shown = value if value == kind else f"{value} ({kind})"
         raise DataError(
-            f"input {where} holds {held}, and labels are names or whole numbers; name another with --label-column"
+            f"input {where} holds {shown}, but labels are names or whole numbers; name another with --label-column"
         )
     return label

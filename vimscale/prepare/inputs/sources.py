@@ -1,4 +1,4 @@
-"""What a data set is prepared from: image folders, tables, Hugging Face data sets and tars, all as rows of one kind."""
+"""What a data set is prepared from: image folders, tables, Hugging Face data sets and tars, all read as `Rows`."""
 
 import csv
 import glob
@@ -37,18 +37,18 @@ SPLITS = ("train", "val", "validation", "test")
 
 
 class Entry(NamedTuple):
-    """One image to be."""
+    """One row of the input, with its class number."""
 
     key: str
     label: int
     bytes: int
-    place: Any
-    """What its reader finds it by."""
+    location: Any
+    """What its reader needs to find it."""
 
 
 @dataclass
 class Input:
-    """All rows of an input, by split; "" where there is one split only."""
+    """All rows of an input, by split; the name is "" if there is only one split."""
 
     reader: Reader
     classes: tuple[str, ...]
@@ -56,11 +56,13 @@ class Input:
 
 
 def open_input(source: str, columns: Columns, scratch: Path) -> Input:
-    """The rows of `source`: a folder of images, a .csv, .tsv or .parquet, a saved Hugging Face data set or hf:NAME,
-    or tars (a folder, a glob or braces). `scratch` is a folder for what must be unpacked first.
+    """Read the rows of `source`.
+
+    `source` is a folder of images, a .csv, .tsv or .parquet file, a saved Hugging Face data set or hf:NAME, or tars (a
+    folder, a glob or braces). `scratch` is a folder for what must be unpacked first.
 
     Raises:
-        DataError: it is none of these, or has rows without label, or keys that are there twice.
+        DataError: it is none of these, a row has no label, or a key occurs twice.
     """
     reader: Reader
     if source.startswith("pipe:"):
@@ -73,7 +75,8 @@ def open_input(source: str, columns: Columns, scratch: Path) -> Input:
         parts = _parts(source)
         kinds = {kind for _, kind in parts.values()}
         if len(kinds) > 1:
-            raise DataError(f"input {source}: splits of several kinds ({', '.join(sorted(kinds))}); prepare one by one")
+            names = ", ".join(sorted(kinds))
+            raise DataError(f"input {source}: splits of several kinds ({names}); prepare them one by one")
         kind = kinds.pop()
         files = {split: paths for split, (paths, _) in parts.items()}
         if kind == "parquet":
@@ -90,7 +93,7 @@ def open_input(source: str, columns: Columns, scratch: Path) -> Input:
 
 
 def _parts(source: str) -> dict[str, tuple[list[Path], str]]:
-    """Files and kind of each split."""
+    """Return the files and the kind of each split."""
     path = Path(source)
     if not path.is_dir():
         return {"": _files(source)}
@@ -100,13 +103,14 @@ def _parts(source: str) -> dict[str, tuple[list[Path], str]]:
     if "train" in below and len(below & set(SPLITS)) > 1:
         others = sorted(below - set(SPLITS))
         raise DataError(
-            f"input {source}: it has splits, and other folders ({', '.join(others[:3])}), so {others[0]} may be a class"
-            " or not; move those elsewhere, or prepare the splits one by one"
+            f"input {source}: it has splits, and other folders ({', '.join(others[:3])}), so {others[0]} may or may not"
+            " be a class; move those elsewhere, or prepare the splits one by one"
         )
     return {"": _files(source)}
 
 
 def _files(source: str) -> tuple[list[Path], str]:
+    """Return the files of one split and their kind: images, table, parquet or tar."""
     path = Path(source)
     if path.is_dir():
         for kind, pattern in (("tar", "*.tar"), ("parquet", "*.parquet")):
@@ -120,12 +124,13 @@ def _files(source: str) -> tuple[list[Path], str]:
     kinds = {path.suffix.lower() for path in paths}
     known = {".tar": "tar", ".parquet": "parquet", ".csv": "table", ".tsv": "table"}
     if len(kinds) != 1 or not kinds <= known.keys():
-        raise DataError(f"input {source}: files ending in {', '.join(sorted(kinds))}; known: {', '.join(known)}")
+        endings = ", ".join(sorted(kinds))
+        raise DataError(f"input {source}: files ending in {endings}; give files of one kind: {', '.join(known)}")
     return paths, known[kinds.pop()]
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files of a path, glob or brace pattern, in order."""
+    """List the files of a path, glob or brace pattern, in order."""
     if os.path.lexists(pattern):
         return [Path(pattern)]
     found = [name for part in braces(pattern) for name in (sorted(glob.glob(part)) or [part])]
@@ -133,12 +138,12 @@ def expand(pattern: str) -> list[Path]:
 
 
 def braces(pattern: str) -> list[str]:
-    """The names that a pattern like {00..99}.tar or {a,b}.tar stands for.
+    """List the names that a pattern like {00..99}.tar or {a,b}.tar stands for.
 
     Raises:
-        DataError: a brace without its other one.
+        DataError: a brace is not closed.
     """
-    from braceexpand import braceexpand  # webdataset's
+    from braceexpand import braceexpand  # a requirement of webdataset
 
     try:
         return list(braceexpand(pattern))
@@ -147,9 +152,11 @@ def braces(pattern: str) -> list[str]:
 
 
 def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Columns) -> Input:
+    """Check the rows of all splits and number their classes."""
     if columns.members and not isinstance(reader, Tars):
-        raise DataError(f"input {source}: --image names a member of samples in tars, and it has none; leave it out")
-    found = dict(sorted(found.items(), key=lambda item: item[0] != "train"))  # what it says of classes and pixels holds
+        raise DataError(f"input {source}: --image names a member of samples in tars, but it has no tars; leave it out")
+    # train comes first: its classes, mean and std apply to all splits
+    found = dict(sorted(found.items(), key=lambda item: item[0] != "train"))
     first = next(iter(found.values()))
     names = columns.classes or first.classes
     splits: dict[str, list[Entry]] = {}
@@ -158,53 +165,55 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
         try:
             untrusted.file_name(split or "set")
         except ValueError as error:
-            raise DataError(f"input {source}: a split, which becomes a folder: {error}") from None
+            raise DataError(f"input {source}: a split becomes a folder: {error}") from None
         if not rows.keys:
             known = ", ".join(IMAGE_FILES)
             raise DataError(f"{where}: no images in it; looked for {known} below folders named after classes")
 
         def row(i: int, rows: Rows = rows) -> str:
-            return f"{reader.where(rows.places[i])}, sample {rows.keys[i]}"
+            return f"{reader.where(rows.locations[i])}, sample {rows.keys[i]}"
 
         if missing := [i for i, label in enumerate(rows.labels) if label is None]:
             raise DataError(
                 f"{where}: {len(missing):,} rows have no label; leave them out; the first is {row(missing[0])}"
             )
-        if own := next((key for key in rows.keys if split_name(f"{key}.x") is None), None):
+        if reserved := next((key for key in rows.keys if split_name(f"{key}.x") is None), None):
             raise DataError(
-                f"{where}: {own} would be passed over, as names like __x__ and __MACOSX are kept for other things;"
-                " rename its folder"
+                f"{where}: {reserved} would be ignored, because names like __x__ and __MACOSX are reserved; rename its"
+                " folder"
             )
-        if twice := [key for key, count in Counter(rows.keys).items() if count > 1]:
-            places = [reader.where(p) for key, p in zip(rows.keys, rows.places, strict=True) if key == twice[0]][:2]
-            more = f" ({len(twice):,} such keys)" if len(twice) > 1 else ""
-            way_out = "--prefix-keys tells tars apart" if isinstance(reader, Tars) else "rename one"
-            raise DataError(f"{where}: {' and '.join(places)} both have the key {twice[0]}{more}; {way_out}")
-        mine, counted = _by_name(rows, names)
-        names, labels = class_map(mine, names, where, row, counted=counted)
+        if duplicates := [key for key, count in Counter(rows.keys).items() if count > 1]:
+            first_two = [i for i, key in enumerate(rows.keys) if key == duplicates[0]][:2]
+            owners = " and ".join(reader.where(rows.locations[i]) for i in first_two)
+            more = f" ({len(duplicates):,} such keys)" if len(duplicates) > 1 else ""
+            fix = "--prefix-keys puts the tar's name before them" if isinstance(reader, Tars) else "rename one"
+            raise DataError(f"{where}: {owners} both have the key {duplicates[0]}{more}; {fix}")
+        own, counted = _by_name(rows, names)
+        names, labels = class_map(own, names, where, row, counted=counted)
         if not splits and (empty := sorted(set(range(len(names))) - set(labels))):
             _log.warning("%s: %s", where, without_images([names[number] for number in empty], len(names)))
-        splits[split] = [Entry(*entry) for entry in zip(rows.keys, labels, rows.sizes, rows.places, strict=True)]
+        splits[split] = [Entry(*entry) for entry in zip(rows.keys, labels, rows.sizes, rows.locations, strict=True)]
     assert names is not None
     return Input(reader, names, splits)
 
 
 def without_images(empty: list[str], classes: int) -> str:
-    """A word on numbers that no label has: they stay what they are, gaps and all."""
+    """Describe the classes without labels; they keep their numbers."""
     shown = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
     return f"{len(empty):,} of {classes:,} classes have no images: {shown}"
 
 
 def _by_name(rows: Rows, names: tuple[str, ...] | None) -> tuple[list[str | int], bool]:
-    """(labels, whether their numbers count the classes). Where an input names its own classes and `names` has some of
-    them in another order, its numbers become names.
+    """Return (labels, whether their numbers count the classes).
+
+    If the input names its classes and `names` has some of them in another order, its numbers become names.
     """
     labels = [label for label in rows.labels if label is not None]
     own = rows.classes
     if own is None or names is None or own == names:
         return labels, own is not None
     if len(own) == len(names) and not set(own) & set(names):
-        return labels, True  # other names for the same
+        return labels, True  # other names for the same classes
     return [own[label] if isinstance(label, int) and 0 <= label < len(own) else label for label in labels], False
 
 
@@ -221,17 +230,17 @@ def _folder_rows(paths: list[Path]) -> Rows:
                 continue
             path = os.path.join(folder, name)
             if not inside.parts:
-                raise DataError(f"input {root}: {name} lies in no class's folder; move it to {root}/CLASS/{name}")
+                raise DataError(f"input {root}: {name} is not in a class folder; move it to {root}/CLASS/{name}")
             rows.add(key_of(str(inside / name)), inside.parts[0], size_of(path), path)
     if others:
         counts = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5))
-        _log.warning("%s: files that are no images are passed over: %s", root, counts)
+        _log.warning("%s: files that are not images are ignored: %s", root, counts)
     _check_folders(root, {str(label) for label in rows.labels})
     return rows
 
 
 def _check_folders(root: Path, names: set[str]) -> None:
-    """Each folder is a class: 7 and 07 would be one."""
+    """Check that no two folders have the same class number: 7 and 07 would be one class."""
     numbers: dict[int, str] = {}
     for name in sorted(names):
         number = decode.whole_number(name)
@@ -261,18 +270,18 @@ def _csv_rows(paths: list[Path], columns: Columns) -> Rows:
 
 
 class Tars:
-    """Each place is a tar, where its members' bytes are, and which of them is the image."""
+    """Reads samples in tars. A location is (tar, offset and size of each member, which member is the image)."""
 
-    def where(self, place: tuple[str, dict[str, tuple[int, int]], str | None]) -> str:
-        return place[0]
+    def where(self, location: tuple[str, dict[str, tuple[int, int]], str | None]) -> str:
+        return location[0]
 
-    def read(self, place: tuple[str, dict[str, tuple[int, int]], str | None]) -> dict[str, bytes]:
-        path, parts, image = place
+    def read(self, location: tuple[str, dict[str, tuple[int, int]], str | None]) -> dict[str, bytes]:
+        path, parts, image = location
         with open(path, "rb") as file:
             read = {name: os.pread(file.fileno(), size, offset) for name, (offset, size) in parts.items()}
         found = {"image": read.pop(image)} if image is not None else {}
         for name, data in read.items():
-            # training takes a member of such an extension for the image
+            # training would take a member with such an extension for the image
             while name in (*decode.EXTENSIONS, "image") or name in found:
                 name = f"other.{name}"
             found[name] = data
@@ -281,12 +290,12 @@ class Tars:
 
 def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
     rows = Rows()
-    passed: list[str] = []
+    ignored: list[str] = []
     for path in paths:
         found = scan(path, scattered=True)
         if found.fault is not None:
             raise DataError(f"input {path}, {found.fault}; {found.fix}")
-        passed += found.passed
+        ignored += found.ignored
         with path.open("rb") as file:
             for sample in found.samples:
                 for key, parts in members.samples_of(sample):
@@ -296,21 +305,21 @@ def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
                     key = f"{path.stem}/{key}" if columns.prefix_keys else key
                     size = sum(size for _, size in parts.values())
                     rows.add(key, label, size, (str(path), parts, image))
-    if passed:
-        _log.warning("%s", passed_over(passed))
+    if ignored:
+        _log.warning("%s", ignored_files(ignored))
     return rows
 
 
-def passed_over(names: list[str]) -> str:
-    """A word on files that are hidden, or have no name of a sample."""
+def ignored_files(names: list[str]) -> str:
+    """Describe files that belong to no sample: hidden ones, or those with other names."""
     shown = ", ".join(name[:60] for name in names[:3]) + (" ..." if len(names) > 3 else "")
-    return f"{len(names):,} files in the tars are part of no sample and passed over: {shown}"
+    return f"{len(names):,} files in the tars belong to no sample and are ignored: {shown}"
 
 
 def _tar_label(
     file: int, parts: dict[str, tuple[int, int]], columns: Columns, where: str
 ) -> tuple[Label, dict[str, tuple[int, int]]]:
-    """(a sample's label, its other members): the .cls, or else a field of the .json."""
+    """Return (a sample's label, its other members). The label is the .cls, or else a field of the .json."""
     name = members.label_of(parts)
     if name is None:
         return None, parts
@@ -318,7 +327,7 @@ def _tar_label(
     data = os.pread(file, size, offset)
     if name.endswith("json"):
         return checked_label(_field(data, columns.label), f"{where}: its .{name}", columns.classes), parts
-    rest = {other: place for other, place in parts.items() if other != name}
+    rest = {other: part for other, part in parts.items() if other != name}
     return checked_label(data.decode("utf-8", "replace"), where, columns.classes), rest
 
 

@@ -1,4 +1,4 @@
-"""Inputs that hold images in columns: parquet files and Hugging Face data sets."""
+"""Inputs with images in columns: parquet files and Hugging Face data sets."""
 
 import json
 import os
@@ -10,14 +10,17 @@ from vimscale.errors import BadSample, DataError
 from vimscale.prepare.inputs.rows import Columns, Files, Reader, Rows, checked_label, image_file, pick
 
 _BATCH = 256
+"""Rows that are unpacked or read at once."""
 
 
 def parquet(files: dict[str, list[Path]], columns: Columns, scratch: Path) -> tuple[Reader, dict[str, Rows]]:
-    """Reader and rows of each split's files. Images in columns are unpacked to `scratch` once: parquet has no way to
-    one row that does not decompress a thousand others, and shards take rows in random order.
+    """Return the reader and the rows of each split's files.
+
+    Images in columns are unpacked to `scratch` once: shards take rows in random order, and reading one row of a parquet
+    file decompresses a thousand others.
 
     Raises:
-        DataError: a file that is no parquet, or without the columns, or columns of other types.
+        DataError: a file is not parquet, lacks the columns, or has columns of other types.
     """
     pyarrow = needs("pyarrow")
     from pyarrow.parquet import ParquetFile
@@ -34,7 +37,7 @@ def parquet(files: dict[str, list[Path]], columns: Columns, scratch: Path) -> tu
             named = _named(table.schema_arrow.metadata, label)
             if number and named != rows.classes:
                 raise DataError(
-                    f"input {path}: it names other classes than {paths[0]}, and labels would mean two things; prepare"
+                    f"input {path}: it names other classes than {paths[0]}, so a label would have two meanings; prepare"
                     " them one by one with --classes FILE, and merge the sets"
                 )
             rows.classes = named
@@ -53,7 +56,7 @@ def parquet(files: dict[str, list[Path]], columns: Columns, scratch: Path) -> tu
 
 
 def _unpack(path: Path, table: Any, image: str, label: str, to: Path) -> None:
-    """Images and labels of a parquet file as an Arrow file, which is read in place."""
+    """Write images and labels of a parquet file as an Arrow file, which can be memory-mapped."""
     import pyarrow as pa
 
     if to.exists():
@@ -92,7 +95,7 @@ def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str, names: tup
 
 
 def _bytes_of(path: Path | str, name: str, column: Any) -> Any:
-    """A column of bytes, or the bytes of a column of {bytes, path}, as Hugging Face writes images."""
+    """Return a column of bytes, or the bytes of a column of {bytes, path}, as Hugging Face writes images."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -100,14 +103,14 @@ def _bytes_of(path: Path | str, name: str, column: Any) -> Any:
         column = pc.struct_field(column, "bytes")
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise DataError(
-            f"input {path}: column {name!r} is of type {column.type}; images are bytes or paths, name another with"
+            f"input {path}: column {name!r} has type {column.type}, but images are bytes or paths; name another with"
             " --image-column"
         )
     return column
 
 
 def _named(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """The label's class names, where Hugging Face's writer left them."""
+    """Return the label's class names from Hugging Face's metadata, if there are any."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(features[label]["names"])
@@ -116,27 +119,27 @@ def _named(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] |
 
 
 class Unpacked:
-    """Each place is an Arrow file, a batch of it, and a row of that."""
+    """Reads unpacked images. A location is (Arrow file, batch, row in the batch)."""
 
     def __init__(self) -> None:
         self._open: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple:
-        return Unpacked, ()  # processes map the files themselves
+        return Unpacked, ()  # each process maps the files itself
 
-    def where(self, place: tuple[str, int, int]) -> str:
-        path, batch, row = place
+    def where(self, location: tuple[str, int, int]) -> str:
+        path, batch, row = location
         return f"{Path(path).stem}, row {row} of batch {batch}"
 
-    def read(self, place: tuple[str, int, int]) -> dict[str, bytes]:
-        path, batch, row = place
+    def read(self, location: tuple[str, int, int]) -> dict[str, bytes]:
+        path, batch, row = location
         if path not in self._open:
             import pyarrow as pa
 
             self._open[path] = pa.ipc.open_file(pa.memory_map(path))
         data = self._open[path].get_batch(batch).column("image")[row].as_py()
         if data is None:
-            raise BadSample("unreadable", f"{self.where(place)} holds no bytes")
+            raise BadSample("unreadable", f"{self.where(location)} holds no bytes")
         return {"image": data}
 
 
@@ -149,10 +152,10 @@ def is_saved(path: Path) -> bool:
 
 
 def hub(source: str, columns: Columns) -> tuple[Reader, dict[str, Rows]]:
-    """Reader and rows of each split of a saved data set's folder, or of hf:NAME, which is downloaded first.
+    """Return the reader and the rows of each split of a saved data set's folder, or of hf:NAME, which is downloaded.
 
     Raises:
-        DataError: it cannot be had, or has no such columns.
+        DataError: the set is unavailable, or lacks the columns.
     """
     datasets = needs("datasets")
     try:
@@ -160,7 +163,7 @@ def hub(source: str, columns: Columns) -> tuple[Reader, dict[str, Rows]]:
             loaded = datasets.load_dataset(source.removeprefix("hf:"))
         else:
             loaded = datasets.load_from_disk(source)
-    except Exception as error:  # it raises what its file systems, its hub and its builders do
+    except Exception as error:  # it raises whatever its file systems, hub and builders raise
         raise DataError(f"input {source} cannot be loaded: {error}") from None
     tables = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     found, images = {}, {}
@@ -189,29 +192,29 @@ def _sizes(source: str, name: str, column: Any) -> list[int]:
 
 
 class Hub:
-    """Each place is a split and a row."""
+    """Reads rows of Hugging Face data sets. A location is (split, row)."""
 
     def __init__(self, tables: dict[str, Any]):
         self._tables = tables
 
-    def where(self, place: tuple[str, int]) -> str:
-        split, row = place
+    def where(self, location: tuple[str, int]) -> str:
+        split, row = location
         return f"row {row}" + (f" of {split}" if split else "")
 
-    def read(self, place: tuple[str, int]) -> dict[str, bytes]:
-        split, row = place
+    def read(self, location: tuple[str, int]) -> dict[str, bytes]:
+        split, row = location
         (image,) = self._tables[split][row].values()
         if isinstance(image, dict):
             if image["bytes"] is None and image["path"]:
                 return {"image": image_file(os.fspath(image["path"]))}
             image = image["bytes"]
         if image is None:
-            raise BadSample("unreadable", f"{self.where(place)} holds no bytes")
+            raise BadSample("unreadable", f"{self.where(location)} holds no bytes")
         return {"image": image}
 
 
 def needs(name: str) -> ModuleType:
-    """An optional library.
+    """Import an optional library.
 
     Raises:
         DataError: it is not installed.
@@ -221,6 +224,4 @@ def needs(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(
-            f"such an input needs {name}, which is not installed: pip install 'vimscale[prepare]'"
-        ) from None
+        raise DataError(f"this input needs {name}, which is not installed: pip install 'vimscale[prepare]'") from None

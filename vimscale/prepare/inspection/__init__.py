@@ -1,1 +1,4 @@
-"""Looking at sets that exist: statistics, verification, repair, contact sheets."""
+"""Existing sets: statistics, verification, repair, contact sheets.
+
+Imports data, recipe, storage and errors, and prepare's index and adopt; prepare's merge and launch import it.
+"""

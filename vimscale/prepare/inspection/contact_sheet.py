@@ -1,4 +1,4 @@
-"""A picture of samples as they are and as training sees them: the quickest way to find a wrong label or crop."""
+"""Draw samples as stored and as training sees them: the quickest way to find a wrong label or crop."""
 
 import os
 import shlex
@@ -21,16 +21,16 @@ from vimscale.recipe.sections import Augment
 
 ROWS, DRAWS = 6, 5
 _LETTERS = 300
-"""Of a line; more find no room on the widest sheet."""
+"""Longest text of a line; no sheet is wide enough for more."""
 _SIDE, _GAP, _MARGIN, _TEXT, _HEAD = 192, 12, 32, 22, 68
 _PAPER, _INK, _GREY, _RULE = (250, 250, 248), (32, 33, 36), (120, 122, 128), (214, 214, 210)
 
 
 def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
-    """Rows of one sample each: the image, and DRAWS of what training makes of it; its key and class beneath.
+    """Draw one sample per row: the image, DRAWS augmented versions of it, and its key and class below.
 
     Raises:
-        DataError: no sample of those drawn can be decoded.
+        DataError: none of the chosen samples can be decoded.
     """
     rule = Augment() if recipe is None else recipe.augment
     size = (224, 224) if recipe is None else recipe.model.shape(len(located.manifest.classes)).size
@@ -57,7 +57,7 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
 
 
 def grid(title: str, about: str, samples: Sequence[tuple[Tensor, str, str]], columns: int = 8) -> Image.Image:
-    """Samples as (image (3, h, w), its line, a second line), row after row, below a title."""
+    """Draw samples, given as (image (3, h, w), first line, second line), in rows below a title."""
     rows = -(-len(samples) // columns)
     height = _HEAD + 2 * _MARGIN + rows * (_SIDE + 2 * _TEXT + _GAP)
     width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
@@ -75,18 +75,18 @@ def grid(title: str, about: str, samples: Sequence[tuple[Tensor, str, str]], col
 
 
 def _samples(located: Located, seed: int) -> list[tuple[str, Tensor, int]]:
-    """(key, image (3, h, w), label) of a few, the rarest first seen: as many classes as there are rows."""
+    """Choose one (key, image (3, h, w), label) per row, of as many classes as possible."""
     rng = generator(seed, 0, 0)
     manifest = located.manifest
     found: list[tuple[str, Tensor, int]] = []
     spare: list[tuple[str, Tensor, int]] = []
     for number in rng.permutation(len(manifest.shards))[:8]:
         path = located.tar(manifest.shards[number])
-        shards = scan(path).samples
+        samples = scan(path).samples
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            for i in rng.permutation(len(shards))[:16]:
-                sample = shards[i]
+            for i in rng.permutation(len(samples))[:16]:
+                sample = samples[i]
                 try:
                     image, label = decode.decode(
                         read(descriptor, sample), str(path), len(manifest.classes), manifest.image
@@ -127,7 +127,7 @@ def _rule(rule: Augment) -> str:
 
 
 def _paste(sheet: Image.Image, image: Tensor, left: int, top: int) -> None:
-    """The whole image, as large as fits; small ones by whole pixels, so that they stay sharp."""
+    """Paste the full image as large as fits; enlarge small images by an integer factor, so that they stay sharp."""
     height, width = image.shape[1:]
     scale = _SIDE / max(height, width)
     if scale > 1:

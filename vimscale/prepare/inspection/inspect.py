@@ -1,4 +1,4 @@
-"""Is a data set on this machine what its manifest says? Every fault, with shard and offset."""
+"""Verify a data set on this machine against its manifest; report every fault with shard and offset."""
 
 import os
 from collections import Counter
@@ -19,11 +19,12 @@ from vimscale.storage import untrusted
 
 @dataclass(frozen=True)
 class Located:
-    """A data set's files."""
+    """The files of a data set."""
 
     folder: Path
-    """With the manifest."""
+    """The folder with the manifest."""
     shards: Path
+    """The folder that shard names are relative to."""
     manifest: Manifest
 
     def tar(self, shard: Shard) -> Path:
@@ -35,10 +36,10 @@ class Located:
 
 
 def locate(source: str) -> Located:
-    """The files of a data set, which need not be whole.
+    """Find the files of a data set, without checking that they are complete.
 
     Raises:
-        DataError: it is not on this machine, or has no manifest that can be read.
+        DataError: the set is not on this machine, or has no readable manifest.
     """
     if source.startswith("digits:"):
         from vimscale.data import digits
@@ -64,48 +65,42 @@ def locate(source: str) -> Located:
 
 @dataclass
 class Health:
-    """How a shard was found."""
+    """The state of a shard."""
 
     shard: Shard
     faults: list[str] = field(default_factory=list)
-    """Of the tar and its samples, each with the place."""
+    """Faults of the tar and its samples, each with its path or offset."""
     index_faults: list[str] = field(default_factory=list)
     found: Scan = field(default_factory=Scan)
     bad: list[int] = field(default_factory=list)
-    """Numbers of samples that cannot be used."""
+    """Indices of unusable samples."""
     labels: Counter[int] = field(default_factory=Counter)
     sha256: str = ""
-    """As it is; only where it was asked for."""
+    """Actual sha256; empty unless `deep`."""
 
 
 def verify(
     located: Located, *, deep: bool, jobs: int = 1, progress: pool.Progress = lambda done, total: None
 ) -> list[Health]:
-    """Look at every shard: sizes, and the index against the tar's headers; if `deep`, sha256 and every image too."""
-    found: dict[int, Health] = {}
-    shards = located.manifest.shards
-    progress(0, len(shards))
-    for number, health in pool.run(partial(examine, located, deep=deep), shards, jobs):
-        found[number] = health
-        progress(len(found), len(shards))
-    return [found[number] for number in range(len(shards))]
+    """Check every shard: sizes, and the index against the tar's headers; if `deep`, also sha256 and every image."""
+    return pool.run_all(partial(examine, located, deep=deep), located.manifest.shards, jobs, progress)
 
 
 def miscounted(located: Located, healths: list[Health]) -> list[str]:
-    """Classes whose labels are not as many as the manifest says, after a deep look."""
+    """Report classes whose number of samples, after a deep check, differs from the manifest."""
     counts = Counter[int]()
     for health in healths:
         counts += health.labels
-    said = located.manifest.labels
+    expected = located.manifest.labels
     return [
-        f"{MANIFEST} says {said[label]:,} samples of class {label} ({name}), {counts[label]:,} are there"
+        f"{MANIFEST} says {expected[label]:,} samples of class {label} ({name}), {counts[label]:,} are there"
         for label, name in enumerate(located.manifest.classes)
-        if said and counts[label] != said[label]
+        if expected and counts[label] != expected[label]
     ]
 
 
 def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
-    """One shard."""
+    """Check one shard."""
     health = Health(shard)
     path = located.tar(shard)
     if not path.is_file():
@@ -118,7 +113,7 @@ def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
     if found.fault is not None:
         health.faults.append(f"{path}, {found.fault}")
         if deep:
-            found.samples = _rescued(located, shard, found)
+            found.samples = _complete_samples(located, shard, found)
     elif len(found.samples) != shard.samples:
         health.faults.append(f"{path} holds {len(found.samples):,} samples, not {shard.samples:,}")
     if found.fault is None and (fault := _index_fault(located.index(shard), found)):
@@ -131,33 +126,35 @@ def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
     return health
 
 
-def _rescued(located: Located, shard: Shard, found: Scan) -> list[Sample]:
-    """Complete samples of a damaged tar: those before the fault, or by its index those after it, too."""
+def _complete_samples(located: Located, shard: Shard, found: Scan) -> list[Sample]:
+    """Return the complete samples of a damaged tar: those before the fault and, with its index, also those after it."""
     try:
         index = offsets(located.index(shard).read_bytes(), shard, located.tar(shard).name)
         by_index = intact(located.tar(shard), index)
     except (OSError, DataError):
         by_index = []
-    # where a tar is cut between two members, its last sample lacks what the others have
+    # in a tar that is truncated between two members, the last sample lacks members that the others have
     last = found.samples[-1:]
     short = last and len(found.samples) > 1 and last[0].members.keys() != found.samples[-2].members.keys()
     return max(by_index, found.samples[:-1] if short else found.samples, key=len)
 
 
 def _index_fault(path: Path, found: Scan) -> str | None:
+    """Describe how the index differs from the tar; None if it does not."""
     if not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != 8 * len(found.offsets):
         return f"{path} has {path.stat().st_size:,} bytes, not {8 * len(found.offsets):,}"
-    said = np.fromfile(path, "<u8")
-    wrong = np.flatnonzero(said != found.offsets)
+    index = np.fromfile(path, "<u8")
+    wrong = np.flatnonzero(index != found.offsets)
     if not len(wrong):
         return None
     first = int(wrong[0])
-    return f"{path} says that sample {first} starts at {said[first]}; in the tar it does at {found.offsets[first]}"
+    return f"{path} says that sample {first} starts at {index[first]}; in the tar it starts at {found.offsets[first]}"
 
 
 def _decode_all(path: Path, health: Health, manifest: Manifest) -> None:
+    """Decode every sample; count its label or record its fault."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for number, sample in enumerate(health.found.samples):
@@ -173,6 +170,6 @@ def _decode_all(path: Path, health: Health, manifest: Manifest) -> None:
 
 
 def read(descriptor: int, sample: Sample) -> dict:
-    """A sample as training gets it; a member that is cut has the bytes that are there."""
+    """Read a sample as training gets it; a truncated member has the bytes that exist."""
     members = sample.members.items()
     return {"__key__": sample.key} | {ext: os.pread(descriptor, size, offset) for ext, (offset, size) in members}

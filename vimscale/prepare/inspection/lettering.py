@@ -1,4 +1,4 @@
-"""Text in pictures drawn by Pillow: a font that has its letters, and escapes for those that no font here has."""
+"""Text in images drawn by Pillow: choose a font that has its letters, and escape letters that no font has."""
 
 import unicodedata
 from functools import lru_cache
@@ -13,23 +13,24 @@ FONTS = (
     *("NotoSansSC-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),
     *("Arial Unicode.ttf", "PingFang.ttc", "msyh.ttc", "msgothic.ttc", "malgun.ttf"),
 )
-"""Files that are looked for where the system keeps fonts, after Pillow's own font, which has Western letters."""
+"""Files to look for in the system's font folders, after Pillow's own font, which has Western letters."""
 _NOWHERE = "\U0010ffff"
-"""A character that no font has: how it is drawn shows what a font draws in place of letters that it does not have."""
+"""A character that no font has: it shows what a font draws for missing letters."""
 
 
 def lettered(text: str, size: int) -> tuple[str, Font]:
-    """The text as it can be drawn, and the first font that draws all of it; else letters that the best one lacks become
-    their base letter or an escape: \\u732b.
+    """Return the text as it can be drawn, and the first font that lacks the fewest of its letters.
+
+    A letter that the font lacks becomes its base letters or an escape such as \\u732b.
     """
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     fonts = _fonts(size)
-    lacking = [sum(not _has(font, letter) for letter in set(text)) for font in fonts]
-    font = fonts[lacking.index(min(lacking))]
-    return "".join(letter if _has(font, letter) else _instead(font, letter) for letter in text), font
+    missing = [sum(not _has(font, letter) for letter in set(text)) for font in fonts]
+    font = fonts[missing.index(min(missing))]
+    return "".join(letter if _has(font, letter) else _replacement(font, letter) for letter in text), font
 
 
-def _instead(font: Font, letter: str) -> str:
+def _replacement(font: Font, letter: str) -> str:
     bases = [part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part)]
     if bases and letter not in bases and all(_has(font, part) for part in bases):
         return "".join(bases)
@@ -50,13 +51,13 @@ def _fonts(size: int) -> tuple[Font, ...]:
     for name in (*_shipped(), *FONTS):
         try:
             found.append(ImageFont.truetype(name, size))
-        except OSError:  # it is not here
+        except OSError:  # not installed
             continue
     return tuple(found)
 
 
 def _shipped() -> list[str]:
-    """matplotlib, which comes with vimscale[sweep], has a font with Greek, Cyrillic, Arabic and more."""
+    """Return the font that matplotlib (in vimscale[sweep]) ships, which has Greek, Cyrillic, Arabic and more."""
     package = find_spec("matplotlib")
     folders = package.submodule_search_locations if package is not None else None
     return [str(Path(folder) / "mpl-data/fonts/ttf/DejaVuSans.ttf") for folder in folders or ()]

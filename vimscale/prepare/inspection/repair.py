@@ -1,4 +1,4 @@
-"""A damaged data set made whole again, with what is left of it. Files of shards are added, and never changed."""
+"""Repair a damaged data set with what is left of it. Repair adds shard files, and never changes existing ones."""
 
 import os
 from dataclasses import dataclass, replace
@@ -19,26 +19,26 @@ from vimscale.prepare.tally import Tally
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be done to one shard."""
+    """The repair of one shard."""
 
     kind: Literal["index", "salvage", "accept", "drop"]
     health: Health
     good: tuple[int, ...]
-    """Numbers of the samples that remain."""
+    """Indices of the samples that remain."""
 
     def __str__(self) -> str:
         shard = self.health.shard
         lost = f"{shard.samples - len(self.good):,} of {shard.samples:,} samples are lost"
         return {
-            "index": f"{shard.name}: write its index anew",
-            "salvage": f"{shard.name}: put its {len(self.good):,} whole samples into {_salvaged(shard)}; {lost}",
-            "accept": f"{shard.name}: keep it, as all its {len(self.good):,} samples can be read; note its new sha256",
+            "index": f"{shard.name}: rewrite its index",
+            "salvage": f"{shard.name}: copy its {len(self.good):,} complete samples to {_salvaged(shard)}; {lost}",
+            "accept": f"{shard.name}: keep it, as all its {len(self.good):,} samples are readable; record its sha256",
             "drop": f"{shard.name}: leave it out; {lost}",
         }[self.kind]
 
 
 def steps(healths: list[Health]) -> list[Step]:
-    """What a deep look calls for; nothing where nothing is wrong."""
+    """Derive the repairs from a deep check; a shard without faults needs none."""
     found = []
     for health in healths:
         good = tuple(number for number in range(len(health.found.samples)) if number not in set(health.bad))
@@ -54,16 +54,16 @@ def steps(healths: list[Health]) -> list[Step]:
 
 
 def repair(located: Located, todo: list[Step], jobs: int = 1) -> Path | None:
-    """Do it. If other samples than before remain, there is a new manifest, and the path of the old one is returned.
+    """Repair the set. If shards change, write a new manifest, and return the path of the old one.
 
     Raises:
-        DataError: no sample would remain, or the folder cannot be written to.
+        DataError: no sample would remain, or the folder is not writable.
     """
     try:
         return _repair(located, todo, jobs)
     except OSError as error:
-        way_out = "make it writable, or copy the set to another place"
-        raise DataError(f"data {located.folder}: {error.strerror} ({error.filename}); {way_out}") from None
+        fix = "make it writable, or copy the set to another folder"
+        raise DataError(f"data {located.folder}: {error.strerror} ({error.filename}); {fix}") from None
 
 
 def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
@@ -83,17 +83,17 @@ def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
     if all(step.kind == "index" for step in todo):
         return None
     if not shards:
-        raise DataError(f"data {located.folder}: no sample can be read any more; prepare the set again")
+        raise DataError(f"data {located.folder}: no sample is readable any more; prepare the set again")
     tars = [adopt.Tar(shard.name, str(located.tar(shard))) for shard in shards]
     image = located.manifest.image or decode.EXTENSIONS
-    looked = dict(pool.run(partial(adopt.look, quota=1, classes=None, image=image), tars, jobs))
-    tally = Tally.sum(looked[number].tally for number in range(len(tars)))
+    found = pool.run_all(partial(adopt.scan_tar, quota=1, classes=None, image=image), tars, jobs)
+    tally = Tally.sum(one.tally for one in found)
     manifest = replace(
         located.manifest,
         shards=tuple(shards),
         labels=tally.label_counts(len(located.manifest.classes)),
         sides=tally.side_counts(),
-        plan="",  # what was planned is not all there
+        plan="",  # the set no longer holds what was planned
     )
     before = located.folder / f"{MANIFEST}.before"
     if before.exists():
@@ -108,7 +108,7 @@ def _salvaged(shard: Shard) -> str:
 
 
 def _salvage(located: Located, step: Step) -> Shard:
-    """The good samples, byte for byte, as a tar of their own."""
+    """Write the good samples, byte for byte, as a new tar."""
     path = located.shards / _salvaged(step.health.shard)
     offsets = [0]
     pieces = []
@@ -117,7 +117,7 @@ def _salvage(located: Located, step: Step) -> Shard:
         for number in step.good:
             sample = step.health.found.samples[number]
             piece = os.pread(descriptor, sample.end - sample.start, sample.start)
-            pieces.append(piece + bytes(-len(piece) % BLOCK))  # a cut may have taken the zeros after the last bytes
+            pieces.append(piece + bytes(-len(piece) % BLOCK))  # truncation may have removed the padding
             offsets.append(offsets[-1] + len(pieces[-1]))
     finally:
         os.close(descriptor)
