@@ -161,7 +161,7 @@ def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
     (few,) = lanes_and_shards(recipe, [8], 8, remote=True)
     assert "set data.lanes=8" in few
     (odd,) = lanes_and_shards(recipe, [7], 4, remote=False)
-    assert "no multiple" in odd
+    assert "not a multiple" in odd
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp
     readers = [Reader(tmp_path / name / "run/checkpoints/step_00000008") for name in ("calm", "hit")]
     assert readers[0].read("buffer", "objective.counter.updates", 0, 1).item() == 8
     pair = Pair(*(tmp_path / name / "run/checkpoints/step_00000008" for name in ("calm", "hit")))
-    assert pair.unshared == [[], []]
+    assert pair.only_in == [[], []]
     assert all(found.same_bits for found in pair.differences())
     assert "objective.counter.updates" in {found.parameter for found in pair.differences()}
     for kind in ("weight", "ema", "exp_avg", "exp_avg_sq"):
