@@ -21,6 +21,7 @@ from benchmarks.measure import peak_bytes
 from vimscale.engine import recompute, zero_layout
 from vimscale.estimate.planner import Planner, Target
 from vimscale.estimate.roofline import Fabric
+from vimscale.objectives.base import Inputs
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
@@ -68,20 +69,20 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
     config = recipe.model.shape(CLASSES)
     engine = Engine(config, recipe, torch.device("cpu"))
     micro, accumulation = recipe.micro_batch(world)
-    engine.module.recompute = recompute.levels(recipe.parallel, config, micro, "cpu")
+    engine.encoder.recompute = recompute.levels(recipe.parallel, config, micro, "cpu")
     images, labels = torch.randn(micro, 3, *config.size), torch.zeros(micro, dtype=torch.int64)
     found: dict[str, Any] = {}
     zero = engine._engine.optimizer
 
     def gradients() -> int:
         if engine.stage == 0:
-            return _bytes([p.grad for p in engine.module.parameters()])
+            return _bytes([p.grad for p in engine.model.parameters()])
         return zero.grad_partitions_flat_buffer.nbytes if engine.stage == 3 else _bytes(zero.averaged_gradients)
 
     def step() -> None:
         for _ in range(accumulation):
             # as in the training loop, nothing outlives the micro-batch
-            engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
+            engine.backward(engine.loss(Inputs(images, labels))[0])
             found["gradients"] = gradients()
             engine.step(1e-4)
 
@@ -90,7 +91,7 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
     step()
     found |= {name: calls[name] for name in COLLECTIVES}
     found["peak"] = peak_bytes(step)
-    parameters = list(engine.module.parameters())
+    parameters = list(engine.model.parameters())
     found["parameters"] = _bytes(parameters, [getattr(p, "ds_tensor", None) for p in parameters])
     found["weights"] = _bytes([f.flat for f in engine.fragments]) if engine.stage else 0
     found["optimizer"] = sum(t.nbytes for s in engine._adamw.state.values() for t in s.values())

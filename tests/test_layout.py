@@ -18,7 +18,7 @@ FLOORS = [
     ["launch.display", "launch.jobs", "launch.sweeps"],
     ["launch.cluster", "launch.supervise", "launch.processes", "launch.hardware"],
     ["vimscale.train", "vimscale.guard", "vimscale.export", "vimscale.estimate"],
-    ["vimscale.objectives", "vimscale.engine", "vimscale.checkpoint", "vimscale.prepare"],
+    ["vimscale.engine", "vimscale.objectives", "vimscale.checkpoint", "vimscale.prepare"],
     ["vimscale.runtime", "vimscale.data"],
     ["vimscale.recipe", "vimscale.model"],
     ["vimscale.ops", "vimscale.storage", "vimscale.errors", "vimscale.storage.addresses", "vimscale.runtime.heartbeat"],

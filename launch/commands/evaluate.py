@@ -1,5 +1,6 @@
 """`vimscale evaluate`: figures of a run's checkpoint on a validation set."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,7 @@ from .arguments import RawOption, RunArgument, StepOption
 
 if TYPE_CHECKING:
     from vimscale.data.shards.manifest import Manifest
-    from vimscale.model import VisionMamba
+    from vimscale.objectives.base import Learner
 
 _CHANGEABLE = ("data.val", "data.workers", "data.cache", "parallel.precision")
 """Keys of a run's recipe that an evaluation may change."""
@@ -30,8 +31,8 @@ def evaluate(
     raw: RawOption = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on its validation set, or on another one with the same classes."""
-    from vimscale.checkpoint.restore import restore
     from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import load
 
     from ..supervise.progress import figures
 
@@ -43,9 +44,9 @@ def evaluate(
     recipe = folder.recipe(overrides or ())
     if recipe.data.val is None:
         raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set; give one with data.val=..."])
-    model, _, manifest, at = restore(folder, raw=raw, step=step)
+    learner, _, manifest, at = load(folder, raw=raw, step=step)
     try:
-        row = evaluated(model, recipe, manifest)
+        row = evaluated(learner, recipe, manifest)
     except DataError as error:
         raise DataError(
             f"{error}\n  give another validation set, or its path on this machine, with data.val=..."
@@ -53,7 +54,7 @@ def evaluate(
     print_line(Console(), f"step {at:,}: {figures(row)}")
 
 
-def evaluated(model: "VisionMamba", recipe: Recipe, manifest: "Manifest") -> dict[str, float]:
+def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[str, float]:
     """A model's figures on the recipe's validation set, computed on this process's device."""
     import torch
 
@@ -63,13 +64,14 @@ def evaluated(model: "VisionMamba", recipe: Recipe, manifest: "Manifest") -> dic
     temporary.shorten()
     assert recipe.data.val is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    learner.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
         return evaluate(
-            model,
+            partial(learner.ask, "evaluation_sums"),
+            learner.objective,
             Dataset.open(recipe.data.val, recipe.data.cache),
             manifest,
-            size=model.config.size,
+            size=learner.encoder.config.size,
             batch=64,
             device=device,
             workers=recipe.data.workers,

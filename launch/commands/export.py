@@ -16,6 +16,7 @@ from .evaluate import evaluated
 if TYPE_CHECKING:
     from vimscale.data.shards.manifest import Manifest
     from vimscale.model import VisionMamba
+    from vimscale.objectives.base import Learner
 
 
 def export(
@@ -34,16 +35,22 @@ def export(
         float | None,
         typer.Option(min=0, help="Remove backward paths whose gate is below this value, and print what that costs."),
     ] = None,
+    objective: Annotated[
+        bool, typer.Option("--objective", help="Also write the objective's own modules, to objective.safetensors.")
+    ] = False,
 ) -> None:
     """Write a run's weights for other programs, load them again, and compare logits."""
     from vimscale.checkpoint.restore import restore
     from vimscale.export import published, safetensors
     from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import export_objective, load
 
     folder = RunFolder.of(run)
-    model, recipe, manifest, at = restore(folder, raw=raw, step=step)
     if prune_directions is not None:
-        model = _pruned(model, prune_directions, recipe, manifest)
+        learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+        model = _pruned(learner, prune_directions, recipe, manifest)
+    else:
+        model, recipe, manifest, at = restore(folder, raw=raw, step=step)
     target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
     if to == "hustvl":
         published.write(target, model, manifest)
@@ -52,6 +59,8 @@ def export(
         about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
         safetensors.write(target, model, manifest, about)
         difference = safetensors.largest_difference(target, model)
+    if objective:
+        export_objective(folder, target / "objective.safetensors", raw=raw, step=step)
     _report(target, f"step {at:,}", difference)
 
 
@@ -89,11 +98,12 @@ def import_published(
     _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
 
 
-def _pruned(model: "VisionMamba", threshold: float, recipe: Recipe, manifest: "Manifest") -> "VisionMamba":
+def _pruned(learner: "Learner", threshold: float, recipe: Recipe, manifest: "Manifest") -> "VisionMamba":
     """The model without its nearly closed backward paths; prints size and accuracy before and after."""
     from vimscale.export import prune
     from vimscale.model.cost import flops, parameters
 
+    model = learner.encoder
     layers = prune.closed(model, threshold)
     smaller = prune.pruned(model, layers)
     console = Console()
@@ -101,18 +111,18 @@ def _pruned(model: "VisionMamba", threshold: float, recipe: Recipe, manifest: "M
     print_line(console, f"{title}: {smaller.config.directions}")
     for when, one in (("before", model), ("after", smaller)):
         size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs per image"
-        print_line(console, f"  {when:7}{size}; {_figures(one, recipe, manifest)}")
+        print_line(console, f"  {when:7}{size}; {_figures(learner.with_encoder(one), recipe, manifest)}")
     return smaller.cpu()
 
 
-def _figures(model: "VisionMamba", recipe: Recipe, manifest: "Manifest") -> str:
+def _figures(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> str:
     """An evaluation in words. If it cannot run, why: the data need not be on the machine that exports."""
     from ..supervise.progress import figures
 
     if recipe.data.val is None:
         return "not evaluated: the recipe has no data.val"
     try:
-        return figures(evaluated(model, recipe, manifest))
+        return figures(evaluated(learner, recipe, manifest))
     except DataError as error:
         return f"not evaluated: {str(error).splitlines()[0]}"
 

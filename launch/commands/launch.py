@@ -83,7 +83,7 @@ def launch(
     policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(stop.installed())
-        folder.claim(chosen)
+        chosen = folder.claim(chosen)
         if no_ray:
             where = "as processes on this machine"
 
@@ -153,4 +153,4 @@ def _seconds(time_limit: str | None) -> float:
 def _summary(result: dict) -> str:
     from ..supervise.progress import figures
 
-    return f"{result['steps']:,} steps" + (f", {figures(result)}" if "top1" in result else "")
+    return f"{result['steps']:,} steps" + (f", {figures(result)}" if "images" in result else "")

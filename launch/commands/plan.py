@@ -99,7 +99,7 @@ def plan(
         )
     console.print(table)
     console.print()
-    console.print(_comparison(rows, device=planner.place.device is not None))
+    console.print(_comparison(rows, device=planner.target.device is not None))
 
 
 def _plot(planner: "Planner", rows: list["Outlook | dict[str, Any]"], picture: Path) -> None:
@@ -189,7 +189,7 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     """The outlook for one number of ranks, as a table of two columns."""
     from vimscale.model.cost import flops
 
-    recipe, target, need, sent = planner.recipe, planner.place, here.need, here.sent
+    recipe, target, need, sent = planner.recipe, planner.target, here.need, here.sent
     held = need.held
     kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
     rows = {

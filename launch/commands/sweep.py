@@ -63,6 +63,8 @@ def sweep(
         one.recipe.micro_batch(workers)
         if by == "top1" and one.recipe.data.val is None:
             raise LaunchError("--by top1: the recipe has no data.val to evaluate on; set it, or use --by loss")
+        if by == "top1" and one.recipe.objective.headline != "top1":
+            raise LaunchError(f"--by top1: objective {one.recipe.objective.kind} does not measure it; use --by loss")
         train_set = preflight.check_inputs(one.recipe, RunFolder(one.folder.path))
         if address is None and not one.ended:
             preflight.check_memory(one.recipe, train_set, workers, ray=True)

@@ -182,7 +182,7 @@ def lr_range(rates: Sequence[float], losses: Sequence[float], result: "RangeResu
 
 def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
     """Plot a rank's memory at its peak over the number of ranks; on GPUs also the days and GPU hours."""
-    device, available = planner.place.device, planner.place.room
+    device, available = planner.target.device, planner.target.room
     what = "GPUs" if device is not None else "ranks"
     figure, (memory, *others) = _figure(2 if device is not None else 1)
     counts = [row.world for row in rows]
@@ -204,7 +204,7 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
     else:
         memory.plot([], [], " ", label=f"available: {available / 1e9:,.1f} GB, far above")
     memory.set(xlabel=what, ylabel=f"{name} per {what[:-1]} at its peak")
-    memory.set_title(f"{planner.recipe.name} on {planner.place.name}")
+    memory.set_title(f"{planner.recipe.name} on {planner.target.name}")
     memory.set_ylim(0, 1.5 * max(most, available if in_sight else 0) / unit)
     memory.margins(x=0.3 if len(rows) < 3 else 0.05)
     memory.tick_params(axis="x", rotation=45 if len(rows) > 4 else 0)

@@ -90,8 +90,9 @@ class Progress:
                 self._phases = {}
         done, since = step - self._first[0], now - self._first[1]
         eta = duration(since / done * (steps - step)) if done else "…"
+        figures = "".join(f"  {name} {value:.4g}" for name, value in event.get("figures", {}).items())
         line = (
-            f"loss {event['loss']:.4f}  lr {event['lr']:.2e}  |g| {event['grad_norm']:.2f}"
+            f"loss {event['loss']:.4f}{figures}  lr {event['lr']:.2e}  |g| {event['grad_norm']:.2f}"
             f"  {event['images_per_s']:,.0f} images/s  data wait {event['data_wait']:.0%}"
         )
         if not self._console.is_terminal:
@@ -115,8 +116,12 @@ class Progress:
 
 
 def figures(row: dict[str, Any]) -> str:
-    """An evaluation's figures in words."""
-    parts = [f"top-1 {row['top1']:.2%}", f"loss {row['loss']:.4f}"]
-    if "top5" in row:
-        parts.insert(1, f"top-5 {row['top5']:.2%}")
+    """An evaluation's figures in words, in the order of its objective."""
+    rates = {"top1": "top-1", "top5": "top-5"}
+    others = ("kind", "status", "step", "steps", "images")
+    parts = [
+        f"{rates[name]} {value:.2%}" if name in rates else f"{name} {value:.4f}"
+        for name, value in row.items()
+        if name not in others
+    ]
     return "  ".join(parts) + f"  ({row['images']:,} images)"

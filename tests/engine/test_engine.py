@@ -1,4 +1,4 @@
-"""The engine in a process of its own: what DeepSpeed makes of the model's parameters."""
+"""The engine in a separate process: how DeepSpeed holds the model's parameters."""
 
 import json
 import subprocess
@@ -22,6 +22,7 @@ distributed.join(spec)
 from deepspeed.accelerator import get_accelerator
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.errors import RunFailed
+from vimscale.objectives.base import Inputs
 
 cpu = torch.device("cpu")
 """
@@ -47,9 +48,9 @@ for fp16 in (True, False):  # what the CPU can do must not show
             changes = [f"parallel.zero={stage}", f"parallel.precision={precision}", f"parallel.persist={persist}"]
             torch.manual_seed(0)
             engine = Engine(chosen.model.shape(10), recipe.load("vim_digits_cpu", [*changes, "batch=4"]), cpu)
-            engine.backward(engine.forward(torch.randn(4, 3, 32, 32)).square().mean())
+            engine.backward(engine.loss(Inputs(torch.randn(4, 3, 32, 32), torch.arange(4)))[0])
             engine.step(1e-3)
-            parameters = list(engine.module.parameters())
+            parameters = list(engine.model.parameters())
             shards = [p.ds_tensor for p in parameters] if stage == 3 else []
             found[f"fp16={fp16} zero={stage} {precision}"] = {
                 "parameters": sorted({str(p.dtype) for p in parameters + shards}),
@@ -84,7 +85,7 @@ def test_parameters_states_and_scans_are_fp32_at_every_stage_whether_the_cpu_has
 
 
 def test_an_engine_with_a_parameter_that_is_not_fp32_is_refused(tmp_path: Path) -> None:
-    """DeepSpeed's own fallback, which an argument `dtype` meets on a CPU without fp16."""
+    """The argument `dtype` makes DeepSpeed fall back to bf16 on a CPU without fp16."""
     script = """
 import deepspeed, functools
 

@@ -1,4 +1,4 @@
-"""Learning rate, parameter groups, and DeepSpeed's configuration, as functions."""
+"""The functions that give the learning rate, the parameter groups and DeepSpeed's configuration."""
 
 import dataclasses
 
@@ -34,23 +34,23 @@ def test_the_average_follows_closely_at_first() -> None:
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     model = VisionMamba(dataclasses.replace(PRESETS["vim_digits"], depth=1, directions="bi"))
-    adamw = optim.optimizer(model, model.no_decay(), Optim(weight_decay=0.3), fused=False)
+    adamw = optim.optimizer(model.named_parameters(), model.no_decay(), Optim(weight_decay=0.3), fused=False)
     decayed, spared = adamw.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
     assert all(p.ndim > 1 for p in decayed["params"])
 
 
-def test_gates_have_a_decay_of_their_own_and_published_decay_has_the_scans_matrix_too() -> None:
+def test_gates_have_a_separate_decay_and_published_decay_includes_A_log() -> None:
     config = dataclasses.replace(PRESETS["vim_digits"], depth=1, directions="bi", backward_gate=True)
     model = VisionMamba(config)
     settings = Optim(weight_decay=0.3, gate_decay=2.0, decay="published")
-    decayed, _, gates = optim.optimizer(model, model.no_decay(), settings, fused=False).param_groups
+    decayed, _, gates = optim.optimizer(model.named_parameters(), model.no_decay(), settings, fused=False).param_groups
     assert (gates["weight_decay"], [p.numel() for p in gates["params"]]) == (2.0, [1])
     assert any(p is model.blocks[0].mixer.A_log for p in decayed["params"])
 
 
-def test_updates_of_a_stretch_are_scaled_and_others_are_not() -> None:
+def test_updates_of_a_slice_are_scaled_and_others_are_not() -> None:
     torch.manual_seed(0)
     start = torch.randn(12)
     weights = [start.clone().requires_grad_() for _ in range(2)]
@@ -66,7 +66,7 @@ def test_updates_of_a_stretch_are_scaled_and_others_are_not() -> None:
     assert torch.equal(part[8:], whole[8:])
 
 
-def test_what_belongs_to_backward_paths_is_known_by_name_and_place() -> None:
+def test_parameters_of_backward_paths_are_known_by_name_and_slice() -> None:
     config = dataclasses.replace(PRESETS["vim_digits"], depth=6, directions="bi fwd shared pair*2 cross")
     own = VisionMamba(config).backward_slices()
     assert {name.split(".")[1] for name in own} == {"0", "2", "4", "5"}
@@ -76,7 +76,7 @@ def test_what_belongs_to_backward_paths_is_known_by_name_and_place() -> None:
     assert own["blocks.5.mixer.A_log"] == [(0.25, 0.5), (0.75, 1)]
 
 
-def test_backward_paths_are_dropped_as_seed_and_step_say_and_on_average_are_all_there() -> None:
+def test_dropped_backward_paths_depend_on_seed_and_step_and_keep_the_mean() -> None:
     config = dataclasses.replace(PRESETS["vim_digits"], backward_drop=0.25, backward_ramp=(0, 10))
     parts = torch.tensor([backward_parts(config, 0, step) for step in range(10, 2010)])
     assert parts.unique().tolist() == pytest.approx([0, 4 / 3])
@@ -87,7 +87,7 @@ def test_backward_paths_are_dropped_as_seed_and_step_say_and_on_average_are_all_
     assert backward_parts(PRESETS["vim_digits"], 0, 5) is None
 
 
-def test_deepspeed_is_told_what_the_recipe_says() -> None:
+def test_deepspeeds_configuration_follows_the_recipe() -> None:
     chosen = recipe.load("vim_digits_cpu", ["parallel.micro_batch=8", "parallel.zero=2", "parallel.precision=bf16"])
     config = ds_config(chosen, world=4, numel=10**9)
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 4 == chosen.batch
@@ -96,12 +96,12 @@ def test_deepspeed_is_told_what_the_recipe_says() -> None:
     assert "bf16" not in config, "that engine casts the parameters themselves"
 
 
-def test_no_clipping_is_said_out_loud() -> None:
-    """DeepSpeed clips to 1.0 where the key is absent."""
+def test_no_clipping_is_explicit() -> None:
+    """DeepSpeed clips to 1.0 by default."""
     assert ds_config(recipe.load("vim_digits_cpu", ["optim.clip=null"]), 1, 10**6)["gradient_clipping"] == 0.0
 
 
-def test_draws_are_uniform_and_belong_to_seed_and_step() -> None:
+def test_draws_are_uniform_and_depend_on_seed_and_step() -> None:
     drawn = draws(0, 7, 1000, 10)
     assert drawn.shape == (1000, 10)
     assert abs(drawn.mean() - 0.5) < 0.02

@@ -1,4 +1,4 @@
-"""Recomputation: the same bits, less memory, and a budget that is kept."""
+"""Recomputation: the same bits, less memory, and a budget that holds."""
 
 import dataclasses
 from typing import Any, get_args
@@ -88,8 +88,8 @@ def _step(config: VimConfig, rule: str, b: int) -> Any:
     return lambda: F.cross_entropy(model(images), labels).backward()
 
 
-def test_peak_memory_falls_as_far_as_it_should() -> None:
-    """At Small's width and 224 pixels; with 6 layers a layer's own workspace weighs four times what it does with 24."""
+def test_peak_memory_falls_as_expected() -> None:
+    """At Small's width and 224 pixels; with 6 layers, one layer's workspace weighs four times as much as with 24."""
     config = dataclasses.replace(PRESETS["vim_small"], depth=6, directions="bi*6", num_classes=10)
     peaks = {rule: peak_bytes(_step(config, rule, 2)) for rule in ("none", "scan", "block")}
     assert peaks["scan"] < 0.6 * peaks["none"]
@@ -97,8 +97,8 @@ def test_peak_memory_falls_as_far_as_it_should() -> None:
 
 
 @pytest.mark.parametrize("directions", ["fwd*4", "bi*4", "shared*4", "pair*4", "cross*4", "bi@column*4"])
-def test_what_layers_keep_is_what_was_counted_with_fake_tensors(directions: str) -> None:
-    """Real tensors saved for the backward pass, each storage once, against the count."""
+def test_layers_keep_what_fake_tensors_count(directions: str) -> None:
+    """Compare real tensors saved for the backward pass, each storage once, with the count."""
     config = VimConfig(num_classes=10, image_size=64, d_model=48, depth=4, d_state=8, directions=directions)
     torch.manual_seed(0)
     model = VisionMamba(config)
@@ -110,7 +110,7 @@ def test_what_layers_keep_is_what_was_counted_with_fake_tensors(directions: str)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def pack(t: torch.Tensor, saved: Any = saved, keep: Any = keep, own: Any = own) -> torch.Tensor:
-            keep.append(t)  # so that no address is used twice
+            keep.append(t)  # so that no address is reused
             if t.untyped_storage().data_ptr() not in own:
                 saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
@@ -125,7 +125,7 @@ def test_what_layers_keep_is_what_was_counted_with_fake_tensors(directions: str)
         assert abs(counted - sum(saved.values())) <= 0.02 * counted, level
 
 
-def test_a_budget_is_met_by_as_few_layers_as_need_be() -> None:
+def test_as_few_layers_as_possible_meet_a_budget() -> None:
     config = dataclasses.replace(CONFIG, directions="bi*8")
     kept = {level: recompute.kept_bytes(config, level, 4, "fp32") for level in get_args(Recompute)}
     whole, least = sum(kept["none"]), sum(kept["block"])

@@ -1,4 +1,4 @@
-"""The plan: bytes and messages as a real engine has them, refusals that say what would do, and no waiting for it."""
+"""The plan: bytes and traffic match a real engine, refusals say what would fit, and it is fast."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ SMALL = ["model.preset=vim_tiny", "model.depth=2", "model.image_size=96", "model
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[list[dict[str, Any]]]:
-    """Stages 0 to 3 with two micro-batches a step and two ranks; stage 3 once more in bf16, small parameters whole."""
+    """Stages 0 to 3, two micro-batches per step, two ranks; stage 3 also in bf16, with small parameters gathered."""
     shape = ["batch=8", "parallel.micro_batch=2"]
     cases = [[*shape, f"parallel.zero={zero}", "parallel.persist=0"] for zero in range(4)]
     return measuring.both([*cases, [*shape, "parallel.zero=3", "parallel.precision=bf16"]], 2)
@@ -43,7 +43,7 @@ def one_rank() -> list[list[dict[str, Any]]]:
     )
 
 
-def test_predicted_states_are_those_of_a_real_engine_to_the_byte(
+def test_predicted_states_match_a_real_engine_to_the_byte(
     two_ranks: list[list[dict[str, Any]]], one_rank: list[list[dict[str, Any]]]
 ) -> None:
     for case in two_ranks + one_rank:
@@ -51,7 +51,7 @@ def test_predicted_states_are_those_of_a_real_engine_to_the_byte(
             assert {key: row["predicted"][key] for key in HELD} == {key: row["measured"][key] for key in HELD}
 
 
-def test_predicted_communication_is_what_two_ranks_send(two_ranks: list[list[dict[str, Any]]]) -> None:
+def test_predicted_communication_matches_two_ranks(two_ranks: list[list[dict[str, Any]]]) -> None:
     for case in two_ranks:
         for row in case:
             for kind in measuring.COLLECTIVES:
@@ -66,8 +66,8 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured_one(one_rank: list[lis
 
 
 @pytest.mark.parametrize("directions", ["pair*8", "(fwd bi)*4"])
-def test_a_deep_model_is_its_kinds_of_layers_repeated(directions: str) -> None:
-    """A short trace, repeated, against a trace of every layer."""
+def test_a_deep_model_repeats_its_kinds_of_layers(directions: str) -> None:
+    """Compare a short trace, repeated, with a trace of every layer."""
     config = dataclasses.replace(PRESETS["vim_tiny"], depth=8, directions=directions, image_size=64)
     levels: Any = ("none", "none", "scan", "scan", "block", "block", "none", "none")
     short = activations.passes(config, levels, 2, "fp32", None, "cpu")
@@ -78,7 +78,7 @@ def test_a_deep_model_is_its_kinds_of_layers_repeated(directions: str) -> None:
     assert short.with_gradients == pytest.approx(whole.with_gradients, rel=0.01)
 
 
-def test_every_number_of_images_is_near_what_two_of_them_tell() -> None:
+def test_estimates_from_two_batch_sizes_are_near_the_exact_count() -> None:
     config = dataclasses.replace(PRESETS["vim_tiny"], depth=3, directions="bi*3")
     for batch in (2, 12, 48):
         exact = activations.passes(config, ["scan"] * 3, batch, "bf16", DEVICES["h100"], "triton")
@@ -131,7 +131,7 @@ def test_seven_billion_parameters_on_512_gpus_are_planned_from_three_layers(tmp_
     assert [row["world"] for row in found["counts"]] == [256, 512]
 
 
-def test_what_cannot_run_is_refused_with_what_would(tmp_path: Path) -> None:
+def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
     done = _plan(tmp_path, "vim_base_in1k", *SEVEN, "parallel.zero=0")
     assert isinstance(done.exception, LaunchError)
     assert done.exception.exit_code == 2
@@ -161,7 +161,7 @@ def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
     (few,) = lanes_and_shards(recipe, [8], 8, remote=True)
     assert "set data.lanes=8" in few
     (odd,) = lanes_and_shards(recipe, [7], 4, remote=False)
-    assert "no multiple" in odd
+    assert "not a multiple" in odd
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", [("launch",), ("launch", "--no-ray"), ("lr-range",)])
-def test_what_this_machine_has_no_memory_for_is_refused_before_anything_starts(
+def test_a_recipe_too_large_for_this_machine_is_refused_before_anything_starts(
     tmp_path: Path, four_gigabytes: None, command: tuple[str, ...]
 ) -> None:
     changes = ["name=big", "batch=1000000", "steps=100", "epochs=null"]
@@ -203,7 +203,7 @@ def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
     assert preflight.upper_bound(recipe, config, 2) > need.total
 
 
-def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
+def test_available_memory_respects_the_control_group(tmp_path: Path) -> None:
     job = tmp_path / "slurm" / "job_7"
     job.mkdir(parents=True)
     for folder, limit, used, dropped in ((job, "max", 500, 0), (job.parent, "9000", 4000, 1500)):
@@ -214,7 +214,7 @@ def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
     assert list(hardware._control_groups("0::/\n", tmp_path)) == []
 
 
-def test_a_gpu_is_known_by_the_name_that_its_driver_gives_it() -> None:
+def test_a_gpu_is_recognized_by_its_drivers_name() -> None:
     assert key_of("NVIDIA H100 80GB HBM3") == "h100"
     assert key_of("NVIDIA A10G") == "a10g"
     assert key_of("NVIDIA A100-SXM4-40GB") == "a100"

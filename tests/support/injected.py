@@ -98,7 +98,7 @@ def _spike_in_batches(rank: int) -> None:
 
     def changed(self: Any, *arguments: Any) -> None:
         start(self, *arguments)
-        self.module.head.register_forward_pre_hook(scaled)
+        self.encoder.head.register_forward_pre_hook(scaled)
 
     Engine.__init__ = changed  # type: ignore[method-assign]
 
@@ -122,7 +122,7 @@ def _once(step: int, before_forward: Callable[[Any], None]) -> None:
 def _nan_in_a_gradient(rank: int) -> None:
     def harm(engine: Any) -> None:
         if rank == 0:
-            parameter = engine.module.head.weight
+            parameter = engine.encoder.head.weight
             handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
 
     _once(25, harm)

@@ -1,4 +1,4 @@
-"""Commands on a run that was copied away from its data: what they need is in the run."""
+"""Commands on a run that was copied away from its data: the run holds all that they need."""
 
 import json
 import shutil
@@ -18,9 +18,10 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.errors import DataError, RecipeError
 from vimscale.launch.commands.app import app
 from vimscale.launch.supervise.progress import figures
-from vimscale.model import VisionMamba
+from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import recipe
+from vimscale.recipe.sections import ClassificationOptions
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.run_folder import RunFolder
 
@@ -29,7 +30,7 @@ DATA = ("data.train=../data/train", "data.val=../data/val")
 
 
 def _train(site: Path, **changes: Any) -> None:
-    """A run of one checkpoint, as training writes it, beside its data."""
+    """Write a run with one checkpoint, as training does, next to its data."""
     chosen = recipe.load(site / "small.yaml", DATA)
     run = RunFolder(site / "runs/small")
     checkpoint = run.checkpoints / run_folder.checkpoint_name(5)
@@ -52,7 +53,7 @@ def _train(site: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a run is; the data, whose classes and mean nobody could guess, are beside it in ../data."""
+    """A folder with a run; its data, with unusual classes and mean, are in ../data."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "small.yaml").write_text(SMALL)
@@ -71,7 +72,7 @@ def _said(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("to", ["safetensors", "hustvl"])
-def test_a_run_far_from_its_data_is_exported_as_beside_them(site: Path, to: str) -> None:
+def test_a_run_exports_the_same_without_its_data(site: Path, to: str) -> None:
     _train(site)
     _said("export", "small", "--to", to, "--output", "here")
     (site.parent / "data").rename(site.parent / "elsewhere")
@@ -83,7 +84,7 @@ def test_a_run_far_from_its_data_is_exported_as_beside_them(site: Path, to: str)
         assert (config["classes"], config["mean"]) == (list(NAMES), [0.1, 0.2, 0.3])
 
 
-def test_an_evaluation_needs_the_validation_set_alone_wherever_it_is(site: Path) -> None:
+def test_an_evaluation_needs_only_the_validation_set_wherever_it_is(site: Path) -> None:
     _train(site)
     shutil.rmtree(site.parent / "data/train")
     before = _said("evaluate", "small")
@@ -94,13 +95,13 @@ def test_an_evaluation_needs_the_validation_set_alone_wherever_it_is(site: Path)
 
 
 @pytest.mark.parametrize("change", ["model.d_model=64", "data.train=../moved", "optim.lr=1"])
-def test_an_evaluation_changes_nothing_of_the_model(site: Path, change: str) -> None:
+def test_an_evaluation_cannot_change_the_recipe(site: Path, change: str) -> None:
     _train(site)
     with pytest.raises(RecipeError, match=rf"{change.partition('=')[0]}: an evaluation may change data\.val, "):
         _said("evaluate", "small", change)
 
 
-def test_a_run_from_before_this_was_kept_reads_its_training_set(site: Path) -> None:
+def test_a_checkpoint_without_training_set_reads_the_data(site: Path) -> None:
     _train(site, training_set={})
     _said("export", "small")
     assert json.loads((site / "runs/small/export/config.json").read_text())["classes"] == list(NAMES)
@@ -109,10 +110,11 @@ def test_a_run_from_before_this_was_kept_reads_its_training_set(site: Path) -> N
         _said("export", "small")
 
 
-@pytest.mark.parametrize(("classes", "told"), [(4, False), (5, False), (6, True)])
-def test_top_5_of_few_classes_is_not_told(classes: int, told: bool) -> None:
+@pytest.mark.parametrize(("classes", "reported"), [(4, False), (5, False), (6, True)])
+def test_top_5_of_few_classes_is_not_reported(classes: int, reported: bool) -> None:
     logits = torch.eye(classes)
-    found = classification.figures(classification.sums(logits, torch.arange(classes), torch.ones(classes)), classes)
-    assert ("top5" in found, "top-5" in figures(found)) == (told, told)
+    objective = classification.Classification(ClassificationOptions(), VimConfig(num_classes=classes))
+    found = objective.figures(classification.sums(logits, torch.arange(classes), torch.ones(classes)))
+    assert ("top5" in found, "top-5" in figures(found)) == (reported, reported)
     assert found["top1"] == 1.0
     assert "top-1 100.00%" in figures(found)

@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints, on a disk that is full and in files that are damaged."""
+"""What a run writes besides checkpoints, on full disks and into damaged files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from vimscale.train.metrics import Metrics
 
 @contextmanager
 def _files_of_at_most(size: int) -> Iterator[None]:
-    """As on a full disk, for files that are larger."""
+    """Larger files fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def test_figures_wait_for_room_and_the_run_for_nothing(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_figures_wait_for_disk_space_and_the_run_does_not(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics(run, 0)
     with _files_of_at_most(2000):
         for step in range(1, 200):
@@ -83,7 +83,7 @@ def test_a_run_that_ends_on_a_full_disk_says_what_is_lost(run: RunFolder, caplog
 
 
 def _resume(run: RunFolder, step: int) -> None:
-    """With its first row a resumed run drops what was written past its start."""
+    """The first row of a resumed run drops what was written past its start."""
     metrics = Metrics(run, step)
     metrics.write(_row(step + 1))
     metrics.close()
@@ -98,7 +98,7 @@ def test_a_launch_that_writes_no_row_changes_nothing(run: RunFolder) -> None:
     assert not run.tensorboard.exists()
 
 
-def test_the_evaluation_after_the_last_step_is_there_once_however_often_it_is_made(run: RunFolder) -> None:
+def test_repeated_final_evaluations_leave_one_row(run: RunFolder) -> None:
     evaluation = {"kind": "eval", "step": 2, "images": 9, "top1": 0.5, "loss": 1.0}
     for start, trained in ((0, False), (2, True), (2, True)):
         metrics = Metrics(run, start, trained=trained)
@@ -127,7 +127,7 @@ def test_a_resume_that_cannot_drop_later_rows_changes_nothing_and_says_so(run: R
     assert [path.name for path in run.path.iterdir() if path.suffix == ".partial"] == []
 
 
-def test_tensorboard_is_told_where_a_resumed_run_starts(run: RunFolder) -> None:
+def test_tensorboard_knows_where_a_resumed_run_starts(run: RunFolder) -> None:
     for start in (0, 5):
         metrics = Metrics(run, start)
         metrics.write(_row(start + 1))
@@ -157,7 +157,7 @@ ZEROS = b"\0" * 4096
     ],
     ids=lambda line: line[:50],
 )
-def test_lines_that_cannot_be_read_are_kept_counted_and_end_no_run(
+def test_unreadable_lines_are_kept_and_counted_and_do_not_end_the_run(
     run: RunFolder, caplog: pytest.LogCaptureFixture, damaged: bytes
 ) -> None:
     lines = [json.dumps(_row(step)).encode() for step in range(1, 9)]
@@ -184,7 +184,7 @@ def test_zeros_before_a_row_do_not_hide_it_and_a_line_cut_by_a_kill_goes(
     assert caplog.records == []
 
 
-def test_rows_that_are_missing_altogether_are_counted(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_rows_are_counted(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     run.path.mkdir()
     run.metrics.write_text("".join(json.dumps(_row(step)) + "\n" for step in (1, 2, 6, 7)))
     _resume(run, 6)
@@ -241,7 +241,7 @@ def _closed_pipe() -> int:
 
 
 @pytest.mark.parametrize("where", [_closed_pipe, lambda: os.open("/dev/full", os.O_WRONLY)], ids=["pipe", "disk"])
-def test_output_that_nobody_takes_ends_nothing(where: object, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_that_nobody_reads_ends_nothing(where: object, capfd: pytest.CaptureFixture[str]) -> None:
     descriptor = where()
     stream = output.writer(descriptor)
     for _ in range(3):
@@ -251,10 +251,11 @@ def test_output_that_nobody_takes_ends_nothing(where: object, capfd: pytest.Capt
     assert capfd.readouterr().err.count("standard output cannot be written") == 1
 
 
-def test_a_program_whose_output_nobody_takes_ends_with_its_own_exit_code() -> None:
+def test_a_program_whose_output_nobody_reads_keeps_its_exit_code() -> None:
     code = """
 import sys
-from vimscale.launch import output, progress
+from vimscale.launch.processes import output
+from vimscale.launch.supervise import progress
 sys.stdout, sys.stderr = output.writer(1), output.writer(2)
 shown = progress.Progress(progress.console())
 for number in range(1000):

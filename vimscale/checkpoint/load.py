@@ -40,7 +40,7 @@ class TrainState:
     updates: int
     """Updates the optimizer made; fewer than `step` only if some were skipped."""
     shapes: dict[str, list[int]]
-    """Every parameter and its shape."""
+    """Every parameter, and every buffer of the objective, with its shape."""
     world: int
     zero: int
     ema: bool
@@ -156,6 +156,8 @@ def read_train_state(checkpoint: Path) -> TrainState:
         ) from None
 
 
+BUFFER = "buffer"
+"""The kind of an objective's buffers, which every rank holds and rank 0 saves."""
 _KEY = re.compile(r"(\w+/[\w.]+)@(\d{1,18})", re.ASCII)
 
 
@@ -231,4 +233,5 @@ def consolidated(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     reader, shapes = Reader(checkpoint), read_train_state(checkpoint).shapes
     if negative := [name for name, shape in shapes.items() if min(shape, default=0) < 0]:
         raise CheckpointError(f"{checkpoint}/trainer.json has negative sizes, for {negative[0][:100]}")
-    return {name: reader.read(kind, name, 0, math.prod(shape)).view(shape) for name, shape in shapes.items()}
+    parameters = shapes.keys() - reader.kinds.get(BUFFER, set())
+    return {n: reader.read(kind, n, 0, math.prod(shape)).view(shape) for n, shape in shapes.items() if n in parameters}

@@ -7,6 +7,9 @@ from vimscale.model import VisionMamba
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
+OF_OBJECTIVE = "objective."
+"""What the names of an objective's own parameters and buffers begin with; they are not the encoder's."""
+
 
 def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba, Recipe, Manifest, int]:
     """Load the model of a run's newest checkpoint, or that of `step`, on the CPU, ready to evaluate.
@@ -26,7 +29,8 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
     manifest = trained_on(train_state, recipe)
     model = VisionMamba(recipe.model.shape(len(manifest.classes)))
     model.backward = model.config.backward_at(train_state.step)
-    model.load_state_dict(consolidated(folder, "ema" if train_state.ema and not raw else "weight"))
+    weights = consolidated(folder, "ema" if train_state.ema and not raw else "weight")
+    model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(OF_OBJECTIVE)})
     return model.eval(), recipe, manifest, train_state.step
 
 

@@ -23,6 +23,7 @@ PER_SAMPLE = 8 << 60
 SUBSTITUTE = 9 << 60
 PER_PAIR = 10 << 60
 _MIXTURE = 11 << 60
+PER_VIEW = 12 << 60
 
 
 def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:

@@ -32,7 +32,8 @@ class Prefetcher:
         if self._copies is not None:
             now = torch.cuda.current_stream(self._device)
             now.wait_stream(self._copies)
-            for tensor in (*batch.images, batch.labels) if batch.packed else (batch.images, batch.labels):
+            images = batch.images if isinstance(batch.images, list) else [batch.images]
+            for tensor in (*images, batch.labels, *batch.views.values()):
                 tensor.record_stream(now)
             if self._idle:
                 self._idle[-1][1].record(now)

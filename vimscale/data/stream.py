@@ -15,18 +15,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.images import augment, decode, mix
-from vimscale.data.order import PER_PAIR, PER_SAMPLE, SUBSTITUTE, Order, SampleRef, Skipped, generator
+from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, Skipped, generator
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
@@ -38,6 +39,28 @@ Size = tuple[int, int]
 """Height and width of a batch's images."""
 _ATTEMPTS = 100
 """Bad samples in a row after which reading a shard fails."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as it is decoded, for the views that an objective makes of it."""
+
+    image: Tensor
+    """uint8 (3, h, w), not augmented"""
+    label: int
+    key: str
+    members: dict[str, Any]
+    """The sample as webdataset parses it: the bytes of each member, by extension."""
+    size: Size
+    """Height and width of the batch's images."""
+
+
+Views = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
+"""Makes tensors from a sample in addition to its image; each name has the same shape and dtype for all samples."""
+
+
+def _no_views(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+    return {}
 
 
 @dataclass
@@ -57,6 +80,8 @@ class Batch:
     """int64 (b, 5), see `mix.draw_erase`; stays on the host"""
     mix: Tensor | None = None
     """fp32 (b / 2, 5), see `mix.draw_mix`; stays on the host"""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """What the objective makes of each sample, stacked: (b, ...) by name."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Cause and description of each bad sample that was replaced or, in evaluation, left out."""
     traffic: Traffic = field(default_factory=Traffic)
@@ -73,7 +98,8 @@ class Batch:
             LaunchError: the tensors do not fit.
         """
         images = self.images if isinstance(self.images, list) else [self.images]
-        tensors = [t for t in (*images, self.labels, self.weights, self.erase, self.mix) if t is not None]
+        host = (self.labels, self.weights, self.erase, self.mix, *self.views.values())
+        tensors = [t for t in (*images, *host) if t is not None]
         try:
             for tensor in tensors:
                 tensor.share_memory_()
@@ -89,15 +115,17 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         images = [i.pin_memory() for i in self.images] if isinstance(self.images, list) else self.images.pin_memory()
-        return replace(self, images=images, labels=self.labels.pin_memory())
+        views = {name: view.pin_memory() for name, view in self.views.items()}
+        return replace(self, images=images, labels=self.labels.pin_memory(), views=views)
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy images and labels to the device; from pinned memory, without waiting for the copy."""
+        """Copy images, labels and views to the device; from pinned memory, without waiting for the copy."""
         if isinstance(self.images, list):
             images: Tensor | list[Tensor] = [image.to(device, non_blocking=True) for image in self.images]
         else:
             images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
+        views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
+        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True), views=views)
 
 
 def training(
@@ -111,22 +139,28 @@ def training(
     steps: int,
     skipped: Skipped = (),
     pin: bool = False,
+    views: Views = _no_views,
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of this rank for steps [start, steps), in order.
+    """Yield the micro-batches of this rank for steps [start, steps), in order. The generator that `views` gets depends
+    on the seed and the sample's position.
+
 
     Raises:
         DataError: while iterating, if a shard is damaged or unavailable, or none of its samples is usable.
     """
-    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped)
+    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views)
     return _batches(source, recipe.data.workers, pin)
 
 
-def evaluation(dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0) -> Iterator[Batch]:
+def evaluation(
+    dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0, views: Views = _no_views
+) -> Iterator[Batch]:
     """Yield every sample once over all ranks, unaugmented, in order.
 
-    All ranks get the same number of batches, all of the same size.
+    All ranks get the same number of batches, all of the same size. The generator that `views` gets depends on the
+    sample's number alone.
     """
-    return _batches(_Evaluation(dataset, size, rank, world, batch), workers, pin=False)
+    return _batches(_Evaluation(dataset, size, rank, world, batch, views), workers, pin=False)
 
 
 def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch]:
@@ -212,8 +246,9 @@ class _Training(IterableDataset):
         world: int,
         steps: range,
         skipped: Skipped,
+        views: Views,
     ):
-        self.skipped = skipped
+        self.skipped, self.views = skipped, views
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
         self.rank, self.world = rank, world
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
@@ -225,32 +260,32 @@ class _Training(IterableDataset):
         recipe, datasets = self.recipe, self.data.datasets
         order = Order(recipe, [dataset.counts for dataset in datasets], self.skipped)
         _, accumulation = recipe.micro_batch(self.world)
-        ahead = None
+        ahead: list[tuple[int, list[int]]] = []
         for k in _of_this_worker(range(self.steps.start * accumulation, self.steps.stop * accumulation)):
             step, part = divmod(k, accumulation)
-            micro, _ = recipe.micro_batch(self.world, step)
-            begin = (self.rank * accumulation + part) * micro
+            cut = recipe.micro_batch(self.world, step)
             if _first_worker():
-                own = range(self.rank * accumulation * micro, (self.rank + 1) * accumulation * micro)
-                if ahead != (ahead := order.ahead(step, own)):
-                    for source, shards in ahead:
-                        datasets[source].prefetch(shards)
-            refs = list(order.at(step, range(begin, begin + micro)))
+                before, ahead = ahead, order.ahead(step, cut.rank_rows(self.rank))
+                for source, shards in ahead if ahead != before else ():
+                    datasets[source].prefetch(shards)
+            refs = list(order.at(step, cut.rows(self.rank, part)))
             yield self._batch(refs, recipe.size_at(step, self.size))
 
     def _batch(self, refs: list[SampleRef], size: Size) -> Batch:
         before = self.data.traffic
         options, seed = self.recipe.augment, self.recipe.seed
-        images, labels, keys, erase, bad = [], [], [], [], []
+        images, labels, keys, erase, views, bad = [], [], [], [], [], []
         for ref in refs:
-            image, label, key, replaced = self._read(ref)
+            raw, image, label, replaced = self._read(ref)
             bad += replaced
             rng = generator(seed, PER_SAMPLE, ref.position)
             if len(self.buckets) > 1:
                 size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
             images.append(augment.for_training(image, size, options, rng))
+            sample = Sample(image, label, raw["__key__"], raw, size)
+            views.append(self.views(sample, generator(seed, PER_VIEW, ref.position)))
             labels.append(label)
-            keys.append(key)
+            keys.append(sample.key)
             if options.erase:
                 erase.append(mix.draw_erase(size, options.erase, rng))
         pairs = [
@@ -265,15 +300,17 @@ class _Training(IterableDataset):
             refs,
             torch.tensor(erase) if erase else None,
             torch.tensor(pairs) if pairs else None,
+            _stacked(views),
             bad,
             self.data.traffic - before,
         )
 
-    def _read(self, ref: SampleRef) -> tuple[Tensor, int, str, list[tuple[str, str]]]:
-        """Return (image, label, key, bad samples that were tried first).
+    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], Tensor, int, list[tuple[str, str]]]:
+        """Return (members, image, label, bad samples that were tried first).
 
         Another sample of the same shard, drawn by position, replaces a bad one. So every reader of this position
         agrees, and no other shard is needed.
+
         """
         dataset = self.data.datasets[ref.source]
         bad: list[tuple[str, str]] = []
@@ -293,8 +330,9 @@ class _Training(IterableDataset):
 
 
 class _Evaluation(IterableDataset):
-    def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int):
+    def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int, views: Views):
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
+        self.views = views
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         return _caught(self._batches())
@@ -309,22 +347,35 @@ class _Evaluation(IterableDataset):
             images = torch.zeros(self.batch, 3, *self.size, dtype=torch.uint8)
             labels, weights = torch.zeros(self.batch, dtype=torch.int64), torch.zeros(self.batch)
             keys, bad = [""] * self.batch, []
+            views: list[dict[str, Tensor] | None] = [None] * self.batch
             for i, number in enumerate(range(begin, min(begin + self.batch, total))):
                 shard = int(ends.searchsorted(number, side="right"))
                 sample = number - int(ends[shard]) + int(self.source.counts[shard])
                 try:
-                    image, labels[i], keys[i] = _read(self.source, shard, sample)
+                    raw, image, label = _read(self.source, shard, sample)
                 except BadSample as error:
                     bad.append((error.cause, str(error)))
                     continue
-                images[i] = augment.for_evaluation(image, self.size)
+                images[i], labels[i], keys[i] = augment.for_evaluation(image, self.size), label, raw["__key__"]
+                seen = Sample(image, label, keys[i], raw, self.size)
+                views[i] = self.views(seen, generator(0, PER_VIEW, number))
                 weights[i] = 1
             traffic = self.source.traffic - before
-            yield Batch(images, labels, weights, keys, [], bad=bad, traffic=traffic)
+            # rows that do not count have the views of any other row
+            blank = Sample(images[0], 0, "", {}, self.size)
+            some = next((each for each in views if each is not None), None)
+            if some is None:
+                some = self.views(blank, generator(0, PER_VIEW, begin))
+            stacked = _stacked([each if each is not None else some for each in views])
+            yield Batch(images, labels, weights, keys, [], views=stacked, bad=bad, traffic=traffic)
 
 
-def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
-    """Return (image, label, key) of a sample."""
+def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in views]) for name in views[0]}
+
+
+def _read(dataset: Dataset, shard: int, sample: int) -> tuple[dict[str, Any], Tensor, int]:
+    """Return (members, image, label) of a sample."""
     raw = dataset.read(shard, sample)
     manifest = dataset.manifest
     try:
@@ -333,7 +384,7 @@ def _read(dataset: Dataset, shard: int, sample: int) -> tuple[Tensor, int, str]:
         if dataset.recheck(shard):  # a damaged copy in the cache must not change which sample is read
             return _read(dataset, shard, sample)
         raise
-    return image, label, raw["__key__"]
+    return raw, image, label
 
 
 def _of_this_worker(batches: range) -> range:

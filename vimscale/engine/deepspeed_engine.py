@@ -1,14 +1,14 @@
 """DeepSpeed: the only file that imports it.
 
-Whatever the ZeRO stage, the engine shows each rank's share of the training state as *fragments*: stretches of single
-parameters, with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints and the moving average are
-written in terms of fragments, which is why they know neither stage nor world size.
+At every ZeRO stage, the engine shows a rank's part of the training state as *fragments*: slices of single parameters,
+with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints and the moving average are written in
+terms of fragments, so they know neither the stage nor the number of ranks.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -21,24 +21,25 @@ from vimscale.engine import optim
 from vimscale.engine.zero_layout import BUCKET
 from vimscale.errors import RunFailed
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.cost import parameters
+from vimscale.objectives.base import Inputs, Learner, Question, parts_of
+from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Judge = Callable[[Tensor], Tensor]
-"""From the norm of a step's gradient to 1 where its update is to be left out, 0 elsewhere: fp32 (), on the device."""
+"""From the norm of a step's gradient to 1 if its update must be left out, else 0: fp32 (), on the device."""
 
 
 def ds_config(recipe: Recipe, world: int, numel: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for this recipe and a model of `numel` parameters on that many ranks. What is not named
-    here is not used.
+    """DeepSpeed's configuration for this recipe and a model of `numel` parameters on `world` ranks. Features that are
+    not named here are not used.
     """
     micro, accumulation = recipe.micro_batch(world)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.optim.clip or 0.0,  # absent would mean 1.0
-        # room for as much is made, whether or not there are so many gradients
+        "gradient_clipping": recipe.optim.clip or 0.0,  # the default is 1.0
+        # DeepSpeed allocates buckets of this size even if there are fewer gradients
         "zero_optimization": {"stage": recipe.parallel.zero, "reduce_bucket_size": min(BUCKET, numel)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -52,8 +53,8 @@ def ds_config(recipe: Recipe, world: int, numel: int) -> dict[str, Any]:
     return config
 
 
-def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """While it lasts sharded parameters are whole; then each rank keeps its share of what rank 0 has put into them."""
+def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Gather sharded parameters for a while; afterwards each rank keeps its shard of the values that rank 0 set."""
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
 
 
@@ -69,20 +70,24 @@ class Fragment:
     weight: Tensor
     """fp32 (numel), a view of what the optimizer updates"""
     flat: Tensor
-    """The tensor that the optimizer knows, and where in it this fragment lies."""
+    """The tensor that the optimizer knows."""
     offset: int
+    """The fragment's first element in `flat`."""
 
 
 class Engine:
     """A model under training: forward, backward, update, and its state as fragments."""
 
     def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device):
-        """Builds the model. At stage 3 its parameters are sharded as each module is made and initialised one module at
-        a time, so that no rank ever holds all of them.
+        """Builds the model and the recipe's objective. At stage 3 the parameters are sharded as each module is made and
+        initialised one module at a time, so that no rank ever holds all of them.
         """
         world = dist.get_world_size()
-        settings = ds_config(recipe, world, parameters(config))
-        # Built at every start otherwise, 40 s, and with ninja only; gloo does its work. No public switch.
+        self.objective = build(recipe.objective, config)
+        with torch.device("meta"):  # of a sharded parameter only the name can be read
+            shapes = Learner(self.objective, VisionMamba(config))
+        settings = ds_config(recipe, world, sum(p.numel() for p in shapes.parameters()))
+        # DeepSpeed would build this at every start, in 40 s and only with ninja; gloo does its work. No public switch.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = recipe.parallel.zero
         self.device = device
@@ -90,29 +95,27 @@ class Engine:
             # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without it,
             # settings that enable neither mean fp32.
             with deepspeed.zero.Init(config_dict_or_path=settings):
-                model = VisionMamba(config, gather=_whole)
+                model = Learner(self.objective, VisionMamba(config, gather=_gathered), gather=_gathered)
         else:
-            model = VisionMamba(config).to(device)
-        with torch.device("meta"):  # of a sharded parameter only the name can be read
-            no_decay = VisionMamba(config).no_decay()
-        adamw = optim.optimizer(model, no_decay, recipe.optim, fused=True)
+            model = Learner(self.objective, VisionMamba(config)).to(device)
+        adamw = optim.optimizer(model.trained(), shapes.no_decay(), recipe.optim, fused=True)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
         self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
-        self._parameters = dict(self._engine.module.named_parameters())
+        self._parameters = dict(self.model.trained())
         self._check_fp32()
         self.fragments = list(self._fragments())
         self._judge: Judge | None = None
         self.broken_gradients: Callable[[], list[str]] = list
-        """Names the parameters whose gradient of the last step was not finite, of those this rank knows of. Waits for
-        the device; what was bound before the next step still tells of this one.
+        """Names the parameters whose gradient was not finite in the last step, among those that this rank holds. Waits
+        for the device. A reference taken before the next step keeps answering for this one.
         """
         self._adamw.register_step_pre_hook(self._before_update)
         if recipe.optim.backward_lr != 1:
-            optim.scale_updates(self._adamw, list(self._backward_stretches()), recipe.optim.backward_lr)
+            optim.scale_updates(self._adamw, list(self._backward_slices()), recipe.optim.backward_lr)
 
     def _check_fp32(self) -> None:
         """Raises:
-        RunFailed: DeepSpeed holds some parameter, or this rank's share of it, in another type than fp32.
+        RunFailed: DeepSpeed holds a parameter, or this rank's shard of it, in another type than fp32.
         """
         for name, p in self._parameters.items():
             held = {p.dtype, p.ds_tensor.dtype} if self.stage == 3 else {p.dtype}
@@ -125,22 +128,32 @@ class Engine:
                 )
 
     @property
-    def module(self) -> VisionMamba:
+    def model(self) -> Learner:
         return self._engine.module
 
-    def forward(
-        self, images: Tensor | list[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
-    ) -> Tensor:
-        """Logits (b, classes); the arguments are those of `VisionMamba.forward`."""
-        return self._engine(images, draws, backward)
+    @property
+    def encoder(self) -> VisionMamba:
+        return self.model.encoder
+
+    def loss(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """(a micro-batch's loss (), the objective's figures () by name)."""
+        return self.ask("loss", inputs)
+
+    def evaluation_sums(self, inputs: Inputs, backward: Sequence[float] | None = None) -> Tensor:
+        """The objective's sums (n) for an evaluation; `backward`: how much of each layer's backward path is in."""
+        return self.ask("evaluation_sums", replace(inputs, backward=backward))
+
+    def ask(self, question: Question, inputs: Inputs) -> Any:
+        """What the objective answers for a micro-batch."""
+        return self._engine(question, *parts_of(inputs))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
         self._engine.backward(loss)
 
     def step(self, lr: float, judge: Judge | None = None) -> None:
-        """To be called after every micro-batch; updates the weights after the last one of a step, if `judge`, asked
-        once by every rank, has nothing against it. An update that is left out changes no weight, moment or count.
+        """Call it after every micro-batch. After the last one of a step it updates the weights, unless `judge`, which
+        every rank calls once, is against it. An update that is left out changes no weight, moment or count.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -156,12 +169,12 @@ class Engine:
                 name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)
             ]
         else:
-            shares = list(self._gradient_shares())
+            shards = list(self._gradient_shards())
         self._engine.step()
         if self.stage > 0:
-            # DeepSpeed looks for what is not finite itself, waits for the answer, and asks the optimizer for nothing
+            # DeepSpeed looks for gradients that are not finite, waits for the answer, and then skips the optimizer
             overflow = self._engine.optimizer.overflow
-            broken = [name for name, grad in shares if not grad.isfinite().all()] if overflow else []
+            broken = [name for name, grad in shards if not grad.isfinite().all()] if overflow else []
             self.broken_gradients = lambda: broken
             if self._judge is not None:
                 self._judge(torch.full((), math.inf, device=self.device))
@@ -176,8 +189,10 @@ class Engine:
             self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
             self._judge = None
 
-    def _gradient_shares(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank is about to update with, at stages 1-3: DeepSpeed lets go of it where it is not finite."""
+    def _gradient_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients that this rank is about to update with, at stages 1-3. DeepSpeed frees them if any is not
+        finite.
+        """
         zero = self._engine.optimizer
         names = {id(p): name for name, p in self._parameters.items()}
         groups = zero.fp16_groups if self.stage == 3 else zero.params_in_partition
@@ -205,7 +220,7 @@ class Engine:
                 continue
             if self.stage < 3:
                 mapping = p._hp_mapping
-                if mapping is None:  # all of it lies on other ranks
+                if mapping is None:  # other ranks hold all of it
                     continue
                 flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
                 offset = mapping.hp_fragment_address.start
@@ -214,16 +229,16 @@ class Engine:
                 group, offset, size = zero.grad_position[zero.get_param_id(p)]
                 flat = zero.fp32_partitioned_groups_flat[group]
                 start = rank * size
-                numel = min(size, p.ds_numel - start)  # the last rank's share is padded
+                numel = min(size, p.ds_numel - start)  # the last rank's shard is padded
                 if numel <= 0:
                     continue
             yield Fragment(name, start, numel, True, flat.detach()[offset : offset + numel], flat, offset)
 
-    def _backward_stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this rank holds of the backward paths' own parameters: (the optimizer's tensor, a view of it)."""
-        own = self.module.backward_slices()
+    def _backward_slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The slices of the backward paths' own parameters on this rank: (the optimizer's tensor, a view of it)."""
+        own = self.encoder.backward_slices()
         for fragment in self.fragments:
-            for first, last in own.get(fragment.name, ()):  # shares of the whole parameter
+            for first, last in own.get(fragment.name, ()):  # fractions of the complete parameter
                 numel = torch.Size(self.shapes[fragment.name]).numel()
                 begin = max(int(first * numel) - fragment.start, 0)
                 end = min(int(last * numel) - fragment.start, fragment.numel)
@@ -236,60 +251,60 @@ class Engine:
         return state[key].view(-1)[fragment.offset : fragment.offset + fragment.numel] if key in state else None
 
     def broken_weights(self) -> list[str]:
-        """Parameters that are not finite, of this rank's share. Waits for the device."""
+        """Names of this rank's fragments that are not finite. Waits for the device."""
         if not self.fragments:
             return []
         finite = torch.stack([fragment.weight.isfinite().all() for fragment in self.fragments]).tolist()
-        return [fragment.name for fragment, whole in zip(self.fragments, finite, strict=True) if not whole]
+        return [fragment.name for fragment, sound in zip(self.fragments, finite, strict=True) if not sound]
 
     @property
     def updates(self) -> int:
-        """How many updates the optimizer has made, which its bias correction counts."""
+        """Updates that the optimizer has made; its bias correction counts them."""
         return next((int(state["step"]) for state in self._adamw.state.values() if "step" in state), 0)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take these whole parameters, on the CPU; those not named stay as they are."""
+        """Take these complete parameters, on the CPU; others stay as they are."""
         for fragment in self.fragments:
             if fragment.name in weights:
-                whole = weights[fragment.name].view(-1)
-                fragment.weight.copy_(whole[fragment.start : fragment.start + fragment.numel])
+                flat = weights[fragment.name].view(-1)
+                fragment.weight.copy_(flat[fragment.start : fragment.start + fragment.numel])
         self.publish([fragment.weight for fragment in self.fragments])
 
     def restore_moments(self, updates: int) -> None:
-        """Make room for moments that are about to be filled in: as many updates are taken to have been made."""
-        # stage 3 shows its optimizer each flat tensor only while it updates it, so the groups are no list of them
+        """Allocate moments, to be filled in by the caller, and set the number of updates made."""
+        # stage 3 shows its optimizer each flat tensor only while it updates it, so its groups do not list them
         for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
             step = torch.tensor(float(updates), device=flat.device)
             self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
 
     def publish(self, values: list[Tensor]) -> None:
-        """Make the model compute with `values`, one a fragment (numel); the optimizer's own weights stay."""
+        """Make the model compute with `values`, one (numel) per fragment; the optimizer's own weights stay."""
         if self.stage == 0:
             for fragment, value in zip(self.fragments, values, strict=True):
                 fragment.weight.copy_(value)
             return
         if self.stage == 3:
-            # what is still gathered from the last forward pass would be used again as it is
+            # parameters that are still gathered from the last forward pass would be used again
             self._engine.empty_partition_cache()
             for fragment, value in zip(self.fragments, values, strict=True):
                 self._parameters[fragment.name].ds_tensor.data[: fragment.numel].copy_(value)
-            kept = self._engine.optimizer.persistent_parameters  # small ones, gathered on every rank for good
+            kept = self._engine.optimizer.persistent_parameters  # small ones that stay gathered on every rank
             if kept:
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
             return
-        shares = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
+        shards = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
         for name, p in self._parameters.items():
-            whole = torch.zeros_like(p.data).view(-1)
-            if name in shares:
-                fragment, value = shares[name]
-                whole[fragment.start : fragment.start + fragment.numel].copy_(value)
-            dist.all_reduce(whole)  # every element is one rank's and zero elsewhere: the sum is exact
-            p.data.copy_(whole.view(p.shape))
+            full = torch.zeros_like(p.data).view(-1)
+            if name in shards:
+                fragment, value = shards[name]
+                full[fragment.start : fragment.start + fragment.numel].copy_(value)
+            dist.all_reduce(full)  # each element comes from one rank and is zero on the others: the sum is exact
+            p.data.copy_(full.view(p.shape))
 
     @contextmanager
     def weights(self, values: list[Tensor] | None) -> Iterator[None]:
-        """Compute with `values` for a while, as `publish`; None leaves the weights as they are."""
+        """`publish` values for a while; None leaves the weights as they are."""
         if values is None:
             yield
             return

@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from vimscale.recipe.sections import Optim
 
 
-def optimizer(model: nn.Module, no_decay: set[str], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over two groups, or three: what weight decay shrinks, what it leaves alone, and gates."""
+def optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], no_decay: set[str], optim: Optim, *, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW over two or three groups: parameters with weight decay, those without (`no_decay`, by name), and gates."""
     groups: dict[str, dict[str, Any]] = {
         "decayed": {"params": [], "weight_decay": optim.weight_decay},
         "spared": {"params": [], "weight_decay": 0.0},
         "gates": {"params": [], "weight_decay": optim.weight_decay if optim.gate_decay is None else optim.gate_decay},
     }
-    for name, p in model.named_parameters():
+    for name, p in parameters:
         last = name.rpartition(".")[2]
         spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
         groups["gates" if last == "backward_gate" else "spared" if spared else "decayed"]["params"].append(p)
@@ -25,15 +27,15 @@ def optimizer(model: nn.Module, no_decay: set[str], optim: Optim, *, fused: bool
     return torch.optim.AdamW(used, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
-def scale_updates(optimizer: torch.optim.Optimizer, stretches: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:
-    """Make every update of some elements `factor` times what it would be: a learning rate of their own, for stretches
-    of tensors, which parameter groups cannot have. `stretches`: (the tensor that the optimizer updates, a view of it).
+def scale_updates(optimizer: torch.optim.Optimizer, slices: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:
+    """Multiply the updates of some slices of tensors by `factor`: a separate learning rate for them, which parameter
+    groups cannot express. `slices`: (the tensor that the optimizer updates, a view of it).
     """
     kept: list[tuple[Tensor, Tensor]] = []
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         active = {id(p) for group in optimizer.param_groups for p in group["params"]}  # ZeRO-3 shows some at a time
-        kept.extend((view, view.clone()) for flat, view in stretches if id(flat) in active)
+        kept.extend((view, view.clone()) for flat, view in slices if id(flat) in active)
 
     def after(*_: Any) -> None:
         for view, old in kept:
@@ -45,17 +47,17 @@ def scale_updates(optimizer: torch.optim.Optimizer, stretches: Sequence[tuple[Te
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """For the update that follows `step` finished ones, of `steps` in all: linear warm-up, then the schedule."""
+    """The rate of the update that follows `step` finished ones, out of `steps`: linear warm-up, then the schedule."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     if optim.schedule == "constant":
         return optim.lr
-    if optim.schedule == "rise":  # the last update, too, has its end
+    if optim.schedule == "rise":  # the last update has lr itself
         return optim.min_lr * (optim.lr / optim.min_lr) ** ((step - optim.warmup) / max(steps - optim.warmup - 1, 1))
     done = (step - optim.warmup) / max(steps - optim.warmup, 1)
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def ema_decay(target: float, step: int) -> float:
-    """Low at first, so that the average is never one of the initial weights."""
+    """The decay after `step` updates: low at first, so that the initial weights soon leave the average."""
     return min(target, (1 + step) / (10 + step))

@@ -1,7 +1,8 @@
-"""Activation recomputation: which layers compute again in the backward pass what they could have kept.
+"""Activation recomputation: which layers recompute in the backward pass what they could have kept.
 
-The model does it (`VisionMamba.recompute`, a level a layer); this file decides. What a layer keeps is not estimated: it
-is built once with fake tensors, which have shapes and no memory, and what autograd saves is counted.
+The model recomputes (`VisionMamba.recompute`, one level per layer); this file chooses the levels. It does not estimate
+what a layer keeps: it builds the layer with fake tensors, which have shapes and no memory, and counts what autograd
+saves.
 """
 
 import math
@@ -20,11 +21,11 @@ from vimscale.model.tokens import Tokens
 from vimscale.model.vim import Block, Recompute
 from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 
-_LESS_AND_LESS: tuple[Recompute, ...] = ("scan", "block")
+_FROM_MORE_TO_LESS: tuple[Recompute, ...] = ("scan", "block")
 
 
 def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tuple[Recompute, ...]:
-    """A level a layer, for micro-batches of `batch` images on a device of that type.
+    """One level per layer, for micro-batches of `batch` images on a device of that type.
 
     Raises:
         RecipeError: the byte budget cannot be met.
@@ -38,15 +39,15 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tu
     kept = {level: kept_bytes(config, level, batch, parallel.precision, device) for level in get_args(Recompute)}
     chosen: list[Recompute] = ["none"] * layers
     total = sum(kept["none"])
-    for level in _LESS_AND_LESS:
+    for level in _FROM_MORE_TO_LESS:
         for i in range(layers):
             if total > budget:
                 total -= kept[chosen[i]][i] - kept[level][i]
                 chosen[i] = level
     if total > budget:
         fault = (
-            f"parallel.recompute {rule}: even with block in every layer {total / 1e9:.2f} GB are kept for micro-batches"
-            f" of {batch} images; allow that much or set a smaller parallel.micro_batch"
+            f"parallel.recompute {rule}: even with block in every layer, micro-batches of {batch} images keep"
+            f" {total / 1e9:.2f} GB; allow that much or set a smaller parallel.micro_batch"
         )
         raise RecipeError("recipe", [fault])
     return tuple(chosen)
@@ -96,7 +97,7 @@ def _kept(
         tokens = Tokens(config, ((grid,),), length, torch.device(device))
         for t in (x, residual):
             t.requires_grad_()
-        keep = []  # fake storages are told apart while they live
+        keep = []  # fake storages can be told apart only while they live
         with saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, torch.bfloat16, enabled=narrow):
             keep.append(block(x, residual, tokens, recompute=level == "scan"))
     return sum(found.values())

@@ -1,8 +1,8 @@
-"""What DeepSpeed holds and sends for a model of given parameters, byte by byte, at every ZeRO stage; needs no engine.
+"""What DeepSpeed holds and sends for given parameters, to the byte, at every ZeRO stage; needs no engine.
 
-`tests/estimate/test_planning.py` holds these figures to what a real engine holds and sends. They follow DeepSpeed 0.19
-under `engine.ds_config`: fp32 parameters whatever the compute is, groups flattened and padded at stages 1 and 2, each
-parameter for itself at stage 3, and a bucket that gradients are copied into.
+`tests/estimate/test_planning.py` tests these figures against what a real engine holds and sends. They follow DeepSpeed
+0.19 under `deepspeed_engine.ds_config`: fp32 parameters whatever the precision of the compute, groups flattened and
+padded at stages 1 and 2, each parameter separately at stage 3, and a bucket that gradients are copied into.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,16 +15,18 @@ from torch import nn
 
 from vimscale.engine import optim
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.objectives.base import Learner
+from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
 
 BUCKET = 500_000_000
-"""Most elements of gradients that DeepSpeed sends at once, its reduce_bucket_size."""
+"""The most elements of gradients that DeepSpeed sends at once: its reduce_bucket_size."""
 _SUB_GROUP = 1_000_000_000
 _REUSE = 1_000_000_000
-"""stage3_max_reuse_distance: at stage 3 what is used again within so many elements is not given up."""
+"""stage3_max_reuse_distance: stage 3 keeps a parameter that is used again within this many elements."""
 _PREFETCH = 50_000_000
 _NARROW_KINDS = (nn.Linear, nn.Conv2d)
-"""Whose gradients and, at stage 3, weights travel in bf16 under autocast: these classes and no subclass."""
+"""Modules whose gradients and, at stage 3, weights travel in bf16 under autocast; subclasses do not."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,21 @@ class Parameter:
     name: str
     numel: int
     group: int
-    """Of the optimizer."""
+    """Its group in the optimizer."""
     narrow: bool
+    """Whether its gradient travels in bf16."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank between steps; `gradients` when a step's backward passes have ended."""
+    """Bytes that one rank holds between steps; `gradients`: at the end of a step's backward passes."""
 
     parameters: int
-    """What the model computes with."""
+    """The weights that the model computes with."""
     weights: int
-    """What the optimizer updates, where that is another copy."""
+    """The weights that the optimizer updates, if they are a separate copy."""
     optimizer: int
-    """The moments and the counts of updates."""
+    """Moments and counts of updates."""
     ema: int
     gradients: int
 
@@ -56,7 +59,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Sent:
-    """A step's collectives as one rank sees them: bytes of the whole tensors, and how many calls at least."""
+    """A step's collectives as one rank sees them: bytes of the complete tensors, and the least number of calls."""
 
     all_reduce: int
     reduce_scatter: int
@@ -69,15 +72,15 @@ class Sent:
 
 
 def parameters(config: VimConfig, recipe: Recipe) -> tuple[Parameter, ...]:
-    """Every parameter in the model's order. Allocates nothing."""
+    """Every parameter of the encoder and the objective, in the order of the engine. Allocates nothing."""
     with torch.device("meta"):
-        model = VisionMamba(config)
-    groups = optim.optimizer(model, model.no_decay(), recipe.optim, fused=False).param_groups
+        model = Learner(build(recipe.objective, config), VisionMamba(config))
+    groups = optim.optimizer(model.trained(), model.no_decay(), recipe.optim, fused=False).param_groups
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     narrow = set()
     if recipe.parallel.precision == "bf16":
         narrow = {id(p) for m in model.modules() if type(m) in _NARROW_KINDS for p in m.parameters(recurse=False)}
-    return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.named_parameters())
+    return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.trained())
 
 
 def _groups(parameters: Sequence[Parameter]) -> list[list[int]]:
@@ -89,50 +92,50 @@ def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def _shares(parameters: Sequence[Parameter], world: int) -> list[int]:
-    """Elements of a rank's part of each group, padding included, at stages 1 and 2."""
+def _shard_sizes(parameters: Sequence[Parameter], world: int) -> list[int]:
+    """Elements of a rank's shard of each group, padding included, at stages 1 and 2."""
     return [_up(sum(sizes), 2 * world) // world for sizes in _groups(parameters)]
 
 
-def _share_gradients(ends: list[int], share: int, rank: int) -> int:
-    """Elements of the gradients that a rank keeps of one group at stages 1 and 2: all of every parameter that it has a
-    part of, and the padding that is its. `ends`: where in the group each parameter ends.
+def _kept_gradients(ends: list[int], shard: int, rank: int) -> int:
+    """Elements of gradients that a rank keeps of one group at stages 1 and 2: every parameter that overlaps its shard,
+    in full, and its padding. `ends`: where in the group each parameter ends.
     """
-    low, high = rank * share, (rank + 1) * share
-    whole = ends[-1]
+    low, high = rank * shard, (rank + 1) * shard
+    total = ends[-1]
     first = bisect_right(ends, low)
-    last = bisect_left(ends, min(high, whole))
-    here = ends[last] - (ends[first - 1] if first else 0) if low < whole else 0
-    return here + max(high - max(low, whole), 0)
+    last = bisect_left(ends, min(high, total))
+    here = ends[last] - (ends[first - 1] if first else 0) if low < total else 0
+    return here + max(high - max(low, total), 0)
 
 
 def held(parameters: Sequence[Parameter], zero: int, world: int, rank: int, *, persist: int, ema: bool) -> Held:
     """What rank `rank` of `world` holds."""
-    whole = sum(p.numel for p in parameters)
+    total = sum(p.numel for p in parameters)
     if zero == 0:
-        return Held(4 * whole, 0, 8 * whole + 4 * len(parameters), 4 * whole if ema else 0, 4 * whole)
+        return Held(4 * total, 0, 8 * total + 4 * len(parameters), 4 * total if ema else 0, 4 * total)
     if zero < 3:
-        shares = _shares(parameters, world)
-        mine = sum(shares)
+        shards = _shard_sizes(parameters, world)
+        mine = sum(shards)
         groups = _groups(parameters)
         real = sum(
-            max(min((rank + 1) * share, sum(sizes)) - rank * share, 0)
-            for sizes, share in zip(groups, shares, strict=True)
+            max(min((rank + 1) * shard, sum(sizes)) - rank * shard, 0)
+            for sizes, shard in zip(groups, shards, strict=True)
         )
         ends = [list(accumulate(sizes)) for sizes in groups]
-        gradients = sum(_share_gradients(e, share, rank) for e, share in zip(ends, shares, strict=True))
+        gradients = sum(_kept_gradients(e, shard, rank) for e, shard in zip(ends, shards, strict=True))
         average = 4 * real if ema else 0
-        return Held(4 * mine * world, 4 * mine, 8 * mine + 4 * len(shares), average, 4 * gradients)
+        return Held(4 * mine * world, 4 * mine, 8 * mine + 4 * len(shards), average, 4 * gradients)
     parts = [-(-p.numel // world) for p in parameters]
     real = sum(max(min(part, p.numel - rank * part), 0) for p, part in zip(parameters, parts, strict=True))
-    kept_whole = sum(p.numel for p in parameters if p.numel <= persist) if world > 1 else 0
+    kept_full = sum(p.numel for p in parameters if p.numel <= persist) if world > 1 else 0
     flat_tensors = sum(_sub_groups(sizes, world) for sizes in _groups(parameters))
     mine = 4 * sum(parts)
-    return Held(mine + 4 * kept_whole, mine, 2 * mine + 4 * flat_tensors, 4 * real if ema else 0, mine)
+    return Held(mine + 4 * kept_full, mine, 2 * mine + 4 * flat_tensors, 4 * real if ema else 0, mine)
 
 
 def _sub_groups(sizes: list[int], world: int) -> int:
-    """Flat tensors that one group becomes at stage 3."""
+    """The number of flat tensors that one group becomes at stage 3."""
     count, filled = 0, 0
     for i, size in enumerate(sizes):
         filled += -(-size // world)
@@ -142,21 +145,21 @@ def _sub_groups(sizes: list[int], world: int) -> int:
 
 
 def heaviest(parameters: Sequence[Parameter], zero: int, world: int, *, persist: int, ema: bool) -> Held:
-    """What the rank that holds most holds."""
+    """What the rank that holds the most holds."""
     if zero in (0, 3):
         return held(parameters, zero, world, 0, persist=persist, ema=ema)
-    shares = _shares(parameters, world)
+    shards = _shard_sizes(parameters, world)
     ends = [list(accumulate(sizes)) for sizes in _groups(parameters)]
     most = max(
         range(world),
-        key=lambda rank: sum(_share_gradients(e, share, rank) for e, share in zip(ends, shares, strict=True)),
+        key=lambda rank: sum(_kept_gradients(e, shard, rank) for e, shard in zip(ends, shards, strict=True)),
     )
     return held(parameters, zero, world, most, persist=persist, ema=ema)
 
 
 def buckets(parameters: Sequence[Parameter], zero: int) -> int:
-    """Bytes that gradients are copied into on their way: during the backward pass at stages 1 and 2, always at 3; one
-    for each dtype that travels, which at stages 1 and 2 are all as large as fp32's.
+    """Bytes of the buckets that gradients are copied into: during the backward pass at stages 1 and 2, always at 3.
+    There is one for each dtype that travels; at stages 1 and 2 all are as large as fp32's.
     """
     if zero == 0:
         return 0
@@ -165,34 +168,34 @@ def buckets(parameters: Sequence[Parameter], zero: int) -> int:
 
 
 def gathered(parameters: Sequence[Parameter], world: int, *, persist: int) -> int:
-    """Most bytes of parameters that are whole for the time being, at stage 3, beside those that always are."""
+    """The most bytes of parameters that stage 3 gathers at a time, not counting those that stay gathered."""
     sizes = [p.numel for p in parameters if p.numel > persist]
-    whole = sum(sizes) if world > 1 else 0
-    return 4 * (whole if whole <= _REUSE // 2 else min(whole, _REUSE // 2 + _PREFETCH + max(sizes)))
+    total = sum(sizes) if world > 1 else 0
+    return 4 * (total if total <= _REUSE // 2 else min(total, _REUSE // 2 + _PREFETCH + max(sizes)))
 
 
 def transient(parameters: Sequence[Parameter], zero: int, world: int) -> int:
-    """Most bytes that reducing gradients or updating takes for a moment, when the activations are gone."""
-    whole = sum(p.numel for p in parameters)
+    """The most bytes that reducing gradients or updating takes for a moment, when the activations are gone."""
+    total = sum(p.numel for p in parameters)
     if zero == 0:
-        return 4 * min(whole, BUCKET + max(p.numel for p in parameters))
+        return 4 * min(total, BUCKET + max(p.numel for p in parameters))
     if zero < 3:
-        return 4 * max(_shares(parameters, world))
-    return 4 * max(min(whole, BUCKET), *(min(-(-sum(g) // world), _SUB_GROUP) for g in _groups(parameters)))
+        return 4 * max(_shard_sizes(parameters, world))
+    return 4 * max(min(total, BUCKET), *(min(-(-sum(g) // world), _SUB_GROUP) for g in _groups(parameters)))
 
 
 def sent(parameters: Sequence[Parameter], zero: int, world: int, accumulation: int, *, persist: int) -> Sent:
-    """The collectives of one step of `accumulation` micro-batches; those of a few numbers, for norms, are left out."""
+    """The collectives of one step of `accumulation` micro-batches; leaves out those of a few numbers, for norms."""
     if world == 1:
         return Sent(0, 0, 0, 0)
-    whole = sum(p.numel for p in parameters)
+    total = sum(p.numel for p in parameters)
     travelling = sum(p.numel * (2 if p.narrow else 4) for p in parameters)
-    rounds = -(-whole // BUCKET)
+    rounds = -(-total // BUCKET)
     if zero == 0:
-        return Sent(4 * whole, 0, 0, rounds)
+        return Sent(4 * total, 0, 0, rounds)
     if zero < 3:
         times = accumulation if zero == 2 else 1
-        weights = 4 * world * sum(_shares(parameters, world))
+        weights = 4 * world * sum(_shard_sizes(parameters, world))
         return Sent(times * travelling, 0, weights, times * rounds + len(_groups(parameters)))
 
     def size(p: Parameter, width: int) -> int:
@@ -202,7 +205,7 @@ def sent(parameters: Sequence[Parameter], zero: int, world: int, accumulation: i
     large = [p for p in parameters if p.numel > persist]
     once = sum(size(p, 2 if p.narrow else 4) for p in large)
     of_large = sum(p.numel for p in large)
-    # what the backward pass needs soon after the forward pass is not given up in between
+    # parameters that the backward pass needs soon after the forward pass stay gathered
     again = max(of_large - _REUSE // 2, 0) / of_large if large else 0.0
     small = sum(size(p, 4) for p in parameters if p.numel <= persist)
     calls = accumulation * (rounds + -(-of_large // _PREFETCH)) + len(parameters) - len(large)

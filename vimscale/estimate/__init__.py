@@ -1,1 +1,1 @@
-"""Before anything runs: memory, traffic, time and money of a run on a cluster."""
+"""What a recipe will need, take and cost: memory, traffic, time and money, before anything runs. For the launcher."""

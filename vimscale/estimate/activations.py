@@ -1,8 +1,8 @@
-"""What a micro-batch takes, counted with fake tensors: a forward and a backward pass that allocate nothing.
+"""Memory and time of a micro-batch, counted with fake tensors: a forward and a backward pass that allocate nothing.
 
-The real model runs under `FakeTensorMode` while a ledger enters every storage that is made and strikes it out when its
-last user lets go, inside our own operations too. A pass through a deep model is a pass through its few kinds of layers,
-over and over, so that only a short model is run: one layer of each kind, whose entries are then repeated.
+The real model and objective run under `FakeTensorMode`. A ledger adds every storage that is allocated, inside our own
+operations too, and subtracts it when its last user frees it. A deep model repeats a few kinds of layers, so only a
+short model runs, with one layer of each kind, and its entries are repeated.
 """
 
 import dataclasses
@@ -12,61 +12,66 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vimscale import ops
+from vimscale.errors import LaunchError
 from vimscale.estimate import roofline
 from vimscale.estimate.devices import Device
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.vim import Gather, Recompute
-from vimscale.objectives import classification
-from vimscale.recipe.sections import Objective
+from vimscale.objectives.base import Inputs, Learner, Sample
+from vimscale.objectives.build import build
+from vimscale.recipe.sections import ClassificationOptions, ObjectiveOptions
 
 Backend = Literal["cpu", "triton"]
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The forward and the backward pass of a micro-batch: bytes beside the model, its images and what earlier
+    """The forward and the backward pass of a micro-batch: bytes in addition to the model, its images and what earlier
     micro-batches left; and time.
     """
 
     kept: int
-    """Bytes from the forward to the backward pass."""
+    """Bytes kept from the forward to the backward pass."""
     peak: int
-    """Where each parameter's gradient is handed on as soon as it is there."""
+    """The most bytes, if each parameter's gradient is freed as soon as it is computed."""
     with_gradients: int
-    """Where the gradients stay until the backward pass has ended."""
+    """The most bytes, if gradients stay until the backward pass ends."""
     end: int
-    """Most on the way back through the first layer and the embedding: when the last gradients come, this is
-    there.
+    """The most bytes in the backward pass of the first layer and the embedding: they are in use when the last gradients
+    arrive.
     """
     seconds: float
-    """Of the device's clock, one operation after the other."""
+    """Time on the device, one operation after the other."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A stretch of the passes: what it adds, and the most it takes above what was there before."""
+    """A section of the passes: bytes that it adds, and the most that it takes above what was there before."""
 
     peak: int
     change: int
     gradients_peak: int
-    """As `peak`, with the gradients that were made in the stretch so far."""
+    """As `peak`, with the gradients that the section has computed so far."""
     gradients: int
     seconds: float
 
 
 class _Ledger(TorchDispatchMode):
-    """Bytes of the storages that live, as operations make them."""
+    """Adds up the bytes of live storages as operations allocate them."""
 
     def __init__(self, there: Iterable[Tensor], leaves: bool, device: Device | None) -> None:
-        """`there`: what is not counted, being there before. `leaves`: whether to enter our innermost operations too."""
+        """`there`: tensors that exist already and do not count. `leaves`: whether to look into our innermost operations
+        too.
+        """
         super().__init__()
         self._leaves, self._device = leaves, device
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
@@ -80,7 +85,7 @@ class _Ledger(TorchDispatchMode):
         self._seconds = 0.0
 
     def cut(self) -> None:
-        """End a stretch and begin the next."""
+        """End a section and begin the next."""
         self.entries.append(
             _Entry(
                 self._peak - self._first,
@@ -92,8 +97,8 @@ class _Ledger(TorchDispatchMode):
         )
         self._start()
 
-    def hand_on(self, parameter: Tensor) -> None:
-        """A parameter's gradient is whole."""
+    def take_gradient(self, parameter: Tensor) -> None:
+        """A parameter's gradient is complete: count it, and free it."""
         assert parameter.grad is not None
         size = parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
@@ -102,7 +107,7 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name in OPDEFS and (self._leaves or name.startswith("vimscale::bimamba_inner")):
-            with self:  # what it allocates on the way counts too
+            with self:  # count what it allocates inside, too
                 out = OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
@@ -110,10 +115,10 @@ class _Ledger(TorchDispatchMode):
                 self._seconds += roofline.operation(self._device, func, args, kwargs or {}, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return out
 
-    def _enter(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._sizes:
             return
@@ -121,36 +126,54 @@ class _Ledger(TorchDispatchMode):
         self._live += storage.nbytes()
         self._peak = max(self._peak, self._live)
         self._gradients_peak = max(self._gradients_peak, self._live + self._gradients)
-        weakref.finalize(storage, self._strike_out, key)
+        weakref.finalize(storage, self._remove, key)
 
-    def _strike_out(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         self._live -= self._sizes.pop(key)
 
 
+_CLASSIFICATION = ClassificationOptions()
+
+
 class _Bare(VisionMamba):
-    """Without initial values, which fake tensors cannot have."""
+    """A model without initial values, which fake tensors cannot have."""
 
     def _init_all(self, gather: Gather) -> None:
         return
 
 
 def passes(
-    config: VimConfig, levels: Sequence[Recompute], batch: int, precision: str, device: Device | None, backend: Backend
+    config: VimConfig,
+    levels: Sequence[Recompute],
+    batch: int,
+    precision: str,
+    device: Device | None,
+    backend: Backend,
+    options: ObjectiveOptions = _CLASSIFICATION,
 ) -> Passes:
-    """Of a micro-batch of `batch` images, each layer at its level of recomputation, as the kernels of `backend` have
-    it. What Triton's launchers allocate for themselves is left out: they cannot be entered without a GPU. Without a
-    device there is no time.
+    """Count a micro-batch of `batch` images, with each layer at its level of recomputation, for the kernels of
+    `backend`. It leaves out what Triton's launchers allocate, because they do not run without a GPU. Without a device,
+    the time is 0.
+
+    Raises:
+        LaunchError: the objective cannot be counted with fake tensors.
     """
-    short, short_levels, places = _shortened(config, tuple(levels))
-    return _added_up(_entries(short, short_levels, batch, precision, device, backend), places)
+    short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
+    return _added_up(_entries(short, short_levels, batch, precision, device, backend, options), kinds_in_order)
 
 
 def estimate(
-    config: VimConfig, levels: Sequence[Recompute], batch: int, precision: str, device: Device | None, backend: Backend
+    config: VimConfig,
+    levels: Sequence[Recompute],
+    batch: int,
+    precision: str,
+    device: Device | None,
+    backend: Backend,
+    options: ObjectiveOptions = _CLASSIFICATION,
 ) -> Passes:
-    """As `passes`, from those of 8 and of 16 images: bytes and time grow in proportion but for what every batch has."""
-    short, short_levels, places = _shortened(config, tuple(levels))
-    few, more = (_entries(short, short_levels, b, precision, device, backend) for b in (8, 16))
+    """As `passes`, extrapolated from 8 and 16 images: bytes and time are linear in the number of images."""
+    short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
+    few, more = (_entries(short, short_levels, b, precision, device, backend, options) for b in (8, 16))
 
     def at(a: float, b: float) -> Any:
         return a + (b - a) * (batch - 8) / 8
@@ -159,16 +182,22 @@ def estimate(
         _Entry(*(at(a, b) for a, b in zip(dataclasses.astuple(x), dataclasses.astuple(y), strict=True)))
         for x, y in zip(few, more, strict=True)
     ]
-    return _added_up(entries, places)
+    return _added_up(entries, kinds_in_order)
 
 
-def _added_up(entries: list[_Entry], places: list[int]) -> Passes:
-    """Through a model whose layers are, in turn, those of the entries at `places`."""
-    kinds = len(entries) // 2 - 1
-    there, turn, back = entries[1 : kinds + 1], entries[kinds + 1], entries[-2 : kinds + 1 : -1]
-    whole = [entries[0], *(there[i] for i in places), turn, *(back[i] for i in reversed(places)), entries[-1]]
+def _added_up(entries: list[_Entry], kinds_in_order: list[int]) -> Passes:
+    """The passes of a model whose layers are, in order, of the kinds `kinds_in_order`."""
+    count = len(entries) // 2 - 1
+    there, turn, back = entries[1 : count + 1], entries[count + 1], entries[-2 : count + 1 : -1]
+    passed = [
+        entries[0],
+        *(there[i] for i in kinds_in_order),
+        turn,
+        *(back[i] for i in reversed(kinds_in_order)),
+        entries[-1],
+    ]
     live = gradients = kept = peak = with_gradients = before = end = 0.0
-    for entry in whole:
+    for entry in passed:
         if entry is turn:
             kept = live
         end = max(before, live + entry.peak)
@@ -177,16 +206,16 @@ def _added_up(entries: list[_Entry], places: list[int]) -> Passes:
         with_gradients = max(with_gradients, live + gradients + entry.gradients_peak)
         live += entry.change
         gradients += entry.gradients
-    return Passes(round(kept), round(peak), round(with_gradients), round(end), sum(entry.seconds for entry in whole))
+    return Passes(round(kept), round(peak), round(with_gradients), round(end), sum(entry.seconds for entry in passed))
 
 
 def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimConfig, tuple[Recompute, ...], list[int]]:
-    """A model with each kind of layer once, its levels, and which of its layers every one of `config`'s is like.
-    Pairs count as one; the first and the last of a stage are kinds of their own.
+    """A model with one layer of each kind, its levels, and the kind of every layer of `config`. A pair counts as one
+    layer; the first and the last layer of a stage are separate kinds.
     """
     seconds = schedule.second_of_pairs(config.layers)
     kinds: dict[tuple[Any, ...], int] = {}
-    places: list[int] = []
+    kinds_in_order: list[int] = []
     kept: list[list[int]] = []
     at = 0
     for number, stage in enumerate(config.parts):
@@ -203,7 +232,7 @@ def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimCon
             if key not in kinds:
                 kinds[key] = len(kinds)
                 kept[-1] += group
-            places.append(kinds[key])
+            kinds_in_order.append(kinds[key])
         at = end
     texts = [schedule.compact(config.layers[i] for i in part) for part in kept]
     if config.stages:
@@ -214,7 +243,7 @@ def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimCon
         short = dataclasses.replace(config, stages=stages)
     else:
         short = dataclasses.replace(config, depth=len(kept[0]), directions=texts[0])
-    return short, tuple(levels[i] for part in kept for i in part), places
+    return short, tuple(levels[i] for part in kept for i in part), kinds_in_order
 
 
 @lru_cache(maxsize=256)
@@ -225,33 +254,61 @@ def _entries(
     precision: str,
     device: Device | None,
     backend: Backend,
+    options: ObjectiveOptions = _CLASSIFICATION,
 ) -> list[_Entry]:
-    """A stretch before the first layer, one a layer (or pair), one from the head to its gradient, one a layer in turn
-    back, and one after that.
+    """Entries of: everything before the first layer; each layer (or pair); from the head to its gradient; each layer
+    backward, the last one first; the rest.
     """
+    objective = build(options, config)
+    blank = Sample(torch.zeros(3, *config.size, dtype=torch.uint8), 0, "", {}, config.size)
+    views = objective.views(blank, np.random.default_rng(0))
     with FakeTensorMode(), ops.counted(backend):
-        model = _Bare(config)
-        model.recompute = levels
-        images = torch.empty(batch, 3, *config.size)
-        labels = torch.empty(batch, dtype=torch.int64)
-        draws = torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None
-        parts = [0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None
-        given = [t for t in (*model.parameters(), *model.buffers(), images, labels, draws) if t is not None]
-        ledger = _Ledger(given, backend == "cpu", device)
+        model = Learner(objective, _Bare(config), init=False)
+        model.encoder.recompute = levels
+        inputs = Inputs(
+            images=torch.empty(batch, 3, *config.size),
+            targets=torch.empty(batch, dtype=torch.int64),
+            views={name: torch.empty(batch, *view.shape, dtype=view.dtype) for name, view in views.items()},
+            draws=torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None,
+            backward=[0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None,
+        )
+        given = [t for t in tree_leaves((inputs.images, inputs.targets, inputs.views, inputs.draws)) if t is not None]
+        ledger = _Ledger([*model.parameters(), *model.buffers(), *given], backend == "cpu", device)
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(ledger.hand_on)
+            parameter.register_post_accumulate_grad_hook(ledger.take_gradient)
 
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             ledger.cut()
             arguments[0].register_hook(lambda _: ledger.cut())
 
-        hooks = [model.blocks[group[0]].register_forward_pre_hook(before) for group in model._groups()]
-        hooks.append(model.norm.register_forward_pre_hook(before))
+        groups = model.encoder._groups()
+        hooks = [model.encoder.blocks[group[0]].register_forward_pre_hook(before) for group in groups]
+        hooks.append(model.encoder.norm.register_forward_pre_hook(before))
         with ledger:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(images, draws, parts)
-            for hook in hooks:  # recomputation passes by again
+                loss, _ = _asked(model, inputs)
+            for hook in hooks:  # recomputation would call them again
                 hook.remove()
-            classification.loss(logits, labels, Objective()).backward()
+            loss.backward()
         ledger.cut()
+    if len(ledger.entries) != 2 * len(groups) + 3:
+        raise LaunchError(
+            f"objective {options.kind}: a plan counts the memory of one pass through the encoder per micro-batch, and"
+            f" this objective makes {(len(ledger.entries) - 1) / (2 * len(groups) + 2):.1f}; it cannot be planned yet"
+        )
     return ledger.entries
+
+
+def _asked(model: Learner, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of fake tensors.
+
+    Raises:
+        LaunchError: the objective looks at values, which fake tensors do not have.
+    """
+    try:
+        return model.ask("loss", inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise LaunchError(
+            f"objective {model.objective.options.kind}: its loss looks at the values of tensors ({error.func}), which"
+            " plans do not have; it cannot be planned"
+        ) from None

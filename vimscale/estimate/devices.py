@@ -1,4 +1,4 @@
-"""What accelerators can do, from their makers' data sheets: what a plan reckons with before anything runs."""
+"""What accelerators can do by their makers' data sheets: what plans assume before anything runs."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ class Device:
     fp32: float
     """FLOP/s outside the matrix units; also what scans run at."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Of its memory, in bytes/s."""
     link: float
-    """To its neighbours in the same node, bytes/s in each direction."""
+    """To its neighbors in the same node, bytes/s in each direction."""
 
 
 DEVICES = {
@@ -29,6 +29,6 @@ DEVICES = {
 
 
 def key_of(name: str) -> str | None:
-    """Which of DEVICES a GPU is, by the name that its driver gives it: "NVIDIA H100 80GB HBM3"."""
+    """The key in DEVICES of a GPU, from its driver's name for it, such as "NVIDIA H100 80GB HBM3"; None if unknown."""
     words = name.lower().replace("-", " ").split()
     return next((key for key in DEVICES if key in words), None)

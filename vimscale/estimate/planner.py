@@ -1,7 +1,7 @@
-"""What a recipe will need, take and cost where it is to run, before it runs: memory, communication, time, money.
+"""What a recipe will need, take and cost on a given machine, before it runs: memory, communication, time, money.
 
-Bytes of the model's states follow from DeepSpeed's layout (`sharding`), those of activations are counted with fake
-tensors (`memory`), and times are predictions (`roofline`).
+Bytes of the model's states follow from DeepSpeed's layout (`zero_layout`); those of activations are counted with fake
+tensors (`activations`); times are predictions (`roofline`).
 """
 
 import dataclasses
@@ -24,23 +24,23 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Parallel
 
 USABLE = 0.92
-"""Share of a device's memory that tensors can have: the rest is for contexts, NCCL's buffers and gaps."""
+"""Fraction of a device's memory that tensors can use: contexts, NCCL's buffers and gaps take the rest."""
 COUNTS = tuple(8 << i for i in range(10))
 LEVELS = get_args(Recompute)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a recipe is to run, as far as a plan asks."""
+    """The machine that a plan is for."""
 
     name: str
     device: Device | None
-    """None: CPUs, whose speed is not known here."""
+    """None for CPUs, whose speed is unknown."""
     memory: int
     """Bytes of one rank's device."""
     fabric: Fabric
     price: float | None
-    """Of a rank's hour."""
+    """Per rank and hour."""
 
     @property
     def room(self) -> int:
@@ -53,14 +53,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one rank in the midst of a step."""
+    """Bytes of one rank at the peak of a step."""
 
     held: Held
-    """Between steps; its gradients are among `gradients` where they live through the peak."""
+    """Between steps; `gradients` includes its gradients if they exist at the peak."""
     gradients: int
     buckets: int
     gathered: int
-    """Parameters that are whole for the time being."""
+    """Parameters that stage 3 has gathered."""
     activations: int
     images: int
 
@@ -79,37 +79,37 @@ class Option:
     need: Need
     fits: bool
     largest: int
-    """Images of the largest micro-batch that fits; 0 where none does."""
+    """Images of the largest micro-batch that fits; 0 if none does."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """A number of ranks."""
+    """What a plan predicts for a number of ranks."""
 
     world: int
     micro: int
     accumulation: int
     given: bool
-    """Whether that is the recipe's own micro-batch; else it is the largest that fits."""
+    """Whether this is the recipe's own micro-batch; if not, it is the largest that fits."""
     need: Need
     fits: bool
     sent: Sent
     step_s: float
-    """Mean over all phases; and so is what follows."""
+    """Seconds per step; this and the next four are means over all phases, or their sums."""
     mfu: float
     days: float
     rank_hours: float
     money: float | None
     stall_s: float
-    """That a checkpoint stops the loop: the copy to the host."""
+    """Seconds that a checkpoint stops the loop: the copy to the host."""
 
 
 class Planner:
-    """A recipe at a place; everything else follows from the number of ranks."""
+    """Plans a recipe for a target; everything else follows from the number of ranks."""
 
-    def __init__(self, recipe: Recipe, config: VimConfig, place: Target, samples: int):
-        """`samples`: of the training set; 0 if it is not known."""
-        self.recipe, self.config, self.place, self.samples = recipe, config, place, samples
+    def __init__(self, recipe: Recipe, config: VimConfig, target: Target, samples: int):
+        """`samples`: size of the training set; 0 if unknown."""
+        self.recipe, self.config, self.target, self.samples = recipe, config, target, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None
         self.parameters: tuple[Parameter, ...] = zero_layout.parameters(config, recipe)
         self._known: dict[tuple[int, int], Held] = {}
@@ -121,21 +121,25 @@ class Planner:
 
     @property
     def flops(self) -> int:
-        """Of the first step, the backward pass as two forward passes; recomputation is no work of the model's."""
+        """FLOPs of the first step. The backward pass counts as two forward passes; recomputation does not count."""
         return 3 * self.recipe.batch_at(0) * flops(self._at(0))
 
     def _at(self, step: int) -> VimConfig:
         """The model on the images of that step."""
         return dataclasses.replace(self.config, image_size=self.recipe.size_at(step, self.config.size))
 
+    def _micro_at(self, step: int, micro: int) -> int:
+        """Images of a micro-batch in that step, if `micro` is that of a batch of the recipe's own size."""
+        return max(micro * self.recipe.batch_at(step) // self.recipe.batch, 1)
+
     def _starts(self) -> list[int]:
-        """First steps of the phases."""
+        """The first step of each phase."""
         return sorted({0, *(phase.step for phase in self.recipe.phases if phase.step < (self.steps or phase.step + 1))})
 
     # ---- memory
 
     def need(self, zero: int, passes: Passes, micro: int, accumulation: int, world: int, images: int) -> Need:
-        """`images`: bytes of the micro-batch and of the next, on its way."""
+        """`images`: bytes of the micro-batch and of the next one, which is prefetched."""
         held = self._held(zero, world)
         bucket = zero_layout.buckets(self.parameters, zero)
         gathered = (
@@ -143,19 +147,19 @@ class Planner:
         )
         whole = 4 * self.whole
         reducing = zero_layout.transient(self.parameters, zero, world)
-        # where gradients stay until a step's end they are there during every pass but the first
+        # where gradients stay until the end of a step, they exist during every pass but the first
         if zero == 0 and accumulation == 1:
             gradients, activations = 0, max(passes.with_gradients, whole + reducing)
         elif zero == 3:
             gradients = held.gradients
-            # gloo, which CPUs reduce with, scatters what it has copied
-            activations = max(passes.peak, reducing * (1 if self.place.device else 2))
+            # gloo, which reduces on CPUs, copies what it scatters
+            activations = max(passes.peak, reducing * (1 if self.target.device else 2))
         else:
             gradients = whole if (zero < 2 and accumulation > 1) or zero == 0 else 0
             if zero == 2 and (accumulation > 1 or self.whole > zero_layout.BUCKET):
                 gradients = held.gradients
-            # a rank's share of the gradients is copied out of the bucket, which is given up before the update; at stage
-            # 1 that begins while the backward pass still has something
+            # a rank's shard of the gradients is copied out of the bucket, which is freed before the update; at stage 1
+            # this begins while the backward pass still holds memory
             copied = held.gradients + (passes.end if zero == 1 else 0)
             activations = max(passes.peak, copied, held.gradients + reducing - gradients - bucket)
         return Need(held, gradients, bucket, gathered, activations, images)
@@ -177,54 +181,54 @@ class Planner:
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
-        return count(config, levels, micro, self.recipe.parallel.precision, self.place.device, self.place.backend)
+        precision, target = self.recipe.parallel.precision, self.target
+        return count(config, levels, micro, precision, target.device, target.backend, self.recipe.objective)
 
     def most(self, zero: int, rule: str, micro: int, accumulation: int, world: int, *, exact: bool) -> Need:
-        """The need of the phase that needs most; `micro`: of the recipe's own batch, from which phases' follow."""
+        """The need of the phase that needs the most; `micro`: images for a batch of the recipe's own size."""
         needs = []
         for start in self._starts():
-            config = self._at(start)
-            here = max(micro * self.recipe.batch_at(start) // self.recipe.batch, 1)
+            config, here = self._at(start), self._micro_at(start, micro)
             passes = self._passes(config, rule, here, exact=exact)
             needs.append(self.need(zero, passes, here, accumulation, world, self._images(config, here)))
         return max(needs, key=lambda need: need.total)
 
     def largest(self, zero: int, rule: str, world: int) -> int:
-        """Images of the largest micro-batch that fits and divides a rank's share of the batch; 0 if none does."""
-        share = self.recipe.batch // world
+        """Images of the largest micro-batch that fits and divides a rank's part of the batch; 0 if none does."""
+        rank_batch = self.recipe.batch // world
         even = self.recipe.augment.mixes
-        for micro in sorted((m for m in range(1, share + 1) if share % m == 0), reverse=True):
+        for micro in sorted((m for m in range(1, rank_batch + 1) if rank_batch % m == 0), reverse=True):
             if even and micro % 2:
                 continue
             try:
-                need = self.most(zero, rule, micro, share // micro, world, exact=False)
-            except RecipeError:  # recompute is a size, and so many images cannot keep to it
+                need = self.most(zero, rule, micro, rank_batch // micro, world, exact=False)
+            except RecipeError:  # recompute is a size, which this many images exceed
                 continue
-            if need.total <= self.place.room:
+            if need.total <= self.target.room:
                 return micro
         return 0
 
     def options(self, world: int) -> Iterator[Option]:
-        """Every ZeRO stage with every level of recomputation and the recipe's own, at its micro-batch."""
+        """Every ZeRO stage with every level of recomputation, and with the recipe's own, at its micro-batch."""
         micro, accumulation = self.recipe.micro_batch(world)
         for rule in dict.fromkeys((*LEVELS, self.recipe.parallel.recompute)):
             for zero in range(4):
                 need = self.most(zero, rule, micro, accumulation, world, exact=True)
-                fits = need.total <= self.place.room
+                fits = need.total <= self.target.room
                 yield Option(zero, rule, need, fits, self.largest(zero, rule, world))
 
     # ---- time
 
     def outlook(self, world: int) -> Outlook:
-        """Of the recipe on `world` ranks; with another micro-batch, if its own does not fit and another does.
+        """Predict the recipe on `world` ranks, with another micro-batch if its own does not fit and another does.
 
         Raises:
-            RecipeError: the batch cannot be divided among so many.
+            RecipeError: the batch cannot be divided among that many ranks.
         """
         zero, rule = self.recipe.parallel.zero, self.recipe.parallel.recompute
         micro, accumulation = self.recipe.micro_batch(world)
         need = self.most(zero, rule, micro, accumulation, world, exact=False)
-        fits = need.total <= self.place.room
+        fits = need.total <= self.target.room
         given = fits
         if not fits and (other := self.largest(zero, rule, world)):
             micro, accumulation = other, self.recipe.batch // world // other
@@ -237,7 +241,7 @@ class Planner:
             step_s = self._step(start, rule, micro, accumulation, zero, world, sent)
             seconds += (end - start) * step_s
             work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
-        device, price = self.place.device, self.place.price
+        device, price = self.target.device, self.target.price
         hours = seconds / 3600
         return Outlook(
             world=world,
@@ -256,39 +260,36 @@ class Planner:
         )
 
     def _step(self, start: int, rule: str, micro: int, accumulation: int, zero: int, world: int, sent: Sent) -> float:
-        """Seconds of step `start`; 0 where the device's rates are not known."""
-        device = self.place.device
+        """Seconds of step `start`; 0 if the device's rates are unknown."""
+        device = self.target.device
         if device is None:
             return 0.0
-        config = self._at(start)
-        here = max(micro * self.recipe.batch_at(start) // self.recipe.batch, 1)
+        config, here = self._at(start), self._micro_at(start, micro)
         compute = accumulation * self._passes(config, rule, here, exact=False).seconds
         updating = roofline.update(device, self.whole // (world if zero else 1))
-        return roofline.step(compute, self.place.fabric.seconds(sent, world), updating, zero)
+        return roofline.step(compute, self.target.fabric.seconds(sent, world), updating, zero)
 
-    # ---- what to say where it cannot run
+    # ---- refusals
 
     def refuse(self, world: int, otherwise: str = "") -> None:
-        """`otherwise`: what to add to the message.
-
-        Raises:
-            LaunchError: the recipe does not fit; says by how much, and what would.
+        """Raises:
+        LaunchError: the recipe does not fit; the message says by how much, and what would fit. `otherwise` is appended.
         """
         parallel = self.recipe.parallel
         micro, accumulation = self.recipe.micro_batch(world)
         need = self.most(parallel.zero, parallel.recompute, micro, accumulation, world, exact=True)
-        if need.total <= self.place.room:
+        if need.total <= self.target.room:
             return
-        said = (
-            f"{self.recipe.name} does not fit {self.place.name} on {world} rank{'s' * (world > 1)}: one needs"
+        problem = (
+            f"{self.recipe.name} does not fit {self.target.name} on {world} rank{'s' * (world > 1)}: one needs"
             f" {need.total / 1e9:.1f} GB (ZeRO-{parallel.zero}, recompute {parallel.recompute}, micro-batch {micro})"
-            f" and has {self.place.room / 1e9:.1f} GB"
+            f" and has {self.target.room / 1e9:.1f} GB"
         )
-        ways = list(self._ways_out(world, micro))
-        fix = f"would fit: {' | '.join(ways)}" if ways else "nothing that was tried would fit"
-        raise LaunchError("; ".join(part for part in (said, fix, otherwise) if part))
+        fixes = list(self._fixes(world, micro))
+        fix = f"would fit: {' | '.join(fixes)}" if fixes else "nothing that was tried would fit"
+        raise LaunchError("; ".join(part for part in (problem, fix, otherwise) if part))
 
-    def _ways_out(self, world: int, micro: int) -> Iterator[str]:
+    def _fixes(self, world: int, micro: int) -> Iterator[str]:
         parallel = self.recipe.parallel
         own = parallel.recompute
         if fitting := self.largest(parallel.zero, own, world):
@@ -305,7 +306,7 @@ class Planner:
             if fitting := self.largest(zero, "block", world):
                 yield f"parallel.zero={zero} parallel.recompute=block parallel.micro_batch={fitting}"
                 break
-        if self.place.device is None:  # more ranks on a machine share its memory
+        if self.target.device is None:  # more ranks on a machine share its memory
             return
         for more in (world << i for i in range(1, 10)):
             if self.recipe.batch % more == 0 and self.largest(parallel.zero, own, more):
@@ -314,7 +315,7 @@ class Planner:
 
 
 def lanes_and_shards(recipe: Recipe, shards: Sequence[int], nodes: int, *, remote: bool) -> list[str]:
-    """What is to be said of how the data divide among nodes; `shards`: how many each data set has."""
+    """Warnings about how the data divide among nodes; `shards`: the number of shards of each data set."""
     notes = []
     lanes = recipe.data.lanes
     if remote and lanes < nodes:
@@ -323,10 +324,10 @@ def lanes_and_shards(recipe: Recipe, shards: Sequence[int], nodes: int, *, remot
             f" data.lanes={nodes}"
         )
     elif lanes > 1 and lanes % nodes:
-        notes.append(f"data.lanes {lanes} is no multiple of {nodes} nodes: some have more lanes than others")
+        notes.append(f"data.lanes {lanes} is not a multiple of {nodes} nodes: some have more lanes than others")
     for source, count in zip(recipe.data.sources, shards, strict=True):
         if count < lanes:
-            notes.append(f"data {source.data}: {count} shards for {lanes} lanes, so that lanes share shards")
+            notes.append(f"data {source.data}: {count} shards for {lanes} lanes: lanes share shards")
         elif count % lanes:
-            notes.append(f"data {source.data}: {count} shards are no multiple of {lanes} lanes")
+            notes.append(f"data {source.data}: {count} shards are not a multiple of {lanes} lanes")
     return notes

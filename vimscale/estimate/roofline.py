@@ -1,7 +1,7 @@
-"""How long a step should take: operations at the device's rates, collectives at the fabric's. A prediction, no claim.
+"""How long a step should take: operations at the device's rates, collectives at the fabric's. Predictions only.
 
-An operation takes the longer of two times: its matrix products at a share of the data sheet's rate, its bytes at a
-share of the memory's. The shares are what well-made kernels reach elsewhere; none was measured here.
+An operation takes the longer of two times: its matrix products at a fraction of the data sheet's rate, and its bytes at
+a fraction of the memory's bandwidth. The fractions are what well-made kernels reach elsewhere; none was measured here.
 """
 
 import math
@@ -17,22 +17,22 @@ from vimscale.engine.zero_layout import Sent
 from vimscale.estimate.devices import Device
 
 MATRIX = 0.6
-"""Share of the data sheet's matrix rate."""
+"""Fraction of the data sheet's matrix rate that kernels reach."""
 MEMORY = 0.8
-"""Share of the memory's bandwidth."""
+"""Fraction of the memory's bandwidth that kernels reach."""
 FABRIC = 0.8
-"""Share of the links' bandwidth."""
+"""Fraction of the links' bandwidth that collectives reach."""
 LATENCY = 10e-6
-"""Seconds of a collective for each doubling of the ranks."""
+"""Seconds that a collective takes for each doubling of the number of ranks."""
 SCAN = {"vimscale::selective_scan": 18, "vimscale::selective_scan_backward": 40}
-"""Operations of the fp32 units whose time one token, channel and state of a scan takes: from the clocks that
-docs/kernels.md reads out of the machine code.
+"""fp32 operations that take as long as a scan takes for one token, channel and state; from the clock counts of the
+machine code in docs/kernels.md.
 """
 _NO_WORK = {f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")}
 HOST = 25e9
 """Bytes/s from a device to its host's memory, for checkpoints."""
 UPDATE = 28
-"""Bytes that AdamW reads and writes an element: weight, gradient and two moments in, weight and moments out."""
+"""Bytes that AdamW reads and writes per element: weight, gradient and two moments in, weight and moments out."""
 
 
 def operation(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
@@ -58,15 +58,15 @@ def _touched(device: Device, *values: Any) -> float:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Between ranks: `node` of them share a machine, with `link` bytes/s in it and `out` bytes/s to the others."""
+    """The network: `node` ranks share a machine, with `link` bytes/s inside it and `out` bytes/s to the others."""
 
     node: int
     link: float
     out: float
 
     def seconds(self, sent: Sent, world: int) -> float:
-        """Of these collectives: rings through all ranks of a node and on to the next, as NCCL lays them; an all-reduce
-        goes round twice.
+        """Seconds that these collectives take: rings through all ranks of a node and on to the next, as NCCL builds
+        them; an all-reduce goes round twice.
         """
         if world == 1:
             return 0.0
@@ -76,7 +76,7 @@ class Fabric:
 
 
 def update(device: Device, elements: int) -> float:
-    """Seconds of AdamW on a rank's share."""
+    """Seconds that AdamW takes for a rank's `elements`."""
     return UPDATE * elements / (MEMORY * device.bandwidth)
 
 

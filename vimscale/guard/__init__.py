@@ -1,1 +1,1 @@
-"""The guard: judging steps, diagnosing bad ones, reporting them."""
+"""The guard: judge every step, leave out bad updates, diagnose bad steps and report them. `train` imports it."""

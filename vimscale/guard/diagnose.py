@@ -1,4 +1,4 @@
-"""Looking into a bad step: its batch goes through the model once more, to find the first layer that is not as usual."""
+"""Diagnose a bad step: run its batch through the model again, and find the first layer that is not as usual."""
 
 import logging
 import math
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -17,16 +16,15 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.guard import report as guard_report
 from vimscale.guard.judge import Micro, Record, Seen
-from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 _OUTLYING = 10.0
-"""So many times the largest activation of the last good batch is not normal for a layer."""
+"""A layer is an outlier from this many times its largest activation in the last good batch."""
 
 
-def examine(
+def diagnose(
     folder: RunFolder,
     seen: Seen,
     record: Record,
@@ -35,16 +33,17 @@ def examine(
     engine: Engine,
     prefetcher: Prefetcher,
     train_set: TrainingSet,
-    recipe: Recipe,
     rollbacks: int,
 ) -> dict[str, Any]:
-    """Look into a bad step and write down what is found; the report, the same on every rank. Called by all of them."""
+    """Find out what is wrong with a bad step and write a report; returns it, the same on every rank. All ranks call
+    this.
+    """
     rank = dist.get_rank()
-    before = [_forward(engine, prefetcher, recipe, micro)[0] for micro in good.micros] if good is not None else []
+    before = [_forward(engine, prefetcher, micro)[0] for micro in good.micros] if good is not None else []
     usual = {name: max(largest[name] for largest in before) for name in before[0]} if before else {}
     samples, layers = [], []
     for part, micro in enumerate(record.micros):
-        largest, losses = _forward(engine, prefetcher, recipe, micro)
+        largest, losses = _forward(engine, prefetcher, micro)
         layers.append(_first_faults(largest, usual) | {"rank": rank, "part": part})
         samples += _samples(micro, losses, train_set, rank, part)
     own = {
@@ -69,16 +68,14 @@ def examine(
     report["cause"] = guard_report.cause(report)
     try:
         guard_report.save(folder, report, _tensors(record.micros), rank)
-    except (OSError, SafetensorError) as error:  # a full disk is no reason to end a run that can go on
+    except (OSError, SafetensorError) as error:  # a full disk must not end a run that can continue
         log.warning("the report of step %d could not be written: %s", seen.step, error)
     return report
 
 
 @torch.no_grad()
-def _forward(
-    engine: Engine, prefetcher: Prefetcher, recipe: Recipe, micro: Micro
-) -> tuple[dict[str, float], list[float]]:
-    """(each module's largest activation in the order they end, each image's loss); inf or nan where not finite."""
+def _forward(engine: Engine, prefetcher: Prefetcher, micro: Micro) -> tuple[dict[str, float], list[float]]:
+    """(the largest activation of each module, in the order in which they return; the loss of each image)."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -90,20 +87,18 @@ def _forward(
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in engine.module.named_modules() if name]
+    modules = [*engine.encoder.named_modules(), *engine.model.added.named_modules(prefix="objective")]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules if name]
     try:
-        images, targets = prefetcher.prepare(micro.batch)
-        logits = engine.forward(images, micro.draws, micro.backward)
+        losses = engine.ask("loss_per_sample", micro.inputs(prefetcher))
     finally:
         for handle in handles:
             handle.remove()
-    smoothing = recipe.objective.label_smoothing
-    losses = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing, reduction="none")
     return {name: float(value) for name, value in found.items()}, losses.tolist()
 
 
 def _first_faults(largest: dict[str, float], usual: dict[str, float]) -> dict[str, Any]:
-    """The first layer whose activations are not finite, and the first where they are far larger than usual."""
+    """The first layer whose activations are not finite, and the first whose activations are far larger than usual."""
     broken = next((name for name, value in largest.items() if not math.isfinite(value)), None)
     far = [
         (name, largest[name] / usual[name])
@@ -133,7 +128,7 @@ def _samples(micro: Micro, losses: list[float], train_set: TrainingSet, rank: in
 
 
 def _tensors(micros: list[Micro]) -> dict[str, Tensor]:
-    """A rank's micro-batches as they were given to the model, by PART/NAME; images that differ in size one by one."""
+    """A rank's micro-batches as the model got them, named PART/NAME; each image separately, as sizes may differ."""
     tensors: dict[str, Tensor] = {}
     for part, micro in enumerate(micros):
         batch = micro.batch
@@ -142,6 +137,7 @@ def _tensors(micros: list[Micro]) -> dict[str, Tensor]:
         else:
             tensors |= {f"{part}/images/{i}": image for i, image in enumerate(batch.images.unbind())}
         others = {"labels": batch.labels, "erase": batch.erase, "mix": batch.mix, "draws": micro.draws}
+        others |= {f"views/{name}": view for name, view in batch.views.items()}
         tensors |= {f"{part}/{name}": tensor for name, tensor in others.items() if tensor is not None}
         if micro.backward is not None:
             tensors[f"{part}/backward"] = torch.tensor(micro.backward)

@@ -1,4 +1,4 @@
-"""The guard: which updates are left out, when a run goes back to its last checkpoint, and when it ends."""
+"""The guard: which updates to leave out, when to roll back to the last checkpoint, and when to end the run."""
 
 import math
 from collections import deque
@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vimscale.data.prefetch import Prefetcher
 from vimscale.data.stream import Batch
+from vimscale.objectives.base import Inputs
 from vimscale.recipe import sections
 from vimscale.recipe.recipe import Recipe
 
 _NORMAL = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
 _FLOOR = 0.01
-"""A window of equal values would make a spike of any other: deviations count as at least this share of the median."""
+"""A deviation counts as at least this fraction of the median; after equal values any change would be a spike."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Seen:
     """One step, as all ranks saw it."""
 
     step: int
-    """Steps finished with it."""
+    """Its number, counted from 1."""
     row: int
-    """Bad steps in a row with it; 0 of a good one."""
+    """Bad steps in a row, up to and including this one; 0 for a good one."""
     loss: float
     grad_norm: float
     loss_z: float
@@ -37,7 +39,7 @@ class Seen:
 
     @property
     def reason(self) -> str:
-        """What is bad about it."""
+        """Why the step is bad."""
         for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
             if not math.isfinite(value):
                 return f"{name} {value} is not finite"
@@ -52,16 +54,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch as the model was given it, by reference."""
+    """A micro-batch as the model got it, by reference."""
 
     batch: Batch
     draws: Tensor | None
     backward: list[float] | None
 
+    def inputs(self, prefetcher: Prefetcher) -> Inputs:
+        """What the objective got."""
+        images, targets = prefetcher.prepare(self.batch)
+        return Inputs(images, targets, self.batch.views, self.draws, self.backward)
+
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of a step until it is known to be good."""
+    """What the guard keeps of a step until its verdict is known."""
 
     step: int
     micros: list[Micro]
@@ -69,7 +76,7 @@ class Record:
 
 
 class Judge:
-    """Tells bad steps from good ones, on the device: nothing waits for its answer."""
+    """Decides on the device whether a step is bad; nothing waits for the answer."""
 
     def __init__(self, options: sections.Guard, device: torch.device):
         self._spike = math.inf if options.spike is None else options.spike
@@ -78,8 +85,8 @@ class Judge:
         self._row = torch.zeros((), device=device)
 
     def __call__(self, seen: Tensor) -> Tensor:
-        """seen (2): loss and gradient norm, the same on every rank -> (8): 1 or 0 for bad or good, bad steps in a row,
-        loss, norm, their z-scores, and the medians these are from; 0 and nan before the window is full.
+        """Judge a step. seen (2): loss and gradient norm, the same on every rank -> (8): 1 if bad, else 0; bad steps in
+        a row; loss, norm; their z-scores, 0 until the window is full; their medians, nan until then.
         """
         size = self._window.shape[1]
         median = _median(self._window)
@@ -95,14 +102,14 @@ class Judge:
         return torch.cat([torch.stack([bad.to(seen.dtype), self._row]), seen, z, known])
 
     def forget(self) -> None:
-        """What is to come is not to be measured by what was."""
+        """Empty the window: old statistics no longer apply."""
         self._good.zero_()
 
     def state(self) -> dict[str, Any]:
         return {"window": self._window.tolist(), "good": int(self._good)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as the judge whose `state` this is; afresh without one, or if its window was of another length."""
+        """Take over a judge's `state`; start with an empty window if there is none, or if its length differs."""
         self._row.zero_()
         self.forget()
         window = torch.tensor(state.get("window", ()))
@@ -112,16 +119,17 @@ class Judge:
 
 
 def _median(values: Tensor) -> Tensor:
-    """Lower median of each row (r, n) -> (r): a sort, which no host waits for."""
+    """Lower median of each row, (r, n) -> (r). It sorts, which needs no host synchronization."""
     return values.sort(dim=1).values[:, (values.shape[1] - 1) // 2]
 
 
 class Guard:
-    """One rank's part of it. Every rank judges the same numbers, so all decide alike in the same step.
+    """One rank's part of the guard. Every rank judges the same numbers, so all decide the same in the same step.
 
-    The device decides at once whether an update is left out. The host hears of it when that is free: on a CPU at once,
-    on a GPU one step late, when the device is busy with the next. What a run computes does not depend on which: a run
-    goes back from where the device counted one bad step too many, and what it did since is undone.
+    The device decides at once whether to leave out an update. The host reads the verdict when that costs nothing: at
+    once on a CPU, one step late on a GPU, while the device computes the next step. The result of a run does not depend
+    on this: a run rolls back from the step in which the device counted one bad step too many, and later steps are
+    undone.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device):
@@ -132,20 +140,20 @@ class Guard:
         self._records: deque[tuple[Record, Tensor, torch.cuda.Event | None]] = deque()
         self._fresh = {phase.step for phase in recipe.phases} | {change.step for change in recipe.data.reweight}
         self.good: Record | None = None
-        """The last step known to be good, to compare a bad one with."""
+        """The last step known to be good, to compare bad ones with."""
         self.row = 0
         """Bad steps in a row, as far as the host knows."""
         self.rollbacks = 0
         self.lower_until = 0
 
     def factor(self, step: int) -> float:
-        """Of the learning rate, for the update that follows `step` finished ones; to be asked once a step."""
-        if step in self._fresh:  # other images have another loss
+        """Factor of the learning rate for the update that follows `step` finished ones. Call it once per step."""
+        if step in self._fresh:  # images of other sizes or sources have another loss
             self._judge.forget()
         return self._options.lower_lr if step < self.lower_until else 1.0
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1 if this step's update is to be left out, else 0, on the device. `loss`: this rank's mean."""
+        """Judge the step: 1 if its update must be left out, else 0, on the device. `loss`: this rank's mean."""
         seen = torch.stack([loss, norm.to(loss)])
         dist.all_reduce(seen)
         self._verdict = self._judge(seen / dist.get_world_size())
@@ -153,7 +161,7 @@ class Guard:
 
     @property
     def loss(self) -> Tensor:
-        """The last judged step's, averaged over the ranks, on the device."""
+        """Loss of the last judged step, averaged over the ranks, on the device."""
         return self._verdict[2]
 
     @property
@@ -162,7 +170,7 @@ class Guard:
         return 1 - self._verdict[0]
 
     def keep(self, record: Record) -> None:
-        """Remember what the step that was judged last was made of."""
+        """Keep the record of the step that was judged last."""
         if not self._late:
             self._records.append((record, self._verdict, None))
             return
@@ -172,7 +180,7 @@ class Guard:
         self._records.append((record, verdict, copied))
 
     def read(self, wait: bool) -> list[tuple[Seen, Record]]:
-        """The bad steps among those whose verdict has come; `wait`: for the last one's too. The same on all ranks."""
+        """The bad steps among those whose verdict has arrived; the same on all ranks. `wait`: for all verdicts."""
         found = []
         while len(self._records) > (0 if wait else self._late):
             record, verdict, copied = self._records.popleft()
@@ -190,12 +198,12 @@ class Guard:
         return {"rollbacks": self.rollbacks, "lower_until": self.lower_until, **self._judge.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as the guard whose `state` a checkpoint holds."""
+        """Take over the `state` that a checkpoint holds."""
         self.rollbacks, self.lower_until = state.get("rollbacks", 0), state.get("lower_until", 0)
         self._judge.restore(state)
 
     def go_back(self, step: int, state: dict[str, Any]) -> None:
-        """The run goes back to the checkpoint of `step`, which holds `state`."""
+        """Count a rollback to the checkpoint of `step`, which holds `state`."""
         self._records.clear()
         self._judge.restore(state)
         self.good, self.row = None, 0
@@ -204,7 +212,7 @@ class Guard:
 
 
 def pass_over(recipe: Recipe, skipped: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
-    """`skipped` (see `Order`), and besides whatever steps [first, last) read with it."""
+    """`skipped` (see `Order`), extended by whatever steps [first, last) read."""
     inside = [(at, images) for at, images in skipped if first < at < last]
     images = recipe.consumed(last) - recipe.consumed(first) + sum(images for _, images in inside)
     return sorted([pair for pair in skipped if pair not in inside] + [(first, images)])

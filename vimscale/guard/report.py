@@ -1,4 +1,4 @@
-"""Reports of bad steps: in words, on disk, and read again."""
+"""Reports of bad steps: word them, write them, read them."""
 
 import json
 import math
@@ -16,16 +16,16 @@ from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files, untrusted
 
 _KEPT = 20
-"""So many reports of a run stay; each holds a batch."""
+"""Reports that a run keeps; each holds a batch."""
 _SHOWN = 8
-"""Names or samples that the readable report lists."""
+"""Names or samples that report.txt lists."""
 
 
 # ---- in words
 
 
 def cause(report: dict[str, Any]) -> str:
-    """What the figures say, in one sentence."""
+    """The likely cause, in one sentence."""
     if report["weights"]:
         return f"weights are not finite: {_listed(report['weights'])}"
     broken = [layer for layer in report["layers"] if layer["not_finite"]]
@@ -34,8 +34,8 @@ def cause(report: dict[str, Any]) -> str:
         return f"activations are not finite from {where}; the weights are finite"
     if report["gradients"]:
         return (
-            f"gradients are not finite, of {_listed(report['gradients'])}; weights and activations are, so it came from"
-            " the backward pass, a device or the exchange of gradients"
+            f"gradients are not finite, of {_listed(report['gradients'])}; weights and activations are finite, so the"
+            " backward pass, a device or the exchange of gradients is at fault"
         )
     far = [layer for layer in report["layers"] if layer["outlying"]]
     worst = _worst(report)[0]
@@ -50,7 +50,7 @@ def cause(report: dict[str, Any]) -> str:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """report.txt."""
     seen = report["seen"]
     lines = [
         f"step {report['step']}: {report['reason']}",
@@ -58,7 +58,7 @@ def text(report: dict[str, Any]) -> str:
         "",
         f"loss           {seen['loss']:.6g}   {_usual(seen['loss_median'], seen['loss_z'])}",
         f"gradient norm  {seen['grad_norm']:.6g}   {_usual(seen['norm_median'], seen['norm_z'])}",
-        f"bad steps in a row: {seen['row']}; the update of this one was left out",
+        f"bad steps in a row: {seen['row']}; this step's update was left out",
         "",
         f"weights that are not finite:    {_listed(report['weights']) or 'none'}",
         f"gradients that are not finite:  {_listed(report['gradients']) or 'none seen'}",
@@ -72,7 +72,7 @@ def text(report: dict[str, Any]) -> str:
     for sample in _worst(report)[:_SHOWN]:
         where = f"{sample['key']}  {sample['shard']} sample {sample['sample']}"
         lines.append(f"{sample['rank']:4}  {sample['loss']:<10.4g}  {sample['label']:5}  {where}")
-    lines += ["", f"all {len(report['samples'])} samples are in report.json, their images beside it; to see them:"]
+    lines += ["", f"all {len(report['samples'])} samples are in report.json, their images next to it; to see them:"]
     return "\n".join([*lines, "vimscale inspect-batch RUN " + str(report["step"]), ""])
 
 
@@ -81,7 +81,7 @@ def _usual(median: float, z: float) -> str:
 
 
 def _worst(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Samples, those without a finite loss first, then by loss."""
+    """The samples: those without a finite loss first, then from the largest loss to the smallest."""
     return sorted(report["samples"], key=lambda sample: -sample["loss"] if math.isfinite(sample["loss"]) else -math.inf)
 
 
@@ -94,12 +94,12 @@ def _listed(names: list[Any]) -> str:
 
 
 def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], rank: int) -> None:
-    """Write this rank's tensors, named PART/images/NUMBER and so on; rank 0 writes the report, too.
+    """Write this rank's tensors, named PART/images/NUMBER and so on; rank 0 also writes the report.
 
     Raises:
-        OSError: that cannot be done.
+        OSError: a file cannot be written.
     """
-    path = place(folder, report["step"], report["rollbacks"])
+    path = folder_of(folder, report["step"], report["rollbacks"])
     path.mkdir(parents=True, exist_ok=True)
     files.save_tensors(path / f"rank_{rank:05d}.safetensors", tensors)
     if rank == 0:
@@ -109,18 +109,18 @@ def save(folder: RunFolder, report: dict[str, Any], tensors: dict[str, Tensor], 
             shutil.rmtree(old)
 
 
-def place(folder: RunFolder, step: int, rollbacks: int) -> Path:
-    """Of a step that comes again after a rollback there is another report."""
+def folder_of(folder: RunFolder, step: int, rollbacks: int) -> Path:
+    """The folder of a step's report. A step that comes again after a rollback has another one."""
     name = run_folder.checkpoint_name(step)
     return folder.guard / (f"{name}_{rollbacks + 1}" if rollbacks else name)
 
 
 def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, Any], list[Tensor]]:
-    """(folder, report, images (3, h, w) uint8 in the order of its samples) of the last time a step was bad, or of the
-    last bad step.
+    """(folder, report, images (3, h, w) uint8 in the order of its samples) of the newest report of `step`; default: of
+    the newest report.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is no such report, or it cannot be read.
     """
     there = sorted(path.parent for path in folder.guard.glob("step_*/report.json"))
     chosen = [path for path in there if step is None or path.name.startswith(run_folder.checkpoint_name(step))]

@@ -216,19 +216,26 @@ class VisionMamba(nn.Module):
     # ---- forward
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        draws: Tensor | None = None,
+        backward: Sequence[float] | None = None,
+        *,
+        features: bool = False,
     ) -> Tensor:
         """Return logits (b, num_classes) in fp32 for images (b, 3, h, w), or for a list of images (3, h, w) of any
         sizes, which the model packs into rows.
 
         `draws` (b, layers), uniform in [0, 1), decide which contributions drop-path drops in training; default: none.
         `backward` (layers) is the factor on each layer's backward path; default: `self.backward`. The caller passes
-        both, so that they can depend on sample and step and not on the rank.
+        both, so that they can depend on sample and step and not on the rank. `features`: return what the head reads
+        (b, features) instead of logits.
 
         Raises:
             ValueError: patches do not fill a side of an image.
         """
-        return self.head(self.forward_features(images, draws, backward)).float()
+        read = self.forward_features(images, draws, backward)
+        return read if features else self.head(read).float()
 
     @overload
     def forward_features(

@@ -1,1 +1,3 @@
-"""What a model is trained for: a loss for a batch, and sums from which an evaluation's figures follow."""
+"""What a model is trained for. `base` says what may be asked of an objective, and each objective is one file. The
+engine and whatever is above it ask; data, recipes and models know nothing of this package.
+"""

@@ -4,27 +4,47 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
+from vimscale.recipe import own_code
 from vimscale.recipe.model_section import Model
 from vimscale.recipe.sections import (
+    AnyObjective,
     Augment,
     Checkpoint,
+    ClassificationOptions,
     Count,
     Data,
     Evaluate,
     Guard,
     Log,
-    Objective,
     Optim,
     Parallel,
     Phase,
     Step,
 )
 from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
+
+
+class MicroBatch(NamedTuple):
+    """How a global batch is cut: each rank takes a contiguous part of it, in `accumulation` micro-batches of `size`."""
+
+    size: int
+    """Images that a rank computes at once."""
+    accumulation: int
+    """Micro-batches per step."""
+
+    def rows(self, rank: int, part: int) -> range:
+        """The images of the global batch in micro-batch `part` of a rank."""
+        begin = (rank * self.accumulation + part) * self.size
+        return range(begin, begin + self.size)
+
+    def rank_rows(self, rank: int) -> range:
+        """The images of the global batch that a rank computes in a step."""
+        return range(self.rows(rank, 0).start, self.rows(rank + 1, 0).start)
 
 
 class Recipe(Section):
@@ -44,7 +64,7 @@ class Recipe(Section):
     model: Model = Model()
     data: Data
     augment: Augment = Augment()
-    objective: Objective = Objective()
+    objective: AnyObjective = ClassificationOptions()
     optim: Optim = Optim()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
@@ -137,10 +157,10 @@ class Recipe(Section):
             images -= batch * (end - start)
         raise AssertionError("the last span has no end")
 
-    def micro_batch(self, world: int, step: int | None = None) -> tuple[int, int]:
-        """Return (images that a rank computes at once, micro-steps per step) on `world` ranks.
+    def micro_batch(self, world: int, step: int | None = None) -> MicroBatch:
+        """Return how `world` ranks cut a global batch.
 
-        `step`: the step that they are for, since phases change the batch. default: a step with the recipe's `batch`.
+        `step`: the step that it is for, since phases change the batch. default: a step with the recipe's `batch`.
 
         Raises:
             RecipeError: the ranks cannot divide the batch, or a phase's batch.
@@ -170,7 +190,7 @@ class Recipe(Section):
             ]
         if faults:
             raise RecipeError(f"recipe {self.name}", faults)
-        return (self.batch if step is None else self.batch_at(step)) // micro_batches, accumulation
+        return MicroBatch((self.batch if step is None else self.batch_at(step)) // micro_batches, accumulation)
 
     def to_yaml(self) -> str:
         """Write the complete recipe, defaults included, as YAML that `load` and `parse` read."""
@@ -182,6 +202,13 @@ def _nearest(batch: int, unit: int) -> int:
     return max(round(batch / unit), 1) * unit
 
 
+def _with_full_paths(tree: dict, folder: Path) -> None:
+    """Make the path of a user's own file, which a recipe gives relative to itself, a full one."""
+    section = tree.get("objective")
+    if isinstance(section, dict) and isinstance(section.get("kind"), str):
+        section["kind"] = own_code.absolute(section["kind"], folder)
+
+
 _KIND = Kind(
     "recipe",
     Recipe,
@@ -189,6 +216,7 @@ _KIND = Kind(
     "recipes",
     either=("steps", "epochs"),
     renamed={"checkpoint.second": "checkpoint.mirror"},
+    with_full_paths=_with_full_paths,
 )
 
 

@@ -1,11 +1,25 @@
 """The sections of a recipe except `model`: what each key means and which values it takes."""
 
+import inspect
 import os
 import re
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
+from vimscale.errors import suggest
+from vimscale.recipe import own_code
 from vimscale.recipe.typed_yaml import UNION, Address, Either, Section, Size, Whole
 
 Count = Annotated[Whole, Field(ge=1, le=2**24)]
@@ -176,9 +190,82 @@ class Phase(Section):
     """
 
 
-class Objective(Section):
+class ObjectiveOptions(Section):
+    """What the model is trained for. `kind` is classification, or a class in a file such as mine.py:MyLoss, relative to
+    the recipe's file; the other keys are the options of that kind.
+    """
+
+    headline: ClassVar[str] = "loss"
+    """The figure of an evaluation that runs of this kind are compared by."""
+    kind: str
+
+    def __reduce__(self) -> tuple:
+        """Another process imports a user's own file again."""
+        return objective_options, (self.model_dump(),)
+
+    @classmethod
+    def section_for(cls, tree: Any) -> type[Section]:
+        return cls if cls is not ObjectiveOptions else _options_class(tree)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if cls is not ObjectiveOptions:
+            return handler(schema)
+        own = {
+            "type": "object",
+            "description": "A user's own objective, with its own options.",
+            "properties": {"kind": {"type": "string", "pattern": r"\.py:"}},
+            "required": ["kind"],
+        }
+        kinds = [*(handler(kind.__pydantic_core_schema__) for kind in OBJECTIVES.values()), own]
+        return {"description": inspect.cleandoc(cls.__doc__ or ""), "anyOf": kinds}
+
+
+class ClassificationOptions(ObjectiveOptions):
+    """Cross entropy over the classes of the training set, with the encoder's own head."""
+
+    headline: ClassVar[str] = "top1"
     kind: Literal["classification"] = "classification"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of each target that is spread evenly over all classes."""
+
+
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {"classification": ClassificationOptions}
+"""The objectives that come with the package, by kind."""
+
+
+def objective_options(tree: Any) -> Any:
+    """The options that a recipe's `objective` section gives, as an object of the class of its kind; anything that is no
+    section stays as it is.
+
+    Raises:
+        ValidationError: the kind is unknown, its file cannot be imported, or an option is wrong.
+    """
+    return _options_class(tree).model_validate(tree) if isinstance(tree, dict) else tree
+
+
+def _options_class(tree: Any) -> type[ObjectiveOptions]:
+    kind = tree.get("kind", "classification")
+    if not isinstance(kind, str):
+        return ClassificationOptions  # reports the type
+    if kind in OBJECTIVES:
+        return OBJECTIVES[kind]
+    try:
+        if own_code.split(kind) is None:
+            raise ValueError(
+                f"{kind!r} is not {' or '.join(OBJECTIVES)}, nor a class in a file such as mine.py:MyLoss"
+                f"{suggest(kind, OBJECTIVES)}"
+            )
+        options = getattr(own_code.load(kind), "Options", None)
+        if not (isinstance(options, type) and issubclass(options, ObjectiveOptions)):
+            raise ValueError(f"{kind} is not an objective: derive it from vimscale.objectives.base.Objective")
+    except ValueError as error:
+        fault = InitErrorDetails(type="value_error", loc=("kind",), input=kind, ctx={"error": error})
+        raise ValidationError.from_exception_data("objective", [fault]) from None
+    return options
+
+
+AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(objective_options)]
 
 
 class Optim(Section):

@@ -75,6 +75,11 @@ class Section(BaseModel):
             return values
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
+    @classmethod
+    def section_for(cls, tree: Any) -> "type[Section]":
+        """The class that validates `tree`, where its content decides which."""
+        return cls
+
 
 File = TypeVar("File", bound=Section)
 
@@ -106,6 +111,8 @@ class Kind(Generic[File]):
     """Keys that exclude each other: what is merged on top with one of them replaces the others."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Keys by their earlier names, both in dotted form; files and overrides may use either, but not both at once."""
+    with_full_paths: Callable[[dict, Path], None] | None = None
+    """Changes paths in a file's tree, which are relative to the file's folder, to full ones."""
 
     def load(self, source: str | Path, overrides: Iterable[str] = ()) -> File:
         """Load the file `source`, or the shipped file of that name, and apply `a.b=c` overrides.
@@ -119,11 +126,13 @@ class Kind(Generic[File]):
         for text in overrides:
             _override(changes, text, faults)
         faults += self._rename(changes)
+        if self.with_full_paths is not None:
+            self.with_full_paths(changes, Path.cwd())
         tree = self._merge(self._read(path, ()), changes)
         try:
             loaded = self.section.model_validate(tree)
         except ValidationError as error:
-            faults += _explain_all(self.section, error)
+            faults += _explain_all(self.section, tree, error)
         if faults:
             raise self.error(self._title(path), faults)
         return loaded
@@ -137,13 +146,14 @@ class Kind(Generic[File]):
         title = f"{self.name} {where}"
         try:
             tree = _parse_mapping(text)
-            if faults := self._rename(tree):
-                raise self.error(title, faults)
-            return self.section.model_validate(tree)
         except _Unreadable as error:
             raise self.error(title, [str(error)]) from None
+        if faults := self._rename(tree):
+            raise self.error(title, faults)
+        try:
+            return self.section.model_validate(tree)
         except ValidationError as error:
-            raise self.error(title, _explain_all(self.section, error)) from None
+            raise self.error(title, _explain_all(self.section, tree, error)) from None
 
     def shipped(self) -> dict[str, Path]:
         """List the files that come with the package, by name."""
@@ -188,6 +198,8 @@ class Kind(Generic[File]):
             raise self.error(title, [f"{path} cannot be read: {error.strerror}"]) from None
         if faults := self._rename(tree):
             raise self.error(title, faults)
+        if self.with_full_paths is not None:
+            self.with_full_paths(tree, path.parent)
         base = tree.pop("base", None)
         if base is None:
             return tree
@@ -220,9 +232,11 @@ class Kind(Generic[File]):
 
 
 def _merge(base: dict, top: dict) -> dict:
+    """Merge `top` over `base`. A section of another `kind` has other options: it replaces the one below."""
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        below = merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict) and value.get("kind") in (None, below.get("kind"))
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
@@ -414,13 +428,13 @@ _BOUNDS = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at lea
 _BOUNDS |= {"less_than_equal": ("le", "at most")}
 
 
-def _explain_all(root: type[Section], error: ValidationError) -> list[str]:
+def _explain_all(root: type[Section], tree: dict, error: ValidationError) -> list[str]:
     faults = error.errors(include_url=False)
-    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(root, fault)]
+    lines = [line for fault in faults[:_EXPLAINED] for line in _explain(root, tree, fault)]
     return lines + [f"and {len(faults) - _EXPLAINED:,} more"] * (len(faults) > _EXPLAINED)
 
 
-def _explain(root: type[Section], fault: Any) -> list[str]:
+def _explain(root: type[Section], tree: dict, fault: Any) -> list[str]:
     """Explain one pydantic error in lines that name key, value, rule and fix; our own validators may report several."""
     path = [part for part in fault["loc"] if part not in (*UNION, "[key]")]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
@@ -429,12 +443,12 @@ def _explain(root: type[Section], fault: Any) -> list[str]:
         rules = re.split(r"\n(?! )", str(context["error"]))  # an indented line belongs to the line above
         return [f"{key}: {rule}" if key else rule for rule in rules]
     if kind == "extra_forbidden":
-        section = _section(root, path[:-1])
+        section = _section(root, tree, path[:-1])
         return [f"{key}: no such key{suggest(str(path[-1]), section.model_fields)}"]
     if kind == "missing" and isinstance(path[-1], int):
         return [f"{key}: missing; {key.rpartition('[')[0]} takes a list of {path[-1] + 1} values"]
     if kind == "missing":
-        field: FieldInfo = _section(root, path[:-1]).model_fields[path[-1]]
+        field: FieldInfo = _section(root, tree, path[:-1]).model_fields[path[-1]]
         about = f": {field.description}" if field.description else ""
         return [f"{key}: missing, and it has no default{about}"]
     if kind == "too_long":
@@ -453,21 +467,21 @@ def _explain(root: type[Section], fault: Any) -> list[str]:
     return [f"{key}: {brief(value)} is not {_WANTED.get(kind, fault['msg'])}{hint}"]
 
 
-def _section(root: type[Section], path: Iterable[str | int]) -> type[BaseModel]:
+def _section(root: type[Section], tree: Any, path: Iterable[str | int]) -> type[Section]:
     """Return the section at `path` in the file's tree."""
-    section: type[BaseModel] = root
+    section: type[Section] = root
     for part in path:
+        tree = tree[part]
         if isinstance(part, int):  # an index into a list, whose items are all of one section
             continue
-        annotation = section.model_fields[part].annotation
-        annotation = _innermost(annotation)
+        annotation = _innermost(section.model_fields[part].annotation)
         assert annotation is not None
-        section = annotation
+        section = annotation.section_for(tree)
     return section
 
 
-def _innermost(annotation: Any) -> type[BaseModel] | None:
+def _innermost(annotation: Any) -> type[Section] | None:
     """Find the section in an annotation: `Stage` in `tuple[Stage, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := _innermost(part)) is not None), None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
+from vimscale.recipe import own_code
 from vimscale.recipe.recipe import Recipe, load
 from vimscale.runtime import manifest
 from vimscale.storage import files
@@ -114,9 +115,8 @@ def misnamed(name: str, train_state: bytes) -> str | None:
     return None if checkpoint_name(step) == name else f"it is of step {step}; its name would be {checkpoint_name(step)}"
 
 
-_NUMBERS = {"train": ("loss", "lr"), "eval": ("top1", "loss", "images")}
-"""Figures in all rows of a kind, and "eval" in a result too if it has an evaluation. With few classes there is no top5.
-"""
+_NUMBERS = {"train": ("loss", "lr"), "eval": ("images", "loss")}
+"""Figures in all rows of a kind, and "eval" in a result too if it has an evaluation, whatever the objective."""
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
@@ -131,7 +131,8 @@ def read_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _has_numbers(row: dict[str, Any], kind: str) -> bool:
-    return all(isinstance(row.get(name), (int, float)) for name in _NUMBERS.get(kind, ()))
+    names = {*_NUMBERS.get(kind, ())} | (row.keys() - {"kind", "status"} if kind == "eval" else set())
+    return all(isinstance(row.get(name), (int, float)) for name in names)
 
 
 class RunFolder:
@@ -187,7 +188,7 @@ class RunFolder:
         except (ValueError, RecursionError):
             found = None
         sound = isinstance(found, dict) and type(found.get("step")) is type(found.get("steps")) is int
-        if sound and ("top1" not in found or _has_numbers(found, "eval")):
+        if sound and (found.keys() <= {"status", "step", "steps"} or _has_numbers(found, "eval")):
             return found
         if not self._warned:
             self._warned = True
@@ -266,8 +267,9 @@ class RunFolder:
             time.sleep(0.05)
         self._before = _Before(made, existing, self._steps(), _kept(self._recipe), _kept(self._environment))
 
-    def claim(self, recipe: Recipe, wait_s: float = 0.0) -> None:
-        """`hold` the folder for a run of `recipe`, and record there the recipe and the environment.
+    def claim(self, recipe: Recipe, wait_s: float = 0.0) -> Recipe:
+        """`hold` the folder for a run of `recipe`, and record there the recipe and the environment. Returns the recipe
+        to run: if it names a user's own file, it names the copy in this folder.
 
         Raises:
             LaunchError: it cannot be written, another launch is still using it after `wait_s`, or it holds a run of
@@ -276,11 +278,26 @@ class RunFolder:
         self.hold("end that one, or choose another name=", wait_s)
         self._check(recipe)
         try:
-            files.write(self._recipe, recipe.to_yaml())
+            recipe, text = self._with_own_code(recipe)
+            files.write(self._recipe, text)
             files.write(self._environment, json.dumps(_environment(), indent=1) + "\n")
         except OSError:
             self.withdraw()
             raise
+        return recipe
+
+    def _with_own_code(self, recipe: Recipe) -> tuple[Recipe, str]:
+        """Copy the user's own file that the recipe names, if it names one: (the recipe that names the copy by its full
+        path, the text of recipe.yaml, which names it relative to itself).
+        """
+        parts = own_code.split(recipe.objective.kind)
+        if parts is None:
+            return recipe, recipe.to_yaml()
+        source, name = parts
+        copy = self.path.absolute() / source.name
+        if source != copy:
+            files.write(copy, source.read_text())
+        return _with_kind(recipe, f"{copy}:{name}"), _with_kind(recipe, f"{copy.name}:{name}").to_yaml()
 
     def release(self) -> None:
         """Unlock the folder."""
@@ -310,7 +327,7 @@ class RunFolder:
     def _check(self, recipe: Recipe) -> None:
         if not self._recipe.exists() or self._steps() == _NO_STEPS:
             return  # a launch that finished no step leaves nothing to protect
-        changed = _differences(self.recipe().model_dump(), recipe.model_dump())
+        changed = _differences(_portable(self.recipe()).model_dump(), _portable(recipe).model_dump())
         if changed:
             raise LaunchError(
                 f"run folder {self.path} holds a run of another recipe; these keys differ:\n  "
@@ -372,6 +389,15 @@ def _locked(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
+
+
+def _with_kind(recipe: Recipe, kind: str) -> Recipe:
+    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"kind": kind})})
+
+
+def _portable(recipe: Recipe) -> Recipe:
+    """The recipe with the content of a user's own file in place of the file's path."""
+    return _with_kind(recipe, own_code.identity(recipe.objective.kind))
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -1,1 +1,1 @@
-"""Training: the loop, its evaluation, its metrics."""
+"""Training: the loop, the run's state, recovery, evaluation and metrics. Only the launcher imports it."""

@@ -1,25 +1,33 @@
-"""A model's figures on a data set: every image once, over however many ranks there are."""
+"""A model's figures on a data set: every image once, whatever the number of ranks."""
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vimscale.checkpoint.load import BUFFER, Reader
+from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalise
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import DataError
-from vimscale.objectives import classification
+from vimscale.errors import CheckpointError, DataError, RunFailed
+from vimscale.objectives.base import Inputs, Learner, Objective
+from vimscale.objectives.build import build
+from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
+from vimscale.runtime.run_folder import RunFolder
+from vimscale.storage import files
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
+    sums_of: Callable[[Inputs], Tensor],
+    objective: Objective,
     dataset: Dataset,
     manifest: Manifest,
     *,
@@ -30,12 +38,13 @@ def evaluate(
     world: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1, top-5 (of six classes or more) and mean cross entropy of logits = forward(images). `manifest`: the
-    training set's, for its mean and std. All ranks call `forward` as often as each other, so it may communicate. Images
-    that cannot be read are left out, and named in the log.
+    """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model. `manifest`: the training
+    set's, for its mean and std. All ranks call `sums_of` equally often, so it may communicate. Images that cannot be
+    read are left out, and the log names them.
 
     Raises:
-        DataError: the data set has other classes than the model was trained on.
+        DataError: the data set has other classes than the model was trained on, or none of its images can be read.
+        RunFailed: the objective's figures are incomplete.
     """
     if dataset.manifest.classes != manifest.classes:
         raise DataError(
@@ -43,17 +52,54 @@ def evaluate(
             " prepare both with the same --classes"
         )
     mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    parts = stream.evaluation(
+        dataset, rank=rank, world=world, batch=batch, size=size, workers=workers, views=objective.views
+    )
+    sums = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
-        for part in stream.evaluation(dataset, rank=rank, world=world, batch=batch, size=size, workers=workers):
+        for part in parts:
             heartbeat.beat("evaluate")
             for _, description in part.bad:
                 log.warning("not evaluated: %s", description)
             part = part.to(device)
             assert isinstance(part.images, Tensor)
-            logits = forward(normalise(part.images, mean, std))
-            sums += classification.sums(logits, part.labels, part.weights.to(device))
+            images = normalise(part.images, mean, std)
+            sums = sums + sums_of(Inputs(images, part.labels, part.views, weights=part.weights.to(device)))
     sums = distributed.total(sums)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
-    return classification.figures(sums, len(manifest.classes))
+    figures = objective.figures(sums)
+    if missing := sorted({"images", "loss"} - figures.keys()):
+        raise RunFailed(f"objective {objective.options.kind}: its figures lack {' and '.join(missing)}; add them")
+    return figures
+
+
+def load(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:
+    """The encoder and the objective's modules of a run's checkpoint, on the CPU and ready to evaluate, with the recipe,
+    the training set's manifest and the step. Arguments and errors are those of `restore`.
+    """
+    encoder, recipe, manifest, at = restore(run, raw=raw, step=step)
+    learner = Learner(build(recipe.objective, encoder.config), encoder).eval()
+    added, buffers = learner.added_parameters(), learner.buffers_to_save()
+    if added or buffers:
+        reader = Reader(run.newest_checkpoint(at))
+        kind = "ema" if "ema" in reader.kinds and not raw else "weight"
+        with torch.no_grad():
+            for of, tensors in ((kind, added), (BUFFER, buffers)):
+                for name, tensor in tensors.items():
+                    tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
+    return learner, recipe, manifest, at
+
+
+def export_objective(run: RunFolder, file: Path, *, raw: bool, step: int | None) -> None:
+    """Write the parameters and buffers of an objective's own modules as safetensors, by their names in `modules`.
+    Arguments and errors are those of `restore`.
+
+    Raises:
+        CheckpointError: the objective has none.
+    """
+    learner, recipe, _, _ = load(run, raw=raw, step=step)
+    tensors = {name: value.contiguous() for name, value in learner.added.state_dict().items()}
+    if not tensors:
+        raise CheckpointError(f"run {run.path}: objective {recipe.objective.kind} has no modules of its own to export")
+    files.save_tensors(file, tensors)

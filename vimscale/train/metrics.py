@@ -1,4 +1,4 @@
-"""Figures of a run: JSON lines and TensorBoard, written by rank 0."""
+"""Figures of a run: what rank 0 writes as JSON lines and for TensorBoard, and how they are measured."""
 
 import contextlib
 import json
@@ -9,11 +9,13 @@ import platform
 import resource
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vimscale.data.dataset import Traffic
 from vimscale.data.prefetch import Prefetcher
@@ -24,21 +26,21 @@ from vimscale.runtime.run_folder import RunFolder, read_row
 
 log = logging.getLogger(__name__)
 
-_FEW = 10
-"""So many bad images never stop a run."""
-_TOLD = 20
-"""So many of them are named in a rank's log."""
+_TOO_MANY_FROM = 10
+"""Fewer bad images than this never stop a run."""
+_NAMED_IN_LOG = 20
+"""Bad images that a rank's log names."""
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl and to an event file of TensorBoard's. Neither ever ends or blocks a run: what
-    cannot be written is tried again with the next row. With the first row, what an interrupted run wrote past `start`,
-    the step that this one resumes from, is dropped: a launch that is stopped before changes nothing.
+    """Appends rows to metrics.jsonl and to a TensorBoard event file. Neither ever ends or blocks a run: what cannot be
+    written is tried again with the next row. The first row drops what an interrupted run wrote past `start`, the step
+    that this run resumes from; a launch that is stopped before its first row changes nothing.
     """
 
     def __init__(self, folder: RunFolder, start: int, *, trained: bool = False):
-        """`trained`: `start` is the last step. Only the evaluation after it is left to do, and replaces one that was
-        written before.
+        """`trained`: `start` is the last step. Only the evaluation after it is left to do, and it replaces an earlier
+        one.
         """
         self._folder, self._start, self._trained = folder, start, trained
         self._files: tuple[_Appended, _Board] | None = None
@@ -52,7 +54,7 @@ class Metrics:
         """`row` has a step and a kind: train, eval, layers or guard.
 
         Raises:
-            RunFailed: with the first row, if later ones of an interrupted run cannot be dropped.
+            RunFailed: on the first row, if the later rows of an interrupted run cannot be dropped.
         """
         rows, board = self._files or self._open()
         rows.add(json.dumps(row).encode() + b"\n")
@@ -66,7 +68,7 @@ class Metrics:
 
 
 class _Appended:
-    """A file that is only added to. What cannot be written stays here, and comes first the next time."""
+    """An append-only file. Bytes that cannot be written stay in memory and are written first the next time."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -97,8 +99,8 @@ class _Appended:
 
 
 class _Board:
-    """An event file of TensorBoard's. tensorboardX forms the events; its own writer is a thread that dies of the first
-    error and leaves whoever adds or closes waiting for it.
+    """A TensorBoard event file. tensorboardX encodes the events. Its own writer is not used: it is a thread that dies
+    of the first error, and then `add` and `close` wait for it forever.
     """
 
     def __init__(self, folder: Path, start: int):
@@ -106,7 +108,7 @@ class _Board:
 
         self._file = _Appended(folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}")
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if start:  # hides what another process wrote past it
+        if start:  # hides what an earlier process wrote past it
             session = SessionLog(status=SessionLog.START)
             self._add(Event(wall_time=time.time(), step=start + 1, session_log=session))
 
@@ -117,7 +119,7 @@ class _Board:
         self._add(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
 
     def _add(self, event: Any) -> None:
-        """As a record: length, its checksum, content, its checksum."""
+        """Add a record: length, its checksum, content, its checksum."""
         from tensorboardX.record_writer import masked_crc32c
 
         content = event.SerializeToString()
@@ -130,8 +132,8 @@ class _Board:
 
 
 def _drop_after(path: Path, step: int, *, trained: bool) -> None:
-    """Leave out the rows of later steps, and if `trained` the evaluation after this one. Lines that cannot be read
-    stay, with a warning, but for the last one if a kill cut it.
+    """Drop the rows of steps after `step`, and if `trained` the evaluation after it. Unreadable lines stay, with a
+    warning, except for a last line that was cut by a kill.
     """
     if not path.exists():
         return
@@ -166,14 +168,66 @@ def _drop_after(path: Path, step: int, *, trained: bool) -> None:
         log.warning("%s: the losses of %d of %d steps are missing", path, missing, step)
 
 
+_TAKEN = frozenset({"kind", "step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "read_mb_per_s"})
+_TAKEN |= {"memory_gb", "fetched_mb_per_s", "cache_hits", "epoch"}
+"""Names in a line that an objective's figures cannot have."""
+
+
+class Curve:
+    """Losses, learning rates and the objective's figures of the steps since the last line, kept on the device."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses: list[Tensor] = []
+        self._rates: list[float] = []
+        self._sums: dict[str, Tensor] = {}
+        self._micros = 0
+
+    def add_figures(self, figures: Mapping[str, Tensor]) -> None:
+        """Add the objective's figures for one micro-batch.
+
+        Raises:
+            RunFailed: a figure has a name that the line itself uses.
+        """
+        if taken := sorted(name for name in figures if name in _TAKEN or name.startswith("bad_")):
+            raise RunFailed(f"the objective names a figure {taken[0]}, as lines of metrics.jsonl already do; rename it")
+        for name, value in figures.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._micros += 1
+
+    def add(self, loss: Tensor, rate: float) -> None:
+        """Add a finished step."""
+        self._losses.append(loss)
+        self._rates.append(rate)
+
+    def read(self, step: int, world: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """(a row for each step up to `step`, the means of the figures over ranks and micro-batches); starts again.
+        Waits for the device. All ranks call it.
+        """
+        first = step - len(self._losses) + 1
+        rows: list[dict[str, Any]] = [
+            {"kind": "train", "step": first + i, "loss": loss, "lr": rate}
+            for i, (loss, rate) in enumerate(zip(torch.stack(self._losses).tolist(), self._rates, strict=True))
+        ]
+        means = {}
+        if self._sums:
+            totals = distributed.total(torch.stack(list(self._sums.values()))) / (self._micros * world)
+            means = dict(zip(self._sums, totals.tolist(), strict=True))
+        self._clear()
+        return rows, means
+
+
 class Meter:
-    """What went on in all ranks between two lines of the log: images a second, waiting for data, what was read."""
+    """Measures all ranks between two log lines: images per second, time spent waiting for data, bytes read."""
 
     def __init__(self, prefetcher: Prefetcher, max_bad: float):
-        self._feed, self._max_bad = prefetcher, max_bad
+        self._prefetcher, self._max_bad = prefetcher, max_bad
         self._seen = self._warned = 0.0
         self._bad = dict.fromkeys(CAUSES, 0.0)
-        self._told: set[str] = set()
+        self._named: set[str] = set()
         self.restart()
 
     def add(self, batch: Batch) -> None:
@@ -181,20 +235,20 @@ class Meter:
         self._traffic += batch.traffic
         for cause, description in batch.bad:
             self._new[cause] += 1
-            if description not in self._told and len(self._told) < _TOLD:
-                self._told.add(description)
+            if description not in self._named and len(self._named) < _NAMED_IN_LOG:
+                self._named.add(description)
                 log.warning("replaced: %s", description)
 
     def read(self, world: int) -> dict[str, float]:
-        """Figures since the last reading, summed or averaged over the ranks, and a fresh start. Called by all of them.
+        """Figures since the last call, summed or averaged over the ranks; starts again. All ranks call it.
 
         Raises:
-            DataError: on all ranks alike, if more images were bad since the launch than may be.
+            DataError: on all ranks, if more images were bad since the launch than data.max_bad allows.
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         traffic = asdict(self._traffic)
-        own = [self._images, self._feed.waited(), *traffic.values(), *self._new.values()]
-        images, waited, *rest = distributed.total(self._feed.tensor(own)).tolist()
+        own = [self._images, self._prefetcher.waited(), *traffic.values(), *self._new.values()]
+        images, waited, *rest = distributed.total(self._prefetcher.tensor(own)).tolist()
         totals = dict(zip([*traffic, *self._new], rest, strict=True))
         row = {
             "images_per_s": images / elapsed,
@@ -220,7 +274,7 @@ class Meter:
         self._warned = bad
         causes = ", ".join(f"{cause}: {number:,.0f}" for cause, number in self._bad.items() if number)
         found = f"{bad:,.0f} of {self._seen:,.0f} images so far could not be used and were replaced ({causes})"
-        if bad >= _FEW and bad > self._max_bad * self._seen:
+        if bad >= _TOO_MANY_FROM and bad > self._max_bad * self._seen:
             raise DataError(
                 f"{found}, more than data.max_bad {self._max_bad:g} allows; logs/ names them, `vimscale data verify"
                 " --deep` lists all there are, `vimscale data repair` drops them"
@@ -230,12 +284,12 @@ class Meter:
 
     def restart(self) -> None:
         self._images, self._traffic, self._new = 0, Traffic(), dict.fromkeys(CAUSES, 0)
-        self._feed.waited()
+        self._prefetcher.waited()
         self._since = time.perf_counter()
 
 
 def _memory_bytes() -> float:
-    """Peak memory of this rank: the device's where there is one, the process's otherwise."""
+    """Peak memory of this rank: the GPU's if there is one, else the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

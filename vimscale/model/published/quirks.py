@@ -74,9 +74,14 @@ class PublishedVim(VisionMamba):
         self.register_buffer("rope_sin", sin)
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], draws: Tensor | None = None, backward: Sequence[float] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        draws: Tensor | None = None,
+        backward: Sequence[float] | None = None,
+        *,
+        features: bool = False,
     ) -> Tensor:
-        logits = super().forward(images, draws, backward)
+        logits = super().forward(images, draws, backward, features=features)
         if "final_pool_type" in self._quirks and self.arguments["final_pool_type"] == "max":
             return logits.max(dim=1).values
         return logits

@@ -1,0 +1,29 @@
+"""From a recipe's `objective` section to the objective."""
+
+from vimscale.errors import RecipeError
+from vimscale.model import VimConfig
+from vimscale.objectives.base import Objective
+from vimscale.objectives.classification import Classification
+from vimscale.recipe import own_code
+from vimscale.recipe.sections import ObjectiveOptions
+
+_KINDS: dict[str, type[Objective]] = {"classification": Classification}
+
+
+def build(options: ObjectiveOptions, config: VimConfig) -> Objective:
+    """The objective that a recipe's `objective` section asks for, for a model of that shape.
+
+    Raises:
+        RecipeError: a user's own file does not define one.
+    """
+    kind = _KINDS.get(options.kind)
+    if kind is None:
+        try:
+            kind = own_code.load(options.kind)
+            if not issubclass(kind, Objective):
+                raise ValueError("it does not derive from vimscale.objectives.base.Objective")
+            if left := sorted(getattr(kind, "__abstractmethods__", ())):
+                raise ValueError(f"it does not define {', '.join(left)}")
+        except ValueError as error:
+            raise RecipeError("objective", [f"{options.kind}: {error}"]) from None
+    return kind(options, config)

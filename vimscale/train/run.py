@@ -1,0 +1,172 @@
+"""A run under way: what the loop, evaluations and recovery share, and the lines that they log."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vimscale.checkpoint.mirror import CheckpointStore, open_mirror
+from vimscale.checkpoint.save import Saver
+from vimscale.data import stream
+from vimscale.data.dataset import Dataset
+from vimscale.data.prefetch import Prefetcher
+from vimscale.data.training_set import TrainingSet
+from vimscale.engine import recompute
+from vimscale.engine.deepspeed_engine import Engine
+from vimscale.guard.judge import Guard
+from vimscale.model import VimConfig
+from vimscale.objectives.base import Objective
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.distributed import RankSpec
+from vimscale.runtime.heartbeat import heartbeat
+from vimscale.runtime.run_folder import RunFolder
+from vimscale.train.evaluate import evaluate
+from vimscale.train.metrics import Curve, Meter, Metrics
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+"""What rank 0 reports to the launcher: a kind (started, step, eval, checkpoint, guard), and figures."""
+
+
+@dataclass
+class Run:
+    """One rank's part of a run. `recovery.resume` and `recovery.roll_back` set the fields below `step`."""
+
+    spec: RankSpec
+    emit: Callable[[Event], None]
+    train_set: TrainingSet
+    val_set: Dataset | None
+    steps: int
+    """Length of the run."""
+    config: VimConfig
+    engine: Engine
+    guard: Guard
+    mirror: CheckpointStore | None
+    ema: list[Tensor] | None = None
+    """The moving average of each fragment of the engine."""
+    saver: Saver = field(init=False)
+
+    step: int = 0
+    """Steps finished."""
+    saved: int = 0
+    """The step of the newest checkpoint; 0 if there is none."""
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Data that the run passes over, see `Order`."""
+    metrics: Metrics | None = None
+    """On rank 0."""
+    curve: Curve = field(default_factory=Curve)
+    prefetcher: Prefetcher = field(init=False)
+    meter: Meter = field(init=False)
+
+    @classmethod
+    def open(cls, spec: RankSpec, emit: Callable[[Event], None]) -> "Run":
+        """Open the data and build the model, at step 0.
+
+        Raises:
+            UserError: the data are not what the recipe needs, or the objective cannot be built.
+        """
+        recipe, device = spec.recipe, torch.device(spec.device)
+        train_set = TrainingSet.open(recipe.data)
+        val_set = Dataset.open(recipe.data.val, recipe.data.cache) if recipe.data.val else None
+        steps = recipe.length(train_set.samples)
+        config = recipe.model.shape(len(train_set.manifest.classes))
+        torch.manual_seed(recipe.seed)  # the same weights on every rank
+        heartbeat.beat("start")
+        engine = Engine(config, recipe, device)
+        heartbeat.beat("start")
+        micro = recipe.micro_batch(spec.world).size
+        engine.encoder.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
+        store = open_mirror(recipe.checkpoint.mirror, recipe.name)
+        return cls(spec, emit, train_set, val_set, steps, config, engine, Guard(recipe, device), store)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.spec.recipe
+
+    @property
+    def objective(self) -> Objective:
+        return self.engine.objective
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.spec.folder)
+
+    def open_stream(self) -> None:
+        """Read training data from the current step on, and measure from now."""
+        spec, recipe, device = self.spec, self.recipe, self.engine.device
+        batches = stream.training(
+            recipe,
+            self.train_set,
+            self.config,
+            rank=spec.rank,
+            world=spec.world,
+            start=self.step,
+            steps=self.steps,
+            skipped=self.skipped,
+            pin=device.type == "cuda",
+            views=self.objective.views,
+        )
+        self.prefetcher = Prefetcher(batches, self.train_set.manifest, device)
+        self.meter = Meter(self.prefetcher, recipe.data.max_bad)
+
+    def evaluate(self) -> dict[str, float]:
+        """The figures of the current weights, or of their moving average, on the validation set; logs them."""
+        assert self.val_set is not None
+        spec, config, engine = self.spec, self.config, self.engine
+        backward = [config.backward_at(self.step)] * len(config.layers)
+        engine.model.eval()
+        with engine.weights(self.ema):
+            figures = evaluate(
+                partial(engine.evaluation_sums, backward=backward),
+                self.objective,
+                self.val_set,
+                self.train_set.manifest,
+                size=config.size,
+                batch=self.recipe.micro_batch(spec.world).size,
+                device=engine.device,
+                rank=spec.rank,
+                world=spec.world,
+                workers=self.recipe.data.workers,
+            )
+        engine.model.train()
+        row = {"kind": "eval", "step": self.step, **figures}
+        if self.metrics is not None:
+            self.metrics.write(row)
+        self.emit(row)
+        self.meter.restart()
+        return figures
+
+    def log_line(self, probes: dict[int, dict[str, Tensor]] | None) -> None:
+        """Write a row for every step since the last line, and report the last one. Waits for the device; called by all
+        ranks.
+        """
+        grad_norm = self.engine.grad_norm()
+        rows, figures = self.curve.read(self.step, self.spec.world)
+        rows[-1] |= {**figures, "grad_norm": grad_norm, **self.meter.read(self.spec.world)}
+        if self.metrics is not None:
+            for row in rows:
+                self.metrics.write(row)
+        epoch = self.recipe.consumed(self.step) / self.train_set.samples
+        self.emit({**rows[-1], "kind": "step", "steps": self.steps, "epoch": epoch, "figures": figures})
+        if self.metrics is not None and probes:
+            self.metrics.write({"kind": "layers", "step": self.step, **_columns(probes)})
+
+    def log_guard(self, action: str, row: dict[str, Any], message: str) -> None:
+        """Write down what the guard does, and report it."""
+        if self.metrics is not None:
+            self.metrics.write({"kind": "guard", "action": action, **row})
+        self.emit({"kind": "guard", "action": action, **row, "message": message})
+
+
+def _columns(probes: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
+    """Probes of the layers as one list per quantity; None where a layer lacks it (attention has no states)."""
+    names = dict.fromkeys(name for probe in probes.values() for name in probe)
+    return {
+        "layer": list(probes),
+        **{name: [float(probe[name]) if name in probe else None for probe in probes.values()] for name in names},
+    }
