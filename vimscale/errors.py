@@ -27,7 +27,7 @@ class FileFaults(UserError):
     """All faults of a file at once, one per line. The message shortens long lines, and counts faults that it omits."""
 
     def __init__(self, title: str, faults: list[str]):
-        self.faults = faults
+        self.title, self.faults = title, faults
         count = f"{len(faults):,} faults" if len(faults) > 1 else "a fault"
         lines = [f"{shortened(title, _LINE)} has {count}"]
         left = _MESSAGE
@@ -39,6 +39,9 @@ class FileFaults(UserError):
                 break
             lines += new
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.title, self.faults)
 
 
 class RecipeError(FileFaults):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.images import augment, decode, mix
+from vimscale.data.images import augment, decode, mix, own
 from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, Skipped, generator
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
@@ -260,6 +260,7 @@ class _Training(IterableDataset):
         recipe, datasets = self.recipe, self.data.datasets
         order = Order(recipe, [dataset.counts for dataset in datasets], self.skipped)
         _, accumulation = recipe.micro_batch(self.world)
+        last = own.build(recipe.augment.own)
         ahead: list[tuple[int, list[int]]] = []
         for k in _of_this_worker(range(self.steps.start * accumulation, self.steps.stop * accumulation)):
             step, part = divmod(k, accumulation)
@@ -269,9 +270,9 @@ class _Training(IterableDataset):
                 for source, shards in ahead if ahead != before else ():
                     datasets[source].prefetch(shards)
             refs = list(order.at(step, cut.rows(self.rank, part)))
-            yield self._batch(refs, recipe.size_at(step, self.size))
+            yield self._batch(refs, recipe.size_at(step, self.size), last)
 
-    def _batch(self, refs: list[SampleRef], size: Size) -> Batch:
+    def _batch(self, refs: list[SampleRef], size: Size, last: own.Augmentation | None) -> Batch:
         before = self.data.traffic
         options, seed = self.recipe.augment, self.recipe.seed
         images, labels, keys, erase, views, bad = [], [], [], [], [], []
@@ -281,7 +282,7 @@ class _Training(IterableDataset):
             rng = generator(seed, PER_SAMPLE, ref.position)
             if len(self.buckets) > 1:
                 size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
-            images.append(augment.for_training(image, size, options, rng))
+            images.append(augment.for_training(image, size, options, rng, last))
             sample = Sample(image, label, raw["__key__"], raw, size)
             views.append(self.views(sample, generator(seed, PER_VIEW, ref.position)))
             labels.append(label)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -22,6 +22,7 @@ from vimscale.recipe.sections import (
     Guard,
     Log,
     Optim,
+    OwnOptions,
     Parallel,
     Phase,
     Step,
@@ -192,6 +193,23 @@ class Recipe(Section):
             raise RecipeError(f"recipe {self.name}", faults)
         return MicroBatch((self.batch if step is None else self.batch_at(step)) // micro_batches, accumulation)
 
+    @property
+    def own_classes(self) -> tuple[str, ...]:
+        """The classes in files of the user's own that the recipe names, such as mine.py:MyLoss."""
+        named = [self.objective.kind, *([self.augment.own.kind] if self.augment.own else [])]
+        return tuple(reference for reference in named if own_code.split(reference) is not None)
+
+    def with_own_classes(self, change: Callable[[str], str]) -> "Recipe":
+        """Return the recipe with `change` applied to each of `own_classes`."""
+
+        def changed(options: OwnOptions) -> OwnOptions:
+            kind = options.kind if own_code.split(options.kind) is None else change(options.kind)
+            return options.model_copy(update={"kind": kind})
+
+        own = self.augment.own
+        augment = self.augment if own is None else self.augment.model_copy(update={"own": changed(own)})
+        return self.model_copy(update={"objective": changed(self.objective), "augment": augment})
+
     def to_yaml(self) -> str:
         """Write the complete recipe, defaults included, as YAML that `load` and `parse` read."""
         return dump(self.model_dump())
@@ -203,10 +221,11 @@ def _nearest(batch: int, unit: int) -> int:
 
 
 def _with_full_paths(tree: dict, folder: Path) -> None:
-    """Make the path of a user's own file, which a recipe gives relative to itself, a full one."""
-    section = tree.get("objective")
-    if isinstance(section, dict) and isinstance(section.get("kind"), str):
-        section["kind"] = own_code.absolute(section["kind"], folder)
+    """Make the paths of a user's own files, which a recipe gives relative to itself, full ones."""
+    augment = tree.get("augment")
+    for section in (tree.get("objective"), augment.get("own") if isinstance(augment, dict) else None):
+        if isinstance(section, dict) and isinstance(section.get("kind"), str):
+            section["kind"] = own_code.absolute(section["kind"], folder)
 
 
 _KIND = Kind(

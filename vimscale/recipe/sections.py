@@ -144,6 +144,84 @@ def _check_policy(text: str) -> str:
     return text
 
 
+class OwnOptions(Section):
+    """A section whose `kind` decides which other keys it has: a class in a user's own file defines them."""
+
+    kind: str
+
+    @classmethod
+    def read(cls, tree: Any) -> Any:
+        """The options that a section gives, as an object of the class of its kind; anything that is no section stays as
+        it is.
+
+        Raises:
+            ValidationError: the kind is unknown, its file cannot be imported, or an option is wrong.
+        """
+        return cls.section_for(tree).model_validate(tree) if isinstance(tree, dict) else tree
+
+
+def _own_options(tree: dict, base: type[OwnOptions], what: str, parent: str) -> type[OwnOptions]:
+    """The class `Options` of the user's own class that the section `tree` names.
+
+    Args:
+        base: what `Options` derives from.
+        what: what the user's class is, with its article, for messages.
+        parent: the class to derive it from.
+
+    Raises:
+        ValidationError: there is no such file or class, or the class is something else or incomplete.
+    """
+    kind = tree["kind"]
+    try:
+        own = own_code.load(kind)
+        options = getattr(own, "Options", None)
+        if not (isinstance(options, type) and issubclass(options, base)):
+            raise ValueError(f"{kind} is not {what}: derive it from {parent}")
+        if missing := sorted(getattr(own, "__abstractmethods__", ())):
+            raise ValueError(f"{kind} does not define {', '.join(missing)}; see {parent}")
+    except ValueError as error:
+        raise _fault_of_kind(kind, error) from None
+    return options
+
+
+def _fault_of_kind(kind: str, error: ValueError) -> ValidationError:
+    fault = InitErrorDetails(type="value_error", loc=("kind",), input=kind, ctx={"error": error})
+    return ValidationError.from_exception_data("kind", [fault])
+
+
+def _own_schema(about: str) -> dict[str, Any]:
+    """JSON schema of a section whose options a user's own class defines."""
+    return {
+        "type": "object",
+        "description": about,
+        "properties": {"kind": {"type": "string", "pattern": r"\.py:"}},
+        "required": ["kind"],
+    }
+
+
+class AugmentationOptions(OwnOptions):
+    """A user's own augmentation. `kind` is a class in a file such as mine.py:Posterize, relative to the recipe's file;
+    the other keys are its options.
+    """
+
+    def __reduce__(self) -> tuple:
+        """Another process imports the user's own file again."""
+        return AugmentationOptions.read, (self.model_dump(),)
+
+    @classmethod
+    def section_for(cls, tree: Any) -> type[Section]:
+        if cls is not AugmentationOptions or not isinstance(tree.get("kind"), str):
+            return cls  # reports what is wrong with the kind
+        if own_code.split(tree["kind"]) is None:
+            fault = f"{tree['kind']!r} is not a class in a file; write mine.py:Posterize"
+            raise _fault_of_kind(tree["kind"], ValueError(fault))
+        return _own_options(tree, cls, "an augmentation", "vimscale.data.images.own.Augmentation")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if cls is AugmentationOptions else handler(schema)
+
+
 class Augment(Section):
     """How training images are cropped, changed and mixed."""
 
@@ -159,6 +237,10 @@ class Augment(Section):
     """
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest relative change of brightness, contrast and saturation."""
+    own: Annotated[SerializeAsAny[AugmentationOptions] | None, BeforeValidator(AugmentationOptions.read)] = None
+    """A class in a file of yours that changes the image after the steps above, with its options:
+    {kind: mine.py:Posterize, bits: 4}.
+    """
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that noise replaces a rectangle of the image."""
     mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
@@ -190,18 +272,17 @@ class Phase(Section):
     """
 
 
-class ObjectiveOptions(Section):
+class ObjectiveOptions(OwnOptions):
     """What the model is trained for. `kind` is classification, or a class in a file such as mine.py:MyLoss, relative to
     the recipe's file; the other keys are the options of that kind.
     """
 
     headline: ClassVar[str] = "loss"
     """The figure of an evaluation that runs of this kind are compared by."""
-    kind: str
 
     def __reduce__(self) -> tuple:
         """Another process imports a user's own file again."""
-        return objective_options, (self.model_dump(),)
+        return ObjectiveOptions.read, (self.model_dump(),)
 
     @classmethod
     def section_for(cls, tree: Any) -> type[Section]:
@@ -211,12 +292,7 @@ class ObjectiveOptions(Section):
     def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         if cls is not ObjectiveOptions:
             return handler(schema)
-        own = {
-            "type": "object",
-            "description": "A user's own objective, with its own options.",
-            "properties": {"kind": {"type": "string", "pattern": r"\.py:"}},
-            "required": ["kind"],
-        }
+        own = _own_schema("A user's own objective, with its own options.")
         kinds = [*(handler(kind.__pydantic_core_schema__) for kind in OBJECTIVES.values()), own]
         return {"description": inspect.cleandoc(cls.__doc__ or ""), "anyOf": kinds}
 
@@ -234,38 +310,22 @@ OBJECTIVES: dict[str, type[ObjectiveOptions]] = {"classification": Classificatio
 """The objectives that come with the package, by kind."""
 
 
-def objective_options(tree: Any) -> Any:
-    """The options that a recipe's `objective` section gives, as an object of the class of its kind; anything that is no
-    section stays as it is.
-
-    Raises:
-        ValidationError: the kind is unknown, its file cannot be imported, or an option is wrong.
-    """
-    return _options_class(tree).model_validate(tree) if isinstance(tree, dict) else tree
-
-
-def _options_class(tree: Any) -> type[ObjectiveOptions]:
+def _options_class(tree: Any) -> type[OwnOptions]:
     kind = tree.get("kind", "classification")
     if not isinstance(kind, str):
         return ClassificationOptions  # reports the type
     if kind in OBJECTIVES:
         return OBJECTIVES[kind]
-    try:
-        if own_code.split(kind) is None:
-            raise ValueError(
-                f"{kind!r} is not {' or '.join(OBJECTIVES)}, nor a class in a file such as mine.py:MyLoss"
-                f"{suggest(kind, OBJECTIVES)}"
-            )
-        options = getattr(own_code.load(kind), "Options", None)
-        if not (isinstance(options, type) and issubclass(options, ObjectiveOptions)):
-            raise ValueError(f"{kind} is not an objective: derive it from vimscale.objectives.base.Objective")
-    except ValueError as error:
-        fault = InitErrorDetails(type="value_error", loc=("kind",), input=kind, ctx={"error": error})
-        raise ValidationError.from_exception_data("objective", [fault]) from None
-    return options
+    if own_code.split(kind) is None:
+        fault = (
+            f"{kind!r} is not {' or '.join(OBJECTIVES)}, nor a class in a file such as mine.py:MyLoss"
+            f"{suggest(kind, OBJECTIVES)}"
+        )
+        raise _fault_of_kind(kind, ValueError(fault))
+    return _own_options(tree, ObjectiveOptions, "an objective", "vimscale.objectives.base.Objective")
 
 
-AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(objective_options)]
+AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(ObjectiveOptions.read)]
 
 
 class Optim(Section):

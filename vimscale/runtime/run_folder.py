@@ -269,12 +269,13 @@ class RunFolder:
 
     def claim(self, recipe: Recipe, wait_s: float = 0.0) -> Recipe:
         """`hold` the folder for a run of `recipe`, and record there the recipe and the environment. Returns the recipe
-        to run: if it names a user's own file, it names the copy in this folder.
+        to run: if it names files of the user's own, it names the copies in this folder.
 
         Raises:
-            LaunchError: it cannot be written, another launch is still using it after `wait_s`, or it holds a run of
-                another recipe.
+            LaunchError: it cannot be written, another launch is still using it after `wait_s`, it holds a run of
+                another recipe, or two of the user's own files have the same name.
         """
+        _check_names(recipe)
         self.hold("end that one, or choose another name=", wait_s)
         self._check(recipe)
         try:
@@ -287,17 +288,24 @@ class RunFolder:
         return recipe
 
     def _with_own_code(self, recipe: Recipe) -> tuple[Recipe, str]:
-        """Copy the user's own file that the recipe names, if it names one: (the recipe that names the copy by its full
-        path, the text of recipe.yaml, which names it relative to itself).
+        """Copy the user's own files that the recipe names: (the recipe that names the copies by their full paths, the
+        text of recipe.yaml, which names them relative to itself).
         """
-        parts = own_code.split(recipe.objective.kind)
-        if parts is None:
-            return recipe, recipe.to_yaml()
-        source, name = parts
-        copy = self.path.absolute() / source.name
-        if source != copy:
-            files.write(copy, source.read_text())
-        return _with_kind(recipe, f"{copy}:{name}"), _with_kind(recipe, f"{copy.name}:{name}").to_yaml()
+        folder = self.path.absolute()
+
+        def copied(reference: str) -> str:
+            source, name = _parts(reference)
+            copy = folder / source.name
+            if source != copy:
+                files.write(copy, source.read_text())
+            return f"{copy}:{name}"
+
+        def relative(reference: str) -> str:
+            source, name = _parts(reference)
+            return f"{source.name}:{name}"
+
+        recipe = recipe.with_own_classes(copied)
+        return recipe, recipe.with_own_classes(relative).to_yaml()
 
     def release(self) -> None:
         """Unlock the folder."""
@@ -391,13 +399,33 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _with_kind(recipe: Recipe, kind: str) -> Recipe:
-    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"kind": kind})})
+def _parts(reference: str) -> tuple[Path, str]:
+    parts = own_code.split(reference)
+    assert parts is not None
+    return parts
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Check that the copies of the user's own files do not replace each other.
+
+    Raises:
+        LaunchError: two different files have the same name.
+    """
+    contents: dict[str, tuple[Path, bytes]] = {}
+    for reference in recipe.own_classes:
+        path, _ = _parts(reference)
+        content = path.read_bytes()
+        other, before = contents.setdefault(path.name, (path, content))
+        if content != before:
+            raise LaunchError(
+                f"recipe {recipe.name} names {other} and {path}, and a run keeps copies of both under the name"
+                f" {path.name}; rename one of them"
+            )
 
 
 def _portable(recipe: Recipe) -> Recipe:
-    """The recipe with the content of a user's own file in place of the file's path."""
-    return _with_kind(recipe, own_code.identity(recipe.objective.kind))
+    """The recipe with the contents of a user's own files in place of the files' paths."""
+    return recipe.with_own_classes(own_code.identity)
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:

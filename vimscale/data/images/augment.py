@@ -8,21 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.data.images import policies
+from vimscale.data.images import own, policies
 from vimscale.recipe.sections import Augment
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
 
-def for_training(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
-    """Random resized crop (arXiv:1409.4842), flip, policy, colour jitter: uint8 (3, h, w) -> (3, *size)."""
+def for_training(
+    image: Tensor,
+    size: Size,
+    augment: Augment,
+    rng: np.random.Generator,
+    last: own.Augmentation | None = None,
+) -> Tensor:
+    """Random resized crop (arXiv:1409.4842), flip, policy, colour jitter, and the user's own augmentation: uint8
+    (3, h, w) -> (3, *size). `last`: what `own.build` makes of `augment.own`.
+
+    Raises:
+        RecipeError: the user's own augmentation returns something else than an image of that shape.
+    """
+    assert (last is None) == (augment.own is None), "the caller builds augment.own"
     if augment.crop_min < 1:
         image = _random_crop(image, size, augment, rng)
     image = _resize(image, *size)
     if rng.random() < augment.flip:
         image = image.flip(-1)
-    return policies.apply(image, augment.policy, augment.jitter, rng)
+    image = policies.apply(image, augment.policy, augment.jitter, rng)
+    return image if last is None else own.apply(last, image, rng)
 
 
 def for_evaluation(image: Tensor, size: Size) -> Tensor:

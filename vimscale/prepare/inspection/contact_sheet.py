@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vimscale.data.images import augment, decode
+from vimscale.data.images import augment, decode, own
 from vimscale.data.order import generator
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
@@ -33,6 +33,7 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
         DataError: none of the chosen samples can be decoded.
     """
     rule = Augment() if recipe is None else recipe.augment
+    last = own.build(rule.own)
     size = (224, 224) if recipe is None else recipe.model.shape(len(located.manifest.classes)).size
     samples = _samples(located, seed)
     columns = 1 + DRAWS
@@ -46,7 +47,7 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
         _paste(sheet, image, _MARGIN, top)
         for turn in range(DRAWS):
             rng = generator(seed, row, turn)
-            drawn = augment.for_training(image, size, rule, rng)
+            drawn = augment.for_training(image, size, rule, rng, last)
             _paste(sheet, drawn, _MARGIN + (turn + 1) * (_SIDE + _GAP) + _GAP, top)
         name = located.manifest.classes[label]
         pixels = f"{image.shape[2]} x {image.shape[1]}"
@@ -123,6 +124,7 @@ def _rule(rule: Augment) -> str:
     parts += [f"flip {rule.flip:g}"] if rule.flip else []
     parts += [rule.policy] if rule.policy else []
     parts += [f"jitter {rule.jitter:g}"] if rule.jitter else []
+    parts += [rule.own.kind.rpartition(":")[2]] if rule.own else []
     return ", ".join(parts)
 
 
