@@ -40,7 +40,7 @@ def layers(config: VimConfig, kept: Sequence[int], levels: Sequence[str], batch:
         layer, label, sign, kind = parts[0][0].layer, parts[0][0].name, "", ""
         if layer is not None:
             label = f"{first}" if len(parts) == 1 else f"{first}-{first + len(parts) - 1}"
-            sign, kind = _SIGNS[layer.kind], str(layer)
+            sign, kind = _SIGNS.get(layer.kind, "═▣═"), str(layer)
             first += len(parts)
         work = sum(part.flops for part, _, _ in parts)
         bytes_kept = sum(size for _, size, _ in parts)

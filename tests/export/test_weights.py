@@ -17,7 +17,7 @@ from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import published, safetensors, starting
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.presets import Stage
+from vimscale.model.presets import OwnKind, Stage
 from vimscale.recipe import recipe as recipes
 from vimscale.runtime.run_folder import RunFolder
 
@@ -56,6 +56,8 @@ WINDOWS = {"directions": "bi@window*2"}
 ATTENTION = {"directions": "bi attn", "d_head": 8}
 REGISTERS = {"registers": 4, "pool": "registers", "register_reduce": 2, "cls_token": "none"}
 STAGES = {"stages": (Stage(depth=1, d_model=16), Stage(depth=1, d_model=16)), "cls_token": "none"}
+GATED = OwnKind(name="gate", kind=f"{Path(__file__).parents[2]}/examples/own_layer.py:GatedConv")
+OWN = {"directions": "bi gate", "kinds": (GATED,)}
 CHANGES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "patch_size": [({}, {"patch_size": 8, "stride": 4})],
     "stem": [({}, {"stem": "conv"})],
@@ -63,6 +65,7 @@ CHANGES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "d_model": [({}, {"d_model": 32})],
     "depth": [({}, {"depth": 3, "directions": "bi*3"})],
     "directions": [({}, {"directions": d}) for d in ("bi@column*2", "bi bi@snake", "fwd*2", "shared*2", "bi bwd")],
+    "kinds": [(OWN, {"kinds": (dataclasses.replace(GATED, options='{"taps":3}'),)})],
     "d_state": [({}, {"d_state": 8})],
     "d_conv": [({}, {"d_conv": 3})],
     "expand": [({}, {"expand": 1})],
@@ -111,6 +114,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another text for the same layers": ({}, {"directions": "(bi)*1 bi"}),
     "how paths meet, of one path": ({"directions": "fwd*2"}, {"fuse": "sum"}),
     "windows that nobody walks": ({}, {"window": 3}),
+    "a kind that no layer is": ({}, {"kinds": (GATED,)}),
     "heads without attention": ({}, {"d_head": 8}),
     "a pool by its default": ({}, {"pool": "cls"}),
     "one stage": ({"cls_token": "none"}, {"stages": (Stage(depth=2, d_model=16),)}),

@@ -21,7 +21,7 @@ from vimscale.model.published.arguments import complete, config_of
 from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import resized
 from vimscale.runtime.run_folder import RunFolder
-from vimscale.storage import files
+from vimscale.storage import files, own_code
 
 _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 
@@ -35,7 +35,10 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     files.save_tensors(folder / "model.safetensors", tensors)
-    config = {"format": 1, "model": model.config.to_dict(), "backward": model.backward}
+    for own in model.config.kinds:
+        own_code.copy(own.kind, folder)
+    shape = model.config.with_own_classes(own_code.without_folder)
+    config = {"format": 1, "model": shape.to_dict(), "backward": model.backward}
     config |= {**preprocessing(manifest), "about": about}
     if isinstance(model, PublishedVim):
         config["published"] = model.arguments
@@ -48,11 +51,12 @@ def preprocessing(manifest: Manifest) -> dict[str, Any]:
     return {key: tree[key] for key in ("classes", "mean", "std")}
 
 
-def load(folder: Path) -> VisionMamba:
-    """The model that `write` wrote, on the CPU, ready to evaluate.
+def load(folder: Path, *, run_own_code: bool = False) -> VisionMamba:
+    """The model that `write` wrote, on the CPU, ready to evaluate. `run_own_code`: import the Python files in the
+    folder that define a user's own kinds of layers. They run with your rights; check them first.
 
     Raises:
-        CheckpointError: the folder does not hold one.
+        CheckpointError: the folder does not hold one, or has files of code and `run_own_code` is false.
     """
     try:
         tree = starting.read_config(folder)
@@ -61,7 +65,13 @@ def load(folder: Path) -> VisionMamba:
             config = config_of(arguments)
             make: Callable[[], VisionMamba] = partial(PublishedVim, arguments)
         else:
-            config = VimConfig.from_dict(starting.object_of(tree, "model"))
+            config = starting.config_in(folder, tree)
+            if config.kinds and not run_own_code:
+                names = ", ".join(dict.fromkeys(own.kind for own in config.kinds))
+                raise ValueError(
+                    f"the model needs the code {names}, which would run with your rights; if you trust it, call"
+                    " load(folder, run_own_code=True)"
+                )
             make = partial(VisionMamba, config)
         backward = starting.backward_of(tree)
         found = starting.header(folder / starting.WEIGHTS)
@@ -101,7 +111,7 @@ def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tup
     """
     source = starting.read(folder)
     notes = starting.compare(source, config, manifest)
-    old = restore(RunFolder(folder), raw=False, step=None)[0] if source.is_run else load(folder)
+    old = restore(RunFolder(folder), raw=False, step=None)[0] if source.is_run else load(folder, run_own_code=True)
     state = {name: value.detach() for name, value in old.state_dict().items()}
     if old.pos_embed is not None:
         state["pos_embed"] = resized(state["pos_embed"], old.config, config.grid)

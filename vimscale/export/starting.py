@@ -19,7 +19,7 @@ from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder, checkpoints, step_of
-from vimscale.storage import untrusted
+from vimscale.storage import own_code, untrusted
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Triple = tuple[float, float, float]
@@ -66,6 +66,9 @@ MEANING: dict[str, Callable[[VimConfig], Any]] = {
     "d_model": lambda c: _plain(c, c.parts[0].d_model),
     "depth": lambda c: _plain(c, c.parts[0].depth),
     "directions": lambda c: compact(c.layers),
+    "kinds": lambda c: [
+        (own.name, own_code.identity(own.kind), own.options) for own in c.kinds if own.name in _kinds(c)
+    ],
     "d_state": lambda c: _scans(c, c.d_state),
     "d_conv": lambda c: _scans(c, c.d_conv),
     "expand": lambda c: _scans(c, c.expand),
@@ -103,6 +106,8 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
             fix = f"set model.{name}={_value(theirs)}"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
+            elif name == "kinds":
+                fix = f"set model.kinds to classes of the files in {source.folder}, with the same options"
             faults.append(f"{name}: the weights have {_text(theirs)}, the recipe {_text(ours)}; {fix}")
     if (old.layer_scale is None) != (config.layer_scale is None):
         faults.append(
@@ -239,13 +244,27 @@ def described(folder: Path, tree: dict[str, Any]) -> Source:
             f"model.weights {folder} is a published model with options that no recipe has: {found}; to use its weights"
             " nevertheless, import it with --model and arguments without these"
         )
-    config = VimConfig.from_dict(object_of(tree, "model"))
+    config = config_in(folder, tree)
     names, mean, std = preprocessing_of(tree)
     if len(names) != config.num_classes:
         raise ValueError(f"{CONFIG} names {len(names):,} classes, its model has {config.num_classes:,}")
     about = tree.get("about")
     unnamed = isinstance(about, dict) and "published" in about and about.get("unnamed", True)
     return Source(folder, config, None if unnamed else names, mean, std, backward_of(tree))
+
+
+def config_in(folder: Path, tree: dict[str, Any]) -> VimConfig:
+    """The model's config, with full paths of the files in the folder that define a user's own kinds of layers.
+
+    Raises:
+        ValueError: the config does not describe a model, or names files elsewhere.
+    """
+    config = VimConfig.from_dict(object_of(tree, "model"))
+    for own in config.kinds:
+        parts = own_code.split(own.kind)
+        if parts is None or parts[0].name != str(parts[0]):
+            raise ValueError(f"kinds: {brief(own.kind)} does not name a class in a file of this folder")
+    return config.with_own_classes(lambda reference: own_code.absolute(reference, folder))
 
 
 def preprocessing_of(tree: dict[str, Any]) -> tuple[tuple[str, ...], Triple, Triple]:

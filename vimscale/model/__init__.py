@@ -1,7 +1,8 @@
 """Vision Mamba: configuration, mixers, model and published formats. Needs only torch and numpy; `presets`,
 `schedule` and `cost` need neither.
 
-It imports `vimscale.ops` and `vimscale.errors`. Any package above it, and `vimscale.recipe`, may import it.
+It imports `vimscale.ops`, `vimscale.storage` and `vimscale.errors`. Any package above it, and `vimscale.recipe`, may
+import it.
 """
 
 from typing import TYPE_CHECKING, Any

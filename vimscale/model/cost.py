@@ -71,22 +71,24 @@ def _layers(config: VimConfig) -> Iterator[Cost]:
             name = f"merge {stage.downsample} x {stage.downsample}"
             yield Cost(name, None, tokens, stage.d_model, count, 2 * tokens * weights)
         for layer in config.layers[index : index + stage.depth]:
-            count, flops_per_token = _mixer(config, layer, stage.d_model, tokens)
+            count, operations = _mixer(config, layer, stage.d_model, tokens)
             count += config.backward_gate and index in config.optional
             count += _norm(config, stage.d_model)
             if config.mlp == "swiglu":
                 d, hidden = stage.d_model, stage.d_model * 8 // 3
                 count += 3 * d * hidden + 2 * hidden + d + _norm(config, d)
-                flops_per_token += 6 * d * hidden
-            yield Cost(f"layer {index}", layer, tokens, stage.d_model, count, tokens * flops_per_token)
+                operations += tokens * 6 * d * hidden
+            yield Cost(f"layer {index}", layer, tokens, stage.d_model, count, operations)
             index += 1
 
 
 def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, int]:
-    """Return (parameters, operations per token) of one mixer."""
+    """Return (parameters, operations on one image) of one mixer."""
+    if layer.is_own:
+        return _own_mixer(config, layer, d, tokens)
     scale = d if config.layer_scale is not None else 0
     if layer.kind == "attn":
-        return 4 * d * d + scale, 8 * d * d + 4 * tokens * d
+        return 4 * d * d + scale, tokens * (8 * d * d + 4 * tokens * d)
     e, n, r, w = config.expand * d, config.d_state, config.dt_rank(d), config.d_conv
     paths = len(layer.paths)
     k = 1 if layer.kind == "shared" else paths
@@ -96,7 +98,18 @@ def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, i
     count += paths * e if fuse == "gate" else 0
     count += width if config.ssm_norm else 0
     conv_and_projections = 2 * w * e + 2 * e * (r + 2 * n) + 2 * r * e
-    return count, 4 * d * e + 2 * width * d + k * conv_and_projections + paths * 9 * e * n
+    return count, tokens * (4 * d * e + 2 * width * d + k * conv_and_projections + paths * 9 * e * n)
+
+
+def _own_mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, int]:
+    import torch
+
+    from vimscale.model import own
+
+    with torch.device("meta"):
+        mixer = own.build(config.own_kind(layer), d, config)
+    scale = d if config.layer_scale is not None else 0
+    return sum(p.numel() for p in mixer.parameters()) + scale, mixer.flops(tokens)
 
 
 def _norm(config: VimConfig, d: int) -> int:

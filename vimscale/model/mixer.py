@@ -43,18 +43,18 @@ class OutProj(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-def _new_layer_scale(config: VimConfig, d: int) -> nn.Parameter | None:
+def new_layer_scale(config: VimConfig, d: int) -> nn.Parameter | None:
     """Return an empty factor per channel (d) on a mixer's output, if the config has one."""
     return nn.Parameter(torch.empty(d)) if config.layer_scale is not None else None
 
 
-def _init_layer_scale(layer_scale: nn.Parameter | None, config: VimConfig) -> None:
+def init_layer_scale(layer_scale: nn.Parameter | None, config: VimConfig) -> None:
     if layer_scale is not None:
         assert config.layer_scale is not None
         nn.init.constant_(layer_scale, config.layer_scale)
 
 
-def _layer_scaled(out: Tensor, layer_scale: nn.Parameter | None) -> Tensor:
+def layer_scaled(out: Tensor, layer_scale: nn.Parameter | None) -> Tensor:
     return out if layer_scale is None else out * layer_scale.to(out.dtype)
 
 
@@ -99,7 +99,7 @@ class Mamba(nn.Module):
         self.backward_gate = nn.Parameter(torch.empty(1)) if config.backward_gate and self.backward_paths else None
         self.ssm_norm = nn.Parameter(torch.empty(width)) if config.ssm_norm else None
         self.out_proj = OutProj(width, d, summands=len(config.layers))
-        self.layer_scale = _new_layer_scale(config, d)
+        self.layer_scale = new_layer_scale(config, d)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -125,7 +125,7 @@ class Mamba(nn.Module):
                 nn.init.ones_(ones)
         if self.fuse_logits is not None:
             nn.init.zeros_(self.fuse_logits)
-        _init_layer_scale(self.layer_scale, self.config)
+        init_layer_scale(self.layer_scale, self.config)
 
     def forward(
         self, u: Tensor, tokens: Tokens, backward: float = 1.0, recompute: bool = False, probe: Probe | None = None
@@ -152,7 +152,7 @@ class Mamba(nn.Module):
             y = self._add_paths(xz, active, factors, tokens, recompute)
         if self.ssm_norm is not None:
             y = F.rms_norm(y.float(), y.shape[-1:], self.ssm_norm, self.config.norm_eps).to(y.dtype)
-        return _layer_scaled(restore(self.out_proj(y)), self.layer_scale)
+        return layer_scaled(restore(self.out_proj(y)), self.layer_scale)
 
     def _path_factors(self, active: list[int], backward: float) -> Tensor | None:
         """Return the factor on each active path (len(active)), with the 1/k of a mean; None if `fuse` alone says it."""
@@ -281,10 +281,10 @@ class Attention(nn.Module):
         self.config = config
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.out_proj = OutProj(d, d, summands=len(config.layers))
-        self.layer_scale = _new_layer_scale(config, d)
+        self.layer_scale = new_layer_scale(config, d)
 
     def init_weights(self) -> None:
-        _init_layer_scale(self.layer_scale, self.config)
+        init_layer_scale(self.layer_scale, self.config)
 
     def forward(
         self, u: Tensor, tokens: Tokens, backward: float = 1.0, recompute: bool = False, probe: Probe | None = None
@@ -295,4 +295,4 @@ class Attention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask())
         out = self.out_proj(y.transpose(1, 2).reshape(b, length, d))
-        return _layer_scaled(out, self.layer_scale)
+        return layer_scaled(out, self.layer_scale)

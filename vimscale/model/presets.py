@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,18 @@ class Stage:
     """What each layer of the stage is. default: bi in all layers."""
     downsample: int = 2
     """Factor by which each side of the token grid shrinks from the stage before; no effect in the first stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnKind:
+    """A user's own kind of layer."""
+
+    name: str
+    """What `directions` call it."""
+    kind: str
+    """A class in a file, such as mine.py:GatedConv."""
+    options: str = "{}"
+    """Its options as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +77,12 @@ class VimConfig:
     """Inner width of the mixer, in units of d_model."""
     directions: str = "bi*24"
     """What each layer is: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared,
-    pair, cross, attn; orders: row, column, snake, window (see vimscale.model.schedule). In a recipe, directions and
-    depth follow each other: give one of them.
+    pair, cross, attn, those of `kinds`; orders: row, column, snake, window (see vimscale.model.schedule). In a recipe,
+    directions and depth follow each other: give one of them.
+    """
+    kinds: tuple[OwnKind, ...] = ()
+    """Kinds of layers that a user's own classes define, for `directions`. In a recipe, by name:
+    {gate: {kind: mine.py:GatedConv, taps: 3}}.
     """
     stages: tuple[Stage, ...] = ()
     """Stages of a hierarchical model, each with its own depth, d_model and directions, which replace those above."""
@@ -119,10 +136,10 @@ class VimConfig:
         layers: list[Layer] = []
         computable = not faults
         if computable:
-            faults = self._size_faults() + self._part_faults()
+            faults = self._size_faults() + self._part_faults() + self._kind_faults()
         for prefix, text, depth in self._schedules() if computable else ():
             try:
-                layers += schedule.parse(text, depth)
+                layers += schedule.parse(text, depth, [own.name for own in self.kinds])
             except ValueError as fault:
                 faults.append(f"{prefix}directions: {fault}")
         object.__setattr__(self, "layers", tuple(layers))
@@ -142,6 +159,27 @@ class VimConfig:
         if not self.stages:
             return [("", self.directions, self.depth)]
         return [(f"stages[{i}].", s.directions or f"bi*{s.depth}", s.depth) for i, s in enumerate(self.stages)]
+
+    def _kind_faults(self) -> list[str]:
+        names = [own.name for own in self.kinds]
+        return [
+            f"kinds: {name[:40]!r} cannot name a kind of layer; use letters, digits and _, a letter first, and no name"
+            f" that is taken ({', '.join(get_args(schedule.Kind))})"
+            for name in names
+            if not re.fullmatch(r"[A-Za-z_]\w{0,39}", name, re.ASCII)
+            or name in get_args(schedule.Kind)
+            or names.count(name) > 1
+        ]
+
+    def with_own_classes(self, change: Callable[[str], str]) -> "VimConfig":
+        """Return the config with `change` applied to the reference to each of a user's own classes."""
+        return dataclasses.replace(
+            self, kinds=tuple(dataclasses.replace(own, kind=change(own.kind)) for own in self.kinds)
+        )
+
+    def own_kind(self, layer: Layer) -> OwnKind:
+        """Return what `kinds` says about a layer of a user's own kind."""
+        return next(own for own in self.kinds if own.name == layer.kind)
 
     def _size_faults(self) -> list[str]:
         faults = []
@@ -302,12 +340,18 @@ class VimConfig:
         stages = values.pop("stages", ())
         if not isinstance(stages, tuple) or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError("stages is not a list of stages")
+        kinds = values.pop("kinds", ())
+        if not isinstance(kinds, tuple) or not all(isinstance(own, dict) for own in kinds):
+            raise ValueError("kinds is not a list of kinds of layers")
         faults = _type_faults(cls, values)
         for i, stage in enumerate(stages):
             faults += [f"stages[{i}].{fault}" for fault in _type_faults(Stage, stage)]
+        for i, own in enumerate(kinds):
+            faults += [f"kinds[{i}].{fault}" for fault in _type_faults(OwnKind, own)]
         if faults:
             raise ValueError("\n".join(faults[:5]))
-        return cls(**values, stages=tuple(Stage(**stage) for stage in stages))
+        own_kinds = tuple(OwnKind(**own) for own in kinds)
+        return cls(**values, stages=tuple(Stage(**stage) for stage in stages), kinds=own_kinds)
 
 
 def _type_faults(kind: type, values: dict[str, Any]) -> list[str]:

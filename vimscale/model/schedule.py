@@ -6,7 +6,7 @@ layer    := kind ["@" order]
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
@@ -27,20 +27,27 @@ square windows one after the other. Class token and registers keep their positio
 class Layer:
     """One layer of a schedule."""
 
-    kind: Kind
+    kind: Kind | str
+    """A `Kind`, or the name of a user's own kind."""
     order: Order = "row"
 
     @property
     def paths(self) -> tuple[tuple[Order, bool], ...]:
-        """(order, reverse) of each scan with its own A; none for attention. A layer of kind `pair` lists the forward
-        scan; its position decides whether it is the backward layer of its pair (`second_of_pairs`).
+        """(order, reverse) of each scan with its own A; none for attention and for a user's own kinds. A layer of kind
+        `pair` lists the forward scan; its position decides whether it is the backward layer of its pair
+        (`second_of_pairs`).
         """
-        if self.kind == "attn":
+        if self.kind == "attn" or self.is_own:
             return ()
         if self.kind == "cross":
             return ("row", False), ("row", True), ("column", False), ("column", True)
         directions = {"fwd": (False,), "pair": (False,), "bwd": (True,)}.get(self.kind, (False, True))
         return tuple((self.order, reverse) for reverse in directions)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a user's own class mixes the tokens."""
+        return self.kind not in get_args(Kind)
 
     def __str__(self) -> str:
         return self.kind if self.order == "row" else f"{self.kind}@{self.order}"
@@ -59,8 +66,9 @@ _Layers = list[tuple[Layer, int]]
 """Layers with the columns that name them."""
 
 
-def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
-    """Parse a schedule into its layers, first to last. With `depth`, there must be exactly that many.
+def parse(text: str, depth: int | None = None, own: Collection[str] = ()) -> tuple[Layer, ...]:
+    """Parse a schedule into its layers, first to last. With `depth`, there must be exactly that many. `own`: names of
+    a user's own kinds.
 
     Raises:
         ValueError: the text does not follow the grammar, or names more or fewer layers than `depth`; the message shows
@@ -71,7 +79,7 @@ def parse(text: str, depth: int | None = None) -> tuple[Layer, ...]:
             text, _MOST_LETTERS, f"the text is longer than {_MOST_LETTERS:,} characters; use counts, such as bi*24"
         )
     tokens = _tokens(text)
-    layers, rest = _schedule(text, tokens, 0)
+    layers, rest = _schedule(text, tokens, 0, (*get_args(Kind), *own))
     if rest < len(tokens):
         raise _fault(text, tokens[rest][1], "this ')' closes nothing")
     if depth is not None and len(layers) != depth:
@@ -111,7 +119,7 @@ def _tokens(text: str) -> _Tokens:
     return tokens
 
 
-def _schedule(text: str, tokens: _Tokens, at: int, level: int = 0) -> tuple[_Layers, int]:
+def _schedule(text: str, tokens: _Tokens, at: int, kinds: Collection[str], level: int = 0) -> tuple[_Layers, int]:
     """Parse a schedule from token `at` on, inside `level` brackets; return its layers and the token after it."""
     if level > _MOST_BRACKETS:
         raise _fault(text, tokens[at - 1][1], f"more than {_MOST_BRACKETS} brackets are open here")
@@ -120,12 +128,12 @@ def _schedule(text: str, tokens: _Tokens, at: int, level: int = 0) -> tuple[_Lay
     while at < len(tokens) and tokens[at][0] != ")":
         token, column = tokens[at]
         if token == "(":
-            item, at = _schedule(text, tokens, at + 1, level + 1)
+            item, at = _schedule(text, tokens, at + 1, kinds, level + 1)
             if at == len(tokens):
                 raise _fault(text, column, "this '(' is never closed")
             at += 1
         else:
-            layer, at = _layer(text, tokens, at)
+            layer, at = _layer(text, tokens, at, kinds)
             item = [(layer, column)]
         if at < len(tokens) and tokens[at][0] == "*":
             count = tokens[at + 1][0] if at + 1 < len(tokens) else ""
@@ -140,23 +148,23 @@ def _schedule(text: str, tokens: _Tokens, at: int, level: int = 0) -> tuple[_Lay
         layers += item
     if at == start:
         column = tokens[at][1] if at < len(tokens) else len(text)
-        raise _fault(text, column, f"a layer is missing; known: {', '.join(get_args(Kind))}")
+        raise _fault(text, column, f"a layer is missing; known: {', '.join(kinds)}")
     return layers, at
 
 
-def _layer(text: str, tokens: _Tokens, at: int) -> tuple[Layer, int]:
+def _layer(text: str, tokens: _Tokens, at: int, kinds: Collection[str]) -> tuple[Layer, int]:
     """Parse a layer at token `at`; return it and the token after it."""
     kind, column = tokens[at]
-    if kind not in get_args(Kind):
-        raise _fault(text, column, f"{kind[:40]!r} is not a kind of layer; known: {', '.join(get_args(Kind))}")
+    if kind not in kinds:
+        raise _fault(text, column, f"{kind[:40]!r} is not a kind of layer; known: {', '.join(kinds)}")
     if at + 1 == len(tokens) or tokens[at + 1][0] != "@":
-        return Layer(kind), at + 1  # type: ignore[arg-type]  # membership in the Literal was just tested
+        return Layer(kind), at + 1
     order, column = tokens[at + 2] if at + 2 < len(tokens) else ("", len(text))
     if order not in get_args(Order):
         raise _fault(text, column, f"'@' takes an order: {', '.join(get_args(Order))}")
-    if kind in ("attn", "cross") and order != "row":
+    if (kind in ("attn", "cross") or kind not in get_args(Kind)) and order != "row":
         raise _fault(text, column, f"{kind} takes no order; it has its own")
-    return Layer(kind, order), at + 3  # type: ignore[arg-type]  # as above
+    return Layer(kind, order), at + 3  # type: ignore[arg-type]  # membership in the Literal was just tested
 
 
 def _check_pairs(text: str, layers: _Layers) -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vimscale.model import schedule
 from vimscale.model.mixer import PATH_PARAMETERS, Attention, Mamba, OutProj, Probe
+from vimscale.model.own import OwnMixer
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
 from vimscale.model.tokens import Grid, PackedImage, Tokens, layout, pack, packed_tokens, resized
@@ -69,7 +70,11 @@ class Block(nn.Module):
     def __init__(self, config: VimConfig, layer: Layer, d: int, *, paired: bool = False):
         super().__init__()
         self.norm = Norm(config, d)
-        self.mixer = Attention(config, d) if layer.kind == "attn" else Mamba(config, layer, d, paired=paired)
+        self.mixer: nn.Module
+        if layer.is_own:
+            self.mixer = OwnMixer(config, config.own_kind(layer), d)
+        else:
+            self.mixer = Attention(config, d) if layer.kind == "attn" else Mamba(config, layer, d, paired=paired)
         self.mlp_norm = Norm(config, d) if config.mlp == "swiglu" else None
         self.mlp = SwiGLU(config, d) if config.mlp == "swiglu" else None
 

@@ -20,8 +20,8 @@ from vimscale.data.stream import Sample
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.vim import Gather
-from vimscale.recipe import own_code
 from vimscale.recipe.sections import ObjectiveOptions
+from vimscale.storage import own_code
 
 __all__ = ["Inputs", "Learner", "Objective", "ObjectiveOptions", "Sample"]
 

@@ -10,13 +10,14 @@ from functools import reduce
 from operator import or_
 from textwrap import dedent
 from types import GenericAlias, NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import Field, create_model, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
 from vimscale.errors import suggest
 from vimscale.model import presets, schedule
 from vimscale.model.presets import PRESETS, VimConfig
+from vimscale.recipe.sections import LayerOptions
 from vimscale.recipe.typed_yaml import Address, Flag, Section, Sides, Size, Whole
 
 S = TypeVar("S", bound=Section)
@@ -78,7 +79,7 @@ class Stage(Section):
     """One resolution of a hierarchical model."""
 
 
-@_keys_of(VimConfig, preset=True, leave_out=("num_classes",))
+@_keys_of(VimConfig, preset=True, leave_out=("num_classes", "kinds"))
 class Model(Section):
     """A preset and what to change in it. Keys that are left out keep the preset's values."""
 
@@ -86,6 +87,11 @@ class Model(Section):
     weights: Address | None = None
     """Folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this one.
     The position embedding is resized; the head follows the names of the classes or starts again.
+    """
+
+    kinds: dict[str, Annotated[SerializeAsAny[LayerOptions], BeforeValidator(LayerOptions.read)]] | None = None
+    """Kinds of layers that classes in files of yours define, by the name that `directions` uses:
+    {gate: {kind: mine.py:GatedConv, taps: 3}}.
     """
 
     @model_validator(mode="after")
@@ -109,11 +115,17 @@ class Model(Section):
         changes = self._changes()
         if "stages" in changes:
             changes["stages"] = tuple(presets.Stage(**stage.model_dump()) for stage in changes["stages"])
+        own = self.kinds or {}
+        if own:
+            changes["kinds"] = tuple(
+                presets.OwnKind(name=name, kind=options.kind, options=options.model_dump_json(exclude={"kind"}))
+                for name, options in sorted(own.items())
+            )
         preset = PRESETS[self.preset]
         if "depth" in changes and "directions" not in changes:
             changes["directions"] = f"{_only_kind(preset)}*{changes['depth']}"
         if "directions" in changes and "depth" not in changes:
-            changes["depth"] = len(schedule.parse(changes["directions"]))
+            changes["depth"] = len(schedule.parse(changes["directions"], own=own))
         return dataclasses.replace(preset, num_classes=classes, **changes)
 
 

@@ -4,12 +4,11 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
-from vimscale.recipe import own_code
 from vimscale.recipe.model_section import Model
 from vimscale.recipe.sections import (
     AnyObjective,
@@ -28,6 +27,7 @@ from vimscale.recipe.sections import (
     Step,
 )
 from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
+from vimscale.storage import own_code
 
 
 class MicroBatch(NamedTuple):
@@ -101,6 +101,13 @@ class Recipe(Section):
         faults += self._phase_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
+        if self.augment.buckets > 1 and self.model.kinds:
+            used = {layer.kind for layer in self.model.shape(classes=1).layers}
+            faults += [
+                f"augment.buckets: {own.kind} cannot keep images apart that are packed into one row (`packs` is false)"
+                for name, own in self.model.kinds.items()
+                if name in used and not getattr(own_code.load(own.kind), "packs", False)
+            ]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -196,8 +203,14 @@ class Recipe(Section):
     @property
     def own_classes(self) -> tuple[str, ...]:
         """The classes in files of the user's own that the recipe names, such as mine.py:MyLoss."""
-        named = [self.objective.kind, *([self.augment.own.kind] if self.augment.own else [])]
-        return tuple(reference for reference in named if own_code.split(reference) is not None)
+        found: list[str] = []
+
+        def noted(reference: str) -> str:
+            found.append(reference)
+            return reference
+
+        self.with_own_classes(noted)
+        return tuple(found)
 
     def with_own_classes(self, change: Callable[[str], str]) -> "Recipe":
         """Return the recipe with `change` applied to each of `own_classes`."""
@@ -206,9 +219,13 @@ class Recipe(Section):
             kind = options.kind if own_code.split(options.kind) is None else change(options.kind)
             return options.model_copy(update={"kind": kind})
 
-        own = self.augment.own
-        augment = self.augment if own is None else self.augment.model_copy(update={"own": changed(own)})
-        return self.model_copy(update={"objective": changed(self.objective), "augment": augment})
+        updates: dict[str, Section] = {"objective": changed(self.objective)}
+        if (own := self.augment.own) is not None:
+            updates["augment"] = self.augment.model_copy(update={"own": changed(own)})
+        if self.model.kinds:
+            kinds = {name: changed(options) for name, options in self.model.kinds.items()}
+            updates["model"] = self.model.model_copy(update={"kinds": kinds})
+        return self.model_copy(update=updates)
 
     def to_yaml(self) -> str:
         """Write the complete recipe, defaults included, as YAML that `load` and `parse` read."""
@@ -220,10 +237,14 @@ def _nearest(batch: int, unit: int) -> int:
     return max(round(batch / unit), 1) * unit
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _with_full_paths(tree: dict, folder: Path) -> None:
     """Make the paths of a user's own files, which a recipe gives relative to itself, full ones."""
-    augment = tree.get("augment")
-    for section in (tree.get("objective"), augment.get("own") if isinstance(augment, dict) else None):
+    augment, model = (_mapping(tree.get(key)) for key in ("augment", "model"))
+    for section in (tree.get("objective"), augment.get("own"), *_mapping(model.get("kinds")).values()):
         if isinstance(section, dict) and isinstance(section.get("kind"), str):
             section["kind"] = own_code.absolute(section["kind"], folder)
 

@@ -19,8 +19,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from vimscale.errors import suggest
-from vimscale.recipe import own_code
 from vimscale.recipe.typed_yaml import UNION, Address, Either, Section, Size, Whole
+from vimscale.storage import own_code
 
 Count = Annotated[Whole, Field(ge=1, le=2**24)]
 """A number of images, of steps in a window, and the like."""
@@ -220,6 +220,29 @@ class AugmentationOptions(OwnOptions):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if cls is AugmentationOptions else handler(schema)
+
+
+class LayerOptions(OwnOptions):
+    """A user's own kind of layer. `kind` is a class in a file such as mine.py:GatedConv, relative to the recipe's file;
+    the other keys are its options.
+    """
+
+    def __reduce__(self) -> tuple:
+        """Another process imports the user's own file again."""
+        return LayerOptions.read, (self.model_dump(),)
+
+    @classmethod
+    def section_for(cls, tree: Any) -> type[Section]:
+        if cls is not LayerOptions or not isinstance(tree.get("kind"), str):
+            return cls  # reports what is wrong with the kind
+        if own_code.split(tree["kind"]) is None:
+            fault = f"{tree['kind']!r} is not a class in a file; write mine.py:GatedConv"
+            raise _fault_of_kind(tree["kind"], ValueError(fault))
+        return _own_options(tree, cls, "a kind of layer", "vimscale.model.own.Mixer")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if cls is LayerOptions else handler(schema)
 
 
 class Augment(Section):

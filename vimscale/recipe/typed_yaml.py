@@ -474,6 +474,9 @@ def _section(root: type[Section], tree: Any, path: Iterable[str | int]) -> type[
         tree = tree[part]
         if isinstance(part, int):  # an index into a list, whose items are all of one section
             continue
+        if part not in section.model_fields:  # a key of a mapping, whose values are all of one section
+            section = section.section_for(tree)
+            continue
         annotation = _innermost(section.model_fields[part].annotation)
         assert annotation is not None
         section = annotation.section_for(tree)

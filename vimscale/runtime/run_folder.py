@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from vimscale.errors import CheckpointError, LaunchError, RecipeError
-from vimscale.recipe import own_code
 from vimscale.recipe.recipe import Recipe, load
 from vimscale.runtime import manifest
-from vimscale.storage import files
+from vimscale.storage import files, own_code
 
 log = logging.getLogger(__name__)
 
@@ -291,21 +290,8 @@ class RunFolder:
         """Copy the user's own files that the recipe names: (the recipe that names the copies by their full paths, the
         text of recipe.yaml, which names them relative to itself).
         """
-        folder = self.path.absolute()
-
-        def copied(reference: str) -> str:
-            source, name = _parts(reference)
-            copy = folder / source.name
-            if source != copy:
-                files.write(copy, source.read_text())
-            return f"{copy}:{name}"
-
-        def relative(reference: str) -> str:
-            source, name = _parts(reference)
-            return f"{source.name}:{name}"
-
-        recipe = recipe.with_own_classes(copied)
-        return recipe, recipe.with_own_classes(relative).to_yaml()
+        recipe = recipe.with_own_classes(lambda reference: own_code.copy(reference, self.path))
+        return recipe, recipe.with_own_classes(own_code.without_folder).to_yaml()
 
     def release(self) -> None:
         """Unlock the folder."""
@@ -399,12 +385,6 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _parts(reference: str) -> tuple[Path, str]:
-    parts = own_code.split(reference)
-    assert parts is not None
-    return parts
-
-
 def _check_names(recipe: Recipe) -> None:
     """Check that the copies of the user's own files do not replace each other.
 
@@ -413,7 +393,7 @@ def _check_names(recipe: Recipe) -> None:
     """
     contents: dict[str, tuple[Path, bytes]] = {}
     for reference in recipe.own_classes:
-        path, _ = _parts(reference)
+        path = Path(reference.rpartition(":")[0])
         content = path.read_bytes()
         other, before = contents.setdefault(path.name, (path, content))
         if content != before:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vimscale.errors import RecipeError
-from vimscale.recipe import own_code
 from vimscale.recipe.sections import AugmentationOptions
+from vimscale.storage import own_code
 
 __all__ = ["Augmentation", "AugmentationOptions"]
 

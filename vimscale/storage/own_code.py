@@ -13,6 +13,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from vimscale.storage import files
+
 _FORM = re.compile(r"(.+\.py):([A-Za-z_]\w*)", re.DOTALL)
 
 
@@ -57,6 +59,28 @@ def load(reference: str) -> type:
         classes = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         raise ValueError(f"{file} has no class {name}; it has {', '.join(classes) or 'none'}")
     return found
+
+
+def copy(reference: str, folder: Path) -> str:
+    """Copy the file into `folder`, unless it is there; returns the reference with the full path of the copy.
+
+    Raises:
+        OSError: the copy cannot be written.
+        ValueError: the file cannot be read.
+    """
+    parts = split(reference)
+    assert parts is not None
+    file, name = parts
+    kept = folder.absolute() / file.name
+    if file != kept:
+        files.write(kept, _read(file).decode())
+    return f"{kept}:{name}"
+
+
+def without_folder(reference: str) -> str:
+    """The reference with the file's name in place of its path."""
+    parts = split(reference)
+    return reference if parts is None else f"{parts[0].name}:{parts[1]}"
 
 
 def _read(file: Path) -> bytes:
