@@ -144,7 +144,7 @@ def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: M
 
 def largest_difference(folder: Path, model: VisionMamba) -> float:
     """Load what `write` wrote; returns the largest difference of its logits from those of `model`."""
-    return difference(load(folder), model)
+    return difference(load(folder, run_own_code=True), model)
 
 
 def difference(one: VisionMamba, other: VisionMamba) -> float:

@@ -176,7 +176,8 @@ def _own_options(tree: dict, base: type[OwnOptions], what: str, parent: str) -> 
         own = own_code.load(kind)
         options = getattr(own, "Options", None)
         if not (isinstance(options, type) and issubclass(options, base)):
-            raise ValueError(f"{kind} is not {what}: derive it from {parent}")
+            section = f"vimscale.recipe.sections.{base.__name__}"
+            raise ValueError(f"{kind} is not {what}: derive it from {parent}, and its class Options from {section}")
         if missing := sorted(getattr(own, "__abstractmethods__", ())):
             raise ValueError(f"{kind} does not define {', '.join(missing)}; see {parent}")
     except ValueError as error:
