@@ -274,7 +274,10 @@ NO_WEIGHTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no deviation": (_config(std=[0, 1, 1]), "std is"),
     "another format": (_config(format=2), "format 2, this version reads 1"),
     "an unknown field": (_config(model=OURS.to_dict() | {"rope": True}), "rope: no such field"),
-    "a field of another type": (_config(model=OURS.to_dict() | {"depth": "2"}), "depth is '2', a str"),
+    "a field of another type": (
+        _config(model=OURS.to_dict() | {"depth": "2"}),
+        "depth is '2', which has the wrong type str",
+    ),
 }
 
 
