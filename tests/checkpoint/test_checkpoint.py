@@ -422,7 +422,8 @@ def test_ranks_wait_longer_for_a_slow_mirror_than_for_each_other(tmp_path: Path)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("how", [("--no-ray",), pytest.param((), marks=pytest.mark.slow)], ids=["processes", "ray"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [("--no-ray",), ()], ids=["processes", "ray"])
 def test_a_run_whose_disk_is_full_on_one_rank_saves_to_the_mirror_and_resumes_from_it(
     shell: Shell, bucket: str, how: tuple[str, ...]
 ) -> None:

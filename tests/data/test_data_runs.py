@@ -20,6 +20,7 @@ def _launch(shell: Shell, name: str, *how: str) -> list[float]:
     return shell.losses(name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_with_every_option_ends_with_the_same_bits_after_a_kill_and_with_other_ranks(shell: Shell) -> None:
     undisturbed = _launch(shell, "whole", *SHORT, *PROCESSES)

@@ -156,6 +156,7 @@ def test_import_refuses_code_with_one_message(shell: Shell) -> None:
     assert not (shell.folder / "made").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_for_the_published_code_and_started_from(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

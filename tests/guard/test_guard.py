@@ -335,6 +335,7 @@ def test_a_persistent_fault_ends_the_run_after_the_last_rollback(tmp_path: Path)
     assert "Lower optim.lr" in run["output"]
 
 
+@pytest.mark.slow
 def test_inspect_batch_shows_a_bad_batch(shell: Shell) -> None:
     _run(shell.folder, "nan_in_batches", "steps=26", "optim.warmup=2", "guard.skips=5")
     output = shell.run("inspect-batch", "run")

@@ -75,7 +75,7 @@ def _assert_faults_leave_no_trace(
     [
         pytest.param(PROCESSES, [Fault("kill rank", "save", 12, rank=1)], id="rank-in-save", marks=pytest.mark.slow),
         pytest.param(PROCESSES, [Fault("damage", "step", 20)], id="launcher-and-damage"),
-        pytest.param(RAY, [Fault("kill rank", "save", 12, rank=0)], id="ray-rank-in-save"),
+        pytest.param(RAY, [Fault("kill rank", "save", 12, rank=0)], id="ray-rank-in-save", marks=pytest.mark.slow),
     ],
 )
 def test_a_few_faults_leave_no_trace(watched: Shell, calm: Calm, how: tuple[str, ...], faults: list[Fault]) -> None:

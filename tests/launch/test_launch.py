@@ -203,7 +203,8 @@ def test_a_run_resumes_at_another_world_size_and_zero_stage(shell: Shell, layout
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("zero", [*(pytest.param(zero, marks=pytest.mark.slow) for zero in range(3)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", range(4))
 def test_evaluation_and_export_agree_with_the_run_at_every_stage(shell: Shell, zero: int) -> None:
     shell.run("launch", "small.yaml", f"parallel.zero={zero}", "evaluate.every=20", *PROCESSES)
     during = shell.rows("small", "eval")
@@ -255,6 +256,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(shell: She
     assert _same_bits_as(calm, shell, "small")
 
 
+@pytest.mark.slow
 def test_a_run_without_any_whole_checkpoint_stops_and_loses_nothing(shell: Shell) -> None:
     shell.run("launch", "small.yaml", "checkpoint.every=50", *PROCESSES)
     folder = shell.folder / "runs/small"

@@ -45,7 +45,8 @@ def long_tmpdir() -> "Path":
     return folder
 
 
-@pytest.mark.parametrize("how", [pytest.param(("--no-ray",), marks=pytest.mark.slow), ()], ids=["processes", "ray"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [("--no-ray",), ()], ids=["processes", "ray"])
 def test_a_launch_in_a_foreign_job_with_a_long_tmpdir_trains_and_leaves_nothing(
     shell: Shell, long_tmpdir: Path, how: tuple[str, ...]
 ) -> None:

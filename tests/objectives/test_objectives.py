@@ -175,7 +175,8 @@ def _run(folder: Path, fault: str, *changes: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize("zero", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in range(3)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", range(4))
 def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp_path: Path, zero: int) -> None:
     changes = (
         f"objective.kind={OWN}:Counting",
