@@ -253,7 +253,8 @@ class RayGroup:
         for reference in answered:
             number = self._pending_news.pop(reference)
             with contextlib.suppress(ray.exceptions.RayActorError):
-                reports += [event | {"rank": number} for event in ray.get(reference)]
+                news = ray.get(reference)
+                reports += [event | {"rank": number} if event["kind"] == "heartbeat" else event for event in news]
                 self._pending_news[self._actors[number].news.remote()] = number
         return reports
 

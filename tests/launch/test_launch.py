@@ -315,7 +315,9 @@ def test_the_first_cause_is_reported_not_the_last() -> None:
 def test_an_existing_ray_is_used_and_left_running(shell: Shell) -> None:
     with ray_head(shell, "--include-dashboard=false") as head:
         address = ("--address", f"127.0.0.1:{head.gcs}")
-        assert "2 ranks on the Ray at" in shell.run("launch", "small.yaml", *address)
+        output = shell.run("launch", "small.yaml", *address)
+        assert "2 ranks on the Ray at" in output
+        assert re.search(r"evaluation at step \d+: top-1 \S+  top-5 \S+  loss \S+  \(359 images\)", output)
         assert head.process.poll() is None
         refused = ("launch", "small.yaml", "name=more", "batch=36", *address, "--workers", "3")
         assert "each rank takes one CPU and the Ray cluster has 2" in shell.run(*refused, expect=2)
