@@ -200,50 +200,52 @@ def _own_schema(about: str) -> dict[str, Any]:
     }
 
 
-class AugmentationOptions(OwnOptions):
+class _FromFile(OwnOptions):
+    """Options of what only a class in a user's own file can be."""
+
+    what: ClassVar[str]
+    """What the user's class is, with its article."""
+    parent: ClassVar[str]
+    """The class to derive it from."""
+    example: ClassVar[str]
+
+    def __reduce__(self) -> tuple:
+        """Another process imports the user's own file again."""
+        mine = (each for each in type(self).__mro__ if issubclass(each, OwnOptions))
+        return next(each for each in mine if _FromFile in each.__bases__).read, (self.model_dump(),)
+
+    @classmethod
+    def section_for(cls, tree: Any) -> type[Section]:
+        if _FromFile not in cls.__bases__ or not isinstance(tree.get("kind"), str):
+            return cls  # reports what is wrong with the kind
+        if own_code.split(tree["kind"]) is None:
+            fault = f"{tree['kind']!r} is not a class in a file; write {cls.example}"
+            raise _fault_of_kind(tree["kind"], ValueError(fault))
+        return _own_options(tree, cls, cls.what, cls.parent)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if _FromFile in cls.__bases__ else handler(schema)
+
+
+class AugmentationOptions(_FromFile):
     """A user's own augmentation. `kind` is a class in a file such as mine.py:Posterize, relative to the recipe's file;
     the other keys are its options.
     """
 
-    def __reduce__(self) -> tuple:
-        """Another process imports the user's own file again."""
-        return AugmentationOptions.read, (self.model_dump(),)
-
-    @classmethod
-    def section_for(cls, tree: Any) -> type[Section]:
-        if cls is not AugmentationOptions or not isinstance(tree.get("kind"), str):
-            return cls  # reports what is wrong with the kind
-        if own_code.split(tree["kind"]) is None:
-            fault = f"{tree['kind']!r} is not a class in a file; write mine.py:Posterize"
-            raise _fault_of_kind(tree["kind"], ValueError(fault))
-        return _own_options(tree, cls, "an augmentation", "vimscale.data.images.own.Augmentation")
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if cls is AugmentationOptions else handler(schema)
+    what = "an augmentation"
+    parent = "vimscale.data.images.own.Augmentation"
+    example = "mine.py:Posterize"
 
 
-class LayerOptions(OwnOptions):
+class LayerOptions(_FromFile):
     """A user's own kind of layer. `kind` is a class in a file such as mine.py:GatedConv, relative to the recipe's file;
     the other keys are its options.
     """
 
-    def __reduce__(self) -> tuple:
-        """Another process imports the user's own file again."""
-        return LayerOptions.read, (self.model_dump(),)
-
-    @classmethod
-    def section_for(cls, tree: Any) -> type[Section]:
-        if cls is not LayerOptions or not isinstance(tree.get("kind"), str):
-            return cls  # reports what is wrong with the kind
-        if own_code.split(tree["kind"]) is None:
-            fault = f"{tree['kind']!r} is not a class in a file; write mine.py:GatedConv"
-            raise _fault_of_kind(tree["kind"], ValueError(fault))
-        return _own_options(tree, cls, "a kind of layer", "vimscale.model.own.Mixer")
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if cls is LayerOptions else handler(schema)
+    what = "a kind of layer"
+    parent = "vimscale.model.own.Mixer"
+    example = "mine.py:GatedConv"
 
 
 class Augment(Section):
