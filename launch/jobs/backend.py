@@ -107,8 +107,8 @@ def launch_arguments(cluster: Cluster, recipe: str, runs: str) -> list[str]:
     if cluster.time_limit is not None:
         arguments += ["--time-limit", cluster.time_limit]
     if cluster.backend != "local":
-        return [*arguments, "--address", "auto", "--workers", cluster.ranks]
-    return [*arguments, *(["--workers", cluster.workers] if cluster.workers is not None else [])]
+        arguments += ["--address", "auto"]
+    return [*arguments, "--workers", cluster.ranks]
 
 
 def environment(cluster: Cluster) -> dict[str, str]:

@@ -66,7 +66,7 @@ class LocalJobs:
 
     def submit(self, recipe: recipes.Recipe) -> Job:
         recipe = for_cluster(recipe, self._cluster)
-        num_ranks.sizes(self._cluster.workers, recipe, cpus(), gpus(), "this machine")
+        num_ranks.sizes(self._cluster.ranks, recipe, cpus(), gpus(), "this machine")
         check_secrets(self._cluster)
         folder = job_folder(self._runs, recipe.name)
         with _locked(folder):

@@ -8,6 +8,7 @@ import yaml
 from vimscale.errors import ClusterError
 from vimscale.launch import cluster, hardware
 from vimscale.launch.commands import plan
+from vimscale.launch.jobs.backend import launch_arguments
 from vimscale.recipe import recipe
 
 RAY_UP = sorted((cluster.shipped()["ray_aws"].parent / "ray_up").glob("*.yaml"))
@@ -124,6 +125,7 @@ def test_a_plan_counts_the_ranks_that_a_job_gets(
     monkeypatch.setattr(hardware, "gpus", lambda: 0)
     chosen = cluster.load(name, changes)
     assert chosen.ranks == ranks
+    assert launch_arguments(chosen, "recipe.yaml", "runs")[-2:] == ["--workers", ranks]
     most = int(ranks.rpartition(":")[2])
     assert chosen.most_ranks == most
     planner, _ = plan.prepare(recipe.load("vim_digits_cpu"), chosen, most)
