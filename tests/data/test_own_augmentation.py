@@ -161,6 +161,7 @@ def test_the_contact_sheet_shows_it(mine: Path, digits: Path) -> None:
     assert contact_sheet.draw(located, _recipe(mine)).tobytes() != plain.tobytes()
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_resumes_through_the_command_line(shell: Shell) -> None:
     for name in ("own_augmentation.py", "own_augmentation.yaml"):
         shutil.copy(EXAMPLES / name, shell.folder)

@@ -154,11 +154,14 @@ def test_a_signal_interrupts_only_while_there_is_nothing_to_save() -> None:
 
 def test_c_code_cannot_delay_a_stop() -> None:
     code = """
-import hashlib
+import hashlib, sys, threading
 from vimscale.launch.processes.signals import StopSignal
 stop = StopSignal()
+hashing = threading.Event()
+threading.Thread(target=lambda: hashing.wait() and print("busy", flush=True), daemon=True).start()
+sys.setswitchinterval(60)  # the thread prints no sooner than C code releases the interpreter
 with stop.installed(), stop.at_once(lambda: print("cleaned", flush=True)):
-    print("busy", flush=True)
+    hashing.set()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

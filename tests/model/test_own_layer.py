@@ -211,6 +211,7 @@ def test_own_layers_are_trained_saved_and_restored_at_any_stage(mine: Path, tmp_
         assert plain == pytest.approx(calm[:3], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_trains_evaluates_and_exports_through_the_command_line(shell: Shell) -> None:
     for name in ("own_layer.py", "own_layer.yaml"):
         shutil.copy(ROOT / "examples" / name, shell.folder)
