@@ -37,8 +37,10 @@ def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
     zero, persist = recipe.parallel.zero, recipe.parallel.persist
     planner = Planner(recipe, recipe.model.shape(CLASSES), Target("here", None, 0, Fabric(world, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(world)
-    held = zero_layout.held(planner.parameters, zero, world, rank, persist=persist, ema=recipe.optim.ema is not None)
-    sent = zero_layout.sent(planner.parameters, zero, world, accumulation, persist=persist)
+    held = zero_layout.held(
+        planner.parameters(zero, world), zero, world, rank, persist=persist, ema=recipe.optim.ema is not None
+    )
+    sent = zero_layout.sent(planner.parameters(zero, world), zero, world, accumulation, persist=persist)
     need = planner.most(zero, recipe.parallel.recompute, micro, accumulation, world, exact=True)
     beyond = need.total - need.images - need.held.between_steps
     if zero == 3:  # they exist all the time
@@ -63,7 +65,7 @@ def _bytes(*tensors: Any) -> int:
 
 def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
     """Bytes that this rank's engine holds, that it sends per step, and its peak beyond what it held before the step."""
-    from vimscale.engine.deepspeed_engine import Engine
+    from vimscale.engine.deepspeed_engine import Average, Engine
 
     torch.manual_seed(0)
     config = recipe.model.shape(CLASSES)
@@ -76,7 +78,7 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
 
     def gradients() -> int:
         if engine.stage == 0:
-            return _bytes([p.grad for p in engine.model.parameters()])
+            return _bytes([p.grad for p in engine._engine.module.parameters()])
         return zero.grad_partitions_flat_buffer.nbytes if engine.stage == 3 else _bytes(zero.averaged_gradients)
 
     def step() -> None:
@@ -96,7 +98,7 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
     found["weights"] = _bytes([f.flat for f in engine.fragments]) if engine.stage else 0
     found["optimizer"] = sum(t.nbytes for s in engine._adamw.state.values() for t in s.values())
     average = recipe.optim.ema is not None
-    found["ema"] = sum(f.weight.nbytes for f in engine.fragments) if average else 0
+    found["ema"] = _bytes(Average(engine.fragments).fragments) if average else 0
     dist.barrier()
     return found
 

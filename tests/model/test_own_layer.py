@@ -127,7 +127,7 @@ def test_parameters_operations_and_memory_are_counted(mine: Path, changes: tuple
     tokens, d = config.tokens, config.d_model
     theirs = 2 * tokens * (8 * d * d + 4 * tokens * d)
     assert cost.flops(config) - cost.flops(plain) == 2 * (2 * tokens * d * (tokens + d)) - theirs
-    names = {p.name for p in zero_layout.parameters(config, chosen)}
+    names = {p.name for p in zero_layout.parameters(config, chosen, 3, 1)}
     assert {"blocks.1.mixer.own.weight", "blocks.2.mixer.own.mix.weight"} < names
     levels: Any = ["none"] * 4
     assert activations.passes(config, levels, 8, "fp32", None, "cpu", chosen.objective).with_gradients > 0

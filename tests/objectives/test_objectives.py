@@ -131,7 +131,7 @@ def test_the_encoder_starts_from_the_same_weights_whatever_is_trained_beside_it(
 def test_plans_count_the_parameters_and_the_pass_of_an_objective() -> None:
     chosen, plain = _recipe(), recipes.load("vim_digits_cpu")
     config = chosen.model.shape(10)
-    ours, theirs = (zero_layout.parameters(config, one) for one in (chosen, plain))
+    ours, theirs = (zero_layout.parameters(config, one, 3, 1) for one in (chosen, plain))
     assert {p.name for p in ours} - {p.name for p in theirs} == {"objective.head.weight", "objective.head.bias"}
     levels: Any = ["none"] * len(config.layers)
     passes = [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from tests.support.shell import SMALL
 from vimscale.recipe import recipe as recipes
@@ -122,8 +123,15 @@ def _once(step: int, before_forward: Callable[[Any], None]) -> None:
 def _nan_in_a_gradient(rank: int) -> None:
     def harm(engine: Any) -> None:
         if rank == 0:
-            parameter = engine.encoder.head.weight
-            handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
+            place = next(place for place in engine._flat.places() if place.name == "head.weight")
+
+            def broken(grad: Tensor) -> Tensor:
+                handle.remove()
+                grad = grad.clone()
+                grad[place.offset : place.offset + place.numel] = math.nan
+                return grad
+
+            handle = place.piece.register_hook(broken)
 
     _once(25, harm)
 

@@ -5,6 +5,7 @@ with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints a
 terms of fragments, so they know neither the stage nor the number of ranks.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,12 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimscale.engine import optim
+from vimscale.engine.flat import FlatLearner, NarrowPieces, layout
 from vimscale.engine.zero_layout import BUCKET
 from vimscale.errors import RunFailed
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives.base import Inputs, Learner, Question, parts_of
 from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Judge = Callable[[Tensor], Tensor]
@@ -35,21 +39,28 @@ def ds_config(recipe: Recipe, world: int, numel: int) -> dict[str, Any]:
     not named here are not used.
     """
     micro, accumulation = recipe.micro_batch(world)
+    zero = recipe.parallel.zero
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.optim.clip or 0.0,  # the default is 1.0
+        # below stage 3 the optimizer's kernel clips: see `Engine.step`; the default is 1.0
+        "gradient_clipping": (recipe.optim.clip or 0.0) if zero == 3 else 0.0,
         # DeepSpeed allocates buckets of this size even if there are fewer gradients
-        "zero_optimization": {"stage": recipe.parallel.zero, "reduce_bucket_size": min(BUCKET, numel)},
+        "zero_optimization": {"stage": zero, "reduce_bucket_size": min(BUCKET, numel)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if recipe.parallel.zero == 3:
+    if zero in (1, 2):
+        config["zero_optimization"]["compute_grad_norm"] = False  # it waits for the device several times a step
+    if zero == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = recipe.parallel.persist
     if recipe.parallel.precision == "bf16":
         # fp32 parameters with bf16 compute; DeepSpeed's "bf16" engine would cast the parameters themselves
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if zero < 3:
+            narrow = f"{NarrowPieces.__module__}.{NarrowPieces.__qualname__}"
+            config["torch_autocast"]["lower_precision_safe_modules"] = [narrow]
     return config
 
 
@@ -75,6 +86,23 @@ class Fragment:
     """The fragment's first element in `flat`."""
 
 
+class Average:
+    """The exponential moving average of an engine's weights."""
+
+    def __init__(self, fragments: Sequence[Fragment]):
+        """Starts at the weights."""
+        weights = {id(f.flat): f.flat.detach() for f in fragments}
+        averages = {key: weight.clone() for key, weight in weights.items()}
+        self._pairs = [(averages[key].view(-1), weights[key].view(-1)) for key in weights]
+        self.fragments = [averages[id(f.flat)].view(-1)[f.offset : f.offset + f.numel] for f in fragments]
+        """(numel) for each fragment, views."""
+
+    def update(self, weight: Tensor) -> None:
+        """Move it towards the weights by a share `weight` (), on the device."""
+        for average, current in self._pairs:
+            average.lerp_(current, weight)
+
+
 class Engine:
     """A model under training: forward, backward, update, and its state as fragments."""
 
@@ -91,20 +119,35 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = recipe.parallel.zero
         self.device = device
+        self._flat: FlatLearner | None = None
         if self.stage == 3:
             # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without it,
             # settings that enable neither mean fp32.
             with deepspeed.zero.Init(config_dict_or_path=settings):
-                model = Learner(self.objective, VisionMamba(config, gather=_gathered), gather=_gathered)
+                self.model = Learner(self.objective, VisionMamba(config, gather=_gathered), gather=_gathered)
+            adamw = optim.optimizer(self.model.trained(), shapes.no_decay(), recipe.optim, fused=True)
         else:
-            model = Learner(self.objective, VisionMamba(config)).to(device)
-        adamw = optim.optimizer(model.trained(), shapes.no_decay(), recipe.optim, fused=True)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+            self.model = Learner(self.objective, VisionMamba(config)).to(device)
+            groups = layout(shapes, recipe.optim, self.stage, world, bf16=recipe.parallel.precision == "bf16")
+            self._flat = FlatLearner(self.model, groups)
+            adamw = optim.adamw(self._flat.grouped(), recipe.optim, fused=True)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._flat or self.model, optimizer=adamw, config=settings, dist_init_required=False
+        )
         self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
         self._parameters = dict(self.model.trained())
         self._check_fp32()
+        if self._flat is not None:
+            self._flat.adopt()
+        if recipe.parallel.graphs == "auto" and device.type == "cuda":
+            if self._flat is not None:
+                self._flat.use_graphs()
+            elif dist.get_rank() == 0:
+                log.info("parallel.graphs: none at ZeRO stage 3, whose hooks gather parameters from Python")
         self.fragments = list(self._fragments())
         self._judge: Judge | None = None
+        self._clip = recipe.optim.clip
+        self._norm: Tensor
         self.broken_gradients: Callable[[], list[str]] = list
         """Names the parameters whose gradient was not finite in the last step, among those that this rank holds. Waits
         for the device. A reference taken before the next step keeps answering for this one.
@@ -117,19 +160,16 @@ class Engine:
         """Raises:
         RunFailed: DeepSpeed holds a parameter, or this rank's shard of it, in another type than fp32.
         """
-        for name, p in self._parameters.items():
-            held = {p.dtype, p.ds_tensor.dtype} if self.stage == 3 else {p.dtype}
+        held_by: nn.Module = self.model if self._flat is None else self._flat
+        for name, p in held_by.named_parameters():
+            held = {t.dtype for t in (p, getattr(p, "ds_tensor", p))}
             if held != {torch.float32}:
                 found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
                 raise RunFailed(
-                    f"DeepSpeed {deepspeed.__version__} holds {name} in {found} at ZeRO stage {self.stage}, and"
-                    " vimscale trains fp32 parameters only; set parallel.zero=2, or install the DeepSpeed of"
-                    " constraints.txt"
+                    f"DeepSpeed {deepspeed.__version__} holds {name.removeprefix('encoder.')} in {found} at ZeRO stage"
+                    f" {self.stage}, and vimscale trains fp32 parameters only; set parallel.zero=2, or install the"
+                    " DeepSpeed of constraints.txt"
                 )
-
-    @property
-    def model(self) -> Learner:
-        return self._engine.module
 
     @property
     def encoder(self) -> VisionMamba:
@@ -150,6 +190,8 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; DeepSpeed divides by their number."""
         self._engine.backward(loss)
+        if self._flat is not None:
+            self._flat.release()
 
     def step(self, lr: float, judge: Judge | None = None) -> None:
         """Call it after every micro-batch. After the last one of a step it updates the weights, unless `judge`, which
@@ -160,18 +202,13 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
-        self._judge = judge
-        if self.stage == 0:
-            grads = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-            names, norms = list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
-            self._norm: Any = torch.linalg.vector_norm(norms)
-            self.broken_gradients = lambda: [
-                name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)
-            ]
+        self._judge = judge or (lambda norm: (~norm.isfinite()).float())
+        shards = list(self._gradient_shards())
+        if self.stage < 3:
+            self._measure(shards)
+            self._engine.step()
         else:
-            shards = list(self._gradient_shards())
-        self._engine.step()
-        if self.stage > 0:
+            self._engine.step()
             # DeepSpeed looks for gradients that are not finite, waits for the answer, and then skips the optimizer
             overflow = self._engine.optimizer.overflow
             broken = [name for name, grad in shards if not grad.isfinite().all()] if overflow else []
@@ -182,28 +219,55 @@ class Engine:
                     self.restore_moments(0)
         self._judge = None
 
+    def _measure(self, shards: list[tuple[str, Tensor]]) -> None:
+        """Compute the norm of this rank's gradients by name, and of all gradients. Waits for nothing."""
+        names = [name for name, _ in shards]
+        grads = [grad for _, grad in shards]
+        norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1, device=self.device)
+        self._norm = torch.linalg.vector_norm(norms)
+        if self.stage and dist.get_world_size() > 1:
+            squares = self._norm.square()
+            dist.all_reduce(squares)
+            self._norm = squares.sqrt()
+        self.broken_gradients = lambda: [
+            name for name, norm in zip(names, norms.tolist(), strict=False) if not math.isfinite(norm)
+        ]
+
     def _before_update(self, *_: Any) -> None:
-        """The optimizer is about to be called: at stages 1-3 once for every group of parameters."""
-        if self._judge is not None:
-            norm = self._norm if self.stage == 0 else self._engine.optimizer._global_grad_norm
-            self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
-            self._judge = None
+        """The optimizer is about to be called: at stages 1-3 once for every group of parameters. Its fused kernel
+        divides gradients by `grad_scale`, and changes nothing where `found_inf` is 1.
+        """
+        if self._judge is None:
+            return
+        norm: Tensor = self._engine.optimizer._global_grad_norm if self.stage == 3 else self._norm
+        self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+        if self.stage < 3 and self._clip is not None:
+            self._adamw.grad_scale = (norm / self._clip).clamp_min(1)  # type: ignore[attr-defined]
+        self._judge = None
 
     def _gradient_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradients that this rank is about to update with, at stages 1-3. DeepSpeed frees them if any is not
-        finite.
-        """
+        """The gradients that this rank is about to update with. Stage 3 frees them if any is not finite."""
+        if self._flat is not None and self.stage == 0:
+            yield from self._flat.gradients()
+            return
         zero = self._engine.optimizer
-        names = {id(p): name for name, p in self._parameters.items()}
-        groups = zero.fp16_groups if self.stage == 3 else zero.params_in_partition
-        for i, group in enumerate(groups):
-            grads = [grad for grad in zero.averaged_gradients[i] if not getattr(grad, "_zero_padding", False)]
-            yield from ((names[id(p)], grad) for p, grad in zip(group, grads, strict=False))
+        if self.stage == 3:
+            names = {id(p): name for name, p in self._parameters.items()}
+            for i, group in enumerate(zero.fp16_groups):
+                grads = [grad for grad in zero.averaged_gradients[i] if not getattr(grad, "_zero_padding", False)]
+                yield from ((names[id(p)], grad) for p, grad in zip(group, grads, strict=False))
+            return
+        held = {id(part): zero.averaged_gradients[i] for i, part in enumerate(zero.single_partition_of_fp32_groups)}
+        for fragment in self.fragments:
+            first, end = fragment.offset, fragment.offset + fragment.numel
+            for grad in held[id(fragment.flat)]:  # one after the other, like the fragments
+                if first < grad.numel() and end > 0:
+                    yield fragment.name, grad.view(-1)[max(first, 0) : end]
+                first, end = first - grad.numel(), end - grad.numel()
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient before clipping. Waits for the device."""
-        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
-        return float(norm)
+        return float(self._engine.get_global_grad_norm() if self.stage == 3 else self._norm)
 
     # ---- state
 
@@ -214,25 +278,29 @@ class Engine:
     def _fragments(self) -> Iterator[Fragment]:
         rank, world = dist.get_rank(), dist.get_world_size()
         zero = self._engine.optimizer
-        for number, (name, p) in enumerate(self._parameters.items()):
-            if self.stage == 0:
-                yield Fragment(name, 0, p.numel(), number % world == rank, p.data.view(-1), p, 0)
-                continue
-            if self.stage < 3:
-                mapping = p._hp_mapping
-                if mapping is None:  # other ranks hold all of it
-                    continue
-                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                offset = mapping.hp_fragment_address.start
-                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            else:
+        if self._flat is None:
+            for name, p in self._parameters.items():
                 group, offset, size = zero.grad_position[zero.get_param_id(p)]
                 flat = zero.fp32_partitioned_groups_flat[group]
                 start = rank * size
                 numel = min(size, p.ds_numel - start)  # the last rank's shard is padded
-                if numel <= 0:
-                    continue
-            yield Fragment(name, start, numel, True, flat.detach()[offset : offset + numel], flat, offset)
+                if numel > 0:
+                    weight = flat.detach()[offset : offset + numel]
+                    yield Fragment(name, start, numel, True, weight, flat, offset)
+            return
+        for number, place in enumerate(self._flat.places()):
+            if self.stage == 0:
+                weight = place.piece.detach()[place.offset : place.offset + place.numel]
+                owned = number % world == rank
+                yield Fragment(place.name, 0, place.numel, owned, weight, place.piece, place.offset)
+                continue
+            flat = zero.single_partition_of_fp32_groups[place.group]
+            first = max(place.start, rank * flat.numel())
+            numel = min(place.start + place.numel, (rank + 1) * flat.numel()) - first
+            if numel > 0:
+                offset = first - rank * flat.numel()
+                weight = flat.detach()[offset : offset + numel]
+                yield Fragment(place.name, first - place.start, numel, True, weight, flat, offset)
 
     def _backward_slices(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The slices of the backward paths' own parameters on this rank: (the optimizer's tensor, a view of it)."""
@@ -293,14 +361,15 @@ class Engine:
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
             return
-        shards = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
-        for name, p in self._parameters.items():
-            full = torch.zeros_like(p.data).view(-1)
-            if name in shards:
-                fragment, value = shards[name]
-                full[fragment.start : fragment.start + fragment.numel].copy_(value)
+        assert self._flat is not None
+        starts = {place.name: (place.group, place.start) for place in self._flat.places()}
+        complete = [torch.zeros_like(memory) for memory in self._flat.memory]
+        for fragment, value in zip(self.fragments, values, strict=True):
+            group, start = starts[fragment.name]
+            complete[group][start + fragment.start :][: fragment.numel].copy_(value)
+        for memory, full in zip(self._flat.memory, complete, strict=True):
             dist.all_reduce(full)  # each element comes from one rank and is zero on the others: the sum is exact
-            p.data.copy_(full.view(p.shape))
+            memory.copy_(full)
 
     @contextmanager
     def weights(self, values: list[Tensor] | None) -> Iterator[None]:

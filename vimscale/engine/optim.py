@@ -10,21 +10,29 @@ from torch import Tensor, nn
 from vimscale.recipe.sections import Optim
 
 
+def kind(name: str, no_decay: set[str], optim: Optim) -> str:
+    """The optimizer's treatment of a parameter: with weight decay, spared (the names in `no_decay`), or as a gate."""
+    last = name.rpartition(".")[2]
+    spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
+    return "gates" if last == "backward_gate" else "spared" if spared else "decayed"
+
+
 def optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], no_decay: set[str], optim: Optim, *, fused: bool
 ) -> torch.optim.Optimizer:
-    """AdamW over two or three groups: parameters with weight decay, those without (`no_decay`, by name), and gates."""
-    groups: dict[str, dict[str, Any]] = {
-        "decayed": {"params": [], "weight_decay": optim.weight_decay},
-        "spared": {"params": [], "weight_decay": 0.0},
-        "gates": {"params": [], "weight_decay": optim.weight_decay if optim.gate_decay is None else optim.gate_decay},
-    }
+    """AdamW over one group for each `kind` of parameter, by name."""
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "spared": [], "gates": []}
     for name, p in parameters:
-        last = name.rpartition(".")[2]
-        spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
-        groups["gates" if last == "backward_gate" else "spared" if spared else "decayed"]["params"].append(p)
-    used = [group for group in groups.values() if group["params"]]
-    return torch.optim.AdamW(used, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
+        groups[kind(name, no_decay, optim)].append(p)
+    return adamw([group for group in groups.items() if group[1]], optim, fused=fused)
+
+
+def adamw(groups: Iterable[tuple[str, Sequence[nn.Parameter]]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, each with its `kind`."""
+    gates = optim.weight_decay if optim.gate_decay is None else optim.gate_decay
+    decay = {"decayed": optim.weight_decay, "spared": 0.0, "gates": gates}
+    chosen = [{"params": list(group), "weight_decay": decay[kind]} for kind, group in groups]
+    return torch.optim.AdamW(chosen, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def scale_updates(optimizer: torch.optim.Optimizer, slices: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:

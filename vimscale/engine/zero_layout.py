@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from vimscale.engine import optim
+from vimscale.engine import flat, optim
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives.base import Learner
 from vimscale.objectives.build import build
@@ -26,7 +26,7 @@ _REUSE = 1_000_000_000
 """stage3_max_reuse_distance: stage 3 keeps a parameter that is used again within this many elements."""
 _PREFETCH = 50_000_000
 _NARROW_KINDS = (nn.Linear, nn.Conv2d)
-"""Modules whose gradients and, at stage 3, weights travel in bf16 under autocast; subclasses do not."""
+"""Modules whose gradients and weights travel in bf16 under autocast at stage 3; subclasses do not."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,25 @@ class Sent:
         return self.all_reduce + self.reduce_scatter + self.all_gather
 
 
-def parameters(config: VimConfig, recipe: Recipe) -> tuple[Parameter, ...]:
-    """Every parameter of the encoder and the objective, in the order of the engine. Allocates nothing."""
+def parameters(config: VimConfig, recipe: Recipe, zero: int, world: int) -> tuple[Parameter, ...]:
+    """What DeepSpeed takes for the parameters of encoder and objective, in its order: at stage 3 each one, otherwise
+    the pieces of flat tensors. Allocates nothing.
+    """
     with torch.device("meta"):
         model = Learner(build(recipe.objective, config), VisionMamba(config))
-    groups = optim.optimizer(model.trained(), model.no_decay(), recipe.optim, fused=False).param_groups
-    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    bf16 = recipe.parallel.precision == "bf16"
+    if zero < 3:
+        groups = flat.layout(model, recipe.optim, zero, world, bf16=bf16)
+        return tuple(
+            Parameter(group.kind, numel, number, group.narrow)
+            for number, group in enumerate(groups)
+            for segment in group.segments
+            for numel in segment.pieces
+        )
+    adamw = optim.optimizer(model.trained(), model.no_decay(), recipe.optim, fused=False).param_groups
+    group_of = {id(p): number for number, group in enumerate(adamw) for p in group["params"]}
     narrow = set()
-    if recipe.parallel.precision == "bf16":
+    if bf16:
         narrow = {id(p) for m in model.modules() if type(m) in _NARROW_KINDS for p in m.parameters(recurse=False)}
     return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.trained())
 
@@ -94,7 +105,7 @@ def _up(number: int, unit: int) -> int:
 
 def _shard_sizes(parameters: Sequence[Parameter], world: int) -> list[int]:
     """Elements of a rank's shard of each group, padding included, at stages 1 and 2."""
-    return [_up(sum(sizes), 2 * world) // world for sizes in _groups(parameters)]
+    return [flat.shard_size(sum(sizes), world) for sizes in _groups(parameters)]
 
 
 def _kept_gradients(ends: list[int], shard: int, rank: int) -> int:
@@ -118,20 +129,14 @@ def held(parameters: Sequence[Parameter], zero: int, world: int, rank: int, *, p
         shards = _shard_sizes(parameters, world)
         mine = sum(shards)
         groups = _groups(parameters)
-        real = sum(
-            max(min((rank + 1) * shard, sum(sizes)) - rank * shard, 0)
-            for sizes, shard in zip(groups, shards, strict=True)
-        )
         ends = [list(accumulate(sizes)) for sizes in groups]
         gradients = sum(_kept_gradients(e, shard, rank) for e, shard in zip(ends, shards, strict=True))
-        average = 4 * real if ema else 0
-        return Held(4 * mine * world, 4 * mine, 8 * mine + 4 * len(shards), average, 4 * gradients)
+        return Held(4 * mine * world, 4 * mine, 8 * mine + 4 * len(shards), 4 * mine if ema else 0, 4 * gradients)
     parts = [-(-p.numel // world) for p in parameters]
-    real = sum(max(min(part, p.numel - rank * part), 0) for p, part in zip(parameters, parts, strict=True))
     kept_full = sum(p.numel for p in parameters if p.numel <= persist) if world > 1 else 0
     flat_tensors = sum(_sub_groups(sizes, world) for sizes in _groups(parameters))
     mine = 4 * sum(parts)
-    return Held(mine + 4 * kept_full, mine, 2 * mine + 4 * flat_tensors, 4 * real if ema else 0, mine)
+    return Held(mine + 4 * kept_full, mine, 2 * mine + 4 * flat_tensors, mine if ema else 0, mine)
 
 
 def _sub_groups(sizes: list[int], world: int) -> int:
@@ -172,6 +177,14 @@ def gathered(parameters: Sequence[Parameter], world: int, *, persist: int) -> in
     sizes = [p.numel for p in parameters if p.numel > persist]
     total = sum(sizes) if world > 1 else 0
     return 4 * (total if total <= _REUSE // 2 else min(total, _REUSE // 2 + _PREFETCH + max(sizes)))
+
+
+def slices(parameters: Sequence[Parameter]) -> int:
+    """The most bytes of gradients at the end of a flat segment's backward pass: its slices', all of them in two
+    dtypes, or twice.
+    """
+    group = max(sum(sizes) for sizes in _groups(parameters))
+    return 8 * min(group, flat.SEGMENT + max(p.numel for p in parameters))
 
 
 def transient(parameters: Sequence[Parameter], zero: int, world: int) -> int:

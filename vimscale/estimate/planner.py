@@ -7,10 +7,11 @@ tensors (`activations`); times are predictions (`roofline`).
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import get_args
 
-from vimscale.engine import recompute, zero_layout
-from vimscale.engine.zero_layout import Held, Parameter, Sent
+from vimscale.engine import flat, recompute, zero_layout
+from vimscale.engine.zero_layout import Held, Sent
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.estimate import activations as memory
 from vimscale.estimate import roofline
@@ -111,13 +112,11 @@ class Planner:
         """`samples`: size of the training set; 0 if unknown."""
         self.recipe, self.config, self.target, self.samples = recipe, config, target, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None
-        self.parameters: tuple[Parameter, ...] = zero_layout.parameters(config, recipe)
+        self.parameters = lru_cache(maxsize=None)(partial(zero_layout.parameters, config, recipe))
+        """By ZeRO stage and number of ranks."""
         self._known: dict[tuple[int, int], Held] = {}
-        self.checkpoint = sum(p.numel for p in self.parameters) * 4 * (4 if recipe.optim.ema else 3)
-
-    @property
-    def whole(self) -> int:
-        return sum(p.numel for p in self.parameters)
+        self.whole = sum(p.numel for p in self.parameters(0, 1))
+        self.checkpoint = self.whole * 4 * (4 if recipe.optim.ema else 3)
 
     @property
     def flops(self) -> int:
@@ -140,16 +139,15 @@ class Planner:
 
     def need(self, zero: int, passes: Passes, micro: int, accumulation: int, world: int, images: int) -> Need:
         """`images`: bytes of the micro-batch and of the next one, which is prefetched."""
-        held = self._held(zero, world)
-        bucket = zero_layout.buckets(self.parameters, zero)
-        gathered = (
-            zero_layout.gathered(self.parameters, world, persist=self.recipe.parallel.persist) if zero == 3 else 0
-        )
+        held, parameters = self._held(zero, world), self.parameters(zero, world)
+        bucket = zero_layout.buckets(parameters, zero)
+        gathered = zero_layout.gathered(parameters, world, persist=self.recipe.parallel.persist) if zero == 3 else 0
         whole = 4 * self.whole
-        reducing = zero_layout.transient(self.parameters, zero, world)
+        reducing = zero_layout.transient(parameters, zero, world)
+        slices = zero_layout.slices(parameters)
         # where gradients stay until the end of a step, they exist during every pass but the first
         if zero == 0 and accumulation == 1:
-            gradients, activations = 0, max(passes.with_gradients, whole + reducing)
+            gradients, activations = 0, max(passes.with_gradients, whole + reducing, whole + slices // 2)
         elif zero == 3:
             gradients = held.gradients
             # gloo, which reduces on CPUs, copies what it scatters
@@ -161,13 +159,20 @@ class Planner:
             # a rank's shard of the gradients is copied out of the bucket, which is freed before the update; at stage 1
             # this begins while the backward pass still holds memory
             copied = held.gradients + (passes.end if zero == 1 else 0)
-            activations = max(passes.peak, copied, held.gradients + reducing - gradients - bucket)
+            # the gradients of a segment wait for one another; until the first are complete there is no bucket
+            if self.whole < flat.SEGMENT:
+                peak = passes.with_gradients - bucket
+            else:
+                peak = min(passes.with_gradients, passes.peak + slices // 2)
+            activations = max(peak, slices, copied, held.gradients + reducing - gradients - bucket)
         return Need(held, gradients, bucket, gathered, activations, images)
 
     def _held(self, zero: int, world: int) -> Held:
         if (zero, world) not in self._known:
             persist, ema = self.recipe.parallel.persist, self.recipe.optim.ema is not None
-            self._known[zero, world] = zero_layout.heaviest(self.parameters, zero, world, persist=persist, ema=ema)
+            self._known[zero, world] = zero_layout.heaviest(
+                self.parameters(zero, world), zero, world, persist=persist, ema=ema
+            )
         return self._known[zero, world]
 
     def _images(self, config: VimConfig, micro: int) -> int:
@@ -233,7 +238,9 @@ class Planner:
         if not fits and (other := self.largest(zero, rule, world)):
             micro, accumulation = other, self.recipe.batch // world // other
             need, fits = self.most(zero, rule, micro, accumulation, world, exact=False), True
-        sent = zero_layout.sent(self.parameters, zero, world, accumulation, persist=self.recipe.parallel.persist)
+        sent = zero_layout.sent(
+            self.parameters(zero, world), zero, world, accumulation, persist=self.recipe.parallel.persist
+        )
         seconds, work = 0.0, 0.0
         starts = self._starts()
         ends = [*starts[1:], self.steps or starts[-1] + 1]

@@ -446,6 +446,17 @@ class VisionMamba(nn.Module):
                     slices[f"blocks.{i}.mixer.{name}"] = parts
         return slices
 
+    def product_weights(self) -> set[str]:
+        """Return the names of the weights that enter nothing but matrix products: under autocast, bf16 copies do."""
+        names = set()
+        for prefix, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                names.add(f"{prefix}.weight")
+            elif isinstance(module, Mamba):
+                names |= {f"{prefix}.x_proj", f"{prefix}.dt_proj"}
+        own = tuple(f"{prefix}." for prefix, module in self.named_modules() if isinstance(module, OwnMixer))
+        return {name for name in names if not name.startswith(own)}
+
     def no_decay(self) -> set[str]:
         """Return the names of the parameters without weight decay: vectors, embeddings, the scan's A, D and biases."""
         not_decayed = {"pos_embed", "cls_token", "registers", "A_log", "D", "conv_bias", "dt_bias", "fuse_logits"}

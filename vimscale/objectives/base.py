@@ -41,8 +41,8 @@ class Inputs:
     """What `Objective.views` made, stacked: (b, ...) each."""
     draws: Tensor | None = None
     """fp32 (b, layers), uniform in [0, 1): what drop-path decides by."""
-    backward: Sequence[float] | None = None
-    """How much of each layer's backward path is in; default: all of it."""
+    backward: Sequence[float | Tensor] | None = None
+    """How much of each layer's backward path is in; default: all of it. A CUDA graph has tensors () here."""
     weights: Tensor | None = None
     """fp32 (b), in evaluations: 0 for rows that do not count (fill of the last batch, unreadable images)."""
 

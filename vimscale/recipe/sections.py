@@ -408,6 +408,10 @@ class Parallel(Section):
     """
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: bf16 matrix products (autocast); parameters, states and scans stay fp32."""
+    graphs: Literal["auto", "off"] = "auto"
+    """auto: on CUDA, replay the forward and backward pass of a micro-step as CUDA graphs; micro-steps of images of
+    several sizes, and stage 3, run without.
+    """
     recompute: Annotated[str, AfterValidator(_check_recompute)] = "none"
     """What the backward pass recomputes instead of keeping. none; scan: convolution, dt and scan of every layer; block:
     all but a layer's input; block/2: block in every second layer; a size such as 8GB: block or scan in as few layers as

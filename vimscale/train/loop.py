@@ -114,9 +114,7 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
         engine.step(rate, partial(guard.judge, loss))
         run.prefetcher.ahead()
     if run.ema is not None and recipe.optim.ema is not None:
-        weight = (1 - optim.ema_decay(recipe.optim.ema, step)) * guard.applied
-        for average, fragment in zip(run.ema, engine.fragments, strict=True):
-            average.lerp_(fragment.weight, weight)
+        run.ema.update((1 - optim.ema_decay(recipe.optim.ema, step)) * guard.applied)
     run.step += 1
     with torch.no_grad():
         run.objective.after_update(engine.model, run.step, guard.applied)

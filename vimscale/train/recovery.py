@@ -10,7 +10,7 @@ from torch import Tensor
 from vimscale.checkpoint import load as checkpoint
 from vimscale.checkpoint import retention
 from vimscale.checkpoint.load import TrainState
-from vimscale.engine.deepspeed_engine import MOMENTS, Engine
+from vimscale.engine.deepspeed_engine import MOMENTS, Average, Engine
 from vimscale.errors import RunFailed
 from vimscale.export.safetensors import starting_weights
 from vimscale.guard import report as guard_report
@@ -39,7 +39,7 @@ def resume(run: Run) -> None:
         engine.load(weights)
         for line in notes if rank == 0 else ():
             log.info("model.weights: %s", line)
-    run.ema = [fragment.weight.clone() for fragment in engine.fragments] if recipe.optim.ema else None
+    run.ema = Average(engine.fragments) if recipe.optim.ema else None
     if newest is not None:
         state = checkpoint.read_train_state(newest)
         run.skipped = run.train_set.resume(recipe, state.step, state.stream)
@@ -185,7 +185,7 @@ def _tensors(run: Run) -> dict[str, Tensor]:
             continue
         kinds = {"weight": fragment.weight} | {key: run.engine.moment(fragment, key) for key in MOMENTS}
         if run.ema is not None:
-            kinds["ema"] = run.ema[i]
+            kinds["ema"] = run.ema.fragments[i]
         for kind, tensor in kinds.items():
             if tensor is not None:
                 tensors[checkpoint.piece_key(kind, fragment.name, fragment.start)] = tensor
@@ -202,7 +202,7 @@ def _restore(run: Run, folder: Path, state: TrainState) -> None:
         kinds: dict[str, Tensor | None] = {"weight": fragment.weight}
         kinds |= {key: engine.moment(fragment, key) for key in MOMENTS}
         if run.ema is not None:
-            kinds["ema"] = run.ema[i]
+            kinds["ema"] = run.ema.fragments[i]
         for kind, tensor in kinds.items():
             assert tensor is not None
             tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))

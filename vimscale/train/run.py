@@ -16,7 +16,7 @@ from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import recompute
-from vimscale.engine.deepspeed_engine import Engine
+from vimscale.engine.deepspeed_engine import Average, Engine
 from vimscale.guard.judge import Guard
 from vimscale.model import VimConfig
 from vimscale.objectives.base import Objective
@@ -47,8 +47,7 @@ class Run:
     engine: Engine
     guard: Guard
     mirror: CheckpointStore | None
-    ema: list[Tensor] | None = None
-    """The moving average of each fragment of the engine."""
+    ema: Average | None = None
     saver: Saver = field(init=False)
 
     step: int = 0
@@ -120,7 +119,7 @@ class Run:
         spec, config, engine = self.spec, self.config, self.engine
         backward = [config.backward_at(self.step)] * len(config.layers)
         engine.model.eval()
-        with engine.weights(self.ema):
+        with engine.weights(None if self.ema is None else self.ema.fragments):
             figures = evaluate(
                 partial(engine.evaluation_sums, backward=backward),
                 self.objective,
