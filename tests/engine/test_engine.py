@@ -84,6 +84,36 @@ def test_parameters_states_and_scans_are_fp32_at_every_stage_whether_the_cpu_has
         assert what["weights"] == found[other]["weights"], case
 
 
+def test_segments_change_no_bit(tmp_path: Path) -> None:
+    script = """
+from vimscale.engine import flat
+
+found = []
+for segment in (flat.SEGMENT, 20_000):
+    flat.SEGMENT = segment
+    for stage in range(3):
+        torch.manual_seed(0)
+        changes = [f"parallel.zero={stage}", "batch=8", "parallel.micro_batch=4", "optim.clip=0.5"]
+        engine = Engine(chosen.model.shape(10), recipe.load("vim_digits_cpu", changes), cpu)
+        pieces = len(list(engine._engine.module.parameters()))
+        for step in range(3):
+            for part in range(2):
+                images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2 * step + part))
+                engine.backward(engine.loss(Inputs(images, torch.arange(4)))[0])
+                engine.step(1e-3)
+        weights = {name: p.detach().double().sum().item() for name, p in engine.model.trained()}
+        found.append((segment, stage, pieces, engine.grad_norm(), weights))
+print(json.dumps(found))
+"""
+    done = _run(SETUP + script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole, cut = found[:3], found[3:]
+    for (_, stage, few, norm, weights), (_, _, many, *others) in zip(whole, cut, strict=True):
+        assert [norm, weights] == others, stage
+        assert many > few + 3
+
+
 def test_an_engine_with_a_parameter_that_is_not_fp32_is_refused(tmp_path: Path) -> None:
     """The argument `dtype` makes DeepSpeed fall back to bf16 on a CPU without fp16."""
     script = """

@@ -43,7 +43,7 @@ def ds_config(recipe: Recipe, world: int, numel: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        # below stage 3 the optimizer's kernel clips: see `Engine.step`; the default is 1.0
+        # below stage 3 the engine clips itself; the default is 1.0
         "gradient_clipping": (recipe.optim.clip or 0.0) if zero == 3 else 0.0,
         # DeepSpeed allocates buckets of this size even if there are fewer gradients
         "zero_optimization": {"stage": zero, "reduce_bucket_size": min(BUCKET, numel)},
@@ -205,7 +205,7 @@ class Engine:
         self._judge = judge or (lambda norm: (~norm.isfinite()).float())
         shards = list(self._gradient_shards())
         if self.stage < 3:
-            self._measure(shards)
+            self._measure_and_clip(shards)
             self._engine.step()
         else:
             self._engine.step()
@@ -219,31 +219,39 @@ class Engine:
                     self.restore_moments(0)
         self._judge = None
 
-    def _measure(self, shards: list[tuple[str, Tensor]]) -> None:
-        """Compute the norm of this rank's gradients by name, and of all gradients. Waits for nothing."""
+    def _measure_and_clip(self, shards: list[tuple[str, Tensor]]) -> None:
+        """Compute the norm of this rank's gradients by name, and of all gradients; clip them. Waits for nothing."""
         names = [name for name, _ in shards]
         grads = [grad for _, grad in shards]
         norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1, device=self.device)
-        self._norm = torch.linalg.vector_norm(norms)
+        squares = norms.square().sum()
         if self.stage and dist.get_world_size() > 1:
-            squares = self._norm.square()
             dist.all_reduce(squares)
-            self._norm = squares.sqrt()
+        self._norm = squares.sqrt()
+        if self._clip is not None and grads:
+            # the formula of DeepSpeed's stage 3, to the bit
+            excess = ((self._norm + 1e-6) / self._clip).clamp_min(1)
+            torch._foreach_mul_(self._updated_with(), 1 / excess)
         self.broken_gradients = lambda: [
             name for name, norm in zip(names, norms.tolist(), strict=False) if not math.isfinite(norm)
         ]
 
     def _before_update(self, *_: Any) -> None:
         """The optimizer is about to be called: at stages 1-3 once for every group of parameters. Its fused kernel
-        divides gradients by `grad_scale`, and changes nothing where `found_inf` is 1.
+        changes nothing where `found_inf` is 1.
         """
         if self._judge is None:
             return
         norm: Tensor = self._engine.optimizer._global_grad_norm if self.stage == 3 else self._norm
         self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
-        if self.stage < 3 and self._clip is not None:
-            self._adamw.grad_scale = (norm / self._clip).clamp_min(1)  # type: ignore[attr-defined]
         self._judge = None
+
+    def _updated_with(self) -> list[Tensor]:
+        """The gradients that this rank is about to update with, below stage 3: flat tensors."""
+        if self.stage == 0:
+            return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        groups = self._engine.optimizer.averaged_gradients.values()
+        return [grad for group in groups for grad in group if not getattr(grad, "_zero_padding", False)]
 
     def _gradient_shards(self) -> Iterator[tuple[str, Tensor]]:
         """The gradients that this rank is about to update with. Stage 3 frees them if any is not finite."""

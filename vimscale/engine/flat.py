@@ -28,8 +28,8 @@ from vimscale.recipe.sections import Optim
 
 SEGMENT = 2**26
 """Elements at which a segment ends: the gradients of this many exist in two dtypes for a moment."""
-SHARDED = 2**22
-"""Groups of fewer elements are not cut at the shards of ranks: their gradients are small."""
+SHARD = 2**15
+"""Groups whose shards have fewer elements are not cut there: more pieces would cost more than their gradients."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def layout(learner: Learner, chosen: Optim, zero: int, world: int, *, bf16: bool
 
 def _segments(members: Sequence[tuple[str, torch.Size]], zero: int, world: int) -> Iterator[Segment]:
     total = sum(shape.numel() for _, shape in members)
-    shard = shard_size(total, world) if zero and total >= SHARDED else total
+    shard = shard_size(total, world)
+    if zero == 0 or shard < SHARD:
+        shard = total
     start, inside = 0, list[tuple[str, torch.Size]]()
     for i, member in enumerate(members):
         inside.append(member)
@@ -199,10 +201,12 @@ class FlatLearner(nn.Module):
                 yield Place(name, numel, i, segment.start + start, pieces[0], start)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's gradient (numel), where segments are not cut."""
-        for place in self.places():
-            if place.piece.grad is not None:
-                yield place.name, place.piece.grad[place.offset : place.offset + place.numel]
+        """Each parameter's gradient (numel), in the model's order, where segments are not cut."""
+        places = {place.name: place for place in self.places()}
+        for name in self._own:
+            _, numel, _, _, piece, offset = places[name]
+            if piece.grad is not None:
+                yield name, piece.grad[offset : offset + numel]
 
     def forward(self, question: Question, *parts: Any) -> Any:
         """As `Learner.forward`. The slices stay in place for the backward pass, which may recompute layers: call
