@@ -203,28 +203,18 @@ class Mamba(nn.Module):
         costs nothing, instead of y: y = C h + D x is linear in both.
         """
         rows = slice(group[0], group[-1] + 1)
-        x_proj, D = self.x_proj[rows], self.D[rows]
+        whole = len(group) == len(self.paths)  # a slice of everything would be copied in the backward pass
+        own = {name: getattr(self, name) if whole else getattr(self, name)[rows] for name in PATH_PARAMETERS}
         fuse: Literal["mean", "sum"] = "mean" if self.fuse == "mean" and factors is None else "sum"
         if fuse == "mean" and groups > 1:  # the kernel's mean is over this group alone
-            fuse, factors = "sum", torch.full((len(group),), 1 / len(self.paths), device=D.device)
+            fuse, factors = "sum", torch.full((len(group),), 1 / len(self.paths), device=self.D.device)
         if factors is not None:
             n = self.A_log.shape[-1]
-            x_proj = torch.cat([x_proj[:, :-n], x_proj[:, -n:] * factors[:, None, None]], dim=1)
-            D = D * factors[:, None]
-        return bimamba_inner(
-            xz,
-            self.conv_weight[rows],
-            self.conv_bias[rows],
-            x_proj,
-            self.dt_proj[rows],
-            self.dt_bias[rows],
-            -torch.exp(self.A_log[rows].float()),
-            D,
-            reverse=[self.paths[i][1] for i in group],
-            fuse=fuse,
-            reset=tokens.reset,
-            recompute=recompute,
-        )
+            x_proj = own["x_proj"]
+            own["x_proj"] = torch.cat([x_proj[:, :-n], x_proj[:, -n:] * factors[:, None, None]], dim=1)
+            own["D"] = own["D"] * factors[:, None]
+        reverse = [self.paths[i][1] for i in group]
+        return bimamba_inner(xz, **own, reverse=reverse, fuse=fuse, reset=tokens.reset, recompute=recompute)
 
     def _scan_inputs(self, xz: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return (convolved x, z, dt, B, C) of the first set of parameters, dt without its bias and softplus."""
