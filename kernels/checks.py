@@ -86,7 +86,7 @@ def wide(t: Tensor, x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which products of tensors of x's dtype stay in that dtype."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
+    if not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

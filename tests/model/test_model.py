@@ -343,7 +343,7 @@ def test_drop_path_drops_the_images_that_the_draws_select(member: VimConfig) -> 
     dropped[1, -1] = 0.0
     differs = (model(images, dropped) != model(images, kept)).any(dim=1)
     assert differs.tolist() == [False, True, False, False]
-    assert model.drop_rates()[[0, -1]].tolist() == [0.0, 0.5]
+    assert model.drop_rates[[0, -1]].tolist() == [0.0, 0.5]
 
 
 def test_weight_decay_leaves_the_scans_parameters_alone() -> None:
