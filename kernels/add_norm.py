@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backend import Backend, choose, fused_module
 from .checks import check_tensors, wide
+from .torch_op import torch_op
 
 Kind = Literal["rms", "layer"]
 
@@ -65,7 +66,7 @@ def _implementation(backend: str) -> tuple[Callable[..., tuple[Tensor, ...]], Ca
     return module.forward, module.backward
 
 
-@torch.library.custom_op("vimscale::add_norm", mutates_args=())
+@torch_op("add_norm", shown=2)
 def _add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +77,7 @@ def _add_norm(
     return normed, total, stats
 
 
-@torch.library.custom_op("vimscale::add_norm_backward", mutates_args=())
+@torch_op("add_norm_backward", shown=4)
 def _add_norm_backward(
     total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool,
     backend: str,
@@ -86,6 +87,8 @@ def _add_norm_backward(
     dx, dresidual, dweight, dbias = backward(
         total, weight.contiguous(), stats, dnormed.contiguous(), dtotal, kind, has_bias
     )
+    if has_bias and backend == "triton":  # a row of one tensor, as dweight is
+        dbias = dbias.clone()
     return dx, dresidual, dweight, dbias
 
 
@@ -111,18 +114,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
     total, weight, stats = ctx.saved_tensors
     if dnormed is None:
         dnormed = torch.zeros_like(total, dtype=ctx.dtype)
-    dx, dresidual, dweight, dbias = _add_norm_backward(
+    dx, dresidual, dweight, dbias = _add_norm_backward.inside(
         total, weight, stats, dnormed, dtotal, ctx.kind, ctx.has_bias, ctx.backend
     )
     dx = dresidual if ctx.dtype == total.dtype else dx
     return dx, dresidual if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None, None
 
 
-_add_norm.register_autograd(_gradients, setup_context=_setup_context)
+_add_norm.register_autograd(_gradients, _setup_context)
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def add_norm(
     check_tensors("add_norm", tensors)
     if kind not in ("rms", "layer"):
         raise ValueError(f"add_norm: kind {kind!r} is neither 'rms' nor 'layer'")
-    normed, total, _ = _add_norm(
+    normed, total = _add_norm(
         x.flatten(0, -2) if x.ndim > 1 else x[None],
         None if residual is None else wide(residual, x).view(-1, x.shape[-1]),
         wide(weight, x),

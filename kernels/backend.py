@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from torch import Tensor
 Backend = Literal["reference", "cpu", "triton"]
 
 SETTING = "VIMSCALE_BACKEND"
+_NUMBA, _TRITON = find_spec("numba") is not None, find_spec("triton") is not None
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _counted: Backend | None = None
 
@@ -55,6 +57,7 @@ def choose(requested: Backend | None, op: str, x: Tensor) -> Backend:
     return name  # type: ignore[return-value]
 
 
+@lru_cache(maxsize=16)
 def fused_module(op: str, backend: str) -> Any:
     """The module of an op's fused backend, e.g. add_norm_cpu. It is imported on first use: numba and Triton are
     optional.
@@ -71,8 +74,8 @@ def _obstacle(backend: str, x: Tensor) -> str | None:
     if backend == "cpu":
         if x.device.type not in ("cpu", "meta"):
             return f"x is on {x.device}"
-        return None if find_spec("numba") else "numba is not installed"
-    if find_spec("triton") is None:
+        return None if _NUMBA else "numba is not installed"
+    if not _TRITON:
         return "triton is not installed"
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "x is on cpu (TRITON_INTERPRET=1, set before the first import, interprets kernels there)"

@@ -11,19 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import causal_conv1d, selective_scan
 from .backend import Backend, choose, fused_module
 from .causal_conv1d import _conv, _conv_backward
-from .checks import check_tensors, images_of, wide
+from .checks import check_tensors, images_of, wide, without_autocast
 from .scan_inputs import ScanInputs
-from .selective_scan import (
-    CHUNK,
-    _combine,
-    _combine_backward,
-    _scan,
-    _scan_backward,
-    empty_states,
-    fused_scale,
-)
+from .selective_scan import CHUNK, _combine, _combine_backward, _scan, _scan_backward, empty_states, fused_scale
+from .torch_op import torch_op
 
 
 def bimamba_inner(
@@ -33,7 +27,7 @@ def bimamba_inner(
     x_proj: Tensor,
     dt_proj: Tensor,
     dt_bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     *,
     reverse: Sequence[bool] = (False, True),
@@ -48,8 +42,8 @@ def bimamba_inner(
     xz (b, l, 2e) holds the tokens x and the gate z. Each direction convolves x and applies SiLU, projects the result
     to (dt, B, C), and scans. The sum or mean of the directions is multiplied by silu(z), unless `gated` is false.
     `reverse` says for each direction whether it walks from the last token to the first; a single direction works too.
-    conv_weight (k, e, w), conv_bias (k, e), x_proj (k, r + 2n, e), dt_proj (k, e, r), dt_bias (k, e), A (k, e, n) < 0,
-    D (k, e). `reset` (b, l) marks the first token of each image, as in `selective_scan`.
+    conv_weight (k, e, w), conv_bias (k, e), x_proj (k, r + 2n, e), dt_proj (k, e, r), dt_bias (k, e), A_log (k, e, n),
+    where A = -exp(A_log), D (k, e). `reset` (b, l) marks the first token of each image, as in `selective_scan`.
 
     With `recompute`, only xz and the projections (k, b, l, r + 2n) are kept for the backward pass, which rebuilds the
     convolution, dt and the scan. This keeps 2 + k (r + 2n) / e values per token and channel instead of about 2 + 3k,
@@ -62,45 +56,45 @@ def bimamba_inner(
     op = "bimamba_inner"
     if xz.ndim and xz.shape[-1] % 2:
         raise ValueError(f"{op}: xz {tuple(xz.shape)} has an odd last axis; it must be (b, l, 2e)")
-    x, _ = xz.chunk(2, dim=-1)
     k = len(reverse)
     check_tensors(
         op,
         {
-            "xz[..., :e]": (x, "b l e"),
+            "xz": (xz, "b l 2e"),
             "conv_weight": (conv_weight, f"{k} e w"),
             "conv_bias": (conv_bias, f"{k} e"),
             "dt_proj": (dt_proj, f"{k} e r"),
             "dt_bias": (dt_bias, f"{k} e"),
-            "A": (A, f"{k} e n"),
+            "A_log": (A_log, f"{k} e n"),
             "D": (D, f"{k} e"),
-            "x_proj": (x_proj, f"{k} {dt_proj.shape[-1] + 2 * A.shape[-1]} e"),
+            "x_proj": (x_proj, f"{k} {dt_proj.shape[-1] + 2 * A_log.shape[-1]} e"),
         },
         {"reset": (reset, "b l")},
     )
     name = choose(backend, op, xz)
-    conv_weight, conv_bias, dt_bias, A, D = (wide(t, xz) for t in (conv_weight, conv_bias, dt_bias, A, D))
+    conv_weight, conv_bias, dt_bias, A_log, D = (wide(t, xz) for t in (conv_weight, conv_bias, dt_bias, A_log, D))
     x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)  # as autocast does
-    parameters = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    parameters = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)
     scale = fused_scale(op, fuse, k)
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
-    with torch.autocast(xz.device.type, enabled=False):
-        return _inner(xz, *parameters, images_of(reset), reverse, scale, gated, learns and not recompute, name)[0]
+    keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
+    with without_autocast(xz):
+        return _inner(xz, *parameters, images_of(reset), reverse, scale, gated, keep, name)
 
 
-@torch.library.custom_op("vimscale::bimamba_inner", mutates_args=())
+@torch_op("bimamba_inner")
 def _inner(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, image: Tensor | None, reverse: Sequence[bool], scale: float, gated: bool, keep: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y (b, l, e) and the projections (k, b, l, r + 2n); then the outputs of the convolution and the scan (k, b, l, e)
     and the scan's states, which are empty unless `keep`.
     """
     before, z = xz.chunk(2, dim=-1)
-    x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
+    x = _conv.inside(before, conv_weight, conv_bias, image, reverse, True, backend)
     projected = _project(x, x_proj)
-    s, states = _scan_projected(_inputs(x, projected, dt_proj, A, D, dt_bias, image), dt_proj, reverse, keep, backend)
-    y = _combine(s, z if gated else None, scale, backend)
+    inputs = _inputs(x, projected, dt_proj, A_log, D, dt_bias, image)
+    s, states = _scan_projected(inputs, dt_proj, reverse, keep, backend)
+    y = _combine.inside(s, z if gated else None, scale, backend)
     if keep:
         return y, projected, x, s, states
     return y, projected, *(t.new_empty(0) for t in (x, s, states))
@@ -113,11 +107,17 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _inputs(
-    x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, image: Tensor | None
+    x: Tensor, projected: Tensor, dt_proj: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor, image: Tensor | None
 ) -> ScanInputs:
-    """What the scan reads, but for dt, which is (k, b, l, r), before its projection."""
-    low_dt, B, C = projected.split([dt_proj.shape[-1], A.shape[-1], A.shape[-1]], dim=-1)
-    return ScanInputs(x, low_dt, A, B, C, D, dt_bias, None, image)
+    """What the scan reads, but for dt, which is (k, b, l, r), before its projection, and with A_log as A."""
+    low_dt, B, C = _parts(projected, dt_proj, A_log)
+    return ScanInputs(x, low_dt, A_log, B, C, D, dt_bias, None, image)
+
+
+def _parts(projected: Tensor, dt_proj: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dt before its projection, B and C, from the projections, or their gradients."""
+    low_dt, B, C = projected.split([dt_proj.shape[-1], A_log.shape[-1], A_log.shape[-1]], dim=-1)
+    return low_dt, B, C
 
 
 def _scan_projected(
@@ -126,78 +126,94 @@ def _scan_projected(
     """s and the kept states. On a CPU dt is never written: the scan multiplies by dt_proj as it goes."""
     chunk = CHUNK[backend] if keep else 0
     if backend == "cpu":
+        inputs = inputs._replace(A=selective_scan.decay_rates(inputs.A, True))
         s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, dt_proj=dt_proj)
     else:
-        s, _, states = _scan(*inputs._replace(dt=_project(inputs.dt, dt_proj)), reverse, chunk, backend)
+        inputs = inputs._replace(dt=_project(inputs.dt, dt_proj))
+        s, _, states = _scan.inside(*inputs, reverse, chunk, True, backend)
     return s, states
 
 
 @_inner.register_fake
 def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _, _, A, *_, keep, backend = others
+    _, _, A_log, *_, keep, backend = others
     b, length, _ = xz.shape
     k, width, e = x_proj.shape
     y, projected = xz.new_empty(b, length, e), xz.new_empty(k, b, length, width)
     inside = (k, b, length, e)
     kept = inside if keep else (0,)
-    states = empty_states(inside, A, CHUNK[backend] if keep else 0)
+    states = empty_states(inside, A_log, CHUNK[backend] if keep else 0)
     return y, projected, xz.new_empty(kept), xz.new_empty(kept), states
 
 
-@torch.library.custom_op("vimscale::bimamba_inner_backward", mutates_args=())
+@torch_op("bimamba_inner_backward", shown=5)
 def _inner_backward(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, image: Tensor | None, projected: Tensor, x: Tensor, s: Tensor, states: Tensor, dy: Tensor,
     reverse: Sequence[bool], scale: float, gated: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of xz and the seven parameters, from what `_inner` kept; what it did not keep is rebuilt."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of xz, of the convolution's parameters (k, w + 1, e), of x_proj and dt_proj, and of the scan's
+    parameters (k, e, n + 2), from what `_inner` kept; what it did not keep is rebuilt. Gradients of slices are written
+    into the slices of one tensor.
+    """
     before, z = xz.chunk(2, dim=-1)
+    dxz, dprojected = xz.new_empty(xz.shape), projected.new_empty(projected.shape)
+    dbefore, dz = dxz.chunk(2, dim=-1)
+    d_low_dt, dB, dC = _parts(dprojected, dt_proj, A_log)
+
     rebuild = not x.numel()
     if rebuild:
-        x = _conv(before, conv_weight, conv_bias, image, reverse, True, backend)
-    inputs = _inputs(x, projected, dt_proj, A, D, dt_bias, image)
+        x = _conv.inside(before, conv_weight, conv_bias, image, reverse, True, backend)
+    inputs = _inputs(x, projected, dt_proj, A_log, D, dt_bias, image)
     if rebuild:
         s, states = _scan_projected(inputs, dt_proj, reverse, True, backend)
 
-    ds, dz = _combine_backward(dy, s, z if gated else None, scale, backend)
-    ds, chunk, low_dt = ds.expand_as(s), CHUNK[backend], inputs.dt
-    if backend == "cpu":
-        dx, ddt, dA, dB, dC, dD, dbias, _ = fused_module("selective_scan", backend).backward(
-            inputs, states, ds, None, reverse, chunk, dt_proj=dt_proj
-        )
+    if gated:
+        ds = _combine_backward.inside(dy, s, z, dz, scale, backend)
     else:
-        inputs = inputs._replace(dt=_project(low_dt, dt_proj))
-        dx, ddt, dA, dB, dC, dD, dbias, _ = _scan_backward(*inputs, states, ds, None, reverse, chunk, backend)
-    del s, states
-    d_low_dt = torch.bmm(ddt.flatten(1, 2), dt_proj).view_as(low_dt)
-    ddt_proj = torch.bmm(ddt.flatten(1, 2).mT, low_dt.flatten(1, 2))
-    dprojected = torch.cat([d_low_dt, dB, dC], dim=-1).flatten(1, 2)
-    dx_proj = torch.bmm(dprojected.mT, x.flatten(1, 2))
-    dx = dx.flatten(1, 2).baddbmm_(dprojected, x_proj).view_as(x)
-    dbefore, dconv_weight, dconv_bias = _conv_backward(
-        before, conv_weight, conv_bias, image, dx, reverse, True, backend
-    )
-    dxz = torch.cat([dbefore, dz if gated else torch.zeros_like(z)], dim=-1)
-    return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dbias, dA, dD
+        ds = _combine_backward.inside(dy, s, None, None, scale, backend)
+        dz.zero_()
+    ds, low_dt = ds.expand_as(s), inputs.dt.flatten(1, 2)
+    del s
+    if backend == "cpu":
+        inputs = inputs._replace(A=selective_scan.decay_rates(A_log, True))
+        dx, ddt, dscan, _ = selective_scan.cpu_scan_backward(inputs, states, ds, None, dB, dC, reverse, True, dt_proj)
+    else:
+        inputs = inputs._replace(dt=_project(inputs.dt, dt_proj))
+        dx, ddt, dscan, _ = _scan_backward.inside(
+            *inputs, states, ds, None, dB, dC, reverse, CHUNK[backend], True, backend
+        )
+    del states
+    dx, ddt, dprojected, x = (t.flatten(1, 2) for t in (dx, ddt, dprojected, x))
+    torch.bmm(ddt, dt_proj, out=d_low_dt.flatten(1, 2))
+    ddt_proj = torch.bmm(ddt.mT, low_dt)
+    dx_proj = torch.bmm(dprojected.mT, x)
+    dx = dx.baddbmm_(dprojected, x_proj).view(inputs.x.shape)
+    dconv = _conv_backward.inside(before, conv_weight, conv_bias, image, dx, dbefore, reverse, True, backend)
+    return dxz, dconv, dx_proj, ddt_proj, dscan
 
 
 @_inner_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in arguments[:8])
+def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    dt_proj, _, A_log, *_ = others
+    (k, e, w), n = conv_weight.shape, A_log.shape[-1]
+    dconv, dscan = conv_weight.new_empty(k, w + 1, e), A_log.new_empty(k, e, n + 2)
+    return xz.new_empty(xz.shape), dconv, x_proj.new_empty(x_proj.shape), dt_proj.new_empty(dt_proj.shape), dscan
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.reverse, ctx.scale, ctx.gated, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _vjp(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    """The outputs after y exist only to be kept: nothing else reads them, so no gradient reaches them."""
-    if dy is None:
-        return (None,) * 14
-    grads = _inner_backward(*ctx.saved_tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend)
-    return *grads, None, None, None, None, None, None
+def _vjp(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dxz, dconv, dx_proj, ddt_proj, dscan = _inner_backward.inside(
+        *ctx.saved_tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend
+    )
+    dconv_weight, dconv_bias = causal_conv1d.split_parameters(dconv)
+    dA_log, dD, dt_bias = selective_scan.split_parameters(dscan)
+    gradients = dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dt_bias, dA_log, dD
+    return *gradients, None, None, None, None, None, None
 
 
-_inner.register_autograd(_vjp, setup_context=_setup)
+_inner.register_autograd(_vjp, _setup)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backend import Backend, choose, fused_module
 from .checks import check_tensors, images_of, wide
+from .torch_op import torch_op
 
 Activation = Literal["silu"] | None
 
@@ -30,12 +31,22 @@ def reference_forward(
 
 
 def reference_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (b, l, e), summed over the directions, dweight and dbias."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor | None,
+    dy: Tensor,
+    reverse: Sequence[bool],
+    silu: bool,
+    *,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx (b, l, e), summed over the directions, and the gradients of the parameters (directions, k + 1, e): of the taps
+    in the order of weight's last axis, then of the bias. A given `dx` is written in place.
+    """
     (_, length, _), k = x.shape, weight.shape[-1]
     dpadded = _pad(torch.zeros_like(x, dtype=weight.dtype), k)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dparameters = weight.new_empty(len(weight), k + 1, weight.shape[1])
     for i, r in enumerate(reverse):
         seen = _seen(x, image, weight[i], r)
         dpre = dy[i].to(weight.dtype)
@@ -43,11 +54,12 @@ def reference_backward(
             pre = _pre_activation(seen, weight[i], bias[i])
             gate = pre.sigmoid()
             dpre = dpre * gate * (1 + pre * (1 - gate))
-        dbias[i] = dpre.sum((0, 1))
+        dparameters[i, k] = dpre.sum((0, 1))
         for j, tap in enumerate(_taps(length, k, r)):
-            dweight[i, :, j] = (dpre * seen[j]).sum((0, 1))
+            dparameters[i, j] = (dpre * seen[j]).sum((0, 1))
             dpadded[:, tap] += _within_image(dpre * weight[i, :, j], image, k, tap)
-    return dpadded[:, k - 1 : k - 1 + length].to(x.dtype, copy=True), dweight, dbias
+    dx = torch.empty_like(x) if dx is None else dx
+    return dx.copy_(dpadded[:, k - 1 : k - 1 + length]), dparameters
 
 
 def _pre_activation(seen: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,14 +98,14 @@ def _pad(values: Tensor, k: int) -> Tensor:
 # Each of the three implementations is a pair (forward, backward) with the signatures of the reference.
 
 
-def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
     if backend == "reference":
         return reference_forward, reference_backward
     module = fused_module("causal_conv1d", backend)
     return module.forward, module.backward
 
 
-@torch.library.custom_op("vimscale::causal_conv1d", mutates_args=())
+@torch_op("causal_conv1d")
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool, backend: str
 ) -> Tensor:
@@ -101,13 +113,18 @@ def _conv(
     return forward(_dense(x), weight.contiguous(), bias.contiguous(), image, reverse, silu)
 
 
-@torch.library.custom_op("vimscale::causal_conv1d_backward", mutates_args=())
+@torch_op("causal_conv1d_backward", mutates=("dx",))
 def _conv_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, dx: Tensor, reverse: Sequence[bool],
+    silu: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    """Writes dx (b, l, e), whose channels are contiguous. Returns the gradients of the taps and the bias, (directions,
+    k + 1, e).
+    """
     _, backward = _implementation(backend)
-    return backward(_dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    _, dparameters = backward(_dense(x), weight, bias, image, dy.contiguous(), reverse, silu, dx=dx)
+    return dparameters
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -121,8 +138,9 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 @_conv_backward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    directions, e, k = weight.shape
+    return weight.new_empty(directions, k + 1, e)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,11 +150,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, image = ctx.saved_tensors
-    dx, dweight, dbias = _conv_backward(x, weight, bias, image, dy, ctx.reverse, ctx.silu, ctx.backend)
-    return dx, dweight, dbias, None, None, None, None
+    dx = x.new_empty(x.shape)
+    dparameters = _conv_backward.inside(x, weight, bias, image, dy, dx, ctx.reverse, ctx.silu, ctx.backend)
+    return dx, *split_parameters(dparameters), None, None, None, None
 
 
-_conv.register_autograd(_gradients, setup_context=_setup_context)
+def split_parameters(dparameters: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the weight (directions, e, k) and the bias (directions, e), from those of taps and bias
+    (directions, k + 1, e).
+    """
+    return dparameters[:, :-1].mT, dparameters[:, -1]
+
+
+_conv.register_autograd(_gradients, _setup_context)
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------

@@ -39,19 +39,34 @@ def forward(
 
 
 def backward(
-    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions; dweight and dbias in fp32."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor | None,
+    dy: Tensor,
+    reverse: Sequence[bool],
+    silu: bool,
+    *,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions, and the gradients of the parameters
+    (directions, k + 1, e) in fp32: those of the taps in the order of weight's last axis, then that of the bias.
+
+    A given `dx` is written in place; its channels are contiguous.
+    """
     directions, e, k = weight.shape
-    dx = torch.empty(x.shape)
-    dtaps = torch.zeros(_items(x), directions, k + 1, -(-e // BLOCK) * BLOCK)  # the last one is the bias
+    dx = torch.empty_like(x) if dx is None else dx
+    written = dx if dx.dtype == torch.float32 else torch.empty(x.shape)
+    dtaps = torch.zeros(_items(x), directions, k + 1, -(-e // BLOCK) * BLOCK)
     run(
         _backward, _items(x), tuple(x.shape), *_inputs(x, weight, bias, image, reverse), silu,
-        spread(dy), spread(dx.unsqueeze(0)), numbers(dtaps),
+        spread(dy), spread(written.unsqueeze(0)), numbers(dtaps),
     )  # fmt: skip
+    if written is not dx:
+        dx.copy_(written)
     total = dtaps.sum(0)[..., :e]
-    dbias = total[:, k].clone(memory_format=torch.contiguous_format)
-    return dx.to(x.dtype), _taps(total[:, :k].transpose(1, 2), reverse).contiguous(), dbias
+    ordered = [torch.cat([t[:k].flip(0), t[k:]]) if r else t for t, r in zip(total, reverse, strict=True)]
+    return dx, torch.stack(ordered)
 
 
 def _items(x: Tensor) -> int:

@@ -85,12 +85,19 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
     return y.to(s.dtype)
 
 
-def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The gradient of s, (b, l, e) because it is the same for every direction, and the gradient of z."""
+def combine_backward(
+    dy: Tensor, s: Tensor, z: Tensor | None, scale: float, *, dz: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of s, (b, l, e) because it is the same for every direction, and the gradient of z, which is empty
+    without z. A given `dz` is written in place; its last axis is contiguous.
+    """
     if z is None:
         return dy.contiguous() * scale, dy.new_empty(0)
     directions, b, length, e = s.shape
-    ds, dz = torch.empty(dy.shape), torch.empty(dy.shape)
-    pairs = spread(dy), spread(s), spread(z), np.float32(scale), spread(ds), spread(dz)
+    dz = torch.empty_like(z) if dz is None else dz
+    ds, written = torch.empty(dy.shape), dz if dz.dtype == torch.float32 else torch.empty(dz.shape)
+    pairs = spread(dy), spread(s), spread(z), np.float32(scale), spread(ds), spread(written)
     run(_combine_backward, b * length, (directions, length, e), *pairs)
-    return ds.to(s.dtype), dz.to(z.dtype)
+    if written is not dz:
+        dz.copy_(written)
+    return ds.to(s.dtype), dz

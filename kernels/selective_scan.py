@@ -18,6 +18,7 @@ from torch import Tensor
 from .backend import Backend, choose, fused_module
 from .checks import check_tensors, images_of, wide
 from .scan_inputs import ScanInputs
+from .torch_op import torch_op
 
 # Tokens between the states that the forward pass keeps for the backward pass: n / CHUNK fp32 values per token and
 # channel. The reference keeps none and walks the sequence twice.
@@ -93,8 +94,8 @@ def _reference_forward(inputs: ScanInputs, reverse: Sequence[bool]) -> tuple[Ten
 
 
 def _reference_backward(
-    inputs: ScanInputs, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool]
-) -> tuple[Tensor, ...]:
+    inputs: ScanInputs, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], dB: Tensor, dC: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With g_t the gradient that reaches h_t:  g_t = C_t ds_t + exp(dt_{t'} A) g_{t'}, where t' follows t in scan
     order. Rebuilds the states: only the inputs were saved, and memory is linear in l.
     """
@@ -111,8 +112,8 @@ def _reference_backward(
             g[t].addcmul_(walk.decay[following], g[following])
 
         dinitial = walk.decay[order[0]] * g[order[0]]
-        dC = torch.einsum("lben,ble->bln", walk.after, wide_ds)
-        dB = torch.einsum("lben,ble->bln", g, walk.step * walk.x)
+        dC[k] = torch.einsum("lben,ble->bln", walk.after, wide_ds)
+        dB[k] = torch.einsum("lben,ble->bln", g, walk.step * walk.x)
         d_entering = torch.einsum("lben,bln->ble", g, walk.B)  # gradient of step * x
         # decay = exp(step A), so the exponent receives (g_t h_{t-1}) * decay
         d_exponent = g.mul_(walk.before).mul_(walk.decay)
@@ -121,37 +122,43 @@ def _reference_backward(
         ddt = dstep * torch.sigmoid(walk.raw)
         dx = d_entering * walk.step + D[k] * wide_ds
         dD = (wide_ds * walk.x).sum((0, 1))
-        gradients.append((dx, ddt, dA, dB, dC, dD, ddt.sum((0, 1)), dinitial))
-    dx, ddt, dA, dB, dC, dD, dbias, dinitial = (torch.stack(each) for each in zip(*gradients, strict=True))
-    dx, ddt, dB, dC = (t.to(x.dtype) for t in (dx, ddt, dB, dC))
-    optional = ((inputs.dt_bias, dbias), (inputs.initial, dinitial))
-    dbias, dinitial = (A.new_empty(0) if t is None else d for t, d in optional)
-    return dx, ddt, dA, dB, dC, dD, dbias, dinitial
+        dparameters = torch.cat([dA, torch.stack([dD, ddt.sum((0, 1))], dim=-1)], dim=-1)
+        gradients.append((dx.to(x.dtype), ddt.to(x.dtype), dparameters, dinitial))
+    dx, ddt, dparameters, dinitial = (torch.stack(each) for each in zip(*gradients, strict=True))
+    return dx, ddt, dparameters, A.new_empty(0) if inputs.initial is None else dinitial
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vimscale::selective_scan", mutates_args=())
+@torch_op("selective_scan", shown=2)
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, initial: Tensor | None,
-    image: Tensor | None, reverse: Sequence[bool], chunk: int, backend: str,
+    image: Tensor | None, reverse: Sequence[bool], chunk: int, log_A: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Takes the fields of `ScanInputs`. Returns s (k, b, l, e), the final states (k, b, e, n), and the states kept
-    every `chunk` tokens (none if 0).
+    """Takes the fields of `ScanInputs`; with `log_A`, A holds log(-A). Returns s (k, b, l, e), the final states (k, b,
+    e, n), and the states kept every `chunk` tokens (none if 0).
     """
     inputs = ScanInputs(x, dt, A, B, C, D, dt_bias, initial, image)
-    if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            s, final = _reference_forward(inputs, reverse)
-        return s, final, A.new_empty(0)
-    return fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk)
+    if backend == "triton":
+        return fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk, log_A=log_A)
+    inputs = inputs._replace(A=decay_rates(A, log_A))
+    if backend == "cpu":
+        return fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk)
+    with torch.autocast(x.device.type, enabled=False):
+        s, final = _reference_forward(inputs, reverse)
+    return s, final, A.new_empty(0)
+
+
+def decay_rates(A: Tensor, log_A: bool) -> Tensor:
+    """A, where the tensor holds log(-A) with `log_A`."""
+    return -torch.exp(A) if log_A else A
 
 
 @_scan.register_fake
 def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     k, b, _, e = x.shape
-    *_, chunk, _ = others
+    *_, chunk, _, _ = others
     return x.new_empty(x.shape), A.new_empty(k, b, e, A.shape[-1]), empty_states(x.shape, A, chunk)
 
 
@@ -163,54 +170,86 @@ def empty_states(shape: Sequence[int], A: Tensor, chunk: int) -> Tensor:
     return A.new_empty((k, b, (length + chunk - 1) // chunk, e * A.shape[-1]) if chunk else (0,))
 
 
-@torch.library.custom_op("vimscale::selective_scan_backward", mutates_args=())
+@torch_op("selective_scan_backward", shown=4, mutates=("dB", "dC"))
 def _scan_backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, initial: Tensor | None,
-    image: Tensor | None, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of all inputs but `image`; those of dt_bias and the initial state are empty if these are None."""
+    image: Tensor | None, states: Tensor, ds: Tensor, dfinal: Tensor | None, dB: Tensor, dC: Tensor,
+    reverse: Sequence[bool], chunk: int, log_A: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Writes dB and dC, which have a contiguous last axis. Returns dx, ddt, the gradients of the parameters (k, e, n +
+    2), which are A (log(-A) with `log_A`), D and dt_bias, and that of the initial state, empty if this is None.
+    """
     inputs = ScanInputs(x, dt, A, B, C, D, dt_bias, initial, image)
-    if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            return _reference_backward(inputs, ds, dfinal, reverse)  # type: ignore[return-value]
     dfinal = None if dfinal is None else dfinal.contiguous()
-    module = fused_module("selective_scan", backend)
-    return module.backward(_with_rows(inputs), states, _rows(ds), dfinal, reverse, chunk)
+    if backend == "triton":
+        dx, ddt, dparameters, _, _, dinitial = fused_module("selective_scan", backend).backward(
+            _with_rows(inputs), states, _rows(ds), dfinal, reverse, chunk, log_A=log_A, dB=dB, dC=dC
+        )
+        return dx, ddt, dparameters, dinitial
+    inputs = inputs._replace(A=decay_rates(A, log_A))
+    if backend == "cpu":
+        return cpu_scan_backward(_with_rows(inputs), states, _rows(ds), dfinal, dB, dC, reverse, log_A)
+    with torch.autocast(x.device.type, enabled=False):
+        dx, ddt, dparameters, dinitial = _reference_backward(inputs, ds, dfinal, reverse, dB, dC)
+        return dx, ddt, _of_logarithm(dparameters, inputs.A, log_A), dinitial
+
+
+def cpu_scan_backward(
+    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, dB: Tensor, dC: Tensor,
+    reverse: Sequence[bool], log_A: bool, dt_proj: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_scan_backward` on a CPU, where `inputs` hold A itself; with dt_proj, `inputs.dt` is still to be multiplied."""
+    dx, ddt, dparameters, _, _, dinitial = fused_module("selective_scan", "cpu").backward(
+        inputs, states, ds, dfinal, reverse, CHUNK["cpu"], dt_proj=dt_proj, dB=dB, dC=dC
+    )
+    return dx, ddt, _of_logarithm(dparameters, inputs.A, log_A), dinitial
+
+
+def _of_logarithm(dparameters: Tensor, A: Tensor, log_A: bool) -> Tensor:
+    """The gradients of the parameters, with that of A made that of log(-A)."""
+    if log_A:
+        dparameters[..., :-2] *= A
+    return dparameters
 
 
 @_scan_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *always, dt_bias, initial = arguments[:8]
-    A = always[2]
-    return *(t.new_empty(t.shape) for t in always), *(
-        A.new_empty(0 if t is None else t.shape) for t in (dt_bias, initial)
-    )
+def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    k, e, n = A.shape
+    initial = others[4]
+    dinitial = A.new_empty(0 if initial is None else initial.shape)
+    return x.new_empty(x.shape), dt.new_empty(dt.shape), A.new_empty(k, e, n + 2), dinitial
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, reverse, chunk, backend = inputs
+    *tensors, ctx.reverse, ctx.chunk, ctx.log_A, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.reverse, ctx.chunk, ctx.backend = reverse, chunk, backend
     ctx.set_materialize_grads(False)
 
 
-def _scan_vjp(ctx: Any, ds: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _scan_vjp(ctx: Any, ds: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
     *tensors, states = ctx.saved_tensors
     inputs = ScanInputs(*tensors)
     ds = torch.zeros_like(inputs.x) if ds is None else ds.to(inputs.x.dtype)
-    grads: list[Tensor | None] = list(_scan_backward(*inputs, states, ds, dfinal, ctx.reverse, ctx.chunk, ctx.backend))
-    if inputs.dt_bias is None:
-        grads[6] = None
-    if inputs.initial is None:
-        grads[7] = None
-    return *grads, None, None, None, None
+    dB, dC = inputs.B.new_empty(inputs.B.shape), inputs.C.new_empty(inputs.C.shape)
+    dx, ddt, dparameters, dinitial = _scan_backward.inside(
+        *inputs, states, ds, dfinal, dB, dC, ctx.reverse, ctx.chunk, ctx.log_A, ctx.backend
+    )
+    dA, dD, dbias = split_parameters(dparameters)
+    return (
+        dx, ddt, dA, dB, dC, dD, None if inputs.dt_bias is None else dbias,
+        None if inputs.initial is None else dinitial, None, None, None, None, None,
+    )  # fmt: skip
 
 
-_scan.register_autograd(_scan_vjp, setup_context=_scan_setup)
+def split_parameters(dparameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of A (k, e, n), D (k, e) and dt_bias (k, e), from one tensor (k, e, n + 2)."""
+    return dparameters[..., :-2], dparameters[..., -2], dparameters[..., -1]
 
 
-@torch.library.custom_op("vimscale::combine", mutates_args=())
+_scan.register_autograd(_scan_vjp, _scan_setup)
+
+
+@torch_op("combine")
 def _combine(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     """scale silu(z) (sum of s over directions): (b, l, e) from s (k, b, l, e) and the gate z (b, l, e), which all
     directions have in common.
@@ -226,39 +265,41 @@ def _(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     return s.new_empty(s.shape[1:])
 
 
-@torch.library.custom_op("vimscale::combine_backward", mutates_args=())
-def _combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """The gradient of s, (b, l, e) because it is the same for each direction, and the gradient of z."""
+@torch_op("combine_backward", mutates=("dz",))
+def _combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None, scale: float, backend: str) -> Tensor:
+    """Writes dz, which has a contiguous last axis. Returns the gradient of s, (b, l, e) because it is the same for each
+    direction.
+    """
     if backend != "reference":
         module = fused_module("selective_scan", backend)
-        return module.combine_backward(_rows(dy), s.contiguous(), None if z is None else _rows(z), scale)
+        ds, _ = module.combine_backward(_rows(dy), s.contiguous(), None if z is None else _rows(z), scale, dz=dz)
+        return ds
     dy = dy.contiguous()  # elementwise results take the strides of their inputs
-    if z is None:
-        return dy * scale, dy.new_empty(0)
+    if z is None or dz is None:
+        return dy * scale
     upstream, v = dy.to(_sums(s)) * scale, z.to(_sums(s))
     gate = torch.sigmoid(v)
-    dz = upstream * s.to(v.dtype).sum(0) * gate * (1 + v * (1 - gate))
-    return (upstream * v * gate).to(s.dtype), dz.to(z.dtype)
+    dz.copy_(upstream * s.to(v.dtype).sum(0) * gate * (1 + v * (1 - gate)))
+    return (upstream * v * gate).to(s.dtype)
 
 
 @_combine_backward.register_fake
-def _(dy: Tensor, s: Tensor, z: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape[1:]), s.new_empty(0 if z is None else z.shape)
+def _(dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None, scale: float, backend: str) -> Tensor:
+    return s.new_empty(s.shape[1:])
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     s, z, ctx.scale, ctx.backend = inputs
-    ctx.directions = len(s)
     ctx.save_for_backward(s, z)
 
 
 def _combine_vjp(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     s, z = ctx.saved_tensors
-    ds, dz = _combine_backward(dy, s, z, ctx.scale, ctx.backend)
-    return ds.expand_as(s), None if z is None else dz, None, None
+    dz = None if z is None else z.new_empty(z.shape)
+    return _combine_backward.inside(dy, s, z, dz, ctx.scale, ctx.backend).expand_as(s), dz, None, None
 
 
-_combine.register_autograd(_combine_vjp, setup_context=_combine_setup)
+_combine.register_autograd(_combine_vjp, _combine_setup)
 
 
 def _sums(s: Tensor) -> torch.dtype:
@@ -400,6 +441,6 @@ def _run(
     if not k:
         tensors = [None if t is None else t.unsqueeze(0) for t in tensors]
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    s, final, _ = _scan(*tensors, images_of(reset), reverse, CHUNK[name] if learns else 0, name)
+    s, final = _scan(*tensors, images_of(reset), reverse, CHUNK[name] if learns else 0, False, name)
     y = s[0] if z is None and len(reverse) == 1 else _combine(s, z, scale, name)
     return y, final if k else final[0]

@@ -457,33 +457,32 @@ def forward(
 
 def backward(
     inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int,
-    dt_proj: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state; the last two are empty if their input is None.
-    The gradient of dt is as wide as x, with dt_proj too.
+    dt_proj: Tensor | None = None, *, dB: Tensor | None = None, dC: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, ddt, the gradients of A, D and dt_bias as one tensor (k, e, n + 2), dB, dC, and the gradient of the initial
+    state, which is empty if that is None. ddt is as wide as x, with dt_proj too. A given dB or dC is written in place;
+    its last axis is contiguous.
     """
     assert chunk == CHUNK
-    x, _, A, B, C, _, dt_bias, initial, _ = inputs
+    x, _, A, B, C, _, _, initial, _ = inputs
     k, b, length, e = x.shape
     n = A.shape[-1]
     blocks, chunks = -(-e // BLOCK), -(-length // CHUNK)
     dx, ddt = torch.empty(k, b, length, e), torch.empty(k, b, length, e)
-    dA, dD, dbias = torch.empty(b, k, e, n), torch.empty(b, k, e), torch.empty(b, k, e)
-    dB, dC = torch.empty(k, b, length, n), torch.empty(k, b, length, n)
+    dparameters = torch.empty(b, k, e, n + 2)
+    dA, dD, dbias = dparameters[..., :n], dparameters[..., n], dparameters[..., n + 1]
+    dB, dC = torch.empty_like(B) if dB is None else dB, torch.empty_like(C) if dC is None else dC
+    wide = B.dtype == torch.float32
+    written = (dB, dC) if wide else (torch.empty(B.shape), torch.empty(C.shape))
     dBC = torch.empty(blocks, k * b * chunks, 2 * n, CHUNK)
     dinitial = torch.empty((0, 0, 0, 0) if initial is None else (k, b, e, n))
     run(
         _backward, _items(k, b, e), (b, length, e, n), *_arguments(inputs, reverse, dt_proj), numbers(states.view(-1)),
         spread(ds), array(dfinal, 4), spread(dx), spread(ddt), *(numbers(t) for t in (dA, dBC, dD, dbias, dinitial)),
     )  # fmt: skip
-    run(_gather, k * b * chunks, (b, length, n), numbers(dBC), np.array(reverse), spread(dB), spread(dC))
-    return (
-        dx.to(x.dtype),
-        ddt.to(x.dtype),
-        _total(dA),
-        dB.to(B.dtype),
-        dC.to(C.dtype),
-        _total(dD),
-        dbias.new_empty(0) if dt_bias is None else _total(dbias),
-        dinitial.flatten() if initial is None else dinitial,
-    )
+    run(_gather, k * b * chunks, (b, length, n), numbers(dBC), np.array(reverse), *map(spread, written))
+    if not wide:
+        dB.copy_(written[0])
+        dC.copy_(written[1])
+    dinitial = dinitial.flatten() if initial is None else dinitial
+    return dx.to(x.dtype), ddt.to(x.dtype), _total(dparameters), dB, dC, dinitial

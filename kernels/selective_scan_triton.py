@@ -56,6 +56,15 @@ def _restart(starts, slot, h):
     return h
 
 
+@triton.jit
+def _decay_rate(A, cell, here, LOG_A: tl.constexpr):
+    """A, which is -exp(A) if A holds logarithms; 0 where there is no channel or state."""
+    if LOG_A:
+        return -tl.exp(tl.load(A + cell, mask=here, other=float("-inf")))
+    else:
+        return tl.load(A + cell, mask=here, other=0.0)
+
+
 @triton.jit(do_not_specialize=["length", "slots", "backwards"])
 def selective_scan_pack_kernel(
     B, C, image, packed, starts, length, slots, backwards,
@@ -95,6 +104,7 @@ def selective_scan_pack_kernel(
 @triton.jit(do_not_specialize=["length", "blocks", "backwards"])
 def selective_scan_unpack_kernel(
     partial, dB, dC, length, blocks, backwards,
+    dB_k, dB_b, dB_l, dC_k, dC_b, dC_l,
     n: tl.constexpr, N: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Sum the partial sums of the channel blocks, in the order of the blocks; write dB and dC in token order."""
@@ -114,11 +124,11 @@ def selective_scan_unpack_kernel(
 
     slot = chunk * T + tl.arange(0, T)
     token = tl.where((backwards >> k) & 1 == 1, length - 1 - slot, slot)
-    row = (k * images + b).to(tl.int64) * length
-    out = (row + token)[:, None] * n + state[None, :]
+    dB += k.to(tl.int64) * dB_k + b.to(tl.int64) * dB_b
+    dC += k.to(tl.int64) * dC_k + b.to(tl.int64) * dC_b
     inside = (slot < length)[:, None] & (state < n)[None, :]
-    tl.store(dB + out, dB_rows.to(dB.dtype.element_ty), mask=inside)
-    tl.store(dC + out, dC_rows.to(dC.dtype.element_ty), mask=inside)
+    tl.store(dB + token[:, None] * dB_l + state[None, :], dB_rows.to(dB.dtype.element_ty), mask=inside)
+    tl.store(dC + token[:, None] * dC_l + state[None, :], dC_rows.to(dC.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "backwards"])
@@ -126,7 +136,7 @@ def selective_scan_fwd_kernel(
     x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, backwards,
     x_k, x_b, x_l, dt_k, dt_b, dt_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, KEEP: tl.constexpr,
-    LARGE: tl.constexpr,
+    LOG_A: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Compute s and the last state; with KEEP, also the state before each chunk. UNPADDED: no channel or state of a
     block is padding.
@@ -145,7 +155,7 @@ def selective_scan_fwd_kernel(
         cell_here = here[:, None] & (state < n)[None, :]
     cell = channel[:, None] * n + state[None, :]
 
-    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * LOG2_E
+    rate = _decay_rate(A + k * e * n, cell, cell_here, LOG_A) * LOG2_E
     skip = tl.load(D + k * e + channel, mask=here, other=0.0)
     if dt_bias is not None:
         bias = tl.load(dt_bias + k * e + channel, mask=here, other=0.0)
@@ -189,12 +199,13 @@ def selective_scan_fwd_kernel(
 @triton.jit(do_not_specialize=["length", "backwards"])
 def selective_scan_bwd_kernel(
     x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
-    dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, backwards,
+    dx, ddt, partial, dparameters, dinitial, length, e, backwards,
     x_k, x_b, x_l, dt_k, dt_b, dt_l, ds_k, ds_b, ds_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, LANES: tl.constexpr,
-    LARGE: tl.constexpr,
+    LOG_A: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Compute every gradient; those of parameters for one image, those of B and C for one block of channels.
+    """Compute every gradient; those of parameters for one image, those of B and C for one block of channels. A row of
+    dparameters has dA, dD and ddt_bias of a channel.
 
     With g_t the gradient that reaches h_t, and q_t = exp(step_t A) g_t what h_t passes on:  g_t = q_{t+1} + C_t ds_t,
     d(step_t x_t) = B_t . g_t,  dB_t = g_t (step_t x_t),  dC_t = h_t ds_t,  d(step_t A) = q_t h_{t-1}.
@@ -215,7 +226,7 @@ def selective_scan_bwd_kernel(
         cell_here = here[:, None] & (state < n)[None, :]
     cell = channel[:, None] * n + state[None, :]
 
-    rate = tl.load(A + k * e * n + cell, mask=cell_here, other=0.0) * LOG2_E
+    rate = _decay_rate(A + k * e * n, cell, cell_here, LOG_A) * LOG2_E
     if dfinal is not None:
         q = tl.load(dfinal + row * e * n + cell, mask=cell_here, other=0.0)
     else:
@@ -298,17 +309,21 @@ def selective_scan_bwd_kernel(
         if dt_bias is not None:
             dbias_tile += ddt_tile
 
-    tl.store(dA + row * e * n + cell, dA_cell, mask=cell_here)
-    tl.store(dD + row * e + channel, tl.sum(dD_tile, 0), mask=here)
-    if dt_bias is not None:
-        tl.store(ddt_bias + row * e + channel, tl.sum(dbias_tile, 0), mask=here)
+    if LOG_A:
+        dA_cell *= _decay_rate(A + k * e * n, cell, cell_here, LOG_A)
+    dparameters += row * e * (n + 2) + channel * (n + 2)
+    tl.store(dparameters[:, None] + state[None, :], dA_cell, mask=cell_here)
+    tl.store(dparameters + n, tl.sum(dD_tile, 0), mask=here)
+    tl.store(dparameters + n + 1, tl.sum(dbias_tile, 0), mask=here)
     if dinitial is not None:
         tl.store(dinitial + row * e * n + cell, q, mask=cell_here)
 
 
-def forward(inputs: ScanInputs, reverse: Sequence[bool], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    inputs: ScanInputs, reverse: Sequence[bool], chunk: int, *, log_A: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """s (k, b, l, e), the last state (k, b, e, n), and the states (k, b, chunks, e n) before each chunk of tokens in
-    scan order; `chunk` is CHUNK, or 0 to keep none.
+    scan order; `chunk` is CHUNK, or 0 to keep none. With `log_A`, `inputs.A` is A_log: A = -exp(A_log).
     """
     x, dt, A, B, C, D, dt_bias, initial, image = inputs
     k, b, length, e = x.shape
@@ -327,17 +342,20 @@ def forward(inputs: ScanInputs, reverse: Sequence[bool], chunk: int) -> tuple[Te
             x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, _mask(reverse),
             *x.stride()[:3], *dt.stride()[:3],
             n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, KEEP=keep,
-            LARGE=large, num_warps=WARPS, **_COMMON,
+            LOG_A=log_A, LARGE=large, num_warps=WARPS, **_COMMON,
         )  # fmt: skip
     return s, final, states
 
 
 def backward(
-    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial of `forward`, given those of s and of the last state.
+    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int, *,
+    log_A: bool = False, dB: Tensor | None = None, dC: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients dx, ddt, dparameters, dB, dC, dinitial of `forward`, given those of s and of the last state.
 
-    The last two are empty if their input is None. `states` are those that `forward` kept with the same chunk.
+    dparameters (k, e, n + 2) is fp32: the gradient of A (of A_log, with `log_A`), then of D and of dt_bias (zero without
+    dt_bias). dB and dC are written into the tensors (k, b, l, n) that are passed, if any; their last axis has stride 1.
+    dinitial is empty if `inputs.initial` is None. `states` are those that `forward` kept with the same chunk.
     """
     if not _keeps(chunk):
         raise ValueError(f"the backward pass of a scan needs the kept states: chunk is 0, it must be {CHUNK}")
@@ -351,29 +369,27 @@ def backward(
     slots = triton.cdiv(length, CHUNK) * CHUNK
     packed, starts = _packed(B, C, image, reverse, width)
     dx, ddt = x.new_empty(k, b, length, e), dt.new_empty(k, b, length, e)
-    dB, dC = B.new_empty(k, b, length, n), C.new_empty(k, b, length, n)
+    dB = B.new_empty(k, b, length, n) if dB is None else dB
+    dC = C.new_empty(k, b, length, n) if dC is None else dC
     partial = A.new_empty(k, blocks, b, slots, 2 * width)
-    dA, dD = A.new_empty(k, b, e, n), D.new_empty(k, b, e)
-    ddt_bias = None if dt_bias is None else D.new_empty(k, b, e)
+    dparameters = A.new_empty(k, b, e, n + 2)
     dinitial = None if initial is None else torch.empty_like(initial)
     grid = blocks, b, k
-    large = is_large(grid, slots, e, 2 * width, x.stride(2), dt.stride(2), ds.stride(2))
+    large = is_large(grid, slots, e, 2 * width, x.stride(2), dt.stride(2), ds.stride(2), dB.stride(2), dC.stride(2))
     chunk_grid = slots // CHUNK, b, k
     with torch.cuda.device_of(x):
         selective_scan_bwd_kernel[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
-            dx, ddt, partial, dA, dD, ddt_bias, dinitial, length, e, _mask(reverse),
+            dx, ddt, partial, dparameters, dinitial, length, e, _mask(reverse),
             *x.stride()[:3], *dt.stride()[:3], *ds.stride()[:3],
             n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, LANES=_lanes(channels),
-            LARGE=large, num_warps=WARPS, **_COMMON,
+            LOG_A=log_A, LARGE=large, num_warps=WARPS, **_COMMON,
         )  # fmt: skip
         selective_scan_unpack_kernel[scan_grid(chunk_grid, large)](
-            partial, dB, dC, length, blocks, _mask(reverse), n=n, N=width, LARGE=large, num_warps=1, **_COMMON
-        )
-    return (
-        dx, ddt, dA.sum(1), dB, dC, dD.sum(1),
-        A.new_empty(0) if ddt_bias is None else ddt_bias.sum(1), A.new_empty(0) if dinitial is None else dinitial,
-    )  # fmt: skip
+            partial, dB, dC, length, blocks, _mask(reverse), *dB.stride()[:3], *dC.stride()[:3],
+            n=n, N=width, LARGE=large, num_warps=1, **_COMMON,
+        )  # fmt: skip
+    return dx, ddt, dparameters.sum(1), dB, dC, A.new_empty(0) if dinitial is None else dinitial
 
 
 def _packed(
@@ -430,14 +446,15 @@ def _lanes(channels: int) -> int:
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """The kernels as a model of inner width e launches them in `dtype`, at n = 16, for `kernels.aot`. "_packed" has
-    image numbers, and states passed in and out.
+    image numbers, states passed in and out, and A instead of A_log.
     """
     n = 16
     size = dtype.itemsize
     types = dict.fromkeys(["x", "dt", "B", "C", "s", "ds", "dx", "ddt", "dB", "dC"], TRITON_TYPE[dtype])
     types |= dict.fromkeys(["length", "e", "slots", "blocks", "backwards"], "i32")
     # B and C are slices of the rows of a projection
-    loose = frozenset(["length", "slots", "blocks", "backwards", "B", "B_k", "B_b", "B_l", "C", "C_k", "C_b", "C_l"])
+    slices = [f"{name}{axis}" for name in ("B", "C", "dB", "dC") for axis in ("", "_k", "_b", "_l")]
+    loose = frozenset(["length", "slots", "blocks", "backwards", *slices])
     types |= dict.fromkeys(["image", "starts"], "*i32")
     absent = {"image": None, "starts": None, "initial": None, "dfinal": None, "dinitial": None}
 
@@ -464,12 +481,12 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
         channels = _backward_channels(target, lean)
         return [
             case(
-                selective_scan_fwd_kernel, {**scan, **unpadded, "CHANNELS": CHANNELS, "KEEP": True}, packed, WARPS,
+                selective_scan_fwd_kernel, {**scan, **unpadded, "CHANNELS": CHANNELS, "KEEP": True, "LOG_A": not packed}, packed, WARPS,
                 tokens=CHUNK, channels=CHANNELS, bytes=3 * size + kept + 4 * rows, exponentials=n,
             ),
             case(
                 selective_scan_bwd_kernel,
-                {**scan, **unpadded, "CHANNELS": channels, "LANES": _lanes(channels)}, packed, WARPS,
+                {**scan, **unpadded, "CHANNELS": channels, "LANES": _lanes(channels), "LOG_A": not packed}, packed, WARPS,
                 tokens=CHUNK, channels=channels,
                 bytes=5 * size + kept + 4 * rows + 4 * 2 * n / channels, exponentials=n,
             ),

@@ -54,9 +54,9 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
 
 
 class OpRules(TorchDispatchMode):
-    """Checks every call of a vimscale op while it is active: no output aliases an input or another output, not even if
-    it is empty (torch refuses that, on any device); inputs keep their values; and outputs have the layout that the op's
-    fake implementation promises to a compiler.
+    """Checks every call of a registered vimscale op while it is active: no output aliases an input or another output,
+    not even if it is empty (torch refuses that, on any device); inputs keep their values, unless the op says that it
+    writes them; and outputs have the layout that the op's fake implementation promises to a compiler.
     """
 
     def __init__(self) -> None:
@@ -71,14 +71,16 @@ class OpRules(TorchDispatchMode):
         combination = tuple(a.ndim if isinstance(a, Tensor) else str(a) for a in args)
         self.calls.setdefault((op._opname, *combination), (op, *args))
         inputs = [t for t in args if isinstance(t, Tensor)]
-        before = [t.clone() for t in inputs]
+        read = [a for a, argument in zip(args, op._schema.arguments, strict=True) if not argument.is_write]
+        read = [t for t in read if isinstance(t, Tensor)]
+        before = [t.clone() for t in read]
         result = op(*args)
         outputs = result if isinstance(result, tuple) else (result,)
 
         storages = [t.untyped_storage()._cdata for t in outputs]
         assert len({*storages}) == len(storages), f"{op}: two outputs have the same memory"
         assert not {*storages} & {t.untyped_storage()._cdata for t in inputs}, f"{op}: an output is an input"
-        for t, value in zip(inputs, before, strict=True):
+        for t, value in zip(read, before, strict=True):
             torch.testing.assert_close(t, value, rtol=0, atol=0, equal_nan=True)
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.kernel_checks import DEVICE, FUSED, assert_close, poison
 from vimscale.kernels.backend import Backend
-from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d, reference_backward
 
 
 def _by_hand(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
@@ -168,6 +168,25 @@ def test_two_runs_are_bit_identical(backend: Backend) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 24), (2, 5, 7)])
+def test_triton_writes_the_gradient_into_half_of_a_tensor_and_returns_those_of_the_parameters_as_one(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vimscale.kernels import causal_conv1d_triton
+
+    e, reverse = shape[2], (False, True)
+    x, weight, bias = (t.to(DEVICE["triton"]) for t in _inputs(shape))
+    dy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(x)
+    expected = reference_backward(*_doubles([x, weight, bias]), None, dy.double(), reverse, True)
+    poison(monkeypatch)
+    dxz = x.new_empty(*shape[:2], 2 * e)
+    half = dxz[..., :e]
+    found, dparameters = causal_conv1d_triton.backward(x, weight, bias, None, dy, reverse, True, dx=half)
+    assert found is half
+    assert dxz[..., e:].isnan().all()
+    assert_close([half, dparameters], expected, torch.float32)
+
+
 def test_the_number_of_threads_does_not_change_results() -> None:
     inputs, threads = _inputs((8, 9, 600)), torch.get_num_threads()
     results = []
@@ -198,7 +217,7 @@ def test_the_op_passes_opcheck(backend: Backend) -> None:
         leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
         torch.library.opcheck(op, (*leaves, numbers, [False, True], True, backend))
     y = op(x, weight, bias, image, [False, True], True, backend)
-    torch.library.opcheck(backward, (x, weight, bias, image, y, [False, True], True, backend))
+    torch.library.opcheck(backward, (x, weight, bias, image, y, torch.zeros_like(x), [False, True], True, backend))
 
 
 def _mixed(x: Tensor, weight: Tensor, bias: Tensor, reset: Tensor) -> Tensor:
@@ -247,7 +266,7 @@ def test_any_parameter_dtype_and_any_strides_work() -> None:
 def test_a_second_derivative_is_refused() -> None:
     leaves = [t.detach().clone().requires_grad_() for t in _inputs((1, 5, 8))]
     (dx,) = torch.autograd.grad(bidirectional_conv1d(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="causal_conv1d_backward"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
 
 

@@ -1,4 +1,6 @@
-"""Every op behind the public functions, with every combination of optional arguments: torch's rules and results."""
+"""Every op behind the public functions, with every combination of optional arguments: torch's rules and results; and
+when an op is called without PyTorch's dispatcher.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from tests.kernels.kernel_checks import DEVICE, FUSED, OpRules, assert_close
 from vimscale.kernels.cases import scan_case
+from vimscale.kernels.torch_op import registered
 from vimscale.ops import (
     add_norm,
     bidirectional_conv1d,
@@ -77,7 +80,7 @@ def _mixers(b: int) -> Iterator[Call]:
             "x_proj": _draw(k, rank + 2 * N, E, seed=3),
             "dt_proj": _draw(k, E, rank, seed=4),
             "dt_bias": _draw(k, E, seed=5),
-            "A": -_draw(k, E, N, seed=6).exp(),
+            "A_log": _draw(k, E, N, seed=6),
             "D": _draw(k, E, seed=7),
         }
         arguments = {"reverse": reverse, "gated": gated, "recompute": recompute, "fuse": fuse}
@@ -116,7 +119,7 @@ def _results(
         if t is not None and t.is_floating_point():
             given = t.bfloat16().to(device, dtype if name in activations else wide).requires_grad_()
         leaves[name] = given if given is None or given.is_floating_point() else given.to(device)
-    with rules or nullcontext():
+    with registered() if rules else nullcontext(), rules or nullcontext():
         outputs = function(**leaves, **arguments, backend=backend)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         outputs = [outputs[i] for i in used]
@@ -139,6 +142,9 @@ def _run_all(family: str, backend: str) -> OpRules:
         for kind in [number // 3 % 3] if backend == "triton" else range(3):
             exact = _results(call, torch.float64, "reference", kind)
             ours = _results(call, torch.float32, backend, kind, rules)
+            if backend != "triton":
+                eager = _results(call, torch.float32, backend, kind)
+                assert all(torch.equal(ours[name], eager[name]) for name in ours)
             try:
                 assert_close(ours, exact, torch.float32)
             except AssertionError as error:
@@ -161,7 +167,9 @@ def test_ops_pass_opcheck_with_any_optional_arguments(family: str, backend: str)
     for op, *arguments in _run_all(family, backend).calls.values():
         learns = not op._opname.endswith("_backward")
         given = [
-            a.detach().clone().requires_grad_(learns and a.is_floating_point()) if isinstance(a, Tensor) else a
+            a.detach().clone().nan_to_num_().requires_grad_(learns and a.is_floating_point())
+            if isinstance(a, Tensor)
+            else a
             for a in arguments
         ]
         torch.library.opcheck(op, given)

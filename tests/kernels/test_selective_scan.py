@@ -295,15 +295,25 @@ def test_a_scan_continues_from_the_final_state_of_another(reverse: bool, backend
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
 def test_ops_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
     case = scan_case((2, 20, 24, 4), dtype, directions=2)
-    tensors = [t.requires_grad_() for t in case.tensors() if t is not case.z]
     image, reverse, chunk = case.reset.cumsum(1, dtype=torch.int32), [False, True], module.CHUNK[backend]
-    torch.library.opcheck(module._scan, (*tensors, image, reverse, chunk, backend))
-    s, final, states = module._scan(*(t.detach() for t in tensors), image, reverse, chunk, backend)
-    saved = (*(t.detach() for t in tensors), image, states, s, final)
-    torch.library.opcheck(module._scan_backward, (*saved, reverse, chunk, backend))
+    scan, scan_backward = module._scan.registered, module._scan_backward.registered
+    combine, combine_backward = module._combine.registered, module._combine_backward.registered
+    for log_A in (False, True):
+        tensors = [t.detach() for t in case.tensors() if t is not case.z]
+        tensors[2] = tensors[2].neg().log() if log_A else tensors[2]
+        torch.library.opcheck(
+            scan, (*(t.clone().requires_grad_() for t in tensors), image, reverse, chunk, log_A, backend)
+        )
+        s, final, states = scan(*tensors, image, reverse, chunk, log_A, backend)
+        written = torch.zeros_like(case.B), torch.zeros_like(case.C)
+        torch.library.opcheck(
+            scan_backward, (*tensors, image, states, s, final, *written, reverse, chunk, log_A, backend)
+        )
     for z in (None, case.z.requires_grad_()):
-        torch.library.opcheck(module._combine, (s.requires_grad_(), z, 0.5, backend))
-        torch.library.opcheck(module._combine_backward, (s[0].detach(), s.detach(), case.z.detach(), 0.5, backend))
+        torch.library.opcheck(combine, (s.requires_grad_(), z, 0.5, backend))
+        gate = None if z is None else z.detach()
+        dz = None if z is None else torch.zeros_like(z)
+        torch.library.opcheck(combine_backward, (s[0].detach(), s.detach(), gate, dz, 0.5, backend))
 
 
 def test_scans_compile_into_one_graph() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vimscale.kernels.torch_op import registered
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.cost import costs, flops, parameters
 from vimscale.model.mixer import Mamba
@@ -106,8 +107,8 @@ def test_every_parameter_takes_part_and_learns(member: VimConfig) -> None:
 
 
 def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> None:
-    """torch counts products, but not those inside fused ops: subtract what mixers and attention do there."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """torch counts products, but not those inside registered ops: subtract what mixers and attention do there."""
+    with registered(), FlopCounterMode(display=False) as counter, torch.no_grad():
         _model(member)(_images(member, 1))
     ours = flops(member)
     for part in costs(member):
@@ -343,7 +344,7 @@ def test_drop_path_drops_the_images_that_the_draws_select(member: VimConfig) -> 
     dropped[1, -1] = 0.0
     differs = (model(images, dropped) != model(images, kept)).any(dim=1)
     assert differs.tolist() == [False, True, False, False]
-    assert model.drop_rates()[[0, -1]].tolist() == [0.0, 0.5]
+    assert model.drop_rates[[0, -1]].tolist() == [0.0, 0.5]
 
 
 def test_weight_decay_leaves_the_scans_parameters_alone() -> None:

@@ -22,6 +22,9 @@ Probe = dict[str, Tensor]
 """Statistics that a mixer reports on logging steps, by name; scalars on the device."""
 
 
+Factor = float | Tensor
+"""A tensor () is on the model's device and never read on the host: a CUDA graph can be replayed with other values."""
+
 PATH_PARAMETERS = ("conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D")
 """Parameters of a `Mamba` that have a leading axis of paths."""
 
@@ -128,13 +131,14 @@ class Mamba(nn.Module):
         init_layer_scale(self.layer_scale, self.config)
 
     def forward(
-        self, u: Tensor, tokens: Tokens, backward: float = 1.0, recompute: bool = False, probe: Probe | None = None
+        self, u: Tensor, tokens: Tokens, backward: Factor = 1.0, recompute: bool = False, probe: Probe | None = None
     ) -> Tensor:
-        """`backward`: factor on the backward paths; at 0 their scans are not computed. With `recompute`, the backward
-        pass recomputes convolution, dt and scan instead of keeping them.
+        """`backward`: factor on the backward paths; at a number 0 their scans are not computed. With `recompute`, the
+        backward pass recomputes convolution, dt and scan instead of keeping them.
         """
         every = range(len(self.paths))
-        active = [i for i in every if backward or i not in self.backward_paths]
+        off = not isinstance(backward, Tensor) and not backward
+        active = [i for i in every if not off or i not in self.backward_paths]
         # The second layer of a pair has only a backward path, and computes it even at a factor of 0: ZeRO-3 keeps the
         # last gradient of a parameter that a step does not use.
         active = active or list(every)
@@ -154,9 +158,10 @@ class Mamba(nn.Module):
             y = F.rms_norm(y.float(), y.shape[-1:], self.ssm_norm, self.config.norm_eps).to(y.dtype)
         return layer_scaled(restore(self.out_proj(y)), self.layer_scale)
 
-    def _path_factors(self, active: list[int], backward: float) -> Tensor | None:
+    def _path_factors(self, active: list[int], backward: Factor) -> Tensor | None:
         """Return the factor on each active path (len(active)), with the 1/k of a mean; None if `fuse` alone says it."""
-        if len(active) == len(self.paths) and backward == 1 and self.backward_gate is None:
+        full = not isinstance(backward, Tensor) and backward == 1
+        if len(active) == len(self.paths) and full and self.backward_gate is None:
             return None
         mean = 1 / len(self.paths) if self.fuse == "mean" else 1.0
         factors = torch.full((len(active),), mean, device=self.D.device)
@@ -203,28 +208,18 @@ class Mamba(nn.Module):
         costs nothing, instead of y: y = C h + D x is linear in both.
         """
         rows = slice(group[0], group[-1] + 1)
-        x_proj, D = self.x_proj[rows], self.D[rows]
+        whole = len(group) == len(self.paths)  # a slice of everything would be copied in the backward pass
+        own = {name: getattr(self, name) if whole else getattr(self, name)[rows] for name in PATH_PARAMETERS}
         fuse: Literal["mean", "sum"] = "mean" if self.fuse == "mean" and factors is None else "sum"
         if fuse == "mean" and groups > 1:  # the kernel's mean is over this group alone
-            fuse, factors = "sum", torch.full((len(group),), 1 / len(self.paths), device=D.device)
+            fuse, factors = "sum", torch.full((len(group),), 1 / len(self.paths), device=self.D.device)
         if factors is not None:
             n = self.A_log.shape[-1]
-            x_proj = torch.cat([x_proj[:, :-n], x_proj[:, -n:] * factors[:, None, None]], dim=1)
-            D = D * factors[:, None]
-        return bimamba_inner(
-            xz,
-            self.conv_weight[rows],
-            self.conv_bias[rows],
-            x_proj,
-            self.dt_proj[rows],
-            self.dt_bias[rows],
-            -torch.exp(self.A_log[rows].float()),
-            D,
-            reverse=[self.paths[i][1] for i in group],
-            fuse=fuse,
-            reset=tokens.reset,
-            recompute=recompute,
-        )
+            x_proj = own["x_proj"]
+            own["x_proj"] = torch.cat([x_proj[:, :-n], x_proj[:, -n:] * factors[:, None, None]], dim=1)
+            own["D"] = own["D"] * factors[:, None]
+        reverse = [self.paths[i][1] for i in group]
+        return bimamba_inner(xz, **own, reverse=reverse, fuse=fuse, reset=tokens.reset, recompute=recompute)
 
     def _scan_inputs(self, xz: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return (convolved x, z, dt, B, C) of the first set of parameters, dt without its bias and softplus."""
@@ -287,7 +282,7 @@ class Attention(nn.Module):
         init_layer_scale(self.layer_scale, self.config)
 
     def forward(
-        self, u: Tensor, tokens: Tokens, backward: float = 1.0, recompute: bool = False, probe: Probe | None = None
+        self, u: Tensor, tokens: Tokens, backward: Factor = 1.0, recompute: bool = False, probe: Probe | None = None
     ) -> Tensor:
         """Takes the arguments of `Mamba.forward`; attention has no backward path and no scan to apply them to."""
         b, length, d = u.shape

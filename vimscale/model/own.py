@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vimscale.errors import RecipeError
-from vimscale.model.mixer import Probe, init_layer_scale, layer_scaled, new_layer_scale
+from vimscale.model.mixer import Factor, Probe, init_layer_scale, layer_scaled, new_layer_scale
 from vimscale.model.presets import OwnKind, VimConfig
 from vimscale.model.tokens import Tokens
 from vimscale.storage import own_code
@@ -96,7 +96,7 @@ class OwnMixer(nn.Module):
         init_layer_scale(self.layer_scale, self.config)
 
     def forward(
-        self, u: Tensor, tokens: Tokens, backward: float = 1.0, recompute: bool = False, probe: Probe | None = None
+        self, u: Tensor, tokens: Tokens, backward: Factor = 1.0, recompute: bool = False, probe: Probe | None = None
     ) -> Tensor:
         """Takes the arguments of `Mamba.forward`; there is no backward path and no scan to apply them to.
 

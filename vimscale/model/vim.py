@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimscale.model import schedule
-from vimscale.model.mixer import PATH_PARAMETERS, Attention, Mamba, OutProj, Probe
+from vimscale.model.mixer import PATH_PARAMETERS, Attention, Factor, Mamba, OutProj, Probe
 from vimscale.model.own import OwnMixer
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
@@ -84,7 +84,7 @@ class Block(nn.Module):
         residual: Tensor | None,
         tokens: Tokens,
         scale: Tensor | None = None,
-        backward: float = 1.0,
+        backward: Factor = 1.0,
         recompute: bool = False,
         probe: Probe | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -162,6 +162,9 @@ class VisionMamba(nn.Module):
     the environment.
     """
 
+    drop_rates: Tensor
+    """Each block's drop-path rate (layers): 0 for the first, `drop_path` for the last."""
+
     def __init__(self, config: VimConfig, gather: Gather | None = None):
         """`gather`: for an engine that shards parameters as modules are constructed. Initialization then gathers one
         module at a time, so that no device ever holds all parameters. On the meta device nothing is allocated.
@@ -197,6 +200,9 @@ class VisionMamba(nn.Module):
             self.neck_norm = Norm(config, config.features)
         self.head: nn.Module = Head(config.features, config.num_classes)
         self._paired = paired
+        rates = torch.linspace(0, config.drop_path, len(config.layers))
+        self.register_buffer("drop_rates", rates, persistent=False)
+        self._tokens: dict[tuple[Grid, torch.device], Tokens] = {}
         self._init_all(gather or (lambda parameters: nullcontext()))
 
     def _init_all(self, gather: Gather) -> None:
@@ -214,17 +220,13 @@ class VisionMamba(nn.Module):
             if embedding is not None:
                 nn.init.trunc_normal_(embedding, std=0.02)
 
-    def drop_rates(self) -> Tensor:
-        """Return each block's drop-path rate (layers): 0 for the first, `drop_path` for the last."""
-        return torch.linspace(0, self.config.drop_path, len(self.config.layers))
-
     # ---- forward
 
     def forward(
         self,
         images: Tensor | Sequence[Tensor],
         draws: Tensor | None = None,
-        backward: Sequence[float] | None = None,
+        backward: Sequence[Factor] | None = None,
         *,
         features: bool = False,
     ) -> Tensor:
@@ -232,9 +234,10 @@ class VisionMamba(nn.Module):
         sizes, which the model packs into rows.
 
         `draws` (b, layers), uniform in [0, 1), decide which contributions drop-path drops in training; default: none.
-        `backward` (layers) is the factor on each layer's backward path; default: `self.backward`. The caller passes
-        both, so that they can depend on sample and step and not on the rank. `features`: return what the head reads
-        (b, features) instead of logits.
+        `backward` (layers) is the factor on each layer's backward path, a number or a tensor (); default:
+        `self.backward`. The caller passes both, so that they can depend on sample and step and not on the rank.
+        `features`: return what the head reads (b, features) instead of logits. Images of a size seen before copy
+        nothing from the host, and nothing is ever read on the host.
 
         Raises:
             ValueError: patches do not fill a side of an image.
@@ -247,7 +250,7 @@ class VisionMamba(nn.Module):
         self,
         images: Tensor | Sequence[Tensor],
         draws: Tensor | None = None,
-        backward: Sequence[float] | None = None,
+        backward: Sequence[Factor] | None = None,
         *,
         layers: None = None,
     ) -> Tensor: ...
@@ -256,7 +259,7 @@ class VisionMamba(nn.Module):
         self,
         images: Tensor,
         draws: Tensor | None = None,
-        backward: Sequence[float] | None = None,
+        backward: Sequence[Factor] | None = None,
         *,
         layers: Sequence[int],
     ) -> list[Tensor]: ...
@@ -264,7 +267,7 @@ class VisionMamba(nn.Module):
         self,
         images: Tensor | Sequence[Tensor],
         draws: Tensor | None = None,
-        backward: Sequence[float] | None = None,
+        backward: Sequence[Factor] | None = None,
         *,
         layers: Sequence[int] | None = None,
     ) -> Tensor | list[Tensor]:
@@ -318,7 +321,7 @@ class VisionMamba(nn.Module):
         residual: Tensor | None,
         tokens: Tokens,
         scales: list[Tensor | None],
-        backward: Sequence[float],
+        backward: Sequence[Factor],
     ) -> tuple[Tensor, Tensor]:
         """Run one block, or both blocks of a pair; return (output, residual)."""
         outs = []
@@ -345,7 +348,7 @@ class VisionMamba(nn.Module):
         """Return drop-path's factor for each layer, per image or, in a pack, per token; None if nothing is dropped."""
         if draws is None or self.config.drop_path == 0:
             return [None] * len(self.blocks)
-        rates = self.drop_rates().to(draws)
+        rates = self.drop_rates.to(draws)
         kept = (draws >= rates) / (1 - rates)  # (b, layers)
         if packed is None:
             return list(kept[:, None, None].unbind(dim=-1))
@@ -366,7 +369,7 @@ class VisionMamba(nn.Module):
         x = slots.insert(patches, torch.cat(extra) if extra else None)
         if self.pos_embed is not None:
             x = x + resized(self.pos_embed, config, grid)
-        return x, Tokens(config, ((grid,),), slots.tokens, x.device)
+        return x, self._row_tokens(grid, x)
 
     def _grid(self, images: Tensor) -> Grid:
         config = self.config
@@ -401,7 +404,16 @@ class VisionMamba(nn.Module):
         if (smaller[0] * merge.factor, smaller[1] * merge.factor) != grid:
             raise ValueError(f"a grid of {grid[0]} x {grid[1]} tokens is not divisible by {merge.factor}")
         x = merge(x if residual is None else residual + x, grid)
-        return x, Tokens(self.config, ((smaller,),), smaller[0] * smaller[1], x.device)
+        return x, self._row_tokens(smaller, x)
+
+    def _row_tokens(self, grid: Grid, x: Tensor) -> Tokens:
+        """Describe rows of one image each. Later calls get the same object, with the scan orders that are on the device
+        by then; but compilers and fake tensors must not leave theirs to others.
+        """
+        new = Tokens(self.config, ((grid,),), layout(self.config, grid).tokens, x.device)
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return new
+        return self._tokens.setdefault((grid, x.device), new)
 
     def _map(self, stream: Tensor, tokens: Tokens) -> Tensor:
         ((grid,),) = tokens.rows
@@ -447,15 +459,18 @@ class VisionMamba(nn.Module):
         return slices
 
     def product_weights(self) -> set[str]:
-        """Return the names of the weights that enter nothing but matrix products: under autocast, bf16 copies do."""
-        names = set()
-        for prefix, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                names.add(f"{prefix}.weight")
-            elif isinstance(module, Mamba):
-                names |= {f"{prefix}.x_proj", f"{prefix}.dt_proj"}
-        own = tuple(f"{prefix}." for prefix, module in self.named_modules() if isinstance(module, OwnMixer))
-        return {name for name in names if not name.startswith(own)}
+        """Return the names of the weights that only enter products, and so are only read in autocast's dtype, whatever
+        their own: those of linear layers and convolutions. The weights of a user's own layers are not among them.
+        """
+        modules = dict(self.named_modules())
+        own = tuple(f"{name}." for name, module in modules.items() if isinstance(module, OwnMixer))
+        names: set[str] = set()
+        for name, module in modules.items():
+            if isinstance(module, Mamba):
+                names |= {f"{name}.x_proj", f"{name}.dt_proj"}
+            elif isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(own):
+                names.add(f"{name}.weight")
+        return names
 
     def no_decay(self) -> set[str]:
         """Return the names of the parameters without weight decay: vectors, embeddings, the scan's A, D and biases."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimscale.model.mixer import Factor
 from vimscale.model.published.arguments import Arguments, config_of, quirks
 from vimscale.model.tokens import PackedImage, Tokens, layout, resized
 from vimscale.model.vim import VisionMamba
@@ -77,7 +78,7 @@ class PublishedVim(VisionMamba):
         self,
         images: Tensor | Sequence[Tensor],
         draws: Tensor | None = None,
-        backward: Sequence[float] | None = None,
+        backward: Sequence[Factor] | None = None,
         *,
         features: bool = False,
     ) -> Tensor:
@@ -132,7 +133,7 @@ class PublishedVim(VisionMamba):
         residual: Tensor | None,
         tokens: Tokens,
         scales: list[Tensor | None],
-        backward: Sequence[float],
+        backward: Sequence[Factor],
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(tokens, _Tokens)
         if self.rope_cos is not None:
