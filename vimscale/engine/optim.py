@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vimscale.recipe.sections import Optim
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW. Its own step imports torch's compiler, 1,100 modules, even where nothing is compiled."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 def optimizer(
@@ -24,7 +31,7 @@ def optimizer(
         spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
         groups["gates" if last == "backward_gate" else "spared" if spared else "decayed"]["params"].append(p)
     used = [group for group in groups.values() if group["params"]]
-    return torch.optim.AdamW(used, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
+    return AdamW(used, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def scale_updates(optimizer: torch.optim.Optimizer, slices: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:

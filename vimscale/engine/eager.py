@@ -1,0 +1,54 @@
+"""Keep torch's compiler out of a process that compiles nothing.
+
+Optimizers, custom ops and recomputation mark their functions as "not to be compiled" on first use, which imports
+torch._dynamo, torch._inductor, sympy and more: 1,500 modules and half of the time that an engine takes to build.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import deepspeed.ops
+from deepspeed.runtime import compiler
+from torch._library.custom_ops import OPDEFS
+from torch.optim import Optimizer
+from torch.utils import checkpoint
+
+
+def without_compiler() -> None:
+    """Let torch call these functions as they are, and DeepSpeed import its unused optimizers uncompiled. Call it before
+    `deepspeed.initialize`, once the model's ops are imported. Neither library has a public switch. A function that the
+    compiler has marked already stays marked.
+
+    ZeRO-3 imports the compiler all the same: its hooks ask for it by name.
+    """
+    for function in (
+        Optimizer.add_param_group,
+        Optimizer.zero_grad,
+        Optimizer.state_dict,
+        Optimizer.load_state_dict,
+        checkpoint.checkpoint,
+        checkpoint._run_fn_with_dynamo_disabled,
+    ):
+        _take_as_is(function)
+    for name, op in OPDEFS.items():
+        if name.startswith("vimscale::"):
+            for function in op._backend_fns.values():
+                _take_as_is(function)
+
+    # Reading the attribute would look for compilers, CUDA's among them, to find out which of 30 extensions could be
+    # built. We need one answer: the shared-memory collectives, which DeepSpeed would build at every start, in 40 s and
+    # only with ninja. gloo does their work.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+    before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = before
+
+
+def _take_as_is(function: Callable[..., Any]) -> None:
+    """Answer in advance what `torch._disable_dynamo` asks the compiler for: the function to call."""
+    plain = getattr(function, "__wrapped__", function)
+    vars(plain).setdefault("__dynamo_disable", plain)
