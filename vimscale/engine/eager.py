@@ -1,7 +1,7 @@
 """Keep torch's compiler out of a process that compiles nothing.
 
-Optimizers, custom ops and recomputation mark their functions as "not to be compiled" on first use, which imports
-torch._dynamo, torch._inductor, sympy and more: 1,500 modules and half of the time that an engine takes to build.
+Optimizers and custom ops mark their functions as "not to be compiled" on first use, which imports torch._dynamo,
+torch._inductor, sympy and more: 1,500 modules, and most of the time that an engine takes to build.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import deepspeed.ops
 from deepspeed.runtime import compiler
 from torch._library.custom_ops import OPDEFS
 from torch.optim import Optimizer
-from torch.utils import checkpoint
 
 
 def without_compiler() -> None:
@@ -20,15 +19,14 @@ def without_compiler() -> None:
     `deepspeed.initialize`, once the model's ops are imported. Neither library has a public switch. A function that the
     compiler has marked already stays marked.
 
-    ZeRO-3 imports the compiler all the same: its hooks ask for it by name.
+    Recomputation and ZeRO-3 import the compiler all the same: torch's checkpoint and DeepSpeed's hooks ask for it by
+    name.
     """
     for function in (
         Optimizer.add_param_group,
         Optimizer.zero_grad,
         Optimizer.state_dict,
         Optimizer.load_state_dict,
-        checkpoint.checkpoint,
-        checkpoint._run_fn_with_dynamo_disabled,
     ):
         _take_as_is(function)
     for name, op in OPDEFS.items():
