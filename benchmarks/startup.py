@@ -128,6 +128,7 @@ def launch(python: str, *options: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-ray", action="store_true", help="leave out launches with Ray")
     parser.add_argument("--against", metavar="PYTHON", help="interpreter of another checkout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the medians to FILE")
     options = parser.parse_args()
@@ -135,8 +136,9 @@ def main() -> None:
     ways: dict[str, Callable[[str], dict[str, float]]] = {
         "a rank alone": rank_parts,
         "launch --no-ray": lambda python: launch(python, "--workers", "2", "--no-ray"),
-        "launch": lambda python: launch(python, "--workers", "2"),
     }
+    if not options.no_ray:
+        ways["launch"] = lambda python: launch(python, "--workers", "2")
     measured: dict[str, dict[str, list[dict[str, float]]]] = {way: {tree: [] for tree in trees} for way in ways}
     for _ in range(options.rounds):
         for way, measure in ways.items():

@@ -10,8 +10,11 @@ from typing import Any
 
 import deepspeed.ops
 from deepspeed.runtime import compiler
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch._library.custom_ops import OPDEFS
 from torch.optim import Optimizer
+
+from vimscale.engine.optim import AdamW
 
 
 def without_compiler() -> None:
@@ -39,6 +42,8 @@ def without_compiler() -> None:
     # only with ninja. gloo does their work.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # DeepSpeed would warn of it
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
     try:
         import_module("deepspeed.runtime.zero.muon.original_muon")
