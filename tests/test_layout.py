@@ -135,7 +135,7 @@ def test_vimscale_knows_no_scheduler() -> None:
 @pytest.mark.parametrize(
     ("library", "only"),
     [
-        ("deepspeed", {"vimscale.engine.deepspeed_engine"}),
+        ("deepspeed", {"vimscale.engine.deepspeed_engine", "vimscale.engine.eager"}),
         (
             "ray",
             {

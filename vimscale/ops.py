@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+    from kernels.precompile import Precompiler
     from kernels.selective_scan import (
         bidirectional_scan,
         bidirectional_scan_with_state,
@@ -18,6 +19,7 @@ else:
     from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+    from vimscale.kernels.precompile import Precompiler
     from vimscale.kernels.selective_scan import (
         bidirectional_scan,
         bidirectional_scan_with_state,
@@ -26,6 +28,7 @@ else:
     )
 
 __all__ = [
+    "Precompiler",
     "add_norm",
     "bidirectional_conv1d",
     "bidirectional_scan",

@@ -5,7 +5,6 @@ which takes seconds, but reads their versions. Sizes are in GB of 10^9 bytes.
 """
 
 import fcntl
-import http.client
 import os
 import platform
 import re
@@ -308,14 +307,16 @@ def _ray_ports() -> Finding:
 
 def _wants_token(listening: list[tuple[Address, int]]) -> bool:
     """Whether this machine's Ray wants a token, by its dashboard; without one, by the environment of this shell."""
+    from http import client
+
     for address, port in listening:
         if RAY_PORTS.get(port) == "dashboard":
             host = ("[::1]" if address.version == 6 else "127.0.0.1") if address.is_unspecified else str(address)
-            connection = http.client.HTTPConnection(host, port, timeout=2)
+            connection = client.HTTPConnection(host, port, timeout=2)
             try:
                 connection.request("GET", "/api/version")
                 return connection.getresponse().status == 401
-            except (OSError, http.client.HTTPException):  # it hangs, or is not a dashboard
+            except (OSError, client.HTTPException):  # it hangs, or is not a dashboard
                 continue
             finally:
                 connection.close()

@@ -15,6 +15,7 @@ from vimscale.runtime.run_folder import RunFolder, checkpoints
 
 from .. import cluster as clusters
 from ..display.lines import print_line
+from ..hardware import nvidia_devices
 from ..processes import num_ranks
 from ..processes.signals import Stopped, StopSignal
 from .arguments import AddressOption, Overrides, RecipeArgument
@@ -75,20 +76,23 @@ def launch(
         print_line(console, f"{folder.path} is finished: {_summary(result)}")
         print_line(console, "  to train again, choose another name= or remove the folder")
         return
-    if address is None:  # on another cluster perhaps only the nodes see the data: there, the ranks check
-        world = preflight.check(chosen, folder, workers, ray=not no_ray, force=force)
-
-    progress = Progress(console)
-    progress.phase("command", time.perf_counter() - _STARTED)
-    policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
     with contextlib.ExitStack() as cleanup:
+        # the checks import torch if there are GPUs, which takes seconds; the ranks do it at the same time
+        spares = on_local.Spares(_likely(workers) if no_ray else 0)
+        cleanup.callback(spares.close)
+        if address is None:  # on another cluster perhaps only the nodes see the data: there, the ranks check
+            world = preflight.check(chosen, folder, workers, ray=not no_ray, force=force)
+
+        progress = Progress(console)
+        progress.phase("command", time.perf_counter() - _STARTED)
+        policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
         cleanup.enter_context(stop.installed())
         chosen = folder.claim(chosen)
         if no_ray:
             where = "as processes on this machine"
 
             def make_group() -> supervisor.Group:
-                return on_local.LocalGroup(chosen, folder.path, world, policy.patience_s)
+                return on_local.LocalGroup(chosen, folder.path, world, policy.patience_s, spares=spares)
         else:
             from ..processes import on_ray, ray_connection
 
@@ -129,6 +133,12 @@ def launch(
     evaluate, export = (shlex.join(["vimscale", command, str(folder.path)]) for command in ("evaluate", "export"))
     print_line(console, f"  the run is in {folder.path}; next: {evaluate}")
     print_line(console, f"  or: {export} --to safetensors")
+
+
+def _likely(workers: str | None) -> int:
+    """Return how many ranks a machine with GPUs will probably get."""
+    devices = nvidia_devices()
+    return min(devices, int(workers)) if workers is not None and workers.isdigit() else devices
 
 
 def _stopped(folder: RunFolder, console: Console) -> typer.Exit:

@@ -26,13 +26,59 @@ _HEARTBEAT_S = 0.25
 """How often a rank sends a heartbeat."""
 
 
+_Rank = tuple[subprocess.Popen, Connection]
+"""A process, and the launcher's end of its pipe."""
+
+
+class Spares:
+    """Processes that import torch before it is known what they have to do. The group that takes them closes it, too."""
+
+    def __init__(self, count: int):
+        self._idle = [_spawn() for _ in range(count)]
+
+    def take(self) -> _Rank:
+        """Return one of them that still runs, or else a new process."""
+        while self._idle:
+            process, pipe = self._idle.pop()
+            if process.poll() is None:
+                return process, pipe
+            pipe.close()
+        return _spawn()
+
+    def close(self) -> None:
+        for process, pipe in self._idle:
+            process.kill()
+            process.wait()
+            pipe.close()
+        self._idle = []
+
+
+def _spawn() -> _Rank:
+    ours, theirs = multiprocessing.Pipe()
+    # a separate session: a Ctrl-C in the terminal reaches only the launcher, which then asks the ranks to stop
+    code = f"from vimscale.launch.processes import on_local; on_local.child({theirs.fileno()})"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+    theirs.close()
+    return process, ours
+
+
 class LocalGroup:
     """Ranks that meet through a file and talk to the launcher through pipes. `threads`: CPU threads per rank, default:
-    this machine's CPUs divided by the ranks.
+    this machine's CPUs divided by the ranks. `spares`: processes to use first.
     """
 
-    def __init__(self, recipe: "Recipe", folder: Path, world: int, patience_s: float, threads: int | None = None):
+    def __init__(
+        self,
+        recipe: "Recipe",
+        folder: Path,
+        world: int,
+        patience_s: float,
+        threads: int | None = None,
+        spares: Spares | None = None,
+    ):
         self.size = world
+        self._spares = spares or Spares(0)
         self._threads = threads or max(1, cpus() // world)
         self._recipe, self._folder, self._patience_s = recipe, folder, patience_s
         self._processes: list[subprocess.Popen] = []
@@ -43,12 +89,8 @@ class LocalGroup:
         self._killed_for_memory = rank.killed_for_memory()
         on_gpus = gpus() > 0
         for number in range(self.size):
-            ours, theirs = multiprocessing.Pipe()
-            # a separate session: a Ctrl-C in the terminal reaches only the launcher, which then asks the ranks to stop
-            code = f"from vimscale.launch.processes import on_local; on_local.child({theirs.fileno()})"
-            command = [sys.executable, "-c", code]
-            self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True))
-            theirs.close()
+            process, ours = self._spares.take()
+            self._processes.append(process)
             self._pipes[ours] = number
             ours.send(
                 {
@@ -64,6 +106,7 @@ class LocalGroup:
                     "patience_s": self._patience_s,
                 }
             )
+        self._spares.close()
 
     def poll(self, timeout: float) -> list[Event | Ending]:
         reports: list[Event | Ending] = []

@@ -97,6 +97,10 @@ def run(
         from vimscale.runtime import distributed
 
         distributed.prepare(spec)
+        if spec.recipe.data.workers:
+            from vimscale.data import stream
+
+            stream.start_fork_server()
         from vimscale.train.loop import train  # imports DeepSpeed, which inspects its environment on import
 
         heartbeat.beat("start")

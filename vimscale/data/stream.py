@@ -7,6 +7,7 @@ state of the stream is the number of steps done.
 
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.queues
 import os
 import re
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -141,12 +143,12 @@ def training(
     pin: bool = False,
     views: Views = _no_views,
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of this rank for steps [start, steps), in order. The generator that `views` gets depends
-    on the seed and the sample's position.
-
+    """Start the recipe's data workers; then yield the micro-batches of this rank for steps [start, steps), in order.
+    The generator that `views` gets depends on the seed and the sample's position.
 
     Raises:
         DataError: while iterating, if a shard is damaged or unavailable, or none of its samples is usable.
+        WorkerDied: at any time, if a worker's process has ended.
     """
     source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views)
     return _batches(source, recipe.data.workers, pin)
@@ -163,32 +165,46 @@ def evaluation(
     return _batches(_Evaluation(dataset, size, rank, world, batch, views), workers, pin=False)
 
 
+def start_fork_server() -> None:
+    """Start the server that data workers are forked from, so that it imports torch while this process does something
+    else. It starts with the first workers otherwise.
+    """
+    # forking a process with Ray's and gloo's threads is unsafe; forking a server that has imported torch is cheap
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    multiprocessing.forkserver.ensure_running()
+
+
 def _batches(source: IterableDataset, workers: int, pin: bool) -> Iterator[Batch]:
+    """Start the workers, and return what they read."""
     options: dict[str, Any] = {}
     if workers:
-        # forking a process with Ray's and gloo's threads is unsafe; forking a server that has imported torch is cheap
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        options = {"multiprocessing_context": context, "worker_init_fn": partial(_end_with, os.getpid())}
+        start_fork_server()
+        options = {"multiprocessing_context": "forkserver", "worker_init_fn": partial(_end_with, os.getpid())}
     loader = DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pin, **options)
-    for batch in _received(loader) if workers else loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    with _deaths():
+        received = iter(loader)
+    return _checked(received)
+
+
+def _checked(received: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    with _deaths():
+        for batch in received:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 _GONE = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
 """What a loader raises when a worker or the fork server is gone; the last three come from the server's socket."""
 
 
-def _received(loader: DataLoader) -> Iterator[Any]:
-    """Yield what the loader's workers send.
-
-    Raises:
-        WorkerDied: a worker ended before its work was done. An exception raised inside a worker propagates as it is.
+@contextmanager
+def _deaths() -> Iterator[None]:
+    """Turn what a loader raises when a worker ended before its work was done into a WorkerDied. An exception raised
+    inside a worker propagates as it is.
     """
     try:
-        yield from loader
+        yield
     except _GONE as error:
         died = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         if died is None and (isinstance(error, RuntimeError) or str(error).startswith("Caught ")):

@@ -1,4 +1,4 @@
-"""DeepSpeed: the only file that imports it.
+"""DeepSpeed: the only file, besides `eager`, that imports it.
 
 At every ZeRO stage, the engine shows a rank's part of the training state as *fragments*: slices of single parameters,
 with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints and the moving average are written in
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimscale.engine import optim
+from vimscale.engine.eager import without_compiler
 from vimscale.engine.flat import FlatLearner, NarrowPieces, layout
 from vimscale.engine.zero_layout import BUCKET
 from vimscale.errors import RunFailed
@@ -115,8 +115,7 @@ class Engine:
         with torch.device("meta"):  # of a sharded parameter only the name can be read
             shapes = Learner(self.objective, VisionMamba(config))
         settings = ds_config(recipe, world, sum(p.numel() for p in shapes.parameters()))
-        # DeepSpeed would build this at every start, in 40 s and only with ninja; gloo does its work. No public switch.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_compiler()
         self.stage = recipe.parallel.zero
         self.device = device
         self._flat: FlatLearner | None = None

@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vimscale.recipe.sections import Optim
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW. Its own step imports torch's compiler, 1,100 modules, even where nothing is compiled."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 def kind(name: str, no_decay: set[str], optim: Optim) -> str:
@@ -32,7 +39,7 @@ def adamw(groups: Iterable[tuple[str, Sequence[nn.Parameter]]], optim: Optim, *,
     gates = optim.weight_decay if optim.gate_decay is None else optim.gate_decay
     decay = {"decayed": optim.weight_decay, "spared": 0.0, "gates": gates}
     chosen = [{"params": list(group), "weight_decay": decay[kind]} for kind, group in groups]
-    return torch.optim.AdamW(chosen, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
+    return AdamW(chosen, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def scale_updates(optimizer: torch.optim.Optimizer, slices: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:

@@ -35,6 +35,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     run.saver = Saver(run.folder.checkpoints, run.recipe.checkpoint, run.recipe.name, emit)
     emit({"kind": "started", "step": run.step, "steps": run.steps})
     run.open_stream()
+    run.kernels.finish()
 
     recipe, steps = run.recipe, run.steps
     first = run.step + 1

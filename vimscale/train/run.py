@@ -16,6 +16,7 @@ from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import recompute
+from vimscale.engine.compile_ahead import CompileAhead
 from vimscale.engine.deepspeed_engine import Average, Engine
 from vimscale.guard.judge import Guard
 from vimscale.model import VimConfig
@@ -47,6 +48,7 @@ class Run:
     engine: Engine
     guard: Guard
     mirror: CheckpointStore | None
+    kernels: CompileAhead
     ema: Average | None = None
     saver: Saver = field(init=False)
 
@@ -74,6 +76,7 @@ class Run:
         val_set = Dataset.open(recipe.data.val, recipe.data.cache) if recipe.data.val else None
         steps = recipe.length(train_set.samples)
         config = recipe.model.shape(len(train_set.manifest.classes))
+        kernels = CompileAhead(config, recipe, device, spec.threads)
         torch.manual_seed(recipe.seed)  # the same weights on every rank
         heartbeat.beat("start")
         engine = Engine(config, recipe, device)
@@ -81,7 +84,7 @@ class Run:
         micro = recipe.micro_batch(spec.world).size
         engine.encoder.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
         store = open_mirror(recipe.checkpoint.mirror, recipe.name)
-        return cls(spec, emit, train_set, val_set, steps, config, engine, Guard(recipe, device), store)
+        return cls(spec, emit, train_set, val_set, steps, config, engine, Guard(recipe, device), store, kernels)
 
     @property
     def recipe(self) -> Recipe:
@@ -98,6 +101,7 @@ class Run:
     def open_stream(self) -> None:
         """Read training data from the current step on, and measure from now."""
         spec, recipe, device = self.spec, self.recipe, self.engine.device
+        vars(self).pop("prefetcher", None)  # after a rollback: the workers of before end first
         batches = stream.training(
             recipe,
             self.train_set,
