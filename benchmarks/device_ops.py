@@ -52,11 +52,13 @@ class DeviceOps(TorchDispatchMode):
         if kind == "composite":
             device = next(argument.device.type for argument in args if isinstance(argument, Tensor))
             key = torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
-            parent = self._parent
+            before, parent = self.ops.total(), self._parent
             self._parent = parent or (f"{name}: " if func.namespace == "aten" else "")
             with self:  # calling `func` itself would come back here
                 result = func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
             self._parent = parent
+            if func.namespace == "aten" and self.ops.total() == before:  # it calls a library instead
+                self.add(name)
             return result
         result = func(*args, **kwargs)
         if kind == "work" and _gives_work(func, args, kwargs, result):

@@ -107,3 +107,13 @@ def test_kernels_are_counted_through_the_op_whether_they_run_or_not(run_kernels:
     launches = {name: count for (_, name), count in counter.ops.items() if name.endswith("_kernel")}
     assert launches == {"add_norm_fwd_kernel": 1, "add_norm_bwd_kernel": 1}
     assert bool(normed.any()) == run_kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_convolution_is_one_operation(dtype: torch.dtype) -> None:
+    x = torch.ones(1, 3, 8, 8, dtype=dtype)
+    weight = torch.ones(4, 3, 2, 2, dtype=dtype, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, weight, stride=2)
+    with counted() as counter:
+        y.backward(torch.ones_like(y))
+    assert [count for (_, name), count in counter.ops.items() if name.startswith("convolution_backward")] == [1]
