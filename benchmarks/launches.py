@@ -163,14 +163,20 @@ def step_ops(chosen: Recipe, folder: Path) -> tuple[Ops, int | None]:
     return counter.ops, seen
 
 
-def step(zero: int, depth: int, accumulation: int, folder: Path, bare: Ops, *, split_ema: bool) -> Row:
+def ema_ops(zero: int, depth: int, folder: Path) -> Ops:
+    """The operations of the moving average: those of a step that has one, less those of a step without."""
+    with_ema, without = (
+        step_ops(tiny(f"bi*{depth}", f"parallel.zero={zero}", change), folder)[0] for change in ("", "optim.ema=null")
+    )
+    return with_ema - without
+
+
+def step(zero: int, depth: int, accumulation: int, folder: Path, bare: Ops, ema: Ops) -> Row:
     """One step of the trainer, in `PARTS`, {part: {operation: count}}. `bare`: a micro-batch of the same model without
-    an engine; `split_ema`: take a second step without a moving average, to know the operations that it is made of.
+    an engine; `ema`: what the loop does for the moving average.
     """
     chosen = [f"parallel.zero={zero}", f"parallel.micro_batch={4 // accumulation}"]
     ops, seen = step_ops(tiny(f"bi*{depth}", *chosen), folder)
-    without_ema = step_ops(tiny(f"bi*{depth}", *chosen, "optim.ema=null"), folder)[0] if split_ema else ops
-
     parts: Ops = Counter({key: count for key, count in ops.items() if key[0] in ("update", "guard", "data")})
     for (phase, operation), count in bare.items():
         parts[phase, operation] += accumulation * count
@@ -180,8 +186,8 @@ def step(zero: int, depth: int, accumulation: int, folder: Path, bare: Ops, *, s
             parts["reduction", operation] += ops[key] - accumulation * bare[key]
     for phase, operation in ops:
         if phase == "loop":
-            parts["loop", operation] = without_ema[phase, operation]
-            parts["ema", operation] = ops[phase, operation] - without_ema[phase, operation]
+            parts["ema", operation] = ema[phase, operation]
+            parts["loop", operation] = ops[phase, operation] - ema[phase, operation]
     row = {"zero": zero, "depth": depth, "accumulation": accumulation, "parts": by_phase(parts)}
     return row if seen is None else row | {"profiled": seen}
 
@@ -256,12 +262,11 @@ def main() -> None:
     if options.zero:
         bare = {depth: model_ops(tiny(f"bi*{depth}"))[0] for depth in DEPTHS}
         with one_rank() as folder:
-            steps = [
-                step(zero, depth, accumulation, folder, bare[depth], split_ema=not options.fast)
-                for zero in sorted(options.zero)  # ZeRO-3 replaces functions of torch for the rest of the process
-                for accumulation in options.accumulation
-                for depth in DEPTHS
-            ]
+            for zero in sorted(options.zero):  # ZeRO-3 replaces functions of torch for the rest of the process
+                for depth in DEPTHS:
+                    ema = Counter() if options.fast else ema_ops(zero, depth, folder)
+                    for accumulation in options.accumulation:
+                        steps.append(step(zero, depth, accumulation, folder, bare[depth], ema))
     block = sum(totals(layers["bi"]["layer"]).values()) if "bi" in layers else None
     show_steps(steps, block)
     if options.detail:
