@@ -181,6 +181,13 @@ def write(result: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(machine() | result, indent=2) + "\n")
 
 
+def write_named(result: dict[str, Any], path: Path, name: str) -> None:
+    """Write a result under `name`, next to those that the file has under other names: before, after."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept | {name: machine() | result}, indent=1) + "\n")
+
+
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot time against length, both logarithmic, for everything that the rows have seconds for."""
     import matplotlib

@@ -1,0 +1,119 @@
+"""How many device operations a layer and a step of the trainer take, as `benchmarks.launches` counts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.device_ops import counted
+from vimscale.ops import add_norm
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = {
+    "forward": 15,
+    "backward": 43,
+    "outside 2 blocks": {0: 239, 1: 341, 2: 341},
+    "outside 4 blocks": {0: 319, 1: 441, 2: 441},
+    "host reads": {0: 0, 1: 3, 2: 3},
+}
+"""The most operations of a `bi` block, of everything else in a step by ZeRO stage, and of waits for the device."""
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("counts") / "launches.json"
+    options = [
+        "--layers",
+        "bi",
+        "--zero",
+        "0",
+        "1",
+        "2",
+        "--accumulation",
+        "1",
+        "--fast",
+        "--name",
+        "now",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.launches", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())["now"]
+
+
+def test_a_block_takes_no_more_operations_than_before(counts: dict[str, Any]) -> None:
+    layer = counts["layers"]["bi"]["layer"]
+    assert 0 < layer["forward"] <= LIMITS["forward"]
+    assert 0 < layer["backward"] <= LIMITS["backward"]
+
+
+def test_a_step_takes_no_more_operations_outside_its_blocks_than_before(counts: dict[str, Any]) -> None:
+    assert len(counts["steps"]) == 6
+    for step in counts["steps"]:
+        limit = LIMITS[f"outside {step['depth']} blocks"][step["zero"]]
+        assert 0 < step["outside_blocks"] <= limit, step
+        assert step["host_reads"] <= LIMITS["host reads"][step["zero"]], step
+
+
+def test_views_casts_accumulations_and_reads_are_counted_as_a_device_sees_them() -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    with counted() as counter:
+        with counter.phase("forward"):
+            y = weight.mT[:2].to(torch.bfloat16)
+            new = torch.empty(3)
+        with counter.phase("backward"):
+            y.sum().backward()
+            weight.grad.add_(1)
+        with counter.phase("host"):
+            new.fill_(1.0).sum().item()
+        with counter.phase(None):
+            new.add_(1)
+    assert dict(counter.ops) == {
+        ("forward", "_to_copy"): 1,
+        ("backward", "sum"): 1,
+        ("backward", "ones_like"): 1,
+        ("backward", "_to_copy"): 1,
+        ("backward", "slice_backward: zeros"): 1,
+        ("backward", "slice_backward: copy_"): 1,
+        ("backward", "copy_"): 1,  # the gradient gets the layout of its weight
+        ("backward", "add_"): 1,
+        ("host", "fill_"): 1,
+        ("host", "sum"): 1,
+        ("host", "_local_scalar_dense"): 1,
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only without a GPU")
+@pytest.mark.parametrize("run_kernels", [True, False])
+def test_kernels_are_counted_through_the_op_whether_they_run_or_not(run_kernels: bool) -> None:
+    x = torch.ones(2, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(16, requires_grad=True)
+    with counted(run_kernels=run_kernels) as counter:
+        normed, _ = add_norm(x, None, weight, backend="triton")
+        normed.sum().backward()
+    launches = {name: count for (_, name), count in counter.ops.items() if name.endswith("_kernel")}
+    assert launches == {"add_norm_fwd_kernel": 1, "add_norm_bwd_kernel": 1}
+    assert bool(normed.any()) == run_kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_convolution_is_one_operation(dtype: torch.dtype) -> None:
+    x = torch.ones(1, 3, 8, 8, dtype=dtype)
+    weight = torch.ones(4, 3, 2, 2, dtype=dtype, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, weight, stride=2)
+    with counted() as counter:
+        y.backward(torch.ones_like(y))
+    assert [count for (_, name), count in counter.ops.items() if name.startswith("convolution_backward")] == [1]
