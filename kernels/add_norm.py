@@ -86,7 +86,7 @@ def _add_norm_backward(
     dx, dresidual, dweight, dbias = backward(
         total, weight.contiguous(), stats, dnormed.contiguous(), dtotal, kind, has_bias
     )
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, dweight, dbias.clone() if backend == "triton" else dbias
 
 
 @_add_norm.register_fake

@@ -43,25 +43,25 @@ def backward(
     total: Tensor, weight: Tensor, stats: Tensor, dnormed: Tensor, dtotal: Tensor | None, kind: str, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx in dnormed's dtype (empty if that is fp32: dresidual is dx), and in fp32 dresidual (m, d), dweight (d), and
-    dbias (d) or empty.
+    dbias (d) or empty. dweight and dbias are rows of one tensor.
     """
     m, d = total.shape
     rows = triton.cdiv(m, PROGRAMS)
     programs = triton.cdiv(m, rows)
     dx = None if dnormed.dtype == torch.float32 else dnormed.new_empty(m, d)
     dresidual = total.new_empty(m, d)
-    dweight = weight.new_empty(programs, d)
-    dbias = weight.new_empty(programs, d) if has_bias else None
+    parts = weight.new_empty(programs, 1 + has_bias, d)
     with torch.cuda.device_of(total):
         add_norm_bwd_kernel[(programs,)](
-            total, weight, stats, dnormed, dtotal, dx, dresidual, dweight, dbias, m, d, rows, kind == "layer",
+            total, weight, stats, dnormed, dtotal, dx, dresidual, parts, m, d, rows, kind == "layer", has_bias,
             **_launch(d),
         )  # fmt: skip
+    dweight, *dbias = parts.sum(0)
     return (
         dnormed.new_empty(0) if dx is None else dx,
         dresidual,
-        dweight.sum(0),
-        weight.new_empty(0) if dbias is None else dbias.sum(0),
+        dweight,
+        dbias[0] if has_bias else weight.new_empty(0),
     )
 
 
@@ -97,8 +97,8 @@ def add_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["m", "rows"])
 def add_norm_bwd_kernel(
-    total, weight, stats, dnormed, dtotal, dx, dresidual, dweight, dbias, m, d, rows,
-    LAYER: tl.constexpr, WIDTH: tl.constexpr,
+    total, weight, stats, dnormed, dtotal, dx, dresidual, parts, m, d, rows,
+    LAYER: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Each program handles `rows` rows, so that the weight and the partial sum of its gradient stay in registers."""
     first = tl.program_id(0) * rows
@@ -126,12 +126,12 @@ def add_norm_bwd_kernel(
         if dx is not None:
             tl.store(dx + at, dtotal_all.to(dx.dtype.element_ty), mask=inside)
         dweight_sum += dout * unit
-        if dbias is not None:
+        if BIAS:
             dbias_sum += dout
-    partial = tl.program_id(0).to(tl.int64) * d + column
-    tl.store(dweight + partial, dweight_sum, mask=inside)
-    if dbias is not None:
-        tl.store(dbias + partial, dbias_sum, mask=inside)
+    parts += tl.program_id(0).to(tl.int64) * (1 + BIAS) * d + column
+    tl.store(parts, dweight_sum, mask=inside)
+    if BIAS:
+        tl.store(parts + d, dbias_sum, mask=inside)
 
 
 def compile_cases(dtype: torch.dtype, d: int, target: str) -> list[CompileCase]:
@@ -149,9 +149,9 @@ def compile_cases(dtype: torch.dtype, d: int, target: str) -> list[CompileCase]:
         (add_norm_bwd_kernel, (1 + with_dx) * dtype.itemsize + 12),
     ):
         for kind in ("rms", "layer"):
-            absent = {"bias", "dbias"} if kind == "rms" else set()
-            absent |= set() if with_dx else {"dx"}
-            constants: dict[str, Any] = {"LAYER": kind == "layer", "WIDTH": width} | dict.fromkeys(absent)
+            layer = kind == "layer"
+            absent = (set() if layer else {"bias"}) | (set() if with_dx else {"dx"})
+            constants: dict[str, Any] = {"LAYER": layer, "BIAS": layer, "WIDTH": width} | dict.fromkeys(absent)
             constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
             types = activation | integers | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
             cases.append(

@@ -83,10 +83,11 @@ def _pad(values: Tensor, k: int) -> Tensor:
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
-# Each of the three implementations is a pair (forward, backward) with the signatures of the reference.
+# Each of the three implementations is a pair (forward, backward) with the signatures of the reference, except that
+# Triton's backward returns the parameters' gradients as one tensor.
 
 
-def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
     if backend == "reference":
         return reference_forward, reference_backward
     module = fused_module("causal_conv1d", backend)
@@ -107,7 +108,13 @@ def _conv_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, backward = _implementation(backend)
-    return backward(_dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu)
+    dx, *dparameters = backward(
+        _dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu
+    )
+    if backend == "triton":
+        *dtaps, dbias = dparameters[0].unbind(1)
+        return dx, torch.stack(dtaps, -1), dbias.clone()
+    return dx, *dparameters
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -57,25 +57,34 @@ def forward(
 
 
 def backward(
-    x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions; dweight and dbias in fp32."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor | None,
+    dy: Tensor,
+    reverse: Sequence[bool],
+    silu: bool,
+    *,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions, and the gradients of the parameters
+    (directions, k + 1, e) in fp32: those of the taps in the order of weight's last axis, then that of the bias.
+
+    A given `dx` is written in place; its channels are contiguous, and its other strides are free.
+    """
     b, length, e = x.shape
     directions, _, k = weight.shape
     tiles, tile = _tiles(length)
-    dx = x.new_empty(x.shape)
-    dweight_parts = weight.new_empty(b * tiles, directions, k, e)
-    dbias_parts = bias.new_empty(b * tiles, directions, e)
+    dx = x.new_empty(x.shape) if dx is None else dx
+    parts = weight.new_empty(b * tiles, directions, k + 1, e)
     grid = triton.cdiv(e, BACKWARD_CHANNELS), tiles, b
-    large = is_large(grid, length, e, x.stride(1))
+    large = is_large(grid, length, e, x.stride(1), dx.stride(1))
     with torch.cuda.device_of(x):
         causal_conv1d_bwd_kernel[tile_grid(grid, large)](
-            x, weight, bias, image, dy, dx, dweight_parts, dbias_parts, length, e, tile, *x.stride()[:2],
+            x, weight, bias, image, dy, dx, parts, length, e, tile, *x.stride()[:2], *dx.stride()[:2],
             *_constants(reverse, k, silu, BACKWARD_CHANNELS), LARGE=large, **LAUNCH,
         )  # fmt: skip
-    dweight = torch.empty_like(weight)
-    torch.sum(dweight_parts, 0, out=dweight.transpose(1, 2))
-    return dx, dweight, dbias_parts.sum(0)
+    return dx, parts.sum(0)
 
 
 def _tiles(positions: int) -> tuple[int, int]:
@@ -187,18 +196,18 @@ def causal_conv1d_fwd_kernel(
 
 @triton.jit(do_not_specialize=["length", "tile"])
 def causal_conv1d_bwd_kernel(
-    x, weight, bias, image, dy, dx, dweight, dbias, length, e, tile, x_b_stride, x_l_stride,
+    x, weight, bias, image, dy, dx, parts, length, e, tile, x_b_stride, x_l_stride, dx_b_stride, dx_l_stride,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Compute `tile` rows of dx. A row is complete when the window has left it, so positions start k - 1 before the
-    tile. What these positions add to dweight and dbias belongs to the previous tile, except in the first tile.
+    tile. What these positions add to the parameters' gradients belongs to the previous tile, except in the first tile.
     """
     block, number, b, tiles, images = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, tile), LARGE)
     b = b.to(tl.int64)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     x += b * x_b_stride
-    dx += b * length * e
+    dx += b * dx_b_stride
     if image is not None:
         image += b * length
 
@@ -255,26 +264,24 @@ def causal_conv1d_bwd_kernel(
                     dtaps += (dtaps_so_far[d * K + j] + dpre_owned * seen,)
                     dwindow += (dwindow_so_far[j] + dseen,)
             inside = (channel < e) & (position >= begin) & (position < end)
-            tl.store(dx + position * e + channel, dwindow[0].to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + position * dx_l_stride + channel, dwindow[0].to(dx.dtype.element_ty), mask=inside)
             window = window[1:]
             numbers = numbers[1:]
             dwindow = dwindow[1:]
 
-    program = b * tiles + number
-    dweight += program * DIRECTIONS * e * K
-    dbias += program * DIRECTIONS * e
+    parts += (b * tiles + number) * DIRECTIONS * (K + 1) * e
     for d in tl.static_range(DIRECTIONS):
-        tl.store(dbias + d * e + channel, dbiases[d], mask=channel < e)
         for j in tl.static_range(K):
-            tap = d * K + (K - 1 - j if (REVERSED >> d) & 1 else j)
-            tl.store(dweight + tap * e + channel, dtaps[d * K + j], mask=channel < e)
+            tap = K - 1 - j if (REVERSED >> d) & 1 else j
+            tl.store(parts + (d * (K + 1) + tap) * e + channel, dtaps[d * K + j], mask=channel < e)
+        tl.store(parts + (d * (K + 1) + K) * e + channel, dbiases[d], mask=channel < e)
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """Both directions, four taps and SiLU, as the mixer launches them; "_packed" has image numbers."""
     activation = dict.fromkeys(("x", "y", "dy", "dx"), TRITON_TYPE[dtype])
-    parameter = dict.fromkeys(("weight", "bias", "dweight", "dbias"), "*fp32")
-    loose = {"length", "tile"} | ({"e", "x_b_stride", "x_l_stride"} if e % 16 else set())
+    parameter = dict.fromkeys(("weight", "bias", "parts"), "*fp32")
+    loose = {"length", "tile"} | ({"e", "x_b_stride", "x_l_stride", "dx_b_stride", "dx_l_stride"} if e % 16 else set())
     cases = []
     # a program computes both directions, so bytes and exponentials count both: x and two y; then x, dx and two dy
     for kernel, channels, tensors in (

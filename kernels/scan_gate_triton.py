@@ -54,7 +54,7 @@ def scan_gate_fwd_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def scan_gate_bwd_kernel(
-    dy, s, z, ds, dz, length, e, scale, dy_b, dy_l, s_k, z_b, z_l,
+    dy, s, z, ds, dz, length, e, scale, dy_b, dy_l, s_k, z_b, z_l, dz_b, dz_l,
     K: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     b, token, channel, inside = _tile(length, e, TOKENS, CHANNELS, LARGE)
@@ -66,7 +66,7 @@ def scan_gate_bwd_kernel(
         total = _sum_directions(s + b * length * e, cell, inside, s_k, K)
         slope = sigmoid(gate)
         dgate = grad * total * slope * (1.0 + gate * (1.0 - slope))
-        tl.store(dz + b * length * e + cell, dgate.to(dz.dtype.element_ty), mask=inside)
+        tl.store(dz + b * dz_b + token * dz_l + channel, dgate.to(dz.dtype.element_ty), mask=inside)
         grad *= gate * slope
     tl.store(ds + b * length * e + cell, grad.to(ds.dtype.element_ty), mask=inside)
 
@@ -86,17 +86,25 @@ def combine(s: Tensor, z: Tensor | None, scale: float) -> Tensor:
     return y
 
 
-def combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """ds (b, l, e), which is the same for every direction, and dz (b, l, e), which is empty without z."""
+def combine_backward(
+    dy: Tensor, s: Tensor, z: Tensor | None, scale: float, *, dz: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """ds (b, l, e), which is the same for every direction, and dz (b, l, e), which is empty without z.
+
+    A given `dz` is written in place; its channels are contiguous, and its other strides are free.
+    """
     k, b, length, e = s.shape
     ds = s.new_empty(b, length, e)
-    dz = s.new_empty(0) if z is None else z.new_empty(b, length, e)
-    z_strides = (0, 0) if z is None else z.stride()[:2]
+    if z is None:
+        dz, strides = s.new_empty(0), (0, 0, 0, 0)
+    else:
+        dz = z.new_empty(b, length, e) if dz is None else dz
+        strides = (*z.stride()[:2], *dz.stride()[:2])
     grid = _grid(b, length, e)
-    large = is_large(grid, length, e, z_strides[1], dy.stride(1))
+    large = is_large(grid, length, e, dy.stride(1), *strides[1::2])
     with torch.cuda.device_of(s):
         scan_gate_bwd_kernel[tile_grid(grid, large)](
-            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *z_strides,
+            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *strides,
             K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
         )  # fmt: skip
     return ds, dz

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.kernel_checks import DEVICE, FUSED, assert_close, poison
 from vimscale.kernels.backend import Backend
-from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d, reference_backward
 
 
 def _by_hand(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
@@ -166,6 +166,26 @@ def test_two_runs_are_bit_identical(backend: Backend) -> None:
         _run(bidirectional_conv1d, inputs, **options), _run(bidirectional_conv1d, inputs, **options), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 24), (2, 5, 7)])
+def test_triton_writes_the_gradient_into_half_of_a_tensor_and_returns_those_of_the_parameters_as_one(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vimscale.kernels import causal_conv1d_triton
+
+    e, reverse = shape[2], (False, True)
+    x, weight, bias = (t.to(DEVICE["triton"]) for t in _inputs(shape))
+    dy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(x)
+    dx, dweight, dbias = reference_backward(*_doubles([x, weight, bias]), None, dy.double(), reverse, True)
+    poison(monkeypatch)
+    dxz = x.new_empty(*shape[:2], 2 * e)
+    half = dxz[..., :e]
+    found, dparameters = causal_conv1d_triton.backward(x, weight, bias, None, dy, reverse, True, dx=half)
+    assert found is half
+    assert dxz[..., e:].isnan().all()
+    expected = [dx, torch.cat([dweight.transpose(1, 2), dbias.unsqueeze(1)], 1)]
+    assert_close([half, dparameters], expected, torch.float32)
 
 
 def test_the_number_of_threads_does_not_change_results() -> None:
