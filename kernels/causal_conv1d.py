@@ -108,13 +108,12 @@ def _conv_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, backward = _implementation(backend)
-    dx, *dparameters = backward(
-        _dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu
-    )
+    results = backward(_dense(x), weight.contiguous(), bias.contiguous(), image, dy.contiguous(), reverse, silu)
     if backend == "triton":
-        *dtaps, dbias = dparameters[0].unbind(1)
-        return dx, torch.stack(dtaps, -1), dbias.clone()
-    return dx, *dparameters
+        *dtaps, dbias = results[1].unbind(1)
+        return results[0], torch.stack(dtaps, -1), dbias.clone()
+    dx, dweight, dbias = results
+    return dx, dweight, dbias
 
 
 def _dense(x: Tensor) -> Tensor:
