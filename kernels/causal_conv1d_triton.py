@@ -34,7 +34,8 @@ CHANNELS = 64
 FORWARD_GROUPS, FORWARD_ROWS = 8, 8
 # The backward kernel carries window, gradients and sums from batch to batch of rows, and loads the next batch before it
 # computes this one. Long groups have fewer rows where two overlap and fewer partial sums; short ones are more programs.
-# PROGRAMS fill 132 multiprocessors three times with four programs of four warps.
+# PROGRAMS fill 132 multiprocessors three times with four programs of four warps. A batch is the number of rows that
+# wastes fewer; packed sequences always take the last, since more comparisons of images exceed gfx942's registers.
 BACKWARD_GROUPS, BACKWARD_ROWS = 4, (5, 4)
 BACKWARD_TOKENS, PROGRAMS = (16, 64), 1536
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
@@ -80,7 +81,7 @@ def backward(
     """
     b, length, e = x.shape
     directions, _, k = weight.shape
-    tiles, tile, rows = _backward_tiles(b, length, triton.cdiv(e, CHANNELS))
+    tiles, tile, rows = _backward_tiles(b, length, triton.cdiv(e, CHANNELS), image is not None)
     dx = x.new_empty(x.shape) if dx is None else dx
     parts = weight.new_empty(b * tiles, directions, k + 1, e)
     grid = triton.cdiv(e, CHANNELS), tiles, b
@@ -93,12 +94,12 @@ def backward(
     return dx, parts.sum(0)
 
 
-def _backward_tiles(b: int, length: int, blocks: int) -> tuple[int, int, int]:
+def _backward_tiles(b: int, length: int, blocks: int, packed: bool) -> tuple[int, int, int]:
     """The number of tiles, the tokens of each of their groups, and the rows of a batch, which divide these tokens."""
     most, fewest = (triton.cdiv(length, BACKWARD_GROUPS * tokens) for tokens in BACKWARD_TOKENS)
     tiles = min(max(triton.cdiv(PROGRAMS, blocks * b), fewest), most)
     tokens = triton.cdiv(length, BACKWARD_GROUPS * tiles)
-    tile, rows = min((triton.cdiv(tokens, rows) * rows, rows) for rows in BACKWARD_ROWS)
+    tile, rows = min((triton.cdiv(tokens, rows) * rows, rows) for rows in BACKWARD_ROWS[-packed:])
     return triton.cdiv(length, BACKWARD_GROUPS * tile), tile, rows
 
 
@@ -355,11 +356,12 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     loose = {"length", "tile"} | ({"x_b_stride", "dx_b_stride"} if e % 16 else set())
     cases = []
     # a program computes both directions, so bytes and exponentials count both: x and two y; then x, dx and two dy
-    for kernel, groups, rows, tensors in (
-        (causal_conv1d_fwd_kernel, FORWARD_GROUPS, 7, 3),
-        (causal_conv1d_bwd_kernel, BACKWARD_GROUPS, 5, 4),
+    for kernel, groups, tensors in (
+        (causal_conv1d_fwd_kernel, FORWARD_GROUPS, 3),
+        (causal_conv1d_bwd_kernel, BACKWARD_GROUPS, 4),
     ):
         for packed in (False, True):
+            rows = 7 if kernel is causal_conv1d_fwd_kernel else BACKWARD_ROWS[packed]
             names = ("DIRECTIONS", "REVERSED", "K", "TAP_BITS", "SILU", "GROUPS", "CHANNELS", "ROWS")
             constants = dict(zip(names, _constants((False, True), 4, True, groups, rows), strict=True))
             constants |= {"E": e, "X_STRIDE": 2 * e, "LARGE": False} | ({} if packed else {"image": None})
