@@ -1,11 +1,16 @@
 """The causal convolution in Triton: all directions from one read of x, forward and backward pass.
 
-Axes: b images, l tokens, e inner channels, k taps; weights and outputs have a leading axis of directions.
+Axes: b images, l tokens, e inner channels, k taps, g groups of tokens; weights and outputs have a leading axis of
+directions.
 
 A window of k consecutive rows x_p .. x_{p+k-1} slides over the sequence; its position p goes from -(k-1) to l-1. The
 window holds what two tokens need: the last one, p + k - 1, forwards, and the first one, p, in reverse. So directions
-differ only in the order of the taps and in the token that the output belongs to. A program slides over a tile of
-positions with the window in registers: each row is read once, except the k - 1 rows where two tiles overlap.
+differ only in the order of the taps and in the token that the output belongs to.
+
+A program handles tiles of (g, channels): its groups follow each other along the sequence, and each slides its own
+window, which is in registers. Tokens are not an axis of tiles, so the window moves without a shuffle; a row of a group
+is one 128-byte line in 16 bits. Strides of tokens are compile-time constants, so that a row costs a load and a
+comparison, but no address.
 """
 # mypy takes Triton's language for Python:
 # mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
@@ -22,18 +27,18 @@ from .compile_case import TRITON_TYPE, CompileCase
 from .large import is_large, tile_grid, tile_program, token_number
 from .triton_tiles import sigmoid
 
-# Channels per program, which is one warp; they divide the inner widths of all presets. The forward kernel has 4 per
-# lane (of NVIDIA's 32): loads of 8 bytes in 16 bits, of 16 bytes in fp32, 80-130 registers. The backward kernel has 2
-# per lane and 96-146 registers: with 4, the window, the taps and the gradients of both took all 255 registers, and
-# spilled if there were image numbers.
-FORWARD_CHANNELS = 128
-BACKWARD_CHANNELS = 64
-# Most positions per program: the rows where two tiles overlap are then 1/20 of all reads, and the benchmarks have 9 or
-# more programs for each of 132 multiprocessors.
-POSITIONS = 64
-# Rows whose loads are in flight together.
-ROWS = 4
-LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
+# Channels per program; they divide the inner widths of all presets.
+CHANNELS = 64
+# The forward kernel has no loop: a group is at most FORWARD_ROWS positions, whose loads are all in flight together.
+# Programs are short and follow each other through memory.
+FORWARD_GROUPS, FORWARD_ROWS = 8, 8
+# The backward kernel carries window, gradients and sums from batch to batch of rows, and loads the next batch before it
+# computes this one. Long groups have fewer rows where two overlap and fewer partial sums; short ones are more programs.
+# PROGRAMS fill 132 multiprocessors three times with four programs of four warps. A batch is the number of rows that
+# wastes fewer; packed sequences always take the last, since more comparisons of images exceed gfx942's registers.
+BACKWARD_GROUPS, BACKWARD_ROWS = 4, (5, 4)
+BACKWARD_TOKENS, PROGRAMS = (16, 64), 1536
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def forward(
@@ -45,13 +50,15 @@ def forward(
     b, length, e = x.shape
     directions, _, k = weight.shape
     y = x.new_empty(directions, b, length, e)
-    tiles, tile = _tiles(length + k - 1)
-    grid = triton.cdiv(e, FORWARD_CHANNELS), tiles, b
+    positions = length + k - 1
+    tiles = triton.cdiv(positions, FORWARD_GROUPS * FORWARD_ROWS)
+    rows = triton.cdiv(positions, FORWARD_GROUPS * tiles)
+    grid = triton.cdiv(e, CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1))
     with torch.cuda.device_of(x):
         causal_conv1d_fwd_kernel[tile_grid(grid, large)](
-            x, weight, bias, image, y, length, e, tile, *x.stride()[:2],
-            *_constants(reverse, k, silu, FORWARD_CHANNELS), LARGE=large, **LAUNCH,
+            x, weight, bias, image, y, length, x.stride(0), e, x.stride(1),
+            *_constants(reverse, k, silu, FORWARD_GROUPS, rows), LARGE=large, **LAUNCH,
         )  # fmt: skip
     return y
 
@@ -74,225 +81,292 @@ def backward(
     """
     b, length, e = x.shape
     directions, _, k = weight.shape
-    tiles, tile = _tiles(length)
+    tiles, tile, rows = _backward_tiles(b, length, triton.cdiv(e, CHANNELS), image is not None)
     dx = x.new_empty(x.shape) if dx is None else dx
     parts = weight.new_empty(b * tiles, directions, k + 1, e)
-    grid = triton.cdiv(e, BACKWARD_CHANNELS), tiles, b
+    grid = triton.cdiv(e, CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1), dx.stride(1))
     with torch.cuda.device_of(x):
         causal_conv1d_bwd_kernel[tile_grid(grid, large)](
-            x, weight, bias, image, dy, dx, parts, length, e, tile, *x.stride()[:2], *dx.stride()[:2],
-            *_constants(reverse, k, silu, BACKWARD_CHANNELS), LARGE=large, **LAUNCH,
+            x, weight, bias, image, dy, dx, parts, length, tile, x.stride(0), dx.stride(0), e, x.stride(1),
+            dx.stride(1), *_constants(reverse, k, silu, BACKWARD_GROUPS, rows), LARGE=large, **LAUNCH,
         )  # fmt: skip
     return dx, parts.sum(0)
 
 
-def _tiles(positions: int) -> tuple[int, int]:
-    """The number of tiles and the positions of each, as even as full batches of ROWS rows allow."""
-    tiles = triton.cdiv(positions, POSITIONS)
-    return tiles, triton.cdiv(triton.cdiv(positions, tiles), ROWS) * ROWS
+def _backward_tiles(b: int, length: int, blocks: int, packed: bool) -> tuple[int, int, int]:
+    """The number of tiles, the tokens of each of their groups, and the rows of a batch, which divide these tokens."""
+    most, fewest = (triton.cdiv(length, BACKWARD_GROUPS * tokens) for tokens in BACKWARD_TOKENS)
+    tiles = min(max(triton.cdiv(PROGRAMS, blocks * b), fewest), most)
+    tokens = triton.cdiv(length, BACKWARD_GROUPS * tiles)
+    tile, rows = min((triton.cdiv(tokens, rows) * rows, rows) for rows in BACKWARD_ROWS[-packed:])
+    return triton.cdiv(length, BACKWARD_GROUPS * tile), tile, rows
 
 
-def _constants(reverse: Sequence[bool], k: int, silu: bool, channels: int) -> tuple[int, int, int, bool, int, int]:
-    """The compile-time arguments of the kernels; bit i of REVERSED is set if direction i is in reverse."""
-    return len(reverse), sum(bool(r) << i for i, r in enumerate(reverse)), k, silu, channels, ROWS
+def _constants(reverse: Sequence[bool], k: int, silu: bool, groups: int, rows: int) -> tuple[Any, ...]:
+    """The last compile-time arguments of the kernels; bit i of REVERSED is set if direction i is in reverse, and
+    2 ** TAP_BITS is the first power of two that k does not exceed.
+    """
+    reversed_bits = sum(bool(r) << i for i, r in enumerate(reverse))
+    return len(reverse), reversed_bits, k, (k - 1).bit_length(), silu, groups, CHANNELS, rows
 
 
 @triton.jit
-def _load_rows(rows, first, length, stride, channel, e, COUNT: tl.constexpr):
-    """COUNT rows from `first` on, in fp32; zero outside the sequence."""
+def _load_rows(pointer, first, limit, inside, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT rows of each group, from its row `first` on, which is at `pointer`; zero outside 0 .. limit - 1."""
     loaded = ()
     for i in tl.static_range(COUNT):
-        row = first + i
-        inside = (channel < e) & (row >= 0) & (row < length)
-        loaded += (tl.load(rows + row * stride + channel, mask=inside, other=0.0).to(tl.float32),)
+        within = inside & (first + i >= 0) & (first + i < limit)
+        loaded += (tl.load(pointer + i * STRIDE, mask=within, other=0.0),)
     return loaded
 
 
 @triton.jit
 def _load_numbers(image, first, length, COUNT: tl.constexpr):
-    """The image numbers of COUNT rows, -1 outside the sequence; not used if `image` is None."""
+    """The image numbers (g, 1) of COUNT rows, -1 outside the sequence; not used if `image` is None."""
     loaded = ()
     for i in tl.static_range(COUNT):
         if image is None:
             loaded += (0,)
         else:
             inside = (first + i >= 0) & (first + i < length)
-            loaded += (tl.load(image + first + i, mask=inside, other=-1),)
+            loaded += (tl.load(image + (first + i), mask=inside, other=-1),)
     return loaded
 
 
 @triton.jit
-def _within_image(value, image, numbers, j: tl.constexpr, REVERSE: tl.constexpr):
-    """`value` at row j of the window; zero if that row and the token that looks through the window are of different
-    images.
-    """
+def _within_image(value, otherwise, image, numbers, j: tl.constexpr, REVERSE: tl.constexpr):
+    """`value`, or `otherwise` if row j of the window and the token that looks through it are of different images."""
     if image is None:
         return value
     else:
         looking = numbers[0] if REVERSE else numbers[len(numbers) - 1]
-        return tl.where(numbers[j] == looking, value, 0.0)
+        return tl.where(numbers[j] == looking, value, otherwise)
 
 
 @triton.jit
-def _load_taps(weight, channel, e, DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr):
-    """The taps of each direction in the order of the window's rows, K per direction."""
-    taps = ()
-    for d in tl.static_range(DIRECTIONS):
-        for j in tl.static_range(K):
-            tap = (d * e + channel) * K + (K - 1 - j if (REVERSED >> d) & 1 else j)
-            taps += (tl.load(weight + tap, mask=channel < e, other=0.0),)
-    return taps
-
-
-@triton.jit
-def _load_bias(bias, channel, e, DIRECTIONS: tl.constexpr):
-    loaded = ()
-    for d in tl.static_range(DIRECTIONS):
-        loaded += (tl.load(bias + d * e + channel, mask=channel < e, other=0.0),)
-    return loaded
-
-
-@triton.jit(do_not_specialize=["length", "tile"])
-def causal_conv1d_fwd_kernel(
-    x, weight, bias, image, y, length, e, tile, x_b_stride, x_l_stride,
-    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
+def _load_taps(
+    weight, bias, d, block, E: tl.constexpr, K: tl.constexpr, TAP_BITS: tl.constexpr, CHANNELS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    block, number, b, _, images = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length + K - 1, tile), LARGE)
-    b = b.to(tl.int64)
+    """The taps of direction d in the order of the window's rows, and its bias, each (1, channels). Rows of taps are
+    loaded as they lie in memory: for one tap, the channels are k apart, and each load of it would touch all lines.
+    """
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    x += b * x_b_stride
+    tap = tl.arange(0, 1 << TAP_BITS)[None, :]
+    inside = (channel[:, None] < E) & (tap < K)
+    columns = (tl.load(weight + (d * E + channel[:, None]) * K + tap, mask=inside, other=0.0),)
+    # each step splits off the lowest bit of the columns' numbers
+    for bit in tl.static_range(TAP_BITS):
+        columns_so_far, columns, odd_columns = columns, (), ()
+        for i in tl.static_range(1 << bit):
+            pairs = tl.reshape(columns_so_far[i], (CHANNELS, 1 << (TAP_BITS - 1 - bit), 2))
+            even, odd = tl.split(pairs)
+            columns += (even,)
+            odd_columns += (odd,)
+        columns += odd_columns
+    taps = ()
+    for j in tl.static_range(K):
+        taps += (tl.reshape(columns[K - 1 - j if REVERSE else j], (1, CHANNELS)),)
+    return taps, tl.load(bias + d * E + channel[None, :], mask=channel[None, :] < E, other=0.0)
+
+
+@triton.jit
+def _pre_activation(window, numbers, image, taps, bias, K: tl.constexpr, REVERSE: tl.constexpr):
+    out = bias
+    for j in tl.static_range(K):
+        out += taps[j] * _within_image(window[j], 0.0, image, numbers, j, REVERSE)
+    return out
+
+
+@triton.jit(do_not_specialize=["length"])
+def causal_conv1d_fwd_kernel(
+    x, weight, bias, image, y, length, x_b_stride, E: tl.constexpr, X_STRIDE: tl.constexpr,
+    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, TAP_BITS: tl.constexpr, SILU: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Compute the outputs of GROUPS x ROWS positions."""
+    block, number, b, _, images = tile_program(tl.cdiv(E, CHANNELS), tl.cdiv(length + K - 1, GROUPS * ROWS), LARGE)
+    b = b.to(tl.int64)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    inside = channel < E
+    first = token_number((number * GROUPS + tl.arange(0, GROUPS)[:, None]) * ROWS - (K - 1), LARGE)
     if image is not None:
         image += b * length
 
-    taps = _load_taps(weight, channel, e, DIRECTIONS, REVERSED, K)
-    biases = _load_bias(bias, channel, e, DIRECTIONS)
-
-    first = token_number(number * tile - (K - 1), LARGE)
-    last = tl.minimum(first + tile, length)
-    window = _load_rows(x, first, length, x_l_stride, channel, e, K - 1)
-    numbers = _load_numbers(image, first, length, K - 1)
-    for at in range(first, last, ROWS):
-        start = token_number(at, LARGE)
-        rows = _load_rows(x, start + K - 1, length, x_l_stride, channel, e, ROWS)
-        row_numbers = _load_numbers(image, start + K - 1, length, ROWS)
+    rows = _load_rows(x + b * x_b_stride + first * X_STRIDE + channel, first, length, inside, X_STRIDE, ROWS + K - 1)
+    numbers = _load_numbers(image, first, length, ROWS + K - 1)
+    for d in tl.static_range(DIRECTIONS):
+        taps, tap_bias = _load_taps(weight, bias, d, block, E, K, TAP_BITS, CHANNELS, (REVERSED >> d) & 1)
+        token = first + (0 if (REVERSED >> d) & 1 else K - 1)
+        y_rows = y + (d * images + b) * length * E + token * E + channel
         for i in tl.static_range(ROWS):
-            window += (rows[i],)
-            numbers += (row_numbers[i],)
-            for d in tl.static_range(DIRECTIONS):
-                out = biases[d]
-                for j in tl.static_range(K):
-                    out += taps[d * K + j] * _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
-                if SILU:
-                    out *= sigmoid(out)
-                token = start + i + (0 if (REVERSED >> d) & 1 else K - 1)
-                y_row = y + ((d * images + b) * length + token) * e
-                inside = (channel < e) & (token >= 0) & (token < length)
-                tl.store(y_row + channel, out.to(y.dtype.element_ty), mask=inside)
-            window = window[1:]
-            numbers = numbers[1:]
+            window = ()
+            for j in tl.static_range(K):
+                window += (rows[i + j].to(tl.float32),)
+            out = _pre_activation(window, numbers[i : i + K], image, taps, tap_bias, K, (REVERSED >> d) & 1)
+            if SILU:
+                out *= sigmoid(out)
+            within = inside & (token + i >= 0) & (token + i < length)
+            tl.store(y_rows + i * E, out.to(y.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _backward_position(
+    window, dwindow, numbers, image, dys, taps, biases, sums, owned,
+    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Add one position to the gradients of the window's rows, and, where it is owned, to those of the parameters: K
+    taps in the order of the window and the bias, per direction.
+    """
+    sums_so_far, sums = sums, ()
+    for d in tl.static_range(DIRECTIONS):
+        dpre = dys[d].to(tl.float32)
+        if SILU:
+            pre = _pre_activation(window, numbers, image, taps[d], biases[d], K, (REVERSED >> d) & 1)
+            gate = sigmoid(pre)
+            dpre *= gate
+            dpre += dpre * (pre - pre * gate)
+        dpre_owned = tl.where(owned, dpre, 0.0)
+        dwindow_so_far, dwindow = dwindow, ()
+        for j in tl.static_range(K):
+            so_far = dwindow_so_far[j]
+            dwindow += (_within_image(so_far + taps[d][j] * dpre, so_far, image, numbers, j, (REVERSED >> d) & 1),)
+            seen = _within_image(window[j], 0.0, image, numbers, j, (REVERSED >> d) & 1)
+            sums += (sums_so_far[d * (K + 1) + j] + dpre_owned * seen,)
+        sums += (sums_so_far[d * (K + 1) + K] + dpre_owned,)
+    return dwindow, sums
 
 
 @triton.jit(do_not_specialize=["length", "tile"])
 def causal_conv1d_bwd_kernel(
-    x, weight, bias, image, dy, dx, parts, length, e, tile, x_b_stride, x_l_stride, dx_b_stride, dx_l_stride,
-    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
+    x, weight, bias, image, dy, dx, parts, length, tile, x_b_stride, dx_b_stride,
+    E: tl.constexpr, X_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr,
+    DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, TAP_BITS: tl.constexpr, SILU: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Compute `tile` rows of dx. A row is complete when the window has left it, so positions start k - 1 before the
-    tile. What these positions add to the parameters' gradients belongs to the previous tile, except in the first tile.
+    """Compute `tile` rows of dx per group. A row is complete when the window has left it, so a group starts k - 1
+    positions early. What these add to the parameters' gradients belongs to the previous group, if there is one.
     """
-    block, number, b, tiles, images = tile_program(tl.cdiv(e, CHANNELS), tl.cdiv(length, tile), LARGE)
+    block, number, b, tiles, images = tile_program(tl.cdiv(E, CHANNELS), tl.cdiv(length, GROUPS * tile), LARGE)
     b = b.to(tl.int64)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    x += b * x_b_stride
-    dx += b * dx_b_stride
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    inside = channel < E
+    begin = token_number((number * GROUPS + tl.arange(0, GROUPS)[:, None]) * tile, LARGE)
+    first = begin - (K - 1)
+    end = tl.minimum(begin + tile, length)
+    x_end = tl.minimum(begin + tile + (K - 1), length)
     if image is not None:
         image += b * length
 
-    taps = _load_taps(weight, channel, e, DIRECTIONS, REVERSED, K)
-    biases = _load_bias(bias, channel, e, DIRECTIONS)
-    zero = tl.zeros((CHANNELS,), tl.float32)
-    dtaps = ()
-    for _ in tl.static_range(DIRECTIONS * K):
-        dtaps += (zero,)
-    dbiases = ()
-    for _ in tl.static_range(DIRECTIONS):
-        dbiases += (zero,)
+    x_rows = x + b * x_b_stride + first * X_STRIDE + channel
+    early_rows = _load_rows(x_rows, first, x_end, inside, X_STRIDE, 2 * (K - 1))
+    x_rows += 2 * (K - 1) * X_STRIDE
+    rows = _load_rows(x_rows, begin + (K - 1), x_end, inside, X_STRIDE, ROWS)
+    early_numbers = _load_numbers(image, first, length, 2 * (K - 1))
+    row_numbers = _load_numbers(image, begin + (K - 1), length, ROWS)
+    early_dys = ()
+    dys = ()
+    dy_rows = ()
+    taps = ()
+    biases = ()
+    for d in tl.static_range(DIRECTIONS):
+        token = first if (REVERSED >> d) & 1 else begin
+        dy_end = end if (REVERSED >> d) & 1 else x_end
+        pointer = dy + (d * images + b) * length * E + token * E + channel
+        early_dys += (_load_rows(pointer, token, dy_end, inside, E, K - 1),)
+        dy_rows += (pointer + (K - 1) * E,)
+        dys += (_load_rows(dy_rows[d], token + (K - 1), dy_end, inside, E, ROWS),)
+        direction_taps, direction_bias = _load_taps(
+            weight, bias, d, block, E, K, TAP_BITS, CHANNELS, (REVERSED >> d) & 1
+        )
+        taps += (direction_taps,)
+        biases += (direction_bias,)
 
-    begin = token_number(number * tile, LARGE)
-    end = tl.minimum(begin + tile, length)
-    first = begin - (K - 1)
-    first_owned = tl.where(begin == 0, first, begin)
-    window = _load_rows(x, first, length, x_l_stride, channel, e, K - 1)
-    numbers = _load_numbers(image, first, length, K - 1)
+    zero = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    window = ()
+    numbers = ()
     dwindow = ()
-    for _ in tl.static_range(K - 1):
+    for i in tl.static_range(K - 1):
+        window += (early_rows[i].to(tl.float32),)
+        numbers += (early_numbers[i],)
         dwindow += (zero,)
-    for at in range(first, end, ROWS):
-        start = token_number(at, LARGE)
-        rows = _load_rows(x, start + K - 1, length, x_l_stride, channel, e, ROWS)
-        row_numbers = _load_numbers(image, start + K - 1, length, ROWS)
-        dy_rows = ()
+    sums = ()
+    for _ in tl.static_range(DIRECTIONS * (K + 1)):
+        sums += (zero,)
+    for i in tl.static_range(K - 1):
+        window += (early_rows[K - 1 + i].to(tl.float32),)
+        numbers += (early_numbers[K - 1 + i],)
+        dwindow += (zero,)
+        position_dys = ()
         for d in tl.static_range(DIRECTIONS):
-            dy_first = start if (REVERSED >> d) & 1 else start + K - 1
-            dy_direction = dy + (d * images + b) * length * e
-            dy_rows += _load_rows(dy_direction, dy_first, length, e, channel, e, ROWS)
+            position_dys += (early_dys[d][i],)
+        dwindow, sums = _backward_position(
+            window, dwindow, numbers, image, position_dys, taps, biases, sums, begin == 0, DIRECTIONS, REVERSED, K, SILU
+        )
+        window = window[1:]
+        numbers = numbers[1:]
+        dwindow = dwindow[1:]
+
+    dx_rows = dx + b * dx_b_stride + begin * DX_STRIDE + channel
+    for at in range(0, tile, ROWS):
+        start = begin + at
+        now_rows, now_numbers, now_dys = rows, row_numbers, dys
+        x_rows += ROWS * X_STRIDE
+        rows = _load_rows(x_rows, start + (ROWS + K - 1), x_end, inside, X_STRIDE, ROWS)
+        row_numbers = _load_numbers(image, start + (ROWS + K - 1), length, ROWS)
+        dys = ()
+        dy_rows_so_far, dy_rows = dy_rows, ()
+        for d in tl.static_range(DIRECTIONS):
+            dy_rows += (dy_rows_so_far[d] + ROWS * E,)
+            token = start + (ROWS if (REVERSED >> d) & 1 else ROWS + K - 1)
+            dy_end = end if (REVERSED >> d) & 1 else x_end
+            dys += (_load_rows(dy_rows[d], token, dy_end, inside, E, ROWS),)
         for i in tl.static_range(ROWS):
-            window += (rows[i],)
-            numbers += (row_numbers[i],)
+            window += (now_rows[i].to(tl.float32),)
+            numbers += (now_numbers[i],)
             dwindow += (zero,)
-            position = start + i
-            owned = (position >= first_owned) & (position < end)
-            dtaps_so_far, dtaps = dtaps, ()
-            dbiases_so_far, dbiases = dbiases, ()
+            position_dys = ()
             for d in tl.static_range(DIRECTIONS):
-                dpre = dy_rows[d * ROWS + i]
-                if SILU:
-                    pre = biases[d]
-                    for j in tl.static_range(K):
-                        pre += taps[d * K + j] * _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
-                    gate = sigmoid(pre)
-                    dpre *= gate * (1 + pre * (1 - gate))
-                dpre_owned = tl.where(owned, dpre, 0.0)
-                dbiases += (dbiases_so_far[d] + dpre_owned,)
-                dwindow_so_far, dwindow = dwindow, ()
-                for j in tl.static_range(K):
-                    seen = _within_image(window[j], image, numbers, j, (REVERSED >> d) & 1)
-                    dseen = _within_image(taps[d * K + j] * dpre, image, numbers, j, (REVERSED >> d) & 1)
-                    dtaps += (dtaps_so_far[d * K + j] + dpre_owned * seen,)
-                    dwindow += (dwindow_so_far[j] + dseen,)
-            inside = (channel < e) & (position >= begin) & (position < end)
-            tl.store(dx + position * dx_l_stride + channel, dwindow[0].to(dx.dtype.element_ty), mask=inside)
+                position_dys += (now_dys[d][i],)
+            dwindow, sums = _backward_position(
+                window, dwindow, numbers, image, position_dys, taps, biases, sums, True, DIRECTIONS, REVERSED, K, SILU
+            )
+            within = inside & (start + i < end)
+            tl.store(dx_rows + i * DX_STRIDE, dwindow[0].to(dx.dtype.element_ty), mask=within)
             window = window[1:]
             numbers = numbers[1:]
             dwindow = dwindow[1:]
+        dx_rows += ROWS * DX_STRIDE
 
-    parts += (b * tiles + number) * DIRECTIONS * (K + 1) * e
+    part = parts + (b * tiles + number) * DIRECTIONS * (K + 1) * E + channel
     for d in tl.static_range(DIRECTIONS):
-        for j in tl.static_range(K):
-            tap = K - 1 - j if (REVERSED >> d) & 1 else j
-            tl.store(parts + (d * (K + 1) + tap) * e + channel, dtaps[d * K + j], mask=channel < e)
-        tl.store(parts + (d * (K + 1) + K) * e + channel, dbiases[d], mask=channel < e)
+        for j in tl.static_range(K + 1):
+            tap = d * (K + 1) + (K - 1 - j if (REVERSED >> d) & 1 and j < K else j)
+            total = tl.sum(sums[d * (K + 1) + j], 0, keep_dims=True)
+            tl.store(part + tap * E, total, mask=inside)
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
-    """Both directions, four taps and SiLU, as the mixer launches them; "_packed" has image numbers."""
+    """Both directions, four taps and SiLU, as the mixer launches them on 197 tokens, which are half of a projection;
+    "_packed" has image numbers.
+    """
     activation = dict.fromkeys(("x", "y", "dy", "dx"), TRITON_TYPE[dtype])
     parameter = dict.fromkeys(("weight", "bias", "parts"), "*fp32")
-    loose = {"length", "tile"} | ({"e", "x_b_stride", "x_l_stride", "dx_b_stride", "dx_l_stride"} if e % 16 else set())
+    loose = {"length", "tile"} | ({"x_b_stride", "dx_b_stride"} if e % 16 else set())
     cases = []
     # a program computes both directions, so bytes and exponentials count both: x and two y; then x, dx and two dy
-    for kernel, channels, tensors in (
-        (causal_conv1d_fwd_kernel, FORWARD_CHANNELS, 3),
-        (causal_conv1d_bwd_kernel, BACKWARD_CHANNELS, 4),
+    for kernel, groups, tensors in (
+        (causal_conv1d_fwd_kernel, FORWARD_GROUPS, 3),
+        (causal_conv1d_bwd_kernel, BACKWARD_GROUPS, 4),
     ):
         for packed in (False, True):
-            names = ("DIRECTIONS", "REVERSED", "K", "SILU", "CHANNELS", "ROWS")
-            constants: dict[str, Any] = dict(zip(names, _constants((False, True), 4, True, channels), strict=True))
-            constants["LARGE"] = False
-            constants |= {} if packed else {"image": None}
+            rows = 7 if kernel is causal_conv1d_fwd_kernel else BACKWARD_ROWS[packed]
+            names = ("DIRECTIONS", "REVERSED", "K", "TAP_BITS", "SILU", "GROUPS", "CHANNELS", "ROWS")
+            constants = dict(zip(names, _constants((False, True), 4, True, groups, rows), strict=True))
+            constants |= {"E": e, "X_STRIDE": 2 * e, "LARGE": False} | ({} if packed else {"image": None})
+            if "dx" in kernel.arg_names:
+                constants["DX_STRIDE"] = 2 * e
             types = activation | parameter | {"image": "*i32"} | dict.fromkeys(constants, "constexpr")
             cases.append(
                 CompileCase(
@@ -301,8 +375,8 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
                     signature={argument: types.get(argument, "i32") for argument in kernel.arg_names},
                     constexprs=constants,
                     options=LAUNCH,
-                    tokens=ROWS,
-                    channels=channels,
+                    tokens=groups * rows,
+                    channels=CHANNELS,
                     bytes=tensors * dtype.itemsize,
                     exponentials=2,
                     loose=frozenset(loose),

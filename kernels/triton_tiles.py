@@ -17,8 +17,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sigmoid(x):
-    """Uses exp2, which is one instruction; the exp of tl.sigmoid guards against denormals, which 1 + u absorbs."""
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+    """1 / (1 + u). The exp of tl.sigmoid guards against denormals, which 1 + u absorbs; a division guards against large
+    divisors, which the square of rsqrt does not need.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    return root * root
 
 
 @triton.jit

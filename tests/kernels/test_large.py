@@ -70,9 +70,12 @@ def test_the_large_form_of_every_kernel_equals_the_reference_with_gradients(monk
         (selective_scan_triton, "FEWER_CHANNELS", 16),
         (selective_scan_triton, "ROWS", 8),
         (scan_gate_triton, "TILE", (8, 16)),
-        (causal_conv1d_triton, "FORWARD_CHANNELS", 16),
-        (causal_conv1d_triton, "BACKWARD_CHANNELS", 16),
-        (causal_conv1d_triton, "POSITIONS", 8),
+        (causal_conv1d_triton, "CHANNELS", 16),
+        (causal_conv1d_triton, "FORWARD_GROUPS", 2),
+        (causal_conv1d_triton, "FORWARD_ROWS", 4),
+        (causal_conv1d_triton, "BACKWARD_GROUPS", 2),
+        (causal_conv1d_triton, "BACKWARD_TOKENS", (1, 2)),
+        (causal_conv1d_triton, "BACKWARD_ROWS", (2, 1)),
     ):
         monkeypatch.setattr(module, name, size)
     shapes = [(b, length, 2 * e), (1, e, 3), (1, e), (1, rank + 2 * n, e), (1, e, rank), (1, e), (1, e, n), (1, e)]
