@@ -196,7 +196,7 @@ def profile_block(calls: int = 50, top: int = 15) -> None:
     function, tensors = cases()["block, bi"]
     run = measure.forward_and_backward(function, tensors)
     run()
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(clock)
     with profiler:
         for _ in range(calls):
             run()
@@ -336,7 +336,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only == "engine":
-        print(json.dumps(engines(options.zero[0], rounds=15)))
+        print(json.dumps(engines(options.zero[0], rounds=8)))
         return
     if not ON_GPU:
         from triton.runtime import driver
