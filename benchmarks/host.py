@@ -40,6 +40,7 @@ from vimscale.ops import (
 from vimscale.ops import (
     counted as counted_as,
 )
+from vimscale.recipe.recipe import Recipe
 
 Row = dict[str, Any]
 ON_GPU = torch.cuda.is_available()
@@ -195,7 +196,7 @@ def profile_block(calls: int = 50, top: int = 15) -> None:
     function, tensors = cases()["block, bi"]
     run = measure.forward_and_backward(function, tensors)
     run()
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(clock)
     with profiler:
         for _ in range(calls):
             run()
@@ -209,67 +210,77 @@ def profile_block(calls: int = 50, top: int = 15) -> None:
 # ---- the engine
 
 
-def engine(zero: int, depth: int, rounds: int) -> Row:
+def engines(zero: int, rounds: int) -> list[Row]:
     """Milliseconds of forward, backward and update under DeepSpeed and without it (torch's clipping and fused AdamW),
-    in turn; digits model, two images, bf16.
+    in turn, for each of `ENGINE_DEPTHS`; digits model, two images, bf16, one rank.
     """
     from vimscale.recipe import recipe
     from vimscale.runtime import distributed
     from vimscale.runtime.distributed import RankSpec
 
-    changes = [f"model.directions=bi*{depth}", f"parallel.zero={zero}", "parallel.precision=bf16", "batch=2"]
-    chosen = recipe.load(
-        "vim_digits_cpu", [*changes, "model.patch_size=16", "model.d_model=32", "parallel.persist=2000"]
-    )
-    device = torch.device("cuda:0" if ON_GPU else "cpu")
+    changes = [f"parallel.zero={zero}", "parallel.precision=bf16", "parallel.persist=2000", "batch=2"]
+    changes += ["model.patch_size=16", "model.d_model=32", "model.d_state=4"]
+    device = "cuda:0" if ON_GPU else "cpu"
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        spec = RankSpec(chosen, Path(folder), 0, 1, str(device), 1, f"file://{folder}/meeting", "lo")
+        chosen = recipe.load("vim_digits_cpu", changes)
+        spec = RankSpec(chosen, Path(folder), 0, 1, device, 1, f"file://{folder}/meeting", "lo")
         distributed.prepare(spec)
         distributed.join(spec)
-        from vimscale.engine.deepspeed_engine import Engine  # imports DeepSpeed, after `prepare`
-        from vimscale.objectives.base import Inputs, Learner
-        from vimscale.objectives.build import build
-
-        config = chosen.model.shape(10)
-        inputs = Inputs(torch.randn(2, 3, 32, 32, device=device), torch.arange(2, device=device))
-        plain = Learner(build(chosen.objective, config), VisionMamba(config)).to(device)
-        adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
-        sharded = Engine(config, chosen, device)
-
-        def plain_loss() -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16):
-                return plain.ask("loss", inputs)[0]
-
-        def plain_update() -> None:
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-            adamw.step()
-            adamw.zero_grad()
-
-        ways: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]] = {
-            "plain": (plain_loss, Tensor.backward, plain_update),
-            "engine": (lambda: sharded.loss(inputs)[0], sharded.backward, lambda: sharded.step(1e-3)),
-        }
-        taken: dict[str, list[float]] = {}
-        for number in range(rounds + 3):
-            for way, (loss, backward, update) in ways.items():
-                times = [clock()]
-                value = loss()
-                times.append(clock())
-                backward(value)
-                times.append(clock())
-                update()
-                times.append(clock())
-                if number >= 3:
-                    for phase, start, end in zip(("forward", "backward", "update"), times, times[1:], strict=False):
-                        taken.setdefault(f"{way}_{phase}_ms", []).append((end - start) * 1e3)
+        for depth in ENGINE_DEPTHS:
+            chosen = recipe.load("vim_digits_cpu", [*changes, f"model.directions=bi*{depth}"])
+            rows.append({"zero": zero, "depth": depth, **_engine(chosen, torch.device(device), rounds)})
         distributed.leave()
-    medians = {key: statistics.median(values) for key, values in taken.items()}
-    return {"zero": zero, "depth": depth, "parameters": len(list(plain.parameters())), **medians}
+    return rows
+
+
+def _engine(chosen: Recipe, device: torch.device, rounds: int) -> Row:
+    from vimscale.engine.deepspeed_engine import Engine  # imports DeepSpeed, after `prepare`
+    from vimscale.objectives.base import Inputs, Learner
+    from vimscale.objectives.build import build
+
+    config = chosen.model.shape(10)
+    inputs = Inputs(torch.randn(2, 3, 32, 32, device=device), torch.arange(2, device=device))
+    plain = Learner(build(chosen.objective, config), VisionMamba(config)).to(device)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
+    sharded = Engine(config, chosen, device)
+
+    def plain_loss() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return plain.ask("loss", inputs)[0]
+
+    def plain_update() -> None:
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    ways: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]] = {
+        "plain": (plain_loss, Tensor.backward, plain_update),
+        "engine": (lambda: sharded.loss(inputs)[0], sharded.backward, lambda: sharded.step(1e-3)),
+    }
+    taken: dict[str, list[float]] = {}
+    for number in range(rounds + 3):
+        for way, (loss, backward, update) in ways.items():
+            times = [clock()]
+            value = loss()
+            times.append(clock())
+            backward(value)
+            times.append(clock())
+            update()
+            times.append(clock())
+            if number >= 3:
+                for phase, start, end in zip(("forward", "backward", "update"), times, times[1:], strict=False):
+                    taken.setdefault(f"{way}_{phase}_ms", []).append((end - start) * 1e3)
+    found = {key: statistics.median(values) for key, values in taken.items()}
+    return {"parameters": len(list(plain.parameters())), **found}
+
+
+ENGINE_HEADER = """
+DeepSpeed's host time, ms: with it - without it (torch's clipping and fused AdamW), in turn
+                           forward        backward          update   added  us per parameter"""
 
 
 def show_engine(rows: list[Row]) -> None:
-    print("\nDeepSpeed's host time, ms: with it - without it (torch's clipping and fused AdamW), in turn")
-    print(f"{'':18}{'forward':>16}{'backward':>16}{'update':>16}{'added':>8}{'us per parameter':>18}")
     for row in rows:
         added, cells = 0.0, ""
         for phase in ("forward", "backward", "update"):
@@ -277,7 +288,7 @@ def show_engine(rows: list[Row]) -> None:
             added += ours - plain
             cells += f"{f'{ours:.1f} - {plain:.1f}':>16}"
         label = f"ZeRO-{row['zero']}, {row['depth']} blocks"
-        print(f"{label:18}{cells}{added:8.1f}{added * 1e3 / row['parameters']:18.0f}")
+        print(f"{label:18}{cells}{added:8.1f}{added * 1e3 / row['parameters']:18.0f}", flush=True)
 
 
 # ---- processes
@@ -322,11 +333,10 @@ def main() -> None:
     parser.add_argument("--name", default="after", help="key of these times in the file; default: after")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host.json"))
     parser.add_argument("--only", choices=("ops", "engine"), help=argparse.SUPPRESS)
-    parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only == "engine":
-        print(json.dumps(engine(options.zero[0], options.depth, 15)))
+        print(json.dumps(engines(options.zero[0], rounds=8)))
         return
     if not ON_GPU:
         from triton.runtime import driver
@@ -345,19 +355,19 @@ def main() -> None:
                 here.append(child("--only", "ops", "--rounds", str(options.rounds)))
                 if tree is not None:
                     there.append(child("--only", "ops", "--rounds", str(options.rounds), tree=tree))
-        rows = medians(here)
-        show_ops(rows, medians(there) if there else None, options.against or "")
+        result: Row = {"shape": SHAPE, "ops": medians(here)}
+        if there:
+            result |= {"against": options.against, "ops_against": medians(there)}
+        show_ops(result["ops"], result.get("ops_against"), options.against or "")
         profile_block()
-    engines = [
-        child("--only", "engine", "--zero", str(zero), "--depth", str(depth))
-        for depth in ENGINE_DEPTHS
-        for zero in options.zero
-    ]
-    show_engine(engines)
-    result: Row = {"shape": SHAPE, "ops": rows, "engine": engines}
-    if there:
-        result |= {"against": options.against, "ops_against": medians(there)}
     measure.write_named(result, options.out, options.name)
+    if options.zero:
+        print(ENGINE_HEADER)
+    for zero in options.zero:
+        rows = child("--only", "engine", "--zero", str(zero))
+        show_engine(rows)
+        result.setdefault("engine", []).extend(rows)
+        measure.write_named(result, options.out, options.name)
 
 
 if __name__ == "__main__":

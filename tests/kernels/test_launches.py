@@ -117,3 +117,20 @@ def test_the_gradient_of_a_convolution_is_one_operation(dtype: torch.dtype) -> N
     with counted() as counter:
         y.backward(torch.ones_like(y))
     assert [count for (_, name), count in counter.ops.items() if name.startswith("convolution_backward")] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU's driver")
+def test_a_driver_that_launches_nothing_gets_every_launch_of_a_block() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.host", "--only", "ops", "--rounds", "2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < rows["block, bi"]["operations"] <= LIMITS["forward"] + LIMITS["backward"]
+    assert all(0 < row["forward_us"] < row["both_us"] for row in rows.values())
