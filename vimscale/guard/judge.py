@@ -93,7 +93,7 @@ class Judge:
         deviation = _median((self._window - median[:, None]).abs()) * _NORMAL
         full = self._good >= size
         z = torch.where(full, (seen - median) / deviation.clamp_min(_FLOOR * median.abs()), 0.0)
-        bad = ~seen.isfinite().all() | (z > self._spike).any()
+        bad = ~((seen.abs() < math.inf) & (z <= self._spike)).all()
         slot = self._good % size
         self._window.index_copy_(1, slot, torch.where(bad, self._window.index_select(1, slot), seen[:, None]))
         self._good += ~bad
@@ -155,8 +155,11 @@ class Guard:
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Judge the step: 1 if its update must be left out, else 0, on the device. `loss`: this rank's mean."""
         seen = torch.stack([loss, norm.to(loss)])
-        dist.all_reduce(seen)
-        self._verdict = self._judge(seen / dist.get_world_size())
+        world = dist.get_world_size()
+        if world > 1:
+            dist.all_reduce(seen)
+            seen /= world
+        self._verdict = self._judge(seen)
         return self._verdict[0]
 
     @property
