@@ -192,34 +192,62 @@ class Mamba(nn.Module):
         """Return the sum or mean of the active paths (b, l, e); paths of one order run in one launch."""
         total: Tensor | None = None
         groups = [list(group) for _, group in groupby(active, key=lambda i: self.paths[i][0])]
-        for group in groups:
+        for group, own in zip(groups, self._parameters_of(groups), strict=True):
             order = self.paths[group[0]][0]
             permute, restore = tokens.permuted(order if order != self.order else "row")
             part = None if factors is None else factors[active.index(group[0]) : active.index(group[-1]) + 1]
-            y = restore(self._scan(permute(xz), group, part, len(groups), tokens, recompute))
+            y = restore(self._scan(permute(xz), own, group, part, len(groups), tokens, recompute))
             total = y if total is None else total + y
         assert total is not None
         return total
 
-    def _scan(
-        self, xz: Tensor, group: list[int], factors: Tensor | None, groups: int, tokens: Tokens, recompute: bool
-    ) -> Tensor:
-        """Scan the paths `group`, which are adjacent and have one order. The factors on paths multiply C and D, which
-        costs nothing, instead of y: y = C h + D x is linear in both.
+    def _parameters_of(self, groups: list[list[int]]) -> list[tuple[Tensor, ...]]:
+        """Return PATH_PARAMETERS for each group of adjacent paths. If the groups have all paths, they are parts of one
+        split, whose gradient is one concatenation; that of a slice is copied into zeros.
         """
-        rows = slice(group[0], group[-1] + 1)
-        whole = len(group) == len(self.paths)  # a slice of everything would be copied in the backward pass
-        own = {name: getattr(self, name) if whole else getattr(self, name)[rows] for name in PATH_PARAMETERS}
+        every: list[Tensor] = [getattr(self, name) for name in PATH_PARAMETERS]
+        sizes = [len(group) for group in groups]
+        if sizes == [len(self.paths)]:
+            return [tuple(every)]
+        if sum(sizes) == len(self.paths):
+            return list(zip(*(t.split(sizes) for t in every), strict=True))
+        return [tuple(t[group[0] : group[-1] + 1] for t in every) for group in groups]
+
+    def _scan(
+        self,
+        xz: Tensor,
+        own: tuple[Tensor, ...],
+        group: list[int],
+        factors: Tensor | None,
+        groups: int,
+        tokens: Tokens,
+        recompute: bool,
+    ) -> Tensor:
+        """Scan the paths `group`, which are adjacent and have one order, with their parameters `own`. The factors on
+        paths multiply C and D, which costs nothing, instead of y: y = C h + D x is linear in both.
+        """
         fuse: Literal["mean", "sum"] = "mean" if self.fuse == "mean" and factors is None else "sum"
         if fuse == "mean" and groups > 1:  # the kernel's mean is over this group alone
             fuse, factors = "sum", torch.full((len(group),), 1 / len(self.paths), device=self.D.device)
+        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = own
         if factors is not None:
-            n = self.A_log.shape[-1]
-            x_proj = own["x_proj"]
-            own["x_proj"] = torch.cat([x_proj[:, :-n], x_proj[:, -n:] * factors[:, None, None]], dim=1)
-            own["D"] = own["D"] * factors[:, None]
-        reverse = [self.paths[i][1] for i in group]
-        return bimamba_inner(xz, **own, reverse=reverse, fuse=fuse, reset=tokens.reset, recompute=recompute)
+            n = A_log.shape[-1]
+            rest, of_C = x_proj.split([x_proj.shape[1] - n, n], dim=1)
+            x_proj, D = torch.cat([rest, of_C * factors[:, None, None]], dim=1), D * factors[:, None]
+        return bimamba_inner(
+            xz,
+            conv_weight,
+            conv_bias,
+            x_proj,
+            dt_proj,
+            dt_bias,
+            A_log,
+            D,
+            reverse=[self.paths[i][1] for i in group],
+            fuse=fuse,
+            reset=tokens.reset,
+            recompute=recompute,
+        )
 
     def _scan_inputs(self, xz: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return (convolved x, z, dt, B, C) of the first set of parameters, dt without its bias and softplus."""

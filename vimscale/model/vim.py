@@ -200,8 +200,7 @@ class VisionMamba(nn.Module):
             self.neck_norm = Norm(config, config.features)
         self.head: nn.Module = Head(config.features, config.num_classes)
         self._paired = paired
-        rates = torch.linspace(0, config.drop_path, len(config.layers))
-        self.register_buffer("drop_rates", rates, persistent=False)
+        self.register_buffer("drop_rates", torch.empty(len(config.layers)), persistent=False)
         self._tokens: dict[tuple[Grid, torch.device], Tokens] = {}
         self._init_all(gather or (lambda parameters: nullcontext()))
 
@@ -219,6 +218,7 @@ class VisionMamba(nn.Module):
         for embedding in (self.cls_token, self.registers, self.pos_embed):
             if embedding is not None:
                 nn.init.trunc_normal_(embedding, std=0.02)
+        self.drop_rates.copy_(torch.linspace(0, self.config.drop_path, len(self.drop_rates)))
 
     # ---- forward
 
