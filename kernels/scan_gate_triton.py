@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
 from .large import Grid, is_large, tile_grid, tile_program, token_number
-from .triton_tiles import LOG2_E, sigmoid
+from .triton_tiles import sigmoid
 
 # (tokens, channels) per program: rows of full 128-byte lines in the 16-bit types, sixteen elements per lane
 TILE = (32, 64)
@@ -48,7 +48,7 @@ def scan_gate_fwd_kernel(
     total *= scale
     if z is not None:
         gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
-        total *= gate / (1.0 + tl.exp2(gate * -LOG2_E))
+        total *= gate * sigmoid(gate)
     tl.store(y + b * length * e + cell, total.to(y.dtype.element_ty), mask=inside)
 
 
