@@ -95,17 +95,16 @@ def combine_backward(
     """
     k, b, length, e = s.shape
     ds = s.new_empty(b, length, e)
-    z_strides, dz_strides = (0, 0), (0, 0)
     if z is None:
         dz = s.new_empty(0)
-    else:
-        dz = z.new_empty(b, length, e) if dz is None else dz
-        z_strides, dz_strides = z.stride()[:2], dz.stride()[:2]
+    elif dz is None:
+        dz = z.new_empty(b, length, e)
+    strides = (0, 0, 0, 0) if z is None else (*z.stride()[:2], *dz.stride()[:2])
     grid = _grid(b, length, e)
-    large = is_large(grid, length, e, dy.stride(1), z_strides[1], dz_strides[1])
+    large = is_large(grid, length, e, dy.stride(1), *strides[1::2])
     with torch.cuda.device_of(s):
         scan_gate_bwd_kernel[tile_grid(grid, large)](
-            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *z_strides, *dz_strides,
+            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *strides,
             K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
         )  # fmt: skip
     return ds, dz
