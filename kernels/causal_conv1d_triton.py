@@ -146,17 +146,29 @@ def _within_image(value, otherwise, image, numbers, j: tl.constexpr, REVERSE: tl
 
 @triton.jit
 def _load_taps(
-    weight, bias, d, block, E: tl.constexpr, K: tl.constexpr, TAP_BITS: tl.constexpr, CHANNELS: tl.constexpr,
-    REVERSE: tl.constexpr,
+    weight, bias, block, E: tl.constexpr, DIRECTIONS: tl.constexpr, K: tl.constexpr, TAP_BITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The taps of direction d in the order of the window's rows, and its bias, each (1, channels). Rows of taps are
-    loaded as they lie in memory: for one tap, the channels are k apart, and each load of it would touch all lines.
+    """Of each direction, the taps (channels, 2 ** TAP_BITS), as they lie in memory: a load of one tap, whose channels
+    are k apart, would touch as many lines as the load of all. And the biases (1, channels).
     """
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     tap = tl.arange(0, 1 << TAP_BITS)[None, :]
     inside = (channel[:, None] < E) & (tap < K)
-    columns = (tl.load(weight + (d * E + channel[:, None]) * K + tap, mask=inside, other=0.0),)
-    # each step splits off the lowest bit of the columns' numbers
+    taps = ()
+    biases = ()
+    for d in tl.static_range(DIRECTIONS):
+        taps += (tl.load(weight + (d * E + channel[:, None]) * K + tap, mask=inside, other=0.0),)
+        biases += (tl.load(bias + d * E + channel[None, :], mask=channel[None, :] < E, other=0.0),)
+    return taps, biases
+
+
+@triton.jit
+def _split_taps(taps, K: tl.constexpr, TAP_BITS: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr):
+    """The loaded taps of a direction as K tensors (1, channels), in the order of the window's rows. Each step splits
+    off the lowest bit of the columns' numbers.
+    """
+    columns = (taps,)
     for bit in tl.static_range(TAP_BITS):
         columns_so_far, columns, odd_columns = columns, (), ()
         for i in tl.static_range(1 << bit):
@@ -165,10 +177,10 @@ def _load_taps(
             columns += (even,)
             odd_columns += (odd,)
         columns += odd_columns
-    taps = ()
+    rows = ()
     for j in tl.static_range(K):
-        taps += (tl.reshape(columns[K - 1 - j if REVERSE else j], (1, CHANNELS)),)
-    return taps, tl.load(bias + d * E + channel[None, :], mask=channel[None, :] < E, other=0.0)
+        rows += (tl.reshape(columns[K - 1 - j if REVERSE else j], (1, CHANNELS)),)
+    return rows
 
 
 @triton.jit
@@ -196,15 +208,16 @@ def causal_conv1d_fwd_kernel(
 
     rows = _load_rows(x + b * x_b_stride + first * X_STRIDE + channel, first, length, inside, X_STRIDE, ROWS + K - 1)
     numbers = _load_numbers(image, first, length, ROWS + K - 1)
+    all_taps, biases = _load_taps(weight, bias, block, E, DIRECTIONS, K, TAP_BITS, CHANNELS)
     for d in tl.static_range(DIRECTIONS):
-        taps, tap_bias = _load_taps(weight, bias, d, block, E, K, TAP_BITS, CHANNELS, (REVERSED >> d) & 1)
+        taps = _split_taps(all_taps[d], K, TAP_BITS, CHANNELS, (REVERSED >> d) & 1)
         token = first + (0 if (REVERSED >> d) & 1 else K - 1)
         y_rows = y + (d * images + b) * length * E + token * E + channel
         for i in tl.static_range(ROWS):
             window = ()
             for j in tl.static_range(K):
                 window += (rows[i + j].to(tl.float32),)
-            out = _pre_activation(window, numbers[i : i + K], image, taps, tap_bias, K, (REVERSED >> d) & 1)
+            out = _pre_activation(window, numbers[i : i + K], image, taps, biases[d], K, (REVERSED >> d) & 1)
             if SILU:
                 out *= sigmoid(out)
             within = inside & (token + i >= 0) & (token + i < length)
@@ -268,8 +281,6 @@ def causal_conv1d_bwd_kernel(
     early_dys = ()
     dys = ()
     dy_rows = ()
-    taps = ()
-    biases = ()
     for d in tl.static_range(DIRECTIONS):
         token = first if (REVERSED >> d) & 1 else begin
         dy_end = end if (REVERSED >> d) & 1 else x_end
@@ -277,11 +288,10 @@ def causal_conv1d_bwd_kernel(
         early_dys += (_load_rows(pointer, token, dy_end, inside, E, K - 1),)
         dy_rows += (pointer + (K - 1) * E,)
         dys += (_load_rows(dy_rows[d], token + (K - 1), dy_end, inside, E, ROWS),)
-        direction_taps, direction_bias = _load_taps(
-            weight, bias, d, block, E, K, TAP_BITS, CHANNELS, (REVERSED >> d) & 1
-        )
-        taps += (direction_taps,)
-        biases += (direction_bias,)
+    all_taps, biases = _load_taps(weight, bias, block, E, DIRECTIONS, K, TAP_BITS, CHANNELS)
+    taps = ()
+    for d in tl.static_range(DIRECTIONS):
+        taps += (_split_taps(all_taps[d], K, TAP_BITS, CHANNELS, (REVERSED >> d) & 1),)
 
     zero = tl.zeros((GROUPS, CHANNELS), tl.float32)
     window = ()

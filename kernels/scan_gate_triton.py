@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
 from .large import Grid, is_large, tile_grid, tile_program, token_number
-from .triton_tiles import LOG2_E, sigmoid
+from .triton_tiles import sigmoid
 
 # (tokens, channels) per program: rows of full 128-byte lines in the 16-bit types, sixteen elements per lane
 TILE = (32, 64)
@@ -48,7 +48,7 @@ def scan_gate_fwd_kernel(
     total *= scale
     if z is not None:
         gate = tl.load(z + b * z_b + token * z_l + channel, mask=inside, other=0.0).to(tl.float32)
-        total *= gate / (1.0 + tl.exp2(gate * -LOG2_E))
+        total *= gate * sigmoid(gate)
     tl.store(y + b * length * e + cell, total.to(y.dtype.element_ty), mask=inside)
 
 
@@ -95,17 +95,16 @@ def combine_backward(
     """
     k, b, length, e = s.shape
     ds = s.new_empty(b, length, e)
-    z_strides, dz_strides = (0, 0), (0, 0)
     if z is None:
         dz = s.new_empty(0)
-    else:
-        dz = z.new_empty(b, length, e) if dz is None else dz
-        z_strides, dz_strides = z.stride()[:2], dz.stride()[:2]
+    elif dz is None:
+        dz = z.new_empty(b, length, e)
+    strides = (0, 0, 0, 0) if z is None else (*z.stride()[:2], *dz.stride()[:2])
     grid = _grid(b, length, e)
-    large = is_large(grid, length, e, dy.stride(1), z_strides[1], dz_strides[1])
+    large = is_large(grid, length, e, dy.stride(1), *strides[1::2])
     with torch.cuda.device_of(s):
         scan_gate_bwd_kernel[tile_grid(grid, large)](
-            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *z_strides, *dz_strides,
+            dy, s, z, ds, dz, length, e, scale, *dy.stride()[:2], s.stride(0), *strides,
             K=k, TOKENS=TILE[0], CHANNELS=TILE[1], LARGE=large, enable_fp_fusion=True,
         )  # fmt: skip
     return ds, dz

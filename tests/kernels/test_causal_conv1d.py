@@ -187,6 +187,22 @@ def test_triton_writes_the_gradient_into_half_of_a_tensor_and_returns_those_of_t
     assert_close([half, dparameters], expected, torch.float32)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("programs", [1, 10_000])
+def test_triton_divides_a_sequence_among_few_programs_or_many(
+    programs: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """133 tokens are one tile of long groups, or three of short ones; 70 channels are two blocks."""
+    from vimscale.kernels import causal_conv1d_triton
+
+    monkeypatch.setattr(causal_conv1d_triton, "PROGRAMS", programs)
+    shape = (1, 133, 70)
+    inputs, options = _inputs(shape), {"activation": "silu", "reset": _reset(shape) if packed else None}
+    expected = _run(bidirectional_conv1d, _doubles(inputs), **options)
+    poison(monkeypatch)
+    assert_close(_run(bidirectional_conv1d, inputs, backend="triton", **options), expected, torch.float32)
+
+
 def test_the_number_of_threads_does_not_change_results() -> None:
     inputs, threads = _inputs((8, 9, 600)), torch.get_num_threads()
     results = []
