@@ -26,8 +26,10 @@ from vimscale.estimate.work import Scan, Work
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent.parent / "results"
-RESIDENT = {"forward": 5, "backward": 2}
-"""Programs that a multiprocessor holds, by the registers of `vimscale.kernels.aot`: 96 and 255, four warps each."""
+SHAPES = {"forward": (64, 5), "backward": (64, 2)}
+"""Channels of a program, and programs that a multiprocessor holds: at ba86e9f four warps of 96 and of 255 registers per
+thread, by `vimscale.kernels.aot`. If the kernels have other shapes now, these numbers follow before the fit.
+"""
 HOST_BOUND = 1.15
 """A wall this many times the kernels waits for the host."""
 CASE = ("model", "image_size", "batch", "directions", "recompute")
@@ -133,30 +135,27 @@ def _norm_rate(record: Row, device: Device) -> float:
 
 
 def _scan_rate(record: Row, device: Device, steps: list[Measured], which: str) -> ScanRate:
-    resident = RESIDENT[which]
+    channels, resident = SHAPES[which]
+    latency = ScanRate(channels, resident, alone=1, shared=0)
+    throughput = ScanRate(channels, resident, alone=0, shared=1)
     alone = []
     for row in record["parts"].get("scans", ()):
         scan = Scan(which == "backward", row["directions"], row["b"], row["l"], row["e"], row["n"])
-        few = row["directions"] * row["b"] * -(-row["e"] // roofline.CHANNELS) <= device.processors
+        few = roofline.programs(latency, scan) <= device.processors
         if row["name"].startswith("vimscale") and few:
             ms = row["both_ms"] - row["forward_ms"] if scan.backward else row["forward_ms"]
-            alone.append(ms / 1e3 * device.clock / roofline.scan_units(device, ScanRate(resident, 1, 0), scan))
+            alone.append(ms / 1e3 * device.clock / roofline.scan_units(device, latency, scan))
     if not alone:
         raise ValueError("the run has no scan with few programs; run the part scans")
-    latency = float(np.mean(alone))
     clocks = units = 0.0
     for step in _by_kind(steps, f"scan {which}"):
         scans = [scan for scan in step.work.scans if scan.backward == (which == "backward")]
-        if all(_programs(scan) >= 2 * resident * device.processors for scan in scans):
+        if all(roofline.programs(throughput, scan) >= 2 * resident * device.processors for scan in scans):
             clocks += step.row["kinds_ms"][f"scan {which}"] / 1e3 * device.clock
-            units += sum(roofline.scan_units(device, ScanRate(resident, 0, 1), scan) for scan in scans)
+            units += sum(roofline.scan_units(device, throughput, scan) for scan in scans)
     if not units:
         raise ValueError(f"no step of the run fills the device with scans {which}")
-    return ScanRate(resident, latency, clocks / units)
-
-
-def _programs(scan: Scan) -> int:
-    return round(scan.directions * scan.images) * -(-scan.width // roofline.CHANNELS)
+    return ScanRate(channels, resident, float(np.mean(alone)), clocks / units)
 
 
 def _products(device: Device, rates: Rates, steps: list[Measured]) -> Rates:

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
 from benchmarks.gpu import fit
 from benchmarks.gpu import steps as measuring
+from vimscale import ops
 from vimscale.estimate import activations, calibration, roofline, work
 from vimscale.estimate.devices import DEVICES
 from vimscale.estimate.planner import Planner, Target
@@ -55,7 +59,7 @@ def test_every_measured_step_is_predicted_within_fifteen_percent(record: dict[st
 
 def test_there_are_fewer_rates_than_measurements(record: dict[str, Any]) -> None:
     rates = calibration.RATES["h100"]
-    # without `run` and the number of resident programs, which registers decide
+    # without `run` and the shapes of programs, which the kernels' code decides
     free = len(dataclasses.fields(rates)) - 3 + 2 * 2
     assert free < len([row for row in fit.residuals(record, rates) if row[1] in ("wall", "kernels", "graph")])
 
@@ -115,7 +119,7 @@ def test_a_step_is_limited_by_its_kernels_or_by_its_host() -> None:
 
 
 def test_a_scan_with_few_programs_takes_as_long_as_its_tokens() -> None:
-    rate = calibration.ScanRate(resident=5, alone=400, shared=100)
+    rate = calibration.ScanRate(channels=64, resident=5, alone=400, shared=100)
     few = Scan(False, 1, 1, 1000, 768, 16)
     assert roofline.scan_units(H100, rate, few) == 1000 * 400
     assert roofline.scan_units(H100, rate, dataclasses.replace(few, images=11)) == 1000 * 400
@@ -165,3 +169,54 @@ def test_work_survives_a_file() -> None:
     assert Work.of_json(json.loads(json.dumps(some.as_json()))) == some
     assert (some * 3).launches == 21
     assert math.isclose((some + some).product_flops, 2e9)
+
+
+class _Inside(TorchDispatchMode):
+    """Counts the launches of each of our ops under Triton's interpreter: its kernels, and torch's operations in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched = 0
+        self.found: dict[str, set[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in OPDEFS:
+            before = self.launched
+            with self:
+                out = OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+            self.found.setdefault(name, set()).add(self.launched - before)
+            return out
+        out = func(*args, **(kwargs or {}))
+        if (done := work.of_operation(func, args, kwargs or {}, out)) is not None:
+            self.launched += int(done.launches)
+        return out
+
+
+def test_our_ops_launch_as_often_as_the_plan_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = _Inside()
+    run = GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inside.launched += 1
+        with _disable_current_modes():  # the interpreter copies tensors with torch's operations
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    k, b, length, e, n, r = 2, 1, 9, 32, 16, 8
+    shapes = {"conv_weight": (k, e, 4), "conv_bias": (k, e), "x_proj": (k, r + 2 * n, e), "dt_proj": (k, e, r)}
+    shapes |= {"dt_bias": (k, e), "A": (k, e, n), "D": (k, e)}
+    torch.manual_seed(0)
+    parameters = {name: torch.rand(shape) * (-1 if name == "A" else 1) for name, shape in shapes.items()}
+    xz = torch.randn(b, length, 2 * e, dtype=torch.bfloat16)
+    tensors = [xz, *parameters.values()]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    residual, weight = torch.randn(b, length, e, requires_grad=True), torch.ones(e, requires_grad=True)
+    with inside:
+        y = ops.bimamba_inner(*tensors, recompute=False, backend="triton")
+        out, total = ops.add_norm(y, residual, weight, backend="triton")
+        (out.float().sum() + total.sum()).backward()
+    single = {name for name in inside.found if not name.startswith("vimscale::bimamba_inner")}
+    assert len(single) == 8
+    assert {name: inside.found[name] for name in single} == {name: {work.INSIDE.get(name, 1)} for name in single}

@@ -11,8 +11,10 @@ from vimscale.estimate.devices import Device
 
 @dataclass(frozen=True)
 class ScanRate:
-    """A program scans 64 channels of one image in one direction; a program's step is one token."""
+    """A program scans some channels of one image in one direction; a program's step is one token."""
 
+    channels: int
+    """Of a program."""
     resident: int
     """Programs that a multiprocessor holds at a time, by their registers."""
     alone: float
@@ -57,8 +59,8 @@ RATES = {
         norm_bytes=0.809,
         other_bytes=0.454,
         attention=0.419,
-        forward=ScanRate(resident=5, alone=459.5, shared=171.0),
-        backward=ScanRate(resident=2, alone=821.4, shared=446.7),
+        forward=ScanRate(channels=64, resident=5, alone=459.5, shared=171.0),
+        backward=ScanRate(channels=64, resident=2, alone=821.4, shared=446.7),
         launch_s=70.2e-6,
         checkpoint_s=2.63e-3,
         engine_s=461e-6,
@@ -76,7 +78,7 @@ def rates_of(device: Device) -> Rates:
 def basis(device: Device) -> str:
     """Where the times of a plan for this device come from, in words."""
     if device.name in RATES:
-        return f"calibrated: {RATES[device.name].run}"
+        return f"calibrated: {RATES[device.name].run}; what has become faster since is not in it"
     return (
         f"predicted, not calibrated: nobody measured {device.name}, so the fractions of the data sheet that an"
         f" {NEAREST} reaches, and its host's times, stand for it ({RATES[NEAREST].run})"

@@ -14,8 +14,6 @@ from vimscale.estimate.calibration import Rates, ScanRate
 from vimscale.estimate.devices import Device
 from vimscale.estimate.work import Scan, Work
 
-CHANNELS = 64
-"""Channels that a program scans."""
 STATE = 16
 """Numbers per channel in all measured scans."""
 FABRIC = 0.8
@@ -44,12 +42,15 @@ def kernels(device: Device, rates: Rates, work: Work) -> dict[str, float]:
     }
 
 
+def programs(rate: ScanRate, scan: Scan) -> int:
+    return round(scan.directions * scan.images) * math.ceil(scan.width / rate.channels)
+
+
 def scan_units(device: Device, rate: ScanRate, scan: Scan) -> float:
     """Clocks of a scan. Its programs run in waves: a full one holds `resident` programs on every multiprocessor, the
     last one as many as are left. A wave takes as long as a program alone, or longer if many share a multiprocessor.
     """
-    programs = round(scan.directions * scan.images) * math.ceil(scan.width / CHANNELS)
-    full, left = divmod(programs, rate.resident * device.processors)
+    full, left = divmod(programs(rate, scan), rate.resident * device.processors)
     per_step = full * _wave(rate, rate.resident)
     if left:
         per_step += _wave(rate, math.ceil(left / device.processors))
