@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,21 +52,36 @@ def in_torch() -> Kernels:
 
 
 class _Mixer(published._Mixer):
-    """The published mixer with another convolution."""
+    """The published mixer with another convolution, and products that give channels first without a copy, as in the
+    original code.
+    """
 
     def __init__(self, *arguments: Any, convolution: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__(*arguments)
         self.convolution = convolution
 
+    def __call__(self, i: int, u: Tensor) -> Tensor:
+        at = f"layers.{i}.mixer."
+        xz = _channels_first(self.state[at + "in_proj.weight"], u.flatten(0, 1), len(u))
+        y = self._path(at, "", xz) + self._path(at, "_b", xz.flip(-1)).flip(-1)
+        y = y / 2 if self.divided else y
+        return F.linear(y.transpose(1, 2), self.state[at + "out_proj.weight"])
+
     def _projected(self, at: str, suffix: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         state = self.state
         taps = state[f"{at}conv1d{suffix}.weight"].squeeze(1)
         x = self.convolution(x, taps, state[f"{at}conv1d{suffix}.bias"])
-        low = torch.einsum("pe,bel->bpl", state[f"{at}x_proj{suffix}.weight"], x)
-        to_dt = state[f"{at}dt_proj{suffix}.weight"]
+        b, to_dt = len(x), state[f"{at}dt_proj{suffix}.weight"]
         n = state[f"{at}A{suffix}_log"].shape[1]
+        low = F.linear(x.transpose(1, 2).flatten(0, 1), state[f"{at}x_proj{suffix}.weight"])  # (b l, r + 2n)
         dt, B, C = low.split([to_dt.shape[1], n, n], dim=1)
-        return x, torch.einsum("er,brl->bel", to_dt, dt), B, C
+        B, C = (t.unflatten(0, (b, -1)).transpose(1, 2).contiguous() for t in (B, C))
+        return x, _channels_first(to_dt, dt, b), B, C
+
+
+def _channels_first(weight: Tensor, rows: Tensor, b: int) -> Tensor:
+    """weight (o, i) times rows (b l, i): (b, o, l), whose tokens are next to each other."""
+    return (weight @ rows.T).unflatten(1, (b, -1)).transpose(0, 1)
 
 
 class OnCuda(nn.Module):
