@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, shortened
+from vimscale.estimate.calibration import basis
 from vimscale.estimate.devices import DEVICES
 from vimscale.recipe import recipe as recipes
 
@@ -64,6 +65,7 @@ def plan(
             "flops": planner.flops,
             "steps": planner.steps,
             "checkpoint": planner.checkpoint,
+            "times": None if planner.target.device is None else basis(planner.target.device),
             "notes": notes,
             "here": dataclasses.asdict(here),
             "options": [dataclasses.asdict(option) | {"total": option.need.total} for option in options],
@@ -217,7 +219,13 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         rows["run"] = length
     else:
         mean = ", mean of all phases" if recipe.phases else ""
-        rows["time per step"] = f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} %{mean} (predicted by a roofline)"
+        limit = "host" if here.host_s > here.kernels_s else "kernels"
+        rows["time per step"] = (
+            f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} %{mean}; the {limit} limit{'s' * (limit == 'host')} it:"
+            f" kernels {here.kernels_s:.3f} s, host {here.host_s:.3f} s; {here.graphs_s:.3f} s if CUDA graphs replay"
+            " the model"
+        )
+        rows["these times"] = f"{basis(target.device)}; assumed: communication, checkpoints"
         cost = "" if here.money is None else f", costs {here.money:,.0f}"
         length = length if planner.steps else "one step"
         rows["run"] = f"{length}: {here.days:.2f} days, {here.rank_hours:,.0f} GPU hours{cost}"

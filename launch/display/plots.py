@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 from vimscale.errors import LaunchError, shortened
+from vimscale.estimate.calibration import RATES
 from vimscale.storage import files
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
     for time in others:
         time.loglog(counts, [row.days for row in rows], "o-", label="days")
         time.loglog(counts, [row.rank_hours / 1000 for row in rows], "s--", label="thousand GPU hours")
-        time.set(xlabel="GPUs", title="predicted by a roofline")
+        calibrated = device is not None and device.name in RATES
+        time.set(xlabel="GPUs", title="predicted" + ("" if calibrated else ", not calibrated"))
         time.legend(frameon=False, fontsize=8)
     _save(figure, path)

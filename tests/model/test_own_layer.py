@@ -130,7 +130,7 @@ def test_parameters_operations_and_memory_are_counted(mine: Path, changes: tuple
     names = {p.name for p in zero_layout.parameters(config, chosen, 3, 1)}
     assert {"blocks.1.mixer.own.weight", "blocks.2.mixer.own.mix.weight"} < names
     levels: Any = ["none"] * 4
-    assert activations.passes(config, levels, 8, "fp32", None, "cpu", chosen.objective).with_gradients > 0
+    assert activations.passes(config, levels, 8, "fp32", "cpu", chosen.objective).with_gradients > 0
 
 
 def test_initial_values_are_the_modules_own_and_vectors_do_not_decay(mine: Path) -> None:

@@ -135,8 +135,7 @@ def test_plans_count_the_parameters_and_the_pass_of_an_objective() -> None:
     assert {p.name for p in ours} - {p.name for p in theirs} == {"objective.head.weight", "objective.head.bias"}
     levels: Any = ["none"] * len(config.layers)
     passes = [
-        activations.passes(config, levels, 8, "fp32", None, "cpu", one.objective).with_gradients
-        for one in (chosen, plain)
+        activations.passes(config, levels, 8, "fp32", "cpu", one.objective).with_gradients for one in (chosen, plain)
     ]
     assert all(size > 0 for size in passes)
     assert passes[0] != passes[1]

@@ -1,4 +1,4 @@
-"""Memory and time of a micro-batch, counted with fake tensors: a forward and a backward pass that allocate nothing.
+"""Memory and work of a micro-batch, counted with fake tensors: a forward and a backward pass that allocate nothing.
 
 The real model and objective run under `FakeTensorMode`. A ledger adds every storage that is allocated, inside our own
 operations too, and subtracts it when its last user frees it. A deep model repeats a few kinds of layers, so only a
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from vimscale import ops
 from vimscale.errors import LaunchError
-from vimscale.estimate import roofline
-from vimscale.estimate.devices import Device
+from vimscale.estimate import work
+from vimscale.estimate.work import Work
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.vim import Gather, Recompute
 from vimscale.objectives.base import Inputs, Learner, Sample
@@ -36,7 +36,7 @@ Backend = Literal["cpu", "triton"]
 @dataclass(frozen=True)
 class Passes:
     """The forward and the backward pass of a micro-batch: bytes in addition to the model, its images and what earlier
-    micro-batches left; and time.
+    micro-batches left; and what the device has to do.
     """
 
     kept: int
@@ -49,8 +49,7 @@ class Passes:
     """The most bytes in the backward pass of the first layer and the embedding: they are in use when the last gradients
     arrive.
     """
-    seconds: float
-    """Time on the device, one operation after the other."""
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,18 @@ class _Entry:
     gradients_peak: int
     """As `peak`, with the gradients that the section has computed so far."""
     gradients: int
-    seconds: float
+    work: Work
 
 
 class _Ledger(TorchDispatchMode):
     """Adds up the bytes of live storages as operations allocate them."""
 
-    def __init__(self, there: Iterable[Tensor], leaves: bool, device: Device | None) -> None:
+    def __init__(self, there: Iterable[Tensor], leaves: bool) -> None:
         """`there`: tensors that exist already and do not count. `leaves`: whether to look into our innermost operations
         too.
         """
         super().__init__()
-        self._leaves, self._device = leaves, device
+        self._leaves = leaves
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
         self.entries: list[_Entry] = []
         self._live = self._gradients = 0
@@ -82,7 +81,7 @@ class _Ledger(TorchDispatchMode):
     def _start(self) -> None:
         self._first, self._first_gradients = self._live, self._gradients
         self._peak, self._gradients_peak = self._live, self._live + self._gradients
-        self._seconds = 0.0
+        self._work: list[Work] = []
 
     def cut(self) -> None:
         """End a section and begin the next."""
@@ -92,7 +91,7 @@ class _Ledger(TorchDispatchMode):
                 self._live - self._first,
                 self._gradients_peak - self._first - self._first_gradients,
                 self._gradients - self._first_gradients,
-                self._seconds,
+                work.total(self._work),
             )
         )
         self._start()
@@ -111,8 +110,8 @@ class _Ledger(TorchDispatchMode):
                 out = OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
-            if self._device is not None:
-                self._seconds += roofline.operation(self._device, func, args, kwargs or {}, out)
+            if (done := work.of_operation(func, args, kwargs or {}, out)) is not None:
+                self._work.append(done)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
@@ -147,19 +146,17 @@ def passes(
     levels: Sequence[Recompute],
     batch: int,
     precision: str,
-    device: Device | None,
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
 ) -> Passes:
     """Count a micro-batch of `batch` images, with each layer at its level of recomputation, for the kernels of
-    `backend`. It leaves out what Triton's launchers allocate, because they do not run without a GPU. Without a device,
-    the time is 0.
+    `backend`. It leaves out what Triton's launchers allocate, because they do not run without a GPU.
 
     Raises:
         LaunchError: the objective cannot be counted with fake tensors.
     """
     short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
-    return _added_up(_entries(short, short_levels, batch, precision, device, backend, options), kinds_in_order)
+    return _added_up(_entries(short, short_levels, batch, precision, backend, options), kinds_in_order)
 
 
 def estimate(
@@ -167,21 +164,19 @@ def estimate(
     levels: Sequence[Recompute],
     batch: int,
     precision: str,
-    device: Device | None,
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
 ) -> Passes:
-    """As `passes`, extrapolated from 8 and 16 images: bytes and time are linear in the number of images."""
+    """As `passes`, extrapolated from 8 and 16 images: bytes and work are linear in the number of images."""
     short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
-    few, more = (_entries(short, short_levels, b, precision, device, backend, options) for b in (8, 16))
-
-    def at(a: float, b: float) -> Any:
-        return a + (b - a) * (batch - 8) / 8
-
-    entries = [
-        _Entry(*(at(a, b) for a, b in zip(dataclasses.astuple(x), dataclasses.astuple(y), strict=True)))
-        for x, y in zip(few, more, strict=True)
-    ]
+    few, more = (_entries(short, short_levels, b, precision, backend, options) for b in (8, 16))
+    share = (batch - 8) / 8
+    entries = []
+    for x, y in zip(few, more, strict=True):
+        *sizes, work_of_few = vars(x).values()
+        *others, work_of_more = vars(y).values()
+        sizes = [a + (b - a) * share for a, b in zip(sizes, others, strict=True)]
+        entries.append(_Entry(*[*sizes, work_of_few.toward(work_of_more, share)]))
     return _added_up(entries, kinds_in_order)
 
 
@@ -206,7 +201,7 @@ def _added_up(entries: list[_Entry], kinds_in_order: list[int]) -> Passes:
         with_gradients = max(with_gradients, live + gradients + entry.gradients_peak)
         live += entry.change
         gradients += entry.gradients
-    return Passes(round(kept), round(peak), round(with_gradients), round(end), sum(entry.seconds for entry in passed))
+    return Passes(round(kept), round(peak), round(with_gradients), round(end), work.total(e.work for e in passed))
 
 
 def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimConfig, tuple[Recompute, ...], list[int]]:
@@ -252,7 +247,6 @@ def _entries(
     levels: tuple[Recompute, ...],
     batch: int,
     precision: str,
-    device: Device | None,
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
 ) -> list[_Entry]:
@@ -273,7 +267,7 @@ def _entries(
             backward=[0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None,
         )
         given = [t for t in tree_leaves((inputs.images, inputs.targets, inputs.views, inputs.draws)) if t is not None]
-        ledger = _Ledger([*model.parameters(), *model.buffers(), *given], backend == "cpu", device)
+        ledger = _Ledger([*model.parameters(), *model.buffers(), *given], backend == "cpu")
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(ledger.take_gradient)
 

@@ -1,7 +1,8 @@
 """What a recipe will need, take and cost on a given machine, before it runs: memory, communication, time, money.
 
 Bytes of the model's states follow from DeepSpeed's layout (`zero_layout`); those of activations are counted with fake
-tensors (`activations`); times are predictions (`roofline`).
+tensors (`activations`); times are predictions (`roofline`), from rates that were measured where somebody has done so
+(`calibration`).
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ from vimscale.engine import flat, recompute, zero_layout
 from vimscale.engine.zero_layout import Held, Sent
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.estimate import activations as memory
-from vimscale.estimate import roofline
+from vimscale.estimate import calibration, roofline
 from vimscale.estimate.activations import Backend, Passes
 from vimscale.estimate.devices import Device
-from vimscale.estimate.roofline import Fabric
+from vimscale.estimate.roofline import Fabric, Step
+from vimscale.estimate.work import update
 from vimscale.model import VimConfig
 from vimscale.model.cost import flops
 from vimscale.model.vim import Recompute
@@ -96,7 +98,15 @@ class Outlook:
     fits: bool
     sent: Sent
     step_s: float
-    """Seconds per step; this and the next four are means over all phases, or their sums."""
+    """Seconds per step, with every launch issued by the host; this and the next seven are means over all phases, or
+    their sums.
+    """
+    kernels_s: float
+    """Seconds of the device's kernels per step."""
+    host_s: float
+    """Seconds that the host needs to issue a step; if this is more than `kernels_s`, the device waits."""
+    graphs_s: float
+    """As `step_s`, if the model's launches are replayed from CUDA graphs."""
     mfu: float
     days: float
     rank_hours: float
@@ -186,8 +196,8 @@ class Planner:
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
-        precision, target = self.recipe.parallel.precision, self.target
-        return count(config, levels, micro, precision, target.device, target.backend, self.recipe.objective)
+        precision, backend = self.recipe.parallel.precision, self.target.backend
+        return count(config, levels, micro, precision, backend, self.recipe.objective)
 
     def most(self, zero: int, rule: str, micro: int, accumulation: int, world: int, *, exact: bool) -> Need:
         """The need of the phase that needs the most; `micro`: images for a batch of the recipe's own size."""
@@ -241,12 +251,15 @@ class Planner:
         sent = zero_layout.sent(
             self.parameters(zero, world), zero, world, accumulation, persist=self.recipe.parallel.persist
         )
-        seconds, work = 0.0, 0.0
+        seconds, kernels, host, graphs, work = 0.0, 0.0, 0.0, 0.0, 0.0
         starts = self._starts()
         ends = [*starts[1:], self.steps or starts[-1] + 1]
         for start, end in zip(starts, ends, strict=True):
-            step_s = self._step(start, rule, micro, accumulation, zero, world, sent)
-            seconds += (end - start) * step_s
+            step = self._step(start, rule, micro, accumulation, zero, world, sent)
+            seconds += (end - start) * step.seconds(zero, graphs=False)
+            graphs += (end - start) * step.seconds(zero, graphs=True)
+            kernels += (end - start) * step.kernels
+            host += (end - start) * step.host
             work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
         device, price = self.target.device, self.target.price
         hours = seconds / 3600
@@ -259,6 +272,9 @@ class Planner:
             fits=fits,
             sent=sent,
             step_s=seconds / ends[-1],
+            kernels_s=kernels / ends[-1],
+            host_s=host / ends[-1],
+            graphs_s=graphs / ends[-1],
             mfu=work / (seconds * world * device.bf16) if device else 0.0,
             days=hours / 24,
             rank_hours=hours * world,
@@ -266,15 +282,23 @@ class Planner:
             stall_s=self.checkpoint / world / roofline.HOST,
         )
 
-    def _step(self, start: int, rule: str, micro: int, accumulation: int, zero: int, world: int, sent: Sent) -> float:
+    def _step(self, start: int, rule: str, micro: int, accumulation: int, zero: int, world: int, sent: Sent) -> Step:
         """Seconds of step `start`; 0 if the device's rates are unknown."""
         device = self.target.device
         if device is None:
-            return 0.0
+            return Step(0.0, 0.0, 0.0, 0.0)
+        rates = calibration.rates_of(device)
         config, here = self._at(start), self._micro_at(start, micro)
-        compute = accumulation * self._passes(config, rule, here, exact=False).seconds
-        updating = roofline.update(device, self.whole // (world if zero else 1))
-        return roofline.step(compute, self.target.fabric.seconds(sent, world), updating, zero)
+        work = self._passes(config, rule, here, exact=False).work * accumulation
+        work += update(self.whole // (world if zero else 1))
+        checkpoints = accumulation * self._levels(rule, config, here).count("block")
+        engine = len(self.parameters(zero, world)) * rates.engine_s
+        return Step(
+            kernels=sum(roofline.kernels(device, rates, work).values()),
+            host=roofline.host(rates, work, checkpoints) + engine,
+            engine=engine,
+            communication=self.target.fabric.seconds(sent, world),
+        )
 
     # ---- refusals
 

@@ -1,59 +1,69 @@
-"""How long a step should take: operations at the device's rates, collectives at the fabric's. Predictions only.
+"""How long a step takes: the device's kernels, the host that issues them, and collectives at the fabric's rate.
 
-An operation takes the longer of two times: its matrix products at a fraction of the data sheet's rate, and its bytes at
-a fraction of the memory's bandwidth. The fractions are what well-made kernels reach elsewhere; none was measured here.
+kernels = sum over kinds of work of amount / (fraction measured x data sheet)
+host    = launches x seconds per launch + recomputed layers x seconds + parameter tensors x seconds of the engine
+step    = max(kernels, host) if every launch is issued; max(kernels, the engine's part of host) if a CUDA graph is
+          replayed; collectives are added, or overlap at stage 3.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from vimscale.engine.zero_layout import Sent
+from vimscale.estimate.calibration import Rates, ScanRate
 from vimscale.estimate.devices import Device
+from vimscale.estimate.work import Scan, Work
 
-MATRIX = 0.6
-"""Fraction of the data sheet's matrix rate that kernels reach."""
-MEMORY = 0.8
-"""Fraction of the memory's bandwidth that kernels reach."""
+STATE = 16
+"""Numbers per channel in all measured scans."""
 FABRIC = 0.8
-"""Fraction of the links' bandwidth that collectives reach."""
+"""Fraction of the links' bandwidth that collectives reach; assumed."""
 LATENCY = 10e-6
-"""Seconds that a collective takes for each doubling of the number of ranks."""
-SCAN = {"vimscale::selective_scan": 18, "vimscale::selective_scan_backward": 40}
-"""fp32 operations that take as long as a scan takes for one token, channel and state; from the clock counts of the
-machine code in docs/kernels.md.
-"""
-_NO_WORK = {f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")}
+"""Seconds that a collective takes for each doubling of the number of ranks; assumed."""
 HOST = 25e9
-"""Bytes/s from a device to its host's memory, for checkpoints."""
-UPDATE = 28
-"""Bytes that AdamW reads and writes per element: weight, gradient and two moments in, weight and moments out."""
+"""Bytes/s from a device to its host's memory, for checkpoints; assumed."""
 
 
-def operation(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-    """Seconds of one operation on tensors of these shapes."""
-    name = func._schema.name
-    if func.is_view or name in _NO_WORK or func.namespace not in ("aten", "vimscale"):
-        return 0.0
-    if name in SCAN:
-        (k, b, length, e), n = args[0].shape, args[2].shape[-1]
-        return max(SCAN[name] * k * b * length * e * n / device.fp32, _touched(device, args, kwargs, out))
-    flops = 0
-    if func._overloadpacket in flop_registry:
-        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-    narrow = any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in args)
-    rate = device.bf16 if narrow else device.fp32
-    return max(flops / (MATRIX * rate), _touched(device, args, kwargs, out))
+def kernels(device: Device, rates: Rates, work: Work) -> dict[str, float]:
+    """Seconds of the device by kind of work."""
+    forward = sum(scan_units(device, rates.forward, scan) for scan in work.scans if not scan.backward)
+    backward = sum(scan_units(device, rates.backward, scan) for scan in work.scans if scan.backward)
+    flops = work.product_flops / device.bf16 + work.fp32_flops / device.fp32
+    touched = work.product_bytes / rates.product_bytes + work.unaligned_bytes / rates.unaligned_bytes
+    return {
+        "scan forward": forward / device.clock,
+        "scan backward": backward / device.clock,
+        "products": flops / rates.products + touched / device.bandwidth,
+        "attention": work.attention_flops / (rates.attention * device.bf16),
+        "convolution": work.convolution_bytes / (rates.convolution_bytes * device.bandwidth),
+        "gate": work.gate_bytes / (rates.gate_bytes * device.bandwidth),
+        "norm": work.norm_bytes / (rates.norm_bytes * device.bandwidth),
+        "other": work.other_bytes / (rates.other_bytes * device.bandwidth),
+    }
 
 
-def _touched(device: Device, *values: Any) -> float:
-    tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / (MEMORY * device.bandwidth)
+def programs(rate: ScanRate, scan: Scan) -> int:
+    return round(scan.directions * scan.images) * math.ceil(scan.width / rate.channels)
+
+
+def scan_units(device: Device, rate: ScanRate, scan: Scan) -> float:
+    """Clocks of a scan. Its programs run in waves: a full one holds `resident` programs on every multiprocessor, the
+    last one as many as are left. A wave takes as long as a program alone, or longer if many share a multiprocessor.
+    """
+    full, left = divmod(programs(rate, scan), rate.resident * device.processors)
+    per_step = full * _wave(rate, rate.resident)
+    if left:
+        per_step += _wave(rate, math.ceil(left / device.processors))
+    return scan.tokens * scan.state / STATE * per_step
+
+
+def _wave(rate: ScanRate, held: int) -> float:
+    return max(rate.alone, held * rate.shared)
+
+
+def host(rates: Rates, work: Work, checkpoints: int) -> float:
+    """Seconds of the host for a micro-batch; `checkpoints`: layers that are recomputed as a block."""
+    return work.launches * rates.launch_s + checkpoints * rates.checkpoint_s
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,18 @@ class Fabric:
         return around / (FABRIC * slowest) + sent.calls * LATENCY * math.log2(world)
 
 
-def update(device: Device, elements: int) -> float:
-    """Seconds that AdamW takes for a rank's `elements`."""
-    return UPDATE * elements / (MEMORY * device.bandwidth)
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step, by what limits it."""
 
+    kernels: float
+    host: float
+    """Of the host, to issue every launch; includes `engine`."""
+    engine: float
+    """Of the host, for what a CUDA graph of the model does not contain."""
+    communication: float
 
-def step(compute: float, communication: float, updating: float, zero: int) -> float:
-    """Seconds of a step. DeepSpeed overlaps communication with the backward pass at stage 3 only."""
-    return (max(compute, communication) if zero == 3 else compute + communication) + updating
+    def seconds(self, zero: int, *, graphs: bool) -> float:
+        """DeepSpeed overlaps communication with the backward pass at stage 3 only."""
+        compute = max(self.kernels, self.engine if graphs else self.host)
+        return max(compute, self.communication) if zero == 3 else compute + self.communication
