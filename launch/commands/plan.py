@@ -206,7 +206,8 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         f" {_size(held.weights)}, AdamW {_size(held.optimizer)}, moving average {_size(held.ema)}",
         "gradients per rank": f"{_size(held.gradients)} at the end of a step",
         "peak per rank": f"{_size(need.total)}: states, {_size(need.activations)} activations, {_size(need.buckets)}"
-        f" buckets, {_size(need.gathered)} gathered, {_size(need.gradients)} gradients",
+        f" buckets, {_size(need.gathered)} gathered, {_size(need.gradients)} gradients, {_size(need.graphs)} for CUDA"
+        " graphs",
         "communication": ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items() if size) or "none",
         "checkpoint": f"{_size(planner.checkpoint)}, stops training for {here.stall_s:.2f} s (predicted)",
     }
@@ -219,11 +220,11 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         rows["run"] = length
     else:
         mean = ", mean of all phases" if recipe.phases else ""
-        limit = "host" if here.host_s > here.kernels_s else "kernels"
+        replays = planner.replays(recipe.parallel.zero)
         rows["time per step"] = (
-            f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} %{mean}; the {limit} limit{'s' * (limit == 'host')} it:"
-            f" kernels {here.kernels_s:.3f} s, host {here.host_s:.3f} s; {here.graphs_s:.3f} s if CUDA graphs replay"
-            " the model"
+            f"{here.step_s:.3f} s, MFU {100 * here.mfu:.0f} %{mean}: kernels {here.kernels_s:.3f} s, launches"
+            f" {here.host_s:.3f} s of the host unless CUDA graphs replay them; {here.other_s:.3f} s"
+            f" {'without' if replays else 'with'} graphs"
         )
         rows["these times"] = f"{basis(target.device)}; assumed: communication, checkpoints"
         cost = "" if here.money is None else f", costs {here.money:,.0f}"

@@ -66,10 +66,12 @@ class Need:
     """Parameters that stage 3 has gathered."""
     activations: int
     images: int
+    graphs: int
+    """What CUDA graphs hold twice: gradients, and a micro-batch."""
 
     @property
     def total(self) -> int:
-        parts = (self.gradients, self.buckets, self.gathered, self.activations, self.images)
+        parts = (self.gradients, self.buckets, self.gathered, self.activations, self.images, self.graphs)
         return self.held.between_steps + sum(parts)
 
 
@@ -98,15 +100,13 @@ class Outlook:
     fits: bool
     sent: Sent
     step_s: float
-    """Seconds per step, with every launch issued by the host; this and the next seven are means over all phases, or
-    their sums.
-    """
+    """Seconds per step; this and the next seven are means over all phases, or their sums."""
     kernels_s: float
     """Seconds of the device's kernels per step."""
     host_s: float
-    """Seconds that the host needs to issue a step; if this is more than `kernels_s`, the device waits."""
-    graphs_s: float
-    """As `step_s`, if the model's launches are replayed from CUDA graphs."""
+    """Seconds that the host needs to issue a step without graphs; if this is more than `kernels_s`, the device waits."""
+    other_s: float
+    """As `step_s`, without CUDA graphs if the recipe has them, and with them if not."""
     mfu: float
     days: float
     rank_hours: float
@@ -175,7 +175,13 @@ class Planner:
             else:
                 peak = min(passes.with_gradients, passes.peak + slices // 2)
             activations = max(peak, slices, copied, held.gradients + reducing - gradients - bucket)
-        return Need(held, gradients, bucket, gathered, activations, images)
+        graphs = whole + images * 4 // 5 if self.replays(zero) else 0
+        return Need(held, gradients, bucket, gathered, activations, images, graphs)
+
+    def replays(self, zero: int) -> bool:
+        """Whether micro-steps are CUDA graphs."""
+        able = self.target.device is not None and zero < 3 and not self.recipe.augment.buckets
+        return able and self.recipe.parallel.graphs == "auto"
 
     def _held(self, zero: int, world: int) -> Held:
         if (zero, world) not in self._known:
@@ -251,13 +257,14 @@ class Planner:
         sent = zero_layout.sent(
             self.parameters(zero, world), zero, world, accumulation, persist=self.recipe.parallel.persist
         )
-        seconds, kernels, host, graphs, work = 0.0, 0.0, 0.0, 0.0, 0.0
+        replays = self.replays(zero)
+        seconds, kernels, host, other_s, work = 0.0, 0.0, 0.0, 0.0, 0.0
         starts = self._starts()
         ends = [*starts[1:], self.steps or starts[-1] + 1]
         for start, end in zip(starts, ends, strict=True):
             step = self._step(start, rule, micro, accumulation, zero, world, sent)
-            seconds += (end - start) * step.seconds(zero, graphs=False)
-            graphs += (end - start) * step.seconds(zero, graphs=True)
+            seconds += (end - start) * step.seconds(zero, graphs=replays)
+            other_s += (end - start) * step.seconds(zero, graphs=not replays)
             kernels += (end - start) * step.kernels
             host += (end - start) * step.host
             work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
@@ -274,7 +281,7 @@ class Planner:
             step_s=seconds / ends[-1],
             kernels_s=kernels / ends[-1],
             host_s=host / ends[-1],
-            graphs_s=graphs / ends[-1],
+            other_s=other_s / ends[-1],
             mfu=work / (seconds * world * device.bf16) if device else 0.0,
             days=hours / 24,
             rank_hours=hours * world,
