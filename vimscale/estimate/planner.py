@@ -180,7 +180,7 @@ class Planner:
 
     def replays(self, zero: int) -> bool:
         """Whether micro-steps are CUDA graphs."""
-        able = self.target.device is not None and zero < 3 and not self.recipe.augment.buckets
+        able = self.target.device is not None and zero < 3 and self.recipe.augment.buckets == 1
         return able and self.recipe.parallel.graphs == "auto"
 
     def _held(self, zero: int, world: int) -> Held:
