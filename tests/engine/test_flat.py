@@ -106,12 +106,11 @@ def test_pieces_end_where_shards_and_segments_do(monkeypatch: pytest.MonkeyPatch
 
 def test_only_weights_of_products_are_bf16() -> None:
     groups = layout(_learner(_config()), recipe.load("vim_digits_cpu").optim, 0, 1, bf16=True)
-    narrow = {name for group in groups if group.narrow for segment in group.segments for name in segment.names}
+    narrow = {name for group in groups for segment in group.segments if segment.narrow for name in segment.names}
     assert {"blocks.0.mixer.in_proj.weight", "blocks.1.mixer.dt_proj", "head.weight"} <= narrow
     assert not {name for name in narrow if name.endswith(("A_log", "D", "bias", "conv_weight", "norm.weight"))}
-    assert not any(
-        group.narrow for group in layout(_learner(_config()), recipe.load("vim_digits_cpu").optim, 0, 1, bf16=False)
-    )
+    groups = layout(_learner(_config()), recipe.load("vim_digits_cpu").optim, 0, 1, bf16=False)
+    assert not any(segment.narrow for group in groups for segment in group.segments)
 
 
 # ---- graphs: on a CPU, something that runs the same work again with the same tensors stands in for CUDA's

@@ -230,7 +230,7 @@ class Engine:
         if self._clip is not None and grads:
             # the formula of DeepSpeed's stage 3, to the bit
             excess = ((self._norm + 1e-6) / self._clip).clamp_min(1)
-            torch._foreach_mul_(self._updated_with(), 1 / excess)
+            torch._foreach_mul_(self._updated_with(), excess.reciprocal())
         self.broken_gradients = lambda: [
             name for name, norm in zip(names, norms.tolist(), strict=False) if not math.isfinite(norm)
         ]

@@ -5,8 +5,8 @@ few flat fp32 tensors. The model's parameters are views of them; while a forward
 flat tensors with a history take their place. Weights that enter nothing but matrix products are then slices of one bf16
 copy, so that a step casts once and not once a weight, and their gradients become fp32 at once as well.
 
-A *group* holds the parameters that the optimizer treats alike and whose gradients travel in one dtype, in the model's
-order. It is cut into *segments*, which get their gradients as the backward pass leaves them, and segments into
+A *group* holds the parameters that the optimizer treats alike: the weights of products, then the others, each in the
+model's order. It is cut into *segments*, which get their gradients as the backward pass leaves them, and segments into
 *pieces*, which DeepSpeed takes for parameters. There is a cut at the border of every rank's shard, so that no rank
 keeps gradients that another one needs.
 """
@@ -34,6 +34,8 @@ SHARD = 2**15
 
 @dataclass(frozen=True)
 class Segment:
+    narrow: bool
+    """Whether the model computes with these in bf16, and their gradients travel so."""
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     start: int
@@ -50,8 +52,6 @@ class Segment:
 class Group:
     kind: str
     """As the optimizer has it."""
-    narrow: bool
-    """Whether the model computes with these in bf16, and their gradients travel so."""
     segments: tuple[Segment, ...]
 
     @property
@@ -65,29 +65,34 @@ def shard_size(numel: int, world: int) -> int:
     return -(-numel // unit) * unit // world
 
 
+_Member = tuple[bool, str, torch.Size]
+"""Of a group: whether it stays fp32, name, shape."""
+
+
 def layout(learner: Learner, chosen: Optim, zero: int, world: int, *, bf16: bool) -> list[Group]:
     """How the parameters of a learner, which may be on the meta device, lie in flat tensors."""
     no_decay = learner.no_decay()
     products = learner.encoder.product_weights() if bf16 else set()
-    groups: dict[tuple[str, bool], list[tuple[str, torch.Size]]] = {}
+    groups: dict[str, list[_Member]] = {}
     for name, p in learner.trained():
-        groups.setdefault((optim.kind(name, no_decay, chosen), name in products), []).append((name, p.shape))
-    return [Group(*key, tuple(_segments(members, zero, world))) for key, members in groups.items()]
+        groups.setdefault(optim.kind(name, no_decay, chosen), []).append((name not in products, name, p.shape))
+    return [Group(kind, tuple(_segments(members, zero, world))) for kind, members in groups.items()]
 
 
-def _segments(members: Sequence[tuple[str, torch.Size]], zero: int, world: int) -> Iterator[Segment]:
-    total = sum(shape.numel() for _, shape in members)
+def _segments(members: list[_Member], zero: int, world: int) -> Iterator[Segment]:
+    members = sorted(members, key=lambda member: member[0])  # stable: the model's order otherwise
+    total = sum(shape.numel() for *_, shape in members)
     shard = shard_size(total, world)
     if zero == 0 or shard < SHARD:
         shard = total
-    start, inside = 0, list[tuple[str, torch.Size]]()
-    for i, member in enumerate(members):
+    start, inside = 0, list[_Member]()
+    for member, following in zip(members, [*members[1:], None], strict=True):
         inside.append(member)
-        end = start + sum(shape.numel() for _, shape in inside)
-        if end - start >= SEGMENT or i == len(members) - 1:
+        end = start + sum(shape.numel() for *_, shape in inside)
+        if end - start >= SEGMENT or following is None or following[0] != member[0]:
             cuts = [start, *(cut for cut in range(shard, total, shard) if start < cut < end), end]
-            names, shapes = zip(*inside, strict=True)
-            yield Segment(names, shapes, start, tuple(b - a for a, b in pairwise(cuts)))
+            wide, names, shapes = zip(*inside, strict=True)
+            yield Segment(not wide[0], names, shapes, start, tuple(b - a for a, b in pairwise(cuts)))
             start, inside = end, []
 
 
@@ -151,8 +156,12 @@ class FlatLearner(nn.Module):
         self.pieces = nn.ModuleList()
         for group in groups:
             flat = torch.cat([self._own[name].detach().reshape(-1) for each in group.segments for name in each.names])
-            parts = flat.split([size for segment in group.segments for size in segment.pieces])
-            self.pieces.append((NarrowPieces if group.narrow else nn.ParameterList)(map(nn.Parameter, parts)))
+            parts = iter(flat.split([size for segment in group.segments for size in segment.pieces]))
+            segments = nn.ModuleList()
+            for segment in group.segments:
+                own = islice(parts, len(segment.pieces))
+                segments.append((NarrowPieces if segment.narrow else nn.ParameterList)(map(nn.Parameter, own)))
+            self.pieces.append(segments)
         self.adopt()
 
     @property
@@ -189,10 +198,10 @@ class FlatLearner(nn.Module):
 
     def _segments(self) -> Iterator[tuple[int, Segment, list[nn.Parameter]]]:
         """The number of the group, a segment, and its pieces."""
-        for i, (group, pieces) in enumerate(zip(self.groups, self.pieces, strict=True)):
-            following = iter(pieces.parameters())
-            for segment in group.segments:
-                yield i, segment, [*islice(following, len(segment.pieces))]
+        for i, group in enumerate(self.groups):
+            lists: Any = self.pieces[i]
+            for segment, pieces in zip(group.segments, lists, strict=True):
+                yield i, segment, [*pieces.parameters()]
 
     def places(self) -> Iterator[Place]:
         for i, segment, pieces in self._segments():
@@ -241,12 +250,9 @@ class FlatLearner(nn.Module):
 
     def _install(self) -> None:
         """Put slices in the place of the learner's own parameters."""
-        weights = [
-            memory.bfloat16() if group.narrow else memory
-            for group, memory in zip(self.groups, self.memory, strict=True)
-        ]
         for i, segment, pieces in self._segments():
-            part = weights[i][segment.start : segment.start + sum(segment.pieces)]
+            part = self.memory[i][segment.start : segment.start + sum(segment.pieces)]
+            part = part.bfloat16() if segment.narrow else part
             for name, value in zip(segment.names, _Slices.apply(segment, part, *pieces), strict=True):
                 self._put(name, value)
 

@@ -81,7 +81,7 @@ def parameters(config: VimConfig, recipe: Recipe, zero: int, world: int) -> tupl
     if zero < 3:
         groups = flat.layout(model, recipe.optim, zero, world, bf16=bf16)
         return tuple(
-            Parameter(group.kind, numel, number, group.narrow)
+            Parameter(group.kind, numel, number, segment.narrow)
             for number, group in enumerate(groups)
             for segment in group.segments
             for numel in segment.pieces

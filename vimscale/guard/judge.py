@@ -82,7 +82,7 @@ class Judge:
         self._spike = math.inf if options.spike is None else options.spike
         self._window = torch.zeros(2, options.window, device=device)
         self._good = torch.zeros(1, dtype=torch.int64, device=device)
-        self._row = torch.zeros((), device=device)
+        self._row = torch.zeros(1, device=device)
 
     def __call__(self, seen: Tensor) -> Tensor:
         """Judge a step. seen (2): loss and gradient norm, the same on every rank -> (8): 1 if bad, else 0; bad steps in
@@ -91,15 +91,15 @@ class Judge:
         size = self._window.shape[1]
         median = _median(self._window)
         deviation = _median((self._window - median[:, None]).abs()) * _NORMAL
-        full = self._good >= size
-        z = torch.where(full, (seen - median) / deviation.clamp_min(_FLOOR * median.abs()), 0.0)
-        bad = ~((seen.abs() < math.inf) & (z <= self._spike)).all()
+        filling = self._good < size
+        z = ((seen - median) / deviation.clamp_min(_FLOOR * median.abs())).masked_fill(filling, 0.0)
+        sound = ((seen.abs() < math.inf) & (z <= self._spike)).all()[None]
         slot = self._good % size
-        self._window.index_copy_(1, slot, torch.where(bad, self._window.index_select(1, slot), seen[:, None]))
-        self._good += ~bad
+        self._window.index_copy_(1, slot, torch.where(sound, seen[:, None], self._window.index_select(1, slot)))
+        self._good += sound
+        bad = (~sound).to(seen.dtype)
         self._row = (self._row + 1) * bad
-        known = torch.where(full, median, math.nan)
-        return torch.cat([torch.stack([bad.to(seen.dtype), self._row]), seen, z, known])
+        return torch.cat([bad, self._row, seen, z, median.masked_fill(filling, math.nan)])
 
     def forget(self) -> None:
         """Empty the window: old statistics no longer apply."""

@@ -429,7 +429,8 @@ class VisionMamba(nn.Module):
     def _pool(self, x: Tensor, grid: Grid) -> Tensor:
         slots = layout(self.config, grid)
         if self.config.pooling == "cls":
-            return torch.stack([x[:, position] for position in slots.cls]).mean(dim=0)
+            tokens = [x[:, position] for position in slots.cls]
+            return tokens[0] if len(tokens) == 1 else torch.stack(tokens).mean(dim=0)
         if self.config.pooling == "registers":
             registers = torch.stack([x[:, position] for position in slots.registers], dim=1)
             if self.neck is None or self.neck_norm is None:

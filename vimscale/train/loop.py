@@ -98,7 +98,7 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
         draws = distributed.draws(recipe.seed, step, recipe.batch_at(step), len(config.layers))
     backward = distributed.backward_parts(config, recipe.seed, step)
     probing = (step + 1) % recipe.log.every == 0
-    loss = torch.zeros((), device=engine.device)
+    loss: Tensor | None = None
     micros: list[Micro] = []
     for part in range(cut.accumulation):
         images, targets, batch = run.prefetcher.take()
@@ -110,15 +110,17 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
         part_loss, figures = engine.loss(Inputs(images, targets, batch.views, mine, backward))
         probes, engine.encoder.probes = engine.encoder.probes, None
         engine.backward(part_loss)
-        loss += part_loss.detach() / cut.accumulation
+        share = part_loss.detach() / cut.accumulation if cut.accumulation > 1 else part_loss.detach()
+        loss = share if loss is None else loss + share
         run.curve.add_figures(figures)
         engine.step(rate, partial(guard.judge, loss))
         run.prefetcher.ahead()
+    applied = guard.applied
     if run.ema is not None and recipe.optim.ema is not None:
-        run.ema.update((1 - optim.ema_decay(recipe.optim.ema, step)) * guard.applied)
+        run.ema.update((1 - optim.ema_decay(recipe.optim.ema, step)) * applied)
     run.step += 1
     with torch.no_grad():
-        run.objective.after_update(engine.model, run.step, guard.applied)
+        run.objective.after_update(engine.model, run.step, applied)
     guard.keep(Record(run.step, micros, engine.broken_gradients))
     heartbeat.beat("step", run.step)
     run.curve.add(guard.loss, rate)
