@@ -4,7 +4,9 @@ Without this they are compiled one after the other when the first forward and ba
 """
 
 import dataclasses
+import logging
 import platform
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,13 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
 
 
+log = logging.getLogger(__name__)
+
+
 class CompileAhead:
-    """Starts to compile at once on a GPU; does nothing on a CPU, whose kernels are cached elsewhere."""
+    """Starts to compile at once on a GPU; does nothing on a CPU, whose kernels are cached elsewhere. It only saves time:
+    after any error the first step compiles.
+    """
 
     def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device, threads: int):
         self._compiler: Precompiler | None = None
@@ -31,8 +38,13 @@ class CompileAhead:
         dist.all_gather_object(nodes, platform.node())
         index = nodes[: dist.get_rank()].count(node)
         self._compiler = Precompiler(threads, index, nodes.count(node))
-        with self._compiler.recording():
-            rehearse(config, recipe, dist.get_world_size(), device)
+        world, compiler = dist.get_world_size(), self._compiler
+
+        def record() -> None:
+            with compiler.recording():
+                rehearse(config, recipe, world, device)
+
+        self._works = self._try(record)
         torch.cuda.empty_cache()
 
     def finish(self) -> None:
@@ -42,9 +54,18 @@ class CompileAhead:
         """
         if self._compiler is None:
             return
-        self._compiler.compile_own()
+        self._works = self._works and self._try(self._compiler.compile_own)
         dist.barrier()
-        self._compiler.finish()
+        if self._works:
+            self._try(self._compiler.finish)
+
+    def _try(self, work: Callable[[], object]) -> bool:
+        try:
+            work()
+        except Exception as error:  # of any kind: what the rehearsal meets, the first step meets again if it is real
+            log.warning("kernels cannot be compiled ahead; the first step compiles them: %s", error)
+            return False
+        return True
 
 
 def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device) -> None:
