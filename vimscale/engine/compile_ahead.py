@@ -21,13 +21,12 @@ from vimscale.ops import Precompiler
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
 
-
 log = logging.getLogger(__name__)
 
 
 class CompileAhead:
-    """Starts to compile at once on a GPU; does nothing on a CPU, whose kernels are cached elsewhere. It only saves time:
-    after any error the first step compiles.
+    """Starts to compile at once on a GPU; does nothing on a CPU, whose kernels are cached elsewhere. After an error, the
+    first step compiles.
     """
 
     def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device, threads: int):

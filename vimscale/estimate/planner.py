@@ -104,7 +104,7 @@ class Outlook:
     kernels_s: float
     """Seconds of the device's kernels per step."""
     host_s: float
-    """Seconds that the host needs to issue a step without graphs; if this is more than `kernels_s`, the device waits."""
+    """Seconds that the host needs to issue a step without graphs; beyond `kernels_s`, the device waits for it."""
     other_s: float
     """As `step_s`, without CUDA graphs if the recipe has them, and with them if not."""
     mfu: float
