@@ -35,8 +35,9 @@ FORWARD_GROUPS, FORWARD_ROWS = 8, 8
 # The backward kernel carries window, gradients and sums from batch to batch of rows, and loads the next batch before it
 # computes this one. Long groups have fewer rows where two overlap and fewer partial sums; short ones are more programs.
 # PROGRAMS fill 132 multiprocessors three times with four programs of four warps. A batch is the number of rows that
-# wastes fewer; packed sequences always take the last, since more comparisons of images exceed gfx942's registers.
-BACKWARD_GROUPS, BACKWARD_ROWS = 4, (5, 4)
+# wastes fewer; packed sequences always take the last: with more comparisons of images, registers spill on sm_100 and
+# gfx942.
+BACKWARD_GROUPS, BACKWARD_ROWS = 4, (5, 3)
 BACKWARD_TOKENS, PROGRAMS = (16, 64), 1536
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -100,7 +101,8 @@ def _backward_tiles(b: int, length: int, blocks: int, packed: bool) -> tuple[int
     most, fewest = (triton.cdiv(length, BACKWARD_GROUPS * tokens) for tokens in BACKWARD_TOKENS)
     tiles = min(max(triton.cdiv(PROGRAMS, blocks * b), fewest), most)
     tokens = triton.cdiv(length, BACKWARD_GROUPS * tiles)
-    tile, rows = min((triton.cdiv(tokens, rows) * rows, rows) for rows in BACKWARD_ROWS[-packed:])
+    rows = min(BACKWARD_ROWS[-packed:], key=lambda rows: -tokens % rows)
+    tile = triton.cdiv(tokens, rows) * rows
     return triton.cdiv(length, BACKWARD_GROUPS * tile), tile, rows
 
 
