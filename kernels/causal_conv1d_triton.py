@@ -35,8 +35,9 @@ FORWARD_GROUPS, FORWARD_ROWS = 8, 8
 # The backward kernel carries window, gradients and sums from batch to batch of rows, and loads the next batch before it
 # computes this one. Long groups have fewer rows where two overlap and fewer partial sums; short ones are more programs.
 # PROGRAMS fill 132 multiprocessors three times with four programs of four warps. A batch is the number of rows that
-# wastes fewer; packed sequences always take the last, since more comparisons of images exceed gfx942's registers.
-BACKWARD_GROUPS, BACKWARD_ROWS = 4, (5, 4)
+# wastes fewer; packed sequences always take the last: with more comparisons of images, registers spill on sm_100 and
+# gfx942.
+BACKWARD_GROUPS, BACKWARD_ROWS = 4, (5, 3)
 BACKWARD_TOKENS, PROGRAMS = (16, 64), 1536
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -89,7 +90,8 @@ def backward(
     with torch.cuda.device_of(x):
         causal_conv1d_bwd_kernel[tile_grid(grid, large)](
             x, weight, bias, image, dy, dx, parts, length, tile, x.stride(0), dx.stride(0), e, x.stride(1),
-            dx.stride(1), *_constants(reverse, k, silu, BACKWARD_GROUPS, rows), LARGE=large, **LAUNCH,
+            dx.stride(1), *_constants(reverse, k, silu, BACKWARD_GROUPS, rows), EARLY=_early(k, rows), LARGE=large,
+            **LAUNCH,
         )  # fmt: skip
     return dx, parts.sum(0)
 
@@ -99,12 +101,18 @@ def _backward_tiles(b: int, length: int, blocks: int, packed: bool) -> tuple[int
     most, fewest = (triton.cdiv(length, BACKWARD_GROUPS * tokens) for tokens in BACKWARD_TOKENS)
     tiles = min(max(triton.cdiv(PROGRAMS, blocks * b), fewest), most)
     tokens = triton.cdiv(length, BACKWARD_GROUPS * tiles)
-    tile, rows = min((triton.cdiv(tokens, rows) * rows, rows) for rows in BACKWARD_ROWS[-packed:])
+    rows = min(BACKWARD_ROWS[-packed:], key=lambda rows: -tokens % rows)
+    tile = triton.cdiv(tokens, rows) * rows
     return triton.cdiv(length, BACKWARD_GROUPS * tile), tile, rows
 
 
+def _early(k: int, rows: int) -> int:
+    """How many positions a group of the backward kernel starts early: k - 1 in full batches of `rows`."""
+    return triton.cdiv(k - 1, rows) * rows
+
+
 def _constants(reverse: Sequence[bool], k: int, silu: bool, groups: int, rows: int) -> tuple[Any, ...]:
-    """The last compile-time arguments of the kernels; bit i of REVERSED is set if direction i is in reverse, and
+    """Compile-time arguments that both kernels have; bit i of REVERSED is set if direction i is in reverse, and
     2 ** TAP_BITS is the first power of two that k does not exceed.
     """
     reversed_bits = sum(bool(r) << i for i, r in enumerate(reverse))
@@ -226,11 +234,11 @@ def causal_conv1d_fwd_kernel(
 
 @triton.jit
 def _backward_position(
-    window, dwindow, numbers, image, dys, taps, biases, sums, owned,
+    window, dwindow, numbers, image, dys, taps, biases, sums,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Add one position to the gradients of the window's rows, and, where it is owned, to those of the parameters: K
-    taps in the order of the window and the bias, per direction.
+    """Add one position to the gradients of the window's rows, and to those of the parameters: K taps in the order of
+    the window and the bias, per direction.
     """
     sums_so_far, sums = sums, ()
     for d in tl.static_range(DIRECTIONS):
@@ -240,14 +248,13 @@ def _backward_position(
             gate = sigmoid(pre)
             dpre *= gate
             dpre += dpre * (pre - pre * gate)
-        dpre_owned = tl.where(owned, dpre, 0.0)
         dwindow_so_far, dwindow = dwindow, ()
         for j in tl.static_range(K):
             so_far = dwindow_so_far[j]
             dwindow += (_within_image(so_far + taps[d][j] * dpre, so_far, image, numbers, j, (REVERSED >> d) & 1),)
             seen = _within_image(window[j], 0.0, image, numbers, j, (REVERSED >> d) & 1)
-            sums += (sums_so_far[d * (K + 1) + j] + dpre_owned * seen,)
-        sums += (sums_so_far[d * (K + 1) + K] + dpre_owned,)
+            sums += (sums_so_far[d * (K + 1) + j] + dpre * seen,)
+        sums += (sums_so_far[d * (K + 1) + K] + dpre,)
     return dwindow, sums
 
 
@@ -256,38 +263,37 @@ def causal_conv1d_bwd_kernel(
     x, weight, bias, image, dy, dx, parts, length, tile, x_b_stride, dx_b_stride,
     E: tl.constexpr, X_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr,
     DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, K: tl.constexpr, TAP_BITS: tl.constexpr, SILU: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Compute `tile` rows of dx per group. A row is complete when the window has left it, so a group starts k - 1
-    positions early. What these add to the parameters' gradients belongs to the previous group, if there is one.
+    positions or more early, in full batches. What these add to the parameters' gradients belongs to the previous group,
+    if there is one.
     """
     block, number, b, tiles, images = tile_program(tl.cdiv(E, CHANNELS), tl.cdiv(length, GROUPS * tile), LARGE)
     b = b.to(tl.int64)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     inside = channel < E
     begin = token_number((number * GROUPS + tl.arange(0, GROUPS)[:, None]) * tile, LARGE)
-    first = begin - (K - 1)
+    first = begin - EARLY
     end = tl.minimum(begin + tile, length)
     x_end = tl.minimum(begin + tile + (K - 1), length)
     if image is not None:
         image += b * length
 
     x_rows = x + b * x_b_stride + first * X_STRIDE + channel
-    early_rows = _load_rows(x_rows, first, x_end, inside, X_STRIDE, 2 * (K - 1))
-    x_rows += 2 * (K - 1) * X_STRIDE
-    rows = _load_rows(x_rows, begin + (K - 1), x_end, inside, X_STRIDE, ROWS)
-    early_numbers = _load_numbers(image, first, length, 2 * (K - 1))
-    row_numbers = _load_numbers(image, begin + (K - 1), length, ROWS)
-    early_dys = ()
+    early_rows = _load_rows(x_rows, first, x_end, inside, X_STRIDE, K - 1)
+    early_numbers = _load_numbers(image, first, length, K - 1)
+    x_rows += (K - 1) * X_STRIDE
+    rows = _load_rows(x_rows, first + (K - 1), x_end, inside, X_STRIDE, ROWS)
+    row_numbers = _load_numbers(image, first + (K - 1), length, ROWS)
     dys = ()
     dy_rows = ()
     for d in tl.static_range(DIRECTIONS):
-        token = first if (REVERSED >> d) & 1 else begin
+        token = first + (0 if (REVERSED >> d) & 1 else K - 1)
         dy_end = end if (REVERSED >> d) & 1 else x_end
-        pointer = dy + (d * images + b) * length * E + token * E + channel
-        early_dys += (_load_rows(pointer, token, dy_end, inside, E, K - 1),)
-        dy_rows += (pointer + (K - 1) * E,)
-        dys += (_load_rows(dy_rows[d], token + (K - 1), dy_end, inside, E, ROWS),)
+        dy_rows += (dy + (d * images + b) * length * E + token * E + channel,)
+        dys += (_load_rows(dy_rows[d], token, dy_end, inside, E, ROWS),)
     all_taps, biases = _load_taps(weight, bias, block, E, DIRECTIONS, K, TAP_BITS, CHANNELS)
     taps = ()
     for d in tl.static_range(DIRECTIONS):
@@ -304,22 +310,8 @@ def causal_conv1d_bwd_kernel(
     sums = ()
     for _ in tl.static_range(DIRECTIONS * (K + 1)):
         sums += (zero,)
-    for i in tl.static_range(K - 1):
-        window += (early_rows[K - 1 + i].to(tl.float32),)
-        numbers += (early_numbers[K - 1 + i],)
-        dwindow += (zero,)
-        position_dys = ()
-        for d in tl.static_range(DIRECTIONS):
-            position_dys += (early_dys[d][i],)
-        dwindow, sums = _backward_position(
-            window, dwindow, numbers, image, position_dys, taps, biases, sums, begin == 0, DIRECTIONS, REVERSED, K, SILU
-        )
-        window = window[1:]
-        numbers = numbers[1:]
-        dwindow = dwindow[1:]
-
-    dx_rows = dx + b * dx_b_stride + begin * DX_STRIDE + channel
-    for at in range(0, tile, ROWS):
+    dx_rows = dx + b * dx_b_stride + first * DX_STRIDE + channel
+    for at in range(-EARLY, tile, ROWS):
         start = begin + at
         now_rows, now_numbers, now_dys = rows, row_numbers, dys
         x_rows += ROWS * X_STRIDE
@@ -340,14 +332,18 @@ def causal_conv1d_bwd_kernel(
             for d in tl.static_range(DIRECTIONS):
                 position_dys += (now_dys[d][i],)
             dwindow, sums = _backward_position(
-                window, dwindow, numbers, image, position_dys, taps, biases, sums, True, DIRECTIONS, REVERSED, K, SILU
+                window, dwindow, numbers, image, position_dys, taps, biases, sums, DIRECTIONS, REVERSED, K, SILU
             )
-            within = inside & (start + i < end)
+            within = inside & (at >= 0) & (start + i < end)
             tl.store(dx_rows + i * DX_STRIDE, dwindow[0].to(dx.dtype.element_ty), mask=within)
             window = window[1:]
             numbers = numbers[1:]
             dwindow = dwindow[1:]
         dx_rows += ROWS * DX_STRIDE
+        if at == -ROWS:
+            sums_so_far, sums = sums, ()
+            for i in tl.static_range(DIRECTIONS * (K + 1)):
+                sums += (tl.where(begin == 0, sums_so_far[i], 0.0),)
 
     part = parts + (b * tiles + number) * DIRECTIONS * (K + 1) * E + channel
     for d in tl.static_range(DIRECTIONS):
@@ -376,7 +372,7 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
             constants = dict(zip(names, _constants((False, True), 4, True, groups, rows), strict=True))
             constants |= {"E": e, "X_STRIDE": 2 * e, "LARGE": False} | ({} if packed else {"image": None})
             if "dx" in kernel.arg_names:
-                constants["DX_STRIDE"] = 2 * e
+                constants |= {"DX_STRIDE": 2 * e, "EARLY": _early(4, rows)}
             types = activation | parameter | {"image": "*i32"} | dict.fromkeys(constants, "constexpr")
             cases.append(
                 CompileCase(
