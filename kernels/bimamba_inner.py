@@ -204,6 +204,7 @@ def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *other
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.reverse, ctx.scale, ctx.gated, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # of the outputs that are not shown: they would be zeros
 
 
 def _vjp(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
