@@ -152,8 +152,8 @@ def _inner_backward(
     D: Tensor, image: Tensor | None, projected: Tensor, x: Tensor, s: Tensor, states: Tensor, dy: Tensor,
     reverse: Sequence[bool], scale: float, gated: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of xz, of the convolution's parameters (k, w + 1, e), of x_proj and dt_proj, and of the scan's
-    parameters (k, e, n + 2), from what `_inner` kept; what it did not keep is rebuilt. Gradients of slices are written
+    """The gradients of xz, of the convolution's parameters (k e (w + 1)), of x_proj and dt_proj, and of the scan's
+    parameters (k e (n + 2)), from what `_inner` kept; what it did not keep is rebuilt. Gradients of slices are written
     into the slices of one tensor.
     """
     before, z = xz.chunk(2, dim=-1)
@@ -197,7 +197,7 @@ def _inner_backward(
 def _(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, *others: Any) -> tuple[Tensor, ...]:
     dt_proj, _, A_log, *_ = others
     (k, e, w), n = conv_weight.shape, A_log.shape[-1]
-    dconv, dscan = conv_weight.new_empty(k, w + 1, e), A_log.new_empty(k, e, n + 2)
+    dconv, dscan = conv_weight.new_empty(k * e * (w + 1)), A_log.new_empty(k * e * (n + 2))
     return xz.new_empty(xz.shape), dconv, x_proj.new_empty(x_proj.shape), dt_proj.new_empty(dt_proj.shape), dscan
 
 
@@ -207,12 +207,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)  # of the outputs that are not shown: they would be zeros
 
 
-def _vjp(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _vjp(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 14
     dxz, dconv, dx_proj, ddt_proj, dscan = _inner_backward.inside(
         *ctx.saved_tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend
     )
-    dconv_weight, dconv_bias = causal_conv1d.split_parameters(dconv)
-    dA_log, dD, dt_bias = selective_scan.split_parameters(dscan)
+    dconv_weight, dconv_bias = causal_conv1d.split_parameters(dconv, ctx.saved_tensors[1])
+    dA_log, dD, dt_bias = selective_scan.split_parameters(dscan, ctx.saved_tensors[6])
     gradients = dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dt_bias, dA_log, dD
     return *gradients, None, None, None, None, None, None
 

@@ -41,12 +41,13 @@ def reference_backward(
     *,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx (b, l, e), summed over the directions, and the gradients of the parameters (directions, k + 1, e): of the taps
-    in the order of weight's last axis, then of the bias. A given `dx` is written in place.
+    """dx (b, l, e), summed over the directions, and the gradients of weight and bias, one after the other. A given `dx`
+    is written in place.
     """
     (_, length, _), k = x.shape, weight.shape[-1]
     dpadded = _pad(torch.zeros_like(x, dtype=weight.dtype), k)
-    dparameters = weight.new_empty(len(weight), k + 1, weight.shape[1])
+    dparameters = weight.new_empty(weight.numel() + bias.numel())
+    dweight, dbias = split_parameters(dparameters, weight)
     for i, r in enumerate(reverse):
         seen = _seen(x, image, weight[i], r)
         dpre = dy[i].to(weight.dtype)
@@ -54,9 +55,9 @@ def reference_backward(
             pre = _pre_activation(seen, weight[i], bias[i])
             gate = pre.sigmoid()
             dpre = dpre * gate * (1 + pre * (1 - gate))
-        dparameters[i, k] = dpre.sum((0, 1))
+        dbias[i] = dpre.sum((0, 1))
         for j, tap in enumerate(_taps(length, k, r)):
-            dparameters[i, j] = (dpre * seen[j]).sum((0, 1))
+            dweight[i, :, j] = (dpre * seen[j]).sum((0, 1))
             dpadded[:, tap] += _within_image(dpre * weight[i, :, j], image, k, tap)
     dx = torch.empty_like(x) if dx is None else dx
     return dx.copy_(dpadded[:, k - 1 : k - 1 + length]), dparameters
@@ -118,8 +119,8 @@ def _conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, dx: Tensor, reverse: Sequence[bool],
     silu: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Writes dx (b, l, e), whose channels are contiguous. Returns the gradients of the taps and the bias, (directions,
-    k + 1, e).
+    """Writes dx (b, l, e), whose channels are contiguous. Returns the gradients of weight and bias, one after the other
+    (directions e (k + 1)).
     """
     _, backward = _implementation(backend)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -139,8 +140,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @_conv_backward.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    directions, e, k = weight.shape
-    return weight.new_empty(directions, k + 1, e)
+    directions, e, _ = weight.shape
+    return weight.new_empty(weight.numel() + directions * e)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,14 +153,15 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, image = ctx.saved_tensors
     dx = x.new_empty(x.shape)
     dparameters = _conv_backward.inside(x, weight, bias, image, dy, dx, ctx.reverse, ctx.silu, ctx.backend)
-    return dx, *split_parameters(dparameters), None, None, None, None
+    return dx, *split_parameters(dparameters, weight), None, None, None, None
 
 
-def split_parameters(dparameters: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight (directions, e, k) and the bias (directions, e), from those of taps and bias
-    (directions, k + 1, e).
+def split_parameters(dparameters: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the weight (directions, e, k) and the bias (directions, e), which lie one after the other: views
+    that are contiguous, so that nothing that collects gradients copies them once more.
     """
-    return dparameters[:, :-1].mT, dparameters[:, -1]
+    dweight, dbias = dparameters.split([weight.numel(), dparameters.numel() - weight.numel()])
+    return dweight.view(weight.shape), dbias.view(weight.shape[:2])
 
 
 _conv.register_autograd(_gradients, _setup_context)

@@ -65,8 +65,8 @@ def backward(
     if written is not dx:
         dx.copy_(written)
     total = dtaps.sum(0)[..., :e]
-    ordered = [torch.cat([t[:k].flip(0), t[k:]]) if r else t for t, r in zip(total, reverse, strict=True)]
-    return dx, torch.stack(ordered)
+    dweight = torch.stack([t[:k].flip(0).T if r else t[:k].T for t, r in zip(total, reverse, strict=True)])
+    return dx, torch.cat([dweight.flatten(), total[:, k].flatten()])
 
 
 def _items(x: Tensor) -> int:

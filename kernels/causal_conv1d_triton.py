@@ -75,8 +75,8 @@ def backward(
     *,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions, and the gradients of the parameters
-    (directions, k + 1, e) in fp32: those of the taps in the order of weight's last axis, then that of the bias.
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions, and the gradients of weight and bias
+    in fp32, one after the other.
 
     A given `dx` is written in place; its channels are contiguous, and its other strides are free.
     """
@@ -84,7 +84,7 @@ def backward(
     directions, _, k = weight.shape
     tiles, tile, rows = _backward_tiles(b, length, triton.cdiv(e, CHANNELS), image is not None)
     dx = x.new_empty(x.shape) if dx is None else dx
-    parts = weight.new_empty(b * tiles, directions, k + 1, e)
+    parts = weight.new_empty(b * tiles, directions * e * (k + 1))
     grid = triton.cdiv(e, CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1), dx.stride(1))
     with torch.cuda.device_of(x):
@@ -345,12 +345,14 @@ def causal_conv1d_bwd_kernel(
             for i in tl.static_range(DIRECTIONS * (K + 1)):
                 sums += (tl.where(begin == 0, sums_so_far[i], 0.0),)
 
-    part = parts + (b * tiles + number) * DIRECTIONS * (K + 1) * E + channel
+    part = parts + (b * tiles + number) * DIRECTIONS * (K + 1) * E
     for d in tl.static_range(DIRECTIONS):
-        for j in tl.static_range(K + 1):
-            tap = d * (K + 1) + (K - 1 - j if (REVERSED >> d) & 1 and j < K else j)
-            total = tl.sum(sums[d * (K + 1) + j], 0, keep_dims=True)
-            tl.store(part + tap * E, total, mask=inside)
+        weight_row = part + (d * E + channel) * K
+        for j in tl.static_range(K):
+            tap = K - 1 - j if (REVERSED >> d) & 1 else j
+            tl.store(weight_row + tap, tl.sum(sums[d * (K + 1) + j], 0, keep_dims=True), mask=inside)
+        dbias = tl.sum(sums[d * (K + 1) + K], 0, keep_dims=True)
+        tl.store(part + DIRECTIONS * K * E + d * E + channel, dbias, mask=inside)
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:

@@ -122,10 +122,9 @@ def _reference_backward(
         ddt = dstep * torch.sigmoid(walk.raw)
         dx = d_entering * walk.step + D[k] * wide_ds
         dD = (wide_ds * walk.x).sum((0, 1))
-        dparameters = torch.cat([dA, torch.stack([dD, ddt.sum((0, 1))], dim=-1)], dim=-1)
-        gradients.append((dx.to(x.dtype), ddt.to(x.dtype), dparameters, dinitial))
-    dx, ddt, dparameters, dinitial = (torch.stack(each) for each in zip(*gradients, strict=True))
-    return dx, ddt, dparameters, A.new_empty(0) if inputs.initial is None else dinitial
+        gradients.append((dx.to(x.dtype), ddt.to(x.dtype), dA, dD, ddt.sum((0, 1)), dinitial))
+    dx, ddt, *parameters, dinitial = (torch.stack(each) for each in zip(*gradients, strict=True))
+    return dx, ddt, torch.cat([t.flatten() for t in parameters]), A.new_empty(0) if inputs.initial is None else dinitial
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
@@ -176,8 +175,8 @@ def _scan_backward(
     image: Tensor | None, states: Tensor, ds: Tensor, dfinal: Tensor | None, dB: Tensor, dC: Tensor,
     reverse: Sequence[bool], chunk: int, log_A: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Writes dB and dC, which have a contiguous last axis. Returns dx, ddt, the gradients of the parameters (k, e, n +
-    2), which are A (log(-A) with `log_A`), D and dt_bias, and that of the initial state, empty if this is None.
+    """Writes dB and dC, which have a contiguous last axis. Returns dx, ddt, the gradients of A (of log(-A) with
+    `log_A`), D and dt_bias, one after the other (k e (n + 2)), and that of the initial state, empty if this is None.
     """
     inputs = ScanInputs(x, dt, A, B, C, D, dt_bias, initial, image)
     dfinal = None if dfinal is None else dfinal.contiguous()
@@ -208,7 +207,7 @@ def cpu_scan_backward(
 def _of_logarithm(dparameters: Tensor, A: Tensor, log_A: bool) -> Tensor:
     """The gradients of the parameters, with that of A made that of log(-A)."""
     if log_A:
-        dparameters[..., :-2] *= A
+        dparameters[: A.numel()] *= A.flatten()
     return dparameters
 
 
@@ -217,7 +216,7 @@ def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
     k, e, n = A.shape
     initial = others[4]
     dinitial = A.new_empty(0 if initial is None else initial.shape)
-    return x.new_empty(x.shape), dt.new_empty(dt.shape), A.new_empty(k, e, n + 2), dinitial
+    return x.new_empty(x.shape), dt.new_empty(dt.shape), A.new_empty(k * e * (n + 2)), dinitial
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -234,16 +233,20 @@ def _scan_vjp(ctx: Any, ds: Tensor | None, dfinal: Tensor | None) -> tuple[Any, 
     dx, ddt, dparameters, dinitial = _scan_backward.inside(
         *inputs, states, ds, dfinal, dB, dC, ctx.reverse, ctx.chunk, ctx.log_A, ctx.backend
     )
-    dA, dD, dbias = split_parameters(dparameters)
+    dA, dD, dbias = split_parameters(dparameters, inputs.A)
     return (
         dx, ddt, dA, dB, dC, dD, None if inputs.dt_bias is None else dbias,
         None if inputs.initial is None else dinitial, None, None, None, None, None,
     )  # fmt: skip
 
 
-def split_parameters(dparameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of A (k, e, n), D (k, e) and dt_bias (k, e), from one tensor (k, e, n + 2)."""
-    return dparameters[..., :-2], dparameters[..., -2], dparameters[..., -1]
+def split_parameters(dparameters: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of A (k, e, n), D (k, e) and dt_bias (k, e), which lie one after the other; contiguous views, as in
+    `causal_conv1d.split_parameters`.
+    """
+    k, e, n = A.shape
+    dA, dD, dbias = dparameters.split([k * e * n, k * e, k * e])
+    return dA.view(A.shape), dD.view(k, e), dbias.view(k, e)
 
 
 _scan.register_autograd(_scan_vjp, _scan_setup)

@@ -459,7 +459,7 @@ def backward(
     inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int,
     dt_proj: Tensor | None = None, *, dB: Tensor | None = None, dC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, ddt, the gradients of A, D and dt_bias as one tensor (k, e, n + 2), dB, dC, and the gradient of the initial
+    """dx, ddt, the gradients of A, D and dt_bias one after the other (k e (n + 2)), dB, dC, and that of the initial
     state, which is empty if that is None. ddt is as wide as x, with dt_proj too. A given dB or dC is written in place;
     its last axis is contiguous.
     """
@@ -469,8 +469,9 @@ def backward(
     n = A.shape[-1]
     blocks, chunks = -(-e // BLOCK), -(-length // CHUNK)
     dx, ddt = torch.empty(k, b, length, e), torch.empty(k, b, length, e)
-    dparameters = torch.empty(b, k, e, n + 2)
-    dA, dD, dbias = dparameters[..., :n], dparameters[..., n], dparameters[..., n + 1]
+    dparameters = torch.empty(b, k * e * (n + 2))
+    dA, dD, dbias = dparameters.split([k * e * n, k * e, k * e], dim=1)
+    dA, dD, dbias = dA.view(b, k, e, n), dD.view(b, k, e), dbias.view(b, k, e)
     dB, dC = torch.empty_like(B) if dB is None else dB, torch.empty_like(C) if dC is None else dC
     wide = B.dtype == torch.float32
     written = (dB, dC) if wide else (torch.empty(B.shape), torch.empty(C.shape))

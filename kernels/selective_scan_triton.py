@@ -199,7 +199,7 @@ def selective_scan_fwd_kernel(
 @triton.jit(do_not_specialize=["length", "backwards"])
 def selective_scan_bwd_kernel(
     x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
-    dx, ddt, partial, dparameters, dinitial, length, e, backwards,
+    dx, ddt, partial, dparameters, dinitial, length, e, backwards, parameters,
     x_k, x_b, x_l, dt_k, dt_b, dt_l, ds_k, ds_b, ds_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, LANES: tl.constexpr,
     LOG_A: tl.constexpr, LARGE: tl.constexpr,
@@ -311,10 +311,12 @@ def selective_scan_bwd_kernel(
 
     if LOG_A:
         dA_cell *= _decay_rate(A + k * e * n, cell, cell_here, LOG_A)
-    dparameters += row * e * (n + 2) + channel * (n + 2)
-    tl.store(dparameters[:, None] + state[None, :], dA_cell, mask=cell_here)
-    tl.store(dparameters + n, tl.sum(dD_tile, 0), mask=here)
-    tl.store(dparameters + n + 1, tl.sum(dbias_tile, 0), mask=here)
+    dparameters += b.to(tl.int64) * parameters
+    tl.store(dparameters + k * e * n + cell, dA_cell, mask=cell_here)
+    each = parameters // (n + 2)
+    dparameters += each * n + k * e + channel
+    tl.store(dparameters, tl.sum(dD_tile, 0), mask=here)
+    tl.store(dparameters + each, tl.sum(dbias_tile, 0), mask=here)
     if dinitial is not None:
         tl.store(dinitial + row * e * n + cell, q, mask=cell_here)
 
@@ -372,7 +374,7 @@ def backward(
     dB = B.new_empty(k, b, length, n) if dB is None else dB
     dC = C.new_empty(k, b, length, n) if dC is None else dC
     partial = A.new_empty(k, blocks, b, slots, 2 * width)
-    dparameters = A.new_empty(k, b, e, n + 2)
+    dparameters = A.new_empty(b, k * e * (n + 2))
     dinitial = None if initial is None else torch.empty_like(initial)
     grid = blocks, b, k
     large = is_large(grid, slots, e, 2 * width, x.stride(2), dt.stride(2), ds.stride(2), dB.stride(2), dC.stride(2))
@@ -380,7 +382,7 @@ def backward(
     with torch.cuda.device_of(x):
         selective_scan_bwd_kernel[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
-            dx, ddt, partial, dparameters, dinitial, length, e, _mask(reverse),
+            dx, ddt, partial, dparameters, dinitial, length, e, _mask(reverse), dparameters.shape[1],
             *x.stride()[:3], *dt.stride()[:3], *ds.stride()[:3],
             n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, LANES=_lanes(channels),
             LOG_A=log_A, LARGE=large, num_warps=WARPS, **_COMMON,
@@ -389,7 +391,7 @@ def backward(
             partial, dB, dC, length, blocks, _mask(reverse), *dB.stride()[:3], *dC.stride()[:3],
             n=n, N=width, LARGE=large, num_warps=1, **_COMMON,
         )  # fmt: skip
-    return dx, ddt, dparameters.sum(1), dB, dC, A.new_empty(0) if dinitial is None else dinitial
+    return dx, ddt, dparameters.sum(0), dB, dC, A.new_empty(0) if dinitial is None else dinitial
 
 
 def _packed(
