@@ -207,7 +207,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)  # of the outputs that are not shown: they would be zeros
 
 
-def _vjp(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _vjp(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 14
     dxz, dconv, dx_proj, ddt_proj, dscan = _inner_backward.inside(
         *ctx.saved_tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend
     )
