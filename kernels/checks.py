@@ -29,7 +29,7 @@ def check_tensors(op: str, floating: _Named, boolean: _Named | None = None, *, a
         facts += [
             (name, axes, t.shape, t.dtype, t.device, True) for name, (t, axes) in boolean.items() if t is not None
         ]
-    traced = torch.compiler.is_compiling() or type(facts[0][2].numel()) is not int
+    traced = torch.compiler.is_compiling() or {*map(type, facts[0][2])} - {int}  # symbols
     (_check if traced else _check_once)(op, tuple(facts), alike)
 
 
@@ -48,7 +48,7 @@ def _check(op: str, facts: tuple[_Facts, ...], alike: tuple[str, ...]) -> None:
             here = ", ".join(", ".join(map(str, size)) if isinstance(size, Size) else str(size) for size in known)
             rule = f"({', '.join(axes)})" + (f", here ({here})" if here != ", ".join(axes) else "")
             raise ValueError(f"{op}: {name} has shape {tuple(shape)}; it must be {rule}")
-        if shape.numel() == 0:
+        if 0 in shape:
             raise ValueError(f"{op}: {name} has shape {tuple(shape)}; none of ({', '.join(axes)}) may be 0")
         if dtype not in dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
