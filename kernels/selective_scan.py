@@ -175,8 +175,14 @@ def _scan_backward(
         with torch.autocast(x.device.type, enabled=False):
             return _reference_backward(inputs, ds, dfinal, reverse)  # type: ignore[return-value]
     dfinal = None if dfinal is None else dfinal.contiguous()
-    module = fused_module("selective_scan", backend)
-    return module.backward(_with_rows(inputs), states, _rows(ds), dfinal, reverse, chunk)
+    gradients = fused_module("selective_scan", backend).backward(
+        _with_rows(inputs), states, _rows(ds), dfinal, reverse, chunk
+    )
+    if backend == "cpu":
+        return gradients
+    dx, ddt, dparameters, dB, dC, dinitial = gradients
+    dA, dD = dparameters[..., :-2].clone(), dparameters[..., -2].clone()
+    return dx, ddt, dA, dB, dC, dD, A.new_empty(0) if dt_bias is None else dparameters[..., -1].clone(), dinitial
 
 
 @_scan_backward.register_fake
