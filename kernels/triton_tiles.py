@@ -1,4 +1,5 @@
-"""Triton functions that move values between the two layouts of a scan: tiles of tokens, and rows aligned with states.
+"""Triton functions of the scans; most move values between their two layouts: tiles of tokens, and rows aligned with
+states.
 
 A tile (8, c) has one value per lane. A row (c) that is aligned with a state (c, n) is on several lanes: all those of
 its channel. `rows` and `stack` convert eight tokens at once, through shared memory. `fold` sums across lanes: splitting
@@ -39,6 +40,38 @@ def softplus(v):
         0.6666631593507945 + q * (0.4002485372355047 + q * (0.2796141883337849 + q * 0.28174657270581904))
     )
     return tl.maximum(v, 0.0) + s * series, tl.where(v < 0, u, 1.0) / (1.0 + u)
+
+
+@triton.jit
+def decay_rate(A, cell, here, LOG_A: tl.constexpr):
+    """A, which is -exp(A) if A holds logarithms; 0 where there is no channel or state."""
+    if LOG_A:
+        return -tl.exp(tl.load(A + cell, mask=here, other=float("-inf")))
+    else:
+        return tl.load(A + cell, mask=here, other=0.0)
+
+
+@triton.jit
+def restart(starts, slot, h):
+    """h, or zero if a new image begins at the slot (never, without `starts`). It stops a NaN too."""
+    if starts is not None:
+        h = tl.where(tl.load(starts + slot) != 0, 0.0, h)
+    return h
+
+
+@triton.jit
+def touch(numbers, LENGTH: tl.constexpr):
+    """One of every eight numbers (fp32, LENGTH in all), as integers: loading one brings all that share its 32 bytes
+    into the first-level cache. `keep` must get the result, or the compiler drops the load.
+    """
+    return tl.load(numbers + tl.arange(0, LENGTH // 8) * 8).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def keep(buffer, integers, length):
+    """Use integers: a store that never happens, but only we know that no length is negative."""
+    at = tl.arange(0, integers.shape[0])
+    tl.store(buffer + at, integers.to(tl.float32, bitcast=True), mask=at + length < 0)
 
 
 @triton.jit

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from tests.kernels.kernel_checks import DEVICE, FUSED, assert_close, record_launches, untouched
-from vimscale.kernels import causal_conv1d_triton, large, scan_gate_triton, selective_scan_triton
+from vimscale.kernels import (
+    causal_conv1d_triton,
+    large,
+    scan_gate_triton,
+    scan_rows_triton,
+    selective_scan_bwd_triton,
+    selective_scan_triton,
+)
 from vimscale.kernels.backend import Backend
 from vimscale.kernels.scan_inputs import ScanInputs
 from vimscale.ops import add_norm, bidirectional_conv1d, bidirectional_scan, bimamba_inner, selective_scan
@@ -67,8 +74,9 @@ def test_the_large_form_of_every_kernel_equals_the_reference_with_gradients(monk
     b, length, e, n, rank = 2, 9, 24, 4, 1
     for module, name, size in (
         (selective_scan_triton, "CHANNELS", 16),
-        (selective_scan_triton, "FEWER_CHANNELS", 16),
-        (selective_scan_triton, "ROWS", 8),
+        (selective_scan_bwd_triton, "CHANNELS", 16),
+        (selective_scan_bwd_triton, "FEWER_CHANNELS", 16),
+        (scan_rows_triton, "ROWS", 8),
         (scan_gate_triton, "TILE", (8, 16)),
         (causal_conv1d_triton, "CHANNELS", 16),
         (causal_conv1d_triton, "FORWARD_GROUPS", 2),

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels import kernel_checks
-from tests.kernels.kernel_checks import poison
+from tests.kernels.kernel_checks import poison, record_launches
+from vimscale.kernels import selective_scan_bwd_triton
 from vimscale.kernels import selective_scan_triton as kernels
 from vimscale.kernels.cases import TOLERANCE
 from vimscale.kernels.scan_inputs import ScanInputs
+from vimscale.kernels.selective_scan import split_parameters
 
 DEVICE = kernel_checks.DEVICE["triton"]
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial")
@@ -24,7 +26,9 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: sizes, directions, and whether the optional tensors are given."""
+    """One call: sizes, directions, and whether the optional tensors are given. With `log_A`, A is given as its
+    logarithm, and the gradients of B and C are written into slices of one tensor, as a mixer does.
+    """
 
     b: int = 1
     length: int = 11
@@ -33,6 +37,7 @@ class Case:
     reverse: tuple[bool, ...] = (False, True)
     dtype: torch.dtype = torch.float32
     optional: bool = True
+    log_A: bool = False
 
     def tensors(self) -> dict[str, Tensor | None]:
         g = torch.Generator().manual_seed(0)
@@ -44,7 +49,7 @@ class Case:
         tensors: dict[str, Tensor | None] = {
             "x": draw(k, b, length, e).to(self.dtype),
             "dt": draw(k, b, length, e).to(self.dtype),
-            "A": -F.softplus(draw(k, e, n) + 1),
+            "A": draw(k, e, n) if self.log_A else -F.softplus(draw(k, e, n) + 1),
             # as a projection returns them: adjacent in memory, no row aligned
             "B": draw(k, b, length, 3 + 2 * n).to(self.dtype)[..., 3 : 3 + n],
             "C": draw(k, b, length, 3 + 2 * n).to(self.dtype)[..., 3 + n :],
@@ -67,6 +72,7 @@ class Case:
 def _recurrence(case: Case, tensors: dict[str, Tensor | None], image: Tensor | None) -> tuple[Tensor, Tensor]:
     """s and the last state, token by token."""
     x, dt, A, B, C, D, dt_bias, initial = tensors.values()
+    A = -A.exp() if case.log_A else A
     outputs, finals = [], []
     for k, backward in enumerate(case.reverse):
         step = F.softplus(dt[k] if dt_bias is None else dt[k] + dt_bias[k])
@@ -111,21 +117,39 @@ def _check(case: Case) -> None:
 
     chunk = kernels.CHUNK
     inputs = ScanInputs(*tensors.values(), image)
-    first = kernels.forward(inputs, case.reverse, chunk)
-    ours = kernels.backward(inputs, first[2], ds, dfinal, case.reverse, chunk)
-    again = kernels.backward(inputs, first[2], ds, dfinal, case.reverse, chunk)
+    first = kernels.forward(inputs, case.reverse, chunk, log_A=case.log_A)
+
+    def gradients_of() -> tuple[Tensor, ...]:
+        n = case.n
+        dB = dC = None
+        if case.log_A:
+            slices = torch.full((len(case.reverse), case.b, case.length, 3 + 2 * n), 7.0).to(inputs.B)
+            dB, dC = slices[..., 3 : 3 + n], slices[..., 3 + n :]
+        dx, ddt, dparameters, *rows, dinitial = kernels.backward(
+            inputs, first[2], ds, dfinal, case.reverse, chunk, log_A=case.log_A, dB=dB, dC=dC
+        )
+        if case.log_A:
+            assert rows[0] is dB
+            assert rows[1] is dC
+            assert (slices[..., :3] == 7).all()
+        dA, dD, dbias = split_parameters(dparameters, inputs.A)
+        if inputs.dt_bias is None:
+            assert not dbias.any()
+        return dx, ddt, dA, *rows, dD, dbias, dinitial
+
+    ours, again = gradients_of(), gradients_of()
     tolerance = TOLERANCE[case.dtype]
     _assert_close("s", first[0], s, tolerance)
     _assert_close("final", first[1], final, TOLERANCE[torch.float32])
     for name, mine, mine_again in zip(GRADIENTS, ours, again, strict=True):
         assert torch.equal(mine, mine_again), f"d{name} differs between two runs"
         if tensors[name] is None:
-            assert mine.shape == (0,), name
+            assert name == "dt_bias" or mine.shape == (0,), name
             continue
         assert mine.dtype == tensors[name].dtype, name
         _assert_close(f"d{name}", mine, gradients[name], tolerance if name in ("x", "dt", "B", "C") else 2e-5)
 
-    without_states = kernels.forward(inputs, case.reverse, 0)
+    without_states = kernels.forward(inputs, case.reverse, 0, log_A=case.log_A)
     assert without_states[2].shape == (0,)
     assert torch.equal(without_states[0], first[0])
     assert torch.equal(without_states[1], first[1])
@@ -140,15 +164,45 @@ def _check(case: Case) -> None:
         Case(length=8, e=64, n=16, reverse=(True,)),
         Case(b=2, length=17, e=72, n=16, reverse=(False,)),
         Case(length=9, n=3),
+        Case(b=2, length=9, e=40, n=3, log_A=True),
         Case(length=9, e=40, n=20, reverse=(True,)),
         Case(dtype=torch.bfloat16, n=16),
         Case(dtype=torch.float16, n=8, optional=False),
-        Case(length=9, e=64, n=16, dtype=torch.bfloat16, optional=False),  # full blocks, nothing optional: the widest
     ],
     ids=str,
 )
 def test_outputs_and_every_gradient_equal_the_recurrence(case: Case) -> None:
     _check(case)
+
+
+def test_a_launch_of_many_programs_equals_the_recurrence_and_gives_the_bits_of_a_small_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks of 64 channels add channels for dB and dC in another order; nothing else depends on the launch."""
+    case = Case(length=17, e=64, n=16, dtype=torch.bfloat16, optional=False, log_A=True)
+    inputs = ScanInputs(*case.tensors().values(), None)
+    ds = torch.randn(inputs.x.shape, generator=torch.Generator().manual_seed(1)).to(inputs.x)
+
+    def results() -> list[Tensor]:
+        forward = kernels.forward(inputs, case.reverse, kernels.CHUNK, log_A=True)
+        dx, ddt, dparameters, *_ = kernels.backward(
+            inputs, forward[2], ds, None, case.reverse, kernels.CHUNK, log_A=True
+        )
+        return [*forward, dx, ddt, dparameters]
+
+    small = results()
+    monkeypatch.setattr(selective_scan_bwd_triton, "MANY", 0)
+    monkeypatch.setattr(kernels, "CHANNELS", 64)
+    launches = record_launches(monkeypatch)
+    results()
+    assert {launch.constants["CHANNELS"] for launch in launches if "CHANNELS" in launch.constants} == {64}
+    monkeypatch.undo()
+    poison(monkeypatch)
+    monkeypatch.setattr(selective_scan_bwd_triton, "MANY", 0)
+    monkeypatch.setattr(kernels, "CHANNELS", 64)
+    _check(case)
+    for ours, theirs in zip(results(), small, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.gpu
