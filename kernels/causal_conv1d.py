@@ -140,8 +140,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @_conv_backward.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    directions, e, _ = weight.shape
-    return weight.new_empty(weight.numel() + directions * e)
+    directions, e, k = weight.shape
+    return weight.new_empty(directions * e * (k + 1))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -195,8 +195,9 @@ def backward(
     """The gradients dx, ddt, dparameters, dB, dC, dinitial of `forward`, given those of s and of the last state.
 
     dparameters (k e (n + 2)) is fp32: the gradients of A (of A_log, with `log_A`), of D and of dt_bias (zero if it is
-    None), one after the other. dB and dC are written into the tensors (k, b, l, n) that are passed, if any; their last axis must
-    have stride 1. dinitial is empty if `inputs.initial` is None. `states` are those of `forward` with the same chunk.
+    None), one after the other. dB and dC are written into the tensors (k, b, l, n) that are passed, if any; their last
+    axis must have stride 1. dinitial is empty if `inputs.initial` is None. `states` are those of `forward` with the
+    same chunk.
     """
     if chunk != CHUNK:
         raise ValueError(f"the backward pass of a scan needs the kept states: chunk is {chunk}, it must be {CHUNK}")

@@ -21,6 +21,7 @@ from vimscale.estimate.devices import DEVICES
 from vimscale.estimate.planner import Planner, Target
 from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import Scan, Work
+from vimscale.kernels.torch_op import registered
 from vimscale.launch.commands import plan
 from vimscale.model import PRESETS
 from vimscale.recipe import recipe as recipes
@@ -205,15 +206,15 @@ def test_our_ops_launch_as_often_as_the_plan_counts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(GridExecutor, "__call__", counted)
     k, b, length, e, n, r = 2, 1, 9, 32, 16, 8
     shapes = {"conv_weight": (k, e, 4), "conv_bias": (k, e), "x_proj": (k, r + 2 * n, e), "dt_proj": (k, e, r)}
-    shapes |= {"dt_bias": (k, e), "A": (k, e, n), "D": (k, e)}
+    shapes |= {"dt_bias": (k, e), "A_log": (k, e, n), "D": (k, e)}
     torch.manual_seed(0)
-    parameters = {name: torch.rand(shape) * (-1 if name == "A" else 1) for name, shape in shapes.items()}
+    parameters = {name: torch.rand(shape) for name, shape in shapes.items()}
     xz = torch.randn(b, length, 2 * e, dtype=torch.bfloat16)
     tensors = [xz, *parameters.values()]
     for tensor in tensors:
         tensor.requires_grad_()
     residual, weight = torch.randn(b, length, e, requires_grad=True), torch.ones(e, requires_grad=True)
-    with inside:
+    with inside, registered():
         y = ops.bimamba_inner(*tensors, recompute=False, backend="triton")
         out, total = ops.add_norm(y, residual, weight, backend="triton")
         (out.float().sum() + total.sum()).backward()

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class CompileAhead:
-    """Starts to compile at once on a GPU; does nothing on a CPU, whose kernels are cached elsewhere. After an error, the
-    first step compiles.
+    """Starts to compile at once on a GPU; does nothing on a CPU, whose kernels are cached elsewhere. After an error,
+    the first step compiles.
     """
 
     def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device, threads: int):

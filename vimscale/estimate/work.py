@@ -21,9 +21,9 @@ INSIDE = {
     "aten::select_backward": 2,
     "aten::slice_backward": 2,
     "vimscale::add_norm_backward": 2,
-    "vimscale::causal_conv1d_backward": 3,
+    "vimscale::causal_conv1d_backward": 2,
     "vimscale::selective_scan": 2,
-    "vimscale::selective_scan_backward": 6,
+    "vimscale::selective_scan_backward": 4,
 }
 """Launches of operations that make more than one."""
 UPDATE = 28
