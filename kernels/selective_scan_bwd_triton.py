@@ -21,7 +21,7 @@ from .triton_tiles import LOG2_E, decay_rate, keep, restart, row_pairs, rows, so
 
 # Sixteen channels per warp. Four warps write a quarter of the partial sums of dB and dC that one would.
 CHANNELS, WARPS = 64, 4
-# If sixteen channels per warp do not fit into 255 registers, or if there are few programs. It issues 12 % more.
+# If sixteen channels per warp do not fit into 255 registers, or if there are few programs. It issues 14 % more.
 FEWER_CHANNELS = 32
 # Programs of CHANNELS from which on they fill a large GPU, two for each of 132 multiprocessors. With fewer, programs of
 # FEWER_CHANNELS finish earlier: there are more of them, and each chunk has half the work.
