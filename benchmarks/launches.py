@@ -67,6 +67,9 @@ def model_ops(chosen: Recipe) -> tuple[Ops, int | None]:
     torch.manual_seed(0)
     config = chosen.model.shape(10)
     model = Learner(build(chosen.objective, config), VisionMamba(config)).to(DEVICE)
+    products = model.encoder.product_weights()  # the engine hands the model one bf16 copy of them
+    for name, parameter in model.encoder.named_parameters():
+        parameter.data = parameter.data.bfloat16() if name in products else parameter.data
     draws = torch.rand(2, len(config.layers), device=DEVICE) if config.drop_path > 0 else None
     inputs = Inputs(torch.randn(2, 3, 32, 32, device=DEVICE), torch.arange(2, device=DEVICE), draws=draws)
 
