@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
+from .large import cdiv
 
 # Programs of the backward kernel: enough for 15 warps on each of 132 multiprocessors at once, with as few partial sums
 # of the weight's gradient as that allows.
@@ -46,8 +47,8 @@ def backward(
     dbias (d) or empty. dweight and dbias are rows of one tensor.
     """
     m, d = total.shape
-    rows = triton.cdiv(m, PROGRAMS)
-    programs = triton.cdiv(m, rows)
+    rows = cdiv(m, PROGRAMS)
+    programs = cdiv(m, rows)
     dx = None if dnormed.dtype == torch.float32 else dnormed.new_empty(m, d)
     dresidual = total.new_empty(m, d)
     parts = weight.new_empty(programs, 1 + has_bias, d)

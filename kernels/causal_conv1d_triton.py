@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
-from .large import is_large, tile_grid, tile_program, token_number
+from .large import cdiv, is_large, tile_grid, tile_program, token_number
 from .triton_tiles import sigmoid
 
 # Channels per program; they divide the inner widths of all presets.
@@ -52,9 +52,9 @@ def forward(
     directions, _, k = weight.shape
     y = x.new_empty(directions, b, length, e)
     positions = length + k - 1
-    tiles = triton.cdiv(positions, FORWARD_GROUPS * FORWARD_ROWS)
-    rows = triton.cdiv(positions, FORWARD_GROUPS * tiles)
-    grid = triton.cdiv(e, CHANNELS), tiles, b
+    tiles = cdiv(positions, FORWARD_GROUPS * FORWARD_ROWS)
+    rows = cdiv(positions, FORWARD_GROUPS * tiles)
+    grid = cdiv(e, CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1))
     with torch.cuda.device_of(x):
         causal_conv1d_fwd_kernel[tile_grid(grid, large)](
@@ -82,10 +82,10 @@ def backward(
     """
     b, length, e = x.shape
     directions, _, k = weight.shape
-    tiles, tile, rows = _backward_tiles(b, length, triton.cdiv(e, CHANNELS), image is not None)
+    tiles, tile, rows = _backward_tiles(b, length, cdiv(e, CHANNELS), image is not None)
     dx = x.new_empty(x.shape) if dx is None else dx
     parts = weight.new_empty(b * tiles, directions * e * (k + 1))
-    grid = triton.cdiv(e, CHANNELS), tiles, b
+    grid = cdiv(e, CHANNELS), tiles, b
     large = is_large(grid, length, e, x.stride(1), dx.stride(1))
     with torch.cuda.device_of(x):
         causal_conv1d_bwd_kernel[tile_grid(grid, large)](
@@ -98,17 +98,17 @@ def backward(
 
 def _backward_tiles(b: int, length: int, blocks: int, packed: bool) -> tuple[int, int, int]:
     """The number of tiles, the tokens of each of their groups, and the rows of a batch, which divide these tokens."""
-    most, fewest = (triton.cdiv(length, BACKWARD_GROUPS * tokens) for tokens in BACKWARD_TOKENS)
-    tiles = min(max(triton.cdiv(PROGRAMS, blocks * b), fewest), most)
-    tokens = triton.cdiv(length, BACKWARD_GROUPS * tiles)
+    most, fewest = (cdiv(length, BACKWARD_GROUPS * tokens) for tokens in BACKWARD_TOKENS)
+    tiles = min(max(cdiv(PROGRAMS, blocks * b), fewest), most)
+    tokens = cdiv(length, BACKWARD_GROUPS * tiles)
     rows = min(BACKWARD_ROWS[-packed:], key=lambda rows: -tokens % rows)
-    tile = triton.cdiv(tokens, rows) * rows
-    return triton.cdiv(length, BACKWARD_GROUPS * tile), tile, rows
+    tile = cdiv(tokens, rows) * rows
+    return cdiv(length, BACKWARD_GROUPS * tile), tile, rows
 
 
 def _early(k: int, rows: int) -> int:
     """How many positions a group of the backward kernel starts early: k - 1 in full batches of `rows`."""
-    return triton.cdiv(k - 1, rows) * rows
+    return cdiv(k - 1, rows) * rows
 
 
 def _constants(reverse: Sequence[bool], k: int, silu: bool, groups: int, rows: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
-from .large import Grid, is_large, tile_grid, tile_program, token_number
+from .large import Grid, cdiv, is_large, tile_grid, tile_program, token_number
 from .triton_tiles import sigmoid
 
 # (tokens, channels) per program: rows of full 128-byte lines in the 16-bit types, sixteen elements per lane
@@ -111,7 +111,7 @@ def combine_backward(
 
 
 def _grid(b: int, length: int, e: int) -> Grid:
-    return triton.cdiv(e, TILE[1]), triton.cdiv(length, TILE[0]), b
+    return cdiv(e, TILE[1]), cdiv(length, TILE[0]), b
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import TRITON_TYPE, CompileCase
-from .large import is_large, scan_grid, scan_program, token_number
+from .large import cdiv, is_large, scan_grid, scan_program, token_number
 
 CHUNK = 8
 """Tokens between kept states, and tokens per iteration of the main loops: `rows` and `stack` are written for eight."""
@@ -96,10 +96,10 @@ def pack(
 ) -> tuple[Tensor, Tensor | None]:
     """The rows (k, b, slots, 2, width) of B and C, and where states restart (k, b, slots), if `image` is given."""
     k, b, length, n = B.shape
-    slots = triton.cdiv(length, CHUNK) * CHUNK
+    slots = cdiv(length, CHUNK) * CHUNK
     packed = B.new_empty(k, b, slots, 2, width, dtype=torch.float32)
     starts = None if image is None else B.new_empty(k, b, slots, dtype=torch.int32)
-    grid = triton.cdiv(slots, ROWS), b, k
+    grid = cdiv(slots, ROWS), b, k
     large = is_large(grid, length, B.stride(2), C.stride(2))
     with torch.cuda.device_of(B):
         selective_scan_pack_kernel[scan_grid(grid, large)](

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase, target_of
-from .large import is_large, scan_grid, scan_program, token_number
+from .large import cdiv, is_large, scan_grid, scan_program, token_number
 from .scan_inputs import ScanInputs
 from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, unpack, width_of
 from .triton_tiles import LOG2_E, decay_rate, keep, restart, row_pairs, rows, softplus, sum_channels, sum_states, touch
@@ -206,10 +206,10 @@ def backward(
     n = A.shape[-1]
     width = width_of(n)
     lean = x.dtype != torch.float32 and e % CHANNELS == 0 and image is None and initial is None and dfinal is None
-    many = k * b * triton.cdiv(e, CHANNELS) >= MANY
+    many = k * b * cdiv(e, CHANNELS) >= MANY
     channels = channels_of(width, _block(target_of(x.device), lean and many))
-    blocks = triton.cdiv(e, channels)
-    slots = triton.cdiv(length, CHUNK) * CHUNK
+    blocks = cdiv(e, channels)
+    slots = cdiv(length, CHUNK) * CHUNK
     packed, starts = pack(B, C, image, reverse, width)
     dx, ddt = x.new_empty(k, b, length, e), dt.new_empty(k, b, length, e)
     dB = B.new_empty(k, b, length, n) if dB is None else dB

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .large import is_large, scan_grid, scan_program, token_number
+from .large import cdiv, is_large, scan_grid, scan_program, token_number
 from .scan_gate_triton import combine, combine_backward
 from .scan_inputs import ScanInputs
 from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, width_of
@@ -154,8 +154,8 @@ def forward(
     packed, starts = pack(B, C, image, reverse, width)
     s = x.new_empty(k, b, length, e)
     final = A.new_empty(k, b, e, n)
-    states = A.new_empty((k, b, triton.cdiv(length, CHUNK), e * n) if keeps else (0,))
-    grid = triton.cdiv(e, channels), b, k
+    states = A.new_empty((k, b, cdiv(length, CHUNK), e * n) if keeps else (0,))
+    grid = cdiv(e, channels), b, k
     large = is_large(grid, packed.shape[2], e, 2 * width, x.stride(2), dt.stride(2))
     with torch.cuda.device_of(x):
         selective_scan_fwd_kernel[scan_grid(grid, large)](
