@@ -20,7 +20,6 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from tests.support.shell import Shell
@@ -31,6 +30,8 @@ from vimscale.errors import CheckpointError, RunFailed
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest, run_folder
+
+moto_server = pytest.importorskip("moto.server", reason="needs the extra dev")
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -282,7 +283,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")

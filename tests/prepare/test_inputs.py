@@ -6,9 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from tests.support.image_sets import image, samples_of
@@ -17,6 +14,10 @@ from vimscale.errors import DataError
 from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
+
+datasets = pytest.importorskip("datasets", reason="needs the extra dev")
+pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
+pytest.importorskip("pyarrow.parquet")
 
 
 def test_tables_of_paths_and_folders_give_the_same_samples(tmp_path: Path, images: Path) -> None:

@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from tests.support.image_sets import image, samples_of
@@ -16,6 +13,10 @@ from vimscale.prepare import adopt
 from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
+
+datasets = pytest.importorskip("datasets", reason="needs the extra dev")
+pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
+pytest.importorskip("pyarrow.parquet")
 
 NUMBERED = (*range(12), 11)
 

@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -22,6 +20,9 @@ from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.inspection import inspect
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
+
+pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
+pytest.importorskip("pyarrow.parquet")
 
 
 def test_a_folder_of_classes_becomes_a_data_set(tmp_path: Path, images: Path) -> None:

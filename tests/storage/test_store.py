@@ -9,18 +9,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import fsspec
-import obstore
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.support.noise import BYTES, HASTY, ROOT, SAMPLE, SAMPLES, SHARDS, TWO_SHARDS, everything, moved
 from tests.support.web_server import WebServer, changed, cut, hang, page, redirected, status
 from vimscale.data.dataset import Dataset
 from vimscale.errors import DataError
 from vimscale.storage.store import Bucket, Retry, open_store
+
+obstore = pytest.importorskip("obstore", reason="needs the extra dev")
+moto_server = pytest.importorskip("moto.server", reason="needs the extra dev")
 
 # ---- a web server
 
@@ -219,9 +221,9 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.fixture
-def bucket(keys: pytest.MonkeyPatch, folder: Path) -> Iterator[ThreadedMotoServer]:
+def bucket(keys: pytest.MonkeyPatch, folder: Path) -> Iterator[Any]:
     """s3://pictures/train on its own server."""
-    moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    moto = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
     keys.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
@@ -236,7 +238,7 @@ def bucket(keys: pytest.MonkeyPatch, folder: Path) -> Iterator[ThreadedMotoServe
 
 
 def test_a_bucket_is_read_cold_warm_and_through_a_cache_of_two_shards(
-    bucket: ThreadedMotoServer, shards_cache: Path, expected: list
+    bucket: Any, shards_cache: Path, expected: list
 ) -> None:
     for cache, misses in (("100GB", SHARDS), ("100GB", 0)):
         dataset = Dataset.open("s3://pictures/train", cache=cache)
@@ -248,7 +250,7 @@ def test_a_bucket_is_read_cold_warm_and_through_a_cache_of_two_shards(
     assert len(list(shards_cache.glob("*.tar"))) == 2
 
 
-def test_a_bucket_is_checked_by_listing_it(bucket: ThreadedMotoServer) -> None:
+def test_a_bucket_is_checked_by_listing_it(bucket: Any) -> None:
     store = open_store("s3://pictures/train")
     assert isinstance(store, Bucket)
     obstore.put(store._bucket, "00001.tar", b"<html>")
@@ -257,9 +259,7 @@ def test_a_bucket_is_checked_by_listing_it(bucket: ThreadedMotoServer) -> None:
         Dataset.open("s3://pictures/train")
 
 
-def test_a_bucket_whose_server_restarts_in_the_middle_changes_nothing(
-    bucket: ThreadedMotoServer, expected: list
-) -> None:
+def test_a_bucket_whose_server_restarts_in_the_middle_changes_nothing(bucket: Any, expected: list) -> None:
     dataset = Dataset.open("s3://pictures/train", retry=Retry(tries=5, first=0.01))
     dataset.read(0, 0)
     bucket.stop()
@@ -274,7 +274,7 @@ def test_a_bucket_whose_server_restarts_in_the_middle_changes_nothing(
         logging.getLogger("vimscale.storage.store").removeHandler(restart)
 
 
-def test_a_missing_bucket_or_file_is_reported_at_once(bucket: ThreadedMotoServer) -> None:
+def test_a_missing_bucket_or_file_is_reported_at_once(bucket: Any) -> None:
     with pytest.raises(DataError, match=r"s3://pictures/other has no manifest.json"):
         Dataset.open("s3://pictures/other")
     with pytest.raises(DataError, match=r"s3://no-such/train has no manifest.json"):
