@@ -210,11 +210,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _vjp(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 14
+    tensors = ctx.saved_tensors
     dxz, dconv, dx_proj, ddt_proj, dscan = _inner_backward.inside(
-        *ctx.saved_tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend
+        *tensors, dy, ctx.reverse, ctx.scale, ctx.gated, ctx.backend
     )
-    dconv_weight, dconv_bias = causal_conv1d.split_parameters(dconv, ctx.saved_tensors[1])
-    dA_log, dD, dt_bias = selective_scan.split_parameters(dscan, ctx.saved_tensors[6])
+    _, conv_weight, _, _, _, _, A_log, *_ = tensors
+    dconv_weight, dconv_bias = causal_conv1d.split_parameters(dconv, conv_weight)
+    dA_log, dD, dt_bias = selective_scan.split_parameters(dscan, A_log)
     gradients = dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dt_bias, dA_log, dD
     return *gradients, None, None, None, None, None, None
 

@@ -165,7 +165,7 @@ def test_factors_of_backward_paths_change_between_replays(device: str) -> None:
     for seed, each in enumerate(factors):
         inputs = replace(_inputs(config, seed, device), backward=each)
         assert _step(plain, inputs, False).item() == _step(model, inputs, False).item(), each
-    # a form is captured when it comes for the second time: mixed ones, all ones, and those without the first path
+    # factors that are tensors, ones, and those without the first path when they come for the second time
     assert _captured(model) == 3
     found = _gradients(model)
     for name, gradient in _gradients(plain).items():

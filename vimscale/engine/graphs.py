@@ -52,7 +52,9 @@ class Graphs:
         """Counts replays of forward passes."""
 
     def _forget(self) -> None:
-        """Drop all graphs and their memory."""
+        """Drop all graphs and their memory, when the device is done with them."""
+        if self._record is None:
+            torch.cuda.synchronize()
         self._captured: dict[Form, _Captured] = {}
         self._capture = self._record or _capture_in(torch.cuda.graph_pool_handle())
 
@@ -66,15 +68,13 @@ class Graphs:
         return self._captured[form](self, inputs)
 
     def _add(self, form: Form, inputs: Inputs) -> bool:
-        """Capture a form if it is the first of its shapes or comes for the second time: a step that drops the backward
-        paths of a few layers may never come again.
-        """
+        """Capture a form. One that drops backward paths may never come again, so it has to come twice."""
         known = next(iter(self._captured), None)
         if known is not None and known.shapes != form.shapes:
             self._forget()  # a phase of other images
-        again = form in self._seen
+        rare = 0 in form.backward and form not in self._seen
         self._seen.add(form)
-        if len(self._captured) >= FORMS or (self._captured and not again):
+        if len(self._captured) >= FORMS or rare:
             return False
         try:
             self._captured[form] = _Captured(self._step, form, inputs, self._pieces, self._capture)
