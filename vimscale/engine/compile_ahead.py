@@ -30,20 +30,20 @@ class CompileAhead:
     """
 
     def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device, threads: int):
+        self._used = device.type == "cuda"
         self._compiler: Precompiler | None = None
-        if device.type != "cuda":
+        if not self._used:
             return
         node, nodes = platform.node(), [""] * dist.get_world_size()
         dist.all_gather_object(nodes, platform.node())
         index = nodes[: dist.get_rank()].count(node)
-        self._compiler = Precompiler(threads, index, nodes.count(node))
-        world, compiler = dist.get_world_size(), self._compiler
 
         def record() -> None:
-            with compiler.recording():
-                rehearse(config, recipe, world, device)
+            self._compiler = Precompiler(threads, index, nodes.count(node))
+            with self._compiler.recording():
+                rehearse(config, recipe, len(nodes), device)
 
-        self._works = self._try(record)
+        self._try(record)
         torch.cuda.empty_cache()
 
     def finish(self) -> None:
@@ -51,20 +51,20 @@ class CompileAhead:
 
         The ranks of one machine share the work through Triton's cache on disk.
         """
-        if self._compiler is None:
+        if not self._used:
             return
-        self._works = self._works and self._try(self._compiler.compile_own)
+        if self._compiler is not None:
+            self._try(self._compiler.compile_own)
         dist.barrier()
-        if self._works:
+        if self._compiler is not None:
             self._try(self._compiler.finish)
 
-    def _try(self, work: Callable[[], object]) -> bool:
+    def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:  # of any kind: what the rehearsal meets, the first step meets again if it is real
             log.warning("kernels cannot be compiled ahead; the first step compiles them: %s", error)
-            return False
-        return True
+            self._compiler = None
 
 
 def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device) -> None:
