@@ -101,7 +101,8 @@ def test_more_ranks_hold_less_and_recomputation_keeps_less() -> None:
     assert options[1, "none"].activations > options[1, "scan"].activations > options[1, "block"].activations
     first, second = planner.outlook(8), planner.outlook(16)
     assert first.kernels_s > second.kernels_s > first.kernels_s / 2  # AdamW does not shrink
-    assert second.host_s == pytest.approx(first.host_s)  # it launches as much for fewer images
+    # it launches as much for fewer images; the engine has more pieces
+    assert first.host_s < second.host_s < 1.1 * first.host_s
     assert first.money == pytest.approx(2.0 * first.rank_hours)
 
 

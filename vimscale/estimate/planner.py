@@ -166,15 +166,14 @@ class Planner:
             gradients = whole if (zero < 2 and accumulation > 1) or zero == 0 else 0
             if zero == 2 and (accumulation > 1 or self.whole > zero_layout.BUCKET):
                 gradients = held.gradients
-            # a rank's shard of the gradients is copied out of the bucket, which is freed before the update; at stage 1
-            # this begins while the backward pass still holds memory
-            copied = held.gradients + (passes.end if zero == 1 else 0)
-            # the gradients of a segment wait for one another; until the first are complete there is no bucket
-            if self.whole < flat.SEGMENT:
-                peak = passes.with_gradients - bucket
-            else:
-                peak = min(passes.with_gradients, passes.peak + slices // 2)
-            activations = max(peak, slices, copied, held.gradients + reducing - gradients - bucket)
+            # a rank's shard of the gradients is copied out of the bucket, which is freed before the update
+            copied = held.gradients
+            if self.whole < flat.SEGMENT:  # the bucket is allocated when the gradients are complete
+                peak = max(passes.with_gradients, slices) - bucket
+            else:  # while the backward pass goes on; the gradients of a segment wait for one another
+                peak = max(min(passes.with_gradients, passes.peak + slices // 2), slices)
+                copied += passes.end if zero == 1 else 0
+            activations = max(peak, copied, held.gradients + reducing - gradients - bucket)
         graphs = whole + images * 4 // 5 if self.replays(zero) else 0
         return Need(held, gradients, bucket, gathered, activations, images, graphs)
 
