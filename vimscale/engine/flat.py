@@ -122,7 +122,8 @@ class _Slices(torch.autograd.Function):
         """`weights`: the memory of all pieces; or a copy of it in the dtype that the model computes with."""
         ctx.segment, ctx.dtype = segment, weights.dtype
         ctx.set_materialize_grads(False)
-        return tuple(w.view(s) for w, s in zip(weights.split(segment.sizes), segment.shapes, strict=True))
+        parts = weights.data.split(segment.sizes)  # data: autograd would forbid to write into the memory ever after
+        return tuple(part.view(shape) for part, shape in zip(parts, segment.shapes, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
