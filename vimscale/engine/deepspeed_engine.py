@@ -368,15 +368,14 @@ class Engine:
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
             return
-        assert self._flat is not None
-        starts = {place.name: (place.group, place.start) for place in self._flat.places()}
-        complete = [torch.zeros_like(memory) for memory in self._flat.memory]
-        for fragment, value in zip(self.fragments, values, strict=True):
-            group, start = starts[fragment.name]
-            complete[group][start + fragment.start :][: fragment.numel].copy_(value)
-        for memory, full in zip(self._flat.memory, complete, strict=True):
+        shards = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
+        for name, p in self._parameters.items():
+            full = torch.zeros_like(p.data).view(-1)
+            if name in shards:
+                fragment, value = shards[name]
+                full[fragment.start : fragment.start + fragment.numel].copy_(value)
             dist.all_reduce(full)  # each element comes from one rank and is zero on the others: the sum is exact
-            memory.copy_(full)
+            p.data.copy_(full.view(p.shape))
 
     @contextmanager
     def weights(self, values: list[Tensor] | None) -> Iterator[None]:
