@@ -49,8 +49,8 @@ def backward(
     *,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions, and the gradients of the parameters
-    (directions, k + 1, e) in fp32: those of the taps in the order of weight's last axis, then that of the bias.
+    """dy (directions, b, l, e) contiguous -> dx (b, l, e), summed over directions, and the gradients of weight and bias
+    in fp32, one after the other.
 
     A given `dx` is written in place; its channels are contiguous.
     """

@@ -33,7 +33,7 @@ class Precompiler:
         launch = JITFunction.run
 
         def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
-            # the mode is per thread, and autograd launches from a thread of its own
+            # the mode is per thread, and autograd launches from another thread
             before = active_mode.set(self._mode)
             try:
                 return launch(kernel, *arguments, **options | {"warmup": True})

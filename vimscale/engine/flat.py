@@ -140,7 +140,7 @@ class FlatLearner(nn.Module):
     """A learner as DeepSpeed gets it: its parameters are pieces of flat tensors, and nothing else is registered."""
 
     def __init__(self, learner: Learner, groups: Sequence[Group]):
-        """Copies the learner's parameters; call `adopt` when DeepSpeed has moved the pieces to memory of its own."""
+        """Copies the learner's parameters; call `adopt` when DeepSpeed has moved the pieces."""
         super().__init__()
         self.groups = groups
         self._learner = (learner,)  # in a tuple: not a submodule

@@ -171,7 +171,7 @@ def _capture_in(pool: Any) -> Record:
 
 
 def _warm_up(*works: Callable[[], Any]) -> None:
-    """Run everything once on a stream of its own: kernels are compiled and libraries allocate their workspaces."""
+    """Run everything once on a separate stream: kernels are compiled and libraries allocate their workspaces."""
     if not torch.cuda.is_available():
         return
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -183,7 +183,7 @@ def _warm_up(*works: Callable[[], Any]) -> None:
 
 
 def _form(inputs: Inputs, settings: tuple[Any, ...]) -> Form | None:
-    """None for images of several sizes, which the model packs anew each time."""
+    """None for images of several sizes, which the model packs differently each time."""
     if isinstance(inputs.images, list):
         return None
     shapes = tuple((name, t.shape, t.dtype) for name, t in _tensors(inputs).items())
