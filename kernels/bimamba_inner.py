@@ -6,15 +6,18 @@ product.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import causal_conv1d, selective_scan
 from .backend import Backend, choose, fused_module
 from .causal_conv1d import _conv, _conv_backward
 from .checks import check_tensors, images_of, wide, without_autocast
+from .context import Context, conv_over, scan_over
 from .scan_inputs import ScanInputs
 from .selective_scan import CHUNK, _combine, _combine_backward, _scan, _scan_backward, empty_states, fused_scale
 from .torch_op import torch_op
@@ -35,6 +38,7 @@ def bimamba_inner(
     gated: bool = True,
     reset: Tensor | None = None,
     recompute: bool = True,
+    context: Context | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Both directions of one mixer (arXiv:2401.09417, algorithm 1): returns y (b, l, e) in xz's dtype.
@@ -50,8 +54,12 @@ def bimamba_inner(
     and costs one more convolution and scan. Without it, the outputs of the convolution and the scan and the scan's
     states are kept too.
 
+    `context`: the ranks that hold a stretch each of the same sequences; xz is this rank's stretch, of w - 1 tokens or
+    more, and all ranks call this. Gradients are then those of the sum of what all ranks compute from their y.
+
     Raises:
-        ValueError: a tensor's shape, dtype or device does not match the others, or the backend cannot run.
+        ValueError: a tensor's shape, dtype or device does not match the others, or the backend cannot run; a stretch is
+            too short, or comes with `reset`.
     """
     op = "bimamba_inner"
     if xz.ndim and xz.shape[-1] % 2:
@@ -78,7 +86,36 @@ def bimamba_inner(
     scale = fused_scale(op, fuse, k)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
     with without_autocast(xz):
+        if context is not None:
+            _check_stretch(op, xz, conv_weight, reset)
+            inner = partial(_inner_over, context, reverse=reverse, scale=scale, gated=gated, backend=name)
+            if recompute:
+                return checkpoint(inner, xz, *parameters, use_reentrant=False, preserve_rng_state=False)
+            return inner(xz, *parameters)
         return _inner(xz, *parameters, images_of(reset), reverse, scale, gated, keep, name)
+
+
+def _check_stretch(op: str, xz: Tensor, conv_weight: Tensor, reset: Tensor | None) -> None:
+    halo = conv_weight.shape[-1] - 1
+    if xz.shape[1] < halo:
+        raise ValueError(
+            f"{op}: a stretch of {xz.shape[1]} tokens is too short: a convolution of {halo + 1} taps needs {halo} on each"
+            " rank; share a sequence between fewer ranks"
+        )
+    if reset is not None:
+        raise ValueError(f"{op}: reset marks and context exclude each other: ranks share sequences of one image")
+
+
+def _inner_over(
+    context: Context, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, *, reverse: Sequence[bool], scale: float, gated: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    """`_inner` on one rank's stretch, as a composition: its parts communicate, so it cannot be one op."""
+    before, z = xz.chunk(2, dim=-1)
+    x = conv_over(context, before, conv_weight, conv_bias, reverse, True, backend)
+    low_dt, B, C = _parts(_project(x, x_proj), dt_proj, A_log)
+    s, _ = scan_over(context, x, low_dt, dt_proj, A_log, B, C, D, dt_bias, reverse, backend)
+    return _combine(s, z if gated else None, scale, backend)
 
 
 @torch_op("bimamba_inner")

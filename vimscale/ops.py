@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+    from kernels.context import Context, conv_over, gathered, scan_over, summed
     from kernels.precompile import Precompiler
     from kernels.selective_scan import (
         bidirectional_scan,
@@ -19,6 +20,7 @@ else:
     from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
+    from vimscale.kernels.context import Context, conv_over, gathered, scan_over, summed
     from vimscale.kernels.precompile import Precompiler
     from vimscale.kernels.selective_scan import (
         bidirectional_scan,
@@ -28,6 +30,7 @@ else:
     )
 
 __all__ = [
+    "Context",
     "Precompiler",
     "add_norm",
     "bidirectional_conv1d",
@@ -35,7 +38,11 @@ __all__ = [
     "bidirectional_scan_with_state",
     "bimamba_inner",
     "causal_conv1d",
+    "conv_over",
     "counted",
+    "gathered",
+    "scan_over",
     "selective_scan",
     "selective_scan_with_state",
+    "summed",
 ]

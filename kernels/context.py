@@ -1,0 +1,269 @@
+"""A convolution and a scan over tokens that several ranks hold, a stretch each: context parallelism.
+
+Every rank computes its own stretch. A convolution needs the tokens next to the stretch (its halo). A scan needs the
+state that enters the stretch: each rank computes what its stretch adds (`scan_segments.ends`), gathers what all others
+add, and passes zero through those before it. The backward pass does the same from the other end.
+
+A function of tensors on all ranks has a gradient on all ranks: that of the sum of what they compute from its results.
+
+Axes: N ranks, k directions, b images, l tokens of a stretch, e inner channels, n states, r rank of dt, w taps.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import scan_segments, selective_scan
+from .backend import fused_module
+from .causal_conv1d import _conv, _conv_backward
+from .causal_conv1d import split_parameters as split_conv
+from .scan_inputs import ScanInputs
+from .scan_segments import Ends
+from .selective_scan import CHUNK, decay_rates
+
+
+class Context(Protocol):
+    """The ranks that hold one sequence, in its order. All call the same functions in the same order."""
+
+    rank: int
+    """This rank's number among them."""
+    size: int
+    """How many they are."""
+
+    def exchange(self, to_left: Tensor | None, to_right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Send a tensor to the rank before this one and to the one after it; return what they sent, from the left and
+        from the right: None at the ends of the sequence. All ranks send to the same sides, tensors of one shape.
+        """
+        ...
+
+    def gather(self, t: Tensor) -> Tensor:
+        """The tensors of all ranks, which have one shape: (N, ...)."""
+        ...
+
+    def add(self, t: Tensor) -> Tensor:
+        """The sum of the tensors of all ranks; t may be overwritten."""
+        ...
+
+
+# -- results of all ranks ----------------------------------------------------------------------------------------------
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, context: Context, t: Tensor) -> Tensor:
+        ctx.context = context
+        return context.gather(t.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        return None, ctx.context.add(gradient.clone())[ctx.context.rank]
+
+
+def gathered(context: Context, t: Tensor) -> Tensor:
+    """The tensors of all ranks, which have one shape, (N, ...), with gradients."""
+    return _Gathered.apply(context, t)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, context: Context, t: Tensor) -> Tensor:
+        ctx.context = context
+        # not `add`: all ranks must get the same bits
+        return context.gather(t.contiguous()).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        return None, ctx.context.add(gradient.clone())
+
+
+def summed(context: Context, t: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks, the same bits on each, with gradients."""
+    return _Summed.apply(context, t)
+
+
+# -- convolution -------------------------------------------------------------------------------------------------------
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, context: Context, reverse: Sequence[bool], silu: bool,
+        backend: str,
+    ) -> Tensor:  # fmt: skip
+        ctx.context, ctx.reverse, ctx.silu, ctx.backend = context, reverse, silu, backend
+        h = weight.shape[-1] - 1
+        left, right = _halos(context, reverse, x[:, :h], x[:, x.shape[1] - h :])
+        ctx.save_for_backward(x, weight, bias, left, right)
+        padded = _padded(x, left, right, h)
+        y = _conv.inside(padded, weight, bias, None, reverse, silu, backend)
+        return y[:, :, h : h + x.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (dy,) = gradients
+        x, weight, bias, left, right = ctx.saved_tensors
+        h, length = weight.shape[-1] - 1, x.shape[1]
+        padded = _padded(x, left, right, h)
+        dpadded = padded.new_empty(padded.shape)
+        dparameters = _conv_backward.inside(
+            padded, weight, bias, None, F.pad(dy, (0, 0, h, h)), dpadded, ctx.reverse, ctx.silu, ctx.backend
+        )
+        # gradients go back where the halos came from
+        other = [not backwards for backwards in ctx.reverse]
+        from_left, from_right = _halos(ctx.context, other, dpadded[:, :h], dpadded[:, h + length :])
+        dx = dpadded[:, h : h + length]
+        if from_left is not None:
+            dx[:, :h] += from_left
+        if from_right is not None:
+            dx[:, length - h :] += from_right
+        return dx, *split_conv(dparameters, weight), None, None, None, None
+
+
+def _halos(
+    context: Context, reverse: Sequence[bool], first: Tensor, last: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the neighbors' ends are, where a path needs them: forward paths the left one's, reverse paths the right
+    one's. `first`, `last` (b, w - 1, e): the ends of this stretch.
+    """
+    if not first.shape[1]:
+        return None, None
+    to_left = first.contiguous() if any(reverse) else None
+    to_right = last.contiguous() if not all(reverse) else None
+    return context.exchange(to_left, to_right)
+
+
+def _padded(x: Tensor, left: Tensor | None, right: Tensor | None, h: int) -> Tensor:
+    zeros = x.new_zeros(x.shape[0], h, x.shape[2])
+    return torch.cat([zeros if left is None else left, x, zeros if right is None else right], dim=1)
+
+
+def conv_over(
+    context: Context, x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[bool], silu: bool, backend: str
+) -> Tensor:
+    """The convolution of a stretch x (b, l, e), l >= w - 1: (k, b, l, e), as `causal_conv1d` has it, with gradients."""
+    return _Conv.apply(x, weight, bias, context, reverse, silu, backend)
+
+
+# -- scan --------------------------------------------------------------------------------------------------------------
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, dt_proj: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,
+        dt_bias: Tensor, context: Context, reverse: Sequence[bool], backend: str, learns: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.context, ctx.reverse, ctx.backend = context, reverse, backend
+        ctx.set_materialize_grads(False)
+        inputs, inner = _inputs(x, dt, dt_proj, A_log, B, C, D, dt_bias, backend)
+        own = scan_segments.ends(inputs, reverse, True, backend, inner)
+        A = decay_rates(A_log, True)
+        end, steps = _whole(own, A)
+        both = _ordered(context.gather(torch.cat([end, steps.unsqueeze(-1)], dim=-1)), reverse)  # (k, b, N, e, n + 1)
+        of_all = Ends(both[..., :-1], both[..., -1])
+        entering, last = scan_segments.chain(of_all, A)
+        initial = _of_rank(entering, reverse, context)
+        chunk = CHUNK[backend] if learns else 0
+        s, states = _scan(inputs._replace(initial=initial), reverse, chunk, backend, inner, own)
+        ctx.save_for_backward(x, dt, dt_proj, A_log, B, C, D, dt_bias, initial, states, of_all.steps)
+        ctx.mark_non_differentiable(last)
+        return s, last
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        x, dt, dt_proj, A_log, B, C, D, dt_bias, initial, states, all_steps = ctx.saved_tensors
+        context, reverse, backend = ctx.context, ctx.reverse, ctx.backend
+        ds = gradients[0]
+        if ds is None:
+            raise RuntimeError("a scan over several ranks needs a gradient on each of them")
+        inputs, inner = _inputs(x, dt, dt_proj, A_log, B, C, D, dt_bias, backend)
+        own = scan_segments.ends_backward(inputs, ds, reverse, True, backend, inner)
+        A = decay_rates(A_log, True)
+        q, _ = _whole(own, A, backward=True)
+        of_all = Ends(_ordered(context.gather(q.contiguous()), reverse), all_steps)
+        reaching, _ = scan_segments.chain(of_all, A, backward=True)
+        dfinal = _of_rank(reaching, reverse, context)
+        dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
+        inputs = inputs._replace(initial=initial)
+        dx, ddt, dparameters = _scan_backward(inputs, states, ds, dfinal, dB, dC, reverse, backend, inner, own)
+        # projected by dt_proj: (k, b l, e) and (k, b l, r)
+        ddt, low = ddt.flatten(1, 2), dt.flatten(1, 2)
+        dlow = torch.bmm(ddt, dt_proj).view(dt.shape)
+        dA_log, dD, dbias = selective_scan.split_parameters(dparameters, A_log)
+        return dx, dlow, torch.bmm(ddt.mT, low), dA_log, dB, dC, dD, dbias, None, None, None, None
+
+
+def _inputs(
+    x: Tensor, dt: Tensor, dt_proj: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    backend: str,
+) -> tuple[ScanInputs, Tensor | None]:  # fmt: skip
+    """What the scan reads, and dt_proj where the scan itself multiplies dt by it."""
+    if backend == "cpu":
+        return ScanInputs(x, dt, A_log, B, C, D, dt_bias, None, None), dt_proj
+    wide = torch.bmm(dt.flatten(1, 2), dt_proj.mT).view(x.shape)
+    return ScanInputs(x, wide, A_log, B, C, D, dt_bias, None, None), None
+
+
+def _whole(own: Ends, A: Tensor, *, backward: bool = False) -> tuple[Tensor, Tensor]:
+    """What all segments of a stretch add together: (k, b, e, n), and the sum of their steps (k, b, e)."""
+    if own.end.shape[2] == 1:
+        return own.end[:, :, 0], own.steps[:, :, 0]
+    _, passed = scan_segments.chain(own, A, backward=backward)
+    return passed, own.steps.sum(2)
+
+
+def _ordered(t: Tensor, reverse: Sequence[bool]) -> Tensor:
+    """From (N, k, b, ...) by rank to (k, b, N, ...) in the order of each direction's scan."""
+    return torch.stack([t[:, k].flip(0) if r else t[:, k] for k, r in enumerate(reverse)]).transpose(1, 2)
+
+
+def _of_rank(t: Tensor, reverse: Sequence[bool], context: Context) -> Tensor:
+    """This rank's part (k, b, e, n) of (k, b, N, e, n) in scan order."""
+    last = context.size - 1
+    return torch.stack([t[k, :, last - context.rank if r else context.rank] for k, r in enumerate(reverse)])
+
+
+def _scan(
+    inputs: ScanInputs, reverse: Sequence[bool], chunk: int, backend: str, dt_proj: Tensor | None, own: Ends
+) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        s, _, states = selective_scan._scan.inside(*inputs, reverse, chunk, True, backend)
+    elif backend == "cpu":
+        inputs = inputs._replace(A=decay_rates(inputs.A, True))
+        s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, dt_proj=dt_proj)
+    else:
+        s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, log_A=True)
+    return s, states
+
+
+def _scan_backward(
+    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor, dB: Tensor, dC: Tensor, reverse: Sequence[bool],
+    backend: str, dt_proj: Tensor | None, own: Ends,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "cpu":
+        inputs = inputs._replace(A=decay_rates(inputs.A, True))
+        found = selective_scan.cpu_scan_backward(inputs, states, ds, dfinal, dB, dC, reverse, True, dt_proj)
+    else:
+        found = selective_scan._scan_backward.inside(
+            *inputs, states, ds, dfinal, dB, dC, reverse, CHUNK[backend], True, backend
+        )
+    dx, ddt, dparameters, _ = found  # what reaches the initial state is another rank's
+    return dx, ddt, dparameters
+
+
+def scan_over(
+    context: Context, x: Tensor, dt: Tensor, dt_proj: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    dt_bias: Tensor, reverse: Sequence[bool], backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The scan of a stretch x (k, b, l, e) with dt (k, b, l, r) times dt_proj (k, e, r), A_log (k, e, n), B, C (k, b,
+    l, n), D and dt_bias (k, e): s (k, b, l, e), with gradients, and the state after the whole sequence (k, b, e, n),
+    without. Parameters are fp32.
+    """
+    tensors = (x, dt, dt_proj, A_log, B, C, D, dt_bias)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _Scan.apply(*tensors, context, reverse, backend, learns)
