@@ -99,8 +99,8 @@ def _check_stretch(op: str, xz: Tensor, conv_weight: Tensor, reset: Tensor | Non
     halo = conv_weight.shape[-1] - 1
     if xz.shape[1] < halo:
         raise ValueError(
-            f"{op}: a stretch of {xz.shape[1]} tokens is too short: a convolution of {halo + 1} taps needs {halo} on each"
-            " rank; share a sequence between fewer ranks"
+            f"{op}: a stretch of {xz.shape[1]} tokens is too short: a convolution of {halo + 1} taps needs {halo};"
+            " share a sequence between fewer ranks"
         )
     if reset is not None:
         raise ValueError(f"{op}: reset marks and context exclude each other: ranks share sequences of one image")
@@ -108,11 +108,11 @@ def _check_stretch(op: str, xz: Tensor, conv_weight: Tensor, reset: Tensor | Non
 
 def _inner_over(
     context: Context, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A_log: Tensor, D: Tensor, *, reverse: Sequence[bool], scale: float, gated: bool, backend: str,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, *, reverse: Sequence[bool], scale: float, gated: bool, backend: Backend,
 ) -> Tensor:  # fmt: skip
     """`_inner` on one rank's stretch, as a composition: its parts communicate, so it cannot be one op."""
     before, z = xz.chunk(2, dim=-1)
-    x = conv_over(context, before, conv_weight, conv_bias, reverse, True, backend)
+    x = conv_over(context, before, conv_weight, conv_bias, reverse, backend)
     low_dt, B, C = _parts(_project(x, x_proj), dt_proj, A_log)
     s, _ = scan_over(context, x, low_dt, dt_proj, A_log, B, C, D, dt_bias, reverse, backend)
     return _combine(s, z if gated else None, scale, backend)

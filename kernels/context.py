@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scan_segments, selective_scan
-from .backend import fused_module
+from .backend import Backend, choose, fused_module
 from .causal_conv1d import _conv, _conv_backward
 from .causal_conv1d import split_parameters as split_conv
+from .checks import wide, without_autocast
 from .scan_inputs import ScanInputs
 from .scan_segments import Ends
 from .selective_scan import CHUNK, decay_rates
@@ -143,10 +144,14 @@ def _padded(x: Tensor, left: Tensor | None, right: Tensor | None, h: int) -> Ten
 
 
 def conv_over(
-    context: Context, x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[bool], silu: bool, backend: str
+    context: Context, x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[bool], backend: Backend | None = None
 ) -> Tensor:
-    """The convolution of a stretch x (b, l, e), l >= w - 1: (k, b, l, e), as `causal_conv1d` has it, with gradients."""
-    return _Conv.apply(x, weight, bias, context, reverse, silu, backend)
+    """The convolution and SiLU of a stretch x (b, l, e), l >= w - 1, with weight (k, e, w) and bias (k, e): (k, b, l,
+    e), as `causal_conv1d` has it for each direction.
+    """
+    with without_autocast(x):
+        name = choose(backend, "causal_conv1d", x)
+        return _Conv.apply(x, wide(weight, x), wide(bias, x), context, reverse, True, name)
 
 
 # -- scan --------------------------------------------------------------------------------------------------------------
@@ -258,12 +263,15 @@ def _scan_backward(
 
 def scan_over(
     context: Context, x: Tensor, dt: Tensor, dt_proj: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    dt_bias: Tensor, reverse: Sequence[bool], backend: str,
+    dt_bias: Tensor, reverse: Sequence[bool], backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The scan of a stretch x (k, b, l, e) with dt (k, b, l, r) times dt_proj (k, e, r), A_log (k, e, n), B, C (k, b,
     l, n), D and dt_bias (k, e): s (k, b, l, e), with gradients, and the state after the whole sequence (k, b, e, n),
-    without. Parameters are fp32.
+    without.
     """
-    tensors = (x, dt, dt_proj, A_log, B, C, D, dt_bias)
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _Scan.apply(*tensors, context, reverse, backend, learns)
+    with without_autocast(x):
+        name = choose(backend, "selective_scan", x)
+        A_log, D, dt_bias = (wide(t, x) for t in (A_log, D, dt_bias))
+        tensors = (x, dt, dt_proj.to(x.dtype), A_log, B, C, D, dt_bias)
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return _Scan.apply(*tensors, context, reverse, name, learns)

@@ -16,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
 from vimscale.model.tokens import Tokens
-from vimscale.ops import bidirectional_scan, bimamba_inner, causal_conv1d, selective_scan, selective_scan_with_state
+from vimscale.ops import (
+    Context,
+    bidirectional_scan,
+    bimamba_inner,
+    causal_conv1d,
+    conv_over,
+    scan_over,
+    selective_scan,
+    selective_scan_with_state,
+)
 
 Probe = dict[str, Tensor]
 """Statistics that a mixer reports on logging steps, by name; scalars on the device."""
@@ -146,9 +155,9 @@ class Mamba(nn.Module):
         permute, restore = tokens.permuted(self.order)
         xz = self.in_proj(permute(u))
         if probe is not None:
-            self._record(probe, xz.detach()[:1])
+            self._record(probe, xz.detach()[:1], tokens.context)
         if self.one_set:
-            inner = partial(self._scan_one_set, active=active, factors=factors, reset=tokens.reset)
+            inner = partial(self._scan_one_set, active=active, factors=factors, tokens=tokens)
             y = checkpoint(inner, xz, use_reentrant=False, preserve_rng_state=False) if recompute else inner(xz)
         elif self.fuse in ("gate", "concat"):
             y = self._fuse_paths(xz, active, factors, tokens, recompute)
@@ -247,51 +256,73 @@ class Mamba(nn.Module):
             fuse=fuse,
             reset=tokens.reset,
             recompute=recompute,
+            context=tokens.context,
         )
 
-    def _scan_inputs(self, xz: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return (convolved x, z, dt, B, C) of the first set of parameters, dt without its bias and softplus."""
+    def _scan_inputs(
+        self, xz: Tensor, context: Context | None, reset: Tensor | None = None, *, reverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return (convolved x, z, dt, B, C) of the first set of parameters, dt without its projection, bias and
+        softplus.
+        """
         x, z = xz.chunk(2, dim=-1)
-        x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu", reset=reset)
-        x_proj, dt_proj, n = self.x_proj[0].to(x.dtype), self.dt_proj[0].to(x.dtype), self.A_log.shape[-1]
-        low_dt, B, C = F.linear(x, x_proj).split([dt_proj.shape[-1], n, n], dim=-1)
-        return x, z, F.linear(low_dt, dt_proj), B, C
+        if context is None:
+            weight, bias = self.conv_weight[0], self.conv_bias[0]
+            x = causal_conv1d(x, weight, bias, reverse=reverse, activation="silu", reset=reset)
+        else:
+            x = conv_over(context, x, self.conv_weight[:1], self.conv_bias[:1], [reverse])[0]
+        x_proj, r, n = self.x_proj[0].to(x.dtype), self.dt_proj.shape[-1], self.A_log.shape[-1]
+        low_dt, B, C = F.linear(x, x_proj).split([r, n, n], dim=-1)
+        return x, z, low_dt, B, C
 
-    def _scan_one_set(self, xz: Tensor, *, active: list[int], factors: Tensor | None, reset: Tensor | None) -> Tensor:
+    def _wide_dt(self, low_dt: Tensor) -> Tensor:
+        return F.linear(low_dt, self.dt_proj[0].to(low_dt.dtype))
+
+    def _scan_one_set(self, xz: Tensor, *, active: list[int], factors: Tensor | None, tokens: Tokens) -> Tensor:
         """Scan both directions over one convolution and one set of projections (Vim's v1): only A differs."""
-        x, z, dt, B, C = self._scan_inputs(xz, reset)
-        A = -torch.exp(self.A_log.float())
-        if len(active) == 1:
-            factor = 1.0 if factors is None else factors[0]
-            return selective_scan(x, dt, A[0], B, C * factor, self.D[0] * factor, z, self.dt_bias[0], reset=reset)
+        reset, context = tokens.reset, tokens.context
+        x, z, low_dt, B, C = self._scan_inputs(xz, context, reset)
 
-        def both(t: Tensor) -> Tensor:
-            return t.expand(2, *t.shape)
+        def each(t: Tensor) -> Tensor:
+            return t.expand(len(active), *t.shape)
 
-        C, D, bias = both(C), self.D.expand(2, -1), self.dt_bias.expand(2, -1)
+        C, D, bias = each(C), self.D.expand(len(active), -1), self.dt_bias.expand(len(active), -1)
         if factors is not None:
             C, D = C * factors[:, None, None, None].to(C.dtype), D * factors[:, None]
-        fuse: Literal["mean", "sum"] = "mean" if self.fuse == "mean" and factors is None else "sum"
-        y = bidirectional_scan(both(x), both(dt), A, both(B), C, D, z, bias, fuse=fuse, reset=reset)
+        mean = self.fuse == "mean" and factors is None
+        if context is not None:
+            reverse = [self.paths[i][1] for i in active]
+            dt_proj, A_log = self.dt_proj.expand(len(active), -1, -1), self.A_log[: len(active)]
+            s, _ = scan_over(context, each(x), each(low_dt), dt_proj, A_log, each(B), C, D, bias, reverse)
+            y = s.sum(dim=0) * F.silu(z)
+            return y / len(active) if mean else y
+        A, dt = -torch.exp(self.A_log.float()), self._wide_dt(low_dt)
+        if len(active) == 1:
+            return selective_scan(x, dt, A[0], B, C[0], D[0], z, self.dt_bias[0], reset=reset)
+        fuse: Literal["mean", "sum"] = "mean" if mean else "sum"
+        y = bidirectional_scan(each(x), each(dt), A, each(B), C, D, z, bias, fuse=fuse, reset=reset)
         assert isinstance(y, Tensor)
         return y
 
     @torch.no_grad()
-    def _record(self, probe: Probe, xz: Tensor) -> None:
+    def _record(self, probe: Probe, xz: Tensor, context: Context | None) -> None:
         """Record the steps and final states of the first path in `probe`, for one row xz (1, l, 2e)."""
-        x, _, dt, B, C = self._scan_inputs(xz)
-        _, state = selective_scan_with_state(
-            x,
-            dt,
-            -torch.exp(self.A_log[0].float()),
-            B,
-            C,
-            self.D[0],
-            dt_bias=self.dt_bias[0],
-            reverse=self.paths[0][1],
-        )
+        reverse = self.paths[0][1]
+        x, _, low_dt, B, C = self._scan_inputs(xz, context, reverse=reverse and not self.one_set)
+        dt = self._wide_dt(low_dt)
+        if context is None:
+            A, bias = -torch.exp(self.A_log[0].float()), self.dt_bias[0]
+            _, state = selective_scan_with_state(x, dt, A, B, C, self.D[0], dt_bias=bias, reverse=reverse)
+        else:
+            dt_proj, A_log, D, bias = (t[:1] for t in (self.dt_proj, self.A_log, self.D, self.dt_bias))
+            x, low_dt, B, C = (t[None] for t in (x, low_dt, B, C))
+            _, state = scan_over(context, x, low_dt, dt_proj, A_log, B, C, D, bias, [reverse])
         step = F.softplus(dt.float() + self.dt_bias[0])
-        probe["dt_min"], probe["dt_max"], probe["state"] = step.min(), step.max(), state.abs().max()
+        least, most = step.min(), step.max()
+        if context is not None:
+            of_all = context.gather(torch.stack([least, most]))
+            least, most = of_all[:, 0].min(), of_all[:, 1].max()
+        probe["dt_min"], probe["dt_max"], probe["state"] = least, most, state.abs().max()
         if self.backward_gate is not None:
             probe["gate"] = self.backward_gate.float()[0].clone()
 
@@ -315,7 +346,11 @@ class Attention(nn.Module):
         """Takes the arguments of `Mamba.forward`; attention has no backward path and no scan to apply them to."""
         b, length, d = u.shape
         heads = self.qkv(u).view(b, length, 3, d // self.config.d_head, self.config.d_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        if tokens.stretch is not None:
+            everywhere = tokens.stretch.everywhere(heads[:, :, 1:].flatten(2)).unflatten(2, (2, *heads.shape[3:]))
+            q, (k, v) = heads[:, :, 0].transpose(1, 2), everywhere.permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = heads.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask())
         out = self.out_proj(y.transpose(1, 2).reshape(b, length, d))
         return layer_scaled(out, self.layer_scale)

@@ -6,7 +6,7 @@ Axes: b rows of tokens (one image each, or several packed ones), l tokens, d mod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Order
+from vimscale.ops import Context
+
+if TYPE_CHECKING:
+    from vimscale.model.stretch import Stretch
 
 Grid = tuple[int, int]
 """Rows and columns of an image's tokens."""
@@ -21,19 +25,26 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """The positions of one image's sequence: each holds a token of the image or an extra token."""
+    """The positions of one image's sequence, or of a part of it: each holds a token of the image or an extra token."""
 
     cls: tuple[int, ...]
-    """Positions of the class tokens."""
+    """Positions of the class tokens; those that are not in the part are outside [0, tokens)."""
     registers: tuple[int, ...]
-    """Positions of the registers."""
+    """Positions of the registers, likewise."""
     image: tuple[tuple[int, int], ...]
     """Ranges [start, end) of positions that hold the image's tokens, in row order."""
+    tokens: int
+    """Length of the sequence or part."""
 
-    @property
-    def tokens(self) -> int:
-        """Length of the sequence."""
-        return sum(end - start for start, end in self.image) + len(self.cls) + len(self.registers)
+    def part(self, start: int, end: int) -> "Layout":
+        """Return the layout of the positions [start, end)."""
+        ranges = ((max(first, start) - start, min(last, end) - start) for first, last in self.image)
+        return Layout(
+            cls=tuple(position - start for position in self.cls),
+            registers=tuple(position - start for position in self.registers),
+            image=tuple((first, last) for first, last in ranges if first < last),
+            tokens=end - start,
+        )
 
     def insert(self, image: Tensor, extra: Tensor | None) -> Tensor:
         """Insert the extra tokens (m, d), class tokens first, into the image's tokens (b, l, d), in row order. Return
@@ -41,14 +52,20 @@ class Layout:
         """
         if extra is None:
             return image
-        positions = [*self.cls, *self.registers]
-        token_at = {position: extra[i] for i, position in enumerate(positions)}
+        token_at = {position: extra[i] for i, position in enumerate((*self.cls, *self.registers))}
+        here = sorted(position for position in token_at if 0 <= position < self.tokens)
         pieces, done = [], 0
-        for inserted, position in enumerate(sorted(positions)):
+        if len(here) < len(token_at):  # nothing of `extra`, so that it has a gradient whatever the part holds
+            pieces.append(extra[:0].to(image.dtype).expand(len(image), -1, -1))
+        for inserted, position in enumerate(here):
             pieces.append(image[:, done : position - inserted])
             pieces.append(token_at[position].to(image.dtype).expand(len(image), 1, -1))
             done = position - inserted
         return torch.cat([*pieces, image[:, done:]], dim=1)
+
+    def token(self, x: Tensor, position: int) -> Tensor:
+        """Return the token (b, d) at a position of a sequence; zeros if it is not in this part."""
+        return x[:, position] if 0 <= position < self.tokens else x[:, :0].sum(dim=1)
 
     def image_tokens(self, x: Tensor) -> Tensor:
         """Return the image's tokens (b, l, d) of a sequence, in row order."""
@@ -75,6 +92,7 @@ def layout(config: VimConfig, grid: Grid) -> Layout:
         cls=tuple(positions[0, i] for i in range(len(cls))),
         registers=tuple(positions[1, i] for i in range(config.registers)),
         image=tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end),
+        tokens=length + len(taken),
     )
 
 
@@ -140,6 +158,8 @@ class Tokens:
     device: torch.device
     reset: Tensor | None = None
     """Marks the first token of every image where rows hold several images: (b, l) bool."""
+    stretch: "Stretch | None" = None
+    """The part of each row that this rank holds, where ranks share images; `length` is that of the part."""
     _orders: dict[Order, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def permuted(self, order: Order) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -155,6 +175,9 @@ class Tokens:
 
     def _row_order(self, order: Order, grids: tuple[Grid, ...]) -> np.ndarray:
         """Return the scan order of a row of images; padding at its end keeps its position."""
+        if self.stretch is not None:  # snake orders go back and forth inside it
+            (grid,), own = grids, self.stretch
+            return scan_order(order, self.config, grid)[own.start : own.end] - own.start
         positions = np.arange(self.length)
         start = 0
         for grid in grids:
@@ -162,6 +185,18 @@ class Tokens:
             positions[start : start + len(within_image)] = within_image + start
             start += len(within_image)
         return positions
+
+    @property
+    def context(self) -> Context | None:
+        """The ranks that share each row, if any."""
+        return None if self.stretch is None else self.stretch.context
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """Return the mean of the squares of x (b, l, d), over the tokens of all ranks that share rows: ()."""
+        if self.context is None:
+            return x.square().mean()
+        total, count = self.context.add(torch.stack([x.square().sum(), x.new_tensor(x.numel())]))
+        return total / count
 
     def mask(self) -> Tensor | None:
         """Return which pairs of tokens belong to the same image (b, 1, l, l) bool; None if each row is one image."""

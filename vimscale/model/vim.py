@@ -19,8 +19,9 @@ from vimscale.model.mixer import PATH_PARAMETERS, Attention, Factor, Mamba, OutP
 from vimscale.model.own import OwnMixer
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
-from vimscale.model.tokens import Grid, PackedImage, Tokens, layout, pack, packed_tokens, resized
-from vimscale.ops import add_norm
+from vimscale.model.stretch import Stretch
+from vimscale.model.tokens import Grid, Layout, PackedImage, Tokens, layout, pack, packed_tokens, resized
+from vimscale.ops import Context, add_norm, gathered, summed
 
 Recompute = Literal["none", "scan", "block"]
 """What a block keeps for the backward pass. none: all it needs; scan: all but convolution, dt and scan; block: only its
@@ -93,7 +94,7 @@ class Block(nn.Module):
         """
         x, residual = self.norm(x, residual)
         if probe is not None:
-            probe["rms"] = residual.detach().square().mean().sqrt()
+            probe["rms"] = tokens.mean_square(residual.detach()).sqrt()
         x = _scaled(self.mixer(x, tokens, backward, recompute, probe), scale)
         if self.mlp is not None and self.mlp_norm is not None:
             x, residual = self.mlp_norm(x, residual)
@@ -176,6 +177,10 @@ class VisionMamba(nn.Module):
         """Factor on every backward path when a call does not pass one: below 1 during a ramp."""
         self.probes: dict[int, Probe] | None = None
         """Set to a dict, and the next forward pass puts a probe of each layer into it."""
+        self.context: Context | None = None
+        """The ranks that share every image, if any: each then holds a stretch of its tokens, and all get its features.
+        Gradients are those of the sum of what all ranks compute from them.
+        """
         d = config.widths[0]
         self.patch_embed: nn.Module = ConvStem(config, d) if config.stem == "conv" else PatchEmbed(config, d)
         self.cls_token = nn.Parameter(torch.empty(config.cls_tokens, d)) if config.cls_tokens else None
@@ -201,7 +206,7 @@ class VisionMamba(nn.Module):
         self.head: nn.Module = Head(config.features, config.num_classes)
         self._paired = paired
         self.register_buffer("drop_rates", torch.empty(len(config.layers)), persistent=False)
-        self._tokens: dict[tuple[Grid, torch.device], Tokens] = {}
+        self._tokens: dict[tuple[Grid, torch.device, Stretch | None], Tokens] = {}
         self._init_all(gather or (lambda parameters: nullcontext()))
 
     def _init_all(self, gather: Gather) -> None:
@@ -276,8 +281,11 @@ class VisionMamba(nn.Module):
         segmentation; the maps of a hierarchical model's stages form a pyramid.
 
         Raises:
-            ValueError: patches do not fill a side of an image; a layer is out of range; `layers` come with a list.
+            ValueError: patches do not fill a side of an image; a layer is out of range; `layers` come with a list; or
+                ranks share images, and these cannot be shared or need to be whole.
         """
+        if self.context is not None and layers is not None:
+            raise ValueError("maps of chosen layers need whole images, and ranks share these: leave out `layers`")
         if isinstance(images, Tensor):
             x, tokens = self._embed(images)
             packed = None
@@ -363,13 +371,19 @@ class VisionMamba(nn.Module):
         """Embed images (b, 3, h, w) as tokens (b, l, d) with class token, registers and position embedding."""
         config = self.config
         grid = self._grid(images)
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (b, l, d)
-        slots = layout(config, grid)
+        own = None if self.context is None else Stretch.of(self.context, config, grid)
+        patches = self.patch_embed(images if own is None else own.pixels(images)).flatten(2).transpose(1, 2)
+        if own is not None:
+            patches = patches[:, own.inside]
         extra: list[Tensor] = [t for t in (self.cls_token, self.registers) if t is not None]
-        x = slots.insert(patches, torch.cat(extra) if extra else None)
+        x = self._slots(grid, own).insert(patches, torch.cat(extra) if extra else None)  # (b, l, d)
         if self.pos_embed is not None:
-            x = x + resized(self.pos_embed, config, grid)
-        return x, self._row_tokens(grid, x)
+            position = resized(self.pos_embed, config, grid)
+            x = x + (position if own is None else position[own.start : own.end])
+        return x, self._row_tokens(grid, x, own)
+
+    def _slots(self, grid: Grid, own: Stretch | None) -> Layout:
+        return layout(self.config, grid) if own is None else own.slots
 
     def _grid(self, images: Tensor) -> Grid:
         config = self.config
@@ -386,6 +400,8 @@ class VisionMamba(nn.Module):
         """Embed images (3, h, w) of any sizes and pack them into rows as long as the longest image."""
         if self.config.stages:
             raise ValueError("a hierarchical model merges adjacent tokens: its images cannot be packed into rows")
+        if self.context is not None:
+            raise ValueError("ranks share images of one size, a tensor (b, 3, h, w); these are packed into rows")
         embedded = [self._embed(image[None])[0][0] for image in images]
         grids = [self._grid(image) for image in images]
         length = max(len(x) for x in embedded)
@@ -406,14 +422,14 @@ class VisionMamba(nn.Module):
         x = merge(x if residual is None else residual + x, grid)
         return x, self._row_tokens(smaller, x)
 
-    def _row_tokens(self, grid: Grid, x: Tensor) -> Tokens:
+    def _row_tokens(self, grid: Grid, x: Tensor, own: Stretch | None = None) -> Tokens:
         """Describe rows of one image each. Later calls get the same object, with the scan orders that are on the device
         by then; but compilers and fake tensors must not leave theirs to others.
         """
-        new = Tokens(self.config, ((grid,),), layout(self.config, grid).tokens, x.device)
+        new = Tokens(self.config, ((grid,),), self._slots(grid, own).tokens, x.device, stretch=own)
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return new
-        return self._tokens.setdefault((grid, x.device), new)
+        return self._tokens.setdefault((grid, x.device, own), new)
 
     def _map(self, stream: Tensor, tokens: Tokens) -> Tensor:
         ((grid,),) = tokens.rows
@@ -423,23 +439,31 @@ class VisionMamba(nn.Module):
         """Pool the normalized tokens to (b, features)."""
         if packed is None:
             ((grid,),) = tokens.rows
-            return self._pool(x, grid)
+            return self._pool(x, grid, tokens.stretch)
         return torch.cat([self._pool(x[p.row, p.start : p.end][None], p.grid) for p in packed])
 
-    def _pool(self, x: Tensor, grid: Grid) -> Tensor:
-        slots = layout(self.config, grid)
+    def _pool(self, x: Tensor, grid: Grid, own: Stretch | None = None) -> Tensor:
+        slots = self._slots(grid, own)
+
+        def whole(part: Tensor) -> Tensor:
+            return part if own is None else summed(own.context, part)
+
         if self.config.pooling == "cls":
-            tokens = [x[:, position] for position in slots.cls]
-            return tokens[0] if len(tokens) == 1 else torch.stack(tokens).mean(dim=0)
+            tokens = [slots.token(x, position) for position in slots.cls]
+            return whole(tokens[0] if len(tokens) == 1 else torch.stack(tokens).mean(dim=0))
         if self.config.pooling == "registers":
-            registers = torch.stack([x[:, position] for position in slots.registers], dim=1)
+            registers = whole(torch.stack([slots.token(x, position) for position in slots.registers], dim=1))
             if self.neck is None or self.neck_norm is None:
                 return registers.flatten(1)
             return self.neck_norm(self.neck(registers).flatten(1), None)[0]
         if self.config.pooling == "last":
-            return x[:, -1]
+            start, end = (0, slots.tokens) if own is None else (own.start, layout(self.config, grid).tokens)
+            return whole(slots.token(x, end - 1 - start))
         image = slots.image_tokens(x)
-        return image.amax(dim=1) if self.config.pooling == "max" else image.mean(dim=1)
+        if self.config.pooling == "max":
+            most = image.amax(dim=1)
+            return most if own is None else gathered(own.context, most).amax(dim=0)
+        return image.mean(dim=1) if own is None else whole(image.sum(dim=1) / (grid[0] * grid[1]))
 
     # ---- what optimizers need to know
 

@@ -1,0 +1,126 @@
+"""Ranks that share images compute the features, gradients and probes that one rank computes from whole images."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.thread_ranks import ThreadContext, on_ranks
+from vimscale.model import VimConfig, VisionMamba
+from vimscale.model import stretch as stretches
+
+BASE = VimConfig(
+    num_classes=5, image_size=(12, 20), patch_size=4, d_model=16, depth=2, directions="bi*2", d_state=4, d_head=8
+)
+IMAGES = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+DRAWS = torch.tensor([[0.0, 0.9], [0.9, 0.1]])
+
+
+def _new(config: VimConfig) -> VisionMamba:
+    torch.manual_seed(3)
+    model = VisionMamba(config)
+    for p in model.parameters():  # no factor or gate at its neutral value
+        p.data += 0.05 * torch.randn(p.shape)
+    return model.double()
+
+
+def _outcome(model: VisionMamba, context: ThreadContext | None = None, **settings: Any) -> dict[str, Tensor]:
+    """Logits, gradients by name, and the layers' probes."""
+    model, config = copy.deepcopy(model), model.config
+    model.context, model.probes = context, {}
+    model.recompute = [settings.get("recompute", "none")] * len(config.layers)
+    logits = model(IMAGES.double(), DRAWS if config.drop_path else None, settings.get("backward"))
+    probes = {f"probe {i} {name}": t for i, probe in model.probes.items() for name, t in probe.items()}
+    (logits.double() * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **gradients, **probes}
+
+
+def _check(config: VimConfig, ranks: int, **settings: Any) -> None:
+    model = _new(config)
+    expected = _outcome(model, **settings)
+    found = on_ranks(ranks, lambda context: _outcome(model, context, **settings))
+    assert all(each.keys() == expected.keys() for each in found)  # every rank has a gradient of everything
+    for name, single in expected.items():
+        if name == "logits":
+            assert all(torch.equal(each[name], found[0][name]) for each in found)
+        of_all = [each[name] for each in found]
+        # each rank's loss is that of the whole images: their sum has `ranks` times its gradient
+        value = of_all[0] if name == "logits" or name.startswith("probe") else torch.stack(of_all).sum(0) / ranks
+        # scans have no fp64 kernel for parameters: sums are fp32 where the model says .float()
+        torch.testing.assert_close(value, single, rtol=2e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+CASES = {
+    "bi": {},
+    "fwd bwd": {"directions": "fwd bwd"},
+    "shared": {"directions": "shared*2"},
+    "pair": {"directions": "pair*4", "depth": 4},
+    "attn": {"directions": "bi attn"},
+    "snake": {"directions": "bi@snake bi"},
+    "swiglu": {"mlp": "swiglu"},
+    "gate": {"fuse": "gate"},
+    "concat": {"fuse": "concat", "ssm_norm": True},
+    "sum": {"fuse": "sum"},
+    "backward gate": {"backward_gate": True},
+    "drop path": {"drop_path": 0.5},
+    "no positions": {"pos_embed": False},
+    "overlap": {"patch_size": 8, "stride": 4},
+    "layer scale": {"layer_scale": 0.5, "norm": "layer"},
+    "class token first": {"cls_token": "first"},
+    "class tokens at both ends": {"cls_token": "both"},
+    "mean": {"cls_token": "none", "pool": "mean"},
+    "max": {"cls_token": "none", "pool": "max"},
+    "last": {"cls_token": "none", "pool": "last"},
+    "registers": {"registers": 3},
+    "pooled registers": {"registers": 4, "pool": "registers", "register_reduce": 2},
+    "two taps": {"d_conv": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_ranks_compute_what_one_does(case: str) -> None:
+    _check(dataclasses.replace(BASE, **CASES[case]), 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("recompute", ["none", "scan", "block"])
+def test_any_number_of_ranks_and_recomputation(ranks: int, recompute: str) -> None:
+    _check(dataclasses.replace(BASE, registers=2, directions="bi shared"), ranks, recompute=recompute)
+
+
+def test_factors_on_backward_paths() -> None:
+    _check(dataclasses.replace(BASE, directions="bi shared"), 2, backward=[0.5, 0.25])
+    _check(dataclasses.replace(BASE, directions="bi shared"), 2, backward=[0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"directions": "bi bi@column"}, "layers bi@column: ranks can share images in layers of kind"),
+        ({"directions": "bi bi@window"}, "layers bi@window"),
+        ({"directions": "bi cross"}, "layers cross"),
+        ({"stem": "conv"}, "stem conv normalizes over a whole image"),
+        ({"image_size": (4, 20)}, "4 ranks cannot share a sequence of 6 tokens: the shortest stretch would have 1"),
+    ],
+)
+def test_what_cannot_be_shared_has_a_reason(changes: dict[str, Any], message: str) -> None:
+    config = dataclasses.replace(BASE, **changes)
+    (fault,) = stretches.faults(config, 4)
+    assert message in fault
+    assert not stretches.faults(config, 1)
+
+
+def test_images_of_several_sizes_and_maps_are_refused() -> None:
+    def work(context: ThreadContext) -> None:
+        model = _new(BASE)
+        model.context = context
+        with pytest.raises(ValueError, match="packed into rows"):
+            model([IMAGES[0].double(), IMAGES[1].double()])
+        with pytest.raises(ValueError, match="maps of chosen layers"):
+            model.forward_features(IMAGES.double(), layers=[0])
+
+    on_ranks(2, work)
