@@ -26,6 +26,7 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives.base import Inputs, Learner, Question, parts_of
 from vimscale.objectives.build import build
 from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.context import RankContext
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +107,10 @@ class Average:
 class Engine:
     """A model under training: forward, backward, update, and its state as fragments."""
 
-    def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device):
+    def __init__(self, config: VimConfig, recipe: Recipe, device: torch.device, patience_s: float = 300.0):
         """Builds the model and the recipe's objective. At stage 3 the parameters are sharded as each module is made and
-        initialised one module at a time, so that no rank ever holds all of them.
+        initialised one module at a time, so that no rank ever holds all of them. `patience_s`: how long ranks that
+        share images wait for each other.
         """
         world = dist.get_world_size()
         self.objective = build(recipe.objective, config)
@@ -138,11 +140,17 @@ class Engine:
         self._check_fp32()
         if self._flat is not None:
             self._flat.adopt()
+        shared = recipe.parallel.context > 1
+        if shared:
+            # each rank computes the loss of the group's images; the mean over all ranks, which DeepSpeed takes, is then
+            # the gradient of the mean over images: every rank's gradient is that of the sum of all losses of its group
+            self.encoder.context = RankContext(recipe.parallel.context, patience_s)
         if recipe.parallel.graphs == "auto" and device.type == "cuda":
-            if self._flat is not None:
+            if self._flat is not None and not shared:
                 self._flat.use_graphs()
             elif dist.get_rank() == 0:
-                log.info("parallel.graphs: none at ZeRO stage 3, whose hooks gather parameters from Python")
+                reason = "with parallel.context" if shared else "at ZeRO stage 3, whose hooks gather parameters"
+                log.info("parallel.graphs: none %s", reason)
         self.fragments = list(self._fragments())
         self._judge: Judge | None = None
         self._clip = recipe.optim.clip

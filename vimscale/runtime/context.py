@@ -43,7 +43,7 @@ class RankContext:
     def gather(self, t: Tensor) -> Tensor:
         """As `Context.gather`."""
         gathered = t.new_empty(self.size, *t.shape)
-        dist.all_gather_into_tensor(gathered, t, self._group)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), t, self._group)
         self.sent += (self.size - 1) * t.nbytes
         return gathered
 
