@@ -49,6 +49,27 @@ class Context(Protocol):
         ...
 
 
+class Alone:
+    """One of N ranks without the others: to count what it does, or to compile it. What it computes means nothing."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+    def exchange(self, to_left: Tensor | None, to_right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """As `Context.exchange`."""
+        from_left = None if to_right is None or self.rank == 0 else torch.zeros_like(to_right)
+        from_right = None if to_left is None or self.rank + 1 == self.size else torch.zeros_like(to_left)
+        return from_left, from_right
+
+    def gather(self, t: Tensor) -> Tensor:
+        """As `Context.gather`."""
+        return t.new_zeros(self.size, *t.shape)
+
+    def add(self, t: Tensor) -> Tensor:
+        """As `Context.add`."""
+        return t
+
+
 # -- results of all ranks ----------------------------------------------------------------------------------------------
 
 
@@ -166,7 +187,7 @@ class _Scan(torch.autograd.Function):
         ctx.context, ctx.reverse, ctx.backend = context, reverse, backend
         ctx.set_materialize_grads(False)
         inputs, inner = _inputs(x, dt, dt_proj, A_log, B, C, D, dt_bias, backend)
-        own = scan_segments.ends(inputs, reverse, True, backend, inner)
+        own = scan_segments.ends(inputs, reverse, True, backend, dt_proj=inner)
         A = decay_rates(A_log, True)
         end, steps = _whole(own, A)
         both = _ordered(context.gather(torch.cat([end, steps.unsqueeze(-1)], dim=-1)), reverse)  # (k, b, N, e, n + 1)
@@ -187,7 +208,7 @@ class _Scan(torch.autograd.Function):
         if ds is None:
             raise RuntimeError("a scan over several ranks needs a gradient on each of them")
         inputs, inner = _inputs(x, dt, dt_proj, A_log, B, C, D, dt_bias, backend)
-        own = scan_segments.ends_backward(inputs, ds, reverse, True, backend, inner)
+        own = scan_segments.ends(inputs, reverse, True, backend, ds=ds, dt_proj=inner)
         A = decay_rates(A_log, True)
         q, _ = _whole(own, A, backward=True)
         of_all = Ends(_ordered(context.gather(q.contiguous()), reverse), all_steps)
@@ -236,13 +257,11 @@ def _of_rank(t: Tensor, reverse: Sequence[bool], context: Context) -> Tensor:
 def _scan(
     inputs: ScanInputs, reverse: Sequence[bool], chunk: int, backend: str, dt_proj: Tensor | None, own: Ends
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference":
-        s, _, states = selective_scan._scan.inside(*inputs, reverse, chunk, True, backend)
-    elif backend == "cpu":
+    if backend == "cpu":
         inputs = inputs._replace(A=decay_rates(inputs.A, True))
         s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, dt_proj=dt_proj)
     else:
-        s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, log_A=True)
+        s, _, states = selective_scan._scan.inside(*inputs, reverse, chunk, True, backend)
     return s, states
 
 

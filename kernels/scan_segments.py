@@ -8,7 +8,7 @@ Axes: k directions, b images, S segments in scan order, e inner channels, n stat
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from .backend import fused_module
 from .scan_inputs import ScanInputs
 from .selective_scan import _begins, _order, _walk, _with_rows, decay_rates
+from .torch_op import torch_op
 
 
 class Ends(NamedTuple):
@@ -27,32 +28,42 @@ class Ends(NamedTuple):
     """(k, b, S, e) fp32: the sum of its steps; negative if an image begins inside, so that the factor is zero."""
 
 
-def ends(inputs: ScanInputs, reverse: Sequence[bool], log_A: bool, backend: str, dt_proj: Tensor | None = None) -> Ends:
-    """What each segment adds to the state; `inputs.initial` is ignored. The number of segments follows from the shape
-    alone. `inputs.A` holds log(-A) with `log_A`. With dt_proj (k, e, r), on a CPU, `inputs.dt` is (k, b, l, r).
-    """
-    inputs = inputs._replace(initial=None)
+@torch_op("scan_ends", shown=2)
+def _ends(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, image: Tensor | None,
+    ds: Tensor | None, dt_proj: Tensor | None, reverse: Sequence[bool], log_A: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = _with_rows(ScanInputs(x, dt, A, B, C, D, dt_bias, None, image))
     if backend == "triton":
-        return fused_module("scan_segments", backend).ends(_with_rows(inputs), reverse, log_A=log_A)
-    inputs = inputs._replace(A=decay_rates(inputs.A, log_A))
+        module = fused_module("scan_segments", backend)
+        if ds is None:
+            return module.ends(inputs, reverse, log_A=log_A)
+        return module.ends_backward(inputs, ds, reverse, log_A=log_A)
+    inputs = inputs._replace(A=decay_rates(A, log_A))
     if backend == "cpu":
-        return fused_module("scan_segments", backend).ends(_with_rows(inputs), reverse, dt_proj)
-    return _reference(inputs, reverse, None)
-
-
-def ends_backward(
-    inputs: ScanInputs, ds: Tensor, reverse: Sequence[bool], log_A: bool, backend: str, dt_proj: Tensor | None = None
-) -> Ends:
-    """What each segment adds to the gradient that it passes on to the state before it; ds (k, b, l, e) is the gradient
-    of s. The other arguments are those of `ends`.
-    """
-    inputs = inputs._replace(initial=None)
-    if backend == "triton":
-        return fused_module("scan_segments", backend).ends_backward(_with_rows(inputs), ds, reverse, log_A=log_A)
-    inputs = inputs._replace(A=decay_rates(inputs.A, log_A))
-    if backend == "cpu":
-        return fused_module("scan_segments", backend).ends_backward(_with_rows(inputs), ds, reverse, dt_proj)
+        module = fused_module("scan_segments", backend)
+        if ds is None:
+            return module.ends(inputs, reverse, dt_proj)
+        return module.ends_backward(inputs, ds, reverse, dt_proj)
     return _reference(inputs, reverse, ds)
+
+
+@_ends.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    (k, b, _, e), n = x.shape, A.shape[-1]
+    return A.new_empty(k, b, 1, e, n), A.new_empty(k, b, 1, e)
+
+
+def ends(
+    inputs: ScanInputs, reverse: Sequence[bool], log_A: bool, backend: str, *, ds: Tensor | None = None,
+    dt_proj: Tensor | None = None,
+) -> Ends:  # fmt: skip
+    """What each segment adds to the state; or, with the gradient ds (k, b, l, e) of s, to the gradient that it passes
+    on to the state before it. `inputs.initial` is ignored. The number of segments follows from the shape alone.
+    `inputs.A` holds log(-A) with `log_A`. With dt_proj (k, e, r), on a CPU, `inputs.dt` is (k, b, l, r).
+    """
+    x, dt, A, B, C, D, dt_bias, _, image = inputs
+    return Ends(*_ends.inside(x, dt, A, B, C, D, dt_bias, image, ds, dt_proj, reverse, log_A, backend))
 
 
 def chain(ends: Ends, A: Tensor, first: Tensor | None = None, *, backward: bool = False) -> tuple[Tensor, Tensor]:

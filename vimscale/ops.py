@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
-    from kernels.context import Context, conv_over, gathered, scan_over, summed
+    from kernels.context import Alone, Context, conv_over, gathered, scan_over, summed
     from kernels.precompile import Precompiler
     from kernels.selective_scan import (
         bidirectional_scan,
@@ -20,7 +20,7 @@ else:
     from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
-    from vimscale.kernels.context import Context, conv_over, gathered, scan_over, summed
+    from vimscale.kernels.context import Alone, Context, conv_over, gathered, scan_over, summed
     from vimscale.kernels.precompile import Precompiler
     from vimscale.kernels.selective_scan import (
         bidirectional_scan,
@@ -30,6 +30,7 @@ else:
     )
 
 __all__ = [
+    "Alone",
     "Context",
     "Precompiler",
     "add_norm",
