@@ -402,6 +402,10 @@ class Parallel(Section):
     """DeepSpeed ZeRO stage. 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     persist: Annotated[Whole, Field(ge=0, le=10**12)] = 100_000
     """At stage 3, every rank keeps parameters with fewer elements than this unsharded."""
+    context: Count = 1
+    """Neighboring ranks that share each image, for long sequences: each holds a range of its tokens through all layers.
+    Works for layers of kind fwd, bwd, bi, shared, pair and attn in order row or snake.
+    """
     micro_batch: Count | None = None
     """Images that a rank computes at once; gradient accumulation follows from it. default: a rank's part of the batch,
     in one micro-step.
