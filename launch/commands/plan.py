@@ -52,7 +52,7 @@ def plan(
     world = cluster.most_ranks
     planner, notes = prepare(chosen, cluster, world)
     planner.refuse(world)
-    rows = outlooks(planner, _counts(counts, cluster, world))
+    rows = outlooks(planner, _counts(counts, cluster, world, chosen.parallel.context))
     if picture is not None:
         _plot(planner, rows, picture)
     here = planner.outlook(world)
@@ -163,12 +163,12 @@ def _target(cluster: clusters.Cluster) -> "Target":
     return Target(cluster.gpu, device, device.memory, Fabric(cluster.gpus, device.link, out), cluster.price)
 
 
-def _counts(text: str | None, cluster: clusters.Cluster, world: int) -> list[int]:
-    """Numbers of ranks to compare. On a single machine, powers of two up to `world`."""
+def _counts(text: str | None, cluster: clusters.Cluster, world: int, context: int) -> list[int]:
+    """Numbers of ranks to compare. On a single machine, powers of two up to `world` that `context` divides."""
     from vimscale.estimate.planner import COUNTS
 
     if text is None:
-        smaller = [1 << i for i in range(world.bit_length()) if 1 << i < world]
+        smaller = [1 << i for i in range(world.bit_length()) if 1 << i < world and (1 << i) % context == 0]
         return [*smaller, world] if cluster.backend == "local" else list(COUNTS)
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[1-9]\d{0,5}", part, re.ASCII) for part in parts):
@@ -192,8 +192,14 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     from vimscale.model.cost import flops
 
     recipe, target, need, sent = planner.recipe, planner.target, here.need, here.sent
-    held = need.held
+    held, context, exchanged = need.held, recipe.parallel.context, here.exchanged
     kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
+    within = {
+        "halos": exchanged.halo,
+        "states": exchanged.summaries,
+        "keys and values": exchanged.attention,
+        "pooled": exchanged.pooled,
+    }
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
         "where": f"{target.name}, {_size(target.room)} per rank",
@@ -211,6 +217,9 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         "communication": ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items() if size) or "none",
         "checkpoint": f"{_size(planner.checkpoint)}, stops training for {here.stall_s:.2f} s (predicted)",
     }
+    if context > 1:
+        rows["per image"] += f", on {context} ranks with {-(-planner.config.tokens // context):,} tokens at most"
+        rows["within a group"] = ", ".join(f"{kind} {_size(size)}" for kind, size in within.items() if size)
     if planner.samples:
         rows["training set"] = f"{planner.samples:,} images"
     length = f"{planner.steps:,} steps" if planner.steps else f"{recipe.epochs:g} epochs"
@@ -254,7 +263,9 @@ def _comparison(rows: list["Outlook | dict[str, Any]"], *, device: bool) -> Tabl
             micro = "too large"
         if not row.fits or not device:  # there is no model of the speed of CPUs
             figures, money = [""] * 4, ""
-        table.add_row(f"{row.world:,}", micro, _gb(row.need.total), _gb(row.sent.total), *figures, money)
+        table.add_row(
+            f"{row.world:,}", micro, _gb(row.need.total), _gb(row.sent.total + row.exchanged.total), *figures, money
+        )
     return table
 
 

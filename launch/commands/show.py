@@ -40,7 +40,8 @@ def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number of ranks to assume. Default: the cluster's; 1 for local.")
+        int | None,
+        typer.Option(help="Number of ranks to assume. Default: the cluster's; parallel.context for local."),
     ] = None,
     on: OnOption = "local",
     with_: WithOption = None,
@@ -52,14 +53,18 @@ def show(
     print(chosen.to_yaml())
     cluster = clusters.load(on, with_ or ())
     if workers is None:
-        workers = cluster.most_ranks if cluster.backend != "local" or cluster.workers else 1
+        workers = cluster.most_ranks if cluster.backend != "local" or cluster.workers else chosen.parallel.context
     micro, _ = chosen.micro_batch(workers)
     planner, notes = plan.prepare(chosen, cluster, workers)
     device = "cpu"  # a GPU's kernels keep slightly less per layer
-    precision = chosen.parallel.precision
+    precision, context = chosen.parallel.precision, chosen.parallel.context
     levels = recompute.levels(chosen.parallel, planner.config, micro, device)
-    kept = {level: recompute.kept_bytes(planner.config, level, micro, precision, device) for level in {*levels}}
+    kept = {
+        level: recompute.kept_bytes(planner.config, level, micro, precision, device, context) for level in {*levels}
+    }
+    sizes = [kept[level][i] for i, level in enumerate(levels)]
+    shared = f"{micro} images" if context == 1 else f"a rank's tokens of {micro} images"
     console = Console(markup=False, emoji=False)
-    console.print(model_table.layers(planner.config, [kept[level][i] for i, level in enumerate(levels)], levels, micro))
+    console.print(model_table.layers(planner.config, sizes, levels, shared))
     console.print()
     console.print(plan.summary(planner, planner.outlook(workers), notes))

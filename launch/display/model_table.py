@@ -19,13 +19,11 @@ _SIGNS = {
 }
 
 
-def layers(config: VimConfig, kept: Sequence[int], levels: Sequence[str], batch: int) -> Table:
+def layers(config: VimConfig, kept: Sequence[int], levels: Sequence[str], of: str) -> Table:
     """One row per run of equal layers; fits into 80 columns. `kept`: bytes that each layer keeps for the backward pass
-    of `batch` images. `levels`: each layer's level of recomputation.
+    of `of`, such as "4 images". `levels`: each layer's level of recomputation.
     """
-    table = Table(
-        box=None, padding=(0, 1, 0, 0), header_style="dim", caption=f"kept: for the backward pass of {batch} images"
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=f"kept: for the backward pass of {of}")
     for title in ("layers", "", ""):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for title in ("tokens", "width", "parameters", "GFLOPs", "kept"):

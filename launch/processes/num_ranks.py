@@ -33,11 +33,12 @@ def bounds(workers: str) -> tuple[int, int]:
 def sizes(workers: str | None, recipe: "Recipe", cpus: int, gpus: int, where: str) -> list[int]:
     """The allowed numbers of ranks, largest first: as `workers` says, else the usual number.
 
-    Of MIN:MAX, only the numbers that divide the recipe's batch. MAX may exceed the devices that there are now.
+    Of MIN:MAX, only the multiples of `parallel.context` that divide the recipe's batch. MAX may exceed the devices that
+    there are now.
 
     Raises:
         LaunchError: `workers` cannot be parsed, or `where` has fewer devices than its minimum.
-        RecipeError: none of the numbers divides the batch.
+        RecipeError: none of the numbers is such a multiple.
     """
     devices, kind = (gpus, "GPU") if gpus else (cpus, "CPU")
     least, most = _bounds(workers) if workers is not None else (usual(cpus, gpus),) * 2

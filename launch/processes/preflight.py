@@ -98,7 +98,12 @@ def upper_bound(recipe: "Recipe", config: "VimConfig", world: int) -> float:
     for phase in recipe.phases:
         high, wide = recipe.size_at(phase.step, config.size)
         largest = max(largest, high * wide / (height * width) * recipe.batch_at(phase.step) / recipe.batch)
-    layers = sum(part.tokens * part.d_model for part in costs(config))
+    shared = recipe.parallel.context
+    layers = sum(
+        (part.tokens if part.layer is not None and part.layer.kind == "attn" else -(-part.tokens // shared))
+        * part.d_model
+        for part in costs(config)
+    )
     return 32 * parameters(config) + micro * largest * (_PER_TOKEN * layers + 5 * 3 * height * width)
 
 

@@ -198,8 +198,8 @@ Global = tuple[list[str], torch.Tensor, torch.Tensor]
 """Keys, pixels as the model gets them, and targets of a global batch."""
 
 
-def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> list[Global]:
-    """Assemble global batches [start, stop) from all ranks' micro-batches."""
+def _by_rank(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> list[list[Global]]:
+    """Every rank's micro-batches of steps [start, stop)."""
     data = TrainingSet.open(sections.Data(train=str(folder)))
     config = chosen.model.shape(10)
     accumulation = chosen.micro_batch(world)[1]
@@ -209,6 +209,12 @@ def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> 
         prefetcher = Prefetcher(batches, data.manifest, torch.device("cpu"))
         taken = [prefetcher.take() for _ in range((stop - start) * accumulation)]
         ranks.append([(batch.keys, images, targets) for images, targets, batch in taken])
+    return ranks
+
+
+def _global(folder: Path, chosen: Recipe, world: int, start: int, stop: int) -> list[Global]:
+    """Assemble global batches [start, stop) from all ranks' micro-batches."""
+    ranks, accumulation = _by_rank(folder, chosen, world, start, stop), chosen.micro_batch(world)[1]
     steps = []
     for step in range(stop - start):
         parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
@@ -254,6 +260,17 @@ def test_global_batches_do_not_depend_on_ranks_with_lanes_repeats_and_phases(
     one = _global(small_set, chosen, 1, 0, 5)
     assert _same(_global(small_set, chosen, 2, 0, 5), one)
     assert _same(_global(small_set, chosen, 2, 2, 5), one[2:])
+
+
+@pytest.mark.parametrize(("groups", "context", "workers"), [(1, 2, 0), (2, 2, 1), (2, 3, 0), (4, 2, 0)])
+def test_ranks_that_share_images_read_what_one_rank_would(
+    small_set: Path, groups: int, context: int, workers: int
+) -> None:
+    changes = ("phases=[{step: 1, image_size: 24, batch: 96}]", "parallel.micro_batch=4", f"data.workers={workers}")
+    apart = _by_rank(small_set, _recipe(*EVERYTHING, *changes), groups, 0, 2)
+    shared = _by_rank(small_set, _recipe(*EVERYTHING, *changes, f"parallel.context={context}"), groups * context, 0, 2)
+    for rank, parts in enumerate(shared):
+        assert _same(parts, apart[rank // context])
 
 
 def test_micro_batches_do_not_change_the_global_batch(small_set: Path, alone: list[Global]) -> None:

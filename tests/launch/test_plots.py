@@ -69,7 +69,8 @@ def test_text_in_plots_is_not_read_as_a_formula_and_has_no_boxes(tmp_path: Path)
 def test_the_plot_of_a_plan_for_cpus_shows_needed_and_available_memory(tmp_path: Path) -> None:
     cluster = clusters.load("local", ["workers=4"])
     planner, _ = plan.prepare(recipe.load("vim_digits_cpu", LITTLE), cluster, 2)
-    assert plan._counts(None, cluster, 4) == [1, 2, 4]
+    assert plan._counts(None, cluster, 4, 1) == [1, 2, 4]
+    assert plan._counts(None, cluster, 4, 2) == [2, 4]
     rows = plan.outlooks(planner, [2, 1024])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing positive to draw was one

@@ -1,8 +1,8 @@
 """Batches of a run. Global batch t is a pure function of (manifests, seed, t, augment).
 
-Each rank takes one contiguous slice of it: rank r of W takes the r-th of W equal slices, cut into micro-batches. Worker
-processes take micro-batches in rotation. What a batch holds does not depend on ranks, workers or restarts: the only
-state of the stream is the number of steps done.
+Each rank takes one contiguous slice of it: rank r of W takes the r-th of W equal slices, cut into micro-batches; with
+parallel.context N, the slice r // N of W / N. Worker processes take micro-batches in rotation. What a batch holds does
+not depend on ranks, workers or restarts: the only state of the stream is the number of steps done.
 """
 
 import logging
@@ -144,7 +144,8 @@ def training(
     views: Views = _no_views,
 ) -> Iterator[Batch]:
     """Start the recipe's data workers; then yield the micro-batches of this rank for steps [start, steps), in order.
-    The generator that `views` gets depends on the seed and the sample's position.
+    The generator that `views` gets depends on the seed and the sample's position. The ranks of a context group get the
+    same.
 
     Raises:
         DataError: while iterating, if a shard is damaged or unavailable, or none of its samples is usable.
@@ -157,7 +158,8 @@ def training(
 def evaluation(
     dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0, views: Views = _no_views
 ) -> Iterator[Batch]:
-    """Yield every sample once over all ranks, unaugmented, in order.
+    """Yield every sample once over all ranks, unaugmented, in order. `rank` of `world`: those that read different
+    samples, data ranks.
 
     All ranks get the same number of batches, all of the same size. The generator that `views` gets depends on the
     sample's number alone.
@@ -266,7 +268,7 @@ class _Training(IterableDataset):
     ):
         self.skipped, self.views = skipped, views
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
-        self.rank, self.world = rank, world
+        self.data_rank, self.world = rank // recipe.parallel.context, world
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
@@ -282,10 +284,10 @@ class _Training(IterableDataset):
             step, part = divmod(k, accumulation)
             cut = recipe.micro_batch(self.world, step)
             if _first_worker():
-                before, ahead = ahead, order.ahead(step, cut.rank_rows(self.rank))
+                before, ahead = ahead, order.ahead(step, cut.rank_rows(self.data_rank))
                 for source, shards in ahead if ahead != before else ():
                     datasets[source].prefetch(shards)
-            refs = list(order.at(step, cut.rows(self.rank, part)))
+            refs = list(order.at(step, cut.rows(self.data_rank, part)))
             yield self._batch(refs, recipe.size_at(step, self.size), last)
 
     def _batch(self, refs: list[SampleRef], size: Size, last: own.Augmentation | None) -> Batch:

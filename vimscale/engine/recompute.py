@@ -5,6 +5,7 @@ what a layer keeps: it builds the layer with fake tensors, which have shapes and
 saves.
 """
 
+import dataclasses
 import math
 from functools import lru_cache
 from typing import get_args
@@ -21,6 +22,8 @@ from vimscale.model.tokens import Tokens
 from vimscale.model.vim import Block, Recompute
 from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 
+_LONGEST_SIDE = 2**15
+"""Pixels of an image that a config takes."""
 _FROM_MORE_TO_LESS: tuple[Recompute, ...] = ("scan", "block")
 
 
@@ -36,7 +39,10 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tu
         return tuple("none" if i % every else "block" for i in range(layers))
     if budget is None:
         return (rule,) * layers  # type: ignore[return-value]  # the recipe has checked it
-    kept = {level: kept_bytes(config, level, batch, parallel.precision, device) for level in get_args(Recompute)}
+    kept = {
+        level: kept_bytes(config, level, batch, parallel.precision, device, parallel.context)
+        for level in get_args(Recompute)
+    }
     chosen: list[Recompute] = ["none"] * layers
     total = sum(kept["none"])
     for level in _FROM_MORE_TO_LESS:
@@ -53,15 +59,50 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tu
     return tuple(chosen)
 
 
-def kept_bytes(config: VimConfig, level: Recompute, batch: int, precision: str, device: str = "cpu") -> list[int]:
-    """Bytes that each layer keeps from the forward to the backward pass, for `batch` images."""
+def kept_bytes(
+    config: VimConfig, level: Recompute, batch: int, precision: str, device: str = "cpu", context: int = 1
+) -> list[int]:
+    """Bytes that each layer keeps from the forward to the backward pass, for `batch` images; of one of `context` ranks
+    that share them.
+    """
+    mine = of_one_rank(config, context)
     seconds = second_of_pairs(config.layers)
-    parts = [part for part in costs(config) if part.layer is not None]
-    return [
-        _kept(config, part.layer, part.d_model, part.tokens, batch, level, precision, device, i in seconds)
+    parts = [part for part in costs(mine) if part.layer is not None]
+    kept = [
+        _kept(mine, part.layer, part.d_model, part.tokens, batch, level, precision, device, i in seconds)
         for i, part in enumerate(parts)
         if part.layer is not None
     ]
+    if context == 1 or level == "block":
+        return kept
+    gathered = [gathered_bytes(config, layer, batch, precision) for layer in config.layers]
+    return [size + more for size, more in zip(kept, gathered, strict=True)]
+
+
+def gathered_bytes(config: VimConfig, layer: Layer, batch: int, precision: str) -> int:
+    """Bytes of the keys and values of all tokens, which ranks that share images gather in an attention layer."""
+    if layer.kind != "attn":
+        return 0
+    return 2 * batch * config.tokens * config.d_model * (2 if precision == "bf16" else 4)
+
+
+@lru_cache(maxsize=256)
+def of_one_rank(config: VimConfig, context: int) -> VimConfig:
+    """A model of images with as many tokens as one of `context` ranks holds of each image, to count what it does.
+
+    It has the most tokens of any rank, or a few more: extra tokens are all counted, and the grid is a rectangle.
+    """
+    if context == 1:
+        return config
+    extra = config.tokens - config.patches
+    patches = max(-(-config.tokens // context) - extra, config.registers, 1)
+    longest = (_LONGEST_SIDE - config.patch_size) // config.step + 1
+    rows = min(
+        range(max(-(-patches // longest), 1), math.isqrt(patches) + 1),
+        key=lambda rows: (-(-patches // rows) * rows, -rows),
+    )
+    height, width = (config.patch_size + (side - 1) * config.step for side in (rows, -(-patches // rows)))
+    return dataclasses.replace(config, image_size=(height, width))
 
 
 @lru_cache(maxsize=512)

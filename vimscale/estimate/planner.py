@@ -15,8 +15,9 @@ from vimscale.engine import flat, recompute, zero_layout
 from vimscale.engine.zero_layout import Held, Sent
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.estimate import activations as memory
-from vimscale.estimate import calibration, roofline
+from vimscale.estimate import calibration, context, roofline
 from vimscale.estimate.activations import Backend, Passes
+from vimscale.estimate.context import Exchanged
 from vimscale.estimate.devices import Device
 from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import update
@@ -99,6 +100,8 @@ class Outlook:
     need: Need
     fits: bool
     sent: Sent
+    exchanged: Exchanged
+    """What a group of ranks that share images exchanges in the first step."""
     step_s: float
     """Seconds per step; this and the next seven are means over all phases, or their sums."""
     kernels_s: float
@@ -195,14 +198,23 @@ class Planner:
         return micro * 3 * height * width * (4 + 1)
 
     def _levels(self, rule: str, config: VimConfig, micro: int) -> tuple[Recompute, ...]:
-        parallel = Parallel(recompute=rule, precision=self.recipe.parallel.precision)
+        own = self.recipe.parallel
+        parallel = Parallel(recompute=rule, precision=own.precision, context=own.context)
         return recompute.levels(parallel, config, micro, "cpu")
 
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
-        precision, backend = self.recipe.parallel.precision, self.target.backend
-        return count(config, levels, micro, precision, backend, self.recipe.objective)
+        precision, shared = self.recipe.parallel.precision, self.recipe.parallel.context
+        mine = recompute.of_one_rank(config, shared)
+        passes = count(mine, levels, micro, precision, self.target.backend, self.recipe.objective)
+        return context.of_rank(passes, config, levels, micro, precision, shared)
+
+    def _exchanged(self, config: VimConfig, rule: str, micro: int) -> Exchanged:
+        """What a group of ranks exchanges for a micro-batch."""
+        parallel = self.recipe.parallel
+        levels = self._levels(rule, config, micro)
+        return context.exchanged(config, levels, micro, parallel.precision, parallel.context)
 
     def most(self, zero: int, rule: str, micro: int, accumulation: int, world: int, *, exact: bool) -> Need:
         """The need of the phase that needs the most; `micro`: images for a batch of the recipe's own size."""
@@ -214,8 +226,8 @@ class Planner:
         return max(needs, key=lambda need: need.total)
 
     def largest(self, zero: int, rule: str, world: int) -> int:
-        """Images of the largest micro-batch that fits and divides a rank's part of the batch; 0 if none does."""
-        rank_batch = self.recipe.batch // world
+        """Images of the largest micro-batch that fits and divides a data rank's part of the batch; 0 if none does."""
+        rank_batch = self.recipe.batch // self.recipe.data_ranks(world)
         even = self.recipe.augment.mixes
         for micro in sorted((m for m in range(1, rank_batch + 1) if rank_batch % m == 0), reverse=True):
             if even and micro % 2:
@@ -251,7 +263,7 @@ class Planner:
         fits = need.total <= self.target.room
         given = fits
         if not fits and (other := self.largest(zero, rule, world)):
-            micro, accumulation = other, self.recipe.batch // world // other
+            micro, accumulation = other, self.recipe.batch // self.recipe.data_ranks(world) // other
             need, fits = self.most(zero, rule, micro, accumulation, world, exact=False), True
         sent = zero_layout.sent(
             self.parameters(zero, world), zero, world, accumulation, persist=self.recipe.parallel.persist
@@ -277,6 +289,7 @@ class Planner:
             need=need,
             fits=fits,
             sent=sent,
+            exchanged=self._exchanged(self._at(0), rule, self._micro_at(0, micro)) * accumulation,
             step_s=seconds / ends[-1],
             kernels_s=kernels / ends[-1],
             host_s=host / ends[-1],
@@ -299,11 +312,13 @@ class Planner:
         work += update(self.whole // (world if zero else 1))
         checkpoints = accumulation * self._levels(rule, config, here).count("block")
         engine = len(self.parameters(zero, world)) * rates.engine_s
+        exchanged = self._exchanged(config, rule, here) * accumulation
         return Step(
             kernels=sum(roofline.kernels(device, rates, work).values()),
             host=roofline.host(rates, work, checkpoints) + engine,
             engine=engine,
             communication=self.target.fabric.seconds(sent, world),
+            exchange=self.target.fabric.exchange_seconds(exchanged, self.recipe.parallel.context, world),
         )
 
     # ---- refusals
@@ -346,7 +361,7 @@ class Planner:
         if self.target.device is None:  # more ranks on a machine share its memory
             return
         for more in (world << i for i in range(1, 10)):
-            if self.recipe.batch % more == 0 and self.largest(parallel.zero, own, more):
+            if self.recipe.batch % self.recipe.data_ranks(more) == 0 and self.largest(parallel.zero, own, more):
                 yield f"{more} GPUs"
                 break
 

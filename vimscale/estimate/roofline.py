@@ -3,7 +3,7 @@
 kernels = sum over kinds of work of amount / (fraction measured x data sheet)
 host    = launches x seconds per launch + recomputed layers x seconds + parameter tensors x seconds of the engine
 step    = max(kernels, host) if every launch is issued; max(kernels, the engine's part of host) if a CUDA graph is
-          replayed; collectives are added, or overlap at stage 3.
+          replayed; what ranks exchange that share images is added; collectives are added, or overlap at stage 3.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vimscale.engine.zero_layout import Sent
 from vimscale.estimate.calibration import Rates, ScanRate
+from vimscale.estimate.context import Exchanged
 from vimscale.estimate.devices import Device
 from vimscale.estimate.work import Scan, Work
 
@@ -84,6 +85,18 @@ class Fabric:
         around = (2 * sent.all_reduce + sent.reduce_scatter + sent.all_gather) * (world - 1) / world
         return around / (FABRIC * slowest) + sent.calls * LATENCY * math.log2(world)
 
+    def exchange_seconds(self, exchanged: Exchanged, context: int, world: int) -> float:
+        """Seconds that the exchanges of a group of `context` ranks take: rings through the group, and halos from each
+        rank to the next at the same time. A group spans nodes if groups do not fill them exactly.
+        """
+        if context == 1:
+            return 0.0
+        inside = world <= self.node or self.node % context == 0
+        slowest = self.link if inside else min(self.link, self.out)
+        around = (2 * exchanged.pooled + exchanged.summaries + exchanged.attention) * (context - 1) / context
+        sent = around + exchanged.halo / (context - 1)
+        return sent / (FABRIC * slowest) + exchanged.calls * LATENCY * math.log2(context)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -95,8 +108,10 @@ class Step:
     engine: float
     """Of the host, for what a CUDA graph of the model does not contain."""
     communication: float
+    exchange: float = 0.0
+    """Of a group of ranks that share images; layers wait for it."""
 
     def seconds(self, zero: int, *, graphs: bool) -> float:
         """DeepSpeed overlaps communication with the backward pass at stage 3 only."""
-        compute = max(self.kernels, self.engine if graphs else self.host)
+        compute = max(self.kernels, self.engine if graphs else self.host) + self.exchange
         return max(compute, self.communication) if zero == 3 else compute + self.communication

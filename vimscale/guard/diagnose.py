@@ -16,6 +16,7 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.guard import report as guard_report
 from vimscale.guard.judge import Micro, Record, Seen
+from vimscale.runtime import distributed
 from vimscale.runtime.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -34,18 +35,20 @@ def diagnose(
     prefetcher: Prefetcher,
     train_set: TrainingSet,
     rollbacks: int,
+    context: int,
 ) -> dict[str, Any]:
     """Find out what is wrong with a bad step and write a report; returns it, the same on every rank. All ranks call
-    this.
+    this. Of `context` ranks that share images, each reports its layers, and the first one the images.
     """
     rank = dist.get_rank()
     before = [_forward(engine, prefetcher, micro)[0] for micro in good.micros] if good is not None else []
     usual = {name: max(largest[name] for largest in before) for name in before[0]} if before else {}
+    counted = distributed.counts_images(context)
     samples, layers = [], []
     for part, micro in enumerate(record.micros):
         largest, losses = _forward(engine, prefetcher, micro)
         layers.append(_first_faults(largest, usual) | {"rank": rank, "part": part})
-        samples += _samples(micro, losses, train_set, rank, part)
+        samples += _samples(micro, losses, train_set, rank, part) if counted else []
     own = {
         "layers": layers,
         "samples": samples,
@@ -67,7 +70,8 @@ def diagnose(
     }
     report["cause"] = guard_report.cause(report)
     try:
-        guard_report.save(folder, report, _tensors(record.micros), rank)
+        if counted:
+            guard_report.save(folder, report, _tensors(record.micros), rank)
     except (OSError, SafetensorError) as error:  # a full disk must not end a run that can continue
         log.warning("the report of step %d could not be written: %s", seen.step, error)
     return report

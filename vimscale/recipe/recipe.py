@@ -31,21 +31,23 @@ from vimscale.storage import own_code
 
 
 class MicroBatch(NamedTuple):
-    """How a global batch is cut: each rank takes a contiguous part of it, in `accumulation` micro-batches of `size`."""
+    """How a global batch is cut: each data rank takes a contiguous part of it, in `accumulation` micro-batches of
+    `size`. A data rank is a group of `parallel.context` ranks, which all read the same images.
+    """
 
     size: int
     """Images that a rank computes at once."""
     accumulation: int
     """Micro-batches per step."""
 
-    def rows(self, rank: int, part: int) -> range:
-        """The images of the global batch in micro-batch `part` of a rank."""
-        begin = (rank * self.accumulation + part) * self.size
+    def rows(self, data_rank: int, part: int) -> range:
+        """The images of the global batch in micro-batch `part` of a data rank."""
+        begin = (data_rank * self.accumulation + part) * self.size
         return range(begin, begin + self.size)
 
-    def rank_rows(self, rank: int) -> range:
-        """The images of the global batch that a rank computes in a step."""
-        return range(self.rows(rank, 0).start, self.rows(rank + 1, 0).start)
+    def rank_rows(self, data_rank: int) -> range:
+        """The images of the global batch that a data rank computes in a step."""
+        return range(self.rows(data_rank, 0).start, self.rows(data_rank + 1, 0).start)
 
 
 class Recipe(Section):
@@ -99,6 +101,8 @@ class Recipe(Section):
                 near = _nearest(batch, unit)
                 faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
         faults += self._phase_faults()
+        if self.parallel.context > 1:
+            faults += self._context_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         if self.augment.buckets > 1 and self.model.kinds:
@@ -120,6 +124,36 @@ class Recipe(Section):
                     dataclasses.replace(config, image_size=phase.image_size)
                 except ValueError as error:
                     yield f"phase at step {phase.step}: {error}"
+
+    def _context_faults(self) -> Iterator[str]:
+        """What cannot be cut into ranges of tokens; or cannot into that many."""
+        key, config = f"parallel.context {self.parallel.context}", self.model.shape(classes=1)
+        uncut = dict.fromkeys(
+            str(layer)
+            for layer in config.layers
+            if layer.is_own or layer.kind == "cross" or layer.order in ("column", "window")
+        )
+        if uncut:
+            what = f"{', '.join(uncut)} layers cannot be cut into ranges of tokens"
+            yield f"{key}: {what}; use fwd, bwd, bi, shared, pair or attn in order row or snake, or parallel.context=1"
+        if config.stages:
+            yield f"{key}: stages merge tokens that several ranks would hold; leave them out or use parallel.context=1"
+        if self.augment.buckets > 1:
+            what = f"augment.buckets {self.augment.buckets} packs images into rows, which cannot be cut"
+            yield f"{key}: {what}; use augment.buckets=1 or parallel.context=1"
+        sizes = {config.size: "model.image_size"}
+        for phase in self.phases:
+            sizes.setdefault(self.size_at(phase.step, config.size), f"phase at step {phase.step}: image_size")
+        least = max(config.d_conv - 1, 1)
+        for size, name in sizes.items():
+            rows, columns = config.grid_of(*size)
+            tokens = rows * columns + config.tokens - config.patches
+            if tokens // self.parallel.context < least:
+                what = (
+                    f"{name} {size[0]} x {size[1]} makes {tokens:,} tokens, {tokens // self.parallel.context} per rank"
+                )
+                fix = f"use parallel.context={max(tokens // least, 1)} or larger images"
+                yield f"{key}: {what}; d_conv {config.d_conv} needs at least {least}; {fix}"
 
     def length(self, samples: int) -> int:
         """Return the optimizer steps of a complete run on a training set of this many samples.
@@ -165,17 +199,34 @@ class Recipe(Section):
             images -= batch * (end - start)
         raise AssertionError("the last span has no end")
 
+    def data_ranks(self, world: int) -> int:
+        """Return the number of groups of `parallel.context` ranks that `world` ranks form. Ranks r of group
+        g = r // parallel.context are neighbors and read the same images.
+
+        Raises:
+            RecipeError: the ranks are not a multiple of `parallel.context`.
+        """
+        context = self.parallel.context
+        if world % context:
+            near = max(world // context, 1) * context
+            fault = f"{_ranks(world)} cannot be divided into groups of parallel.context {context}"
+            fix = f"use --workers {near} or another parallel.context"
+            raise RecipeError(f"recipe {self.name}", [f"{fault}; {fix}"])
+        return world // context
+
     def micro_batch(self, world: int, step: int | None = None) -> MicroBatch:
-        """Return how `world` ranks cut a global batch.
+        """Return how `world` ranks, all of them, cut a global batch.
 
         `step`: the step that it is for, since phases change the batch. default: a step with the recipe's `batch`.
 
         Raises:
-            RecipeError: the ranks cannot divide the batch, or a phase's batch.
+            RecipeError: the ranks are not a multiple of `parallel.context`, or cannot divide the batch, or a phase's
+                batch.
         """
-        micro = self.parallel.micro_batch
-        unit = world if micro is None else world * micro
-        ranks = f"{world} rank{'s' * (world > 1)}"
+        micro, context = self.parallel.micro_batch, self.parallel.context
+        groups = self.data_ranks(world)
+        unit = groups if micro is None else groups * micro
+        ranks = _ranks(world) if context == 1 else f"{groups} group{'s' * (groups > 1)} of {context} ranks"
         sizes = ranks if micro is None else f"{ranks} x parallel.micro_batch {micro}"
         accumulation = 1 if micro is None else max(self.batch // unit, 1)
         faults = []
@@ -183,7 +234,7 @@ class Recipe(Section):
             others = ", another micro_batch" if micro else ""
             fix = f"use batch={_nearest(self.batch, unit)}{others} or another number of --workers"
             faults.append(f"batch {self.batch} is not a multiple of {sizes}; {fix}")
-        micro_batches = world * accumulation
+        micro_batches = groups * accumulation
         for phase in self.phases:
             if phase.batch is not None and phase.batch % micro_batches:
                 near = _nearest(phase.batch, micro_batches)
@@ -230,6 +281,10 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Write the complete recipe, defaults included, as YAML that `load` and `parse` read."""
         return dump(self.model_dump())
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
 
 
 def _nearest(batch: int, unit: int) -> int:

@@ -45,6 +45,21 @@ class RankSpec:
     patience_s: float = 300.0
     """How long a rank waits for the others: longer than the launcher's watchdog, which knows more and acts first."""
 
+    @property
+    def context(self) -> int:
+        """The number of neighboring ranks, this one included, that share each image."""
+        return self.recipe.parallel.context
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group, all of whose ranks read the same images."""
+        return self.rank // self.context
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of groups."""
+        return self.recipe.data_ranks(self.world)
+
 
 def prepare(spec: RankSpec) -> None:
     """Set this process up. Call it before importing DeepSpeed, which reads its environment at import."""
@@ -179,6 +194,16 @@ def total(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def counts_images(context: int) -> bool:
+    """Whether this rank counts the images that it shares with others: the first of a group of `context` ranks does."""
+    return rank() % context == 0
+
+
+def total_of_groups(values: Tensor, context: int) -> Tensor:
+    """Sum over groups of `context` ranks that have equal values; every rank gets it."""
+    return total(values if counts_images(context) else torch.zeros_like(values))
 
 
 def draws(seed: int, step: int, batch: int, width: int) -> Tensor:

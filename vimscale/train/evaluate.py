@@ -36,11 +36,12 @@ def evaluate(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    context: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
     """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model. `manifest`: the training
-    set's, for its mean and std. All ranks call `sums_of` equally often, so it may communicate. Images that cannot be
-    read are left out, and the log names them.
+    set's, for its mean and std. Groups of `context` of the `world` ranks read the same images. All ranks call `sums_of`
+    equally often, so it may communicate. Images that cannot be read are left out, and the log names them.
 
     Raises:
         DataError: the data set has other classes than the model was trained on, or none of its images can be read.
@@ -53,7 +54,13 @@ def evaluate(
         )
     mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
     parts = stream.evaluation(
-        dataset, rank=rank, world=world, batch=batch, size=size, workers=workers, views=objective.views
+        dataset,
+        rank=rank // context,
+        world=world // context,
+        batch=batch,
+        size=size,
+        workers=workers,
+        views=objective.views,
     )
     sums = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -65,7 +72,7 @@ def evaluate(
             assert isinstance(part.images, Tensor)
             images = normalise(part.images, mean, std)
             sums = sums + sums_of(Inputs(images, part.labels, part.views, weights=part.weights.to(device)))
-    sums = distributed.total(sums)
+    sums = distributed.total_of_groups(sums, context)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
     figures = objective.figures(sums)

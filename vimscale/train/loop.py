@@ -90,9 +90,9 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
     the layers, from the last micro-batch, if a log line is due.
     """
     recipe, config, engine, guard = run.recipe, run.config, run.engine, run.guard
-    rank, step = run.spec.rank, run.step
+    spec, step = run.spec, run.step
     rate = optim.learning_rate(recipe.optim, step, run.steps) * guard.factor(step)
-    cut = recipe.micro_batch(run.spec.world, step)
+    cut = recipe.micro_batch(spec.world, step)
     draws = None
     if config.drop_path > 0:
         draws = distributed.draws(recipe.seed, step, recipe.batch_at(step), len(config.layers))
@@ -103,7 +103,7 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
     for part in range(cut.accumulation):
         images, targets, batch = run.prefetcher.take()
         run.meter.add(batch)
-        rows = cut.rows(rank, part)
+        rows = cut.rows(spec.data_rank, part)
         mine = None if draws is None else draws[rows.start : rows.stop].to(engine.device, non_blocking=True)
         micros.append(Micro(batch, mine, backward))
         engine.encoder.probes = {} if probing and part == cut.accumulation - 1 else None

@@ -221,10 +221,12 @@ class Curve:
 
 
 class Meter:
-    """Measures all ranks between two log lines: images per second, time spent waiting for data, bytes read."""
+    """Measures all ranks between two log lines: images per second, time spent waiting for data, bytes read. An image
+    that `context` ranks share counts once; its bytes count as often as they are read.
+    """
 
-    def __init__(self, prefetcher: Prefetcher, max_bad: float):
-        self._prefetcher, self._max_bad = prefetcher, max_bad
+    def __init__(self, prefetcher: Prefetcher, max_bad: float, context: int):
+        self._prefetcher, self._max_bad, self._context = prefetcher, max_bad, context
         self._seen = self._warned = 0.0
         self._bad = dict.fromkeys(CAUSES, 0.0)
         self._named: set[str] = set()
@@ -247,7 +249,9 @@ class Meter:
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         traffic = asdict(self._traffic)
-        own = [self._images, self._prefetcher.waited(), *traffic.values(), *self._new.values()]
+        counted = distributed.counts_images(self._context)
+        bad = [number * counted for number in self._new.values()]
+        own = [self._images * counted, self._prefetcher.waited(), *traffic.values(), *bad]
         images, waited, *rest = distributed.total(self._prefetcher.tensor(own)).tolist()
         totals = dict(zip([*traffic, *self._new], rest, strict=True))
         row = {

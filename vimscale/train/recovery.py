@@ -75,6 +75,7 @@ def diagnose_bad_steps(run: Run, *, wait: bool) -> Incurable | None:
             prefetcher=run.prefetcher,
             train_set=run.train_set,
             rollbacks=guard.rollbacks,
+            context=run.spec.context,
         )
         path = guard_report.folder_of(run.folder, seen.step, guard.rollbacks)
         run.log_guard(

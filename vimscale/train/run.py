@@ -115,7 +115,7 @@ class Run:
             views=self.objective.views,
         )
         self.prefetcher = Prefetcher(batches, self.train_set.manifest, device)
-        self.meter = Meter(self.prefetcher, recipe.data.max_bad)
+        self.meter = Meter(self.prefetcher, recipe.data.max_bad, spec.context)
 
     def evaluate(self) -> dict[str, float]:
         """The figures of the current weights, or of their moving average, on the validation set; logs them."""
@@ -134,6 +134,7 @@ class Run:
                 device=engine.device,
                 rank=spec.rank,
                 world=spec.world,
+                context=spec.context,
                 workers=self.recipe.data.workers,
             )
         engine.model.train()
