@@ -17,7 +17,7 @@ from vimscale.engine import recompute
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.schedule import Layer
 from vimscale.model.vim import Recompute
-from vimscale.ops import Precompiler
+from vimscale.ops import Alone, Precompiler
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
 
@@ -82,6 +82,8 @@ def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         tensor.detach().zero_()
     encoder.recompute = chosen
+    if recipe.parallel.context > 1:
+        encoder.context = Alone(0, recipe.parallel.context)
     images = _images(small, recipe, recipe.micro_batch(world, 0).size, device)
     draws = torch.full((len(images), len(chosen)), 0.5, device=device) if small.drop_path > 0 else None
     parts = distributed.backward_parts(config, recipe.seed, 0)
