@@ -71,27 +71,33 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 SHAPE = ["model.registers=3", "model.directions=bi shared bi@snake attn", "model.d_head=32"]
 
 
-def test_losses_and_gradients_are_those_of_one_rank(tmp_path: Path) -> None:
+def _check(folder: Path, single: dict[str, Any], world: int, context: int, *changes: str) -> dict[str, Any]:
+    shared = _found(folder / f"{context}of{world}", world, *SHAPE, *changes, f"parallel.context={context}")
+    assert shared["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert shared["gradients"].keys() == single["gradients"].keys()
+    for name, gradient in single["gradients"].items():
+        assert _relative(shared["gradients"][name], gradient) < 1e-5, name
+    assert shared["norm"] == pytest.approx(single["norm"], rel=1e-4)
+    return shared
+
+
+@pytest.mark.parametrize(
+    ("world", "context"),
+    [(4, 2), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
+def test_losses_and_gradients_are_those_of_one_rank(tmp_path: Path, world: int, context: int) -> None:
     single = _found(tmp_path / "one", 1, *SHAPE, "parallel.zero=0")
-    for context, world in ((2, 2), (4, 4), (2, 4)):
-        shared = _found(
-            tmp_path / f"{context}of{world}", world, *SHAPE, "parallel.zero=0", f"parallel.context={context}"
-        )
-        assert shared["losses"] == pytest.approx(single["losses"], rel=1e-5)
-        assert shared["gradients"].keys() == single["gradients"].keys()
-        for name, gradient in single["gradients"].items():
-            assert _relative(shared["gradients"][name], gradient) < 1e-5, name
+    _check(tmp_path, single, world, context, "parallel.zero=0")
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_zero_stage(tmp_path: Path, zero: int) -> None:
     stage = [f"parallel.zero={zero}", "parallel.persist=0"]
     single = _found(tmp_path / "one", 1, *SHAPE, *stage)
-    shared = _found(tmp_path / "shared", 2, *SHAPE, *stage, "parallel.context=2")
-    assert shared["losses"] == pytest.approx(single["losses"], rel=1e-5)
-    assert shared["norm"] == pytest.approx(single["norm"], rel=1e-4)
+    _check(tmp_path, single, 2, 2, *stage)
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path: Path) -> None:
     single = _found(tmp_path / "one", 1, *SHAPE, "parallel.precision=bf16")
     shared = _found(tmp_path / "shared", 2, *SHAPE, "parallel.precision=bf16", "parallel.context=2")

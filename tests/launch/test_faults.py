@@ -17,6 +17,7 @@ from vimscale.engine.deepspeed_engine import MOMENTS
 PROCESSES = ("--workers", "2", "--no-ray")
 RAY = ("--workers", "2")
 PLAIN = ("parallel.zero=3", "parallel.persist=0")
+SHARED = ("parallel.context=2",)
 
 Calm = Callable[[tuple[str, ...]], Shell]
 
@@ -71,15 +72,18 @@ def _assert_faults_leave_no_trace(
 
 
 @pytest.mark.parametrize(
-    ("how", "faults"),
+    ("how", "more", "faults"),
     [
-        pytest.param(PROCESSES, [Fault("kill rank", "save", 12, rank=1)], id="rank-in-save", marks=pytest.mark.slow),
-        pytest.param(PROCESSES, [Fault("damage", "step", 20)], id="launcher-and-damage"),
-        pytest.param(RAY, [Fault("kill rank", "save", 12, rank=0)], id="ray-rank-in-save", marks=pytest.mark.slow),
+        pytest.param(PROCESSES, (), [Fault("kill rank", "save", 12, rank=1)], id="save", marks=pytest.mark.slow),
+        pytest.param(PROCESSES, (), [Fault("damage", "step", 20)], id="launcher-and-damage"),
+        pytest.param(RAY, (), [Fault("kill rank", "save", 12, rank=0)], id="ray-save", marks=pytest.mark.slow),
+        pytest.param(PROCESSES, SHARED, [Fault("kill rank", "step", 9, rank=1)], id="shared", marks=pytest.mark.slow),
     ],
 )
-def test_a_few_faults_leave_no_trace(watched: Shell, calm: Calm, how: tuple[str, ...], faults: list[Fault]) -> None:
-    changes = (*SCHEDULED, *PLAIN)
+def test_a_few_faults_leave_no_trace(
+    watched: Shell, calm: Calm, how: tuple[str, ...], more: tuple[str, ...], faults: list[Fault]
+) -> None:
+    changes = (*SCHEDULED, *PLAIN, *more)
     how = (*how, "data.workers=1")  # a data worker makes temporary files, which a killed rank cannot remove
     _assert_faults_leave_no_trace(watched, calm(changes), changes, how, faults)
 

@@ -178,18 +178,19 @@ def test_a_killed_launcher_leaves_no_rank_running_and_the_command_resumes(
 @pytest.mark.parametrize(
     "layouts",
     [
-        [(1, "2"), (3, "1"), (2, "2")],
-        pytest.param([(1, "2"), (3, "1"), (2, "2"), (0, "1"), (1, "1")], marks=pytest.mark.slow),
+        [(1, "2", 2), (3, "1", 1), (2, "2", 1)],
+        pytest.param([(1, "2", 1), (3, "2", 2), (2, "2", 1), (0, "1", 1), (1, "4", 4)], marks=pytest.mark.slow),
     ],
     ids=["three", "five"],
 )
-def test_a_run_resumes_at_another_world_size_and_zero_stage(shell: Shell, layouts: list[tuple[int, str]]) -> None:
+def test_a_run_resumes_at_another_world_size_stage_and_context(
+    shell: Shell, layouts: list[tuple[int, str, int]]
+) -> None:
     options = ("steps=90", "checkpoint.every=30", "log.every=10")
     shell.run("launch", "small.yaml", "name=calm", *options, *PROCESSES)
-    for number, (zero, world) in enumerate(layouts):
-        process = shell.popen(
-            "launch", "small.yaml", "name=moved", *options, f"parallel.zero={zero}", "--no-ray", "--workers", world
-        )
+    for number, (zero, world, context) in enumerate(layouts):
+        how = (f"parallel.zero={zero}", f"parallel.context={context}", "--no-ray", "--workers", world)
+        process = shell.popen("launch", "small.yaml", "name=moved", *options, *how)
         if number < len(layouts) - 1:
             shell.reaches(process, "moved", 15 * (number + 1))
             process.send_signal(signal.SIGTERM)
