@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.measure import peak_bytes
 from vimscale.engine import recompute, zero_layout
+from vimscale.estimate.context import exchanged
 from vimscale.estimate.planner import Planner, Target
 from vimscale.estimate.roofline import Fabric
 from vimscale.objectives.base import Inputs
@@ -42,12 +43,15 @@ def predicted(recipe: Recipe, rank: int, world: int) -> dict[str, Any]:
     )
     sent = zero_layout.sent(planner.parameters(zero, world), zero, world, accumulation, persist=persist)
     need = planner.most(zero, recipe.parallel.recompute, micro, accumulation, world, exact=True)
+    levels = recompute.levels(recipe.parallel, planner.config, micro, "cpu")
+    shared = exchanged(planner.config, levels, micro, recipe.parallel.precision, recipe.parallel.context)
     beyond = need.total - need.images - need.held.between_steps
     if zero == 3:  # they exist all the time
         beyond -= need.buckets + need.gradients
     return {
         **{name: getattr(held, name) for name in ("parameters", "weights", "optimizer", "ema", "gradients")},
         **{name: getattr(sent, name.split("_tensor")[0].replace("_into", "")) for name in COLLECTIVES},
+        "exchanged": shared.sent(recipe.parallel.context) * accumulation,
         "peak": beyond,
         "buckets": need.buckets if zero in (1, 2) else 0,
     }
@@ -92,6 +96,12 @@ def measured(recipe: Recipe, world: int, calls: Counter[str]) -> dict[str, Any]:
     calls.clear()
     step()
     found |= {name: calls[name] for name in COLLECTIVES}
+    context = engine.encoder.context
+    found["exchanged"] = 0
+    if context is not None:
+        context.sent = 0
+        step()
+        found["exchanged"] = int(context.add(torch.tensor([context.sent])))
     found["peak"] = peak_bytes(step)
     parameters = list(engine.model.parameters())
     found["parameters"] = _bytes(parameters, [getattr(p, "ds_tensor", None) for p in parameters])

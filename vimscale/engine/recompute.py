@@ -5,7 +5,6 @@ what a layer keeps: it builds the layer with fake tensors, which have shapes and
 saves.
 """
 
-import dataclasses
 import math
 from functools import lru_cache
 from typing import get_args
@@ -18,12 +17,12 @@ from vimscale.errors import RecipeError
 from vimscale.model.cost import costs
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer, second_of_pairs
+from vimscale.model.stretch import Stretch
 from vimscale.model.tokens import Tokens
 from vimscale.model.vim import Block, Recompute
+from vimscale.ops import Alone
 from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 
-_LONGEST_SIDE = 2**15
-"""Pixels of an image that a config takes."""
 _FROM_MORE_TO_LESS: tuple[Recompute, ...] = ("scan", "block")
 
 
@@ -65,44 +64,13 @@ def kept_bytes(
     """Bytes that each layer keeps from the forward to the backward pass, for `batch` images; of one of `context` ranks
     that share them.
     """
-    mine = of_one_rank(config, context)
     seconds = second_of_pairs(config.layers)
-    parts = [part for part in costs(mine) if part.layer is not None]
-    kept = [
-        _kept(mine, part.layer, part.d_model, part.tokens, batch, level, precision, device, i in seconds)
+    parts = [part for part in costs(config) if part.layer is not None]
+    return [
+        _kept(config, part.layer, part.d_model, part.tokens, batch, level, precision, device, i in seconds, context)
         for i, part in enumerate(parts)
         if part.layer is not None
     ]
-    if context == 1 or level == "block":
-        return kept
-    gathered = [gathered_bytes(config, layer, batch, precision) for layer in config.layers]
-    return [size + more for size, more in zip(kept, gathered, strict=True)]
-
-
-def gathered_bytes(config: VimConfig, layer: Layer, batch: int, precision: str) -> int:
-    """Bytes of the keys and values of all tokens, which ranks that share images gather in an attention layer."""
-    if layer.kind != "attn":
-        return 0
-    return 2 * batch * config.tokens * config.d_model * (2 if precision == "bf16" else 4)
-
-
-@lru_cache(maxsize=256)
-def of_one_rank(config: VimConfig, context: int) -> VimConfig:
-    """A model of images with as many tokens as one of `context` ranks holds of each image, to count what it does.
-
-    It has the most tokens of any rank, or a few more: extra tokens are all counted, and the grid is a rectangle.
-    """
-    if context == 1:
-        return config
-    extra = config.tokens - config.patches
-    patches = max(-(-config.tokens // context) - extra, config.registers, 1)
-    longest = (_LONGEST_SIDE - config.patch_size) // config.step + 1
-    rows = min(
-        range(max(-(-patches // longest), 1), math.isqrt(patches) + 1),
-        key=lambda rows: (-(-patches // rows) * rows, -rows),
-    )
-    height, width = (config.patch_size + (side - 1) * config.step for side in (rows, -(-patches // rows)))
-    return dataclasses.replace(config, image_size=(height, width))
 
 
 @lru_cache(maxsize=512)
@@ -116,26 +84,29 @@ def _kept(
     precision: str,
     device: str,
     paired: bool,
+    context: int,
 ) -> int:
     narrow = precision == "bf16"
+    shrink = math.isqrt(config.tokens // length)  # of a hierarchical model's later stages
+    grid = (config.grid[0] // shrink, config.grid[1] // shrink)
+    own = Stretch.of(Alone(context - 1, context), config, grid) if context > 1 else None
+    length = length if own is None else own.slots.tokens
     if level == "block":
         return batch * length * d * (2 if narrow else 4) + batch * length * d * 4
     found: dict[int, int] = {}
     with FakeTensorMode(), torch.device(device):
         block = Block(config, layer, d, paired=paired)
-        own = {p.untyped_storage()._cdata for p in block.parameters()}
+        parameters = {p.untyped_storage()._cdata for p in block.parameters()}
 
         def pack(t: torch.Tensor) -> torch.Tensor:
             storage = t.untyped_storage()
-            if storage._cdata not in own:
+            if storage._cdata not in parameters:
                 found[storage._cdata] = storage.nbytes()
             return t
 
         x = torch.empty(batch, length, d, dtype=torch.bfloat16 if narrow else torch.float32)
         residual = torch.empty(batch, length, d)
-        shrink = math.isqrt(config.tokens // length)  # of a hierarchical model's later stages
-        grid = (config.grid[0] // shrink, config.grid[1] // shrink)
-        tokens = Tokens(config, ((grid,),), length, torch.device(device))
+        tokens = Tokens(config, ((grid,),), length, torch.device(device), stretch=own)
         for t in (x, residual):
             t.requires_grad_()
         keep = []  # fake storages can be told apart only while they live

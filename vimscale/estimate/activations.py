@@ -148,15 +148,17 @@ def passes(
     precision: str,
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
+    context: int = 1,
 ) -> Passes:
     """Count a micro-batch of `batch` images, with each layer at its level of recomputation, for the kernels of
-    `backend`. It leaves out what Triton's launchers allocate, because they do not run without a GPU.
+    `backend`; on one of `context` ranks that share them. It leaves out what Triton's launchers allocate, because they
+    do not run without a GPU.
 
     Raises:
         LaunchError: the objective cannot be counted with fake tensors.
     """
     short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
-    return _added_up(_entries(short, short_levels, batch, precision, backend, options), kinds_in_order)
+    return _added_up(_entries(short, short_levels, batch, precision, backend, options, context), kinds_in_order)
 
 
 def estimate(
@@ -166,10 +168,11 @@ def estimate(
     precision: str,
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
+    context: int = 1,
 ) -> Passes:
     """As `passes`, extrapolated from 8 and 16 images: bytes and work are linear in the number of images."""
     short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
-    few, more = (_entries(short, short_levels, b, precision, backend, options) for b in (8, 16))
+    few, more = (_entries(short, short_levels, b, precision, backend, options, context) for b in (8, 16))
     share = (batch - 8) / 8
     entries = []
     for x, y in zip(few, more, strict=True):
@@ -249,6 +252,7 @@ def _entries(
     precision: str,
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
+    context: int = 1,
 ) -> list[_Entry]:
     """Entries of: everything before the first layer; each layer (or pair); from the head to its gradient; each layer
     backward, the last one first; the rest.
@@ -259,6 +263,8 @@ def _entries(
     with FakeTensorMode(), ops.counted(backend):
         model = Learner(objective, _Bare(config), init=False)
         model.encoder.recompute = levels
+        if context > 1:
+            model.encoder.context = ops.Alone(context - 1, context)
         inputs = Inputs(
             images=torch.empty(batch, 3, *config.size),
             targets=torch.empty(batch, dtype=torch.int64),

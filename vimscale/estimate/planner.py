@@ -15,9 +15,9 @@ from vimscale.engine import flat, recompute, zero_layout
 from vimscale.engine.zero_layout import Held, Sent
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.estimate import activations as memory
-from vimscale.estimate import calibration, context, roofline
+from vimscale.estimate import calibration, roofline
 from vimscale.estimate.activations import Backend, Passes
-from vimscale.estimate.context import Exchanged
+from vimscale.estimate.context import Exchanged, exchanged
 from vimscale.estimate.devices import Device
 from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import update
@@ -206,15 +206,13 @@ class Planner:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
         precision, shared = self.recipe.parallel.precision, self.recipe.parallel.context
-        mine = recompute.of_one_rank(config, shared)
-        passes = count(mine, levels, micro, precision, self.target.backend, self.recipe.objective)
-        return context.of_rank(passes, config, levels, micro, precision, shared)
+        return count(config, levels, micro, precision, self.target.backend, self.recipe.objective, shared)
 
     def _exchanged(self, config: VimConfig, rule: str, micro: int) -> Exchanged:
         """What a group of ranks exchanges for a micro-batch."""
         parallel = self.recipe.parallel
         levels = self._levels(rule, config, micro)
-        return context.exchanged(config, levels, micro, parallel.precision, parallel.context)
+        return exchanged(config, levels, micro, parallel.precision, parallel.context)
 
     def most(self, zero: int, rule: str, micro: int, accumulation: int, world: int, *, exact: bool) -> Need:
         """The need of the phase that needs the most; `micro`: images for a batch of the recipe's own size."""
@@ -312,13 +310,13 @@ class Planner:
         work += update(self.whole // (world if zero else 1))
         checkpoints = accumulation * self._levels(rule, config, here).count("block")
         engine = len(self.parameters(zero, world)) * rates.engine_s
-        exchanged = self._exchanged(config, rule, here) * accumulation
+        shared = self._exchanged(config, rule, here) * accumulation
         return Step(
             kernels=sum(roofline.kernels(device, rates, work).values()),
             host=roofline.host(rates, work, checkpoints) + engine,
             engine=engine,
             communication=self.target.fabric.seconds(sent, world),
-            exchange=self.target.fabric.exchange_seconds(exchanged, self.recipe.parallel.context, world),
+            exchange=self.target.fabric.exchange_seconds(shared, self.recipe.parallel.context, world),
         )
 
     # ---- refusals

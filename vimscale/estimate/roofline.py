@@ -93,7 +93,7 @@ class Fabric:
             return 0.0
         inside = world <= self.node or self.node % context == 0
         slowest = self.link if inside else min(self.link, self.out)
-        around = (2 * exchanged.pooled + exchanged.summaries + exchanged.attention) * (context - 1) / context
+        around = (exchanged.total - exchanged.halo) * (context - 1) / context
         sent = around + exchanged.halo / (context - 1)
         return sent / (FABRIC * slowest) + exchanged.calls * LATENCY * math.log2(context)
 

@@ -463,7 +463,9 @@ class VisionMamba(nn.Module):
         if self.config.pooling == "max":
             most = image.amax(dim=1)
             return most if own is None else gathered(own.context, most).amax(dim=0)
-        return image.mean(dim=1) if own is None else whole(image.sum(dim=1) / (grid[0] * grid[1]))
+        if own is None:
+            return image.mean(dim=1)
+        return whole(image.float().sum(dim=1) / (grid[0] * grid[1])).to(x.dtype)
 
     # ---- what optimizers need to know
 
