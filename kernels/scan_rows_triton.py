@@ -25,6 +25,23 @@ ROWS = 32
 OPTIONS = {"enable_fp_fusion": True}
 
 
+@triton.jit
+def walk_program(chunks, span, e, CHANNELS: tl.constexpr, LARGE: tl.constexpr):
+    """The program's block of channels, image, direction and segment, and its chunks (from, to); then the numbers of
+    blocks, images and segments. A segment has `span` chunks, the last one the rest; without `span`, a sequence is one.
+    """
+    if span is None:
+        block, b, k, blocks, images = scan_program(tl.cdiv(e, CHANNELS), LARGE)
+        return block, b, k, 0, 0, chunks, blocks, images, 1
+    else:
+        blocks = tl.cdiv(e, CHANNELS)
+        segments = tl.cdiv(chunks, span)
+        program, b, k, _, images = scan_program(blocks * segments, LARGE)
+        segment = program // blocks
+        first = segment * span
+        return program % blocks, b, k, segment, first, tl.minimum(first + span, chunks), blocks, images, segments
+
+
 @triton.jit(do_not_specialize=["length", "slots", "backwards"])
 def selective_scan_pack_kernel(
     B, C, image, packed, starts, length, slots, backwards,
@@ -140,16 +157,21 @@ def channels_of(width: int, channels: int) -> int:
 
 
 def scan_case(
-    dtype: torch.dtype, kernel: Any, constants: dict[str, Any], variant: str = "", warps: int = 4, **facts: Any
-) -> CompileCase:
-    """A kernel as a model launches it in `dtype`. "_packed" has image numbers, and states passed in and out."""
+    dtype: torch.dtype, kernel: Any, constants: dict[str, Any], variant: str = "", warps: int = 4, *,
+    segments: bool = False, **facts: Any,
+) -> CompileCase:  # fmt: skip
+    """A kernel as a model launches it in `dtype`. "_packed" has image numbers, and states passed in and out;
+    `segments`: it walks segments, and what enters each is given.
+    """
     types = dict.fromkeys(["x", "dt", "B", "C", "s", "ds", "dx", "ddt", "dB", "dC"], TRITON_TYPE[dtype])
-    types |= dict.fromkeys(["length", "e", "slots", "blocks", "backwards", "parameters"], "i32")
+    numbers = ["length", "slots", "blocks", "backwards", "parameters", "span", "count", "segments"]
+    types |= dict.fromkeys(["e", *numbers], "i32")
     types |= dict.fromkeys(["image", "starts"], "*i32")
     # B, C and their gradients are slices of the rows of a projection
     slices = [f"{name}{axis}" for name in ("B", "C", "dB", "dC") for axis in ("", "_k", "_b", "_l")]
-    absent = dict.fromkeys(["image", "starts", "initial", "dfinal", "dinitial"])
-    given = constants if variant == "_packed" else {**absent, **constants}
+    absent = set() if "_packed" in variant else {"image", "starts", "initial", "dfinal", "dinitial"}
+    absent = absent - {"initial", "dfinal"} if segments else absent | {"span"}
+    given = {**dict.fromkeys(absent), **constants}
     signature = {
         argument: "constexpr" if argument in given
         else types.get(argument, "i32" if argument.endswith(("_k", "_b", "_l")) else "*fp32")
@@ -159,7 +181,7 @@ def scan_case(
         kernel=kernel, variant=variant, signature=signature,
         constexprs={argument: given[argument] for argument in kernel.arg_names if argument in given},
         options={"num_warps": warps, **OPTIONS},
-        loose=frozenset(["length", "slots", "blocks", "backwards", "parameters", *slices]), **facts,
+        loose=frozenset([*numbers, *slices]), **facts,
     )  # fmt: skip
 
 

@@ -69,15 +69,17 @@ def ends(
 def chain(ends: Ends, A: Tensor, first: Tensor | None = None, *, backward: bool = False) -> tuple[Tensor, Tensor]:
     """Pass `first` (k, b, e, n; default: zero) through the segments, from the last to the first if `backward`. Returns
     what enters each segment (k, b, S, e, n) and what leaves the chain (k, b, e, n). A (k, e, n) is negative.
+    Where an image begins, nothing of what entered is left, not even a NaN.
     """
     end, steps = ends
-    factor = torch.where(steps.unsqueeze(-1) < 0, 0, torch.exp(steps.unsqueeze(-1) * A[:, None, None]))
+    begins = steps.unsqueeze(-1) < 0
+    factor = torch.exp(steps.unsqueeze(-1) * A[:, None, None])
     passed = torch.zeros_like(end[:, :, 0]) if first is None else first
     entering = torch.empty_like(end)
     count = end.shape[2]
     for s in range(count - 1, -1, -1) if backward else range(count):
         entering[:, :, s] = passed
-        passed = torch.addcmul(end[:, :, s], factor[:, :, s], passed)
+        passed = torch.where(begins[:, :, s], end[:, :, s], torch.addcmul(end[:, :, s], factor[:, :, s], passed))
     return entering, passed
 
 

@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase, target_of
-from .large import cdiv, is_large, scan_grid, scan_program, token_number
+from .large import cdiv, is_large, scan_grid, token_number
 from .scan_inputs import ScanInputs
-from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, unpack, width_of
+from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, unpack, walk_program, width_of
+from .scan_segments import Ends
+from .scan_segments_triton import entering
 from .triton_tiles import LOG2_E, decay_rate, keep, restart, row_pairs, rows, softplus, sum_channels, sum_states, touch
 
 # Sixteen channels per warp. Four warps write a quarter of the partial sums of dB and dC that one would.
@@ -30,16 +32,17 @@ MANY = 264
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["length", "backwards", "parameters"])
+@triton.jit(do_not_specialize=["length", "backwards", "span", "parameters"])
 def selective_scan_bwd_kernel(
     x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
-    dx, ddt, partial, dparameters, dinitial, length, e, backwards, parameters,
+    dx, ddt, partial, dparameters, dinitial, length, e, backwards, span, parameters,
     x_k, x_b, x_l, dt_k, dt_b, dt_l, ds_k, ds_b, ds_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, LANES: tl.constexpr,
     LOG_A: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Compute every gradient; those of parameters for one image, those of B and C for one block of channels.
-    dparameters has all dA of an image, all dD and all ddt_bias: `parameters` numbers.
+    dparameters has all dA of an image, all dD and all ddt_bias: `parameters` numbers. With `span`, a program walks a
+    segment of that many chunks; `dfinal` has a gradient for each, and dparameters has a row for each.
 
     With g_t the gradient that reaches h_t, and q_t = exp(step_t A) g_t what h_t passes on:  g_t = q_{t+1} + C_t ds_t,
     d(step_t x_t) = B_t . g_t,  dB_t = g_t (step_t x_t),  dC_t = h_t ds_t,  d(step_t A) = q_t h_{t-1}.
@@ -47,10 +50,10 @@ def selective_scan_bwd_kernel(
     """
     T: tl.constexpr = 8
     GROUPS: tl.constexpr = 2**LANES
-    block, b, k, blocks, images = scan_program(tl.cdiv(e, CHANNELS), LARGE)
+    chunks = tl.cdiv(length, T)
+    block, b, k, segment, first, stop, blocks, images, segments = walk_program(chunks, span, e, CHANNELS, LARGE)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     row = (k * images + b).to(tl.int64)
-    chunks = tl.cdiv(length, T)
     state = tl.arange(0, N)
     if UNPADDED:
         here = tl.full((CHANNELS,), True, tl.int1)
@@ -62,7 +65,7 @@ def selective_scan_bwd_kernel(
 
     rate = decay_rate(A + k * e * n, cell, cell_here, LOG_A) * LOG2_E
     if dfinal is not None:
-        q = tl.load(dfinal + row * e * n + cell, mask=cell_here, other=0.0)
+        q = tl.load(dfinal + (row * segments + segment) * e * n + cell, mask=cell_here, other=0.0)
     else:
         q = tl.zeros((CHANNELS, N), tl.float32)
     dA_cell = tl.zeros((CHANNELS, N), tl.float32)
@@ -72,14 +75,14 @@ def selective_scan_bwd_kernel(
     x += k.to(tl.int64) * x_k + b.to(tl.int64) * x_b
     dt += k.to(tl.int64) * dt_k + b.to(tl.int64) * dt_b
     ds += k.to(tl.int64) * ds_k + b.to(tl.int64) * ds_b
-    last = (row * chunks + chunks - 1) * T
+    last = (row * chunks + stop - 1) * T
     packed += last * (2 * N)
-    states += (row * chunks + chunks - 1) * e * n
-    partial += (((k.to(tl.int64) * blocks + block) * images + b) * chunks + chunks - 1) * T * (2 * N)
+    states += (row * chunks + stop - 1) * e * n
+    partial += (((k.to(tl.int64) * blocks + block) * images + b) * chunks + stop - 1) * T * (2 * N)
     if starts is not None:
         starts += last
     reverse = (backwards >> k) & 1 == 1
-    slot = token_number((chunks - 1) * T, LARGE) + tl.arange(0, T)
+    slot = token_number((stop - 1) * T, LARGE) + tl.arange(0, T)
     token = tl.where(reverse, length - 1 - slot, slot)[:, None]
     ahead = token_number(tl.where(reverse, T, -T), LARGE)
     x_cell = token * x_l + channel[None, :]
@@ -93,7 +96,7 @@ def selective_scan_bwd_kernel(
     h_next = tl.load(states + cell, mask=cell_here, other=0.0)
     touched = touch(packed, T * 2 * N)
     unused = touched
-    for remaining in range(chunks - 1, -1, -1):
+    for remaining in range(stop - first - 1, -1, -1):
         x_tile = x_next.to(tl.float32)
         v = dt_next.to(tl.float32)
         ds_tile = ds_next.to(tl.float32)
@@ -177,27 +180,27 @@ def selective_scan_bwd_kernel(
 
     if LOG_A:
         dA_cell *= decay_rate(A + k * e * n, cell, cell_here, LOG_A)
-    of_image = dparameters + b.to(tl.int64) * parameters
+    of_image = dparameters + (b.to(tl.int64) * segments + segment) * parameters
     tl.store(of_image + k * e * n + cell, dA_cell, mask=cell_here)
     per_channel = parameters // (n + 2)
     of_image += per_channel * n + k * e + channel
     tl.store(of_image, tl.sum(dD_tile, 0), mask=here)
     tl.store(of_image + per_channel, tl.sum(dbias_tile, 0), mask=here)
     if dinitial is not None:
-        tl.store(dinitial + row * e * n + cell, q, mask=cell_here)
+        tl.store(dinitial + row * e * n + cell, q, mask=cell_here & (first == 0))
     keep(dparameters, unused, length)
 
 
 def backward(
     inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, reverse: Sequence[bool], chunk: int, *,
-    log_A: bool = False, dB: Tensor | None = None, dC: Tensor | None = None,
+    log_A: bool = False, dB: Tensor | None = None, dC: Tensor | None = None, ends: Ends | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients dx, ddt, dparameters, dB, dC, dinitial of `forward`, given those of s and of the last state.
 
     dparameters (k e (n + 2)) is fp32: the gradients of A (of A_log, with `log_A`), of D and of dt_bias (zero if it is
     None), one after the other. dB and dC are written into the tensors (k, b, l, n) that are passed, if any; their last
     axis must have stride 1. dinitial is empty if `inputs.initial` is None. `states` are those of `forward` with the
-    same chunk.
+    same chunk. `ends` are those of `scan_segments_triton.ends_backward`, if they are known already.
     """
     if chunk != CHUNK:
         raise ValueError(f"the backward pass of a scan needs the kept states: chunk is {chunk}, it must be {CHUNK}")
@@ -206,23 +209,24 @@ def backward(
     n = A.shape[-1]
     width = width_of(n)
     lean = x.dtype != torch.float32 and e % CHANNELS == 0 and image is None and initial is None and dfinal is None
-    many = k * b * cdiv(e, CHANNELS) >= MANY
+    packed, starts = pack(B, C, image, reverse, width)
+    span, segments, dfinal = entering(inputs, ds, packed, starts, reverse, dfinal, ends, log_A)
+    many = k * b * segments * cdiv(e, CHANNELS) >= MANY
     channels = channels_of(width, _block(target_of(x.device), lean and many))
     blocks = cdiv(e, channels)
     slots = cdiv(length, CHUNK) * CHUNK
-    packed, starts = pack(B, C, image, reverse, width)
     dx, ddt = x.new_empty(k, b, length, e), dt.new_empty(k, b, length, e)
     dB = B.new_empty(k, b, length, n) if dB is None else dB
     dC = C.new_empty(k, b, length, n) if dC is None else dC
     partial = A.new_empty(k, blocks, b, slots, 2 * width)
-    dparameters = A.new_empty(b, k * e * (n + 2))
+    dparameters = A.new_empty(b * segments, k * e * (n + 2))
     dinitial = None if initial is None else torch.empty_like(initial)
-    grid = blocks, b, k
+    grid = blocks * segments, b, k
     large = is_large(grid, slots, e, 2 * width, x.stride(2), dt.stride(2), ds.stride(2))
     with torch.cuda.device_of(x):
         selective_scan_bwd_kernel[scan_grid(grid, large)](
             x, dt, A, packed, starts, D, dt_bias, states, ds, dfinal,
-            dx, ddt, partial, dparameters, dinitial, length, e, mask_of(reverse), dparameters.shape[1],
+            dx, ddt, partial, dparameters, dinitial, length, e, mask_of(reverse), span, dparameters.shape[1],
             *x.stride()[:3], *dt.stride()[:3], *ds.stride()[:3],
             n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, LANES=_lanes(channels),
             LOG_A=log_A, LARGE=large, num_warps=WARPS, **OPTIONS,
@@ -245,7 +249,7 @@ def _lanes(channels: int) -> int:
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """The kernel as a model of inner width e launches it, at n = 16, for `kernels.aot`: "_packed" has image numbers,
-    states passed in and out, and A instead of A_log; "_few" is for few programs.
+    states passed in and out, and A instead of A_log; "_few" is for few programs; "_segments" walks segments.
     """
     n = 16
 
@@ -255,11 +259,14 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
             dtype, selective_scan_bwd_kernel,
             {
                 "n": n, "N": n, "CHANNELS": channels, "UNPADDED": e % channels == 0, "LANES": _lanes(channels),
-                "LOG_A": variant != "_packed", "LARGE": False,
+                "LOG_A": "_packed" not in variant, "LARGE": False,
             },
-            variant, WARPS, tokens=CHUNK, channels=channels,
+            variant, WARPS, segments="_segments" in variant, tokens=CHUNK, channels=channels,
             bytes=5 * dtype.itemsize + 4 * n / CHUNK + 4 * 2 * n / e + 4 * 2 * n / channels, exponentials=n,
         )  # fmt: skip
 
     lean = dtype != torch.float32 and e % CHANNELS == 0
-    return [case("", lean), case("_packed", False), *([case("_few", False)] if lean else [])]
+    return [
+        case("", lean), case("_packed", False), case("_segments", lean), case("_packed_segments", False),
+        *([case("_few", False), case("_few_segments", False)] if lean else []),
+    ]  # fmt: skip

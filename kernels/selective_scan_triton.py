@@ -29,10 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .large import cdiv, is_large, scan_grid, scan_program, token_number
+from .large import cdiv, is_large, scan_grid, token_number
 from .scan_gate_triton import combine, combine_backward
 from .scan_inputs import ScanInputs
-from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, width_of
+from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, walk_program, width_of
+from .scan_segments import Ends
+from .scan_segments_triton import entering
 from .selective_scan_bwd_triton import backward
 from .triton_tiles import LOG2_E, decay_rate, keep, restart, row_pairs, softplus, sum_states, touch
 
@@ -43,21 +45,21 @@ __all__ = ["CHUNK", "backward", "combine", "combine_backward", "compile_cases", 
 CHANNELS, WARPS = 32, 2
 
 
-@triton.jit(do_not_specialize=["length", "backwards"])
+@triton.jit(do_not_specialize=["length", "backwards", "span"])
 def selective_scan_fwd_kernel(
-    x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, backwards,
+    x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, backwards, span,
     x_k, x_b, x_l, dt_k, dt_b, dt_l,
     n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, UNPADDED: tl.constexpr, KEEP: tl.constexpr,
     LOG_A: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Compute s and the last state; with KEEP, also the state before each chunk. UNPADDED: no channel or state of a
-    block is padding.
+    block is padding. With `span`, a program walks a segment of that many chunks; `initial` has a state for each.
     """
     T: tl.constexpr = 8
-    block, b, k, _blocks, images = scan_program(tl.cdiv(e, CHANNELS), LARGE)
+    chunks = tl.cdiv(length, T)
+    block, b, k, segment, first, stop, _blocks, images, segments = walk_program(chunks, span, e, CHANNELS, LARGE)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     row = (k * images + b).to(tl.int64)
-    chunks = tl.cdiv(length, T)
     state = tl.arange(0, N)
     if UNPADDED:
         here = tl.full((CHANNELS,), True, tl.int1)
@@ -72,12 +74,12 @@ def selective_scan_fwd_kernel(
     if dt_bias is not None:
         bias = tl.load(dt_bias + k * e + channel, mask=here, other=0.0)
     if initial is not None:
-        h = tl.load(initial + row * e * n + cell, mask=cell_here, other=0.0)
+        h = tl.load(initial + (row * segments + segment) * e * n + cell, mask=cell_here, other=0.0)
     else:
         h = tl.zeros((CHANNELS, N), tl.float32)
 
     reverse = (backwards >> k) & 1 == 1
-    slot = token_number(tl.arange(0, T), LARGE)
+    slot = token_number(first * T, LARGE) + tl.arange(0, T)
     token = tl.where(reverse, length - 1 - slot, slot)[:, None]
     ahead = token_number(tl.where(reverse, -T, T), LARGE)
     x_cell = token * x_l + channel[None, :]
@@ -86,18 +88,18 @@ def selective_scan_fwd_kernel(
     x += k.to(tl.int64) * x_k + b.to(tl.int64) * x_b
     dt += k.to(tl.int64) * dt_k + b.to(tl.int64) * dt_b
     s += row * length * e
-    packed += row * chunks * T * (2 * N)
+    packed += (row * chunks + first) * T * (2 * N)
     if KEEP:
-        states += row * chunks * e * n
+        states += (row * chunks + first) * e * n
     if starts is not None:
-        starts += row * chunks * T
+        starts += (row * chunks + first) * T
     valid = (slot < length)[:, None] & here[None, :]
     x_next = tl.load(x + x_cell, mask=valid, other=0.0)
     # a slot after the last token gets step 0 and slope 0, and does not change the state
     dt_next = tl.load(dt + dt_cell, mask=valid, other=float("-inf"))
     touched = touch(packed, T * 2 * N)
     unused = touched
-    for chunk in range(chunks):
+    for chunk in range(first, stop):
         x_tile = x_next.to(tl.float32)
         v = dt_next.to(tl.float32)
         inside = valid
@@ -107,7 +109,7 @@ def selective_scan_fwd_kernel(
         slot += T
         x_cell += ahead * x_l
         dt_cell += ahead * dt_l
-        next_rows = tl.where(chunk + 1 < chunks, T * 2 * N, 0)
+        next_rows = tl.where(chunk + 1 < stop, T * 2 * N, 0)
         valid = (slot < length)[:, None] & here[None, :]
         x_next = tl.load(x + x_cell, mask=valid, other=0.0)
         dt_next = tl.load(dt + dt_cell, mask=valid, other=float("-inf"))
@@ -133,15 +135,16 @@ def selective_scan_fwd_kernel(
         packed += next_rows
         if starts is not None:
             starts += T
-    tl.store(final + row * e * n + cell, h, mask=cell_here)
+    tl.store(final + row * e * n + cell, h, mask=cell_here & (stop == chunks))
     keep(final, unused, length)
 
 
 def forward(
-    inputs: ScanInputs, reverse: Sequence[bool], chunk: int, *, log_A: bool = False
+    inputs: ScanInputs, reverse: Sequence[bool], chunk: int, *, log_A: bool = False, ends: Ends | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s (k, b, l, e), the last state (k, b, e, n), and the states (k, b, chunks, e n) before each chunk of tokens in
-    scan order; `chunk` is CHUNK, or 0 to keep none. With `log_A`, `inputs.A` is A_log: A = -exp(A_log).
+    scan order; `chunk` is CHUNK, or 0 to keep none. With `log_A`, `inputs.A` is A_log: A = -exp(A_log). `ends` are
+    those of `scan_segments_triton.ends`, if they are known already.
     """
     x, dt, A, B, C, D, dt_bias, initial, image = inputs
     k, b, length, e = x.shape
@@ -155,11 +158,12 @@ def forward(
     s = x.new_empty(k, b, length, e)
     final = A.new_empty(k, b, e, n)
     states = A.new_empty((k, b, cdiv(length, CHUNK), e * n) if keeps else (0,))
-    grid = cdiv(e, channels), b, k
+    span, segments, initial = entering(inputs, None, packed, starts, reverse, initial, ends, log_A)
+    grid = cdiv(e, channels) * segments, b, k
     large = is_large(grid, packed.shape[2], e, 2 * width, x.stride(2), dt.stride(2))
     with torch.cuda.device_of(x):
         selective_scan_fwd_kernel[scan_grid(grid, large)](
-            x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, mask_of(reverse),
+            x, dt, A, packed, starts, D, dt_bias, initial, s, final, states, length, e, mask_of(reverse), span,
             *x.stride()[:3], *dt.stride()[:3],
             n=n, N=width, CHANNELS=channels, UNPADDED=e % channels == 0 and n == width, KEEP=keeps,
             LOG_A=log_A, LARGE=large, num_warps=WARPS, **OPTIONS,
@@ -169,14 +173,15 @@ def forward(
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """The forward kernel as a model of inner width e launches it, at n = 16, for `kernels.aot`. "_packed" has image
-    numbers, states passed in and out, and A instead of A_log.
+    numbers, states passed in and out, and A instead of A_log; "_segments" walks segments.
     """
     n = 16
     constants = {"n": n, "N": n, "CHANNELS": CHANNELS, "UNPADDED": e % CHANNELS == 0, "KEEP": True, "LARGE": False}
     return [
         scan_case(
-            dtype, selective_scan_fwd_kernel, {**constants, "LOG_A": not packed}, packed, WARPS,
-            tokens=CHUNK, channels=CHANNELS, bytes=3 * dtype.itemsize + 4 * n / CHUNK + 4 * 2 * n / e, exponentials=n,
+            dtype, selective_scan_fwd_kernel, {**constants, "LOG_A": "_packed" not in variant}, variant, WARPS,
+            segments="_segments" in variant, tokens=CHUNK, channels=CHANNELS,
+            bytes=3 * dtype.itemsize + 4 * n / CHUNK + 4 * 2 * n / e, exponentials=n,
         )
-        for packed in ("", "_packed")
+        for variant in ("", "_packed", "_segments", "_packed_segments")
     ]  # fmt: skip

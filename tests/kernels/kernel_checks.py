@@ -5,6 +5,7 @@ for ops, launches that are recorded instead of run, and tensors larger than the 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vimscale.kernels import segment_choice
 from vimscale.kernels.cases import TOLERANCE
 
 FUSED: list[Literal["cpu", "triton"]] = ["cpu", "triton"]
@@ -110,6 +112,11 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
     monkeypatch.setattr(type(selective_scan_triton.selective_scan_fwd_kernel), "run", record)
     return launches
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Cut every Triton scan into segments of that many chunks, as if it were long."""
+    monkeypatch.setattr(segment_choice, "segments", lambda k, b, length, e, n: ceil(length / (8 * chunks)))
 
 
 def untouched(numbers: int, dtype: torch.dtype, device: str) -> Tensor:
