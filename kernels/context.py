@@ -23,7 +23,8 @@ from .causal_conv1d import split_parameters as split_conv
 from .checks import wide, without_autocast
 from .scan_inputs import ScanInputs
 from .scan_segments import Ends
-from .selective_scan import CHUNK, decay_rates
+from .selective_scan import CHUNK, _rows, _with_rows, decay_rates, empty_states, of_logarithm
+from .torch_op import torch_op
 
 
 class Context(Protocol):
@@ -195,7 +196,8 @@ class _Scan(torch.autograd.Function):
         entering, last = scan_segments.chain(of_all, A)
         initial = _of_rank(entering, reverse, context)
         chunk = CHUNK[backend] if learns else 0
-        s, states = _scan(inputs._replace(initial=initial), reverse, chunk, backend, inner, own)
+        x, dt_read, *others, _, _ = inputs
+        s, states = _scan.inside(x, dt_read, *others, initial, *own, inner, reverse, chunk, backend)
         ctx.save_for_backward(x, dt, dt_proj, A_log, B, C, D, dt_bias, initial, states, of_all.steps)
         ctx.mark_non_differentiable(last)
         return s, last
@@ -215,8 +217,10 @@ class _Scan(torch.autograd.Function):
         reaching, _ = scan_segments.chain(of_all, A, backward=True)
         dfinal = _of_rank(reaching, reverse, context)
         dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-        inputs = inputs._replace(initial=initial)
-        dx, ddt, dparameters = _scan_backward(inputs, states, ds, dfinal, dB, dC, reverse, backend, inner, own)
+        x, dt_read, *others, _, _ = inputs
+        dx, ddt, dparameters = _scan_backward.inside(
+            x, dt_read, *others, initial, states, ds, dfinal, *own, inner, dB, dC, reverse, backend
+        )
         # projected by dt_proj: (k, b l, e) and (k, b l, r)
         ddt, low = ddt.flatten(1, 2), dt.flatten(1, 2)
         dlow = torch.bmm(ddt, dt_proj).view(dt.shape)
@@ -254,30 +258,63 @@ def _of_rank(t: Tensor, reverse: Sequence[bool], context: Context) -> Tensor:
     return torch.stack([t[k, :, last - context.rank if r else context.rank] for k, r in enumerate(reverse)])
 
 
+# Whatever must not launch a kernel, such as fake tensors, gets these as ops.
+
+
+@torch_op("selective_scan_over", shown=2)
 def _scan(
-    inputs: ScanInputs, reverse: Sequence[bool], chunk: int, backend: str, dt_proj: Tensor | None, own: Ends
-) -> tuple[Tensor, Tensor]:
-    if backend == "cpu":
-        inputs = inputs._replace(A=decay_rates(inputs.A, True))
-        s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, dt_proj=dt_proj)
-    else:
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial: Tensor,
+    end: Tensor, steps: Tensor, dt_proj: Tensor | None, reverse: Sequence[bool], chunk: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """s (k, b, l, e) and the kept states, where `initial` enters the stretch and its segments add `end`, `steps`."""
+    inputs = ScanInputs(x, dt, A_log, B, C, D, dt_bias, initial, None)
+    if backend == "reference":
         s, _, states = selective_scan._scan.inside(*inputs, reverse, chunk, True, backend)
+        return s, states
+    known: dict[str, Any] = {"ends": Ends(end, steps)}
+    if backend == "cpu":
+        inputs, known = inputs._replace(A=decay_rates(A_log, True)), known | {"dt_proj": dt_proj}
+    else:
+        known["log_A"] = True
+    s, _, states = fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk, **known)
     return s, states
 
 
+@_scan.register_fake
+def _(x: Tensor, dt: Tensor, A_log: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), empty_states(x.shape, A_log, others[-2])
+
+
+@torch_op("selective_scan_over_backward", shown=3, mutates=("dB", "dC"))
 def _scan_backward(
-    inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor, dB: Tensor, dC: Tensor, reverse: Sequence[bool],
-    backend: str, dt_proj: Tensor | None, own: Ends,
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial: Tensor,
+    states: Tensor, ds: Tensor, dfinal: Tensor, end: Tensor, steps: Tensor, dt_proj: Tensor | None, dB: Tensor,
+    dC: Tensor, reverse: Sequence[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if backend == "cpu":
-        inputs = inputs._replace(A=decay_rates(inputs.A, True))
-        found = selective_scan.cpu_scan_backward(inputs, states, ds, dfinal, dB, dC, reverse, True, dt_proj)
-    else:
-        found = selective_scan._scan_backward.inside(
+    """dx, ddt (k, b, l, e) and the parameters' gradients; what reaches the initial state is another rank's."""
+    inputs = ScanInputs(x, dt, A_log, B, C, D, dt_bias, initial, None)
+    if backend == "reference":
+        dx, ddt, dparameters, _ = selective_scan._scan_backward.inside(
             *inputs, states, ds, dfinal, dB, dC, reverse, CHUNK[backend], True, backend
         )
-    dx, ddt, dparameters, _ = found  # what reaches the initial state is another rank's
+        return dx, ddt, dparameters
+    known: dict[str, Any] = {"ends": Ends(end, steps), "dB": dB, "dC": dC}
+    if backend == "cpu":
+        inputs, known = inputs._replace(A=decay_rates(A_log, True)), known | {"dt_proj": dt_proj}
+    else:
+        known["log_A"] = True
+    dx, ddt, dparameters, *_ = fused_module("selective_scan", backend).backward(
+        _with_rows(inputs), states, _rows(ds), dfinal.contiguous(), reverse, CHUNK[backend], **known
+    )
+    if backend == "cpu":
+        dparameters = of_logarithm(dparameters, inputs.A, True)
     return dx, ddt, dparameters
+
+
+@_scan_backward.register_fake
+def _(x: Tensor, dt: Tensor, A_log: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    k, e, n = A_log.shape
+    return x.new_empty(x.shape), x.new_empty(x.shape), A_log.new_empty(k * e * (n + 2))
 
 
 def scan_over(

@@ -28,7 +28,7 @@ class Ends(NamedTuple):
     """(k, b, S, e) fp32: the sum of its steps; negative if an image begins inside, so that the factor is zero."""
 
 
-@torch_op("scan_ends", shown=2)
+@torch_op("selective_scan_ends", shown=2)
 def _ends(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, image: Tensor | None,
     ds: Tensor | None, dt_proj: Tensor | None, reverse: Sequence[bool], log_A: bool, backend: str,

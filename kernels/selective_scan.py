@@ -190,7 +190,7 @@ def _scan_backward(
         return cpu_scan_backward(_with_rows(inputs), states, _rows(ds), dfinal, dB, dC, reverse, log_A)
     with torch.autocast(x.device.type, enabled=False):
         dx, ddt, dparameters, dinitial = _reference_backward(inputs, ds, dfinal, reverse, dB, dC)
-        return dx, ddt, _of_logarithm(dparameters, inputs.A, log_A), dinitial
+        return dx, ddt, of_logarithm(dparameters, inputs.A, log_A), dinitial
 
 
 def cpu_scan_backward(
@@ -201,10 +201,10 @@ def cpu_scan_backward(
     dx, ddt, dparameters, _, _, dinitial = fused_module("selective_scan", "cpu").backward(
         inputs, states, ds, dfinal, reverse, CHUNK["cpu"], dt_proj=dt_proj, dB=dB, dC=dC
     )
-    return dx, ddt, _of_logarithm(dparameters, inputs.A, log_A), dinitial
+    return dx, ddt, of_logarithm(dparameters, inputs.A, log_A), dinitial
 
 
-def _of_logarithm(dparameters: Tensor, A: Tensor, log_A: bool) -> Tensor:
+def of_logarithm(dparameters: Tensor, A: Tensor, log_A: bool) -> Tensor:
     """The gradients of the parameters, with that of A made that of log(-A)."""
     if log_A:
         dparameters[: A.numel()] *= A.flatten()

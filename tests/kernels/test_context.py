@@ -54,20 +54,12 @@ def _shared(
     return [torch.cat(y, 1), torch.cat(dxz, 1), *(torch.stack(each).sum(0) for each in of_parameters)]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-@pytest.mark.parametrize("reverse", [(FORWARD, REVERSE), (FORWARD,), (REVERSE,)], ids=["both", "forward", "reverse"])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("backend", "dtype", "tolerance"),
-    [("reference", torch.float64, 1e-12), ("reference", torch.float32, 1e-5)],
-    ids=["fp64", "fp32"],
-)
-def test_ranks_compute_what_one_does(
-    backend: str, dtype: torch.dtype, tolerance: float, ranks: int, reverse: tuple[bool, ...], recompute: bool
-) -> None:
-    b, length, e, n, r, w = 2, 41, 24, 4, 3, 4
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    parameters = _parameters(len(reverse), e, n, r, w, wide)
+def _check(
+    backend: str, dtype: torch.dtype, tolerance: float, ranks: int, reverse: Sequence[bool], recompute: bool,
+    shape: tuple[int, int, int] = (2, 41, 24),
+) -> None:  # fmt: skip
+    (b, length, e), n, r, w = shape, 4, 3, 4
+    parameters = _parameters(len(reverse), e, n, r, w, torch.float64 if dtype == torch.float64 else torch.float32)
     g = torch.Generator().manual_seed(0)
     xz = torch.randn(b, length, 2 * e, generator=g).to(dtype)
     dy = torch.randn(b, length, e, generator=g).to(dtype)
@@ -75,6 +67,27 @@ def test_ranks_compute_what_one_does(
     for found, single in zip(_shared(ranks, xz, parameters, dy, reverse, recompute, backend), expected, strict=True):
         error = (found.double() - single.double()).abs().max() / single.double().abs().max()
         assert error <= tolerance
+
+
+BOTH = (FORWARD, REVERSE)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("reverse", [BOTH, (FORWARD,), (REVERSE,)], ids=["both", "forward", "reverse"])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("reference", torch.float64, 1e-12), ("cpu", torch.float32, 1e-5), ("cpu", torch.bfloat16, 2e-2)],
+)
+def test_ranks_compute_what_one_does(
+    backend: str, dtype: torch.dtype, tolerance: float, ranks: int, reverse: tuple[bool, ...], recompute: bool
+) -> None:
+    _check(backend, dtype, tolerance, ranks, reverse, recompute)
+
+
+@pytest.mark.parametrize("reverse", [BOTH, pytest.param((REVERSE,), marks=pytest.mark.slow)])
+def test_triton_ranks_compute_what_one_does(reverse: tuple[bool, ...]) -> None:
+    _check("triton", torch.float32, 1e-5, 2, reverse, recompute=False, shape=(1, 19, 8))
 
 
 def test_one_tap_needs_no_neighbors() -> None:

@@ -1,4 +1,7 @@
-"""Ranks of a context as threads of one process: they share sequences as processes would, without a network."""
+"""Ranks of a context as threads of one process: they share sequences as processes would, without a network.
+
+One thread runs at a time, and the others wait where ranks meet: Triton's interpreter and random numbers are global.
+"""
 
 import threading
 from collections.abc import Callable
@@ -12,16 +15,23 @@ from torch import Tensor
 class ThreadContext:
     """One rank of a `vimscale.ops.Context`."""
 
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, Any]):
+    def __init__(self, rank: int, size: int, turn: threading.Lock, barrier: threading.Barrier, board: dict[int, Any]):
         self.rank, self.size = rank, size
-        self._barrier, self._board = barrier, board
+        self._turn, self._barrier, self._board = turn, barrier, board
 
     def _all(self, mine: Any) -> list[Any]:
         self._board[self.rank] = mine
-        self._barrier.wait()
+        self._meet()
         found = [self._board[rank] for rank in range(self.size)]
-        self._barrier.wait()
+        self._meet()
         return found
+
+    def _meet(self) -> None:
+        self._turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self._turn.acquire()
 
     def exchange(self, to_left: Tensor | None, to_right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         sent = self._all(tuple(None if t is None else t.clone() for t in (to_left, to_right)))
@@ -38,14 +48,15 @@ class ThreadContext:
 
 def on_ranks(size: int, work: Callable[[ThreadContext], Any]) -> list[Any]:
     """What `work` returns on each of `size` ranks; raises what one of them raises."""
-    barrier, board = threading.Barrier(size, timeout=60), dict[int, Any]()
+    turn, barrier, board = threading.Lock(), threading.Barrier(size), dict[int, Any]()
 
     def run(rank: int) -> Any:
-        try:
-            return work(ThreadContext(rank, size, barrier, board))
-        except BaseException:
-            barrier.abort()
-            raise
+        with turn:
+            try:
+                return work(ThreadContext(rank, size, turn, barrier, board))
+            except BaseException:
+                barrier.abort()
+                raise
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, rank) for rank in range(size)]
