@@ -194,17 +194,17 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     recipe, target, need, sent = planner.recipe, planner.target, here.need, here.sent
     held, context, exchanged = need.held, recipe.parallel.context, here.exchanged
     kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
-    within = {
-        "halos": exchanged.halo,
-        "states": exchanged.summaries,
-        "keys and values": exchanged.attention,
-        "pooled": exchanged.pooled,
-    }
+    groups, share = {}, ""
+    if context > 1:
+        most = -(-planner.config.tokens // context)
+        share = f"; {context} ranks share it, with {most:,} tokens each at most"
+        within = {"halos": exchanged.halo, "states": exchanged.summaries, "keys and values": exchanged.attention}
+        groups["within groups"] = ", ".join(f"{kind} {_size(size)}" for kind, size in within.items() if size)
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
         "where": f"{target.name}, {_size(target.room)} per rank",
         "parameters": f"{planner.whole:,}",
-        "per image": f"{planner.config.tokens:,} tokens, {flops(planner.config) / 1e9:.3f} GFLOPs forward",
+        "per image": f"{planner.config.tokens:,} tokens, {flops(planner.config) / 1e9:.3f} GFLOPs forward{share}",
         "per step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
         "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-step{'s' * (here.accumulation > 1)}"
         f" on {in_words(here.world)}" + ("" if here.given else "; the recipe's own does not fit"),
@@ -215,11 +215,9 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         f" buckets, {_size(need.gathered)} gathered, {_size(need.gradients)} gradients, {_size(need.graphs)} for CUDA"
         " graphs",
         "communication": ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items() if size) or "none",
+        **groups,
         "checkpoint": f"{_size(planner.checkpoint)}, stops training for {here.stall_s:.2f} s (predicted)",
     }
-    if context > 1:
-        rows["per image"] += f", on {context} ranks with {-(-planner.config.tokens // context):,} tokens at most"
-        rows["within a group"] = ", ".join(f"{kind} {_size(size)}" for kind, size in within.items() if size)
     if planner.samples:
         rows["training set"] = f"{planner.samples:,} images"
     length = f"{planner.steps:,} steps" if planner.steps else f"{recipe.epochs:g} epochs"

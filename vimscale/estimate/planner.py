@@ -24,7 +24,7 @@ from vimscale.estimate.work import update
 from vimscale.model import VimConfig
 from vimscale.model.cost import flops
 from vimscale.model.vim import Recompute
-from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.recipe import Recipe, parse
 from vimscale.recipe.sections import Parallel
 
 USABLE = 0.92
@@ -356,12 +356,28 @@ class Planner:
             if fitting := self.largest(zero, "block", world):
                 yield f"parallel.zero={zero} parallel.recompute=block parallel.micro_batch={fitting}"
                 break
+        else:  # not even a single image
+            for shared in (parallel.context << i for i in range(1, world.bit_length())):
+                if world % shared == 0 and (fitting := self._largest_shared(shared, world)):
+                    yield f"parallel.context={shared} parallel.recompute=block parallel.micro_batch={fitting}"
+                    break
         if self.target.device is None:  # more ranks on a machine share its memory
             return
         for more in (world << i for i in range(1, 10)):
             if self.recipe.batch % self.recipe.data_ranks(more) == 0 and self.largest(parallel.zero, own, more):
                 yield f"{more} GPUs"
                 break
+
+    def _largest_shared(self, context: int, world: int) -> int:
+        """As `largest`, if groups of `context` ranks shared their images and recomputed blocks; 0 if the model cannot
+        be cut.
+        """
+        parallel = self.recipe.parallel.model_copy(update={"context": context})
+        try:
+            recipe = parse(self.recipe.model_copy(update={"parallel": parallel}).to_yaml(), "of a plan")
+        except RecipeError:
+            return 0
+        return Planner(recipe, self.config, self.target, self.samples).largest(parallel.zero, "block", world)
 
 
 def lanes_and_shards(recipe: Recipe, shards: Sequence[int], nodes: int, *, remote: bool) -> list[str]:
