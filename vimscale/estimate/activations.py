@@ -24,7 +24,7 @@ from vimscale import ops
 from vimscale.errors import LaunchError
 from vimscale.estimate import work
 from vimscale.estimate.work import Work
-from vimscale.model import VimConfig, VisionMamba, schedule
+from vimscale.model import VimConfig, VisionMamba, schedule, tiles
 from vimscale.model.vim import Gather, Recompute
 from vimscale.objectives.base import Inputs, Learner, Sample
 from vimscale.objectives.build import build
@@ -260,7 +260,9 @@ def _entries(
         model = Learner(objective, _Bare(config), init=False)
         model.encoder.recompute = levels
         inputs = Inputs(
-            images=torch.empty(batch, 3, *config.size),
+            images=torch.empty(batch, 3, *config.size)
+            if config.tiles is None
+            else [tiles.blank(config) for _ in range(batch)],
             targets=torch.empty(batch, dtype=torch.int64),
             views={name: torch.empty(batch, *view.shape, dtype=view.dtype) for name, view in views.items()},
             draws=torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None,

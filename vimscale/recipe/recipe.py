@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
+from vimscale.model.presets import VimConfig
 from vimscale.recipe.model_section import Model
 from vimscale.recipe.sections import (
     AnyObjective,
@@ -25,6 +26,7 @@ from vimscale.recipe.sections import (
     Parallel,
     Phase,
     Step,
+    size_bytes,
 )
 from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
 from vimscale.storage import own_code
@@ -99,12 +101,16 @@ class Recipe(Section):
                 near = _nearest(batch, unit)
                 faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
         faults += self._phase_faults()
+        faults += self._tile_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
-        if self.augment.buckets > 1 and self.model.kinds:
-            used = {layer.kind for layer in self.model.shape(classes=1).layers}
+        config = self.model.shape(classes=1)
+        packs = self.augment.buckets > 1 or (config.tiles is not None and self.parallel.micro_batch != 1)
+        if packs and self.model.kinds:
+            used = {layer.kind for layer in config.layers}
             faults += [
-                f"augment.buckets: {own.kind} cannot keep images apart that are packed into one row (`packs` is false)"
+                f"{own.kind} cannot keep images apart that are packed into one row (`packs` is false):"
+                f" {'set parallel.micro_batch: 1' if self.augment.buckets == 1 else 'leave out augment.buckets'}"
                 for name, own in self.model.kinds.items()
                 if name in used and not getattr(own_code.load(own.kind), "packs", False)
             ]
@@ -115,11 +121,36 @@ class Recipe(Section):
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)
         for phase in self.phases:
-            if phase.image_size is not None:
+            if phase.image_size is not None and config.tiles is None:
                 try:
                     dataclasses.replace(config, image_size=phase.image_size)
                 except ValueError as error:
                     yield f"phase at step {phase.step}: {error}"
+
+    def _tile_faults(self) -> Iterator[str]:
+        config, most = self.model.shape(classes=1), self.data.max_tiles
+        if config.tiles is None:
+            if most is not None:
+                yield f"data.max_tiles {most}: the model reads images, not tiles; set model.tiles to the side of a tile"
+            return
+        if most is not None:
+            try:
+                config.with_bag_size(most)
+            except ValueError as error:
+                yield f"data.max_tiles {most}: {error}"
+        elif size_bytes(self.parallel.recompute) is not None:
+            yield (
+                f"parallel.recompute {self.parallel.recompute}: what bags of any length keep has no limit; set"
+                " data.max_tiles, or use scan or block"
+            )
+        if any(phase.image_size is not None for phase in self.phases):
+            yield f"phases: tiles have {config.tiles} pixels in all phases; leave out image_size"
+
+    def largest(self, config: VimConfig) -> VimConfig:
+        """Return the config of the run's model with the size of its largest bags, for counts of memory and work;
+        without data.max_tiles, that of one tile.
+        """
+        return config if config.tiles is None else config.with_bag_size(self.data.max_tiles or 1)
 
     def length(self, samples: int) -> int:
         """Return the optimizer steps of a complete run on a training set of this many samples.
