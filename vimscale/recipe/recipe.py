@@ -130,8 +130,6 @@ class Recipe(Section):
     def _tile_faults(self) -> Iterator[str]:
         config, most = self.model.shape(classes=1), self.data.max_tiles
         if config.tiles is None:
-            if most is not None:
-                yield f"data.max_tiles {most}: the model reads images, not tiles; set model.tiles to the side of a tile"
             return
         if most is not None:
             try:
@@ -143,8 +141,6 @@ class Recipe(Section):
                 f"parallel.recompute {self.parallel.recompute}: what bags of any length keep has no limit; set"
                 " data.max_tiles, or use scan or block"
             )
-        if any(phase.image_size is not None for phase in self.phases):
-            yield f"phases: tiles have {config.tiles} pixels in all phases; leave out image_size"
 
     def largest(self, config: VimConfig) -> VimConfig:
         """Return the config of the run's model with the size of its largest bags, for counts of memory and work;

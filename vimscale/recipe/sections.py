@@ -81,7 +81,9 @@ class Data(Section):
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Fraction of the images that may be unreadable, and are replaced by others, before the run stops."""
     max_tiles: Count | None = None
-    """With model.tiles: the most tiles of an image that a step or an evaluation reads. default: all."""
+    """With model.tiles, the most tiles of an image that the model gets: in training drawn at random, in evaluations
+    evenly spread. default: all.
+    """
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Data":
