@@ -74,7 +74,9 @@ def check_memory(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool
     Raises:
         LaunchError: the run does not fit; gives the numbers, and what would fit.
     """
-    config = recipe.model.shape(len(data.manifest.classes))
+    config = recipe.largest(recipe.model.shape(len(data.manifest.classes)))
+    if config.tiles is not None and recipe.data.max_tiles is None:  # bags of any size, whose memory cannot be planned
+        return
     if not gpus() and upper_bound(recipe, config, world) < _bytes_per_rank(recipe, config, world, ray=ray) / 2:
         return
     target = this_machine(recipe, config, world, ray=ray)

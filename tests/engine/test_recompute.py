@@ -11,8 +11,8 @@ from benchmarks.measure import peak_bytes
 from vimscale.engine import recompute
 from vimscale.errors import RecipeError
 from vimscale.model import PRESETS, VimConfig, VisionMamba
+from vimscale.model.block import Recompute
 from vimscale.model.presets import Stage
-from vimscale.model.vim import Recompute
 from vimscale.recipe.sections import Parallel
 
 CONFIG = VimConfig(

@@ -4,13 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import plan as measuring
+from benchmarks.measure import peak_bytes
 from vimscale.engine import zero_layout
-from vimscale.errors import ClusterError, LaunchError
+from vimscale.errors import ClusterError, LaunchError, RecipeError
 from vimscale.estimate import activations, roofline
 from vimscale.estimate.devices import DEVICES, key_of
 from vimscale.estimate.planner import Planner, Target, lanes_and_shards
@@ -20,7 +22,8 @@ from vimscale.launch import hardware
 from vimscale.launch.commands import plan
 from vimscale.launch.commands.app import app
 from vimscale.launch.processes import preflight
-from vimscale.model import PRESETS
+from vimscale.model import PRESETS, VisionMamba, tiles
+from vimscale.model.cost import flops
 from vimscale.recipe import recipe as recipes
 
 HELD = ("parameters", "weights", "optimizer", "ema", "gradients")
@@ -169,6 +172,54 @@ def test_lanes_and_shards_that_do_not_divide_are_named() -> None:
     assert "not a multiple" in odd
 
 
+BAGS = ["model.tiles=256", "augment.crop_min=1", "model.preset=vim_tiny", "model.depth=2", "batch=1", "steps=100"]
+
+
+@pytest.mark.parametrize("rule", ["none", "block"])
+def test_the_peak_of_a_bag_is_that_of_a_step(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "AT_ONCE", 2)
+    loaded = recipes.load("vim_digits_cpu", [*BAGS, "data.max_tiles=5"])
+    config = loaded.largest(loaded.model.shape(10))
+    model = VisionMamba(config)
+    model.recompute = levels = [rule] * 2  # type: ignore[assignment]
+    bag = tiles.blank(config)
+
+    def step() -> None:
+        model([bag]).square().mean().backward()
+        model.zero_grad()
+
+    step()
+    counted = activations.passes(config, levels, 1, "fp32", "cpu")  # type: ignore[arg-type]
+    assert counted.with_gradients == pytest.approx(peak_bytes(step), rel=0.1)
+
+
+def test_bags_are_planned_by_their_most_tiles(tmp_path: Path) -> None:
+    done = _plan(tmp_path, "vim_digits_cpu", *BAGS, "batch=512", "data.max_tiles=16", "--json", "--gpus", "512")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    loaded = recipes.load("vim_digits_cpu", [*BAGS, "data.max_tiles=16"])
+    config = dataclasses.replace(loaded.model.shape(10), tiles=None, image_size=1024)
+    assert config.tokens == 16 * 256 + 1
+    assert found["flops"] == 3 * 512 * flops(config)
+    assert found["here"]["need"]["images"] == 16 * 3 * 256 * 256 * 5
+    assert found["here"]["need"]["graphs"] == 0
+    images = _plan(tmp_path, "vim_digits_cpu", "model.preset=vim_tiny", "batch=512", "--json", "--gpus", "512")
+    assert json.loads(images.output)["here"]["need"]["graphs"] > 0
+
+
+def test_a_plan_of_bags_of_any_size_is_refused_and_a_launch_is_not(tmp_path: Path, four_gigabytes: None) -> None:
+    done = _plan(tmp_path, "vim_digits_cpu", *BAGS, "batch=512")
+    assert isinstance(done.exception, RecipeError)
+    assert done.exception.exit_code == 2
+    (fault,) = done.exception.faults
+    assert fault.startswith("data.max_tiles is missing: a plan counts tokens")
+    anything: Any = mock.Mock(manifest=mock.Mock(classes=["a", "b"]), samples=4)
+    preflight.check_memory(recipes.load("vim_digits_cpu", [*BAGS, "batch=10000"]), anything, 1, ray=False)
+    limited = recipes.load("vim_digits_cpu", [*BAGS, "batch=10000", "data.max_tiles=64"])
+    with pytest.raises(LaunchError, match="does not fit this machine"):
+        preflight.check_memory(limited, anything, 1, ray=False)
+
+
 @pytest.fixture
 def four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "memory", lambda: hardware.Memory(8 * 10**9, 4 * 10**9, False))
@@ -197,11 +248,12 @@ def test_a_recipe_too_large_for_this_machine_is_refused_before_anything_starts(
         ["model.preset=vim_tiny", "model.depth=4", "batch=8"],
         ["phases=[{step: 0, image_size: 16, batch: 128}, {step: 60, image_size: 64}]"],
         ["parallel.zero=3", "parallel.persist=0", "parallel.micro_batch=2"],
+        ["model.tiles=32", "augment.crop_min=1", "data.max_tiles=9", "batch=8"],
     ],
 )
 def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
     recipe = recipes.load("vim_digits_cpu", [*changes, "steps=100", "epochs=null"])
-    config = recipe.model.shape(10)
+    config = recipe.largest(recipe.model.shape(10))
     planner = Planner(recipe, config, Target("here", None, 0, Fabric(2, 1, 1), None), 0)
     micro, accumulation = recipe.micro_batch(2)
     need = planner.most(recipe.parallel.zero, recipe.parallel.recompute, micro, accumulation, 2, exact=False)

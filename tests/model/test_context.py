@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.thread_ranks import ThreadContext, on_ranks
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model import stretch as stretches
+from vimscale.model.tiles import Bag
 
 BASE = VimConfig(
     num_classes=5, image_size=(12, 20), patch_size=4, d_model=16, depth=2, directions="bi*2", d_state=4, d_head=8
@@ -32,7 +32,8 @@ def _outcome(model: VisionMamba, context: ThreadContext | None = None, **setting
     model, config = copy.deepcopy(model), model.config
     model.context, model.probes = context, {}
     model.recompute = [settings.get("recompute", "none")] * len(config.layers)
-    logits = model(IMAGES.double(), DRAWS if config.drop_path else None, settings.get("backward"))
+    images = [Bag(b.tiles.double(), b.at) for b in settings["images"]] if "images" in settings else IMAGES.double()
+    logits = model(images, DRAWS if config.drop_path else None, settings.get("backward"))
     probes = {f"probe {i} {name}": t for i, probe in model.probes.items() for name, t in probe.items()}
     (logits.double() * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -97,30 +98,38 @@ def test_factors_on_backward_paths() -> None:
     _check(dataclasses.replace(BASE, directions="bi shared"), 2, backward=[0.0, 0.0])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"directions": "bi bi@column"}, "layers bi@column: ranks can share images in layers of kind"),
-        ({"directions": "bi bi@window"}, "layers bi@window"),
-        ({"directions": "bi cross"}, "layers cross"),
-        ({"stem": "conv"}, "stem conv normalizes over a whole image"),
-        ({"image_size": (4, 20)}, "4 ranks cannot share a sequence of 6 tokens: the shortest stretch would have 1"),
-    ],
-)
-def test_what_cannot_be_shared_has_a_reason(changes: dict[str, Any], message: str) -> None:
-    config = dataclasses.replace(BASE, **changes)
-    (fault,) = stretches.faults(config, 4)
-    assert message in fault
-    assert not stretches.faults(config, 1)
-
-
 def test_images_of_several_sizes_and_maps_are_refused() -> None:
     def work(context: ThreadContext) -> None:
         model = _new(BASE)
         model.context = context
-        with pytest.raises(ValueError, match="packed into rows"):
+        with pytest.raises(ValueError, match="not packed rows"):
             model([IMAGES[0].double(), IMAGES[1].double()])
         with pytest.raises(ValueError, match="maps of chosen layers"):
             model.forward_features(IMAGES.double(), layers=[0])
 
     on_ranks(2, work)
+
+
+def test_images_that_are_too_small_are_refused() -> None:
+    def work(context: ThreadContext) -> None:
+        model = _new(BASE)
+        model.context = context
+        with pytest.raises(ValueError, match="ranks cannot share an image of 3 tokens, 1 on one of 2 ranks"):
+            model(torch.zeros(1, 3, 4, 8, dtype=torch.float64))
+
+    on_ranks(2, work)
+
+
+BAGS = dataclasses.replace(BASE, tiles=8, image_size=8, pos_embed="coordinates")
+BAG = Bag(
+    torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([[0, 8 * i] for i in range(5)])
+)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_bag_is_shared_like_an_image(ranks: int) -> None:
+    _check(dataclasses.replace(BAGS, registers=2), ranks, images=[BAG])
+
+
+def test_images_with_positions_from_coordinates_are_shared() -> None:
+    _check(dataclasses.replace(BASE, pos_embed="coordinates"), 3)

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vimscale.kernels.torch_op import registered
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.cost import costs, flops, parameters
+from vimscale.model.layout import layout
 from vimscale.model.mixer import Mamba
 from vimscale.model.presets import Stage
-from vimscale.model.tokens import layout, resized, scan_order
+from vimscale.model.tokens import resized, scan_order
 
 SMALL = VimConfig(
     num_classes=5, image_size=16, patch_size=4, d_model=16, depth=3, d_state=4, directions="bi fwd bwd", d_head=8

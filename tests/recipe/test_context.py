@@ -23,7 +23,7 @@ def _faults(*changes: str) -> list[str]:
         ("parallel.context=2", "model.cls_token=none", "model.registers=3", "model.pool=registers"),
         ("parallel.context=2", "model.patch_size=8", "model.stride=4"),
         ("parallel.context=2", "phases=[{step: 0, image_size: 24}, {step: 20, batch: 128}]"),
-        ("parallel.context=17", "model.d_conv=1"),
+        ("parallel.context=15", "model.d_conv=1"),
     ],
 )
 def test_models_whose_tokens_can_be_cut_may_share_images(changes: tuple[str, ...]) -> None:
@@ -45,12 +45,17 @@ def test_models_whose_tokens_can_be_cut_may_share_images(changes: tuple[str, ...
             "parallel.context=1",
         ),
         (["augment.buckets=3"], "augment.buckets 3 packs images", "use augment.buckets=1"),
-        (["parallel.context=6"], "model.image_size 32 x 32 makes 17 tokens, 2 per rank", "use parallel.context=5"),
-        (["parallel.context=18", "model.d_conv=1"], "17 tokens, 0 per rank", "use parallel.context=17"),
-        (["model.image_size=8"], "8 x 8 makes 2 tokens, 1 per rank; d_conv 4 needs at least 3", "larger images"),
+        (["parallel.context=6"], "model.image_size 32 x 32 makes 17 tokens, 2 on one of 6 ranks", "parallel.context=5"),
+        (["parallel.context=18", "model.d_conv=1"], "17 tokens, 0 on one of 18 ranks", "use parallel.context=15"),
+        (["model.stem=conv", "model.patch_size=8"], "stem conv normalizes over whole images", "use stem: patch"),
+        (
+            ["model.image_size=8"],
+            "makes 2 tokens, 1 on one of 2 ranks; d_conv 4 needs at least 3",
+            "larger images",
+        ),
         (
             ["phases=[{step: 9, image_size: 16}]"],
-            "phase at step 9: image_size 16 x 16 makes 5 tokens, 2 per rank",
+            "phase at step 9: image_size 16 x 16 makes 5 tokens, 2 on one of 2 ranks",
             "use parallel.context=1 or larger images",
         ),
     ],

@@ -179,6 +179,35 @@ def test_depth_and_directions_follow_each_other() -> None:
     assert model_section.Model(preset="vim_tiny", directions="(fwd bwd)*3").shape(10).depth == 6
 
 
+TILES = ("model.tiles=32", "augment.crop_min=1")
+
+
+def test_a_model_of_tiles_follows_from_their_side() -> None:
+    loaded = recipe.load("vim_digits_cpu", [*TILES, "data.max_tiles=6"])
+    config = loaded.model.shape(10)
+    assert (config.tiles, config.size, config.pos_embed) == (32, (32, 32), "coordinates")
+    assert (config.tokens, loaded.largest(config).tokens) == (16 + 1, 6 * 16 + 1)
+    assert recipe.load("vim_digits_cpu", [*TILES, "model.pos_embed=no"]).model.shape(10).pos_embed is False
+    images = recipe.load("vim_digits_cpu", ["model.pos_embed=coordinates"])
+    assert images.largest(images.model.shape(10)) == images.model.shape(10)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("model.image_size=64", "image_size 64: the model reads tiles of 32 pixels; leave image_size out"),
+        ("model.image_size=[64, 32]", r"image_size (64, 32): the model reads tiles of 32 pixels"),
+        ("model.pos_embed=yes", "pos_embed true learns one grid: use pos_embed: coordinates"),
+        ("model.tiles=30", "tiles 30 is not a multiple of patch_size 8; use 24 or 32"),
+        ("data.max_tiles=2000000", "data.max_tiles 2000000: image_size is (64000000, 32); it must be at most"),
+        ("parallel.recompute=1GB", "parallel.recompute 1GB: what bags of any length keep has no limit"),
+    ],
+)
+def test_what_does_not_fit_tiles_is_one_fault(change: str, fault: str) -> None:
+    (found,) = _faults("vim_digits_cpu", *TILES, change)
+    assert fault in found
+
+
 def test_the_schema_describes_every_section() -> None:
     schema = Recipe.model_json_schema()
     assert schema["properties"]["batch"]["description"].startswith("Images per step")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from vimscale.data.images import augment
 from vimscale.engine import recompute
-from vimscale.model import VimConfig, VisionMamba
+from vimscale.model import VimConfig, VisionMamba, tiles
+from vimscale.model.block import Recompute
 from vimscale.model.schedule import Layer
-from vimscale.model.vim import Recompute
+from vimscale.model.vim import Images
 from vimscale.ops import Alone, Precompiler
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import distributed
@@ -71,7 +71,7 @@ def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device
     """A forward and backward pass as in the first step, of an encoder that has each kind of layer once or twice. Leaves
     random generators alone. A user's own kinds of layers are left out.
     """
-    micro = recipe.micro_batch(world).size
+    micro, config = recipe.micro_batch(world).size, recipe.largest(config)
     levels = recompute.levels(recipe.parallel, config, micro, device.type)
     small, chosen = _sample(config, levels)
     if not chosen:
@@ -93,8 +93,10 @@ def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device
         y.sum().backward()
 
 
-def _images(config: VimConfig, recipe: Recipe, count: int, device: torch.device) -> Tensor | list[Tensor]:
+def _images(config: VimConfig, recipe: Recipe, count: int, device: torch.device) -> Images:
     """Blank images of the first step's shapes, as `Prefetcher` gives them."""
+    if config.tiles is not None:
+        return [tiles.blank(config, device) for _ in range(count)]
     shapes = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
     if len(shapes) > 1:
         return [torch.zeros(3, *shapes[i % len(shapes)], device=device) for i in range(count)]

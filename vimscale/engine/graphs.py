@@ -183,7 +183,7 @@ def _warm_up(*works: Callable[[], Any]) -> None:
 
 
 def _form(inputs: Inputs, settings: tuple[Any, ...]) -> Form | None:
-    """None for images of several sizes, which the model packs differently each time."""
+    """None for images of several sizes and for bags, which the model packs differently each time."""
     if isinstance(inputs.images, list):
         return None
     shapes = tuple((name, t.shape, t.dtype) for name, t in _tensors(inputs).items())

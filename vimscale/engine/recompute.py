@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from vimscale.errors import RecipeError
+from vimscale.model.block import Block, Recompute
 from vimscale.model.cost import costs
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer, second_of_pairs
 from vimscale.model.stretch import Stretch
 from vimscale.model.tokens import Tokens
-from vimscale.model.vim import Block, Recompute
 from vimscale.ops import Alone
 from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 

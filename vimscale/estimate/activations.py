@@ -24,8 +24,9 @@ from vimscale import ops
 from vimscale.errors import LaunchError
 from vimscale.estimate import work
 from vimscale.estimate.work import Work
-from vimscale.model import VimConfig, VisionMamba, schedule
-from vimscale.model.vim import Gather, Recompute
+from vimscale.model import VimConfig, VisionMamba, schedule, tiles
+from vimscale.model.block import Recompute
+from vimscale.model.vim import Gather
 from vimscale.objectives.base import Inputs, Learner, Sample
 from vimscale.objectives.build import build
 from vimscale.recipe.sections import ClassificationOptions, ObjectiveOptions
@@ -266,7 +267,9 @@ def _entries(
         if context > 1:
             model.encoder.context = ops.Alone(context - 1, context)
         inputs = Inputs(
-            images=torch.empty(batch, 3, *config.size),
+            images=torch.empty(batch, 3, *config.size)
+            if config.tiles is None
+            else [tiles.blank(config) for _ in range(batch)],
             targets=torch.empty(batch, dtype=torch.int64),
             views={name: torch.empty(batch, *view.shape, dtype=view.dtype) for name, view in views.items()},
             draws=torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None,

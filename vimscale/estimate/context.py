@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vimscale.model import VimConfig
+from vimscale.model.block import Recompute
 from vimscale.model.schedule import Layer
-from vimscale.model.vim import Recompute
 
 
 @dataclass(frozen=True)

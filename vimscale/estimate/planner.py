@@ -22,8 +22,8 @@ from vimscale.estimate.devices import Device
 from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import update
 from vimscale.model import VimConfig
+from vimscale.model.block import Recompute
 from vimscale.model.cost import flops
-from vimscale.model.vim import Recompute
 from vimscale.recipe.recipe import Recipe, parse
 from vimscale.recipe.sections import Parallel
 
@@ -122,8 +122,18 @@ class Planner:
     """Plans a recipe for a target; everything else follows from the number of ranks."""
 
     def __init__(self, recipe: Recipe, config: VimConfig, target: Target, samples: int):
-        """`samples`: size of the training set; 0 if unknown."""
-        self.recipe, self.config, self.target, self.samples = recipe, config, target, samples
+        """`samples`: size of the training set; 0 if unknown.
+
+        Raises:
+            RecipeError: the model takes bags of tiles, and the recipe does not limit them.
+        """
+        if config.tiles is not None and recipe.data.max_tiles is None:
+            fault = (
+                f"data.max_tiles is missing: a plan counts tokens, and bags of any number of tiles of {config.tiles}"
+                " pixels have no largest number; set the most tiles that a step may read, such as data.max_tiles=1024"
+            )
+            raise RecipeError(f"recipe {recipe.name}", [fault])
+        self.recipe, self.config, self.target, self.samples = recipe, recipe.largest(config), target, samples
         self.steps = recipe.length(samples) if samples or recipe.steps else None
         self.parameters = lru_cache(maxsize=None)(partial(zero_layout.parameters, config, recipe))
         """By ZeRO stage and number of ranks."""
@@ -182,7 +192,8 @@ class Planner:
 
     def replays(self, zero: int) -> bool:
         """Whether micro-steps are CUDA graphs."""
-        able = self.target.device is not None and zero < 3 and self.recipe.augment.buckets == 1
+        one_shape = self.recipe.augment.buckets == 1 and self.config.tiles is None
+        able = self.target.device is not None and zero < 3 and one_shape
         return able and self.recipe.parallel.graphs == "auto"
 
     def _held(self, zero: int, world: int) -> Held:

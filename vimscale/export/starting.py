@@ -86,7 +86,7 @@ MEANING: dict[str, Callable[[VimConfig], Any]] = {
     "pos_embed": lambda c: c.pos_embed,
 }
 """Fields that decide what the model computes or the shapes of its weights, and must be the same; None: no effect."""
-OWN_RULE = frozenset({"num_classes", "image_size", "stride", "layer_scale", "backward_gate", "backward_ramp"})
+OWN_RULE = frozenset({"num_classes", "image_size", "tiles", "stride", "layer_scale", "backward_gate", "backward_ramp"})
 """Fields with a rule in `compare`: the weights can be adapted to some of their values."""
 TRAINING = frozenset({"drop_path", "backward_drop", "init"})
 """Fields that affect training only, not existing weights."""
@@ -144,8 +144,11 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
         )
     if old.grid != config.grid or old.step != config.step:
         grids = " to ".join(f"{c.grid[0]} x {c.grid[1]} patches, one every {c.step} pixels" for c in (old, config))
-        how = "its position embedding is resized" if old.pos_embed else "it has no position embedding to resize"
+        how = "its position embedding is resized" if old.pos_embed is True else "there is no embedding of it to resize"
         notes.append(f"image_size, stride: the grid goes from {grids}; {how}")
+    if old.tiles != config.tiles:
+        what = ["images" if c.tiles is None else f"bags of tiles of {c.tiles} pixels" for c in (old, config)]
+        notes.append(f"tiles: the weights have seen {what[0]}, here the model sees {what[1]}")
     return notes + _head_notes(source, manifest)
 
 

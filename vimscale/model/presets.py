@@ -59,6 +59,11 @@ class VimConfig:
     """Side of the square image, or [height, width], in pixels; a multiple of patch_size. The position embedding is made
     for this size, but a model takes images of other sizes too.
     """
+    tiles: int | None = None
+    """Side of a tile, in pixels: the model takes very large images as bags of tiles (vimscale.model.tiles). image_size
+    is then that of one tile, or of several, one below the other. In a recipe, image_size and pos_embed follow. default:
+    the model takes images.
+    """
     patch_size: int = 16
     """Side of a patch, in pixels."""
     stride: int | None = None
@@ -112,8 +117,10 @@ class VimConfig:
     """
     register_reduce: int = 1
     """With pool registers: project each register to d_model / register_reduce before joining them."""
-    pos_embed: bool = True
-    """Whether to add a learned position embedding to the tokens."""
+    pos_embed: bool | Literal["coordinates"] = True
+    """Whether to add a learned position embedding, made for image_size, to the tokens. coordinates: add fixed sines and
+    cosines of each patch's coordinates, which fit images of any size and tiles anywhere, times a learned factor.
+    """
     drop_path: float = 0.0
     """Chance of skipping the last layer for an image; earlier layers are skipped linearly less, the first one never."""
     init: Literal["fixed", "published"] = "fixed"
@@ -144,6 +151,7 @@ class VimConfig:
                 faults.append(f"{prefix}directions: {fault}")
         object.__setattr__(self, "layers", tuple(layers))
         widths = self.widths if computable else ()
+        faults += self._tile_faults(layers) if computable else []
         heads = {d % self.d_head for layer, d in zip(layers, widths, strict=False) if layer.kind == "attn"}
         if heads - {0}:
             faults.append(f"attn layers need a d_model that is a multiple of d_head {self.d_head}")
@@ -184,10 +192,11 @@ class VimConfig:
     def _size_faults(self) -> list[str]:
         faults = []
         patch, step = self.patch_size, self.step
-        for side in dict.fromkeys(self.size):
+        name = "image_size" if self.tiles is None else "tiles"
+        for side in dict.fromkeys(self.size if self.tiles is None else (self.tiles,)):
             if fitting := self.fitting_sides(side):
                 rule = f"a multiple of patch_size {patch}" if step == patch else f"patch_size {patch} + n x {step}"
-                faults.append(f"image_size {side} is not {rule}; use {fitting[0]} or {fitting[1]}")
+                faults.append(f"{name} {side} is not {rule}; use {fitting[0]} or {fitting[1]}")
         if self.stem == "conv" and (patch & (patch - 1) or patch < 4 or step != patch):
             faults.append(f"stem conv needs a patch_size of 4, 8, 16 ... without stride; patch_size is {patch}")
         if step > patch:
@@ -207,6 +216,27 @@ class VimConfig:
                     f" use an image_size that is a multiple of {unit}, such as {near}"
                 )
                 break
+        return faults
+
+    def _tile_faults(self, layers: list[Layer]) -> list[str]:
+        faults = []
+        if self.pos_embed == "coordinates" and (d := self.parts[0].d_model) % 4:
+            faults.append(f"pos_embed coordinates needs a multiple of 4 channels, and d_model is {d}")
+        if self.tiles is None:
+            return faults
+        if self.size[0] % self.tiles or self.size[1] != self.tiles:
+            faults.append(f"image_size {self.image_size} does not consist of tiles: use image_size {self.tiles}")
+        if self.pos_embed is True:
+            faults.append("tiles can be anywhere, and pos_embed true learns one grid: use pos_embed: coordinates")
+        if self.stages:
+            faults.append(
+                "tiles are a sequence of tokens, and stages merge the tokens of one grid: leave one of them out"
+            )
+        if ordered := dict.fromkeys(str(x) for x in layers if x.order != "row" or x.kind == "cross"):
+            faults.append(
+                f"tiles are scanned one after the other, each row by row: {', '.join(ordered)} needs one grid of"
+                " tokens; use fwd, bwd, bi, shared, pair or attn without another order"
+            )
         return faults
 
     def _part_faults(self) -> list[str]:
@@ -255,7 +285,20 @@ class VimConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of image tokens in the first stage."""
-        return self.grid_of(*self.size)
+        if self.tiles is None:
+            return self.grid_of(*self.size)
+        rows, columns = self.grid_of(self.tiles, self.tiles)
+        return self.bag_size * rows, columns
+
+    @property
+    def bag_size(self) -> int:
+        """Tiles of the image."""
+        return self.size[0] // self.tiles if self.tiles else 1
+
+    def with_bag_size(self, count: int) -> "VimConfig":
+        """Return the config for images of `count` tiles."""
+        assert self.tiles is not None
+        return dataclasses.replace(self, image_size=(count * self.tiles, self.tiles))
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the tokens of an image of height x width pixels."""
@@ -381,7 +424,8 @@ def _fits(value: Any, hint: Any) -> bool:
 _STAGE_RANGES = {"depth": (1, schedule.MOST_LAYERS), "d_model": (1, 2**16), "downsample": (1, 2**10)}
 _RANGES = {
     "num_classes": (1, 2**24),
-    "image_size": (1, 2**15),
+    "image_size": (1, 2**24),
+    "tiles": (1, 2**15),
     "patch_size": (1, 2**12),
     "stride": (1, 2**12),
     "d_model": (1, 2**16),

@@ -3,6 +3,7 @@
 Axes: N ranks, b images, L tokens of a sequence, l tokens of a stretch, d model width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -11,40 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimscale.model.layout import Grid, Layout, layout
 from vimscale.model.presets import VimConfig
-from vimscale.model.schedule import Layer
-from vimscale.model.tokens import Grid, Layout, layout
 from vimscale.ops import Context, gathered
 
 _KINDS, _ORDERS = ("fwd", "bwd", "bi", "shared", "pair", "attn"), ("row", "snake")
 
 
-def faults(config: VimConfig, size: int, grid: Grid | None = None) -> list[str]:
-    """Return why `size` ranks cannot share images of a grid (default: the config's own), one line for each reason."""
+def faults(config: VimConfig, size: int, images: Mapping[tuple[int, int], str]) -> list[str]:
+    """Return why `size` ranks cannot share images of these heights and widths, which messages call by their names: a
+    line for each reason.
+    """
     if size == 1:
         return []
+    strange = [str(layer) for layer in config.layers if layer.kind not in _KINDS or layer.order not in _ORDERS]
     found = []
-    strange = sorted({str(layer) for layer in config.layers if not _is_shared(layer)})
     if strange:
-        found.append(
-            f"layers {', '.join(strange)}: ranks can share images in layers of kind {', '.join(_KINDS)} and order"
-            f" {' or '.join(_ORDERS)} only"
-        )
+        what = f"{', '.join(dict.fromkeys(strange))} layers cannot be cut into ranges of tokens"
+        found.append(f"{what}; use {', '.join(_KINDS)} in order {' or '.join(_ORDERS)}, or parallel.context=1")
     if config.stages:
-        found.append("stages merge tokens of several ranks: ranks cannot share images of a hierarchical model")
+        found.append("stages merge tokens that several ranks would hold; leave them out or use parallel.context=1")
     if config.stem == "conv":
-        found.append("stem conv normalizes over a whole image, which no rank has: set model.stem=patch")
-    if found:
-        return found
-    try:
-        _cuts(config, config.grid if grid is None else grid, size)
-    except ValueError as fault:
-        found.append(str(fault))
+        found.append("stem conv normalizes over whole images, which no rank has; use stem: patch or parallel.context=1")
+    for (height, width), name in images.items() if not found else ():
+        grid = config.grid_of(height, width) if config.tiles is None else config.grid
+        try:
+            _cuts(config, grid, size)
+        except ValueError as fault:
+            fitting = next(fewer for fewer in range(size - 1, 0, -1) if fewer == 1 or _fits(config, grid, fewer))
+            found.append(f"{name} {height} x {width} makes {fault}; use parallel.context={fitting} or larger images")
     return found
 
 
-def _is_shared(layer: Layer) -> bool:
-    return layer.kind in _KINDS and layer.order in _ORDERS
+def _fits(config: VimConfig, grid: Grid, size: int) -> bool:
+    try:
+        _cuts(config, grid, size)
+    except ValueError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=256)
@@ -66,8 +71,8 @@ def _cuts(config: VimConfig, grid: Grid, size: int) -> tuple[int, ...]:
     if any(part.tokens < least or not part.image for part in parts):
         shortest = min(part.tokens for part in parts)
         raise ValueError(
-            f"{size} ranks cannot share a sequence of {whole} tokens: the shortest stretch would have {shortest}, and"
-            f" each needs {least} and a patch; lower parallel.context, or use larger images"
+            f"{whole:,} tokens, {shortest} on one of {size} ranks; d_conv {config.d_conv} needs at least {least},"
+            " one of them a patch"
         )
     return tuple(cuts)
 
@@ -89,7 +94,10 @@ class Stretch:
         Raises:
             ValueError: so many ranks cannot share such images.
         """
-        cuts = _cuts(config, grid, context.size)
+        try:
+            cuts = _cuts(config, grid, context.size)
+        except ValueError as fault:
+            raise ValueError(f"ranks cannot share an image of {fault}; share images between fewer ranks") from None
         return cls(context, config, grid, cuts[context.rank], cuts[context.rank + 1])
 
     @property
@@ -102,11 +110,14 @@ class Stretch:
         first, end = self._patches
         return range(first // self.grid[1], -(-end // self.grid[1]))
 
-    @property
-    def inside(self) -> slice:
-        """The patches of the stretch, among those of `rows`."""
+    def tiles(self, rows: int) -> slice:
+        """Return the tiles, of so many rows of patches each, of which some patches are in the stretch of a bag."""
+        return slice(self.rows.start // rows, -(-self.rows.stop // rows))
+
+    def inside(self, rows: int = 1) -> slice:
+        """Return the patches of the stretch, among those of `rows`; of a bag, among those of `tiles(rows)`."""
         first, end = self._patches
-        skipped = self.rows.start * self.grid[1]
+        skipped = self.rows.start // rows * rows * self.grid[1]
         return slice(first - skipped, end - skipped)
 
     @property

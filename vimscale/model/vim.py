@@ -7,131 +7,26 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vimscale.model import schedule
-from vimscale.model.mixer import PATH_PARAMETERS, Attention, Factor, Mamba, OutProj, Probe
+from vimscale.model import schedule, stem, tiles
+from vimscale.model.block import Block, Norm, Recompute
+from vimscale.model.layout import Grid, Layout, layout
+from vimscale.model.mixer import PATH_PARAMETERS, Factor, Mamba, Probe
 from vimscale.model.own import OwnMixer
 from vimscale.model.presets import VimConfig
-from vimscale.model.schedule import Layer
 from vimscale.model.stretch import Stretch
-from vimscale.model.tokens import Grid, Layout, PackedImage, Tokens, layout, pack, packed_tokens, resized
-from vimscale.ops import Context, add_norm, gathered, summed
+from vimscale.model.tokens import PackedImage, Tokens, pack, packed_tokens, resized
+from vimscale.ops import Context, gathered, summed
 
-Recompute = Literal["none", "scan", "block"]
-"""What a block keeps for the backward pass. none: all it needs; scan: all but convolution, dt and scan; block: only its
-input.
-"""
+Images = Tensor | Sequence[Tensor] | Sequence[tiles.Bag]
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """A context in which the given parameters are complete on this device, for engines that shard them at construction."""
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm, fused with the residual add before it; the residual stream is always fp32."""
-
-    def __init__(self, config: VimConfig, d: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d))
-        self.bias = nn.Parameter(torch.empty(d)) if config.norm == "layer" else None
-        self.config = config
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_norm(x, residual, self.weight, self.bias, kind=self.config.norm, eps=self.config.norm_eps)
-
-
-class SwiGLU(nn.Module):
-    """w3 (silu(w1 x) * w2 x), with hidden width 8/3 d (arXiv:2002.05202)."""
-
-    def __init__(self, config: VimConfig, d: int):
-        super().__init__()
-        hidden = d * 8 // 3
-        self.w1 = nn.Linear(d, hidden)
-        self.w2 = nn.Linear(d, hidden)
-        self.w3 = OutProj(hidden, d, summands=len(config.layers), bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
-
-
-class Block(nn.Module):
-    """Add, norm, mix; then the same with an MLP if the model has one. The block does not add its output to the
-    residual: the next norm does.
-    """
-
-    def __init__(self, config: VimConfig, layer: Layer, d: int, *, paired: bool = False):
-        super().__init__()
-        self.norm = Norm(config, d)
-        self.mixer: nn.Module
-        if layer.is_own:
-            self.mixer = OwnMixer(config, config.own_kind(layer), d)
-        else:
-            self.mixer = Attention(config, d) if layer.kind == "attn" else Mamba(config, layer, d, paired=paired)
-        self.mlp_norm = Norm(config, d) if config.mlp == "swiglu" else None
-        self.mlp = SwiGLU(config, d) if config.mlp == "swiglu" else None
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        tokens: Tokens,
-        scale: Tensor | None = None,
-        backward: Factor = 1.0,
-        recompute: bool = False,
-        probe: Probe | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (output, residual). `scale` (b or b l, broadcast over d): drop-path's factor on the contributions, 0
-        or 1 / (1 - rate).
-        """
-        x, residual = self.norm(x, residual)
-        if probe is not None:
-            probe["rms"] = tokens.mean_square(residual.detach()).sqrt()
-        x = _scaled(self.mixer(x, tokens, backward, recompute, probe), scale)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x, residual = self.mlp_norm(x, residual)
-            x = _scaled(self.mlp(x), scale)
-        return x, residual
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale.to(x.dtype)
-
-
-class PatchEmbed(nn.Conv2d):
-    """Images (b, 3, h, w) -> patches (b, d, rows, columns)."""
-
-    def __init__(self, config: VimConfig, d: int):
-        super().__init__(3, d, config.patch_size, config.step)
-
-    def init_weights(self) -> None:
-        """Draw from a LeCun normal truncated at two sigmas, as published; the truncation shrinks the standard deviation
-        by 0.8796.
-        """
-        std = self.weight[0].numel() ** -0.5 / 0.8796
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        assert self.bias is not None
-        nn.init.zeros_(self.bias)
-
-
-class ConvStem(nn.Sequential):
-    """3 x 3 convolutions of stride 2 and doubling width down to one value per patch, then a 1 x 1 convolution
-    (arXiv:2106.14881). Group norm replaces batch norm, which would make images depend on each other.
-    """
-
-    def __init__(self, config: VimConfig, d: int):
-        layers: list[nn.Module] = []
-        for i, o in pairwise(config.stem_widths):
-            layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(1, o), nn.SiLU()]
-        super().__init__(*layers, nn.Conv2d(config.stem_widths[-1], d, 1))
 
 
 class Merge(nn.Module):
@@ -182,10 +77,11 @@ class VisionMamba(nn.Module):
         Gradients are those of the sum of what all ranks compute from them.
         """
         d = config.widths[0]
-        self.patch_embed: nn.Module = ConvStem(config, d) if config.stem == "conv" else PatchEmbed(config, d)
+        self.patch_embed = stem.new(config, d)
         self.cls_token = nn.Parameter(torch.empty(config.cls_tokens, d)) if config.cls_tokens else None
         self.registers = nn.Parameter(torch.empty(config.registers, d)) if config.registers else None
-        self.pos_embed = nn.Parameter(torch.empty(config.tokens, d)) if config.pos_embed else None
+        self.pos_embed = nn.Parameter(torch.empty(config.tokens, d)) if config.pos_embed is True else None
+        self.coordinates = tiles.Coordinates(config, d) if config.pos_embed == "coordinates" else None
         paired = schedule.second_of_pairs(config.layers)
         self.blocks = nn.ModuleList(
             Block(config, layer, width, paired=i in paired)
@@ -229,14 +125,14 @@ class VisionMamba(nn.Module):
 
     def forward(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Images,
         draws: Tensor | None = None,
         backward: Sequence[Factor] | None = None,
         *,
         features: bool = False,
     ) -> Tensor:
         """Return logits (b, num_classes) in fp32 for images (b, 3, h, w), or for a list of images (3, h, w) of any
-        sizes, which the model packs into rows.
+        sizes, or of bags of tiles, which the model packs into rows.
 
         `draws` (b, layers), uniform in [0, 1), decide which contributions drop-path drops in training; default: none.
         `backward` (layers) is the factor on each layer's backward path, a number or a tensor (); default:
@@ -253,7 +149,7 @@ class VisionMamba(nn.Module):
     @overload
     def forward_features(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Images,
         draws: Tensor | None = None,
         backward: Sequence[Factor] | None = None,
         *,
@@ -270,7 +166,7 @@ class VisionMamba(nn.Module):
     ) -> list[Tensor]: ...
     def forward_features(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Images,
         draws: Tensor | None = None,
         backward: Sequence[Factor] | None = None,
         *,
@@ -286,9 +182,21 @@ class VisionMamba(nn.Module):
         """
         if self.context is not None and layers is not None:
             raise ValueError("maps of chosen layers need whole images, and ranks share these: leave out `layers`")
+        return self._features(images, draws, backward, layers, self._pooled)
+
+    def tile_features(self, bag: tiles.Bag) -> Tensor:
+        """Return the mean of each tile's normalized tokens (t, d)."""
+
+        def of_tiles(x: Tensor, tokens: Tokens, packed: object) -> Tensor:
+            ((grid,),) = tokens.rows
+            return layout(self.config, grid).image_tokens(x)[0].unflatten(0, (len(bag.tiles), -1)).mean(dim=1)
+
+        return self._features([bag], None, None, None, of_tiles)
+
+    def _features(self, images: Images, draws: Any, backward: Any, layers: Any, pooled: Callable[..., Tensor]) -> Any:
+        packed = None
         if isinstance(images, Tensor):
             x, tokens = self._embed(images)
-            packed = None
         else:
             if layers is not None:
                 raise ValueError("maps of chosen layers need images of one size: pass a tensor (b, 3, h, w)")
@@ -309,7 +217,7 @@ class VisionMamba(nn.Module):
         if layers is not None:
             return [maps[layer] for layer in chosen]
         x, _ = self.norm(x, residual)
-        return self._pooled(x, tokens, packed)
+        return pooled(x, tokens, packed)
 
     def _index(self, layer: int) -> int:
         depth = len(self.blocks)
@@ -367,14 +275,12 @@ class VisionMamba(nn.Module):
 
     # ---- images to tokens, tokens to features
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tokens]:
-        """Embed images (b, 3, h, w) as tokens (b, l, d) with class token, registers and position embedding."""
+    def _embed(self, images: Tensor | tiles.Bag) -> tuple[Tensor, Tokens]:
+        """Embed images (b, 3, h, w), or one bag, as tokens (b, l, d) with class token, registers and positions."""
         config = self.config
         grid = self._grid(images)
         own = None if self.context is None else Stretch.of(self.context, config, grid)
-        patches = self.patch_embed(images if own is None else own.pixels(images)).flatten(2).transpose(1, 2)
-        if own is not None:
-            patches = patches[:, own.inside]
+        patches = self._patches_of(images, own)
         extra: list[Tensor] = [t for t in (self.cls_token, self.registers) if t is not None]
         x = self._slots(grid, own).insert(patches, torch.cat(extra) if extra else None)  # (b, l, d)
         if self.pos_embed is not None:
@@ -385,25 +291,53 @@ class VisionMamba(nn.Module):
     def _slots(self, grid: Grid, own: Stretch | None) -> Layout:
         return layout(self.config, grid) if own is None else own.slots
 
-    def _grid(self, images: Tensor) -> Grid:
+    def _patches_of(self, images: Tensor | tiles.Bag, own: Stretch | None) -> Tensor:
+        """Embed the patches (b, l, d) of images or of a bag; only those of this rank, where ranks share them."""
+        if isinstance(images, Tensor):
+            if own is None:
+                return self._patches(images)
+            corner = images.new_tensor([[own.rows.start * self.config.step, 0]])
+            return self._patches(own.pixels(images), corner)[:, own.inside()]
+        if own is None:
+            return tiles.embed(self._patches, images)
+        per_tile = own.grid[0] // len(images.tiles)
+        kept = own.tiles(per_tile)
+        return tiles.embed(self._patches, tiles.Bag(*(t[kept] for t in images)))[:, own.inside(per_tile)]
+
+    def _patches(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+        """Embed images (b, 3, h, w) as (b, l, d), with positions from coordinates if the model has them; `at` (b, 2):
+        coordinates of the images' corners.
+        """
+        patches = self.patch_embed(images)
+        x = patches.flatten(2).transpose(1, 2)
+        return x if self.coordinates is None else x + self.coordinates(at, patches.shape[2:])
+
+    def _grid(self, images: Tensor | tiles.Bag) -> Grid:
         config = self.config
-        height, width = images.shape[-2:]
+        height, width = (images.tiles if isinstance(images, tiles.Bag) else images).shape[-2:]
         for side in (height, width):
             if fitting := config.fitting_sides(side):
                 raise ValueError(
                     f"patches of {config.patch_size} pixels every {config.step} pixels do not fill an image of"
                     f" {height} x {width} pixels; resize or pad {side} to {fitting[0]} or {fitting[1]}"
                 )
-        return config.grid_of(height, width)
+        grid = config.grid_of(height, width)
+        return tiles.grid_of(images, config, grid) if isinstance(images, tiles.Bag) else grid
 
-    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[PackedImage]]:
-        """Embed images (3, h, w) of any sizes and pack them into rows as long as the longest image."""
+    def _embed_packed(
+        self, images: Sequence[Tensor] | Sequence[tiles.Bag]
+    ) -> tuple[Tensor, Tokens, list[PackedImage] | None]:
+        """Embed images (3, h, w) of any sizes, or bags, and pack them into rows as long as the longest one. A single
+        one is not packed.
+        """
         if self.config.stages:
             raise ValueError("a hierarchical model merges adjacent tokens: its images cannot be packed into rows")
-        if self.context is not None:
-            raise ValueError("ranks share images of one size, a tensor (b, 3, h, w); these are packed into rows")
-        embedded = [self._embed(image[None])[0][0] for image in images]
-        grids = [self._grid(image) for image in images]
+        if self.context is not None and (len(images) > 1 or isinstance(images[0], Tensor)):
+            raise ValueError("ranks share images of one size, a tensor (b, 3, h, w), or a single bag; not packed rows")
+        every = [self._embed(image[None] if isinstance(image, Tensor) else image) for image in images]
+        if len(every) == 1:
+            return *every[0], None
+        embedded, grids = [x[0] for x, _ in every], [self._grid(image) for image in images]
         length = max(len(x) for x in embedded)
         packed = pack(self.config, grids, length)
         tokens = packed_tokens(self.config, packed, length, embedded[0].device)

@@ -19,6 +19,7 @@ from vimscale.checkpoint.restore import OF_OBJECTIVE
 from vimscale.data.stream import Sample
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.tiles import Bag
 from vimscale.model.vim import Gather
 from vimscale.recipe.sections import ObjectiveOptions
 from vimscale.storage import own_code
@@ -33,8 +34,10 @@ Question = Literal["loss", "loss_per_sample", "evaluation_sums"]
 class Inputs:
     """A micro-batch on the device."""
 
-    images: Tensor | list[Tensor]
-    """fp32 (b, 3, h, w), normalised and augmented; or b of (3, h, w) where shapes may differ (augment.buckets)"""
+    images: Tensor | list[Tensor] | list[Bag]
+    """fp32 (b, 3, h, w), normalised and augmented; or b of (3, h, w) where shapes may differ (augment.buckets); or b
+    bags of tiles (model.tiles)
+    """
     targets: Tensor
     """Labels, int64 (b); or each class's share of an image, fp32 (b, c), where images are mixed."""
     views: dict[str, Tensor] = field(default_factory=dict)

@@ -102,6 +102,9 @@ class Model(Section):
         plain = [key for key in ("depth", "d_model", "directions") if key in changes]
         if changes.get("stages") and plain:
             raise ValueError(f"stages have a depth, d_model and directions each: leave out {', '.join(plain)}")
+        side, given = changes.get("tiles"), changes.get("image_size")
+        if side is not None and given not in (None, side, (side, side)):
+            raise ValueError(f"image_size {given}: the model reads tiles of {side} pixels; leave image_size out")
         self.shape(classes=1)
         return self
 
@@ -121,6 +124,8 @@ class Model(Section):
                 presets.OwnKind(name=name, kind=options.kind, options=options.model_dump_json(exclude={"kind"}))
                 for name, options in sorted(own.items())
             )
+        if "tiles" in changes:
+            changes = {"image_size": changes["tiles"], "pos_embed": "coordinates"} | changes
         preset = PRESETS[self.preset]
         if "depth" in changes and "directions" not in changes:
             changes["directions"] = f"{_only_kind(preset)}*{changes['depth']}"

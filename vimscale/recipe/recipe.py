@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field, model_validator
 
 from vimscale.errors import RecipeError
+from vimscale.model.presets import VimConfig
 from vimscale.recipe.model_section import Model
 from vimscale.recipe.sections import (
     AnyObjective,
@@ -25,6 +26,7 @@ from vimscale.recipe.sections import (
     Parallel,
     Phase,
     Step,
+    size_bytes,
 )
 from vimscale.recipe.typed_yaml import Kind, Section, Whole, check_name, dump
 from vimscale.storage import own_code
@@ -103,12 +105,16 @@ class Recipe(Section):
         faults += self._phase_faults()
         if self.parallel.context > 1:
             faults += self._context_faults()
+        faults += self._tile_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
-        if self.augment.buckets > 1 and self.model.kinds:
-            used = {layer.kind for layer in self.model.shape(classes=1).layers}
+        config = self.model.shape(classes=1)
+        packs = self.augment.buckets > 1 or (config.tiles is not None and self.parallel.micro_batch != 1)
+        if packs and self.model.kinds:
+            used = {layer.kind for layer in config.layers}
             faults += [
-                f"augment.buckets: {own.kind} cannot keep images apart that are packed into one row (`packs` is false)"
+                f"{own.kind} cannot keep images apart that are packed into one row (`packs` is false):"
+                f" {'set parallel.micro_batch: 1' if self.augment.buckets == 1 else 'leave out augment.buckets'}"
                 for name, own in self.model.kinds.items()
                 if name in used and not getattr(own_code.load(own.kind), "packs", False)
             ]
@@ -119,41 +125,47 @@ class Recipe(Section):
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)
         for phase in self.phases:
-            if phase.image_size is not None:
+            if phase.image_size is not None and config.tiles is None:
                 try:
                     dataclasses.replace(config, image_size=phase.image_size)
                 except ValueError as error:
                     yield f"phase at step {phase.step}: {error}"
 
     def _context_faults(self) -> Iterator[str]:
-        """What cannot be cut into ranges of tokens; or cannot into that many."""
-        key, config = f"parallel.context {self.parallel.context}", self.model.shape(classes=1)
-        uncut = dict.fromkeys(
-            str(layer)
-            for layer in config.layers
-            if layer.is_own or layer.kind == "cross" or layer.order in ("column", "window")
-        )
-        if uncut:
-            what = f"{', '.join(uncut)} layers cannot be cut into ranges of tokens"
-            yield f"{key}: {what}; use fwd, bwd, bi, shared, pair or attn in order row or snake, or parallel.context=1"
-        if config.stages:
-            yield f"{key}: stages merge tokens that several ranks would hold; leave them out or use parallel.context=1"
+        from vimscale.model import stretch  # imports torch
+
+        key, config = f"parallel.context {self.parallel.context}", self.largest(self.model.shape(classes=1))
         if self.augment.buckets > 1:
             what = f"augment.buckets {self.augment.buckets} packs images into rows, which cannot be cut"
             yield f"{key}: {what}; use augment.buckets=1 or parallel.context=1"
+        if config.tiles is not None and self.parallel.micro_batch != 1:
+            yield f"{key}: several bags of tiles are packed into rows, which cannot be cut; set parallel.micro_batch=1"
         sizes = {config.size: "model.image_size"}
         for phase in self.phases:
             sizes.setdefault(self.size_at(phase.step, config.size), f"phase at step {phase.step}: image_size")
-        least = max(config.d_conv - 1, 1)
-        for size, name in sizes.items():
-            rows, columns = config.grid_of(*size)
-            tokens = rows * columns + config.tokens - config.patches
-            if tokens // self.parallel.context < least:
-                what = (
-                    f"{name} {size[0]} x {size[1]} makes {tokens:,} tokens, {tokens // self.parallel.context} per rank"
-                )
-                fix = f"use parallel.context={max(tokens // least, 1)} or larger images"
-                yield f"{key}: {what}; d_conv {config.d_conv} needs at least {least}; {fix}"
+        for fault in stretch.faults(config, self.parallel.context, sizes):
+            yield f"{key}: {fault}"
+
+    def _tile_faults(self) -> Iterator[str]:
+        config, most = self.model.shape(classes=1), self.data.max_tiles
+        if config.tiles is None:
+            return
+        if most is not None:
+            try:
+                config.with_bag_size(most)
+            except ValueError as error:
+                yield f"data.max_tiles {most}: {error}"
+        elif size_bytes(self.parallel.recompute) is not None:
+            yield (
+                f"parallel.recompute {self.parallel.recompute}: what bags of any length keep has no limit; set"
+                " data.max_tiles, or use scan or block"
+            )
+
+    def largest(self, config: VimConfig) -> VimConfig:
+        """Return the config of the run's model with the size of its largest bags, for counts of memory and work;
+        without data.max_tiles, that of one tile.
+        """
+        return config if config.tiles is None else config.with_bag_size(self.data.max_tiles or 1)
 
     def length(self, samples: int) -> int:
         """Return the optimizer steps of a complete run on a training set of this many samples.

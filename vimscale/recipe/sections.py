@@ -80,6 +80,10 @@ class Data(Section):
     """Largest size of a node's cache of remote shards."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Fraction of the images that may be unreadable, and are replaced by others, before the run stops."""
+    max_tiles: Count | None = None
+    """With model.tiles, the most tiles of an image that the model gets: in training drawn at random, in evaluations
+    evenly spread. default: all.
+    """
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Data":
@@ -414,7 +418,7 @@ class Parallel(Section):
     """bf16: bf16 matrix products (autocast); parameters, states and scans stay fp32."""
     graphs: Literal["auto", "off"] = "auto"
     """auto: on CUDA, replay the forward and backward pass of a micro-step as CUDA graphs; micro-steps of images of
-    several sizes, and stage 3, run without.
+    several sizes or of bags of tiles, and stage 3, run without.
     """
     recompute: Annotated[str, AfterValidator(_check_recompute)] = "none"
     """What the backward pass recomputes instead of keeping. none; scan: convolution, dt and scan of every layer; block:

@@ -82,7 +82,7 @@ class Run:
         engine = Engine(config, recipe, device)
         heartbeat.beat("start")
         micro = recipe.micro_batch(spec.world).size
-        engine.encoder.recompute = recompute.levels(recipe.parallel, config, micro, device.type)
+        engine.encoder.recompute = recompute.levels(recipe.parallel, recipe.largest(config), micro, device.type)
         store = open_mirror(recipe.checkpoint.mirror, recipe.name)
         return cls(spec, emit, train_set, val_set, steps, config, engine, Guard(recipe, device), store, kernels)
 

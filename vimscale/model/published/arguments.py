@@ -458,7 +458,7 @@ def _obstacles(config: VimConfig, kind: Family) -> list[str]:
     kinds = {layer.kind for layer in config.layers}
     allowed = {"vim": {"fwd", "shared", "bi"}, "mambar": {"bi"}, "arm": {"cross"}}[kind]
     fixed: dict[str, tuple] = {"stages": ((),), "stem": ("patch",), "ssm_norm": (False,), "backward_gate": (False,)}
-    fixed["mlp"] = ("swiglu",) if kind == "arm" else ("none",)
+    fixed |= {"mlp": ("swiglu",) if kind == "arm" else ("none",), "tiles": (None,), "pos_embed": (True, False)}
     if kind == "vim":
         pools = ("mean", "last") if config.cls_token == "none" else ("cls",)
         fixed |= {"registers": (0,), "fuse": ("mean", "sum"), "pooling": pools}

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimscale.model.layout import layout
 from vimscale.model.mixer import Factor
 from vimscale.model.published.arguments import Arguments, config_of, quirks
-from vimscale.model.tokens import PackedImage, Tokens, layout, resized
-from vimscale.model.vim import VisionMamba
+from vimscale.model.tiles import Bag
+from vimscale.model.tokens import PackedImage, Tokens, resized
+from vimscale.model.vim import Images, VisionMamba
 
 
 @dataclass
@@ -76,7 +78,7 @@ class PublishedVim(VisionMamba):
 
     def forward(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Images,
         draws: Tensor | None = None,
         backward: Sequence[Factor] | None = None,
         *,
@@ -87,7 +89,8 @@ class PublishedVim(VisionMamba):
             return logits.max(dim=1).values
         return logits
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tokens]:
+    def _embed(self, images: Tensor | Bag) -> tuple[Tensor, Tokens]:
+        assert isinstance(images, Tensor)  # published models have no tiles
         config, position = self.config, self.cls_position
         grid = self._grid(images)
         tokens = _Tokens(config, ((grid,),), layout(config, grid).tokens, images.device)
@@ -118,7 +121,9 @@ class PublishedVim(VisionMamba):
         tokens.flipped = ratio > 0 and ratio - torch.rand((), device="cpu").item() > 1e-5
         return (x.flip(1) if tokens.flipped else x), tokens
 
-    def _embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tokens, list[PackedImage]]:
+    def _embed_packed(
+        self, images: Sequence[Tensor] | Sequence[Bag]
+    ) -> tuple[Tensor, Tokens, list[PackedImage] | None]:
         raise ValueError("a model with published quirks takes images of one size: pass a tensor (b, 3, h, w)")
 
     def _groups(self) -> list[tuple[int, ...]]:

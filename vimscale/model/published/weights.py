@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vimscale.errors import CheckpointError
+from vimscale.model.layout import layout
 from vimscale.model.mixer import Mamba
 from vimscale.model.published.arguments import PUBLISHED, Arguments, arguments_of, complete, config_of, family
 from vimscale.model.published.quirks import PublishedVim, build
-from vimscale.model.tokens import layout, resized
+from vimscale.model.tokens import resized
 from vimscale.model.vim import VisionMamba
 
 __all__ = ["PUBLISHED", "PublishedVim", "from_published", "guess", "published_config", "to_published"]

@@ -1,0 +1,97 @@
+"""A residual block: add, norm, mix.
+
+Axes: b images, l tokens, d model width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimscale.model.mixer import Attention, Factor, Mamba, OutProj, Probe
+from vimscale.model.own import OwnMixer
+from vimscale.model.presets import VimConfig
+from vimscale.model.schedule import Layer
+from vimscale.model.tokens import Tokens
+from vimscale.ops import add_norm
+
+Recompute = Literal["none", "scan", "block"]
+"""What a block keeps for the backward pass. none: all it needs; scan: all but convolution, dt and scan; block: only its
+input.
+"""
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, fused with the residual add before it; the residual stream is always fp32."""
+
+    def __init__(self, config: VimConfig, d: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d))
+        self.bias = nn.Parameter(torch.empty(d)) if config.norm == "layer" else None
+        self.config = config
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return add_norm(x, residual, self.weight, self.bias, kind=self.config.norm, eps=self.config.norm_eps)
+
+
+class SwiGLU(nn.Module):
+    """w3 (silu(w1 x) * w2 x), with hidden width 8/3 d (arXiv:2002.05202)."""
+
+    def __init__(self, config: VimConfig, d: int):
+        super().__init__()
+        hidden = d * 8 // 3
+        self.w1 = nn.Linear(d, hidden)
+        self.w2 = nn.Linear(d, hidden)
+        self.w3 = OutProj(hidden, d, summands=len(config.layers), bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """Add, norm, mix; then the same with an MLP if the model has one. The block does not add its output to the
+    residual: the next norm does.
+    """
+
+    def __init__(self, config: VimConfig, layer: Layer, d: int, *, paired: bool = False):
+        super().__init__()
+        self.norm = Norm(config, d)
+        self.mixer: nn.Module
+        if layer.is_own:
+            self.mixer = OwnMixer(config, config.own_kind(layer), d)
+        else:
+            self.mixer = Attention(config, d) if layer.kind == "attn" else Mamba(config, layer, d, paired=paired)
+        self.mlp_norm = Norm(config, d) if config.mlp == "swiglu" else None
+        self.mlp = SwiGLU(config, d) if config.mlp == "swiglu" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        tokens: Tokens,
+        scale: Tensor | None = None,
+        backward: Factor = 1.0,
+        recompute: bool = False,
+        probe: Probe | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (output, residual). `scale` (b or b l, broadcast over d): drop-path's factor on the contributions, 0
+        or 1 / (1 - rate).
+        """
+        x, residual = self.norm(x, residual)
+        if probe is not None:
+            probe["rms"] = tokens.mean_square(residual.detach()).sqrt()
+        x = _scaled(self.mixer(x, tokens, backward, recompute, probe), scale)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x, residual = self.mlp_norm(x, residual)
+            x = _scaled(self.mlp(x), scale)
+        return x, residual
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.to(x.dtype)
