@@ -99,7 +99,8 @@ def selective_scan_fwd_kernel(
     dt_next = tl.load(dt + dt_cell, mask=valid, other=float("-inf"))
     touched = touch(packed, T * 2 * N)
     unused = touched
-    for chunk in range(first, stop):
+    count = stop - first
+    for chunk in range(count):
         x_tile = x_next.to(tl.float32)
         v = dt_next.to(tl.float32)
         inside = valid
@@ -109,7 +110,7 @@ def selective_scan_fwd_kernel(
         slot += T
         x_cell += ahead * x_l
         dt_cell += ahead * dt_l
-        next_rows = tl.where(chunk + 1 < stop, T * 2 * N, 0)
+        next_rows = tl.where(chunk + 1 < count, T * 2 * N, 0)
         valid = (slot < length)[:, None] & here[None, :]
         x_next = tl.load(x + x_cell, mask=valid, other=0.0)
         dt_next = tl.load(dt + dt_cell, mask=valid, other=float("-inf"))
