@@ -16,6 +16,8 @@ The backward pass needs every state. The forward pass keeps one every CHUNK toke
 channel at n = 16); the backward pass walks the chunks from the last to the first and rebuilds the states of a chunk,
 and their decays, in registers. For CHUNK = 8, 255 registers hold sixteen channels per warp if every second state is
 computed twice.
+
+If a sequence is long and programs are few, each walks a segment of it; scan_segments_triton.py computes what enters.
 """
 # The tools take Triton's language for Python; Triton's tuples grow by + only:
 # mypy: disable-error-code="no-untyped-def, assignment"

@@ -76,10 +76,13 @@ def _exact(case: Case, inputs: ScanInputs, ds: Tensor | None) -> Ends:
     return Ends(end, sums)
 
 
+# 3, 3, 2, 6 and 1 segments
 CASES = [
     Case(length=35),
     Case(length=33, optional=False, reverse=(True,), n=3),
     Case(length=20, b=2, n=16, dtype=torch.bfloat16, log_A=True),
+    Case(length=81, e=8, reverse=(False,)),
+    Case(length=9, e=8),
 ]
 
 
