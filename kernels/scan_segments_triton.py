@@ -6,8 +6,9 @@ A program owns some channels of one segment, image and direction, in the layout 
 (selective_scan_triton.py), and does no more than the state needs: forward nothing with C, D or outputs; backward
 nothing with x, B or states. `entering` is what the scans start from, in one launch for the ends and one for the chain.
 """
-# The tools take Triton's language for Python:
-# mypy: disable-error-code="no-untyped-def"
+# The tools take Triton's language for Python; Triton's tuples grow by + only:
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005
 
 from collections.abc import Sequence
 
@@ -182,32 +183,34 @@ def scan_segments_chain_kernel(
     entering += at * e * n + cell
     steps += at * e + cell // n
     ahead = -1 if BACKWARD else 1
-    for _ in range(segments - 1):
-        tl.store(entering, passed, mask=here)
-        added = tl.load(end, mask=here, other=0.0)
-        summed = tl.load(steps, mask=here, other=0.0)
-        # where an image begins, nothing of what entered is left, not even a NaN
-        passed = tl.where(summed < 0, added, tl.exp2(summed * rate) * passed + added)
-        end += ahead * e * n
-        entering += ahead * e * n
-        steps += ahead * e
-    tl.store(entering, passed, mask=here)
+    for done in range(0, segments, 4):
+        # four loads under way at a time
+        added = ()
+        summed = ()
+        for i in tl.static_range(4):
+            there = here & (done + i < segments - 1)
+            added = added + (tl.load(end + i * ahead * e * n, mask=there, other=0.0),)
+            summed = summed + (tl.load(steps + i * ahead * e, mask=there, other=0.0),)
+        for i in tl.static_range(4):
+            tl.store(entering + i * ahead * e * n, passed, mask=here & (done + i < segments))
+            # Where an image begins, nothing of what entered is left, not even a NaN. Beyond the last segment, nothing
+            # changes.
+            passed = tl.where(summed[i] < 0, added[i], tl.exp2(summed[i] * rate) * passed + added[i])
+        end += 4 * ahead * e * n
+        entering += 4 * ahead * e * n
+        steps += 4 * ahead * e
 
 
 def ends(inputs: ScanInputs, reverse: Sequence[bool], *, log_A: bool) -> Ends:
     """What each segment adds to the state. With `log_A`, `inputs.A` is A_log."""
-    span, count = _cut(inputs)
-    packed, starts = pack(inputs.B, inputs.C, inputs.image, reverse, width_of(inputs.A.shape[-1]))
-    return _ends(inputs, None, packed, starts, reverse, span, count, count, log_A)
+    return _all_ends(inputs, None, reverse, log_A)
 
 
 def ends_backward(inputs: ScanInputs, ds: Tensor, reverse: Sequence[bool], *, log_A: bool) -> Ends:
     """What each segment adds to the gradient that it passes on to the state before it; ds (k, b, l, e) has stride 1
     along e.
     """
-    span, count = _cut(inputs)
-    packed, starts = pack(inputs.B, inputs.C, inputs.image, reverse, width_of(inputs.A.shape[-1]))
-    return _ends(inputs, ds, packed, starts, reverse, span, count, count, log_A)
+    return _all_ends(inputs, ds, reverse, log_A)
 
 
 def entering(
@@ -226,10 +229,11 @@ def entering(
     return span, count, _chain(found, inputs.A, first, ds is not None, log_A)
 
 
-def _cut(inputs: ScanInputs) -> tuple[int, int]:
-    """Chunks of a segment, and the number of segments."""
+def _all_ends(inputs: ScanInputs, ds: Tensor | None, reverse: Sequence[bool], log_A: bool) -> Ends:
+    packed, starts = pack(inputs.B, inputs.C, inputs.image, reverse, width_of(inputs.A.shape[-1]))
     count = _count(inputs)
-    return segment_choice.span(inputs.x.shape[2], count), count
+    span = segment_choice.span(inputs.x.shape[2], count)
+    return _ends(inputs, ds, packed, starts, reverse, span, count, count, log_A)
 
 
 def _count(inputs: ScanInputs) -> int:
@@ -294,7 +298,7 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     return walks + [
         scan_case(
             dtype, scan_segments_chain_kernel, {**chain, "BACKWARD": backward, "first": None}, variant, WARPS,
-            segments=True, tokens=1, channels=CELLS // n, bytes=4 * (2 * n + 1),
+            segments=True, tokens=4, channels=CELLS // n, bytes=4 * (2 * n + 1),
         )
         for backward, variant in ((False, ""), (True, "_backward"))
     ]  # fmt: skip

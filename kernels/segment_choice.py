@@ -17,6 +17,10 @@ MOST = 64
 """Segments: the chain over them walks one after the other."""
 PROCESSORS = 132
 """Multiprocessors of the GPU that the choice is made for, an H100."""
+MANY = 2 * PROCESSORS
+"""Backward programs of 64 channels that fill it. If there are fewer, programs of 32 channels finish earlier: there are
+more of them, and each chunk has half the work.
+"""
 START = 16
 """A program's start and end cost as much as this many tokens."""
 LAUNCHES = 50_000
@@ -44,9 +48,10 @@ class Pass(NamedTuple):
         return waves + (max(self.alone, ceil(rest / PROCESSORS) * self.shared) if rest else 0)
 
 
-# Forward and backward: measured on an H100 before these kernels loaded ahead. The pass for the ends, run forward and
-# backward: from the forward pass, by the instructions of both (docs/kernels.md).
-FORWARD, ENDS, BACKWARD = Pass(32, 10, 460, 79), Pass(32, 16, 330, 60), Pass(64, 2, 821, 447)
+# Forward and backward, with many and with few programs: measured on an H100 before these kernels loaded ahead. The pass
+# for the ends, forward or backward: from the forward pass, by the instructions of both (docs/kernels.md).
+FORWARD, ENDS = Pass(32, 10, 460, 79), Pass(32, 14, 350, 61)
+BACKWARD, BACKWARD_FEW = Pass(64, 2, 821, 447), Pass(32, 2, 485, 254)
 
 
 @lru_cache(maxsize=4096)
@@ -70,7 +75,8 @@ def span(length: int, count: int) -> int:
 
 def _clocks(count: int, walks: int, chunks: int, e: int) -> int:
     tokens = ceil(chunks / count) * CHUNK + START
-    clocks = FORWARD.clocks(count * walks, e) + BACKWARD.clocks(count * walks, e)
+    backward = BACKWARD if count * walks * ceil(e / BACKWARD.channels) >= MANY else BACKWARD_FEW
+    clocks = FORWARD.clocks(count * walks, e) + backward.clocks(count * walks, e)
     if count == 1:
         return tokens * clocks
     # no state enters the first segment and none is needed after the last

@@ -19,15 +19,13 @@ from .scan_inputs import ScanInputs
 from .scan_rows_triton import CHUNK, OPTIONS, channels_of, mask_of, pack, scan_case, unpack, walk_program, width_of
 from .scan_segments import Ends
 from .scan_segments_triton import entering
+from .segment_choice import MANY
 from .triton_tiles import LOG2_E, decay_rate, keep, restart, row_pairs, rows, softplus, sum_channels, sum_states, touch
 
 # Sixteen channels per warp. Four warps write a quarter of the partial sums of dB and dC that one would.
 CHANNELS, WARPS = 64, 4
 # If sixteen channels per warp do not fit into 255 registers, or if there are few programs. It issues 14 % more.
 FEWER_CHANNELS = 32
-# Programs of CHANNELS from which on they fill a large GPU, two for each of 132 multiprocessors. With fewer, programs of
-# FEWER_CHANNELS finish earlier: there are more of them, and each chunk has half the work.
-MANY = 264
 
 LN_2 = tl.constexpr(0.6931471805599453)
 

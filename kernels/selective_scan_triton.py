@@ -16,6 +16,8 @@ The backward pass needs every state. The forward pass keeps one every CHUNK toke
 channel at n = 16); the backward pass walks the chunks from the last to the first and rebuilds the states of a chunk,
 and their decays, in registers. For CHUNK = 8, 255 registers hold sixteen channels per warp if every second state is
 computed twice.
+
+If a sequence is long and programs are few, each walks a segment of it; scan_segments_triton.py computes what enters.
 """
 # The tools take Triton's language for Python; Triton's tuples grow by + only:
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -99,7 +101,8 @@ def selective_scan_fwd_kernel(
     dt_next = tl.load(dt + dt_cell, mask=valid, other=float("-inf"))
     touched = touch(packed, T * 2 * N)
     unused = touched
-    for chunk in range(first, stop):
+    count = stop - first
+    for chunk in range(count):
         x_tile = x_next.to(tl.float32)
         v = dt_next.to(tl.float32)
         inside = valid
@@ -109,7 +112,7 @@ def selective_scan_fwd_kernel(
         slot += T
         x_cell += ahead * x_l
         dt_cell += ahead * dt_l
-        next_rows = tl.where(chunk + 1 < stop, T * 2 * N, 0)
+        next_rows = tl.where(chunk + 1 < count, T * 2 * N, 0)
         valid = (slot < length)[:, None] & here[None, :]
         x_next = tl.load(x + x_cell, mask=valid, other=0.0)
         dt_next = tl.load(dt + dt_cell, mask=valid, other=float("-inf"))

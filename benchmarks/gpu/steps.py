@@ -22,8 +22,8 @@ from vimscale.model import PRESETS, VisionMamba
 Row = dict[str, Any]
 PRESET = {"Vim-Ti": "vim_tiny", "Vim-S": "vim_small", "Vim-B": "vim_base"}
 KINDS = {
-    "scan backward": ("selective_scan_bwd", "selective_scan_pack", "selective_scan_unpack"),
-    "scan forward": ("selective_scan",),
+    "scan backward": ("selective_scan_bwd", "scan_segments_bwd", "selective_scan_pack", "selective_scan_unpack"),
+    "scan forward": ("selective_scan", "scan_segments"),
     "convolution": ("causal_conv1d",),
     "gate": ("scan_gate",),
     "norm": ("add_norm", "layer_norm"),

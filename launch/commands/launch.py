@@ -82,6 +82,8 @@ def launch(
         cleanup.callback(spares.close)
         if address is None:  # on another cluster perhaps only the nodes see the data: there, the ranks check
             world = preflight.check(chosen, folder, workers, ray=not no_ray, force=force)
+        elif workers is not None:
+            num_ranks.check(workers, chosen)
 
         progress = Progress(console)
         progress.phase("command", time.perf_counter() - _STARTED)

@@ -20,6 +20,7 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.storage import addresses
 
 from ..cluster import Cluster
+from ..processes import num_ranks
 
 _POLL_S = 0.5
 """Pause between two reads of a log that is followed, unless a read takes long."""
@@ -122,8 +123,8 @@ def for_cluster(recipe: Recipe, cluster: Cluster) -> Recipe:
     """Return the recipe with what the cluster adds to it.
 
     Raises:
-        RecipeError: the recipe names files by paths that mean nothing where the job runs, or takes variables from the
-            environment that the job would not have.
+        RecipeError: the cluster's number of ranks does not suit the recipe; the recipe names files by paths that mean
+            nothing where the job runs, or takes variables from the environment that the job would not have.
     """
     if recipe.checkpoint.mirror is None and cluster.mirror is not None:
         recipe = recipe.model_copy(
@@ -131,6 +132,7 @@ def for_cluster(recipe: Recipe, cluster: Cluster) -> Recipe:
         )
     if cluster.backend == "local":
         return recipe
+    num_ranks.check(cluster.ranks, recipe)
     named = [("data.train", source.data) for source in recipe.data.sources]
     optional = {
         "data.val": recipe.data.val,

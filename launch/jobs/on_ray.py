@@ -29,6 +29,7 @@ from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 
 from .. import cluster as clusters
+from ..processes import num_ranks
 from .backend import (
     Job,
     State,
@@ -78,13 +79,10 @@ class RayJobs:
 
     def submit(self, recipe: Recipe) -> Job:
         recipe = for_cluster(recipe, self._cluster)
-        least, colon, _ = self._cluster.ranks.partition(":")
-        if not colon:
-            recipe.micro_batch(int(least))
         attempts = self._attempts().get(recipe.name, [])
         if attempts:
             check_ended(self._job(attempts[-1]), self._where)
-        self._check_room(int(least))
+        self._check_room(num_ranks.bounds(self._cluster.ranks)[0])
         with tempfile.TemporaryDirectory(prefix="vimscale-job-") as folder, self._connected() as client:
             self._pack(Path(folder), recipe)
             existing = [each.submission_id or "" for each in client.list_jobs()]

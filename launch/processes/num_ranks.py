@@ -30,6 +30,18 @@ def bounds(workers: str) -> tuple[int, int]:
     return int(least), int(most if colon else least)
 
 
+def check(workers: str, recipe: "Recipe") -> None:
+    """Check a plain number of ranks before it is known which devices there are. MIN:MAX passes.
+
+    Raises:
+        LaunchError: `workers` cannot be parsed.
+        RecipeError: the ranks are not a multiple of `parallel.context`, or do not divide the batch.
+    """
+    least, most = _bounds(workers)
+    if least == most:
+        recipe.micro_batch(least)
+
+
 def sizes(workers: str | None, recipe: "Recipe", cpus: int, gpus: int, where: str) -> list[int]:
     """The allowed numbers of ranks, largest first: as `workers` says, else the usual number.
 

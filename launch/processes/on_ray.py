@@ -118,13 +118,14 @@ class RayGroup:
     def _form(self) -> None:
         """Find room, make the actors, let them meet, and start them. `poll` reports the ranks that die meanwhile."""
         import ray
+        from ray.util.placement_group import placement_group_table
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         if not self._find_room():
             return
         remote = ray.remote(_Rank)
-        for number in range(self.size):
-            strategy = PlacementGroupSchedulingStrategy(self._placement_group, placement_group_bundle_index=number)
+        for bundle in _node_by_node(placement_group_table(self._placement_group)["bundles_to_node_id"]):
+            strategy = PlacementGroupSchedulingStrategy(self._placement_group, placement_group_bundle_index=bundle)
             options = {"num_cpus": 1, "num_gpus": int(self._gpu), "max_restarts": 0, "max_concurrency": 4}
             self._actors.append(remote.options(scheduling_strategy=strategy, **options).remote())
         meeting = [actor.meet.remote(number == 0, self.size) for number, actor in enumerate(self._actors)]
@@ -317,6 +318,14 @@ class RayGroup:
 def _bundles_of(resources: dict[str, float], gpu: bool) -> int:
     """Return how many ranks these resources are enough for."""
     return int(min(resources.get("CPU", 0), resources.get("GPU", 0) if gpu else sys.maxsize))
+
+
+def _node_by_node(nodes: dict[int, str]) -> list[int]:
+    """Return the bundles in the order of ranks: those of a node follow each other, since neighbors may share images.
+    `nodes`: the node of each bundle.
+    """
+    first = {node: bundle for bundle, node in sorted(nodes.items(), reverse=True)}
+    return sorted(nodes, key=lambda bundle: (first[nodes[bundle]], bundle))
 
 
 def _draining_nodes() -> set[str]:

@@ -120,8 +120,9 @@ MIXED = "model.directions=bi*2 fwd*2 shared cross pair*2 attn bi@column"
         pytest.param(("parallel.recompute=block/2", "augment.buckets=3", "parallel.zero=3"), marks=pytest.mark.slow),
         pytest.param(("model.backward_drop=0.3", "model.drop_path=0.1", "parallel.zero=0"), marks=pytest.mark.slow),
         pytest.param(("model.tiles=32", "augment.crop_min=1", "data.max_tiles=3"), marks=pytest.mark.slow),
+        pytest.param(("parallel.precision=bf16", "model.patch_size=1"), marks=pytest.mark.slow),
     ],
-    ids=["bf16", "mixed", "packed", "dropped", "tiles"],
+    ids=["bf16", "mixed", "packed", "dropped", "tiles", "long"],
 )
 def test_the_rehearsal_launches_what_the_first_step_launches(tmp_path: Path, changes: tuple[str, ...]) -> None:
     found = _run(COMPARE, tmp_path, *changes)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vimscale.engine.recompute import kept_bytes
@@ -15,6 +16,7 @@ from vimscale.estimate.context import Exchanged, exchanged
 from vimscale.estimate.devices import DEVICES
 from vimscale.estimate.planner import Planner, Target
 from vimscale.estimate.roofline import Fabric
+from vimscale.launch.commands import plan
 from vimscale.launch.commands.app import app
 from vimscale.launch.processes import preflight
 from vimscale.model import PRESETS, VimConfig
@@ -156,24 +158,34 @@ def test_the_coarse_estimate_is_above_the_plan(changes: list[str]) -> None:
     assert preflight.upper_bound(planner.recipe, planner.config, 4) > need.total
 
 
-def _said(*arguments: str) -> str:
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.output
+def test_a_summary_names_what_groups_share_and_send() -> None:
+    said = []
+    for context in (1, 2):
+        planner = _planner(*SMALL, f"parallel.context={context}")
+        console = Console(record=True, width=200, file=StringIO())
+        console.print(plan.summary(planner, planner.outlook(4), []))
+        said.append(console.export_text())
+    assert "share" not in said[0]
+    assert "within groups" not in said[0]
+    assert "17 tokens, 0.006 GFLOPs forward; 2 ranks share it, with 9 tokens each at most" in said[1]
+    assert "within groups       halos 98.3 kB, states" in said[1]
+    assert "4 images x 1 micro-step on 4 ranks" in said[1]
 
 
-def test_plan_and_show_count_groups(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_plan_and_show_count_groups() -> None:
     there = ("--on", "local", "--with", "cpus=4", "--with", "memory=8", "--with", "workers=4")
-    said = _said("plan", "vim_digits_cpu", "parallel.context=2", *there)
-    assert "2 ranks share it, with 9" in said
-    assert "within groups" in said
-    found = json.loads(_said("plan", "vim_digits_cpu", "parallel.context=2", *there, "--json"))
+    said = []
+    for arguments in (("plan", *there, "--json"), ("show",)):
+        done = CliRunner().invoke(app, [*arguments, "vim_digits_cpu", "parallel.context=2"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        said.append(done.output)
+    found = json.loads(said[0])
     assert found["here"]["micro"] == 32
     assert found["here"]["exchanged"]["summaries"] > 0
     assert [row["world"] for row in found["counts"]] == [2, 4]
-    shown = _said("show", "vim_digits_cpu", "parallel.context=2")
-    assert "a rank's tokens of 64 images" in shown
-    assert "on 2 ranks" in shown
+    assert "a rank's tokens of 64 images" in said[1]
+    assert "on 2 ranks" in said[1]
 
 
 def test_a_single_image_that_fits_no_device_may_fit_several() -> None:

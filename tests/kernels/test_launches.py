@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.device_ops import counted
-from vimscale.ops import add_norm
+from vimscale.ops import add_norm, bimamba_inner
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"forward": 9, "backward": 18}
@@ -103,6 +104,26 @@ def test_kernels_are_counted_through_the_op_whether_they_run_or_not(run_kernels:
     launches = {name: count for (_, name), count in counter.ops.items() if name.endswith("_kernel")}
     assert launches == {"add_norm_fwd_kernel": 1, "add_norm_bwd_kernel": 1}
     assert bool(normed.any()) == run_kernels
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only without a GPU")
+def test_a_long_sequence_adds_two_launches_to_each_pass() -> None:
+    def operations(length: int) -> Counter[tuple[str, str]]:
+        shapes = [(1, length, 64), (2, 32, 4), (2, 32), (2, 10, 32), (2, 32, 2), (2, 32), (2, 32, 4), (2, 32)]
+        with counted(run_kernels=False) as counter:
+            with counter.phase("forward"):
+                tensors = [torch.empty(shape).requires_grad_() for shape in shapes]
+                y = bimamba_inner(*tensors, recompute=False, backend="triton")
+            with counter.phase("backward"):
+                y.backward(torch.empty_like(y))
+        return counter.ops
+
+    assert operations(2048) - operations(1000) == {
+        ("forward", "scan_segments_fwd_kernel"): 1,
+        ("forward", "scan_segments_chain_kernel"): 1,
+        ("backward", "scan_segments_bwd_kernel"): 1,
+        ("backward", "scan_segments_chain_kernel"): 1,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.kernel_checks import assert_close, cut, poison, record_launches
+from tests.kernels.kernel_checks import OpRules, assert_close, cut, poison, record_launches
 from tests.kernels.test_selective_scan_triton import DEVICE, Case, _check
 from vimscale.kernels import large, scan_segments, segment_choice
 from vimscale.kernels import scan_segments_triton as kernels
 from vimscale.kernels import selective_scan_triton as scans
+from vimscale.kernels.backend import Backend
 from vimscale.kernels.scan_inputs import ScanInputs
 from vimscale.kernels.scan_segments import Ends
+from vimscale.kernels.selective_scan import _scan, _scan_backward
+from vimscale.kernels.torch_op import registered
+from vimscale.ops import bimamba_inner
 
 SPAN = 2  # chunks of a segment
 TOKENS = SPAN * scans.CHUNK
@@ -72,10 +76,13 @@ def _exact(case: Case, inputs: ScanInputs, ds: Tensor | None) -> Ends:
     return Ends(end, sums)
 
 
+# 3, 3, 2, 6 and 1 segments
 CASES = [
     Case(length=35),
     Case(length=33, optional=False, reverse=(True,), n=3),
     Case(length=20, b=2, n=16, dtype=torch.bfloat16, log_A=True),
+    Case(length=81, e=8, reverse=(False,)),
+    Case(length=9, e=8),
 ]
 
 
@@ -130,8 +137,9 @@ def test_outputs_and_every_gradient_equal_the_recurrence_over_segments(case: Cas
     _check(case)
 
 
-def test_a_cut_scan_equals_the_recurrence() -> None:
+def test_a_cut_scan_equals_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     """With marks inside a segment and on a border, states passed in and out, and a last segment of one token."""
+    cut(monkeypatch, 1)
     _check(Case(length=17))
 
 
@@ -200,6 +208,42 @@ def test_a_nan_passes_through_all_later_segments_of_its_image() -> None:
     assert s[0, 0, 4:, 7].isnan().all()
     assert final[0, 0, 7].isnan().all()
     assert not final[0, 0, :7].isnan().any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_mixer_of_cut_scans_equals_the_reference_and_keeps_the_rules_of_ops(recompute: bool) -> None:
+    b, length, e, n, r = 1, 17, 8, 4, 2
+    shapes = [(b, length, 2 * e), (2, e, 4), (2, e), (2, r + 2 * n, e), (2, e, r), (2, e), (2, e, n), (2, e)]
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    reset = torch.zeros(b, length, dtype=torch.bool).index_fill_(1, torch.tensor([0, 9]), True)
+
+    def results(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        device = DEVICE if backend == "triton" else "cpu"
+        leaves = [t.to(device, dtype).requires_grad_() for t in drawn]
+        y = bimamba_inner(*leaves, reset=reset.to(device), recompute=recompute, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    exact = results(torch.float64, "reference")
+    with OpRules(), registered():
+        ours = results(torch.float32, "triton")
+    assert_close(ours, exact, torch.float32)
+    assert all(map(torch.equal, ours, results(torch.float32, "triton")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_A", [False, True])
+def test_cut_scans_pass_opcheck(log_A: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # opcheck compares outputs, and NaN equals nothing
+    cut(monkeypatch, SPAN)
+    case = Case(length=19, e=8, reverse=(False, True), log_A=log_A)
+    *tensors, image = _inputs(case)
+    settings = case.reverse, scans.CHUNK, log_A, "triton"
+    torch.library.opcheck(_scan.registered, (*(t.requires_grad_() for t in tensors), image, *settings))
+    tensors = [t.detach() for t in tensors]
+    s, final, states = _scan.registered(*tensors, image, *settings)
+    written = torch.zeros_like(tensors[3]), torch.zeros_like(tensors[4])
+    torch.library.opcheck(_scan_backward.registered, (*tensors, image, states, s, final, *written, *settings))
 
 
 LONG = {(2, 4, 6084, 384, 16): 11, (2, 1, 16384, 768, 16): 22}

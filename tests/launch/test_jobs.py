@@ -268,6 +268,17 @@ def test_paths_that_mean_nothing_on_a_cluster_and_secrets_that_jobs_do_not_get_a
         _ray(runs="runs")
 
 
+@pytest.mark.parametrize("backend", ["ray", "kuberay_h100", "slurm"])
+def test_ranks_that_the_recipe_cannot_use_are_refused_before_anything_is_submitted(backend: str) -> None:
+    small = recipes.load("vim_digits_cpu", ["data.train=/data", "data.val=/data", "parallel.context=4"])
+    assert jobs.for_cluster(small, clusters.load(backend, ["workers=8"])).parallel == small.parallel
+    assert jobs.for_cluster(small, clusters.load(backend, ["workers='3:9'"])).parallel == small.parallel
+    with pytest.raises(RecipeError, match=r"6 ranks cannot be divided into groups of parallel\.context 4"):
+        jobs.for_cluster(small, clusters.load(backend, ["workers=6"]))
+    with pytest.raises(RecipeError, match="batch 64 is not a multiple of 3 groups of 4 ranks"):
+        jobs.for_cluster(small, clusters.load(backend, ["workers=12"]))
+
+
 def test_the_mirror_comes_from_the_cluster_where_the_recipe_names_none() -> None:
     small = recipes.load("vim_digits_cpu")
     assert jobs.for_cluster(small, _ray(mirror="s3://b/runs")).checkpoint.mirror == "s3://b/runs"

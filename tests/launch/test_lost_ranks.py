@@ -170,6 +170,21 @@ def test_a_run_shrinks_and_grows_with_its_nodes(shell: Shell) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_ranks_share_images_shrinks_to_complete_groups(shell: Shell) -> None:
+    options = ("steps=200", "checkpoint.every=20", "log.every=10", "parallel.context=2")
+    shell.run("launch", "small.yaml", "name=calm", *options, *PROCESSES)
+    with nodes.one_address() as cluster:
+        node, _ = (cluster.add_node(num_cpus=cpus) for cpus in (1, 2))
+        process = shell.popen("launch", "small.yaml", *options, "--address", cluster.address, "--workers", "1:4")
+        shell.reaches(process, "small", 30)
+        cluster.remove_node(node, allow_graceful=False)
+        shell.finish(process)
+    assert shell.world_sizes("small") == [4, 2], "three devices are left"
+    assert relative_difference(shell.losses("small"), shell.losses("calm")) < 1e-5
+
+
+@pytest.mark.slow
 def test_rays_notice_of_preemption_leads_to_a_checkpoint_and_a_stop(shell: Shell) -> None:
     ray = str(Path(sys.executable).parent / "ray")
     drain = ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vimscale.errors import RecipeError
+from vimscale.launch.processes import on_ray
 from vimscale.launch.processes.num_ranks import largest, sizes
 from vimscale.recipe import recipe as recipes
 
@@ -97,6 +98,12 @@ def test_ranks_that_do_not_form_groups_are_refused(world: int, near: int) -> Non
         RecipeError, match=rf"^recipe .*\n  {world} ranks? .* parallel\.context 4; use --workers {near}"
     ):
         recipe.micro_batch(world)
+
+
+def test_neighbors_are_on_one_node_wherever_ray_puts_them() -> None:
+    nodes = {0: "b", 1: "a", 2: "b", 3: "c", 4: "a", 5: "b"}
+    assert [nodes[bundle] for bundle in on_ray._node_by_node(nodes)] == ["b", "b", "b", "a", "a", "c"]
+    assert on_ray._node_by_node({2: "a", 0: "a", 1: "a"}) == [0, 1, 2]
 
 
 def test_a_run_that_loses_ranks_continues_with_complete_groups() -> None:
