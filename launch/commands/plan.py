@@ -194,11 +194,12 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     recipe, target, need, sent = planner.recipe, planner.target, here.need, here.sent
     held = need.held
     kinds = {"all-reduce": sent.all_reduce, "reduce-scatter": sent.reduce_scatter, "all-gather": sent.all_gather}
+    of = "" if planner.config.tiles is None else f" of at most {planner.config.bag_size:,} tiles"
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
         "where": f"{target.name}, {_size(target.room)} per rank",
         "parameters": f"{planner.whole:,}",
-        "per image": f"{planner.config.tokens:,} tokens, {flops(planner.config) / 1e9:.3f} GFLOPs forward",
+        "per image": f"{planner.config.tokens:,} tokens{of}, {flops(planner.config) / 1e9:.3f} GFLOPs forward",
         "per step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
         "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-step{'s' * (here.accumulation > 1)}"
         f" on {in_words(here.world)}" + ("" if here.given else "; the recipe's own does not fit"),
