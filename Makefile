@@ -36,6 +36,7 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.checkpoint
 	$(VENV)/bin/python -m benchmarks.directions
 	$(VENV)/bin/python -m benchmarks.vit
+	$(VENV)/bin/python -m benchmarks.long
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("vimscale needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

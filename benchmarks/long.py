@@ -2,8 +2,9 @@
 
 A bag of tiles of 256 pixels is one sequence; blocks of Vim-Ti's width with bidirectional scans (`bi`) or with attention
 (`attn`, torch's fused one), each recomputed in the backward pass (`parallel.recompute: block`). Each measurement is a
-fresh process: a forward and backward pass to warm up, one that is timed, and the most memory that the process took. In
-every round, the models run one after the other. Writes a JSON file and a picture.
+fresh process: a forward and backward pass on four tiles, then the timed one, and the most memory that the process took.
+In every round, the models run one after the other. The time of the CPU, of all threads together, depends less on other
+load than seconds do. Writes a JSON file and a picture.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -27,7 +29,7 @@ MODELS = {"bi": "bidirectional scans", "attn": "attention"}
 
 
 def measured(kind: str, tokens: int, depth: int) -> Row:
-    """Run one step to warm up and one that counts, in this process."""
+    """Run a step on four tiles to warm up and the one that counts, in this process."""
     import torch
     import torch.nn.functional as F
 
@@ -49,33 +51,42 @@ def measured(kind: str, tokens: int, depth: int) -> Row:
     assert (config.d_model, config.patch_size) == (WIDTH, PATCH)
     model = VisionMamba(config)
     model.recompute = ["block"] * depth
-    before = _most_bytes()
-    count = tokens // PER_TILE
-    side = round(count**0.5)
-    bag = Bag(
-        torch.randn(count, 3, TILE, TILE),
-        torch.tensor([(TILE * (i // side), TILE * (i % side)) for i in range(count)], dtype=torch.int32),
-    )
     labels = torch.zeros(1, dtype=torch.int64)
 
-    def step() -> None:
+    def step(bag: Bag) -> None:
         F.cross_entropy(model([bag]), labels).backward()
         model.zero_grad()
 
-    step()
-    seconds = measure._seconds(step)
+    step(_bag(4))
+    before = _most_bytes()
+    bag = _bag(tokens // PER_TILE)
+    wall, cpu = time.perf_counter(), time.process_time()
+    step(bag)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = _most_bytes()
-    counted = passes(config.with_bag_size(count), ["block"] * depth, 1, "fp32", "cpu")
+    counted = passes(config.with_bag_size(len(bag.tiles)), ["block"] * depth, 1, "fp32", "cpu")
     return {
         "model": kind,
         "tokens": tokens,
-        "tiles": count,
-        "seconds": seconds,
+        "tiles": len(bag.tiles),
+        "seconds": wall,
+        "cpu_seconds": cpu,
         "peak_bytes": peak,
         "before_bytes": before,
         "images_bytes": bag.tiles.nbytes,
         "counted_bytes": counted.with_gradients,
     }
+
+
+def _bag(count: int) -> Any:
+    """Return noise in a square of tiles."""
+    import torch
+
+    from vimscale.model.tiles import Bag
+
+    side = max(round(count**0.5), 1)
+    corners = [(TILE * (i // side), TILE * (i % side)) for i in range(count)]
+    return Bag(torch.randn(count, 3, TILE, TILE), torch.tensor(corners, dtype=torch.int32))
 
 
 def _most_bytes() -> int:
@@ -90,22 +101,20 @@ def in_a_process(kind: str, tokens: int, depth: int) -> Row:
 
 def lengths(tokens: list[int], depth: int, rounds: int, most: float) -> list[Row]:
     """Measure both kinds at each length, the longest in one round; leave out what would take more than `most` seconds
-    per step, judged by the length before.
+    of CPU per step, judged by the length before.
     """
     rows: list[Row] = []
-    print(
-        f"\n{'tokens':>8} {'model':20}{'s':>8}{'us per token':>14}{'peak, MiB':>11}{'bytes per token':>17}", flush=True
-    )
+    print(f"\n{'tokens':>8} {'model':20}{'s':>8}{'CPU, s':>8}{'us per token':>14}{'peak, MiB':>11}{'per token, B':>14}")
     for length in tokens:
         run = []
         for kind in MODELS:
             last = next((row for row in reversed(rows) if row["model"] == kind), None)
             growth = 0 if last is None else length / last["tokens"]
-            likely = 0 if last is None else last["seconds"] * growth ** (2 if kind == "attn" else 1)
+            likely = 0 if last is None else last["cpu_seconds"] * growth ** (2 if kind == "attn" else 1)
             if likely <= most:
                 run.append(kind)
             else:
-                print(f"{length:8,} {MODELS[kind]:20}   left out: likely {likely:,.0f} s", flush=True)
+                print(f"{length:8,} {MODELS[kind]:20}   left out: likely {likely:,.0f} s of CPU", flush=True)
         found: dict[str, list[Row]] = {kind: [] for kind in run}
         for _ in range(rounds if length < tokens[-1] else 1):
             for kind in run:
@@ -113,14 +122,15 @@ def lengths(tokens: list[int], depth: int, rounds: int, most: float) -> list[Row
         for kind, several in found.items():
             row = several[0] | {
                 "rounds": len(several),
-                "seconds": statistics.median(one["seconds"] for one in several),
+                **{key: statistics.median(one[key] for one in several) for key in ("seconds", "cpu_seconds")},
                 "peak_bytes": max(one["peak_bytes"] for one in several),
             }
             row["extra_bytes"] = row["peak_bytes"] - row["before_bytes"]
             rows.append(row)
             print(
-                f"{length:8,} {MODELS[kind]:20}{row['seconds']:8.2f}{row['seconds'] / length * 1e6:14.1f}"
-                f"{row['peak_bytes'] / 2**20:11,.0f}{row['extra_bytes'] / length:17,.0f}",
+                f"{length:8,} {MODELS[kind]:20}{row['seconds']:8.2f}{row['cpu_seconds']:8.2f}"
+                f"{row['cpu_seconds'] / length * 1e6:14.1f}{row['peak_bytes'] / 2**20:11,.0f}"
+                f"{row['extra_bytes'] / length:14,.0f}",
                 flush=True,
             )
     return rows
@@ -132,15 +142,15 @@ def draw(rows: list[Row], depth: int, title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(11, 4.6))
+    figure, (work, memory) = pyplot.subplots(1, 2, figsize=(11, 4.6))
     for i, (kind, name) in enumerate(MODELS.items()):
         mine = [row for row in rows if row["model"] == kind]
         lengths = [row["tokens"] for row in mine]
-        time.loglog(lengths, [row["seconds"] / depth for row in mine], "o-", color=f"C{i}", label=name)
+        work.loglog(lengths, [row["cpu_seconds"] / depth for row in mine], "o-", color=f"C{i}", label=name)
         memory.loglog(lengths, [row["extra_bytes"] / 2**20 for row in mine], "o-", color=f"C{i}", label=name)
     first = rows[0]
     ends = [min(row["tokens"] for row in rows), max(row["tokens"] for row in rows)]
-    for axes, start in ((time, first["seconds"] / depth), (memory, first["extra_bytes"] / 2**20)):
+    for axes, start in ((work, first["cpu_seconds"] / depth), (memory, first["extra_bytes"] / 2**20)):
         line = [start * end / first["tokens"] for end in ends]
         axes.loglog(ends, line, "k:", linewidth=1, label="in proportion to the tokens")
         axes.set_xticks(ends := sorted({row["tokens"] for row in rows}), [f"{end:,}" for end in ends])
@@ -148,7 +158,7 @@ def draw(rows: list[Row], depth: int, title: str, path: Path) -> None:
         axes.set_xlabel("tokens of one image")
         axes.grid(visible=True, which="major", alpha=0.3)
         axes.legend()
-    time.set(title="Forward and backward pass", ylabel="s per layer")
+    work.set(title="Forward and backward pass", ylabel="seconds of CPU per layer")
     memory.set(title=f"Peak memory beyond the program and the model, {depth} layers", ylabel="MiB")
     figure.suptitle(title)
     figure.tight_layout()
@@ -160,7 +170,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help=f"multiples of {PER_TILE}")
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--rounds", type=int, default=3, help="of all lengths but the last")
-    parser.add_argument("--most", type=float, default=90, help="most seconds for a step")
+    parser.add_argument("--most", type=float, default=90, help="most seconds of CPU for a step")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "TOKENS"), help="measure this in the process itself")
     parser.add_argument(
         "--out",

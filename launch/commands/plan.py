@@ -200,11 +200,12 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         share = f"; {context} ranks share it, with {most:,} tokens each at most"
         within = {"halos": exchanged.halo, "states": exchanged.summaries, "keys and values": exchanged.attention}
         groups["within groups"] = ", ".join(f"{kind} {_size(size)}" for kind, size in within.items() if size)
+    of = "" if planner.config.tiles is None else f" of at most {planner.config.bag_size:,} tiles"
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
         "where": f"{target.name}, {_size(target.room)} per rank",
         "parameters": f"{planner.whole:,}",
-        "per image": f"{planner.config.tokens:,} tokens, {flops(planner.config) / 1e9:.3f} GFLOPs forward{share}",
+        "per image": f"{planner.config.tokens:,} tokens{of}, {flops(planner.config) / 1e9:.3f} GFLOPs forward{share}",
         "per step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
         "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-step{'s' * (here.accumulation > 1)}"
         f" on {in_words(here.world)}" + ("" if here.given else "; the recipe's own does not fit"),

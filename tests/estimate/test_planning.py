@@ -207,17 +207,20 @@ def test_bags_are_planned_by_their_most_tiles(tmp_path: Path) -> None:
     assert json.loads(images.output)["here"]["need"]["graphs"] > 0
 
 
-def test_a_plan_of_bags_of_any_size_is_refused_and_a_launch_is_not(tmp_path: Path, four_gigabytes: None) -> None:
+def test_a_plan_of_bags_of_any_size_is_refused_and_a_launch_is_not(
+    tmp_path: Path, four_gigabytes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = _plan(tmp_path, "vim_digits_cpu", *BAGS, "batch=512")
     assert isinstance(done.exception, RecipeError)
     assert done.exception.exit_code == 2
     (fault,) = done.exception.faults
     assert fault.startswith("data.max_tiles is missing: a plan counts tokens")
     anything: Any = mock.Mock(manifest=mock.Mock(classes=["a", "b"]), samples=4)
-    preflight.check_memory(recipes.load("vim_digits_cpu", [*BAGS, "batch=10000"]), anything, 1, ray=False)
-    limited = recipes.load("vim_digits_cpu", [*BAGS, "batch=10000", "data.max_tiles=64"])
-    with pytest.raises(LaunchError, match="does not fit this machine"):
-        preflight.check_memory(limited, anything, 1, ray=False)
+    preflight.check_memory(recipes.load("vim_digits_cpu", BAGS), anything, 1, ray=False)
+    planned: list[Planner] = []
+    monkeypatch.setattr(Planner, "refuse", lambda self, *rest: planned.append(self))
+    preflight.check_memory(recipes.load("vim_digits_cpu", [*BAGS, "data.max_tiles=256"]), anything, 1, ray=False)
+    assert [planner.config.bag_size for planner in planned] == [256]
 
 
 @pytest.fixture
