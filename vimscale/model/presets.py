@@ -59,6 +59,8 @@ class VimConfig:
     """Side of the square image, or [height, width], in pixels; a multiple of patch_size. The position embedding is made
     for this size, but a model takes images of other sizes too.
     """
+    tiles: int | None = None
+    """Side of a tile, in pixels: the model takes very large images as bags of tiles. default: it takes images."""
     patch_size: int = 16
     """Side of a patch, in pixels."""
     stride: int | None = None
@@ -382,6 +384,7 @@ _STAGE_RANGES = {"depth": (1, schedule.MOST_LAYERS), "d_model": (1, 2**16), "dow
 _RANGES = {
     "num_classes": (1, 2**24),
     "image_size": (1, 2**15),
+    "tiles": (1, 2**15),
     "patch_size": (1, 2**12),
     "stride": (1, 2**12),
     "d_model": (1, 2**16),

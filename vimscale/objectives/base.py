@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vimscale.checkpoint.restore import OF_OBJECTIVE
-from vimscale.data.stream import Sample
+from vimscale.data.stream import Images, Sample
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.vim import Gather
@@ -33,8 +33,10 @@ Question = Literal["loss", "loss_per_sample", "evaluation_sums"]
 class Inputs:
     """A micro-batch on the device."""
 
-    images: Tensor | list[Tensor]
-    """fp32 (b, 3, h, w), normalised and augmented; or b of (3, h, w) where shapes may differ (augment.buckets)"""
+    images: Images
+    """fp32 (b, 3, h, w), normalised and augmented; or b of (3, h, w) where shapes may differ (augment.buckets), or b
+    bags of tiles (model.tiles)
+    """
     targets: Tensor
     """Labels, int64 (b); or each class's share of an image, fp32 (b, c), where images are mixed."""
     views: dict[str, Tensor] = field(default_factory=dict)

@@ -99,6 +99,7 @@ class Recipe(Section):
                 near = _nearest(batch, unit)
                 faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
         faults += self._phase_faults()
+        faults += self._bag_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         if self.augment.buckets > 1 and self.model.kinds:
@@ -111,6 +112,23 @@ class Recipe(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _bag_faults(self) -> Iterator[str]:
+        """What cannot be done with bags of tiles, or without them."""
+        if self.model.shape(classes=1).tiles is None:
+            if self.data.max_tiles is not None:
+                yield f"data.max_tiles {self.data.max_tiles}: the model takes images; set model.tiles, or leave it out"
+            return
+        plain = Augment(crop_min=1, flip=self.augment.flip, repeats=self.augment.repeats)
+        set_up = self.augment.model_dump()
+        odd = [key for key, value in plain.model_dump().items() if set_up[key] != value and key != "aspect_max"]
+        if odd:
+            fixes = ["set crop_min: 1"] * ("crop_min" in odd)
+            others = [key for key in odd if key != "crop_min"]
+            fixes += [f"leave out {', '.join(others)}"] * bool(others)
+            yield f"augment: bags of tiles (model.tiles) can only be flipped and repeated; {' and '.join(fixes)}"
+        if any(phase.image_size is not None for phase in self.phases):
+            yield "phases: tiles (model.tiles) keep their size; leave image_size out"
 
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)

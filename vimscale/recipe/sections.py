@@ -61,7 +61,8 @@ class Reweight(Section):
 
 
 class Data(Section):
-    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
+    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train,
+    slides:train)."""
 
     train: Annotated[Annotated[Address, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], Either]
     """One data set, or a mixture of several."""
@@ -80,6 +81,10 @@ class Data(Section):
     """Largest size of a node's cache of remote shards."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Fraction of the images that may be unreadable, and are replaced by others, before the run stops."""
+    max_tiles: Count | None = None
+    """With model.tiles, the most tiles of an image that the model gets: in training drawn at random, in evaluations
+    evenly spread. default: all.
+    """
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Data":

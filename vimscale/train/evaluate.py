@@ -11,7 +11,8 @@ from vimscale.checkpoint.load import BUFFER, Reader
 from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.images.augment import normalise
+from vimscale.data.images.augment import normalised
+from vimscale.data.images.bags import Choice
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, DataError, RunFailed
 from vimscale.objectives.base import Inputs, Learner, Objective
@@ -32,6 +33,7 @@ def evaluate(
     manifest: Manifest,
     *,
     size: tuple[int, int],
+    choice: Choice | None,
     batch: int,
     device: torch.device,
     rank: int = 0,
@@ -40,7 +42,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model. `manifest`: the training
     set's, for its mean and std. All ranks call `sums_of` equally often, so it may communicate. Images that cannot be
-    read are left out, and the log names them.
+    read are left out, and the log names them. `choice`: what a model takes that takes bags of tiles.
 
     Raises:
         DataError: the data set has other classes than the model was trained on, or none of its images can be read.
@@ -53,7 +55,14 @@ def evaluate(
         )
     mean, std = (torch.tensor(values, device=device) for values in (manifest.mean, manifest.std))
     parts = stream.evaluation(
-        dataset, rank=rank, world=world, batch=batch, size=size, workers=workers, views=objective.views
+        dataset,
+        rank=rank,
+        world=world,
+        batch=batch,
+        size=size,
+        choice=choice,
+        workers=workers,
+        views=objective.views,
     )
     sums = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -62,8 +71,7 @@ def evaluate(
             for _, description in part.bad:
                 log.warning("not evaluated: %s", description)
             part = part.to(device)
-            assert isinstance(part.images, Tensor)
-            images = normalise(part.images, mean, std)
+            images = normalised(part.images, mean, std)
             sums = sums + sums_of(Inputs(images, part.labels, part.views, weights=part.weights.to(device)))
     sums = distributed.total(sums)
     if not sums[0]:
