@@ -59,7 +59,7 @@ def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[
     import torch
 
     from vimscale.data.dataset import Dataset
-    from vimscale.data.images.bags import Choice
+    from vimscale.data.images.choice import Choice
     from vimscale.train.evaluate import evaluate
 
     temporary.shorten()

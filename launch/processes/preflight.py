@@ -55,8 +55,8 @@ def check_inputs(recipe: "Recipe", folder: "RunFolder") -> "TrainingSet":
         CheckpointError: the weights, or the checkpoint in `folder`, do not fit.
     """
     from vimscale.data.dataset import Dataset
-    from vimscale.data.images.bags import Choice
-    from vimscale.data.training_set import TrainingSet, check_kind
+    from vimscale.data.images.choice import Choice, check_kind
+    from vimscale.data.training_set import TrainingSet
     from vimscale.export import starting
 
     train_set = TrainingSet.open(recipe.data)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vimscale.data import embedded
 from vimscale.data.shards.cache import BackgroundFetch, Cache, read_index
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.data.shards.shard_reader import ShardReader
@@ -222,8 +223,6 @@ class Dataset:
 
 
 def _embedded(source: str) -> str | None:
-    from vimscale.data import embedded
-
     try:
         folder = embedded.folder_of(source)
         return None if folder is None else str(folder)

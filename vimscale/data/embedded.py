@@ -7,18 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vimscale.data import digits, slides
 from vimscale.data.shards.manifest import MANIFEST, Manifest, index_of, sha256_of
 from vimscale.data.shards.shard_reader import ShardReader
 from vimscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_SETS: dict[str, tuple[int, Callable[[Path], Any]]] = {
-    "digits": (digits.VERSION, digits.write),
-    "slides": (slides.VERSION, slides.write),
-}
-"""The version of each set, and what writes its train/ and val/. Caches of other versions stay untouched."""
+NAMES = ("digits", "slides")
 
 
 def folder_of(source: str) -> Path | None:
@@ -28,7 +23,7 @@ def folder_of(source: str) -> Path | None:
         OSError: it cannot be written to this user's cache folder.
     """
     name, colon, split = source.partition(":")
-    return cached(name) / split if colon and name in _SETS else None
+    return cached(name) / split if colon and name in NAMES else None
 
 
 def cached(name: str) -> Path:
@@ -36,7 +31,7 @@ def cached(name: str) -> Path:
 
     The bytes are the same on every machine with the same libraries.
     """
-    version, write = _SETS[name]
+    version, write = _writer(name)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "vimscale" / f"{name}-{version}"
     if folder.exists() and (fault := _damage(folder)) is not None:
@@ -56,10 +51,21 @@ def cached(name: str) -> Path:
     return folder
 
 
+def _writer(name: str) -> tuple[int, Callable[[Path], Any]]:
+    """Return a set's version, and what writes its train/ and val/. Caches of other versions stay untouched."""
+    if name == "digits":
+        from vimscale.data import digits
+
+        return digits.VERSION, digits.write
+    from vimscale.data import slides  # imports torch, which a launcher does not wait for
+
+    return slides.VERSION, slides.write
+
+
 def _damage(folder: Path) -> str | None:
     """Describe the first fault of a written set; None if it is intact."""
     try:
-        for split in digits.SPLITS:
+        for split in ("train", "val"):
             text = (folder / split / MANIFEST).read_bytes()
             for shard in Manifest.from_json(text, str(folder / split)).shards:
                 path = folder / split / shard.name

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.images import augment, bags, decode, mix, own
+from vimscale.data.images.choice import Choice, check_kind
 from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, Skipped, generator
-from vimscale.data.training_set import TrainingSet, check_kind
+from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
 from vimscale.model.tiles import Bag
@@ -174,7 +175,7 @@ def evaluation(
     world: int,
     batch: int,
     size: Size,
-    choice: bags.Choice | None = None,
+    choice: Choice | None = None,
     workers: int = 0,
     views: Views = _no_views,
 ) -> Iterator[Batch]:
@@ -291,7 +292,7 @@ class _Training(IterableDataset):
         self.skipped, self.views = skipped, views
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
         self.rank, self.world = rank, world
-        self.choice = bags.Choice.of(config, recipe.data)
+        self.choice = Choice.of(config, recipe.data)
         for dataset in data.datasets:
             check_kind(dataset.manifest, self.choice)
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
@@ -387,7 +388,7 @@ class _Evaluation(IterableDataset):
         self,
         dataset: Dataset,
         size: Size,
-        choice: bags.Choice | None,
+        choice: Choice | None,
         rank: int,
         world: int,
         batch: int,
@@ -445,7 +446,7 @@ def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _read(
-    dataset: Dataset, shard: int, sample: int, bag: Callable[[dict, str], Bag] | None
+    dataset: Dataset, shard: int, sample: int, bag: Callable[[dict, str], Bag] | None = None
 ) -> tuple[dict[str, Any], Tensor | Bag, int]:
     """Return (members, image, label) of a sample. `bag` reads the tiles of a sample; None: samples are images."""
     raw = dataset.read(shard, sample)

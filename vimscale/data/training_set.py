@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.images import bags
 from vimscale.data.order import Skipped, positions_before
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import DataError
@@ -127,23 +126,3 @@ class TrainingSet:
                 f" {changes}; use the recipe that it was saved with, or choose another name="
             )
         return skipped
-
-
-def check_kind(manifest: Manifest, choice: bags.Choice | None) -> None:
-    """Check that a data set holds what a model takes: images, or bags of tiles of one side (`choice`).
-
-    Raises:
-        DataError: it does not; names the set and the fix.
-    """
-    stored, wanted = manifest.tiles, choice
-    if stored is None and wanted is not None:
-        raise DataError(
-            f"data {manifest.name} holds images, and model.tiles {wanted.side} takes bags of tiles; make them with"
-            f" `vimscale data prepare --tiles {wanted.side}`, or leave model.tiles out"
-        )
-    if stored is not None and (wanted is None or wanted.side != stored.side):
-        takes = "the model takes images" if wanted is None else f"model.tiles is {wanted.side}"
-        raise DataError(
-            f"data {manifest.name} holds bags of tiles of {stored.side} pixels, and {takes}; set model.tiles to"
-            f" {stored.side}, or prepare other data"
-        )

@@ -12,7 +12,7 @@ from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalised
-from vimscale.data.images.bags import Choice
+from vimscale.data.images.choice import Choice
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, DataError, RunFailed
 from vimscale.objectives.base import Inputs, Learner, Objective

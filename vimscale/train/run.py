@@ -13,7 +13,7 @@ from vimscale.checkpoint.mirror import CheckpointStore, open_mirror
 from vimscale.checkpoint.save import Saver
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.images.bags import Choice
+from vimscale.data.images.choice import Choice
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import recompute

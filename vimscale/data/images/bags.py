@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimscale.data.images import decode
+from vimscale.data.images.choice import Choice
 from vimscale.errors import BadSample, brief
-from vimscale.model.presets import VimConfig
 from vimscale.model.tiles import Bag
-from vimscale.recipe.sections import Data
 from vimscale.storage import untrusted
 
 MEMBER = "tiles.json"
@@ -57,20 +56,6 @@ class Stored(NamedTuple):
     """int32 (t, 2)"""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a model takes of a bag."""
-
-    side: int
-    most: int | None = None
-    """Tiles per image; None: all."""
-
-    @classmethod
-    def of(cls, config: VimConfig, data: Data) -> "Choice | None":
-        """What a recipe asks for; None if its model takes images."""
-        return None if config.tiles is None else cls(config.tiles, data.max_tiles)
-
-
 def name_of(row: int, column: int, extension: str) -> str:
     return f"r{row:06d}c{column:06d}.{extension}"
 
@@ -96,8 +81,6 @@ def stored(sample: dict, where: str, side: int | None) -> Stored:
         found = {name: match for name in sample if (match := _NAME.fullmatch(name))}
         names = sorted(found)
         corners = np.array([found[name].group(1, 2) for name in names], dtype=np.int64).reshape(-1, 2)
-        if not names:
-            raise ValueError("it has no tiles")
         if not np.array_equal(corners, at):
             raise ValueError(f"{MEMBER} does not list its {len(names):,} tiles, sorted by row and column")
         if side is not None and cut.side != side:
@@ -118,12 +101,15 @@ def _parsed(data: bytes) -> tuple[Cut, np.ndarray]:
     tree = untrusted.loads(data)
     at = tree.pop("at", None) if isinstance(tree, dict) else None
     cut = untrusted.build(Cut, tree)
-    corners = np.array(at if isinstance(at, list) and at else np.zeros((0, 2), np.int64))
+    try:
+        corners = np.array(at)
+    except ValueError:  # rows of several lengths
+        corners = np.array(None)
     if corners.ndim != 2 or corners.shape[1] != 2 or corners.dtype != np.int64:
         raise ValueError(f"{MEMBER}: at is not a list of (row, column)")
     if cut.side not in SIDES or not 0 < min(cut.size) <= max(cut.size) <= FARTHEST + 1:
         raise ValueError(f"{MEMBER}: tiles of {brief(cut.side)} pixels, of an image of {brief(list(cut.size))}")
-    if len(corners) and (corners.min() < 0 or (corners >= cut.size).any()):
+    if corners.min() < 0 or (corners >= cut.size).any():
         raise ValueError(f"{MEMBER}: a tile begins outside the image of {cut.size[0]} x {cut.size[1]} pixels")
     return cut, corners
 
@@ -201,16 +187,19 @@ def mirrored(bag: Bag, cut: Cut) -> Bag:
     return Bag(bag.tiles.flip(-1)[order], at[order])
 
 
-def overview(bag: Bag, longest: int = 768) -> Tensor:
-    """Draw a bag's tiles where they are in their image: uint8 (3, h, w), the longer side `longest` pixels or less."""
+def overview(bag: Bag, size: tuple[int, int] | None = None, longest: int = 768) -> Tensor:
+    """Draw a bag's tiles where they are in their image: uint8 (3, h, w), the longer side `longest` pixels or less.
+
+    `size`: height and width of the image; default: up to the last tiles.
+    """
     side = bag.tiles.shape[-1]
-    extent = (bag.at.amax(dim=0) + side).tolist()
+    extent = size or (bag.at.amax(dim=0) + side).tolist()
     scale = min(longest / max(extent), 1.0)
     height, width = (max(round(length * scale), 1) for length in extent)
     picture = torch.full((3, height, width), _LEFT_OUT, dtype=torch.uint8)
     small = max(round(side * scale), 1)
     for tile, (row, column) in zip(bag.tiles, bag.at.tolist(), strict=True):
-        shown = F.interpolate(tile[None], (small, small), mode="bicubic", antialias=True)[0]
+        shown = F.interpolate(tile[None].float(), (small, small), mode="area")[0].round().to(torch.uint8)
         top, left = min(round(row * scale), height - 1), min(round(column * scale), width - 1)
         picture[:, top : top + small, left : left + small] = shown[:, : height - top, : width - left]
     return picture
