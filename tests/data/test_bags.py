@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from launch.commands.app import app
 from tests.support.shell import Shell
 from tests.support.slides import scene
 from vimscale.data import embedded, slides
@@ -22,12 +24,16 @@ from vimscale.data.shards.manifest import write_set
 from vimscale.data.stream import Batch, evaluation, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, RecipeError
+from vimscale.guard import diagnose
+from vimscale.guard import report as guard_report
+from vimscale.guard.judge import Micro
 from vimscale.model.tiles import Bag
 from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
 from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Recipe
+from vimscale.storage import files
 
 SIDE = 32
 IMAGES = 12
@@ -264,6 +270,33 @@ def test_the_choice_of_tiles_follows_the_position_alone() -> None:
     assert bags.drawn(20, 20, generator(3, PER_SAMPLE, 5)) is None
     assert bags.spread(10, 4).tolist() == [1, 3, 6, 8]
     assert bags.spread(10, 10) is None
+
+
+def test_a_report_of_a_bad_step_keeps_the_bags_and_shows_overviews(made: Path, tmp_path: Path) -> None:
+    chosen = _recipe(made)
+    data = TrainingSet.open(chosen.data)
+    (batch,) = training(chosen, data, chosen.model.shape(2), rank=0, world=1, start=0, steps=1)
+    tensors = diagnose._tensors([Micro(batch, None, None)])
+    report = {"step": 1, "rollbacks": 0, "samples": [{"rank": 0, "part": 0}] * IMAGES}
+    files.save_tensors(tmp_path / "rank_00000.safetensors", tensors)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    _, shown = guard_report._read(tmp_path)
+    assert len(shown) == IMAGES
+    for i, bag in enumerate(batch.images):
+        assert torch.equal(tensors[f"0/images/{i}"], bag.tiles)
+        assert torch.equal(tensors[f"0/at/{i}"], bag.at)
+        assert torch.equal(shown[i], bags.overview(bag))
+
+
+def test_the_order_command_prints_checksums_of_bags(made: Path) -> None:
+    changes = [*PLAIN, f"data.train={made}", "data.val=null", "batch=12", "data.max_tiles=2", "augment.flip=0"]
+    once, again, other = (
+        CliRunner().invoke(app, ["data", "order", "vim_digits_cpu", *changes, f"seed={seed}"]).output.splitlines()
+        for seed in (1, 1, 2)
+    )
+    assert once == again
+    assert len(once) == 1 + IMAGES
+    assert {line.split("\t")[5] for line in once} != {line.split("\t")[5] for line in other}
 
 
 # ---- what does not fit together

@@ -13,7 +13,9 @@ import pytest
 import tifffile
 import webdataset
 from PIL import Image
+from typer.testing import CliRunner
 
+from launch.commands.app import app
 from tests.support.image_sets import files_of, samples_of
 from tests.support.slides import PAPER, scene, write_pyramid
 from vimscale.data.images import bags, cutting, decode
@@ -350,6 +352,49 @@ print(peaks[1] - peaks[0])
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     jpegs = sum(path.stat().st_size for path in tmp_path.glob("5120/set/*.tar"))
     assert int(run.stdout) * 1024 < 2 * jpegs + 30e6, f"{jpegs / 1e6:.0f} MB of JPEGs"
+
+
+# ---- the commands
+
+
+def _command(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["data", *arguments])
+    if isinstance(done.exception, DataError):
+        return done.exception.exit_code, str(done.exception)
+    assert done.exception is None, done.output
+    return done.exit_code, done.output
+
+
+def test_the_command_cuts_and_reports(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "in" / "a" / "x.tif", scene(400, 400, SIDE, CELLS))
+    _save(tmp_path / "in" / "b" / "y.png", scene(64, 64, SIDE, [(0, 0)]))
+    where = [str(tmp_path / "in"), str(tmp_path / "set")]
+    code, said = _command("prepare", *where, "--tiles", "32", "--level", "0", "--background", "5", "--jobs", "1")
+    assert code == 0, said
+    assert "2 images in 16 tiles, of 2 classes in 1 shards" in said
+    code, said = _command("stats", str(tmp_path / "set"), "--sheet", str(tmp_path / "sheet.png"))
+    assert "32 x 32 pixels, 4 to 12 per image, 16 in all" in said
+    assert (tmp_path / "sheet.png").exists()
+    code, said = _command("verify", str(tmp_path / "set"), "--deep", "--jobs", "1")
+    assert "2 samples in 1 shards are intact: every image decodes" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--level", "1"], "--level: only tiles have these options; give --tiles SIDE, or leave them out"),
+        (["--background", "3", "--tile-format", "png"], "--background, --tile-format: only tiles have these options"),
+        (["--tiles", "64", "--level", "1", "--downsample", "2"], "--level 1 and --downsample 2 both choose a level"),
+        (["--tiles", "64", "--tile-format", "gif"], "--tile-format 'gif' is not jpg or png"),
+        (["--tiles", "64", "--resize", "99", "--no-decode"], "leave out --resize and --no-decode"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(tmp_path: Path, options: list[str], why: str) -> None:
+    _save(tmp_path / "in" / "a" / "x.png", scene(64, 64, SIDE, [(0, 0)]))
+    code, said = _command("prepare", str(tmp_path / "in"), str(tmp_path / "set"), *options)
+    assert code == 2
+    assert why in said
+    assert not list(tmp_path.glob("*set*"))
 
 
 # ---- what other commands do with such sets

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vimscale.checkpoint.restore import OF_OBJECTIVE
-from vimscale.data.stream import Images, Sample
+from vimscale.data.stream import Sample
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.tiles import Bag
 from vimscale.model.vim import Gather
 from vimscale.recipe.sections import ObjectiveOptions
 from vimscale.storage import own_code
@@ -33,8 +34,8 @@ Question = Literal["loss", "loss_per_sample", "evaluation_sums"]
 class Inputs:
     """A micro-batch on the device."""
 
-    images: Images
-    """fp32 (b, 3, h, w), normalised and augmented; or b of (3, h, w) where shapes may differ (augment.buckets), or b
+    images: Tensor | list[Tensor] | list[Bag]
+    """fp32 (b, 3, h, w), normalised and augmented; or b of (3, h, w) where shapes may differ (augment.buckets); or b
     bags of tiles (model.tiles)
     """
     targets: Tensor
