@@ -56,8 +56,10 @@ class DataError(UserError):
     """A data set is missing, incomplete, or not what its manifest says."""
 
 
-CAUSES = ("image", "pixels", "no image", "no label", "label")
-"""Why a sample cannot be used: its image is damaged or too large, or image or label is missing or unknown."""
+CAUSES = ("image", "pixels", "tiles", "no image", "no label", "label")
+"""Why a sample cannot be used: its image is damaged or too large, its tiles are not what they should be, or image or
+label is missing or unknown.
+"""
 
 
 class BadSample(DataError):

@@ -23,11 +23,14 @@ from ..processes import temporary
 from .arguments import Overrides, RecipeArgument
 
 if TYPE_CHECKING:
+    from vimscale.data.images.cutting import Tiling
     from vimscale.data.shards.manifest import Manifest
 
 data = typer.Typer(help="Make, inspect and repair data sets of tar shards.", no_args_is_help=True)
 
-SetArgument = Annotated[str, typer.Argument(help="A data set: a folder with a manifest.json, or digits:train.")]
+SetArgument = Annotated[
+    str, typer.Argument(help="A data set: a folder with a manifest.json, digits:train or slides:train.")
+]
 ClassesOption = Annotated[
     Path | None, typer.Option("--classes", help="File of class names, one per line, in the order of their labels.")
 ]
@@ -53,7 +56,9 @@ def prepare(
     output: Annotated[
         Path, typer.Argument(help="A new folder. Several splits become one data set each, in subfolders.")
     ],
-    per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
+    per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Samples per shard. Default: 1000, or 8 with --tiles.")
+    ] = None,
     shard_bytes: Annotated[
         str | None, typer.Option(help="Size of a shard, such as 200MB, instead of --per-shard.")
     ] = None,
@@ -64,12 +69,34 @@ def prepare(
         int | None,
         typer.Option(min=1, help="Resize images to a shorter side of this many pixels, if theirs is larger, as JPEGs."),
     ] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of these JPEGs.")] = 90,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of these JPEGs, and of tiles.")] = 90,
     min_size: Annotated[int, typer.Option(min=1, help="Skip images whose shorter side has fewer pixels.")] = 1,
     max_aspect: Annotated[
         float | None, typer.Option(min=1, help="Skip images whose longer side exceeds the shorter one by this factor.")
     ] = None,
     decode: Annotated[bool, typer.Option(help="Decode every image, to skip those that do not decode.")] = True,
+    tiles: Annotated[
+        int | None,
+        typer.Option(
+            min=8, max=4096, help="Cut large images into tiles of this many pixels per side; a sample is a bag of them."
+        ),
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option(min=0, help="Level of a pyramid to cut. Default: 0, the full image.")
+    ] = None,
+    downsample: Annotated[
+        float | None, typer.Option(min=1, help="Cut the level that is smaller by this factor, within 5 %.")
+    ] = None,
+    background: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Leave out tiles whose pixels, all but one in 1,000, differ from the tile's median color by at most"
+            " this much, of 255. 0 keeps all tiles. Default: 10.",
+        ),
+    ] = None,
+    tile_format: Annotated[str | None, typer.Option(help="Format of tiles: jpg (default) or png.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first bad image instead of skipping it.")
     ] = False,
@@ -95,7 +122,23 @@ def prepare(
     from vimscale.prepare.inputs.rows import Columns
     from vimscale.prepare.shapes import Options
 
-    options = Options(per_shard, _size(shard_bytes), seed, shuffle, val, resize, quality, min_size, max_aspect, decode)
+    tiling = _tiling(tiles, level, downsample, background, tile_format, quality)
+    if tiling is not None and (resize is not None or not decode):
+        odd = " and ".join(["--resize"] * (resize is not None) + ["--no-decode"] * (not decode))
+        raise DataError(f"--tiles {tiles} decodes images and cuts them at their own size; leave out {odd}")
+    options = Options(
+        per_shard or (1000 if tiling is None else 8),
+        _size(shard_bytes),
+        seed,
+        shuffle,
+        val,
+        resize,
+        quality,
+        min_size,
+        max_aspect,
+        decode,
+        tiling,
+    )
     columns = Columns(
         image_column, label_column, read_classes(classes) if classes else None, prefix_keys, _extensions(image)
     )
@@ -264,6 +307,9 @@ def _table(manifest: "Manifest") -> Table:
         if text:
             table.add_row(title, text)
     table.add_row("samples", f"{manifest.samples:,}")
+    if (bags := manifest.tiles) is not None:
+        each = f"{bags.least:,}" if bags.least == bags.most else f"{bags.least:,} to {bags.most:,}"
+        table.add_row("tiles", f"{bags.side} x {bags.side} pixels, {each} per image, {bags.total:,} in all")
     table.add_row("shards", f"{len(counts):,} of {min(counts):,} to {max(counts):,} samples, {size / 1e6:,.1f} MB")
     table.add_row("mean, std", " ".join(map(str, manifest.mean)) + ", " + " ".join(map(str, manifest.std)))
     table.add_row("classes", f"{len(manifest.classes):,}")
@@ -332,13 +378,41 @@ def order(
         step = start + number // accumulation
         for ref, key, image in zip(batch.refs, batch.keys, batch.images, strict=True):
             shard = train_set.datasets[ref.source].where(ref.shard)
-            checksum = zlib.crc32(image.contiguous().numpy())
+            checksum = 0
+            for tensor in stream.tensors_of([image]):
+                checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
             print(f"{step}\t{ref.epoch}\t{ref.position}\t{shard}\t{key}\t{checksum:08x}")
+
+
+def _tiling(
+    side: int | None,
+    level: int | None,
+    downsample: float | None,
+    background: int | None,
+    kind: str | None,
+    quality: int,
+) -> "Tiling | None":
+    """Return what --tiles and its options ask for; None without --tiles."""
+    from vimscale.data.images.cutting import Tiling
+
+    given = {"level": level, "downsample": downsample, "background": background, "format": kind}
+    given = {name: value for name, value in given.items() if value is not None}
+    if side is None:
+        if given:
+            names = ", ".join(f"--{name}" for name in given).replace("--format", "--tile-format")
+            raise DataError(f"{names}: only tiles have these options; give --tiles SIDE, or leave them out")
+        return None
+    if level is not None and downsample is not None:
+        raise DataError(f"--level {level} and --downsample {downsample:g} both choose a level; give one of them")
+    if kind not in (None, "jpg", "png"):
+        raise DataError(f"--tile-format {kind!r} is not jpg or png")
+    return Tiling(side, quality=quality, **given)  # type: ignore[arg-type]
 
 
 def _say_written(folder: Path, manifest: "Manifest") -> None:
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    counts = f"{manifest.samples:,} images of {len(manifest.classes):,} classes"
+    what = "images" if manifest.tiles is None else f"images in {manifest.tiles.total:,} tiles,"
+    counts = f"{manifest.samples:,} {what} of {len(manifest.classes):,} classes"
     print(f"{folder}: {counts} in {len(manifest.shards):,} shards, {size:,.1f} MB")
 
 

@@ -59,11 +59,13 @@ def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[
     import torch
 
     from vimscale.data.dataset import Dataset
+    from vimscale.data.images.choice import Choice
     from vimscale.train.evaluate import evaluate
 
     temporary.shorten()
     assert recipe.data.val is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = learner.encoder.config
     learner.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
         return evaluate(
@@ -71,8 +73,9 @@ def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[
             learner.objective,
             Dataset.open(recipe.data.val, recipe.data.cache),
             manifest,
-            size=learner.encoder.config.size,
-            batch=64,
+            size=config.size,
+            choice=Choice.of(config, recipe.data),
+            batch=64 if config.tiles is None else 1,
             device=device,
             workers=recipe.data.workers,
         )

@@ -55,12 +55,17 @@ def check_inputs(recipe: "Recipe", folder: "RunFolder") -> "TrainingSet":
         CheckpointError: the weights, or the checkpoint in `folder`, do not fit.
     """
     from vimscale.data.dataset import Dataset
+    from vimscale.data.images.choice import Choice, check_kind
     from vimscale.data.training_set import TrainingSet
     from vimscale.export import starting
 
     train_set = TrainingSet.open(recipe.data)
+    opened = [*train_set.datasets]
     if recipe.data.val is not None:
-        Dataset.open(recipe.data.val, recipe.data.cache)
+        opened.append(Dataset.open(recipe.data.val, recipe.data.cache))
+    choice = Choice.of(recipe.model.shape(len(train_set.manifest.classes)), recipe.data)
+    for dataset in opened:
+        check_kind(dataset.manifest, choice)
     starting.check(recipe, folder, train_set.manifest)
     return train_set
 

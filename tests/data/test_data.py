@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from tests.support import noise
-from vimscale.data import digits, stream
+from vimscale.data import embedded, stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.shards.manifest import write_set
@@ -408,9 +408,9 @@ def test_the_fingerprint_covers_the_manifest(digits: Path) -> None:
 
 def test_the_cached_set_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = digits.cached()
+    folder = embedded.cached("digits")
     before = (folder / "train" / "00000.tar").stat().st_mtime_ns
-    assert digits.cached() == folder
+    assert embedded.cached("digits") == folder
     assert (folder / "train" / "00000.tar").stat().st_mtime_ns == before
 
 
@@ -425,14 +425,12 @@ def test_the_cached_set_is_written_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_damaged_cached_set_is_written_again(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]
 ) -> None:
-    from vimscale.data import digits as embedded
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shutil.copytree(digits, tmp_path / "vimscale" / f"digits-{embedded._VERSION}")
-    harm(embedded.cached() / "val" / name)
+    shutil.copytree(digits, tmp_path / "vimscale" / "digits-2")
+    harm(embedded.cached("digits") / "val" / name)
     dataset = Dataset.open("digits:val")
     assert dataset.read(1, 5)["png"] == Dataset.open(str(digits / "val")).read(1, 5)["png"]
-    assert sorted(path.name for path in (tmp_path / "vimscale").iterdir()) == [f"digits-{embedded._VERSION}"]
+    assert sorted(path.name for path in (tmp_path / "vimscale").iterdir()) == ["digits-2"]
 
 
 def test_ranks_that_write_the_cached_set_at_the_same_time_all_find_it_complete(tmp_path: Path) -> None:

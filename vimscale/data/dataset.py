@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vimscale.data import embedded
 from vimscale.data.shards.cache import BackgroundFetch, Cache, read_index
 from vimscale.data.shards.manifest import MANIFEST, Manifest
 from vimscale.data.shards.shard_reader import ShardReader
@@ -79,7 +80,7 @@ class Dataset:
         limit = size_bytes(cache)
         if limit is None:
             raise DataError(f"data.cache {cache!r} is not a size; write 500MB, 100GB or 2TB")
-        url = _embedded(source) if source.startswith("digits:") else with_secrets(source)
+        url = _embedded(source) or with_secrets(source)
         store = open_store(url, retry)
         source = shown(source)
         try:
@@ -221,11 +222,10 @@ class Dataset:
         return reader, hit
 
 
-def _embedded(source: str) -> str:
-    from vimscale.data import digits
-
+def _embedded(source: str) -> str | None:
     try:
-        return str(digits.cached() / source.removeprefix("digits:"))
+        folder = embedded.folder_of(source)
+        return None if folder is None else str(folder)
     except OSError as error:
         fix = "set XDG_CACHE_HOME to a writable folder"
         raise DataError(f"data {source}: the embedded set cannot be unpacked ({error}); {fix}") from None

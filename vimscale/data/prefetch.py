@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vimscale.data.images import augment, mix
 from vimscale.data.shards.manifest import Manifest
-from vimscale.data.stream import Batch
+from vimscale.data.stream import Batch, Images, tensors_of
 
 
 class Prefetcher:
@@ -23,7 +23,7 @@ class Prefetcher:
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._waited = 0.0
 
-    def take(self) -> tuple[Tensor | list[Tensor], Tensor, Batch]:
+    def take(self) -> tuple[Images, Tensor, Batch]:
         """Return (images fp32, labels or soft targets, the batch that they come from)."""
         if self._next is None:
             self.ahead()
@@ -32,18 +32,17 @@ class Prefetcher:
         if self._copies is not None:
             now = torch.cuda.current_stream(self._device)
             now.wait_stream(self._copies)
-            images = batch.images if isinstance(batch.images, list) else [batch.images]
-            for tensor in (*images, batch.labels, *batch.views.values()):
+            for tensor in (*tensors_of(batch.images), batch.labels, *batch.views.values()):
                 tensor.record_stream(now)
             if self._idle:
                 self._idle[-1][1].record(now)
         return *self.prepare(batch), batch
 
-    def prepare(self, batch: Batch) -> tuple[Tensor | list[Tensor], Tensor]:
+    def prepare(self, batch: Batch) -> tuple[Images, Tensor]:
         """Return (images fp32, labels or soft targets) of a batch on the device."""
-        if isinstance(batch.images, list):
-            return [augment.normalise(image, self._mean, self._std) for image in batch.images], batch.labels
-        images = augment.normalise(batch.images, self._mean, self._std)
+        images = augment.normalised(batch.images, self._mean, self._std)
+        if isinstance(images, list):
+            return images, batch.labels
         return mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
 
     def ahead(self) -> None:

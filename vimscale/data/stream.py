@@ -28,17 +28,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vimscale.data.dataset import Dataset, Traffic
-from vimscale.data.images import augment, decode, mix, own
+from vimscale.data.images import augment, bags, decode, mix, own
+from vimscale.data.images.choice import Choice, check_kind
 from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, Skipped, generator
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
+from vimscale.model.tiles import Bag
 from vimscale.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """Height and width of a batch's images."""
+Images = Tensor | list[Tensor] | list[Bag]
+"""(b, 3, h, w), or b images (3, h, w) where shapes may differ, or b bags of tiles"""
 _ATTEMPTS = 100
 """Bad samples in a row after which reading a shard fails."""
 
@@ -47,8 +51,8 @@ _ATTEMPTS = 100
 class Sample:
     """A sample as it is decoded, for the views that an objective makes of it."""
 
-    image: Tensor
-    """uint8 (3, h, w), not augmented"""
+    image: Tensor | Bag
+    """uint8 (3, h, w), not augmented; or the bag of tiles that the model gets"""
     label: int
     key: str
     members: dict[str, Any]
@@ -69,8 +73,8 @@ def _no_views(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
 class Batch:
     """One micro-batch of one rank."""
 
-    images: Tensor | list[Tensor]
-    """uint8 (b, 3, h, w), or b images (3, h, w) where shapes may differ"""
+    images: Images
+    """uint8"""
     labels: Tensor
     """int64 (b)"""
     weights: Tensor
@@ -99,9 +103,8 @@ class Batch:
         Raises:
             LaunchError: the tensors do not fit.
         """
-        images = self.images if isinstance(self.images, list) else [self.images]
         host = (self.labels, self.weights, self.erase, self.mix, *self.views.values())
-        tensors = [t for t in (*images, *host) if t is not None]
+        tensors = [t for t in (*tensors_of(self.images), *host) if t is not None]
         try:
             for tensor in tensors:
                 tensor.share_memory_()
@@ -116,18 +119,28 @@ class Batch:
             ) from None
 
     def pin_memory(self) -> "Batch":
-        images = [i.pin_memory() for i in self.images] if isinstance(self.images, list) else self.images.pin_memory()
+        images = mapped(self.images, Tensor.pin_memory)
         views = {name: view.pin_memory() for name, view in self.views.items()}
         return replace(self, images=images, labels=self.labels.pin_memory(), views=views)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy images, labels and views to the device; from pinned memory, without waiting for the copy."""
-        if isinstance(self.images, list):
-            images: Tensor | list[Tensor] = [image.to(device, non_blocking=True) for image in self.images]
-        else:
-            images = self.images.to(device, non_blocking=True)
+        images = mapped(self.images, lambda image: image.to(device, non_blocking=True))
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         return replace(self, images=images, labels=self.labels.to(device, non_blocking=True), views=views)
+
+
+def tensors_of(images: Images) -> list[Tensor]:
+    """List the tensors that a batch's images consist of."""
+    parts = [images] if isinstance(images, Tensor) else images
+    return [tensor for part in parts for tensor in (part if isinstance(part, Bag) else (part,))]
+
+
+def mapped(images: Images, change: Callable[[Tensor], Tensor]) -> Images:
+    """Return images of the same kind, with each tensor changed."""
+    if isinstance(images, Tensor):
+        return change(images)
+    return [Bag(*map(change, each)) if isinstance(each, Bag) else change(each) for each in images]  # type: ignore[return-value]
 
 
 def training(
@@ -148,7 +161,8 @@ def training(
     same.
 
     Raises:
-        DataError: while iterating, if a shard is damaged or unavailable, or none of its samples is usable.
+        DataError: at once, if the model takes bags of tiles and the data are images, or the other way round; while
+            iterating, if a shard is damaged or unavailable, or none of its samples is usable.
         WorkerDied: at any time, if a worker's process has ended.
     """
     source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views)
@@ -156,15 +170,26 @@ def training(
 
 
 def evaluation(
-    dataset: Dataset, *, rank: int, world: int, batch: int, size: Size, workers: int = 0, views: Views = _no_views
+    dataset: Dataset,
+    *,
+    rank: int,
+    world: int,
+    batch: int,
+    size: Size,
+    choice: Choice | None = None,
+    workers: int = 0,
+    views: Views = _no_views,
 ) -> Iterator[Batch]:
     """Yield every sample once over all ranks, unaugmented, in order. `rank` of `world`: those that read different
-    samples, data ranks.
+    samples, data ranks. `choice`: what a model takes that takes bags.
 
     All ranks get the same number of batches, all of the same size. The generator that `views` gets depends on the
     sample's number alone.
+
+    Raises:
+        DataError: the model takes bags of tiles and the data are images, or the other way round.
     """
-    return _batches(_Evaluation(dataset, size, rank, world, batch, views), workers, pin=False)
+    return _batches(_Evaluation(dataset, size, choice, rank, world, batch, views), workers, pin=False)
 
 
 def start_fork_server() -> None:
@@ -269,6 +294,9 @@ class _Training(IterableDataset):
         self.skipped, self.views = skipped, views
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
         self.data_rank, self.world = rank // recipe.parallel.context, world
+        self.choice = Choice.of(config, recipe.data)
+        for dataset in data.datasets:
+            check_kind(dataset.manifest, self.choice)
         self.buckets = augment.buckets(config.size, config.patch_size, recipe.augment.buckets)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
@@ -293,14 +321,18 @@ class _Training(IterableDataset):
     def _batch(self, refs: list[SampleRef], size: Size, last: own.Augmentation | None) -> Batch:
         before = self.data.traffic
         options, seed = self.recipe.augment, self.recipe.seed
-        images, labels, keys, erase, views, bad = [], [], [], [], [], []
+        images: list[Any] = []
+        labels, keys, erase, views, bad = [], [], [], [], []
         for ref in refs:
             raw, image, label, replaced = self._read(ref)
             bad += replaced
             rng = generator(seed, PER_SAMPLE, ref.position)
-            if len(self.buckets) > 1:
-                size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
-            images.append(augment.for_training(image, size, options, rng, last))
+            if isinstance(image, Bag):
+                images.append(image)
+            else:
+                if len(self.buckets) > 1:
+                    size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
+                images.append(augment.for_training(image, size, options, rng, last))
             sample = Sample(image, label, raw["__key__"], raw, size)
             views.append(self.views(sample, generator(seed, PER_VIEW, ref.position)))
             labels.append(label)
@@ -312,7 +344,7 @@ class _Training(IterableDataset):
             for ref in (refs[::2] if options.mixes else ())
         ]
         return Batch(
-            images if len(self.buckets) > 1 else torch.stack(images),
+            torch.stack(images) if self.choice is None and len(self.buckets) == 1 else images,
             torch.tensor(labels),
             torch.ones(len(refs)),
             keys,
@@ -324,19 +356,24 @@ class _Training(IterableDataset):
             self.data.traffic - before,
         )
 
-    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], Tensor, int, list[tuple[str, str]]]:
+    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], Tensor | Bag, int, list[tuple[str, str]]]:
         """Return (members, image, label, bad samples that were tried first).
 
         Another sample of the same shard, drawn by position, replaces a bad one. So every reader of this position
         agrees, and no other shard is needed.
-
         """
+
+        def bag(raw: dict, where: str) -> Bag:
+            assert self.choice is not None
+            rng = generator(self.recipe.seed, PER_SAMPLE, ref.position)
+            return bags.for_training(raw, where, self.choice, self.recipe.augment.flip, rng)
+
         dataset = self.data.datasets[ref.source]
         bad: list[tuple[str, str]] = []
         sample = ref.sample
         while True:
             try:
-                return *_read(dataset, ref.shard, sample), bad
+                return *_read(dataset, ref.shard, sample, None if self.choice is None else bag), bad
             except BadSample as error:
                 bad.append((error.cause, str(error)))
                 if len(bad) == _ATTEMPTS:
@@ -349,9 +386,19 @@ class _Training(IterableDataset):
 
 
 class _Evaluation(IterableDataset):
-    def __init__(self, dataset: Dataset, size: Size, rank: int, world: int, batch: int, views: Views):
+    def __init__(
+        self,
+        dataset: Dataset,
+        size: Size,
+        choice: Choice | None,
+        rank: int,
+        world: int,
+        batch: int,
+        views: Views,
+    ):
+        check_kind(dataset.manifest, choice)
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
-        self.views = views
+        self.choice, self.views = choice, views
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         return _caught(self._batches())
@@ -359,11 +406,17 @@ class _Evaluation(IterableDataset):
     def _batches(self) -> Iterator[Batch]:
         ends = self.source.counts.cumsum()
         total = int(ends[-1])
+        choice = self.choice
+        bag = None if choice is None else partial(bags.for_evaluation, choice=choice)
         rounds = -(-total // (self.batch * self.world))
         for k in _of_this_worker(range(rounds)):
             begin = (k * self.world + self.rank) * self.batch
             before = replace(self.source.traffic)
-            images = torch.zeros(self.batch, 3, *self.size, dtype=torch.uint8)
+            images: Any = (
+                torch.zeros(self.batch, 3, *self.size, dtype=torch.uint8)
+                if choice is None
+                else [bags.blank(choice.side)] * self.batch
+            )
             labels, weights = torch.zeros(self.batch, dtype=torch.int64), torch.zeros(self.batch)
             keys, bad = [""] * self.batch, []
             views: list[dict[str, Tensor] | None] = [None] * self.batch
@@ -371,11 +424,12 @@ class _Evaluation(IterableDataset):
                 shard = int(ends.searchsorted(number, side="right"))
                 sample = number - int(ends[shard]) + int(self.source.counts[shard])
                 try:
-                    raw, image, label = _read(self.source, shard, sample)
+                    raw, image, label = _read(self.source, shard, sample, bag)
                 except BadSample as error:
                     bad.append((error.cause, str(error)))
                     continue
-                images[i], labels[i], keys[i] = augment.for_evaluation(image, self.size), label, raw["__key__"]
+                images[i] = image if isinstance(image, Bag) else augment.for_evaluation(image, self.size)
+                labels[i], keys[i] = label, raw["__key__"]
                 seen = Sample(image, label, keys[i], raw, self.size)
                 views[i] = self.views(seen, generator(0, PER_VIEW, number))
                 weights[i] = 1
@@ -393,15 +447,22 @@ def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in views]) for name in views[0]}
 
 
-def _read(dataset: Dataset, shard: int, sample: int) -> tuple[dict[str, Any], Tensor, int]:
-    """Return (members, image, label) of a sample."""
+def _read(
+    dataset: Dataset, shard: int, sample: int, bag: Callable[[dict, str], Bag] | None = None
+) -> tuple[dict[str, Any], Tensor | Bag, int]:
+    """Return (members, image, label) of a sample. `bag` reads the tiles of a sample; None: samples are images."""
     raw = dataset.read(shard, sample)
-    manifest = dataset.manifest
+    manifest, where = dataset.manifest, dataset.where(shard)
+    image: Tensor | Bag
     try:
-        image, label = decode.decode(raw, dataset.where(shard), len(manifest.classes), manifest.image)
+        if bag is None:
+            image, label = decode.decode(raw, where, len(manifest.classes), manifest.image)
+        else:
+            label = decode.label_of(raw, f"{where}, sample {raw['__key__']}", len(manifest.classes))
+            image = bag(raw, where)
     except BadSample:
         if dataset.recheck(shard):  # a damaged copy in the cache must not change which sample is read
-            return _read(dataset, shard, sample)
+            return _read(dataset, shard, sample, bag)
         raise
     return raw, image, label
 

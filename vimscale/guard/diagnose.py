@@ -16,6 +16,7 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.guard import report as guard_report
 from vimscale.guard.judge import Micro, Record, Seen
+from vimscale.model.tiles import Bag
 from vimscale.runtime import distributed
 from vimscale.runtime.run_folder import RunFolder
 
@@ -136,10 +137,11 @@ def _tensors(micros: list[Micro]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part, micro in enumerate(micros):
         batch = micro.batch
-        if isinstance(batch.images, list):
-            tensors |= {f"{part}/images/{i}": image for i, image in enumerate(batch.images)}
-        else:
-            tensors |= {f"{part}/images/{i}": image for i, image in enumerate(batch.images.unbind())}
+        for i, image in enumerate(batch.images):
+            if isinstance(image, Bag):
+                tensors |= {f"{part}/images/{i}": image.tiles, f"{part}/at/{i}": image.at}
+            else:
+                tensors[f"{part}/images/{i}"] = image
         others = {"labels": batch.labels, "erase": batch.erase, "mix": batch.mix, "draws": micro.draws}
         others |= {f"views/{name}": view for name, view in batch.views.items()}
         tensors |= {f"{part}/{name}": tensor for name, tensor in others.items() if tensor is not None}

@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimscale.data.images.bags import overview
 from vimscale.errors import CheckpointError, shortened
+from vimscale.model.tiles import Bag
 from vimscale.runtime import run_folder
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files, untrusted
@@ -117,7 +119,7 @@ def folder_of(folder: RunFolder, step: int, rollbacks: int) -> Path:
 
 def read(folder: RunFolder, step: int | None = None) -> tuple[Path, dict[str, Any], list[Tensor]]:
     """(folder, report, images (3, h, w) uint8 in the order of its samples) of the newest report of `step`; default: of
-    the newest report.
+    the newest report. Of a bag of tiles, the image is an overview.
 
     Raises:
         CheckpointError: there is no such report, or it cannot be read.
@@ -142,5 +144,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     for sample in report["samples"]:
         part = sample["rank"], sample["part"]
         number = counted[part] = counted.get(part, -1) + 1
-        images.append(files[sample["rank"]][f"{sample['part']}/images/{number}"])
+        tensors = files[sample["rank"]]
+        image = tensors[f"{sample['part']}/images/{number}"]
+        images.append(image if image.ndim == 3 else overview(Bag(image, tensors[f"{sample['part']}/at/{number}"])))
     return report, images

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimscale.data.images import decode
+from vimscale.data.images import bags, decode
 from vimscale.data.shards.cache import local_copy
 from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, checked_name, sha256_of, write_file, write_index
 from vimscale.data.shards.tar import hidden
@@ -20,13 +20,15 @@ from vimscale.prepare.index import Sample, scan
 from vimscale.prepare.inputs import members
 from vimscale.prepare.inputs.classes import check_dense
 from vimscale.prepare.inputs.sources import braces, expand, ignored_files, without_images
-from vimscale.prepare.tally import Tally
+from vimscale.prepare.tally import Tally, counts_of
 from vimscale.storage.addresses import secret
 
 _log = logging.getLogger(__name__)
 
 MEASURED = 2000
 """Approximate number of images for mean and std; each shard contributes the same number."""
+MEASURED_TILES = 256
+"""Largest number of tiles of such an image."""
 _READ = (*decode.EXTENSIONS, "jpe", "jfif")
 """Last parts of the extensions of images that training reads."""
 
@@ -49,6 +51,8 @@ class Found:
     """Messages about images that cannot be read."""
     ignored: tuple[str, ...]
     """Files that belong to no sample."""
+    side: int | None
+    """Of the tiles in pixels, if the samples are bags."""
 
 
 def index(
@@ -105,6 +109,12 @@ def index(
         _log.warning("%s: %s", folder, without_images(empty, len(names)))
     if ignored := [name for part in parts for name in part.ignored]:
         _log.warning("%s: %s", folder, ignored_files(ignored))
+    sides = {part.side: part.shard.name for part in parts}
+    if len(sides) > 1:
+        (side, name), (other, odd), *_ = sides.items()
+        raise DataError(
+            f"index {patterns[0]}: {name} holds {_kind(side)}, and {odd} {_kind(other)}; make a set of each"
+        )
     if not tally.measured:
         raise DataError(f"index {patterns[0]}: no image could be decoded: {parts[0].unread[0]}")
     mean, std = tally.normalisation()
@@ -120,6 +130,7 @@ def index(
         labels=tally.label_counts(len(names)),
         sides=tally.side_counts(),
         image=image,
+        tiles=tally.bags(next(iter(sides))),
     )
     write_file(folder / MANIFEST, manifest.to_json().encode())
     return folder, manifest, [message for part in parts for message in part.unread]
@@ -139,12 +150,16 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
         others = f" ({ignored_files(found.ignored)})" if found.ignored else ""
         raise DataError(f"{tar.where} holds no samples{others}; leave it out")
     tally, unread = Tally(), []
+    side = None
     stride = -(-len(found.samples) // quota)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for i, sample in enumerate(found.samples):
             where = f"{tar.where}, offset {sample.start}, sample {sample.key}"
             label = _label(descriptor, sample, where, classes)
+            if bags.is_bag(found.samples[0].members):
+                side = _count_bag(descriptor, sample, where, side, tally, label, measure=i % stride == 0)
+                continue
             offset, size = _image(sample, where, image)
             data = os.pread(descriptor, size, offset)
             try:
@@ -158,7 +173,37 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
     finally:
         os.close(descriptor)
     shard = Shard(tar.name, len(found.samples), path.stat().st_size, sha256_of(path))
-    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.ignored))
+    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.ignored), side)
+
+
+def _count_bag(
+    descriptor: int, sample: Sample, where: str, side: int | None, tally: Tally, label: int, *, measure: bool
+) -> int:
+    """Count a bag of tiles; `measure` the pixels of some of them. Return the tiles' side.
+
+    Raises:
+        DataError: it is not a bag, its tiles have another side than `side`, or one of those measured is damaged.
+    """
+    read = {name: os.pread(descriptor, size, at) for name, (at, size) in sample.members.items() if name == bags.MEMBER}
+    try:
+        found = bags.stored(dict.fromkeys(sample.members, b"") | read, where, side)
+        tally.count(label, *found.cut.size)
+        tally.tiles[len(found.names)] += 1
+        if measure:
+            chosen = bags.spread(len(found.names), MEASURED_TILES)
+            names = found.names if chosen is None else [found.names[i] for i in chosen]
+            members = {name: sample.members[name] for name in names}
+            tiles = {name: os.pread(descriptor, size, at) for name, (at, size) in members.items()}
+            counts = sum(counts_of(tile) for tile in bags.images(tiles, found, where, chosen))
+            assert not isinstance(counts, int), "a bag has tiles"
+            tally.measure_counts(counts)
+    except BadSample as error:
+        raise DataError(f"{error}; leave the sample out") from None
+    return found.cut.side
+
+
+def _kind(side: int | None) -> str:
+    return "images" if side is None else f"bags of tiles of {side} pixels"
 
 
 def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
@@ -186,6 +231,8 @@ def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> 
 
 
 def _image(sample: Sample, where: str, image: tuple[str, ...]) -> tuple[int, int]:
+    if bags.is_bag(sample.members):
+        raise DataError(f"{where}: a bag of tiles among images; make a set of each")
     found = members.image_of(sample.members, image, where)
     if found is None or not (image or found in decode.EXTENSIONS):
         known = ", ".join(image or decode.EXTENSIONS)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vimscale.data.images.cutting import Tiling, cut
 from vimscale.data.shards.manifest import (
     MANIFEST,
     Manifest,
@@ -34,10 +35,10 @@ from vimscale.data.shards.manifest import (
     write_shard,
 )
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare import pool
+from vimscale.prepare import large, pool
 from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.inputs.sources import Entry, Input, open_input
-from vimscale.prepare.shapes import Options, shape
+from vimscale.prepare.shapes import Options, check_size, shape
 from vimscale.prepare.tally import Tally
 from vimscale.storage import untrusted
 
@@ -92,7 +93,8 @@ def prepare(
             for split in dict.fromkeys(job.split for job in plan):
                 own = [record for job, record in zip(plan, records, strict=True) if job.split == split]
                 name = f"{output.name}-{split}" if split else output.name
-                written[split] = _manifest(name, content, own, digest, origin, licence)
+                side = None if options.tiles is None else options.tiles.side
+                written[split] = _manifest(name, content, own, digest, origin, licence, side)
                 skipped[split] = [row for record in own for row in record["skipped"]]
             training = next(iter(written.values()))
             for split, manifest in written.items():
@@ -211,7 +213,10 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
 def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[str, ...]) -> str:
     """sha256 of everything that determines the set, except the bytes of the images."""
     digest = hashlib.sha256()
-    for line in (dataclasses.asdict(options), content.classes, about):
+    given = dataclasses.asdict(options)
+    if options.tiles is None:  # older versions had no such option, and their sets are continued
+        del given["tiles"]
+    for line in (given, content.classes, about):
         digest.update(json.dumps(line).encode() + b"\n")
     for job in plan:
         digest.update(f"{job.name}\n".encode())
@@ -313,6 +318,8 @@ class _Worker:
     def _sample(self, entry: Entry, measure: bool, tally: Tally) -> dict[str, Any]:
         where = self._input.reader.where(entry.location)
         try:
+            if self._options.tiles is not None:
+                return self._bag(entry, where, self._options.tiles, measure, tally)
             members = self._input.reader.read(entry.location)
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = getattr(error, "strerror", None) or error
@@ -326,6 +333,17 @@ class _Worker:
         if measure and image is not None:
             tally.measure(image)
         return {"__key__": entry.key, **members, extension: data, "cls": str(entry.label).encode()}
+
+    def _bag(self, entry: Entry, where: str, tiling: Tiling, measure: bool, tally: Tally) -> dict[str, Any]:
+        name = f"{where}, sample {entry.key}"
+        with large.opened(self._input.reader, entry.location, name, tiling) as (level, others):
+            check_size(level.height, level.width, name, self._options)
+            members, counts = cut(level, tiling, name)
+        tally.count(entry.label, level.height, level.width)
+        tally.tiles[len(members) - 1] += 1
+        if measure:
+            tally.measure_counts(counts)
+        return {"__key__": entry.key, **others, **members, "cls": str(entry.label).encode()}
 
 
 def _strict_error(message: str) -> DataError:
@@ -356,7 +374,7 @@ def _finish(folder: Path, manifest: Manifest, skipped: list[dict[str, str]]) -> 
 
 
 def _manifest(
-    name: str, content: Input, records: list[dict[str, Any]], plan: str, origin: str, licence: str
+    name: str, content: Input, records: list[dict[str, Any]], plan: str, origin: str, licence: str, side: int | None
 ) -> Manifest:
     shards = tuple(Shard(**record["shard"]) for record in records if record["shard"] is not None)
     skipped = [row for record in records for row in record["skipped"]]
@@ -379,4 +397,5 @@ def _manifest(
         sides=tally.side_counts(),
         skipped=tally.skipped_counts(),
         plan=plan,
+        tiles=tally.bags(side),
     )

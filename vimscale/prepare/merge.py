@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vimscale.data.shards.manifest import (
     MANIFEST,
+    Bags,
     Manifest,
     Shard,
     index_of,
@@ -65,6 +66,13 @@ def _check(sets: list[Located]) -> None:
                 f"data {one.folder}: its images are {own}, not {other} as in {first.folder}; prepare a set from its"
                 " tars with `vimscale data prepare`, and merge that"
             )
+        sides = [part.manifest.tiles.side if part.manifest.tiles else None for part in (one, first)]
+        if sides[0] != sides[1]:
+            own, other = (f"bags of {side}-pixel tiles" if side else "images" for side in sides)
+            raise DataError(
+                f"data {one.folder}: its samples are {own}, not {other} as in {first.folder}; prepare one of the sets"
+                " again with the other's --tiles"
+            )
         for shard in one.manifest.shards:
             name = str(one.tar(shard))
             for path, size in ((one.tar(shard), shard.bytes), (one.index(shard), shard.index_bytes)):
@@ -110,4 +118,12 @@ def _merged(name: str, parts: list[Manifest], shards: tuple[Shard, ...]) -> Mani
         sides=tally.side_counts() if all(part.sides for part in parts) else {},
         skipped=tally.skipped_counts(),
         image=parts[0].image,
+        tiles=_tiles([part.tiles for part in parts if part.tiles]),
     )
+
+
+def _tiles(parts: list[Bags]) -> Bags | None:
+    if not parts:
+        return None
+    least, most = min(part.least for part in parts), max(part.most for part in parts)
+    return Bags(parts[0].side, least, most, sum(part.total for part in parts))

@@ -12,9 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vimscale.data.images import decode
+from vimscale.data.images.cutting import Tiling, encoded
 from vimscale.errors import BadSample
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The only formats that Pillow may try: some of its other readers start programs."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that are kept as they are."""
@@ -43,6 +44,8 @@ class Options:
     max_aspect: float | None = None
     decode: bool = True
     """Whether to decode every image, to find damaged ones."""
+    tiles: Tiling | None = None
+    """If set, images become bags of tiles."""
 
 
 def shape(
@@ -57,11 +60,8 @@ def shape(
     """
     name = f"{where}, sample {key}"
     kind, height, width = header(data, name)
-    short, long = sorted((height, width))
-    if short < options.min_size:
-        raise BadSample("small", f"{name}: {height} x {width} pixels, but --min-size is {options.min_size}")
-    if options.max_aspect is not None and long > options.max_aspect * short:
-        raise BadSample("aspect", f"{name}: {height} x {width} pixels, but --max-aspect is {options.max_aspect:g}")
+    check_size(height, width, name, options)
+    short = min(height, width)
     shrink = options.resize is not None and short > options.resize
     if kind in _EXTENSIONS and not shrink and not measure and not options.decode:
         return _EXTENSIONS[kind], data, height, width, None
@@ -76,6 +76,19 @@ def shape(
             raise BadSample("image", f"{name}: it cannot be shrunk: {error}") from None
         height, width = image.shape[1:]
     return _EXTENSIONS[kind], data, height, width, image
+
+
+def check_size(height: int, width: int, name: str, options: Options) -> None:
+    """Check an image's size.
+
+    Raises:
+        BadSample: it violates the options.
+    """
+    short, long = sorted((height, width))
+    if short < options.min_size:
+        raise BadSample("small", f"{name}: {height} x {width} pixels, but --min-size is {options.min_size}")
+    if options.max_aspect is not None and long > options.max_aspect * short:
+        raise BadSample("aspect", f"{name}: {height} x {width} pixels, but --max-aspect is {options.max_aspect:g}")
 
 
 def header(data: bytes, where: str) -> tuple[str, int, int]:
@@ -107,7 +120,7 @@ def _stored_size(data: bytes) -> tuple[str, int, int]:
     with decode.damage(), warnings.catch_warnings(action="ignore"):
         try:
             decode.check_parts(data)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return image.format or "", image.height, image.width
         except UnidentifiedImageError:  # its message names the buffer object
             raise ValueError(f"no known image format begins with {data[:12]!r}") from None
@@ -129,10 +142,10 @@ def _as_png(data: bytes, where: str) -> bytes:
         _naming(where),
         decode.damage(),
         warnings.catch_warnings(action="ignore"),
-        Image.open(io.BytesIO(data), formats=_FORMATS) as image,
+        Image.open(io.BytesIO(data), formats=FORMATS) as image,
     ):
         kept = decode.eight_bits(image)
-        return _saved(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
+        return encoded(kept if kept.mode in _PNG_MODES else decode.rgb(kept), "PNG")
 
 
 def _shrink(image: Tensor, side: int, quality: int) -> tuple[str, bytes, Tensor]:
@@ -142,11 +155,5 @@ def _shrink(image: Tensor, side: int, quality: int) -> tuple[str, bytes, Tensor]
     size = (max(round(width * scale), side), max(round(height * scale), side))
     pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     kind = "JPEG" if max(size) <= _JPEG_SIDE else "PNG"
-    data = _saved(pixels, kind, quality=quality)
+    data = encoded(pixels, kind, quality=quality)
     return kind, data, torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
-def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vimscale.data.shards.manifest import Manifest
+from vimscale.data.shards.manifest import Bags, Manifest
 
 SIDES = (1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 """Lower edges of the bins of the histogram of shorter sides."""
@@ -21,6 +21,8 @@ class Tally:
     labels: Counter[int] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    tiles: Counter[int] = field(default_factory=Counter)
+    """Bags, by their number of tiles."""
     measured: int = 0
     """Images whose pixels were measured. Each has the same weight, whatever its size."""
     means: list[float] = field(default_factory=lambda: [0.0] * 3)
@@ -32,11 +34,16 @@ class Tally:
 
     def measure(self, image: Tensor) -> None:
         """Add the pixels of an image, uint8 (3, h, w)."""
-        pixels = image.numpy().reshape(3, -1).astype(np.float64)  # sums of integers, so exact in any order
+        self.measure_counts(counts_of(image))
+
+    def measure_counts(self, counts: np.ndarray) -> None:
+        """Add the pixels of an image of which each value occurs `counts` times, int64 (3, 256)."""
+        levels = np.arange(256)  # sums of integers are exact in any order
         self.measured += 1
-        for channel in range(3):
-            self.means[channel] += float(pixels[channel].sum()) / pixels.shape[1] / 255
-            self.squares[channel] += float((pixels[channel] ** 2).sum()) / pixels.shape[1] / 255**2
+        for channel, count in enumerate(counts):
+            pixels = int(count.sum())
+            self.means[channel] += float(count @ levels) / pixels / 255
+            self.squares[channel] += float(count @ levels**2) / pixels / 255**2
 
     @classmethod
     def sum(cls, parts: Iterable["Tally"]) -> "Tally":
@@ -46,6 +53,7 @@ class Tally:
             total.labels += part.labels
             total.sides += part.sides
             total.skipped += part.skipped
+            total.tiles += part.tiles
             total.measured += part.measured
             total.means = [a + b for a, b in zip(total.means, part.means, strict=True)]
             total.squares = [a + b for a, b in zip(total.squares, part.squares, strict=True)]
@@ -56,6 +64,7 @@ class Tally:
             "labels": sorted(self.labels.items()),
             "sides": sorted(self.sides.items()),
             "skipped": sorted(self.skipped.items()),
+            "tiles": sorted(self.tiles.items()),
             "measured": self.measured,
             "means": self.means,
             "squares": self.squares,
@@ -64,7 +73,8 @@ class Tally:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "Tally":
         labels, sides, skipped = (Counter(dict(tree[key])) for key in ("labels", "sides", "skipped"))
-        return cls(labels, sides, skipped, tree["measured"], tree["means"], tree["squares"])
+        tiles = Counter(dict(tree.get("tiles", ())))  # an older version may have written the record
+        return cls(labels, sides, skipped, tiles, tree["measured"], tree["means"], tree["squares"])
 
     def label_counts(self, classes: int) -> tuple[int, ...]:
         return tuple(self.labels[label] for label in range(classes))
@@ -75,6 +85,13 @@ class Tally:
             return {}
         first, last = min(self.sides), max(self.sides)
         return {str(edge): self.sides[edge] for edge in sorted({*SIDES, *self.sides}) if first <= edge <= last}
+
+    def bags(self, side: int | None) -> Bags | None:
+        """Return `Manifest.tiles` of bags whose tiles have this side; None if there are no bags."""
+        if side is None or not self.tiles:
+            return None
+        total = sum(tiles * count for tiles, count in self.tiles.items())
+        return Bags(side, min(self.tiles), max(self.tiles), total)
 
     def skipped_counts(self) -> dict[str, int]:
         return dict(sorted(self.skipped.items()))
@@ -87,6 +104,11 @@ class Tally:
         # images of one flat colour would be divided by zero
         x, y, z = (max(round(value, 4), 0.001) for value in std)
         return (r, g, b), (x, y, z)
+
+
+def counts_of(image: Tensor) -> np.ndarray:
+    """Count how often each value occurs in an image, uint8 (3, h, w) -> int64 (3, 256)."""
+    return np.stack([np.bincount(channel, minlength=256) for channel in image.numpy().reshape(3, -1)])
 
 
 def sides_text(manifest: Manifest) -> list[tuple[str, int]]:

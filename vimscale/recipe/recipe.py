@@ -122,6 +122,34 @@ class Recipe(Section):
             raise ValueError("\n".join(faults))
         return self
 
+    def _tile_faults(self) -> Iterator[str]:
+        """What cannot be done with bags of tiles, or without them."""
+        config, most = self.model.shape(classes=1), self.data.max_tiles
+        if config.tiles is None:
+            if most is not None:
+                yield f"data.max_tiles {most}: the model takes images; set model.tiles, or leave it out"
+            return
+        if most is not None:
+            try:
+                config.with_bag_size(most)
+            except ValueError as error:
+                yield f"data.max_tiles {most}: {error}"
+        elif size_bytes(self.parallel.recompute) is not None:
+            yield (
+                f"parallel.recompute {self.parallel.recompute}: what bags of any length keep has no limit; set"
+                " data.max_tiles, or use scan or block"
+            )
+        plain = Augment(crop_min=1, flip=self.augment.flip, repeats=self.augment.repeats)
+        set_up = self.augment.model_dump()
+        odd = [key for key, value in plain.model_dump().items() if set_up[key] != value and key != "aspect_max"]
+        if odd:
+            fixes = ["set crop_min: 1"] * ("crop_min" in odd)
+            others = [key for key in odd if key != "crop_min"]
+            fixes += [f"leave out {', '.join(others)}"] * bool(others)
+            yield f"augment: bags of tiles (model.tiles) can only be flipped and repeated; {' and '.join(fixes)}"
+        if any(phase.image_size is not None for phase in self.phases):
+            yield "phases: tiles (model.tiles) keep their size; leave image_size out"
+
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)
         for phase in self.phases:
@@ -145,21 +173,6 @@ class Recipe(Section):
             sizes.setdefault(self.size_at(phase.step, config.size), f"phase at step {phase.step}: image_size")
         for fault in stretch.faults(config, self.parallel.context, sizes):
             yield f"{key}: {fault}"
-
-    def _tile_faults(self) -> Iterator[str]:
-        config, most = self.model.shape(classes=1), self.data.max_tiles
-        if config.tiles is None:
-            return
-        if most is not None:
-            try:
-                config.with_bag_size(most)
-            except ValueError as error:
-                yield f"data.max_tiles {most}: {error}"
-        elif size_bytes(self.parallel.recompute) is not None:
-            yield (
-                f"parallel.recompute {self.parallel.recompute}: what bags of any length keep has no limit; set"
-                " data.max_tiles, or use scan or block"
-            )
 
     def largest(self, config: VimConfig) -> VimConfig:
         """Return the config of the run's model with the size of its largest bags, for counts of memory and work;

@@ -61,7 +61,8 @@ class Reweight(Section):
 
 
 class Data(Section):
-    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
+    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train,
+    slides:train)."""
 
     train: Annotated[Annotated[Address, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], Either]
     """One data set, or a mixture of several."""

@@ -11,7 +11,8 @@ from vimscale.checkpoint.load import BUFFER, Reader
 from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.images.augment import normalise
+from vimscale.data.images.augment import normalised
+from vimscale.data.images.choice import Choice
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, DataError, RunFailed
 from vimscale.objectives.base import Inputs, Learner, Objective
@@ -32,6 +33,7 @@ def evaluate(
     manifest: Manifest,
     *,
     size: tuple[int, int],
+    choice: Choice | None,
     batch: int,
     device: torch.device,
     rank: int = 0,
@@ -41,7 +43,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model. `manifest`: the training
     set's, for its mean and std. Groups of `context` of the `world` ranks read the same images. All ranks call `sums_of`
-    equally often, so it may communicate. Images that cannot be read are left out, and the log names them.
+    equally often, so it may communicate. Images that cannot be read are left out, and the log names them. `choice`:
+    what a model takes that takes bags of tiles.
 
     Raises:
         DataError: the data set has other classes than the model was trained on, or none of its images can be read.
@@ -59,6 +62,7 @@ def evaluate(
         world=world // context,
         batch=batch,
         size=size,
+        choice=choice,
         workers=workers,
         views=objective.views,
     )
@@ -69,8 +73,7 @@ def evaluate(
             for _, description in part.bad:
                 log.warning("not evaluated: %s", description)
             part = part.to(device)
-            assert isinstance(part.images, Tensor)
-            images = normalise(part.images, mean, std)
+            images = normalised(part.images, mean, std)
             sums = sums + sums_of(Inputs(images, part.labels, part.views, weights=part.weights.to(device)))
     sums = distributed.total_of_groups(sums, context)
     if not sums[0]:

@@ -13,6 +13,7 @@ from vimscale.checkpoint.mirror import CheckpointStore, open_mirror
 from vimscale.checkpoint.save import Saver
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
+from vimscale.data.images.choice import Choice
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import recompute
@@ -130,6 +131,7 @@ class Run:
                 self.val_set,
                 self.train_set.manifest,
                 size=config.size,
+                choice=Choice.of(config, self.recipe.data),
                 batch=self.recipe.micro_batch(spec.world).size,
                 device=engine.device,
                 rank=spec.rank,

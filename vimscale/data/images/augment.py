@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimscale.data.images import own, policies
+from vimscale.model.tiles import Bag
 from vimscale.recipe.sections import Augment
 
 Size = tuple[int, int]
@@ -94,6 +96,16 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
         return image
     # antialiased bicubic on uint8: within 2/255 of Pillow's
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+
+
+def normalised(images: Tensor | list[Tensor] | list[Bag], mean: Tensor, std: Tensor) -> Any:
+    """Normalise a batch's images, of any of these kinds: uint8 -> the same kind in fp32. Corners of tiles stay."""
+    if isinstance(images, Tensor):
+        return normalise(images, mean, std)
+    return [
+        Bag(normalise(each.tiles, mean, std), each.at) if isinstance(each, Bag) else normalise(each, mean, std)
+        for each in images
+    ]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

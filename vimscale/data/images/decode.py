@@ -72,6 +72,19 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
     if data is None:
         known = ", ".join(image or EXTENSIONS)
         raise BadSample("no image", f"{where}: no image among its members; known extensions: {known}")
+    label = label_of(sample, where, classes)
+    try:
+        return pixels(data), label
+    except BadSample as error:
+        raise BadSample(error.cause, f"{where}: {error}") from None
+
+
+def label_of(sample: dict, where: str, classes: int) -> int:
+    """Return the label of a webdataset sample, its `cls`.
+
+    Raises:
+        BadSample: "no label" if there is none, "label" if it is not below `classes`; names `where`.
+    """
     label = whole_number(sample.get("cls", b"").decode("utf-8", "replace"))
     if label is None:
         raise BadSample("no label", f"{where}: no whole number in a member .cls, the label")
@@ -79,10 +92,7 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
         raise BadSample(
             "label", f"{where}: label {brief(label)} is not one of the {classes} classes, 0 to {classes - 1}"
         )
-    try:
-        return pixels(data), label
-    except BadSample as error:
-        raise BadSample(error.cause, f"{where}: {error}") from None
+    return label
 
 
 def whole_number(text: str) -> int | None:

@@ -44,6 +44,18 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Bags:
+    """The tiles of a set whose samples are large images, cut into tiles."""
+
+    side: int
+    """Of a tile, in pixels."""
+    least: int
+    """Fewest tiles of an image."""
+    most: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a data set consists of. It is written last: a folder without one is not a data set."""
 
@@ -67,6 +79,8 @@ class Manifest:
     """sha256 of what the set was made from and how: the same plan gives the same bytes."""
     image: tuple[str, ...] = ()
     """Extensions of the image among a sample's members, first match first; empty: the usual ones."""
+    tiles: Bags | None = None
+    """If set, each sample is a bag of tiles of one large image, see `data.images.bags`."""
     format: int = FORMAT
     samples: int = field(init=False)
 
@@ -75,8 +89,9 @@ class Manifest:
 
     def to_json(self) -> str:
         tree = asdict(self)
-        if not self.image:  # older manifests have no such key, and must keep their fingerprints
-            del tree["image"]
+        for key in ("image", "tiles"):  # older manifests have no such keys, and must keep their fingerprints
+            if not tree[key]:
+                del tree[key]
         return json.dumps(tree, indent=1) + "\n"
 
     @property
@@ -125,6 +140,10 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{shard.name} cannot hold {shard.samples:,} samples in {shard.bytes:,} bytes")
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             raise ValueError(f"{shard.name} has {brief(shard.sha256)} as its sha256")
+    if (bags := manifest.tiles) is not None and not (
+        bags.side > 0 and 0 < bags.least <= bags.most and manifest.samples <= bags.total <= bags.most * manifest.samples
+    ):
+        raise ValueError(f"tiles is {asdict(bags)}, for {manifest.samples:,} images")
     if any(value <= 0 for value in manifest.std):
         raise ValueError(f"std is {list(manifest.std)}, and must be positive: images are divided by it")
     if manifest.labels and (len(manifest.labels) != len(manifest.classes) or min(manifest.labels) < 0):
@@ -169,6 +188,7 @@ def write_set(
     std: tuple[float, float, float],
     source: str,
     licence: str,
+    tiles: Bags | None = None,
 ) -> Manifest:
     """Write webdataset samples (`__key__`; bytes or a number by extension) as shards.
 
@@ -186,7 +206,7 @@ def write_set(
             shards.append(write_shard(partial / shard_name(len(shards)), batch))
             counts.update(int(sample["cls"]) for sample in batch)
         labels = tuple(counts[label] for label in range(len(classes)))
-        manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels)
+        manifest = Manifest(name, classes, tuple(shards), mean, std, source, licence, labels=labels, tiles=tiles)
         write_file(partial / MANIFEST, manifest.to_json().encode())
     return manifest
 

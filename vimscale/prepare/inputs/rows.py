@@ -11,7 +11,12 @@ from vimscale.errors import BadSample, DataError, brief, kind_of
 from vimscale.prepare.inputs.classes import Label, suggestion
 from vimscale.storage import untrusted
 
-IMAGE_FILES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
+_SLIDES = ("svs", "ndpi", "scn", "qptiff", "btf", "tf8")
+"""TIFF files of scanners, and BigTIFF."""
+IMAGE_FILES = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
+    *_SLIDES,
+)
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")
 _IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "filepath", "file_name", "image_path", "jpg")
 

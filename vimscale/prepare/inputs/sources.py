@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vimscale.data.images import decode
+from vimscale.data.images import bags, decode
 from vimscale.data.shards.tar import hidden, split_name
 from vimscale.errors import DataError
 from vimscale.prepare.index import scan
@@ -300,6 +300,11 @@ def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
             for sample in found.samples:
                 for key, parts in members.samples_of(sample):
                     where = f"{path}, sample {key}"
+                    if bags.is_bag(parts):
+                        raise DataError(
+                            f"input {where}: it is a bag of tiles already; `vimscale data index` and `merge` take such"
+                            " tars, and `prepare --tiles` cuts the images that they were made from"
+                        )
                     label, parts = _tar_label(file.fileno(), parts, columns, where)
                     image = members.image_of(parts, columns.members, f"input {where}")
                     key = f"{path.stem}/{key}" if columns.prefix_keys else key

@@ -4,14 +4,17 @@ import os
 import shlex
 from bisect import bisect
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vimscale.data.images import augment, decode, own
+from vimscale.data.images import augment, bags, decode, own
+from vimscale.data.images.choice import Choice, check_kind
 from vimscale.data.order import generator
+from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import BadSample, DataError
 from vimscale.prepare.index import scan
 from vimscale.prepare.inspection.inspect import Located, read
@@ -20,6 +23,8 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Augment
 
 ROWS, DRAWS = 6, 5
+_MOST_TILES = 4096
+"""Most tiles of an image that are drawn."""
 _LETTERS = 300
 """Longest text of a line; no sheet is wide enough for more."""
 _SIDE, _GAP, _MARGIN, _TEXT, _HEAD = 192, 12, 32, 22, 68
@@ -32,27 +37,40 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
     Raises:
         DataError: none of the chosen samples can be decoded.
     """
-    rule = Augment() if recipe is None else recipe.augment
+    tiles = located.manifest.tiles
+    rule = Augment(crop_min=0.08 if tiles is None else 1) if recipe is None else recipe.augment
     last = own.build(rule.own)
-    size = (224, 224) if recipe is None else recipe.model.shape(len(located.manifest.classes)).size
+    config = None if recipe is None else recipe.model.shape(len(located.manifest.classes))
+    size = (224, 224) if config is None else config.size
+    choice = None
+    if recipe is not None and config is not None:
+        choice = Choice.of(config, recipe.data)
+        check_kind(located.manifest, choice)
+    elif tiles is not None:
+        choice = Choice(tiles.side)
     samples = _samples(located, seed)
     columns = 1 + DRAWS
     width = 2 * _MARGIN + columns * _SIDE + DRAWS * _GAP + _GAP
     height = _HEAD + 2 * _MARGIN + len(samples) * (_SIDE + _TEXT + _GAP) - _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    _head(pen, located, rule, size, width)
-    for row, (key, image, label) in enumerate(samples):
+    what = f"{size[1]} x {size[0]}" if choice is None else f"tiles of {choice.side}"
+    _head(pen, located, rule, what, width)
+    for row, (raw, image, label, extent) in enumerate(samples):
         top = _HEAD + _MARGIN + row * (_SIDE + _TEXT + _GAP)
         _paste(sheet, image, _MARGIN, top)
         for turn in range(DRAWS):
             rng = generator(seed, row, turn)
-            drawn = augment.for_training(image, size, rule, rng, last)
+            if choice is None:
+                drawn = augment.for_training(image, size, rule, rng, last)
+            else:
+                fewer = replace(choice, most=min(choice.most or _MOST_TILES, _MOST_TILES))
+                drawn = bags.overview(bags.for_training(raw, "", fewer, rule.flip, rng), extent)
             _paste(sheet, drawn, _MARGIN + (turn + 1) * (_SIDE + _GAP) + _GAP, top)
         name = located.manifest.classes[label]
-        pixels = f"{image.shape[2]} x {image.shape[1]}"
+        pixels = f"{extent[1]:,} x {extent[0]:,}" if choice else f"{extent[1]} x {extent[0]}"
         _text(pen, (_MARGIN, top + _SIDE + 5), f"{name}", 13, _INK, _SIDE + _GAP)
-        about = f"{key}   {pixels}   label {label}"
+        about = f"{raw['__key__']}   {pixels}   label {label}"
         _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top + _SIDE + 5), about, 13, _GREY, width - _SIDE - 3 * _MARGIN)
     return sheet
 
@@ -75,27 +93,25 @@ def grid(title: str, about: str, samples: Sequence[tuple[Tensor, str, str]], col
     return sheet
 
 
-def _samples(located: Located, seed: int) -> list[tuple[str, Tensor, int]]:
-    """Choose one (key, image (3, h, w), label) per row, of as many classes as possible."""
+def _samples(located: Located, seed: int) -> list[tuple[dict, Tensor, int, tuple[int, int]]]:
+    """Choose one (members, image (3, h, w), label, height and width) per row, of as many classes as possible."""
     rng = generator(seed, 0, 0)
     manifest = located.manifest
-    found: list[tuple[str, Tensor, int]] = []
-    spare: list[tuple[str, Tensor, int]] = []
+    found: list[tuple[dict, Tensor, int, tuple[int, int]]] = []
+    spare: list[tuple[dict, Tensor, int, tuple[int, int]]] = []
     for number in rng.permutation(len(manifest.shards))[:8]:
         path = located.tar(manifest.shards[number])
         samples = scan(path).samples
         descriptor = os.open(path, os.O_RDONLY)
         try:
             for i in rng.permutation(len(samples))[:16]:
-                sample = samples[i]
+                sample = read(descriptor, samples[i])
                 try:
-                    image, label = decode.decode(
-                        read(descriptor, sample), str(path), len(manifest.classes), manifest.image
-                    )
+                    image, label, size = _shown(sample, str(path), manifest)
                 except BadSample:
                     continue
-                new = label not in {label for _, _, label in found}
-                (found if new else spare).append((sample.key, image, label))
+                new = label not in {label for _, _, label, _ in found}
+                (found if new else spare).append((sample, image, label, size))
                 if len(found) == ROWS:
                     return found
         finally:
@@ -107,7 +123,19 @@ def _samples(located: Located, seed: int) -> list[tuple[str, Tensor, int]]:
     return found
 
 
-def _head(pen: ImageDraw.ImageDraw, located: Located, rule: Augment, size: tuple[int, int], width: int) -> None:
+def _shown(sample: dict, where: str, manifest: Manifest) -> tuple[Tensor, int, tuple[int, int]]:
+    """Return (a sample's image, or an overview of its tiles; its label; the image's height and width)."""
+    classes = len(manifest.classes)
+    if manifest.tiles is None:
+        image, label = decode.decode(sample, where, classes, manifest.image)
+        return image, label, (image.shape[1], image.shape[2])
+    label = decode.label_of(sample, where, classes)
+    stored = bags.stored(sample, where, manifest.tiles.side)
+    bag = bags.read(sample, stored, where, bags.spread(len(stored.names), _MOST_TILES))
+    return bags.overview(bag, stored.cut.size), label, stored.cut.size
+
+
+def _head(pen: ImageDraw.ImageDraw, located: Located, rule: Augment, what: str, width: int) -> None:
     manifest = located.manifest
     about = f"{manifest.samples:,} images, {len(manifest.classes):,} classes"
     _text(pen, (_MARGIN, _MARGIN), manifest.name, 22, _INK, width)
@@ -115,7 +143,7 @@ def _head(pen: ImageDraw.ImageDraw, located: Located, rule: Augment, size: tuple
     _text(pen, (right, _MARGIN + 8), about, 13, _GREY, width)
     top = _HEAD + 4
     _text(pen, (_MARGIN, top - 2), "as stored", 12, _GREY, _SIDE)
-    _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top - 2), f"{size[1]} x {size[0]}: {_rule(rule)}", 12, _GREY, width)
+    _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top - 2), f"{what}: {_rule(rule)}", 12, _GREY, width)
     pen.line((_MARGIN, _HEAD - 4, width - _MARGIN, _HEAD - 4), _RULE)
 
 

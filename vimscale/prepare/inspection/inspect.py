@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vimscale.data.images import decode
+from vimscale.data import embedded
+from vimscale.data.images import bags, decode
 from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, index_of, sha256_of
 from vimscale.data.shards.shard_reader import offsets
 from vimscale.errors import BadSample, DataError
@@ -41,10 +42,9 @@ def locate(source: str) -> Located:
     Raises:
         DataError: the set is not on this machine, or has no readable manifest.
     """
-    if source.startswith("digits:"):
-        from vimscale.data import digits
-
-        folder = digits.cached() / source.removeprefix("digits:")
+    own = embedded.folder_of(source)
+    if own is not None:
+        folder = own
     elif "://" in source:
         raise DataError(f"data {source}: only sets on this machine can be examined; copy the folder here")
     else:
@@ -159,14 +159,24 @@ def _decode_all(path: Path, health: Health, manifest: Manifest) -> None:
     try:
         for number, sample in enumerate(health.found.samples):
             try:
-                where = f"{path}, offset {sample.start}"
-                label = decode.decode(read(descriptor, sample), where, len(manifest.classes), manifest.image)[1]
+                label = _decode(read(descriptor, sample), f"{path}, offset {sample.start}", manifest)
                 health.labels[label] += 1
             except BadSample as error:
                 health.bad.append(number)
                 health.faults.append(str(error))
     finally:
         os.close(descriptor)
+
+
+def _decode(sample: dict, where: str, manifest: Manifest) -> int:
+    """Decode a sample's image, or each of its tiles; return its label."""
+    classes = len(manifest.classes)
+    if manifest.tiles is None:
+        return decode.decode(sample, where, classes, manifest.image)[1]
+    where = f"{where}, sample {sample['__key__']}"
+    for _ in bags.images(sample, bags.stored(sample, where, manifest.tiles.side), where):
+        pass
+    return decode.label_of(sample, where, classes)
 
 
 def read(descriptor: int, sample: Sample) -> dict:

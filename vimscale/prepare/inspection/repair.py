@@ -93,6 +93,7 @@ def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
         shards=tuple(shards),
         labels=tally.label_counts(len(located.manifest.classes)),
         sides=tally.side_counts(),
+        tiles=tally.bags(found[0].side),
         plan="",  # the set no longer holds what was planned
     )
     before = located.folder / f"{MANIFEST}.before"
