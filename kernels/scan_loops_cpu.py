@@ -87,22 +87,24 @@ DECAYS = exp2_of_product, exp2_of_product_or_least
 
 @emitted
 def advance(
-    code, n, first, last, width, block, gentle, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, y,
-    x, x_at, x_token, dt, dt_at, dt_token, s, s_at, s_token, states, states_at, states_row,
+    code, n, first, last, vectors, block, gentle, step, A, entering, B, B_at, B_token, C, C_at, C_token, h, y,
+    x, x_at, x_token, dt, dt_at, dt_token, s, s_at, s_token, states, states_at, line,
 ):  # fmt: skip
     """The inner loops of the forward pass, over the tokens [first, last) of a chunk: a few states of a vector of
     channels at a time, with h in registers. In a `gentle` chunk no decay underflows.
     """
-    with code.loop(0, width, LANES) as j:
 
-        def walk(states_of_group):
+    def walk(states_of_group):
+        with code.loop(0, vectors) as v:
+            j = v * LANES
+            for q in range(GROUP):
+                m, c = states_of_group[0] + v + q, line * q
+                x.fetch(x_at + (m + CHUNK) * x_token + c)
+                dt.fetch(dt_at + (m + CHUNK) * dt_token + c)
+                s.fetch(s_at + m * s_token + c, to_write=True)
+                states.fetch(states_at + m * BLOCK + c, to_write=True)
             A_i = [A[i * block + j] for i in states_of_group]
             h_i = [Variable(h[i * block + j]) for i in states_of_group]
-            for i in states_of_group:
-                x.fetch(x_at + (i + CHUNK) * x_token + j)
-                dt.fetch(dt_at + (i + CHUNK) * dt_token + j)
-                s.fetch(s_at + i * s_token + j, to_write=True)
-                states.fetch(states_at + i * states_row + j, to_write=True)
             with code.either(gentle) as branches:
                 for branch, decay in zip(branches, DECAYS, strict=True):
                     with branch, code.loop(first, last) as m:
@@ -116,7 +118,7 @@ def advance(
             for i, h_ij in zip(states_of_group, h_i, strict=True):
                 h[i * block + j] = h_ij.get()
 
-        code.in_groups(n, GROUP, walk)
+    code.in_groups(n, GROUP, walk)
 
 
 @emitted

@@ -23,6 +23,7 @@ from .scan_gate_cpu import combine, combine_backward
 from .scan_inputs import ScanInputs
 from .scan_loops_cpu import (
     CHUNK,
+    GROUP,
     advance,
     arguments,
     chunks_of,
@@ -63,6 +64,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
         k, b, segment, part = place(item, images, segments, blocks)
         e0 = part * block
         width = min(block, e - e0)
+        vectors = (width + LANES - 1) // LANES
         kept0 = e0 // BLOCK * BLOCK
         kept_row = min(BLOCK, e - kept0)
         read_parameters(k, e0, width, dt_proj, A, D, dt_bias, dt_proj_block, A_block, lowest, D_block, bias_block)
@@ -97,9 +99,9 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
                 if begins[m]:
                     h[:] = np.float32(0)
                 advance((
-                    n, m, run_end, width, block, gentle, step, A_block, entering, B[0], B_at, B_token,
+                    n, m, run_end, vectors, block, gentle, step, A_block, entering, B[0], B_at, B_token,
                     C[0], C_at, C_token, h, y, x[0], x_at, x_token, dt[0], dt_at, dt_token, s[0], s_at, s_token,
-                    states, kept_at + e * n, kept_row,
+                    states, kept_at + e * n, block // GROUP,
                 ))  # fmt: skip
                 m = run_end
             write(y[:tokens], s[0], s_at, s_token, width)
