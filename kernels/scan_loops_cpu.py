@@ -53,15 +53,21 @@ def project(code, tokens, vectors, block, rank, low, low_at, low_token, weight, 
 
 
 @emitted
-def enter(code, tokens, width, block, xs, step, dt_bias, entering, D=None, y=None):
+def enter(code, tokens, vectors, block, xs, step, dt_bias, entering, D=None, y=None):
     """`step` becomes softplus(dt + bias). `entering` times B is what enters the state at a token. y starts as D x."""
-    with code.loop(0, tokens) as m, code.loop(0, width, LANES) as j:
-        at = m * block + j
-        after, _ = softplus_and_slope(step[at] + dt_bias[j])
-        step[at] = after
-        entering[at] = after * xs[at]
-        if y is not None:
-            y[at] = D[j] * xs[at]
+    with code.loop(0, tokens) as m:
+
+        def columns(vectors_of_group):
+            for v in vectors_of_group:
+                j = v * LANES
+                at = m * block + j
+                after, _ = softplus_and_slope(step[at] + dt_bias[j])
+                step[at] = after
+                entering[at] = after * xs[at]
+                if y is not None:
+                    y[at] = D[j] * xs[at]
+
+        code.in_groups(vectors, GROUP, columns)
 
 
 @emitted

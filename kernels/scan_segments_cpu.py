@@ -129,7 +129,7 @@ def _ends(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse
             B_at, B_token = position(B[1], k, b, token, 0, reverse[k])
             read(x[0], x_at, x_token, width, xs[:tokens])
             read_steps(dt[0], dt_at, dt_token, width, BLOCK, tokens, dt_proj_block, step)
-            enter((tokens, width, BLOCK, xs, step, bias_block, entering))
+            enter((tokens, (width + LANES - 1) // LANES, BLOCK, xs, step, bias_block, entering))
             _add_steps(step[:tokens], total)
             gentle = is_gentle(step[:tokens], lowest)
             m = 0

@@ -89,7 +89,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
             s_at, s_token = position(s[1], k, b, token, e0, reverse[k])
             read(x[0], x_at, x_token, width, xs[:tokens])
             read_steps(dt[0], dt_at, dt_token, width, block, tokens, dt_proj_block, step)
-            enter((tokens, width, block, xs, step, bias_block, entering, D_block, y))
+            enter((tokens, vectors, block, xs, step, bias_block, entering, D_block, y))
             gentle = is_gentle(step[:tokens], lowest)
             m = 0
             while m < tokens:
