@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, kernel, numbers, read, run, spread, tile
+from .cpu import BLOCK, kernel, numbers, run, spread, tile
 from .scan_inputs import ScanInputs
 from .scan_loops_cpu import (
     CHUNK,
@@ -26,6 +26,7 @@ from .scan_loops_cpu import (
     place,
     position,
     read_parameters,
+    read_rows,
     read_steps,
     softplus,
 )
@@ -127,7 +128,7 @@ def _ends(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse
             x_at, x_token = position(x[1], k, b, token, e0, reverse[k])
             dt_at, dt_token = position(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
             B_at, B_token = position(B[1], k, b, token, 0, reverse[k])
-            read(x[0], x_at, x_token, width, xs[:tokens])
+            read_rows((tokens, width, BLOCK, x[0], x_at, x_token, xs))
             read_steps(dt[0], dt_at, dt_token, width, BLOCK, tokens, dt_proj_block, step)
             enter((tokens, (width + LANES - 1) // LANES, BLOCK, xs, step, bias_block, entering))
             _add_steps(step[:tokens], total)
@@ -178,7 +179,7 @@ def _ends_backward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image
             C_at, C_token = position(C[1], k, b, token, 0, reverse[k])
             ds_at, ds_token = position(ds[1], k, b, token, e0, reverse[k])
             read_steps(dt[0], dt_at, dt_token, width, BLOCK, tokens, dt_proj_block, step)
-            read(ds[0], ds_at, ds_token, width, dss[:tokens])
+            read_rows((tokens, width, BLOCK, ds[0], ds_at, ds_token, dss))
             softplus((tokens, width, BLOCK, step, bias_block))
             _add_steps(step[:tokens], total)
             gentle = is_gentle(step[:tokens], lowest)

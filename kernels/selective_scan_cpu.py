@@ -35,8 +35,10 @@ from .scan_loops_cpu import (
     place,
     position,
     read_parameters,
+    read_rows,
     read_steps,
     retreat,
+    write_rows,
 )
 from .scan_segments import Ends, chain
 from .simd import LANES
@@ -87,7 +89,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
             B_at, B_token = position(B[1], k, b, token, 0, reverse[k])
             C_at, C_token = position(C[1], k, b, token, 0, reverse[k])
             s_at, s_token = position(s[1], k, b, token, e0, reverse[k])
-            read(x[0], x_at, x_token, width, xs[:tokens])
+            read_rows((tokens, width, block, x[0], x_at, x_token, xs))
             read_steps(dt[0], dt_at, dt_token, width, block, tokens, dt_proj_block, step)
             enter((tokens, vectors, block, xs, step, bias_block, entering, D_block, y))
             gentle = is_gentle(step[:tokens], lowest)
@@ -104,7 +106,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
                     states, kept_at + e * n, block // GROUP,
                 ))  # fmt: skip
                 m = run_end
-            write(y[:tokens], s[0], s_at, s_token, width)
+            write_rows((tokens, width, block, y, s[0], s_at, s_token))
         if segment == segments - 1:
             for i in range(n):
                 for j in range(width):
@@ -161,9 +163,9 @@ def _backward(
             ds_at, ds_token = position(ds[1], k, b, token, e0, reverse[k])
             dx_at, dx_token = position(dx[1], k, b, token, e0, reverse[k])
             ddt_at, ddt_token = position(ddt[1], k, b, token, e0, reverse[k])
-            read(x[0], x_at, x_token, width, xs[:tokens])
+            read_rows((tokens, width, BLOCK, x[0], x_at, x_token, xs))
             read_steps(dt[0], dt_at, dt_token, width, BLOCK, tokens, dt_proj_block, step)
-            read(ds[0], ds_at, ds_token, width, dss[:tokens])
+            read_rows((tokens, width, BLOCK, ds[0], ds_at, ds_token, dss))
             enter_again((tokens, xs, step, bias_block, entering, slope))
             dentering[:] = np.float32(0)
             dstep[:] = np.float32(0)
@@ -192,8 +194,8 @@ def _backward(
                     g[:] = np.float32(0)
                 run_end = m
             leave((tokens, step, slope, xs, D_block, dss, dentering, dstep, dD_block, dbias_block))
-            write(dentering[:tokens], dx[0], dx_at, dx_token, width)
-            write(dstep[:tokens], ddt[0], ddt_at, ddt_token, width)
+            write_rows((tokens, width, BLOCK, dentering, dx[0], dx_at, dx_token))
+            write_rows((tokens, width, BLOCK, dstep, ddt[0], ddt_at, ddt_token))
             for i in range(n):
                 for m in range(CHUNK):
                     dBC[block, chunk, i, m] = dB_block[i, m]
