@@ -295,6 +295,14 @@ def test_an_image_beyond_pillows_limit_is_cut_on_purpose(tmp_path: Path, monkeyp
         prepare(str(tmp_path / "in"), tmp_path / "other", Options(tiles=PNG), Columns())
 
 
+def test_without_tifffile_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pyramid(tmp_path / "in" / "a" / "x.tif", scene(64, 64, SIDE, [(0, 0)]), 1)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(DataError, match=r"--tiles of TIFF files needs tifffile: pip install 'vimscale\[tiles\]'"):
+        prepare(str(tmp_path / "in"), tmp_path / "set", Options(tiles=PNG), Columns())
+    assert not list(tmp_path.glob("set*"))
+
+
 def test_a_sample_may_not_outgrow_what_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _save(tmp_path / "in" / "a" / "x.png", scene(256, 256, SIDE, CELLS))
     monkeypatch.setattr(cutting, "MEMBER_LIMIT", 20_000)

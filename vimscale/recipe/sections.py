@@ -61,8 +61,7 @@ class Reweight(Section):
 
 
 class Data(Section):
-    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train,
-    slides:train)."""
+    """Data sets of tar shards: folders or addresses with a manifest.json, or an embedded set (digits:train)."""
 
     train: Annotated[Annotated[Address, Tag(UNION[0])] | Annotated[tuple[Source, ...], Tag(UNION[1])], Either]
     """One data set, or a mixture of several."""
