@@ -150,6 +150,10 @@ def test_packed_images_are_kept_apart_or_refused(mine: Path) -> None:
         _recipe(mine, "augment.buckets=3", name="Loose")
     with pytest.raises(RecipeError, match=r"mine\.py:Loose cannot keep images apart that are packed into one row"):
         _model(_recipe(mine, name="Loose"))(images)
+    bags = ("model.tiles=16", "augment.crop_min=1")
+    with pytest.raises(RecipeError, match=r"mine\.py:Loose cannot keep images .*: set parallel\.micro_batch: 1"):
+        _recipe(mine, *bags, name="Loose")
+    assert _recipe(mine, *bags, "parallel.micro_batch=1", name="Loose").model.shape(10).tiles == 16
 
 
 def test_what_does_not_fit_a_model_is_one_message(mine: Path) -> None:
