@@ -80,7 +80,7 @@ class Run:
         kernels = CompileAhead(config, recipe, device, spec.threads)
         torch.manual_seed(recipe.seed)  # the same weights on every rank
         heartbeat.beat("start")
-        engine = Engine(config, recipe, device)
+        engine = Engine(config, recipe, device, spec.patience_s)
         heartbeat.beat("start")
         micro = recipe.micro_batch(spec.world).size
         engine.encoder.recompute = recompute.levels(recipe.parallel, recipe.largest(config), micro, device.type)
