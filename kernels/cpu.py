@@ -1,7 +1,7 @@
 """Common parts of the CPU kernels: how numba compiles them, how they run on threads, and the tiles that they work on.
 
-numba notices changes to the file that contains a kernel, but not to this file or simd.py: after editing these, touch
-the *_cpu.py files.
+numba notices changes to the file that contains a kernel, but not to this file, scan_loops_cpu.py or simd.py: after
+editing these, delete the *.nbi files in kernels/__pycache__.
 """
 # numba infers the types of what it compiles:
 # mypy: disable-error-code="no-untyped-def"
@@ -62,8 +62,8 @@ def zeros(rows, columns):
 
 
 @inline
-def tile(rows):
-    return zeros(rows, BLOCK)
+def tile(rows, block=BLOCK):
+    return zeros(rows, block)
 
 
 @kernel
@@ -75,7 +75,7 @@ def read(x, at, row, width, rows):
         source = x[at + m * row : at + m * row + width]
         for j in range(width):
             rows[m, j] = source[j]
-        for j in range(width, BLOCK):
+        for j in range(width, rows.shape[1]):
             rows[m, j] = np.float32(0)
 
 
@@ -136,6 +136,12 @@ def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
     for helper in helpers:
         if not helper.cancel():  # it is running or done
             helper.result()
+
+
+def leaves_threads_idle(items: int) -> bool:
+    """Whether threads would lose more than a fifth of their time, because there are few items, or one too many."""
+    threads = torch.get_num_threads()
+    return items < 0.8 * threads * -(-items // threads)
 
 
 @lru_cache(maxsize=1)

@@ -200,6 +200,16 @@ class Code:
         ):
             yield Index(self.builder, counter)
 
+    def in_groups(self, count: Index, size: int, emit: Callable[[list[Index]], None]) -> None:
+        """Emit loops over the numbers below `count`: over groups of `size`, a power of two, then over the rest, one at
+        a time. `emit` receives the numbers of one iteration.
+        """
+        grouped = Index(self.builder, self.builder.and_(count.value, self.index(-size).value))
+        with self.loop(0, grouped, size) as first:
+            emit([first + i for i in range(size)])
+        with self.loop(grouped, count) as number:
+            emit([number])
+
 
 def emitted(function: Callable[..., None]) -> Any:
     """Decorate a function for use in numba's kernels: its body is what `function(code, *arguments)` emits. Kernels call
@@ -239,6 +249,11 @@ def exp2_of_product(s: Vector, a: Vector) -> Vector:
     """2^(s a) for products from -126 to 127; takes an eighth fewer instructions."""
     rounded = s.fma(a, _TO_INTEGER)
     return _power(rounded, s.fma(a, (rounded - _TO_INTEGER) * -1))
+
+
+def exp2_of_product_or_least(s: Vector, a: Vector) -> Vector:
+    """The bits of `exp2_of_product`, and 2^-126 for products below -126."""
+    return (s * a).below(-126, 2.0**-126, exp2_of_product(s, a))
 
 
 # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where a shift moves it to the exponent.
