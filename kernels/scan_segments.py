@@ -60,13 +60,15 @@ def chain(ends: Ends, A: Tensor, first: Tensor | None = None, *, backward: bool 
     what enters each segment (k, b, S, e, n) and what leaves the chain (k, b, e, n). A (k, e, n) is negative.
     """
     end, steps = ends
-    factor = torch.where(steps.unsqueeze(-1) < 0, 0, torch.exp(steps.unsqueeze(-1) * A[:, None, None]))
+    steps = steps.unsqueeze(-1)
+    begins, factor = steps < 0, torch.exp(steps * A[:, None, None])
     passed = torch.zeros_like(end[:, :, 0]) if first is None else first
     entering = torch.empty_like(end)
     count = end.shape[2]
     for s in range(count - 1, -1, -1) if backward else range(count):
         entering[:, :, s] = passed
-        passed = torch.addcmul(end[:, :, s], factor[:, :, s], passed)
+        own = end[:, :, s]
+        passed = torch.where(begins[:, :, s], own, torch.addcmul(own, factor[:, :, s], passed))  # NaN must not pass
     return entering, passed
 
 
