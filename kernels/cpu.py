@@ -139,9 +139,9 @@ def run(kernel: Callable[..., None], items: int, *arguments: Any) -> None:
 
 
 def leaves_threads_idle(items: int) -> bool:
-    """Whether a tenth of the threads' time would be lost because the items cannot be divided evenly."""
+    """Whether threads would lose more than a fifth of their time, because there are few items, or one too many."""
     threads = torch.get_num_threads()
-    return items < 0.9 * threads * -(-items // threads)
+    return items < 0.8 * threads * -(-items // threads)
 
 
 @lru_cache(maxsize=1)

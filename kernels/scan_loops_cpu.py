@@ -219,13 +219,24 @@ def leave(code, tokens, step, slope, xs, D, ds, dentering, dstep, dD, dbias):
         dbias[code.index(j)] = dbias_j.get()
 
 
-@kernel
-def is_gentle(step, lowest):
-    """Whether no decay of these tokens underflows."""
+@emitted
+def _least_exponents(code, tokens, block, step, lowest, least):
+    """least (block) = the least step times A of each channel."""
+    with code.loop(0, block, LANES) as j:
+        least_j = Variable(code.vector(0))
+        with code.loop(0, tokens) as m:
+            exponent = step[m * block + j] * lowest[j]
+            least_j.set(exponent.below(least_j.get(), exponent, least_j.get()))
+        least[j] = least_j.get()
+
+
+@inline
+def is_gentle(tokens, step, lowest, least):
+    """Whether no decay of these tokens underflows; `least` (block) is a buffer."""
+    _least_exponents((tokens, len(least), step, lowest, least))
     underflows = False
-    for m in range(len(step)):
-        for j in range(step.shape[1]):
-            underflows |= step[m, j] * lowest[j] < np.float32(-126)
+    for j in range(len(least)):
+        underflows |= least[j] < np.float32(-126)
     return not underflows
 
 

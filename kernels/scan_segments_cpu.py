@@ -109,7 +109,7 @@ def _ends(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
     dt_proj_block, lowest, D_block, bias_block, total = tile(rank), tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
-    h, A_block = tile(n), tile(n)
+    h, A_block, least = tile(n), tile(n), tile(1)[0]
     xs, step, entering = tile(CHUNK), tile(CHUNK), tile(CHUNK)
     for item in range(first, last):
         k, b, segment, block = place(item, images, segments, blocks)
@@ -132,7 +132,7 @@ def _ends(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse
             read_steps(dt[0], dt_at, dt_token, width, BLOCK, tokens, dt_proj_block, step)
             enter((tokens, (width + LANES - 1) // LANES, BLOCK, xs, step, bias_block, entering))
             _add_steps(step[:tokens], total)
-            gentle = is_gentle(step[:tokens], lowest)
+            gentle = is_gentle(tokens, step, lowest, least)
             m = 0
             while m < tokens:
                 run_end = m + 1
@@ -159,7 +159,7 @@ def _ends_backward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
     dt_proj_block, lowest, D_block, bias_block, total = tile(rank), tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
-    g, A_block = tile(n), tile(n)
+    g, A_block, least = tile(n), tile(n), tile(1)[0]
     step, dss = tile(CHUNK), tile(CHUNK)
     for item in range(first, last):
         k, b, segment, block = place(item, images, segments, blocks)
@@ -182,7 +182,7 @@ def _ends_backward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image
             read_rows((tokens, width, BLOCK, ds[0], ds_at, ds_token, dss))
             softplus((tokens, width, BLOCK, step, bias_block))
             _add_steps(step[:tokens], total)
-            gentle = is_gentle(step[:tokens], lowest)
+            gentle = is_gentle(tokens, step, lowest, least)
             run_end = tokens
             while run_end > 0:
                 m = run_end - 1

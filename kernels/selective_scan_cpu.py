@@ -59,7 +59,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
     blocks, chunks = (e + block - 1) // block, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
-    dt_proj_block, lowest = tile(rank, block), tile(1, block)[0]
+    dt_proj_block, lowest, least = tile(rank, block), tile(1, block)[0], tile(1, block)[0]
     h, A_block, D_block, bias_block = tile(n, block), tile(n, block), tile(1, block)[0], tile(1, block)[0]
     xs, step, entering, y = tile(CHUNK, block), tile(CHUNK, block), tile(CHUNK, block), tile(CHUNK, block)
     for item in range(first, last):
@@ -92,7 +92,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
             read_rows((tokens, width, block, x[0], x_at, x_token, xs))
             read_steps(dt[0], dt_at, dt_token, width, block, tokens, dt_proj_block, step)
             enter((tokens, vectors, block, xs, step, bias_block, entering, D_block, y))
-            gentle = is_gentle(step[:tokens], lowest)
+            gentle = is_gentle(tokens, step, lowest, least)
             m = 0
             while m < tokens:
                 run_end = m + 1
@@ -125,7 +125,7 @@ def _backward(
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK
     begins = np.empty(CHUNK, np.bool_)
     rank = dt_proj.shape[2]
-    dt_proj_block, lowest = tile(rank), tile(1)[0]
+    dt_proj_block, lowest, least = tile(rank), tile(1)[0], tile(1)[0]
     h, g, A_block, dA_block = tile(n), tile(n), tile(n), tile(n)
     D_block, bias_block, dD_block, dbias_block = tile(1)[0], tile(1)[0], tile(1)[0], tile(1)[0]
     xs, step, slope, entering, before, decay = (
@@ -171,7 +171,7 @@ def _backward(
             dstep[:] = np.float32(0)
             dB_block[:] = np.float32(0)
             dC_block[:] = np.float32(0)
-            gentle = is_gentle(step[:tokens], lowest)
+            gentle = is_gentle(tokens, step, lowest, least)
             run_end = tokens
             while run_end > 0:
                 m = run_end - 1

@@ -52,22 +52,20 @@ def test_chained_segments_equal_one_reference_segment(
 ) -> None:
     case = scan_case((2, 91, 72, 5), dtype, directions=2)
     ours, exact = _inputs(case, marked=marked), _inputs(case, marked=marked, dtype=torch.float64)
-    if marked:  # without marks, nothing of what enters is left after 91 tokens
-        assert all(inputs.image is not None for inputs in (ours, exact))
     ds = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     references = (
         scan_segments.ends(exact, BOTH, False, "reference"),
-        scan_segments.ends_backward(exact, ds.double(), BOTH, False, "reference"),
+        scan_segments.ends(exact, BOTH, False, "reference", ds=ds.double()),
     )
     poison(monkeypatch)
     found = (
         scan_segments.ends(ours, BOTH, False, "cpu"),
-        scan_segments.ends_backward(ours, ds, BOTH, False, "cpu"),
+        scan_segments.ends(ours, BOTH, False, "cpu", ds=ds),
     )
     for backward, reference, cut in zip(BOTH, references, found, strict=True):
         assert cut.end.shape == (2, 2, 3, 72, 5)
         assert (cut.steps < 0).any(2).equal((reference.steps < 0).any(2))
-        # parameters are fp32, so that sums are, whatever the dtype of the activations is
+        # results are fp32, whatever the dtype of the activations is
         end = chain(cut, ours.A, case.initial_state, backward=backward)[1]
         expected = chain(reference, exact.A, exact.initial, backward=backward)[1]
         assert_close([end], [expected], torch.float32)
@@ -81,10 +79,9 @@ def test_segments_project_dt_themselves(backward: bool, short_segments: None) ->
     low, ds = _inputs(case, marked=True, rank=6), torch.randn(case.x.shape)
     dt_proj = torch.randn(2, 72, 6)
     full = low._replace(dt=torch.einsum("kblr,ker->kble", low.dt, dt_proj))
-    of = (lambda inputs, *p: scan_segments.ends_backward(inputs, ds, BOTH, False, "cpu", *p)) if backward else (
-        lambda inputs, *p: scan_segments.ends(inputs, BOTH, False, "cpu", *p)
-    )  # fmt: skip
-    projected, plain = of(low, dt_proj), of(full)
+    upstream = ds if backward else None
+    projected = scan_segments.ends(low, BOTH, False, "cpu", ds=upstream, dt_proj=dt_proj)
+    plain = scan_segments.ends(full, BOTH, False, "cpu", ds=upstream)
     assert_close(projected, plain, torch.float32)
 
 
