@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
 import webdataset
 from PIL import Image
 from typer.testing import CliRunner
@@ -27,6 +26,8 @@ from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.inspection import contact_sheet, inspect, repair
 from vimscale.prepare.make import finished, prepare
 from vimscale.prepare.shapes import Options
+
+tifffile = pytest.importorskip("tifffile", reason="needs the extra dev")
 
 CELLS = [(0, 1), (2, 0), (2, 4)]
 SIDE = 64

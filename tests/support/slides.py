@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import tifffile
 
 PAPER = 240
 
@@ -20,6 +19,8 @@ def scene(height: int, width: int, side: int, cells: list[tuple[int, int]], seed
 
 def write_pyramid(path: Path, pixels: np.ndarray, levels: int = 3, *, big: bool = False, **options: object) -> None:
     """Write a TIFF whose levels, in SubIFDs, are smaller by 2 each."""
+    import tifffile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tifffile.TiffWriter(path, bigtiff=big) as tiff:
         about = {"photometric": "rgb", "tile": (64, 64), **options}
