@@ -55,11 +55,6 @@ class RankSpec:
         """The number of this rank's group, all of whose ranks read the same images."""
         return self.rank // self.context
 
-    @property
-    def data_ranks(self) -> int:
-        """The number of groups."""
-        return self.recipe.data_ranks(self.world)
-
 
 def prepare(spec: RankSpec) -> None:
     """Set this process up. Call it before importing DeepSpeed, which reads its environment at import."""
