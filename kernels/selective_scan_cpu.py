@@ -1,9 +1,10 @@
 """The selective scan on a CPU, compiled by numba: parallel over images and channels, with the state in registers.
 
-Axes: k directions, b images, l tokens, e inner channels, n states per channel. A work item walks one direction of one
-image for a block of channels, one chunk of tokens at a time. The inner loops run over the tokens of the chunk for one
-state, which stays in registers; their data stays in the first-level cache. The forward pass keeps the state before each
-chunk; the backward pass rebuilds the states from there, one chunk at a time. Nothing of size l x e x n exists.
+Axes: k directions, b images, l tokens, S segments, e inner channels, n states per channel. A work item walks one
+segment (usually the whole sequence) of one direction of one image for a block of channels, one chunk of tokens at a
+time. The inner loops (scan_loops_cpu.py) run over the tokens of the chunk for a few states, which stay in registers;
+their data stays in the first-level cache. The forward pass keeps the state before each chunk; the backward pass
+rebuilds the states from there, one chunk at a time. Nothing of size l x e x n exists.
 
 Arithmetic is fp32; 16-bit tensors are converted on the way in and out.
 """
@@ -53,7 +54,7 @@ __all__ = ["CHUNK", "backward", "combine", "combine_backward", "forward"]
 @kernel
 def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse, initial, s, final, states):
     """x, dt, B, C and s are pairs: the numbers, and the strides of directions, images and tokens. If dt_proj
-    (k, e, rank) has a rank above 0, dt is still to be multiplied by it.
+    (k, e, rank) has a rank above 0, dt is still to be multiplied by it. `initial` (k, b, S, e, n) enters the segments.
     """
     images, length, e, n, segments, block = size
     blocks, chunks = (e + block - 1) // block, (length + CHUNK - 1) // CHUNK
@@ -118,8 +119,9 @@ def _backward(
     first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reverse, states, ds, dfinal,
     dx, ddt, dA, dBC, dD, dbias, dinitial,
 ):  # fmt: skip
-    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`. dBC (blocks, k b chunks, 2n, CHUNK) receives, from each
-    block of channels, the gradients of B and then of C; the tokens of a chunk are in scan order.
+    """x, dt, B, C, ds, dx and ddt are pairs, as in `_forward`, and dfinal is (k, b, S, e, n). dA, dD and
+    dbias have a row for each segment of each image. dBC (blocks, k b chunks, 2n, CHUNK) receives, from each block of
+    channels, the gradients of B and then of C; the tokens of a chunk are in scan order.
     """
     images, length, e, n, segments = size
     blocks, chunks = (e + BLOCK - 1) // BLOCK, (length + CHUNK - 1) // CHUNK

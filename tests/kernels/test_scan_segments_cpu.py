@@ -39,9 +39,8 @@ def _with_marks(case: ScanCase, *tokens: int) -> ScanCase:
 
 def _inputs(case: ScanCase, *, marked: bool, dtype: torch.dtype | None = None, rank: int = 0) -> ScanInputs:
     """Both directions of a case; dt has `rank` columns if that is above 0."""
-    activations = [t.to(dtype) for t in (case.x, case.dt[..., :rank] if rank else case.dt, case.B, case.C)]
-    x, dt, B, C = activations
-    A, D, bias, initial = (t.to(dtype) if dtype else t for t in (case.A, case.D, case.dt_bias, case.initial_state))
+    x, dt, B, C = (t.to(dtype) for t in (case.x, case.dt[..., :rank] if rank else case.dt, case.B, case.C))
+    A, D, bias, initial = (t.to(dtype) for t in (case.A, case.D, case.dt_bias, case.initial_state))
     return ScanInputs(x, dt, A, B, C, D, bias, initial, images_of(case.reset) if marked else None)
 
 

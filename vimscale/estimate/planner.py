@@ -192,8 +192,8 @@ class Planner:
 
     def replays(self, zero: int) -> bool:
         """Whether micro-steps are CUDA graphs."""
-        one_shape = self.recipe.augment.buckets == 1 and self.config.tiles is None
-        able = self.target.device is not None and zero < 3 and one_shape
+        alone, one_size = self.recipe.parallel.context == 1, self.recipe.augment.buckets == 1
+        able = self.target.device is not None and zero < 3 and alone and one_size and self.config.tiles is None
         return able and self.recipe.parallel.graphs == "auto"
 
     def _held(self, zero: int, world: int) -> Held:
