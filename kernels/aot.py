@@ -319,7 +319,7 @@ def _line(row: Row) -> str:
     mix = " ".join(f"{row.mix[kind]:6.1f}" for kind in (*_KINDS, "rest"))
     ratio = "   -" if row.ratio is None else f"{row.ratio:4.2f}"
     return (
-        f"{row.target:7}{row.kernel:33}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
+        f"{row.target:7}{row.kernel:41}{row.dtype:9}{row.width:5} {row.registers:4} {row.spilled:5} {row.shared:6}"
         f" {row.issued:7.1f} {mix} {row.exponential_clocks:6.1f} {row.issue_clocks:6.1f} {row.memory_clocks:6.1f}"
         f" {row.bound:12}{ratio}  {_ahead(row)}"
     )
@@ -337,7 +337,7 @@ def main() -> None:
     kinds = " ".join(f"{kind[:6]:>6}" for kind in (*_KINDS, "rest"))
     print(
         "instructions per warp, and clocks of a multiprocessor, for one token of 32 channels; spills in bytes\n"
-        f"{'target':7}{'kernel':33}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
+        f"{'target':7}{'kernel':41}{'dtype':9}{'width':5} {'regs':>4} {'spill':>5} {'shared':>6} {'issued':>7} {kinds}"
         f" {'exp':>6} {'issue':>6} {'memory':>6} {'bound':12}i/fl  loads ahead"
     )
     rows = []

@@ -266,5 +266,5 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     lean = dtype != torch.float32 and e % CHANNELS == 0
     return [
         case("", lean), case("_packed", False), case("_segments", lean), case("_packed_segments", False),
-        *([case("_few", False), case("_few_segments", False)] if lean else []),
+        *([case("_few", False)] if lean else []),
     ]  # fmt: skip
