@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help=f"multiples of {PER_TILE}")
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--rounds", type=int, default=3, help=f"of steps of less than {SLOW} s of CPU; one of others")
-    parser.add_argument("--most", type=float, default=90, help="most seconds of CPU for a step")
+    parser.add_argument("--most", type=float, default=300, help="most seconds of CPU for a step")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "TOKENS"), help="measure this in the process itself")
     parser.add_argument(
         "--out",

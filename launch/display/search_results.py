@@ -100,11 +100,8 @@ def _remark(group: Group) -> str:
 
 def _training_flops(one: Outcome) -> float:
     """FLOPs of a trial's training, counting a backward pass as two forward passes."""
-    return (
-        3.0
-        * flops(one.trial.recipe.largest(one.trial.recipe.model.shape(classes=1)))
-        * one.trial.recipe.consumed(one.step)
-    )
+    recipe = one.trial.recipe
+    return 3.0 * flops(recipe.largest(recipe.model.shape(classes=1))) * recipe.consumed(one.step)
 
 
 def _short_flops(number: float) -> str:

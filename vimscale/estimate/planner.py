@@ -214,8 +214,9 @@ class Planner:
         return recompute.levels(parallel, config, micro, "cpu")
 
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
-        few = config.tiles is None or micro <= 16  # bags are embedded one by one
-        count = memory.passes if exact and few else memory.estimate
+        if config.tiles is not None:  # a single bag is not packed, and counting many, one by one, takes long
+            exact = micro <= 16
+        count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
         precision, shared = self.recipe.parallel.precision, self.recipe.parallel.context
         return count(config, levels, micro, precision, self.target.backend, self.recipe.objective, shared)

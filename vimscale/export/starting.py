@@ -144,7 +144,11 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
         )
     if old.grid != config.grid or old.step != config.step:
         grids = " to ".join(f"{c.grid[0]} x {c.grid[1]} patches, one every {c.step} pixels" for c in (old, config))
-        how = "its position embedding is resized" if old.pos_embed is True else "there is no embedding of it to resize"
+        how = (
+            "its position embedding is resized"
+            if old.pos_embed is True
+            else "it has no learned position embedding to resize"
+        )
         notes.append(f"image_size, stride: the grid goes from {grids}; {how}")
     if old.tiles != config.tiles:
         what = ["images" if c.tiles is None else f"bags of tiles of {c.tiles} pixels" for c in (old, config)]

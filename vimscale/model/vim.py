@@ -194,6 +194,7 @@ class VisionMamba(nn.Module):
         return self._features([bag], None, None, None, of_tiles)
 
     def _features(self, images: Images, draws: Any, backward: Any, layers: Any, pooled: Callable[..., Tensor]) -> Any:
+        """As `forward_features`, with another function of (normalized tokens, `Tokens`, pack) in place of `_pooled`."""
         packed = None
         if isinstance(images, Tensor):
             x, tokens = self._embed(images)
