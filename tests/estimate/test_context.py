@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks import plan as measuring
 from vimscale.engine.recompute import kept_bytes
 from vimscale.errors import LaunchError
 from vimscale.estimate import roofline
@@ -145,6 +146,19 @@ def test_steps_wait_for_the_exchanges_and_share_the_work() -> None:
     assert shared.kernels_s == pytest.approx(alone.kernels_s, rel=0.1), "4 times the micro-batches, of a quarter each"
     exchange = H100.fabric.exchange_seconds(shared.exchanged, 4, 4)
     assert shared.step_s > shared.kernels_s + exchange > shared.kernels_s
+
+
+def test_ranks_send_the_bytes_that_the_plan_says() -> None:
+    shape = ["model.depth=4", "model.directions=bi shared attn fwd@snake", "model.d_head=32", "batch=2", "steps=60"]
+    cases = [
+        ["parallel.recompute=none"],
+        ["parallel.recompute=block", "model.registers=2", "model.pool=registers"],
+        ["parallel.recompute=scan", "parallel.precision=bf16", "model.pool=mean", "model.cls_token=none"],
+        ["parallel.recompute=none", "model.pool=max", "model.cls_token=none", "parallel.micro_batch=1"],
+    ]
+    for ranks in measuring.both([[*shape, *case, "parallel.context=2"] for case in cases], 2):
+        for rank in ranks:
+            assert rank["measured"]["exchanged"] == rank["predicted"]["exchanged"] > 0
 
 
 # ---- what the command prints
