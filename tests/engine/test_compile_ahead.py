@@ -40,6 +40,7 @@ from vimscale.engine.compile_ahead import _images, rehearse
 from vimscale.engine.deepspeed_engine import Engine
 from vimscale.engine import recompute
 from vimscale.objectives.base import Inputs
+from vimscale.ops import Alone
 
 cpu = torch.device("cpu")
 config = chosen.largest(chosen.model.shape(10))
@@ -55,7 +56,10 @@ def forget():
 
 def first_step():
     torch.manual_seed(0)
-    engine = Engine(config, chosen, cpu)
+    alone = chosen.model_copy(update={"parallel": chosen.parallel.model_copy(update={"context": 1})})
+    engine = Engine(config, alone, cpu)
+    if chosen.parallel.context > 1:  # there is one rank
+        engine.encoder.context = Alone(0, chosen.parallel.context)
     engine.encoder.recompute = recompute.levels(chosen.parallel, config, 4, "cpu")
     draws = distributed.draws(0, 0, 4, len(config.layers)) if config.drop_path > 0 else None
     backward = distributed.backward_parts(config, chosen.seed, 0)
@@ -74,7 +78,7 @@ def recorded(action):
     return set(precompiler._mode.future_kernels)
 
 state = torch.random.get_rng_state()
-ahead = recorded(lambda: rehearse(config, chosen, 1, cpu))
+ahead = recorded(lambda: rehearse(config, chosen, chosen.parallel.context, cpu))
 untouched = torch.equal(state, torch.random.get_rng_state())
 launched = recorded(first_step)
 print(json.dumps({
@@ -86,7 +90,7 @@ print(json.dumps({
 COMPILE = """
 precompiler = precompile.Precompiler(2)
 with precompiler.recording():
-    rehearse(config, chosen, 1, cpu)
+    rehearse(config, chosen, chosen.parallel.context, cpu)
 precompiler.compile_own()
 count = precompiler.finish()
 again = precompile.Precompiler(2)
@@ -109,6 +113,7 @@ def _run(code: str, folder: Path, *changes: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+SHARED = "model.directions=bi*2 fwd*2 shared attn bwd*2 bi@snake"
 MIXED = "model.directions=bi*2 fwd*2 shared cross pair*2 attn bi@column"
 
 
@@ -121,8 +126,9 @@ MIXED = "model.directions=bi*2 fwd*2 shared cross pair*2 attn bi@column"
         pytest.param(("model.backward_drop=0.3", "model.drop_path=0.1", "parallel.zero=0"), marks=pytest.mark.slow),
         pytest.param(("model.tiles=32", "augment.crop_min=1", "data.max_tiles=3"), marks=pytest.mark.slow),
         pytest.param(("parallel.precision=bf16", "model.patch_size=1"), marks=pytest.mark.slow),
+        pytest.param(("parallel.context=2", SHARED, "model.d_head=32"), marks=pytest.mark.slow),
     ],
-    ids=["bf16", "mixed", "packed", "dropped", "tiles", "long"],
+    ids=["bf16", "mixed", "packed", "dropped", "tiles", "long", "shared"],
 )
 def test_the_rehearsal_launches_what_the_first_step_launches(tmp_path: Path, changes: tuple[str, ...]) -> None:
     found = _run(COMPARE, tmp_path, *changes)
