@@ -79,7 +79,7 @@ def _cuts(config: VimConfig, grid: Grid, size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The tokens [start, end) of sequences of `whole` tokens."""
+    """The tokens [start, end) of every sequence of one grid, which this rank holds."""
 
     context: Context
     config: VimConfig
