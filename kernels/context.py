@@ -123,8 +123,8 @@ class _Conv(torch.autograd.Function):
         left, right = _halos(context, reverse, x[:, :h], x[:, x.shape[1] - h :])
         ctx.save_for_backward(x, weight, bias, left, right)
         padded = _padded(x, left, right, h)
-        y = _conv.inside(padded, weight, bias, None, reverse, silu, backend)
-        return y[:, :, h : h + x.shape[1]]
+        y = _conv.inside(padded, weight, bias, None, reverse, silu, backend)[:, :, h : h + x.shape[1]]
+        return y if len(x) == 1 else y.contiguous()  # the projection would copy it, and keep both
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
