@@ -50,8 +50,8 @@ def test_activations_of_a_rank_fall_with_the_number_of_ranks_and_its_states_do_n
     alone, pairs, together = needs
     assert alone.held == pairs.held == together.held
     assert alone.images == pairs.images == together.images, "every rank reads complete images"
-    assert 0.35 < pairs.activations / alone.activations < 0.62
-    assert 0.2 < together.activations / alone.activations < 0.4
+    assert 0.3 < pairs.activations / alone.activations < 0.62
+    assert 0.15 < together.activations / alone.activations < 0.4
 
 
 def test_kept_bytes_of_a_layer_follow_the_tokens_of_a_rank() -> None:
@@ -60,7 +60,7 @@ def test_kept_bytes_of_a_layer_follow_the_tokens_of_a_rank() -> None:
         bi, attn, shared = kept_bytes(config, level, 2, "fp32")
         cut = kept_bytes(config, level, 2, "fp32", context=4)
         keys_and_values = 0 if level == "block" else 2 * 2 * config.tokens * 192 * 4
-        assert cut[0] == pytest.approx(bi / 4, rel=0.02)
+        assert 0.9 * bi / 4 < cut[0] <= 1.02 * bi / 4  # scan: nothing but xz
         assert cut[1] == pytest.approx(attn / 4 + keys_and_values, rel=0.02)
         assert 0.9 * shared / 4 < cut[2] <= 1.02 * shared / 4  # shared ranks never write dt
 
