@@ -18,7 +18,7 @@ from vimscale.kernels.cases import ScanCase, scan_case
 from vimscale.kernels.checks import images_of
 from vimscale.kernels.scan_inputs import ScanInputs
 from vimscale.kernels.scan_segments import Ends, chain
-from vimscale.ops import bidirectional_scan, bimamba_inner
+from vimscale.ops import bidirectional_scan, bimamba_inner, selective_scan
 
 BOTH = (False, True)
 
@@ -232,3 +232,22 @@ def test_only_few_and_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) ->
         _results(case, "forward", (), "cpu")
         assert cut == expected
         cut.clear()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormal_numbers_are_zero_inside_kernels_and_stay_outside(threads: int) -> None:
+    """A CPU takes a hundred times as long for them, and decays over long sequences are full of them."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU cannot flush denormal numbers")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.zeros(1, 64, 16)
+        x[:, 0] = 1e-36
+        dt, A, BC = torch.full_like(x, 1.0), torch.full((16, 4), -1.0), torch.ones(1, 64, 4)
+        y = selective_scan(x, dt, A, BC, BC, torch.zeros(16), backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert y[:, 0].min() > 1e-36
+    assert not ((y.abs() > 0) & (y.abs() < torch.finfo(torch.float32).tiny)).any()
+    assert (torch.tensor([1e-39]) * 0.5).item() > 0  # as the caller had it
