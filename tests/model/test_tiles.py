@@ -151,7 +151,7 @@ def test_bags_are_packed_and_each_gives_what_it_gives_alone() -> None:
     starts = {(image.row, image.start) for image in packed}
     marked = {(int(row), int(start)) for row, start in tokens.reset.nonzero()}
     assert starts <= marked
-    assert len(marked - starts) <= len(x), "only a row's padding has a mark of its own"
+    assert len(marked - starts) <= len(x), "only a row's padding has a further mark"
 
 
 def test_drop_path_drops_bags_as_it_drops_images() -> None:

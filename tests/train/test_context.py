@@ -112,7 +112,7 @@ def test_shared_images_count_once_in_evaluations_speeds_and_reports(tmp_path: Pa
         assert (rank["seen"], rank["bad"]) == (apart[0]["seen"], apart[0]["bad"]) == (16, 1)
         assert rank["samples"] == apart[0]["samples"] == list(range(16))
         assert rank["losses"] == apart[0]["losses"]
-        assert rank["layers"] == [0, 1, 2, 3], "each rank reports the layers of its own tokens"
+        assert rank["layers"] == [0, 1, 2, 3], "each rank reports the layers of its tokens"
         assert rank["images"] == 16
     assert sorted(path.name for path in (tmp_path / "run4").rglob("rank_*")) == [
         "rank_00000.safetensors",
