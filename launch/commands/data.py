@@ -370,7 +370,7 @@ def order(
     chosen = recipes.load(recipe, [*(overrides or ()), *changes])
     _, accumulation = chosen.micro_batch(world)
     train_set = TrainingSet.open(chosen.data)
-    config = chosen.model.shape(len(train_set.manifest.classes))
+    config = chosen.shape(len(train_set.manifest.classes))
     temporary.shorten()
     batches = stream.training(chosen, train_set, config, rank=rank, world=world, start=start, steps=start + steps)
     print("step\tepoch\tposition\tshard\tkey\tpixels")

@@ -134,7 +134,7 @@ def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster, world: int) -> tu
         notes = lanes_and_shards(chosen, shards, cluster.nodes, remote=any(dataset.remote for dataset in data.datasets))
     except DataError as error:
         notes.append(f"the data cannot be read from here, so 1,000 classes are assumed ({error})")
-    config = chosen.largest(chosen.model.shape(classes))
+    config = chosen.largest(chosen.shape(classes))
     here = this_machine(chosen, config, world, ray=True) if cluster.is_this_machine else None
     planner = Planner(chosen, config, here or _target(cluster), samples)
     if planner.steps is None:

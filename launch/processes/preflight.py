@@ -63,7 +63,7 @@ def check_inputs(recipe: "Recipe", folder: "RunFolder") -> "TrainingSet":
     opened = [*train_set.datasets]
     if recipe.data.val is not None:
         opened.append(Dataset.open(recipe.data.val, recipe.data.cache))
-    choice = Choice.of(recipe.model.shape(len(train_set.manifest.classes)), recipe.data)
+    choice = Choice.of(recipe.shape(len(train_set.manifest.classes)), recipe.data)
     for dataset in opened:
         check_kind(dataset.manifest, choice)
     starting.check(recipe, folder, train_set.manifest)
@@ -79,7 +79,7 @@ def check_memory(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool
     Raises:
         LaunchError: the run does not fit; gives the numbers, and what would fit.
     """
-    config = recipe.largest(recipe.model.shape(len(data.manifest.classes)))
+    config = recipe.largest(recipe.shape(len(data.manifest.classes)))
     if config.tiles is not None and recipe.data.max_tiles is None:  # bags of any size, whose memory cannot be planned
         return
     if not gpus() and upper_bound(recipe, config, world) < _bytes_per_rank(recipe, config, world, ray=ray) / 2:

@@ -27,7 +27,7 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
     folder = run.newest_checkpoint(step)
     train_state = read_train_state(folder)
     manifest = trained_on(train_state, recipe)
-    model = VisionMamba(recipe.model.shape(len(manifest.classes)))
+    model = VisionMamba(recipe.shape(len(manifest.classes)))
     model.backward = model.config.backward_at(train_state.step)
     weights = consolidated(folder, "ema" if train_state.ema and not raw else "weight")
     model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(OF_OBJECTIVE)})

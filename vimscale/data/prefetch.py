@@ -46,10 +46,12 @@ class Prefetcher:
         return mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
 
     def ahead(self) -> None:
-        """Read the next batch and start its copy. At the end of the stream, do nothing.
+        """Read the next batch and start its copy. If one waits, or at the end of the stream, do nothing.
 
         Call this after queueing the step's work, so that the device computes meanwhile.
         """
+        if self._next is not None:
+            return
         if self._copies is None:
             asked = time.perf_counter()
             self._next = next(self._batches, None)

@@ -186,6 +186,13 @@ class Engine:
         """(a micro-batch's loss (), the objective's figures () by name)."""
         return self.ask("loss", inputs)
 
+    def look_ahead(self, parts: Sequence[Inputs]) -> list[Inputs]:
+        """The micro-batches of a step, with what the objective's first pass over all of them made for each."""
+        with torch.no_grad():
+            seen = [self.ask("ahead", inputs) for inputs in parts]
+            shared = self.objective.meet(self.model, seen)
+        return [replace(inputs, shared=own) for inputs, own in zip(parts, shared, strict=True)]
+
     def evaluation_sums(self, inputs: Inputs, backward: Sequence[float] | None = None) -> Tensor:
         """The objective's sums (n) for an evaluation; `backward`: how much of each layer's backward path is in."""
         return self.ask("evaluation_sums", replace(inputs, backward=backward))

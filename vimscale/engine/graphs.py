@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 FORMS = 8
 """The most forms that are captured; others run eagerly."""
 
+_BY_NAME = ("views", "shared")
+"""Fields of `Inputs` that hold tensors by name."""
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Does some work, and returns its results and what does it again, into the same results."""
 Outputs = tuple[Tensor, dict[str, Tensor], dict[int, Probe] | None]
@@ -193,11 +195,14 @@ def _form(inputs: Inputs, settings: tuple[Any, ...]) -> Form | None:
 
 def _tensors(inputs: Inputs) -> dict[str, Tensor]:
     named: dict[str, Any] = {each.name: getattr(inputs, each.name) for each in fields(inputs)}
-    named |= {f"views/{name}": t for name, t in inputs.views.items()}
+    for field in _BY_NAME:
+        named |= {f"{field}/{name}": t for name, t in getattr(inputs, field).items()}
     return {name: t for name, t in named.items() if isinstance(t, Tensor)}
 
 
 def _with_tensors(inputs: Inputs, tensors: dict[str, Tensor]) -> Inputs:
-    views = {name.removeprefix("views/"): t for name, t in tensors.items() if name.startswith("views/")}
     others: dict[str, Any] = {name: t for name, t in tensors.items() if "/" not in name}
-    return replace(inputs, views=views, **others)
+    for field in _BY_NAME:
+        prefix = f"{field}/"
+        others[field] = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return replace(inputs, **others)

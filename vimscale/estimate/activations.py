@@ -29,7 +29,7 @@ from vimscale.model.block import Recompute
 from vimscale.model.vim import Gather
 from vimscale.objectives.base import Inputs, Learner, Sample
 from vimscale.objectives.build import build
-from vimscale.recipe.sections import ClassificationOptions, ObjectiveOptions
+from vimscale.recipe.objectives import ClassificationOptions, ObjectiveOptions
 
 Backend = Literal["cpu", "triton"]
 

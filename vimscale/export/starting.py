@@ -210,7 +210,7 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
     """
     if recipe.model.weights is None or checkpoints(folder.checkpoints) or _elsewhere(recipe):
         return
-    compare(read(Path(recipe.model.weights)), recipe.model.shape(len(manifest.classes)), manifest)
+    compare(read(Path(recipe.model.weights)), recipe.shape(len(manifest.classes)), manifest)
 
 
 def _elsewhere(recipe: Recipe) -> bool:
@@ -341,7 +341,7 @@ def _of_run(folder: Path) -> Source:
             f"model.weights {folder} is a run whose training set, which has its class names, is not available:"
             f" {_short(error)}; export the run on a machine that has it, and give that folder"
         ) from None
-    config = recipe.model.shape(len(manifest.classes))
+    config = recipe.shape(len(manifest.classes))
     backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
     return Source(folder, config, manifest.classes, manifest.mean, manifest.std, backward)
 

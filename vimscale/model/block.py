@@ -1,4 +1,4 @@
-"""A residual block: add, norm, mix.
+"""A residual block: add, norm, mix; what is between stages, and the head.
 
 Axes: b images, l tokens, d model width.
 """
@@ -95,3 +95,27 @@ class Block(nn.Module):
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale.to(x.dtype)
+
+
+class Merge(nn.Module):
+    """Between stages: concatenates adjacent tokens, normalizes them and projects them to the next width."""
+
+    def __init__(self, config: VimConfig, i: int, o: int, factor: int):
+        super().__init__()
+        self.norm = Norm(config, i * factor**2)
+        self.project = nn.Linear(i * factor**2, o, bias=False)
+        self.factor = factor
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x (b, l, d) -> (b, l / factor^2, o)."""
+        b, _, d = x.shape
+        rows, columns, f = grid[0] // self.factor, grid[1] // self.factor, self.factor
+        x = x.view(b, rows, f, columns, f, d).transpose(2, 3).reshape(b, rows * columns, f * f * d)
+        normed, _ = self.norm(x, None)
+        return self.project(normed)
+
+
+class Head(nn.Linear):
+    def init_weights(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)

@@ -55,6 +55,7 @@ class VimConfig:
     """
 
     num_classes: int = 1000
+    """0: an encoder without a head."""
     image_size: int | tuple[int, int] = 224
     """Side of the square image, or [height, width], in pixels; a multiple of patch_size. The position embedding is made
     for this size, but a model takes images of other sizes too.
@@ -117,9 +118,10 @@ class VimConfig:
     """
     register_reduce: int = 1
     """With pool registers: project each register to d_model / register_reduce before joining them."""
-    pos_embed: bool | Literal["coordinates"] = True
+    pos_embed: bool | Literal["coordinates", "sincos"] = True
     """Whether to add a learned position embedding, made for image_size, to the tokens. coordinates: add fixed sines and
-    cosines of each patch's coordinates, which fit images of any size and tiles anywhere, times a learned factor.
+    cosines of each patch's coordinates, which fit images of any size and tiles anywhere, times a learned factor;
+    sincos: add fixed sines and cosines of each patch's column and row, as masked autoencoders do (arXiv:2111.06377).
     """
     drop_path: float = 0.0
     """Chance of skipping the last layer for an image; earlier layers are skipped linearly less, the first one never."""
@@ -220,14 +222,14 @@ class VimConfig:
 
     def _tile_faults(self, layers: list[Layer]) -> list[str]:
         faults = []
-        if self.pos_embed == "coordinates" and (d := self.parts[0].d_model) % 4:
-            faults.append(f"pos_embed coordinates needs a multiple of 4 channels, and d_model is {d}")
+        if isinstance(self.pos_embed, str) and (d := self.parts[0].d_model) % 4:
+            faults.append(f"pos_embed {self.pos_embed} needs a multiple of 4 channels, and d_model is {d}")
         if self.tiles is None:
             return faults
         if self.size[0] % self.tiles or self.size[1] != self.tiles:
             faults.append(f"image_size {self.image_size} does not consist of tiles: use image_size {self.tiles}")
-        if self.pos_embed is True:
-            faults.append("tiles can be anywhere, and pos_embed true learns one grid: use pos_embed: coordinates")
+        if self.pos_embed in (True, "sincos"):
+            faults.append("tiles can be anywhere, and pos_embed true or sincos is for one grid: use coordinates")
         if self.stages:
             faults.append(
                 "tiles are a sequence of tokens, and stages merge the tokens of one grid: leave one of them out"
@@ -423,7 +425,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 _STAGE_RANGES = {"depth": (1, schedule.MOST_LAYERS), "d_model": (1, 2**16), "downsample": (1, 2**10)}
 _RANGES = {
-    "num_classes": (1, 2**24),
+    "num_classes": (0, 2**24),
     "image_size": (1, 2**24),
     "tiles": (1, 2**15),
     "patch_size": (1, 2**12),

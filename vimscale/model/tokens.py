@@ -6,6 +6,7 @@ Axes: b rows of tokens (one image each, or several packed ones), l tokens, d mod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,27 @@ def packed_tokens(config: VimConfig, images: Sequence[PackedImage], length: int,
     return Tokens(config, tuple(map(tuple, rows)), length, device, reset.to(device))
 
 
+def tokens_of_parts(config: VimConfig, grids: tuple[Grid, ...], rows: int, device: torch.device) -> Tokens:
+    """Return what mixers need to know about rows that all hold parts of the same grids."""
+    lengths = [layout(config, grid).tokens for grid in grids]
+    starts = list(accumulate(lengths, initial=0))
+    reset = torch.zeros(rows, starts[-1], dtype=torch.bool)
+    reset[:, starts[:-1]] = True
+    return Tokens(config, (grids,), starts[-1], device, reset.to(device))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder makes of sequences of tokens."""
+
+    tokens: Tensor
+    """Normalized (b, l, d), class tokens and registers included."""
+    taps: list[Tensor]
+    """The residual stream (b, l, d) after each of the layers that were asked for."""
+    parts: tuple[tuple[slice, Grid], ...]
+    """The positions of each part of a row, and its grid."""
+
+
 def resized(position: Tensor, config: VimConfig, grid: Grid) -> Tensor:
     """Resize the position embedding (l, d) from the config's grid to another. The image's part is interpolated
     bicubically in two dimensions; class token and registers keep theirs, at their positions in the new sequence.
@@ -184,3 +206,33 @@ def resized(position: Tensor, config: VimConfig, grid: Grid) -> Tensor:
     plane = torch.nn.functional.interpolate(plane.float(), grid, mode="bicubic", align_corners=False)
     extra = [position[i] for i in (*old.cls, *old.registers)]
     return new.insert(plane.flatten(2).mT.to(position.dtype), torch.stack(extra) if extra else None)[0]
+
+
+def sincos(config: VimConfig, grid: Grid, x: Tensor) -> Tensor:
+    """Return sines and cosines of each token's position (l, d), in the dtype and on the device of x; zeros for class
+    tokens and registers. The first half of the channels codes the column, the second the row (arXiv:2111.06377).
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # compilers and fake tensors must not leave theirs
+        return torch.tensor(_sincos(config, grid)).to(x)
+    return _sincos_on(config, grid, x.device, x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _sincos_on(config: VimConfig, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(_sincos(config, grid)).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _sincos(config: VimConfig, grid: Grid) -> np.ndarray:
+    table = np.zeros((layout(config, grid).tokens, config.widths[0]))
+    image = np.concatenate([np.arange(start, end) for start, end in layout(config, grid).image])
+    table[image] = plane_sincos(grid, config.widths[0])
+    return table.astype(np.float32)
+
+
+def plane_sincos(grid: Grid, width: int) -> np.ndarray:
+    """As `sincos`, of the cells of a grid in row order: fp64 (rows x columns, width)."""
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    angles = [np.outer(at, frequencies) for at in (columns, rows)]
+    return np.concatenate([wave(each) for each in angles for wave in (np.sin, np.cos)], axis=1)

@@ -6,7 +6,7 @@ Axes: b images, l tokens, d model width; images are (b, 3, h, w), already normal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, overload
 
 import torch
@@ -15,42 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimscale.model import schedule, stem, tiles
-from vimscale.model.block import Block, Norm, Recompute
+from vimscale.model.block import Block, Head, Merge, Norm, Recompute
 from vimscale.model.layout import Grid, Layout, layout
 from vimscale.model.mixer import PATH_PARAMETERS, Factor, Mamba, Probe
 from vimscale.model.own import OwnMixer
 from vimscale.model.presets import VimConfig
 from vimscale.model.stretch import Stretch
-from vimscale.model.tokens import PackedImage, Tokens, pack, packed_tokens, resized
+from vimscale.model.tokens import Encoded, PackedImage, Tokens, pack, packed_tokens, resized, sincos, tokens_of_parts
 from vimscale.ops import Context, gathered, summed
 
 Images = Tensor | Sequence[Tensor] | Sequence[tiles.Bag]
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """A context in which the given parameters are complete on this device, for engines that shard them at construction."""
-
-
-class Merge(nn.Module):
-    """Between stages: concatenates adjacent tokens, normalizes them and projects them to the next width."""
-
-    def __init__(self, config: VimConfig, i: int, o: int, factor: int):
-        super().__init__()
-        self.norm = Norm(config, i * factor**2)
-        self.project = nn.Linear(i * factor**2, o, bias=False)
-        self.factor = factor
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x (b, l, d) -> (b, l / factor^2, o)."""
-        b, _, d = x.shape
-        rows, columns, f = grid[0] // self.factor, grid[1] // self.factor, self.factor
-        x = x.view(b, rows, f, columns, f, d).transpose(2, 3).reshape(b, rows * columns, f * f * d)
-        normed, _ = self.norm(x, None)
-        return self.project(normed)
-
-
-class Head(nn.Linear):
-    def init_weights(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
 
 
 class VisionMamba(nn.Module):
@@ -99,10 +75,11 @@ class VisionMamba(nn.Module):
         if config.pooling == "registers" and config.register_reduce > 1:
             self.neck = nn.Linear(last, last // config.register_reduce, bias=False)
             self.neck_norm = Norm(config, config.features)
-        self.head: nn.Module = Head(config.features, config.num_classes)
+        self.head: nn.Module | None = Head(config.features, config.num_classes) if config.num_classes else None
         self._paired = paired
         self.register_buffer("drop_rates", torch.empty(len(config.layers)), persistent=False)
         self._tokens: dict[tuple[Grid, torch.device, Stretch | None], Tokens] = {}
+        self._rows_of_parts: dict[tuple[tuple[Grid, ...], int, torch.device], Tokens] = {}
         self._init_all(gather or (lambda parameters: nullcontext()))
 
     def _init_all(self, gather: Gather) -> None:
@@ -141,10 +118,12 @@ class VisionMamba(nn.Module):
         nothing from the host, and nothing is ever read on the host.
 
         Raises:
-            ValueError: patches do not fill a side of an image.
+            ValueError: patches do not fill a side of an image; or the model has no head.
         """
+        if self.head is None and not features:
+            raise ValueError("the model was trained without classes and has no head: ask for features")
         read = self.forward_features(images, draws, backward)
-        return read if features else self.head(read).float()
+        return read if features or self.head is None else self.head(read).float()
 
     @overload
     def forward_features(
@@ -203,10 +182,21 @@ class VisionMamba(nn.Module):
                 raise ValueError("maps of chosen layers need images of one size: pass a tensor (b, 3, h, w)")
             x, tokens, packed = self._embed_packed(images)
         chosen = [self._index(layer) for layer in layers or ()]
-        maps: dict[int, Tensor] = {}
         scales = self._drop_scales(draws, tokens, packed)
+        x, tokens, taps = self._blocks(x, tokens, scales, backward, chosen)
+        if layers is not None:
+            return [self._map(stream, its) for stream, its in taps]
+        return pooled(x, tokens, packed)
+
+    def _blocks(
+        self, x: Tensor, tokens: Tokens, scales: list[Tensor | None], backward: Any, chosen: Sequence[int]
+    ) -> tuple[Tensor, Tokens, list[tuple[Tensor, Tokens]]]:
+        """Run all blocks on embedded tokens; return the normalized tokens, what they are, and the residual stream after
+        each of the layers `chosen`.
+        """
         if backward is None:
             backward = [self.backward] * len(self.blocks)
+        found: dict[int, tuple[Tensor, Tokens]] = {}
         residual: Tensor | None = None
         for group in self._groups():
             if str(group[0]) in self.merges:
@@ -214,11 +204,80 @@ class VisionMamba(nn.Module):
                 residual = None
             x, residual = self._step(group, x, residual, tokens, scales, backward)
             for layer in set(chosen).intersection(group):  # both layers of a pair end with the group
-                maps[layer] = self._map(residual + x, tokens)
-        if layers is not None:
-            return [maps[layer] for layer in chosen]
+                found[layer] = residual + x, tokens
         x, _ = self.norm(x, residual)
-        return pooled(x, tokens, packed)
+        return x, tokens, [found[layer] for layer in chosen]
+
+    # ---- for objectives that look inside
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Embed the patches of images (b, 3, h, w), with positions but without extra tokens: (b, l, d) in row order."""
+        grid = self._grid(images)
+        x = self._patches(images)
+        position = self._positions(grid, x)
+        if position is None:
+            return x
+        return x + layout(self.config, grid).image_tokens(position[None]).to(x.dtype)
+
+    def encode(
+        self,
+        parts: Sequence[tuple[Tensor, Grid]],
+        draws: Tensor | None = None,
+        backward: Sequence[Factor] | None = None,
+        *,
+        layers: Sequence[int] = (),
+    ) -> Encoded:
+        """Encode rows of tokens that `patches` embedded, or some of them: each part is (b, l, d) and the grid of its l
+        tokens, such as (1, l) for a selection. Every part gets the model's class tokens and registers, and parts do not
+        see each other. `draws` and `backward` are those of `forward`; `layers`: see `Encoded.taps`.
+
+        Raises:
+            ValueError: a layer is out of range; the model is hierarchical and there are several parts; or ranks share
+                images.
+        """
+        if self.context is not None or (self.config.stages and len(parts) > 1):
+            raise ValueError("tokens can be encoded in parts only on one rank and without stages")
+        extra = self._extra_tokens()
+        rows = [layout(self.config, grid).insert(x, extra) for x, grid in parts]
+        ends = list(accumulate((x.shape[1] for x in rows), initial=0))
+        x = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        grids = tuple(grid for _, grid in parts)
+        tokens = self._tokens_of_parts(grids, x)
+        chosen = [self._index(layer) for layer in layers]
+        x, _, taps = self._blocks(x, tokens, self._drop_scales(draws, tokens, None), backward, chosen)
+        spans = tuple((slice(start, end), grid) for (start, end), grid in zip(pairwise(ends), grids, strict=True))
+        return Encoded(x, [stream for stream, _ in taps], spans)
+
+    def pooled(self, encoded: Encoded) -> list[Tensor]:
+        """Return what the head reads of each part, (b, features)."""
+        return [self._pool(encoded.tokens[:, span], grid) for span, grid in encoded.parts]
+
+    def _extra_tokens(self) -> Tensor | None:
+        """Return class tokens and registers (m, d) with their positions."""
+        extra: list[Tensor] = [t for t in (self.cls_token, self.registers) if t is not None]
+        if not extra:
+            return None
+        joined = torch.cat(extra)
+        if self.pos_embed is None:
+            return joined
+        slots = layout(self.config, self.config.grid)
+        return joined + torch.stack([self.pos_embed[at] for at in (*slots.cls, *slots.registers)])
+
+    def _positions(self, grid: Grid, x: Tensor) -> Tensor | None:
+        """Return what to add to all tokens (l, d) of an image, if the model has a table of positions."""
+        if self.pos_embed is not None:
+            return resized(self.pos_embed, self.config, grid)
+        return sincos(self.config, grid, x) if self.config.pos_embed == "sincos" else None
+
+    def _tokens_of_parts(self, grids: tuple[Grid, ...], x: Tensor) -> Tokens:
+        if len(grids) == 1:
+            return self._row_tokens(grids[0], x)
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return tokens_of_parts(self.config, grids, len(x), x.device)
+        key = (grids, len(x), x.device)
+        if key not in self._rows_of_parts:
+            self._rows_of_parts[key] = tokens_of_parts(self.config, *key)
+        return self._rows_of_parts[key]
 
     def _index(self, layer: int) -> int:
         depth = len(self.blocks)
@@ -284,8 +343,7 @@ class VisionMamba(nn.Module):
         patches = self._patches_of(images, own)
         extra: list[Tensor] = [t for t in (self.cls_token, self.registers) if t is not None]
         x = self._slots(grid, own).insert(patches, torch.cat(extra) if extra else None)  # (b, l, d)
-        if self.pos_embed is not None:
-            position = resized(self.pos_embed, config, grid)
+        if (position := self._positions(grid, x)) is not None:
             x = x + (position if own is None else position[own.start : own.end])
         return x, self._row_tokens(grid, x, own)
 

@@ -21,12 +21,12 @@ from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.tiles import Bag
 from vimscale.model.vim import Gather
-from vimscale.recipe.sections import ObjectiveOptions
+from vimscale.recipe.objectives import ObjectiveOptions
 from vimscale.storage import own_code
 
 __all__ = ["Inputs", "Learner", "Objective", "ObjectiveOptions", "Sample"]
 
-Question = Literal["loss", "loss_per_sample", "evaluation_sums"]
+Question = Literal["loss", "loss_per_sample", "evaluation_sums", "ahead"]
 """The methods of an objective that compute with parameters, and so run inside the engine's forward pass."""
 
 
@@ -48,6 +48,8 @@ class Inputs:
     """How much of each layer's backward path is in; default: all of it. A CUDA graph has tensors () here."""
     weights: Tensor | None = None
     """fp32 (b), in evaluations: 0 for rows that do not count (fill of the last batch, unreadable images)."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    """What `Objective.meet` made for this micro-batch of a whole step's images."""
 
 
 class Objective(ABC):
@@ -96,6 +98,24 @@ class Objective(ABC):
     @abstractmethod
     def loss_per_sample(self, model: "Learner", inputs: Inputs) -> Tensor:
         """The loss of each image, (b): the guard reports which images of a bad step stand out."""
+
+    # ---- what depends on all images of a step
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the loss of an image depends on the step's other images, so that every step has a first pass."""
+        return False
+
+    def ahead(self, model: "Learner", inputs: Inputs) -> dict[str, Tensor]:
+        """The first pass of a micro-batch, without gradients: what `meet` needs of it."""
+        raise NotImplementedError
+
+    def meet(self, model: "Learner", parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """From what `ahead` returned for each of this rank's micro-batches to the `Inputs.shared` of each, of the same
+        shapes in every step. All ranks call this at the same time, and may exchange tensors: those of rank 0's first
+        micro-batch come first in the global batch, then its others, then those of rank 1.
+        """
+        raise NotImplementedError
 
     def after_update(self, model: "Learner", step: int, applied: Tensor) -> None:
         """Change buffers, such as a teacher's, when the update of step `step` (counted from 1) is done. All ranks call

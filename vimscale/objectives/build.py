@@ -4,7 +4,7 @@ from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
 from vimscale.objectives.base import Objective
 from vimscale.objectives.classification import Classification
-from vimscale.recipe.sections import ObjectiveOptions
+from vimscale.recipe.objectives import ObjectiveOptions
 from vimscale.storage import own_code
 
 _KINDS: dict[str, type[Objective]] = {"classification": Classification}

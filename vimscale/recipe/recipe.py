@@ -11,11 +11,10 @@ from pydantic import AfterValidator, Field, model_validator
 from vimscale.errors import RecipeError
 from vimscale.model.presets import VimConfig
 from vimscale.recipe.model_section import Model
+from vimscale.recipe.objectives import AnyObjective, ClassificationOptions
 from vimscale.recipe.sections import (
-    AnyObjective,
     Augment,
     Checkpoint,
-    ClassificationOptions,
     Count,
     Data,
     Evaluate,
@@ -163,6 +162,8 @@ class Recipe(Section):
         from vimscale.model import stretch  # imports torch
 
         key, config = f"parallel.context {self.parallel.context}", self.largest(self.model.shape(classes=1))
+        if not self.objective.divisible:
+            yield f"{key}: objective {self.objective.kind} needs whole images on every rank; use parallel.context=1"
         if self.augment.buckets > 1:
             what = f"augment.buckets {self.augment.buckets} packs images into rows, which cannot be cut"
             yield f"{key}: {what}; use augment.buckets=1 or parallel.context=1"
@@ -196,6 +197,12 @@ class Recipe(Section):
             )
             raise RecipeError(f"recipe {self.name}", [fault])
         return steps
+
+    def shape(self, classes: int) -> VimConfig:
+        """Return the model's shape for a training set of this many classes; without a head, if the objective needs
+        none.
+        """
+        return self.model.shape(classes if self.objective.classifies else 0)
 
     def batch_at(self, step: int) -> int:
         """Return the number of images of step `step`, counted from 0."""

@@ -18,7 +18,6 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from vimscale.errors import suggest
 from vimscale.recipe.typed_yaml import UNION, Address, Either, Section, Size, Whole
 from vimscale.storage import own_code
 
@@ -164,7 +163,7 @@ class OwnOptions(Section):
         return cls.section_for(tree).model_validate(tree) if isinstance(tree, dict) else tree
 
 
-def _own_options(tree: dict, base: type[OwnOptions], what: str, parent: str) -> type[OwnOptions]:
+def own_options(tree: dict, base: type[OwnOptions], what: str, parent: str) -> type[OwnOptions]:
     """The class `Options` of the user's own class that the section `tree` names.
 
     Args:
@@ -180,21 +179,21 @@ def _own_options(tree: dict, base: type[OwnOptions], what: str, parent: str) -> 
         own = own_code.load(kind)
         options = getattr(own, "Options", None)
         if not (isinstance(options, type) and issubclass(options, base)):
-            section = f"vimscale.recipe.sections.{base.__name__}"
+            section = f"{base.__module__}.{base.__name__}"
             raise ValueError(f"{kind} is not {what}: derive it from {parent}, and its class Options from {section}")
         if missing := sorted(getattr(own, "__abstractmethods__", ())):
             raise ValueError(f"{kind} does not define {', '.join(missing)}; see {parent}")
     except ValueError as error:
-        raise _fault_of_kind(kind, error) from None
+        raise fault_of_kind(kind, error) from None
     return options
 
 
-def _fault_of_kind(kind: str, error: ValueError) -> ValidationError:
+def fault_of_kind(kind: str, error: ValueError) -> ValidationError:
     fault = InitErrorDetails(type="value_error", loc=("kind",), input=kind, ctx={"error": error})
     return ValidationError.from_exception_data("kind", [fault])
 
 
-def _own_schema(about: str) -> dict[str, Any]:
+def own_schema(about: str) -> dict[str, Any]:
     """JSON schema of a section whose options a user's own class defines."""
     return {
         "type": "object",
@@ -224,12 +223,12 @@ class _FromFile(OwnOptions):
             return cls  # reports what is wrong with the kind
         if own_code.split(tree["kind"]) is None:
             fault = f"{tree['kind']!r} is not a class in a file; write {cls.example}"
-            raise _fault_of_kind(tree["kind"], ValueError(fault))
-        return _own_options(tree, cls, cls.what, cls.parent)
+            raise fault_of_kind(tree["kind"], ValueError(fault))
+        return own_options(tree, cls, cls.what, cls.parent)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _own_schema(inspect.cleandoc(cls.__doc__ or "")) if _FromFile in cls.__bases__ else handler(schema)
+        return own_schema(inspect.cleandoc(cls.__doc__ or "")) if _FromFile in cls.__bases__ else handler(schema)
 
 
 class AugmentationOptions(_FromFile):
@@ -300,62 +299,6 @@ class Phase(Section):
     """Images per step, in as many micro-steps as the recipe's own batch. default: the phase before, and at first the
     recipe's batch.
     """
-
-
-class ObjectiveOptions(OwnOptions):
-    """What the model is trained for. `kind` is classification, or a class in a file such as mine.py:MyLoss, relative to
-    the recipe's file; the other keys are the options of that kind.
-    """
-
-    headline: ClassVar[str] = "loss"
-    """The figure of an evaluation that runs of this kind are compared by."""
-
-    def __reduce__(self) -> tuple:
-        """Another process imports a user's own file again."""
-        return ObjectiveOptions.read, (self.model_dump(),)
-
-    @classmethod
-    def section_for(cls, tree: Any) -> type[Section]:
-        return cls if cls is not ObjectiveOptions else _options_class(tree)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        if cls is not ObjectiveOptions:
-            return handler(schema)
-        own = _own_schema("A user's own objective, with its own options.")
-        kinds = [*(handler(kind.__pydantic_core_schema__) for kind in OBJECTIVES.values()), own]
-        return {"description": inspect.cleandoc(cls.__doc__ or ""), "anyOf": kinds}
-
-
-class ClassificationOptions(ObjectiveOptions):
-    """Cross entropy over the classes of the training set, with the encoder's own head."""
-
-    headline: ClassVar[str] = "top1"
-    kind: Literal["classification"] = "classification"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Fraction of each target that is spread evenly over all classes."""
-
-
-OBJECTIVES: dict[str, type[ObjectiveOptions]] = {"classification": ClassificationOptions}
-"""The objectives that come with the package, by kind."""
-
-
-def _options_class(tree: Any) -> type[OwnOptions]:
-    kind = tree.get("kind", "classification")
-    if not isinstance(kind, str):
-        return ClassificationOptions  # reports the type
-    if kind in OBJECTIVES:
-        return OBJECTIVES[kind]
-    if own_code.split(kind) is None:
-        fault = (
-            f"{kind!r} is not {' or '.join(OBJECTIVES)}, nor a class in a file such as mine.py:MyLoss"
-            f"{suggest(kind, OBJECTIVES)}"
-        )
-        raise _fault_of_kind(kind, ValueError(fault))
-    return _own_options(tree, ObjectiveOptions, "an objective", "vimscale.objectives.base.Objective")
-
-
-AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(ObjectiveOptions.read)]
 
 
 class Optim(Section):

@@ -1,6 +1,6 @@
 """The training loop: one rank's life, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -100,14 +100,21 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
     probing = (step + 1) % recipe.log.every == 0
     loss: Tensor | None = None
     micros: list[Micro] = []
-    for part in range(cut.accumulation):
+
+    def taken(part: int) -> Inputs:
         images, targets, batch = run.prefetcher.take()
         run.meter.add(batch)
         rows = cut.rows(spec.data_rank, part)
         mine = None if draws is None else draws[rows.start : rows.stop].to(engine.device, non_blocking=True)
         micros.append(Micro(batch, mine, backward))
+        return Inputs(images, targets, batch.views, mine, backward)
+
+    parts: Iterable[Inputs] = map(taken, range(cut.accumulation))
+    if run.objective.looks_ahead:
+        parts = engine.look_ahead(list(parts))
+    for part, inputs in enumerate(parts):
         engine.encoder.probes = {} if probing and part == cut.accumulation - 1 else None
-        part_loss, figures = engine.loss(Inputs(images, targets, batch.views, mine, backward))
+        part_loss, figures = engine.loss(inputs)
         probes, engine.encoder.probes = engine.encoder.probes, None
         engine.backward(part_loss)
         share = part_loss.detach() / cut.accumulation if cut.accumulation > 1 else part_loss.detach()

@@ -76,7 +76,7 @@ class Run:
         train_set = TrainingSet.open(recipe.data)
         val_set = Dataset.open(recipe.data.val, recipe.data.cache) if recipe.data.val else None
         steps = recipe.length(train_set.samples)
-        config = recipe.model.shape(len(train_set.manifest.classes))
+        config = recipe.shape(len(train_set.manifest.classes))
         kernels = CompileAhead(config, recipe, device, spec.threads)
         torch.manual_seed(recipe.seed)  # the same weights on every rank
         heartbeat.beat("start")

@@ -40,7 +40,7 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
     tiles = located.manifest.tiles
     rule = Augment(crop_min=0.08 if tiles is None else 1) if recipe is None else recipe.augment
     last = own.build(rule.own)
-    config = None if recipe is None else recipe.model.shape(len(located.manifest.classes))
+    config = None if recipe is None else recipe.shape(len(located.manifest.classes))
     size = (224, 224) if config is None else config.size
     choice = None
     if recipe is not None and config is not None:
