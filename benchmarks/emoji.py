@@ -30,11 +30,12 @@ _LEFT_OUT = "Component"
 
 
 def make(folder: Path) -> dict[str, Path]:
-    """Write train/ (two styles) and test/ (the third) under `folder`, with a subfolder per category, each picture with a
-    .txt of its name. Folders that are there already are kept. Returns both.
+    """Write train/ (two styles) and test/ (the third) under `folder`, with a subfolder per category, and a .txt of its
+    name next to each picture. Returns both; what is there already is kept.
     """
     made = {split: folder / split for split in ("train", "test")}
-    if all((path / "done").is_file() for path in made.values()):
+    done = folder / "pictures_are_complete"
+    if done.is_file():
         return made
     archives = {style: _packed(package, folder / "packages") for style, package in PACKAGES.items()}
     about = _about(archives["google"])
@@ -48,7 +49,7 @@ def make(folder: Path) -> dict[str, Path]:
                     place.mkdir(parents=True, exist_ok=True)
                     picture.save(place / f"{style}_{code}.png")
                     (place / f"{style}_{code}.txt").write_text(name)
-        (made[split] / "done").touch()
+    done.touch()
     return made
 
 

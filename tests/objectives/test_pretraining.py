@@ -1,0 +1,88 @@
+"""All pretraining objectives with everything that a run can be: ranks, accumulation, ZeRO stages, precision,
+recomputation, kills. Runs are those of tests/support/injected.py: real processes, DeepSpeed and tar shards.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vimscale.checkpoint.compare import Pair
+
+ROOT = Path(__file__).parents[2]
+LENGTH = ("steps=6", "checkpoint.every=4", "log.every=1", "optim.warmup=2", "batch=16", "evaluate.every=0")
+DISTILLATION = "kind: distillation, prototypes: 64, hidden: 32, bottleneck: 16, local_crops: 2, local_size: 16"
+CONTRASTIVE = "kind: contrastive, tokenizer: bytes, caption: class, width: 32, depth: 1, heads: 2, features: 16"
+KINDS: dict[str, tuple[str, ...]] = {
+    "masked": ("objective={kind: masked, decoder_depth: 1, decoder_width: 32}",),
+    "autoregressive": (
+        "objective={kind: autoregressive, cluster: 2, decoder_depth: 2, decoder_width: 32, decoder_heads: 2}",
+        "model.directions=fwd*2",
+        "model.cls_token=none",
+    ),
+    "distillation": (f"objective={{{DISTILLATION}}}",),
+    "sinkhorn": (f"objective={{{DISTILLATION}, targets: sinkhorn, ibot: 1.0, koleo: 0.1}}",),
+    "contrastive": (f"objective={{{CONTRASTIVE}}}",),
+    "clip": (f"objective={{{CONTRASTIVE}, loss: clip}}",),
+}
+
+
+def _run(folder: Path, kind: str, *changes: str, world: int = 2, fault: str = "") -> list[dict[str, Any]]:
+    """The rows of training of a run of `world` ranks."""
+    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault]
+    done = subprocess.run(
+        [*command, *LENGTH, *KINDS[kind], *changes], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def _losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_depend_on_neither_ranks_nor_accumulation(tmp_path: Path, kind: str) -> None:
+    two = _losses(_run(tmp_path / "two", kind))
+    assert len(set(two)) == 6
+    one = _losses(_run(tmp_path / "one", kind, "parallel.micro_batch=4", world=1))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_ranks_compute_what_one_does(tmp_path: Path, kind: str) -> None:
+    one = _losses(_run(tmp_path / "one", kind, world=1))
+    four = _losses(_run(tmp_path / "four", kind, "parallel.micro_batch=2", world=4))
+    assert four == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero", range(4))
+def test_a_run_that_stops_resumes_to_the_bit_at_any_stage(tmp_path: Path, kind: str, zero: int) -> None:
+    if kind in ("distillation", "sinkhorn") and zero == 3:
+        pytest.skip("a teacher at ZeRO stage 3 is refused")
+    changes = (f"parallel.zero={zero}", "parallel.persist=0", "parallel.micro_batch=4", "parallel.recompute=block")
+    calm = _run(tmp_path / "calm", kind, *changes)
+    _run(tmp_path / "hit", kind, *changes, fault="stopped_at_3")
+    again = _run(tmp_path / "hit", kind, *changes)
+    assert _losses(again) == _losses(calm)
+    pair = Pair(*(tmp_path / name / "run/checkpoints/step_00000006" for name in ("calm", "hit")))
+    assert pair.only_in == [[], []]
+    assert all(found.same_bits for found in pair.differences())
+    plain = _run(tmp_path / "plain", kind, "parallel.zero=1")
+    assert _losses(calm) == pytest.approx(_losses(plain), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision_stays_near_single(tmp_path: Path, kind: str) -> None:
+    single = _losses(_run(tmp_path / "fp32", kind))
+    mixed = _losses(_run(tmp_path / "bf16", kind, "parallel.precision=bf16"))
+    assert mixed != single
+    assert mixed == pytest.approx(single, rel=3e-2)
