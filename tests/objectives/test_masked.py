@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.support.shell import Shell
+from vimscale.checkpoint.compare import Pair
 from vimscale.data.stream import Sample, training
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import optim, zero_layout
@@ -314,3 +318,92 @@ def test_published_recipes_have_the_published_shape_and_schedule(name: str) -> N
         (0.75, 512, 2, True)
     )
     assert not chosen.augment.mixes
+
+
+# ---- ranks, restarts, and what follows
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_gradient_of_a_batch_is_the_mean_of_those_of_its_parts(parts: int) -> None:
+    model, inputs = _learner(), _inputs(b=8)
+    assert isinstance(inputs.images, Tensor)
+    loss, _ = model.ask("loss", inputs)
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    losses = []
+    for images, noise in zip(inputs.images.chunk(parts), inputs.views["noise"].chunk(parts), strict=True):
+        part, _ = model.ask("loss", Inputs(images, inputs.targets[: len(images)], {"noise": noise}))
+        (part / parts).backward()
+        losses.append(part.detach() / parts)
+    torch.testing.assert_close(sum(losses), loss.detach(), rtol=1e-6, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+CHANGES = (
+    "objective={kind: masked, decoder_width: 32, decoder_depth: 1}",
+    "data.workers=1",
+    "model.ssm_norm=layer",
+    "model.pos_embed=sincos",
+    "steps=6",
+    "checkpoint.every=3",
+    "log.every=1",
+    "optim.warmup=2",
+)
+
+
+def _run(folder: Path, world: int, fault: str, *changes: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault]
+    done = subprocess.run([*command, *CHANGES, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "zero", "micro"), [(1, 0, 8), (2, 0, 16), (2, 1, 8), (2, 2, 16), (2, 3, 8), (4, 1, 8), (4, 3, 4)]
+)
+def test_losses_are_the_same_for_any_number_of_ranks(tmp_path: Path, world: int, zero: int, micro: int) -> None:
+    plain = _run(tmp_path / "plain", 1, "")
+    assert plain[-1]["loss"] < plain[0]["loss"]
+    changes = (f"parallel.zero={zero}", f"parallel.micro_batch={micro}", "parallel.persist=0")
+    found = _run(tmp_path / "divided", world, "", *changes)
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_run_that_is_stopped_continues_bit_for_bit(tmp_path: Path, zero: int) -> None:
+    changes = (f"parallel.zero={zero}", "parallel.micro_batch=8", "parallel.precision=bf16")
+    calm = _run(tmp_path / "calm", 2, "", *changes)
+    _run(tmp_path / "hit", 2, "stopped_at_4", *changes)
+    again = _run(tmp_path / "hit", 2, "", *changes)
+    assert [row["loss"] for row in again] == [row["loss"] for row in calm]
+    pair = Pair(*(tmp_path / name / "run/checkpoints/step_00000006" for name in ("calm", "hit")))
+    assert pair.only_in == [[], []]
+    differences = pair.differences()
+    assert all(found.same_bits for found in differences)
+    assert "objective.decoder.mask_token" in {found.parameter for found in differences}
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_kill_and_its_encoder_starts_a_classifier(shell: Shell) -> None:
+    smaller = ("model.d_model=32", "model.depth=2", "objective.decoder_width=32", "epochs=null", "optim.warmup=5")
+    smaller += ("log.every=1", "checkpoint.every=5", "evaluate.every=0", "steps=30")
+    ranks = ("--workers", "2", "--no-ray")
+    process = shell.popen("launch", "digits_masked", *smaller, *ranks)
+    shell.reaches(process, "digits_masked", 8)
+    process.kill()
+    process.communicate()
+    shell.nothing_is_left()
+    before = shell.rows("digits_masked")
+    assert "resumed from" in shell.run("launch", "digits_masked", *smaller, *ranks)
+    rows = shell.rows("digits_masked")
+    assert len(rows) == 30
+    assert [row["loss"] for row in rows[: len(before)]] == [row["loss"] for row in before]
+    assert "loss" in shell.run("evaluate", "digits_masked")
+    tuned = ("model.d_model=32", "model.depth=2", "steps=4", "epochs=null", "optim.warmup=1", "evaluate.every=0")
+    said = shell.run("launch", "digits_masked_finetune", *tuned, "--workers", "1", "--no-ray")
+    assert "head: starts from random values, because the weights are of a model without one" in said

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 }
 """Arguments of the constructor that decide what is computed, with its defaults."""
 _WITHOUT_EFFECT = {"residual_in_fp32", "fused_add_norm", "drop_rate", "initializer_cfg", "in_chans", "device", "dtype"}
-_SSM = {"d_state": 16, "d_conv": 4, "expand": 2}
+_SSM: dict[str, Any] = {"d_state": 16, "d_conv": 4, "expand": 2}
 """Arguments of the mixer that `ssm_cfg` may change, with their defaults."""
 
 
