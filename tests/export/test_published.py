@@ -259,6 +259,7 @@ NOT_EXPRESSIBLE = {
     "pool max: only mean or last": {"cls_token": "none", "pool": "max"},
     "pool mean: only cls": {"pool": "mean"},
     "ssm_norm True": {"ssm_norm": True},
+    "ssm_norm layer": {"ssm_norm": "layer"},
     "backward_gate True": {"backward_gate": True},
     "expand 2: only 1": {"directions": "cross*2", "mlp": "swiglu", "norm": "layer"},
 }

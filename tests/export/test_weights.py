@@ -131,6 +131,13 @@ def test_what_computes_the_same_starts_without_a_note(case: str) -> None:
     assert starting.compare(_source(old), dataclasses.replace(old, **change), _manifest()) == []
 
 
+def test_weights_without_a_head_start_models_with_one_and_the_other_way_round() -> None:
+    headless = dataclasses.replace(OURS, num_classes=0)
+    (note,) = starting.compare(_source(headless), dataclasses.replace(OURS, pool="mean"), _manifest())
+    assert note == "head: starts from random values, because the weights are of a model without one"
+    assert starting.compare(_source(), headless, _manifest()) == []
+
+
 def test_a_ramp_is_noted_and_an_unfinished_one_refused() -> None:
     ramp = dataclasses.replace(OURS, backward_ramp=(0, 10))
     (note,) = starting.compare(_source(), ramp, _manifest())

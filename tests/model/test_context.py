@@ -65,6 +65,7 @@ CASES = {
     "swiglu": {"mlp": "swiglu"},
     "gate": {"fuse": "gate"},
     "concat": {"fuse": "concat", "ssm_norm": True},
+    "norm layer": {"directions": "bi shared", "ssm_norm": "layer"},
     "sum": {"fuse": "sum"},
     "backward gate": {"backward_gate": True},
     "drop path": {"drop_path": 0.5},

@@ -15,6 +15,7 @@ from vimscale.model.layout import layout
 from vimscale.model.mixer import Mamba
 from vimscale.model.presets import Stage
 from vimscale.model.tokens import resized, scan_order
+from vimscale.ops import causal_conv1d, selective_scan
 
 SMALL = VimConfig(
     num_classes=5, image_size=16, patch_size=4, d_model=16, depth=3, d_state=4, directions="bi fwd bwd", d_head=8
@@ -27,6 +28,10 @@ FAMILY: dict[str, VimConfig] = {
     "every kind of layer": EVERY_KIND,
     "paths in a learned combination": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="gate"),
     "concatenated paths": dataclasses.replace(SMALL, depth=2, directions="cross bi", fuse="concat"),
+    "LayerNorm before the gate": dataclasses.replace(EVERY_KIND, ssm_norm="layer"),
+    "LayerNorm of concatenated paths": dataclasses.replace(
+        SMALL, depth=2, directions="cross bi", fuse="concat", ssm_norm="layer"
+    ),
     "sums": dataclasses.replace(SMALL, depth=4, directions="cross shared pair*2", fuse="sum"),
     "class tokens at both ends": dataclasses.replace(SMALL, cls_token="both", registers=3),
     "ARM's block": dataclasses.replace(SMALL, norm="layer", mlp="swiglu", expand=1, layer_scale=0.1, ssm_norm=True),
@@ -348,11 +353,38 @@ def test_drop_path_drops_the_images_that_the_draws_select(member: VimConfig) -> 
     assert model.drop_rates[[0, -1]].tolist() == [0.0, 0.5]
 
 
+@pytest.mark.parametrize("fuse", ["mean", "concat"])
+def test_the_norm_layer_precedes_the_gate(fuse: Any) -> None:
+    config = dataclasses.replace(SMALL, depth=1, directions="bi", fuse=fuse, ssm_norm="layer")
+    model, images = _model(config), _images(config)
+    mixer: Any = model.blocks[0].mixer
+    torch.nn.init.normal_(mixer.ssm_norm)
+    torch.nn.init.normal_(mixer.ssm_norm_bias)
+    seen: dict[str, torch.Tensor] = {}
+    mixer.in_proj.register_forward_hook(lambda _, __, xz: seen.update(xz=xz))
+    mixer.out_proj.register_forward_pre_hook(lambda _, into: seen.update(into=into[0]))
+    model(images)
+    x, z = seen["xz"].chunk(2, dim=-1)
+    parts = []
+    for path, reverse in enumerate((False, True)):
+        c = causal_conv1d(x, mixer.conv_weight[path], mixer.conv_bias[path], reverse=reverse, activation="silu")
+        dt, B, C = torch.nn.functional.linear(c, mixer.x_proj[path]).split([1, 4, 4], dim=-1)
+        A = -mixer.A_log[path].exp()
+        dt = torch.nn.functional.linear(dt, mixer.dt_proj[path])
+        parts.append(selective_scan(c, dt, A, B, C, mixer.D[path], None, mixer.dt_bias[path], reverse=reverse))
+    y = sum(parts) / 2 if fuse == "mean" else torch.cat(parts, dim=-1)
+    normed = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    gate = torch.nn.functional.silu(torch.cat([z] * (y.shape[-1] // z.shape[-1]), dim=-1))
+    torch.testing.assert_close(seen["into"], (normed * mixer.ssm_norm + mixer.ssm_norm_bias) * gate)
+
+
 def test_weight_decay_leaves_the_scans_parameters_alone() -> None:
-    config = dataclasses.replace(SMALL, backward_gate=True, registers=2, layer_scale=0.1, ssm_norm=True, norm="layer")
+    config = dataclasses.replace(
+        SMALL, backward_gate=True, registers=2, layer_scale=0.1, ssm_norm="layer", norm="layer"
+    )
     not_decayed = _model(config).no_decay()
     assert {"pos_embed", "cls_token", "registers", "norm.weight", "norm.bias", "head.bias"} <= not_decayed
-    of_mixer = {"A_log", "D", "dt_bias", "conv_bias", "layer_scale", "ssm_norm"}
+    of_mixer = {"A_log", "D", "dt_bias", "conv_bias", "layer_scale", "ssm_norm", "ssm_norm_bias"}
     assert {f"blocks.0.mixer.{name}" for name in of_mixer} <= not_decayed
     decayed = {"head.weight", "patch_embed.weight", "blocks.0.mixer.in_proj.weight", "blocks.0.mixer.x_proj"}
     assert not (decayed | {"blocks.0.mixer.backward_gate"}) & not_decayed

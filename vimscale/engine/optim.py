@@ -20,7 +20,8 @@ class AdamW(torch.optim.AdamW):
 def kind(name: str, no_decay: set[str], optim: Optim) -> str:
     """The optimizer's treatment of a parameter: with weight decay, spared (the names in `no_decay`), or as a gate."""
     last = name.rpartition(".")[2]
-    spared = name in no_decay and not (optim.decay == "published" and last == "A_log")
+    decayed = {"fixed": False, "published": last == "A_log", "all": True}[optim.decay]
+    spared = name in no_decay and not decayed
     return "gates" if last == "backward_gate" else "spared" if spared else "decayed"
 
 

@@ -91,4 +91,6 @@ def _forward_only(mixer: Mamba, *, paired: bool, fuse: str) -> dict[str, Tensor]
             if mixer.fuse != "sum" or paired:
                 raise CheckpointError("a norm after the scan (ssm_norm) spans both paths: such layers cannot be pruned")
             state["ssm_norm"] = mixer.ssm_norm.clone()
+            if mixer.ssm_norm_bias is not None:
+                state["ssm_norm_bias"] = mixer.ssm_norm_bias.clone()
     return state | {"out_proj.weight": out}

@@ -116,9 +116,9 @@ def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tup
     if old.pos_embed is not None:
         state["pos_embed"] = resized(state["pos_embed"], old.config, config.grid)
     rows = starting.rows(source, manifest)
-    for name in ("head.weight", "head.bias"):
+    for name in ("head.weight", "head.bias") if old.head is not None else ():
         value = state.pop(name)
-        if rows is not None:
+        if rows is not None and config.num_classes:
             state[name] = value[rows]
     if config.stem == "patch":
         state |= _renormalised(state, source, manifest)

@@ -81,7 +81,7 @@ MEANING: dict[str, Callable[[VimConfig], Any]] = {
     "ssm_norm": lambda c: _scans(c, c.ssm_norm),
     "cls_token": lambda c: c.cls_token,
     "registers": lambda c: c.registers,
-    "pool": lambda c: c.pooling,
+    "pool": lambda c: c.pooling if c.num_classes else None,
     "register_reduce": lambda c: c.register_reduce,
     "pos_embed": lambda c: c.pos_embed,
 }
@@ -153,11 +153,13 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
     if old.tiles != config.tiles:
         what = ["images" if c.tiles is None else f"bags of tiles of {c.tiles} pixels" for c in (old, config)]
         notes.append(f"tiles: the weights have seen {what[0]}, here the model sees {what[1]}")
-    return notes + _head_notes(source, manifest)
+    return notes + (_head_notes(source, manifest) if config.num_classes else [])
 
 
 def rows(source: Source, manifest: Manifest) -> list[int] | None:
     """Row of the weights' head for each class of the training set; None: the head starts from random values."""
+    if not source.config.num_classes:
+        return None
     if source.classes is None:
         same = source.config.num_classes == len(manifest.classes)
         return list(range(len(manifest.classes))) if same else None
@@ -173,8 +175,8 @@ def _head_notes(source: Source, manifest: Manifest) -> list[str]:
     if taken is None:
         have = source.config.num_classes
         new = [name for name in manifest.classes if name not in (source.classes or ())]
-        what = f"{have:,} classes, not {len(manifest.classes):,}"
-        if source.classes is not None and have == len(manifest.classes):
+        what = f"{have:,} classes, not {len(manifest.classes):,}" if have else "a model without one"
+        if have and source.classes is not None and have == len(manifest.classes):
             what = f"other classes: no {', '.join(name[:40] for name in new[:_SHOWN])}"
         return [f"head: starts from random values, because the weights are of {what}"]
     if source.classes is None:

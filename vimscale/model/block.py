@@ -93,6 +93,13 @@ class Block(nn.Module):
         return x, residual
 
 
+def no_decay(module: nn.Module) -> set[str]:
+    """Return the names of the parameters without weight decay: vectors, embeddings, the scan's A, D and biases."""
+    not_decayed = {"pos_embed", "cls_token", "registers", "A_log", "D", "conv_bias", "dt_bias", "fuse_logits"}
+    vectors = {name for name, p in module.named_parameters() if p.ndim <= 1 and not name.endswith("backward_gate")}
+    return vectors | {name for name, _ in module.named_parameters() if name.rpartition(".")[2] in not_decayed}
+
+
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale.to(x.dtype)
 

@@ -46,7 +46,7 @@ def flops(config: VimConfig) -> int:
 def _embedding(config: VimConfig) -> Cost:
     d, (rows, columns) = config.widths[0], config.grid
     extra = config.cls_tokens + config.registers
-    count = d * extra + {True: d * config.tokens, "coordinates": d, False: 0}[config.pos_embed]
+    count = d * extra + {True: d * config.tokens, "coordinates": d, "sincos": 0, False: 0}[config.pos_embed]
     if config.stem == "patch":
         weights = 3 * config.patch_size**2 * d
         return Cost("embedding", None, config.tokens, d, count + weights + d, 2 * config.patches * weights)
@@ -96,7 +96,7 @@ def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, i
     width = e * paths if fuse == "concat" else e
     count = 2 * d * e + width * d + k * e * (w + 1 + r + 2 * n + r + 1 + 1) + paths * e * n + scale
     count += paths * e if fuse == "gate" else 0
-    count += width if config.ssm_norm else 0
+    count += {False: 0, True: width, "layer": 2 * width}[config.ssm_norm]
     conv_and_projections = 2 * w * e + 2 * e * (r + 2 * n) + 2 * r * e
     return count, tokens * (4 * d * e + 2 * width * d + k * conv_and_projections + paths * 9 * e * n)
 

@@ -110,6 +110,7 @@ class Mamba(nn.Module):
         self.fuse_logits = nn.Parameter(torch.empty(len(self.paths), e)) if self.fuse == "gate" else None
         self.backward_gate = nn.Parameter(torch.empty(1)) if config.backward_gate and self.backward_paths else None
         self.ssm_norm = nn.Parameter(torch.empty(width)) if config.ssm_norm else None
+        self.ssm_norm_bias = nn.Parameter(torch.empty(width)) if config.ssm_norm == "layer" else None
         self.out_proj = OutProj(width, d, summands=len(config.layers))
         self.layer_scale = new_layer_scale(config, d)
 
@@ -135,8 +136,9 @@ class Mamba(nn.Module):
         for ones in (self.ssm_norm, self.backward_gate):
             if ones is not None:
                 nn.init.ones_(ones)
-        if self.fuse_logits is not None:
-            nn.init.zeros_(self.fuse_logits)
+        for zeros in (self.ssm_norm_bias, self.fuse_logits):
+            if zeros is not None:
+                nn.init.zeros_(zeros)
         init_layer_scale(self.layer_scale, self.config)
 
     def forward(
@@ -163,9 +165,23 @@ class Mamba(nn.Module):
             y = self._fuse_paths(xz, active, factors, tokens, recompute)
         else:
             y = self._add_paths(xz, active, factors, tokens, recompute)
-        if self.ssm_norm is not None:
-            y = F.rms_norm(y.float(), y.shape[-1:], self.ssm_norm, self.config.norm_eps).to(y.dtype)
-        return layer_scaled(restore(self.out_proj(y)), self.layer_scale)
+        return layer_scaled(restore(self.out_proj(self._normalized(y, xz))), self.layer_scale)
+
+    @property
+    def _gated(self) -> bool:
+        """Whether the gate silu(z) is a factor on the scans, and not on what a norm makes of them."""
+        return self.ssm_norm_bias is None
+
+    def _normalized(self, y: Tensor, xz: Tensor) -> Tensor:
+        """Normalize the output of the paths (b, l, e or k e) as `config.ssm_norm` says; LayerNorm precedes the gate."""
+        if self.ssm_norm is None:
+            return y
+        wide, shape, eps = y if y.dtype == torch.float64 else y.float(), y.shape[-1:], self.config.norm_eps
+        if self.ssm_norm_bias is None:
+            return F.rms_norm(wide, shape, self.ssm_norm, eps).to(y.dtype)
+        gate = F.silu(xz.chunk(2, dim=-1)[1])
+        normed = F.layer_norm(wide, shape, self.ssm_norm, self.ssm_norm_bias, eps).to(y.dtype)
+        return (normed.unflatten(-1, (-1, gate.shape[-1])) * gate.unsqueeze(-2)).flatten(-2)
 
     def _path_factors(self, active: list[int], backward: Factor) -> Tensor | None:
         """Return the factor on each active path (len(active)), with the 1/k of a mean; None if `fuse` alone says it."""
@@ -254,6 +270,7 @@ class Mamba(nn.Module):
             D,
             reverse=[self.paths[i][1] for i in group],
             fuse=fuse,
+            gated=self._gated,
             reset=tokens.reset,
             recompute=recompute,
             context=tokens.context,
@@ -294,13 +311,14 @@ class Mamba(nn.Module):
             reverse = [self.paths[i][1] for i in active]
             dt_proj, A_log = self.dt_proj.expand(len(active), -1, -1), self.A_log[: len(active)]
             s, _ = scan_over(context, each(x), each(low_dt), dt_proj, A_log, each(B), C, D, bias, reverse)
-            y = s.sum(dim=0) * F.silu(z)
+            y = s.sum(dim=0) * F.silu(z) if self._gated else s.sum(dim=0)
             return y / len(active) if mean else y
         A, dt = -torch.exp(self.A_log.float()), self._wide_dt(low_dt)
+        gate = z if self._gated else None
         if len(active) == 1:
-            return selective_scan(x, dt, A[0], B, C[0], D[0], z, self.dt_bias[0], reset=reset)
+            return selective_scan(x, dt, A[0], B, C[0], D[0], gate, self.dt_bias[0], reset=reset)
         fuse: Literal["mean", "sum"] = "mean" if mean else "sum"
-        y = bidirectional_scan(each(x), each(dt), A, each(B), C, D, z, bias, fuse=fuse, reset=reset)
+        y = bidirectional_scan(each(x), each(dt), A, each(B), C, D, gate, bias, fuse=fuse, reset=reset)
         assert isinstance(y, Tensor)
         return y
 

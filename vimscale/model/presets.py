@@ -105,8 +105,10 @@ class VimConfig:
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm before every mixer and MLP, and before the head."""
     norm_eps: float = 1e-5
-    ssm_norm: bool = False
-    """RMSNorm on the output of the scans, before the output projection."""
+    ssm_norm: bool | Literal["layer"] = False
+    """true: RMSNorm on the gated output of the scans, before the output projection. layer: LayerNorm on the output of
+    the scans, before the gate (FastVim's Vim with LayerNorm).
+    """
     layer_scale: float | None = None
     """Initial value of a learned factor per channel on every mixer's output (arXiv:2103.17239). default: no factor."""
     cls_token: ClassToken = "middle"

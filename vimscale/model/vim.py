@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimscale.model import schedule, stem, tiles
-from vimscale.model.block import Block, Head, Merge, Norm, Recompute
+from vimscale.model.block import Block, Head, Merge, Norm, Recompute, no_decay
 from vimscale.model.layout import Grid, Layout, layout
 from vimscale.model.mixer import PATH_PARAMETERS, Factor, Mamba, Probe
 from vimscale.model.own import OwnMixer
@@ -493,7 +493,5 @@ class VisionMamba(nn.Module):
         return names
 
     def no_decay(self) -> set[str]:
-        """Return the names of the parameters without weight decay: vectors, embeddings, the scan's A, D and biases."""
-        not_decayed = {"pos_embed", "cls_token", "registers", "A_log", "D", "conv_bias", "dt_bias", "fuse_logits"}
-        vectors = {name for name, p in self.named_parameters() if p.ndim == 1 and not name.endswith("backward_gate")}
-        return vectors | {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in not_decayed}
+        """Return the names of the parameters without weight decay."""
+        return no_decay(self)

@@ -19,6 +19,7 @@ from vimscale.checkpoint.restore import OF_OBJECTIVE
 from vimscale.data.stream import Sample
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.block import no_decay
 from vimscale.model.tiles import Bag
 from vimscale.model.vim import Gather
 from vimscale.recipe.objectives import ObjectiveOptions
@@ -232,8 +233,8 @@ class Learner(nn.Module):
         return {f"{OF_OBJECTIVE}{name}": buffer for name, buffer in self.added.named_buffers() if name in saved}
 
     def no_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone; of an objective's own, its vectors."""
-        return self.encoder.no_decay() | {name for name, p in self.added_parameters().items() if p.ndim <= 1}
+        """Names of the parameters that weight decay leaves alone."""
+        return self.encoder.no_decay() | {f"{OF_OBJECTIVE}{name}" for name in no_decay(self.added)}
 
 
 def parts_of(inputs: Inputs) -> tuple[Any, ...]:

@@ -320,8 +320,10 @@ class Optim(Section):
     """
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient over all parameters; null does not clip."""
-    decay: Literal["fixed", "published"] = "fixed"
-    """What weight decay shrinks. fixed: only matrices; published: A_log too, as in every published Vim run."""
+    decay: Literal["fixed", "published", "all"] = "fixed"
+    """What weight decay shrinks. fixed: only matrices; published: A_log too, as in every published Vim run; all: every
+    parameter, as in FastVim's masked pretraining.
+    """
     gate_decay: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Weight decay of the factors of `model.backward_gate`. default: weight_decay."""
     backward_lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
