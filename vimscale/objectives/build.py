@@ -2,12 +2,13 @@
 
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
+from vimscale.objectives.autoregressive import Autoregressive
 from vimscale.objectives.base import Objective
 from vimscale.objectives.classification import Classification
 from vimscale.recipe.objectives import ObjectiveOptions
 from vimscale.storage import own_code
 
-_KINDS: dict[str, type[Objective]] = {"classification": Classification}
+_KINDS: dict[str, type[Objective]] = {"classification": Classification, "autoregressive": Autoregressive}
 
 
 def build(options: ObjectiveOptions, config: VimConfig) -> Objective:

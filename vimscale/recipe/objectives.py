@@ -3,11 +3,12 @@
 import inspect
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, model_validator
 
 from vimscale.errors import suggest
+from vimscale.model.presets import VimConfig
 from vimscale.recipe.sections import OwnOptions, fault_of_kind, own_options, own_schema
-from vimscale.recipe.typed_yaml import Section
+from vimscale.recipe.typed_yaml import Section, Whole
 from vimscale.storage import own_code
 
 
@@ -24,6 +25,14 @@ class ObjectiveOptions(OwnOptions):
     """
     divisible: ClassVar[bool] = True
     """Whether ranks may share its images (parallel.context)."""
+    packs: ClassVar[bool] = True
+    """Whether it takes images of several shapes (augment.buckets)."""
+
+    def faults(self, config: VimConfig) -> list[str]:
+        """List why a model of this shape cannot be trained for it, with the fix; for a recipe's model, with the image
+        size of each of its phases.
+        """
+        return []
 
     def __reduce__(self) -> tuple:
         """Another process imports a user's own file again."""
@@ -51,7 +60,111 @@ class ClassificationOptions(ObjectiveOptions):
     """Fraction of each target that is spread evenly over all classes."""
 
 
-OBJECTIVES: dict[str, type[ObjectiveOptions]] = {"classification": ClassificationOptions}
+class AutoregressiveOptions(ObjectiveOptions):
+    """Predict the pixels of each cluster of patches from the clusters before it, for a model that scans forward only
+    (ARM, arXiv:2406.07537). It needs no labels.
+    """
+
+    classifies: ClassVar[bool] = False
+    divisible: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    kind: Literal["autoregressive"] = "autoregressive"
+    cluster: Annotated[Whole, Field(ge=1, le=1024)] = 4
+    """Side of a cluster, in patches."""
+    taps: tuple[Annotated[Whole, Field(ge=1)], ...] | None = None
+    """Layers, counted from 1, whose outputs the decoder reads; the last one is the last layer. default: four layers,
+    evenly over the second half, as published: 6, 8, 10, 12 of 12, and 12, 16, 20, 24 of 24.
+    """
+    decoder_depth: Annotated[Whole, Field(ge=1, le=100)] = 4
+    """Blocks of cross-attention in the decoder."""
+    decoder_width: Annotated[Whole, Field(ge=4, le=2**16)] = 512
+    """Width of the decoder; a multiple of 4."""
+    decoder_heads: Annotated[Whole, Field(ge=1)] | None = None
+    """Attention heads of each block. default: one for every 64 of decoder_width."""
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    """Hidden width of the decoder's MLPs, in units of decoder_width."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "AutoregressiveOptions":
+        faults = []
+        if self.taps is not None and list(self.taps) != sorted(set(self.taps)):
+            faults.append(f"taps {list(self.taps)} must increase")
+        if self.taps == ():
+            faults.append("taps [] leaves the decoder nothing to read; name layers, or leave it out")
+        if self.decoder_width % 4:
+            faults.append(f"decoder_width {self.decoder_width} is not a multiple of 4")
+        if self.decoder_width % self.heads:
+            faults.append(f"decoder_width {self.decoder_width} is not a multiple of decoder_heads {self.heads}")
+        if round(self.decoder_width * self.mlp_ratio) < 1:
+            faults.append(f"mlp_ratio {self.mlp_ratio:g} leaves the MLPs of decoder_width {self.decoder_width} no width")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def heads(self) -> int:
+        return self.decoder_heads or max(self.decoder_width // 64, 1)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Return the tapped layers of a model of `depth` layers, counted from 0."""
+        return self._default_layers(depth) if self.taps is None else tuple(tap - 1 for tap in self.taps)
+
+    def _default_layers(self, depth: int) -> tuple[int, ...]:
+        if depth < 6:  # a second half has no four layers
+            return tuple(range(depth))[-4:]
+        return tuple(round(depth * (3 + i) / 6) - 1 for i in range(4))
+
+    def faults(self, config: VimConfig) -> list[str]:
+        fixes = []
+        if config.stages:
+            fixes.append("model.stages=null")
+        if config.tiles is not None:
+            fixes.append("model.tiles=null")
+        if {str(layer) for layer in config.layers} != {"fwd"}:
+            fixes.append(f"model.directions=fwd*{len(config.layers)}")
+        if config.cls_token != "none":
+            fixes.append("model.cls_token=none")
+        if config.registers:
+            fixes.append("model.registers=0")
+        if config.pool in ("cls", "registers"):
+            fixes.append("model.pool=mean")
+        if config.stem != "patch":
+            fixes.append("model.stem=patch")
+        if config.step != config.patch_size:
+            fixes.append(f"model.stride={config.patch_size}")
+        if fixes:
+            return [
+                "objective autoregressive predicts patches from those before them, so every layer must scan forward,"
+                f" and nothing else may see later patches; set {' '.join(fixes)}"
+            ]
+        found = []
+        height, width = config.grid
+        if height % self.cluster or width % self.cluster:
+            unit = self.cluster * config.patch_size
+            near = [max(round(side / unit), 1) * unit for side in config.size]
+            size = near[0] if near[0] == near[1] and near[0] > unit else [max(side, 2 * unit) for side in near]
+            found.append(
+                f"an image of {config.size[0]} x {config.size[1]} pixels has {height} x {width} patches, which clusters"
+                f" of {self.cluster} x {self.cluster} do not fill; use image_size {size} or another objective.cluster"
+            )
+        elif height * width == self.cluster**2:
+            found.append(
+                f"an image of {height} x {width} patches is one cluster, and there is nothing to predict; use a smaller"
+                f" objective.cluster than {self.cluster} or larger images"
+            )
+        depth = len(config.layers)
+        if self.taps is not None and self.taps[-1] != depth:
+            found.append(
+                f"objective.taps {list(self.taps)} must end with the last of the model's {depth} layers: layers behind"
+                f" the last tap would not be trained; use {[layer + 1 for layer in self._default_layers(depth)]}"
+            )
+        return found
+
+
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
+    "classification": ClassificationOptions,
+    "autoregressive": AutoregressiveOptions,
+}
 """The objectives that come with the package, by kind."""
 
 

@@ -105,6 +105,7 @@ class Recipe(Section):
         if self.parallel.context > 1:
             faults += self._context_faults()
         faults += self._tile_faults()
+        faults += self._objective_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         config = self.model.shape(classes=1)
@@ -148,6 +149,20 @@ class Recipe(Section):
             yield f"augment: bags of tiles (model.tiles) can only be flipped and repeated; {' and '.join(fixes)}"
         if any(phase.image_size is not None for phase in self.phases):
             yield "phases: tiles (model.tiles) keep their size; leave image_size out"
+
+    def _objective_faults(self) -> list[str]:
+        config, faults = self.model.shape(classes=1), []
+        if self.augment.buckets > 1 and not self.objective.packs:
+            what = f"objective {self.objective.kind} needs images of one shape"
+            faults.append(f"augment.buckets {self.augment.buckets}: {what}; use augment.buckets=1")
+        sizes = {config.size, *(self.size_at(phase.step, config.size) for phase in self.phases)}
+        for size in sorted(sizes):
+            try:
+                at_size = config if size == config.size else dataclasses.replace(config, image_size=size)
+            except ValueError:
+                continue  # `_phase_faults` reports it
+            faults += self.objective.faults(at_size)
+        return list(dict.fromkeys(faults))
 
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)

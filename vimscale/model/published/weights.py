@@ -15,6 +15,7 @@ from torch import Tensor
 from vimscale.errors import CheckpointError
 from vimscale.model.layout import layout
 from vimscale.model.mixer import Mamba
+from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import PUBLISHED, Arguments, arguments_of, complete, config_of, family
 from vimscale.model.published.quirks import PublishedVim, build
 from vimscale.model.tokens import resized
@@ -98,7 +99,7 @@ def published_config(model: VisionMamba) -> Arguments:
 # ---- which slice of our parameters each published tensor is
 
 
-class _Slot(NamedTuple):
+class Slot(NamedTuple):
     """A published tensor, and the slice of our parameter that it corresponds to."""
 
     key: str
@@ -131,63 +132,68 @@ _BY_PATH = {
 """Published keys of a path, each with our parameter and the axis that only the published tensor has."""
 
 
-def _slots(model: VisionMamba) -> Iterator[_Slot]:
+def _slots(model: VisionMamba) -> Iterator[Slot]:
     arguments = published_config(model)
     kind, config = family(arguments), model.config
-    yield _Slot("patch_embed.proj.weight", "patch_embed.weight")
-    yield _Slot("patch_embed.proj.bias", "patch_embed.bias")
+    yield Slot("patch_embed.proj.weight", "patch_embed.weight")
+    yield Slot("patch_embed.proj.bias", "patch_embed.bias")
     positions = layout(config, config.grid)
     if kind == "mambar":
         image = [position for start, end in positions.image for position in range(start, end)]
-        yield _Slot("cls_token", "registers", axis=0)
-        yield _Slot("pos_embed", "pos_embed", image, axis=0)
-        yield _Slot("pos_embed_cls", "pos_embed", list(positions.registers), axis=0)
+        yield Slot("cls_token", "registers", axis=0)
+        yield Slot("pos_embed", "pos_embed", image, axis=0)
+        yield Slot("pos_embed_cls", "pos_embed", list(positions.registers), axis=0)
     elif config.pos_embed:
-        yield _Slot("pos_embed", "pos_embed", axis=0)
+        yield Slot("pos_embed", "pos_embed", axis=0)
     if config.cls_tokens == 1:
-        yield _Slot("cls_token", "cls_token", axis=0)
+        yield Slot("cls_token", "cls_token", axis=0)
     elif config.cls_tokens == 2:
-        yield _Slot("cls_token_head", "cls_token", slice(0, 1), axis=0)
-        yield _Slot("cls_token_tail", "cls_token", slice(1, 2), axis=0)
+        yield Slot("cls_token_head", "cls_token", slice(0, 1), axis=0)
+        yield Slot("cls_token_tail", "cls_token", slice(1, 2), axis=0)
     if arguments.get("if_rope"):
-        yield _Slot("rope.freqs_cos", "rope_cos")
-        yield _Slot("rope.freqs_sin", "rope_sin")
+        yield Slot("rope.freqs_cos", "rope_cos")
+        yield Slot("rope.freqs_sin", "rope_sin")
+    yield from layer_slots(model)
+    yield from norm_slots(config, "norm_f", "norm")
+    if model.neck is not None:
+        yield Slot("neck.weight", "neck.weight")
+        yield from norm_slots(config, "norm_neck", "neck_norm")
+    if arguments["num_classes"] > 0:
+        yield Slot("head.weight", "head.weight")
+        yield Slot("head.bias", "head.bias")
+
+
+def layer_slots(model: VisionMamba) -> Iterator[Slot]:
+    """Yield the slots of all layers; those with an MLP are named as in ARM."""
     for i, block in enumerate(model.blocks):
         mixer = block.mixer
         assert isinstance(mixer, Mamba)
-        norm = "norm1" if kind == "arm" else "norm"
-        yield from _norm(model, f"layers.{i}.{norm}", f"blocks.{i}.norm")
+        norm = "norm" if model.config.mlp == "none" else "norm1"
+        yield from norm_slots(model.config, f"layers.{i}.{norm}", f"blocks.{i}.norm")
         for slot in _mixer(mixer):
             yield slot._replace(key=f"layers.{i}.mixer.{slot.key}", name=f"blocks.{i}.mixer.{slot.name}")
-        if kind == "arm":
-            yield from _norm(model, f"layers.{i}.norm2", f"blocks.{i}.mlp_norm")
+        if model.config.mlp != "none":
+            yield from norm_slots(model.config, f"layers.{i}.norm2", f"blocks.{i}.mlp_norm")
             for name in ("w1.weight", "w1.bias", "w2.weight", "w2.bias", "w3.weight", "w3.bias"):
-                yield _Slot(f"layers.{i}.mlp.{name}", f"blocks.{i}.mlp.{name}")
-    yield from _norm(model, "norm_f", "norm")
-    if model.neck is not None:
-        yield _Slot("neck.weight", "neck.weight")
-        yield from _norm(model, "norm_neck", "neck_norm")
-    if arguments["num_classes"] > 0:
-        yield _Slot("head.weight", "head.weight")
-        yield _Slot("head.bias", "head.bias")
+                yield Slot(f"layers.{i}.mlp.{name}", f"blocks.{i}.mlp.{name}")
 
 
-def _mixer(mixer: Mamba) -> Iterator[_Slot]:
-    yield _Slot("in_proj.weight", "in_proj.weight")
-    yield _Slot("out_proj.weight", "out_proj.weight")
+def _mixer(mixer: Mamba) -> Iterator[Slot]:
+    yield Slot("in_proj.weight", "in_proj.weight")
+    yield Slot("out_proj.weight", "out_proj.weight")
     for path in range(len(mixer.paths)):
-        yield _Slot(f"A{_SUFFIXES[path]}_log", "A_log", path)
+        yield Slot(f"A{_SUFFIXES[path]}_log", "A_log", path)
     for path in range(len(mixer.D)):  # a layer of kind shared has one set for both directions
         for key, (name, axis) in _BY_PATH.items():
-            yield _Slot(key.format(_SUFFIXES[path]), name, path, axis)
+            yield Slot(key.format(_SUFFIXES[path]), name, path, axis)
     if mixer.layer_scale is not None:
-        yield _Slot("gamma", "layer_scale")
+        yield Slot("gamma", "layer_scale")
 
 
-def _norm(model: VisionMamba, key: str, name: str) -> Iterator[_Slot]:
-    yield _Slot(f"{key}.weight", f"{name}.weight")
-    if model.config.norm == "layer":
-        yield _Slot(f"{key}.bias", f"{name}.bias")
+def norm_slots(config: VimConfig, key: str, name: str) -> Iterator[Slot]:
+    yield Slot(f"{key}.weight", f"{name}.weight")
+    if config.norm == "layer":
+        yield Slot(f"{key}.bias", f"{name}.bias")
 
 
 @torch.no_grad()
@@ -200,18 +206,7 @@ def _fill(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
 def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     shapes = {slot.key: tuple(slot.read(own).shape) for slot in _slots(model)}
-    missing = [key for key in shapes if key not in state]
-    unexpected = [key for key in state if key not in shapes]
-    wrong = [
-        f"{key} {tuple(state[key].shape)}, not {shape}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    faults = [
-        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("with the wrong shape", wrong))
-        if keys
-    ]
+    faults = differences(shapes, state)
     if not faults:
         return
     position = state.get("pos_embed")
@@ -224,6 +219,22 @@ def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     else:
         faults.append(f"check depth, embed_dim, bimamba_type, class token and num_classes; they are {_about(model)}")
     raise CheckpointError("\n".join([_OTHER_MODEL, *(f"  {fault}" for fault in faults)]))
+
+
+def differences(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    """List how a published state dict differs from the keys and shapes that it should have."""
+    missing = [key for key in shapes if key not in state]
+    unexpected = [key for key in state if key not in shapes]
+    wrong = [
+        f"{key} {tuple(state[key].shape)}, not {shape}"
+        for key, shape in shapes.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    return [
+        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("with the wrong shape", wrong))
+        if keys
+    ]
 
 
 def _about(model: VisionMamba) -> str:
