@@ -34,6 +34,14 @@ class ObjectiveOptions(OwnOptions):
         """
         return []
 
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Return the layers, counted from 0, whose outputs the objective reads in addition to the encoder's."""
+        return ()
+
+    def with_layers(self, layers: tuple[int, ...]) -> "ObjectiveOptions":
+        """Return the options for a plan's shorter model, in which the objective reads these layers."""
+        raise NotImplementedError
+
     def __reduce__(self) -> tuple:
         """Another process imports a user's own file again."""
         return ObjectiveOptions.read, (self.model_dump(),)
@@ -106,8 +114,10 @@ class AutoregressiveOptions(ObjectiveOptions):
         return self.decoder_heads or max(self.decoder_width // 64, 1)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """Return the tapped layers of a model of `depth` layers, counted from 0."""
         return self._default_layers(depth) if self.taps is None else tuple(tap - 1 for tap in self.taps)
+
+    def with_layers(self, layers: tuple[int, ...]) -> "AutoregressiveOptions":
+        return self.model_copy(update={"taps": tuple(layer + 1 for layer in layers)})
 
     def _default_layers(self, depth: int) -> tuple[int, ...]:
         if depth < 6:  # a second half has no four layers
