@@ -46,7 +46,7 @@ def flops(config: VimConfig) -> int:
 def _embedding(config: VimConfig) -> Cost:
     d, (rows, columns) = config.widths[0], config.grid
     extra = config.cls_tokens + config.registers
-    count = d * extra + {True: d * config.tokens, "coordinates": d, False: 0}[config.pos_embed]
+    count = d * extra + {True: d * config.tokens, "coordinates": d, "sincos": 0, False: 0}[config.pos_embed]
     if config.stem == "patch":
         weights = 3 * config.patch_size**2 * d
         return Cost("embedding", None, config.tokens, d, count + weights + d, 2 * config.patches * weights)

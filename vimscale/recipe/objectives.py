@@ -104,7 +104,9 @@ class AutoregressiveOptions(ObjectiveOptions):
         if self.decoder_width % self.heads:
             faults.append(f"decoder_width {self.decoder_width} is not a multiple of decoder_heads {self.heads}")
         if round(self.decoder_width * self.mlp_ratio) < 1:
-            faults.append(f"mlp_ratio {self.mlp_ratio:g} leaves the MLPs of decoder_width {self.decoder_width} no width")
+            faults.append(
+                f"mlp_ratio {self.mlp_ratio:g} leaves the MLPs of decoder_width {self.decoder_width} no width"
+            )
         if faults:
             raise ValueError("\n".join(faults))
         return self

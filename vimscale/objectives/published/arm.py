@@ -28,8 +28,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 """Arguments that each published function sets, by its name."""
 _DEFAULTS: dict[str, Any] = {
-    **{"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "embed_dim": 192, "dec_embed_dim": 192},
-    **{"channels": 3, "ssm_cfg": None, "drop_rate": 0.0, "init_layer_scale": None, "bimamba_type": "none"},
+    "img_size": 224,
+    "patch_size": 16,
+    "stride": 16,
+    "channels": 3,
+    "depth": 24,
+    "embed_dim": 192,
+    "dec_embed_dim": 192,
+    "ssm_cfg": None,
+    "drop_rate": 0.0,
+    "init_layer_scale": None,
+    "bimamba_type": "none",
 }
 """Of the constructor; what is not here has no effect."""
 
@@ -222,8 +231,14 @@ def _slots(model: Learner) -> Iterator[Slot]:
 
 _OUTSIDE = {"ar_norm": "norm", "ar_pred": "pixels"}
 _OF_BLOCK = {
-    **{"norm2_1": "norm", "norm2_2": "memory_norm", "norm2": "mlp_norm"},
-    **{"attn2.q": "q", "attn2.kv": "kv", "attn2.proj": "out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"},
+    "norm2_1": "norm",
+    "norm2_2": "memory_norm",
+    "norm2": "mlp_norm",
+    "attn2.q": "q",
+    "attn2.kv": "kv",
+    "attn2.proj": "out",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
 }
 """Their modules and ours: of the decoder, and of a block of it."""
 
