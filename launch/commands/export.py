@@ -10,7 +10,7 @@ from vimscale.errors import CheckpointError, DataError, RunFailed
 from vimscale.recipe.recipe import Recipe
 
 from ..display.lines import print_line
-from .arguments import RawOption, RunArgument, StepOption
+from .arguments import RawOption, StepOption
 from .evaluate import evaluated
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: RunArgument,
+    run: Annotated[
+        str, typer.Argument(help="A run's name under runs/, or its folder; with --directions, an export's folder too.")
+    ],
     to: Annotated[
         Literal["safetensors", "hustvl"],
         typer.Option(help="File format; hustvl is what the published Vim code (hustvl/Vim) loads."),
@@ -35,6 +37,12 @@ def export(
         float | None,
         typer.Option(min=0, help="Remove backward paths whose gate is below this value, and print what that costs."),
     ] = None,
+    directions: Annotated[
+        str | None,
+        typer.Option(
+            help='Expand layers with one scan to these, by copying: "bi*24". The result is the average of both.'
+        ),
+    ] = None,
     objective: Annotated[
         bool, typer.Option("--objective", help="Also write the objective's own modules, to objective.safetensors.")
     ] = False,
@@ -45,29 +53,43 @@ def export(
     from vimscale.runtime.run_folder import RunFolder
     from vimscale.train.evaluate import export_objective, load
 
-    folder = RunFolder.of(run)
-    if prune_directions is not None:
-        learner, recipe, manifest, at = load(folder, raw=raw, step=step)
-        model = _pruned(learner, prune_directions, recipe, manifest)
+    if directions is not None and prune_directions is not None:
+        raise CheckpointError("--directions adds scans and --prune-directions removes some; give one of them")
+    ending = "export" if to == "safetensors" else f"export_{to}"
+    if directions is not None and (Path(run) / "config.json").is_file():
+        if raw or objective or step is not None:
+            raise CheckpointError(f"{run} is an export: --raw, --step and --objective are for runs")
+        model, manifest, about = safetensors.load_all(Path(run))
+        target = output or Path(run).absolute().with_name(f"{Path(run).absolute().name}_expanded")
+        what = "expanded"
     else:
-        model, recipe, manifest, at = restore(folder, raw=raw, step=step)
-    target = output or folder.path / ("export" if to == "safetensors" else f"export_{to}")
+        folder = RunFolder.of(run)
+        if prune_directions is not None:
+            learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+            model = _pruned(learner, prune_directions, recipe, manifest)
+        else:
+            model, recipe, manifest, at = restore(folder, raw=raw, step=step)
+        about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
+        target, what = output or folder.path / ending, f"step {at:,}"
+    if directions is not None:
+        model = _expanded(model, directions)
     if to == "hustvl":
         published.write(target, model, manifest)
         difference = published.largest_difference(target, model)
     else:
-        about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
         safetensors.write(target, model, manifest, about)
         difference = safetensors.largest_difference(target, model)
     if objective:
         export_objective(folder, target / "objective.safetensors", raw=raw, step=step)
-    _report(target, f"step {at:,}", difference)
+    _report(target, what, difference, model)
 
 
 def import_published(
     file: Annotated[
         Path,
-        typer.Argument(help="A published checkpoint of Vim, Mamba-R or ARM: .pth, .safetensors or an .index.json."),
+        typer.Argument(
+            help="A published checkpoint of Vim, Mamba-R or ARM, pretrained too: .pth, .safetensors or an .index.json."
+        ),
     ],
     model: Annotated[
         str | None,
@@ -82,11 +104,15 @@ def import_published(
     """Read published weights, write them as a model of this package, load that again, and compare logits."""
     from vimscale.export import published, safetensors, unwrap
     from vimscale.model.published.weights import from_published
+    from vimscale.objectives.published import arm
 
     state, args, notes = unwrap.read(file, ema=ema)
-    arguments, reasons = published.arguments_for(state, args, model, file)
-    imported = from_published(arguments, state, resize_to=image_size).eval()
-    manifest, about, origin = published.manifest_for(file, arguments["num_classes"])
+    if arm.is_pretraining(state):
+        imported, arguments, reasons = published.pretrained_arm(state, model, image_size)
+    else:
+        arguments, reasons = published.arguments_for(state, args, model, file)
+        imported = from_published(arguments, state, resize_to=image_size).eval()
+    manifest, about, origin = published.manifest_for(file, arguments.get("num_classes", 0))
     target = output or file.with_suffix("")
     if target.is_file():
         raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")
@@ -95,7 +121,7 @@ def import_published(
         print_line(console, note)
     safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments, **about})
     parameters = sum(p.numel() for p in imported.parameters())
-    _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
+    _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported), imported)
 
 
 def _pruned(learner: "Learner", threshold: float, recipe: Recipe, manifest: "Manifest") -> "VisionMamba":
@@ -127,12 +153,22 @@ def _figures(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> str:
         return f"not evaluated: {str(error).splitlines()[0]}"
 
 
-def _report(target: Path, what: str, difference: float) -> None:
-    """Print that the written model computes the same logits.
+def _expanded(model: "VisionMamba", directions: str) -> "VisionMamba":
+    """The model with more scans, which are copies; prints which layers get some."""
+    from vimscale.export import expand
+
+    larger = expand.expanded(model, directions)
+    print_line(Console(), expand.note(model.config, larger.config))
+    return larger
+
+
+def _report(target: Path, what: str, difference: float, model: "VisionMamba") -> None:
+    """Print that the written model computes the same logits; the same features, if it has no head.
 
     Raises:
         RunFailed: it does not.
     """
+    of = "features" if model.head is None else "logits"
     if not difference <= 0:
-        raise RunFailed(f"{target}: loaded again, its logits differ by up to {difference:.1e}; do not use it")
-    print_line(Console(), f"{target}: {what}; loaded again, it gives the same logits on 8 images")
+        raise RunFailed(f"{target}: loaded again, its {of} differ by up to {difference:.1e}; do not use it")
+    print_line(Console(), f"{target}: {what}; loaded again, it gives the same {of} on 8 images")

@@ -29,8 +29,8 @@ from vimscale.objectives.masked import Decoder
 from vimscale.objectives.patches import norm_pix, patchify
 from vimscale.objectives.published import mae
 from vimscale.recipe import recipe as recipes
-from vimscale.recipe.objectives import MaskedOptions, kept_patches
 from vimscale.recipe.recipe import Recipe
+from vimscale.recipe.reconstruction import MaskedOptions, kept_patches
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "objectives"

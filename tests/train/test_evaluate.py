@@ -21,7 +21,7 @@ from vimscale.launch.supervise.progress import figures
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives import classification
 from vimscale.recipe import recipe
-from vimscale.recipe.objectives import ClassificationOptions
+from vimscale.recipe.objective import ClassificationOptions
 from vimscale.runtime import manifest, run_folder
 from vimscale.runtime.run_folder import RunFolder
 

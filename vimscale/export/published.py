@@ -19,6 +19,8 @@ from vimscale.export.safetensors import difference, preprocessing
 from vimscale.model import VisionMamba
 from vimscale.model.published.arguments import DEFAULTS, PUBLISHED, complete, family
 from vimscale.model.published.weights import from_published, guess, named, published_config, to_published
+from vimscale.model.tokens import resized
+from vimscale.objectives.published import arm
 from vimscale.storage import files, untrusted
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -126,6 +128,45 @@ def arguments_for(
         f"keys and shapes are those of a {family(arguments)}: {different}",
         f"what they do not show is assumed to be as published: {', '.join(assumed)}; give --model if that is wrong",
     ]
+
+
+def pretrained_arm(
+    state: dict[str, Tensor], model: str | None, image_size: int | None
+) -> tuple[VisionMamba, dict[str, Any], list[str]]:
+    """Take the encoder of ARM's pretraining: (the encoder, without a head; arguments of the original's constructor;
+    lines that say what was taken). `image_size`: that of the new model, in place of the original's.
+
+    Raises:
+        CheckpointError: the state dict is not of such a model, or of another than `model`.
+    """
+    arguments = arm.arguments_of(state)
+    if model is not None:
+        wanted = arm.PUBLISHED.get(model)
+        if wanted is None:
+            raise CheckpointError(
+                f"--model {brief(model)}: the file is of ARM's pretraining; its models are"
+                f" {', '.join(arm.PUBLISHED)}, and need not be named"
+            )
+        if different := [key for key, value in wanted.items() if arguments.get(key, value) != value]:
+            found = ", ".join(f"{key} {arguments[key]}" for key in different)
+            raise CheckpointError(f"--model {model}: the file is of another model, of {found}")
+    encoder = arm.encoder(state).eval()
+    if image_size is not None:
+        config = replace(encoder.config, image_size=image_size)
+        own = encoder.state_dict()
+        if encoder.pos_embed is not None:
+            own["pos_embed"] = resized(encoder.pos_embed.detach(), encoder.config, config.grid)
+        encoder = VisionMamba(config).eval()
+        encoder.load_state_dict(own)
+    return (
+        encoder,
+        arguments,
+        [
+            f"ARM's pretraining: {encoder.config.directions}, width {encoder.config.d_model}, no head; its decoder is"
+            " left out, and the norm of its last tap becomes the encoder's last norm",
+            'to fine-tune: model.weights and model.grow=copy with "cross" or "bi" layers',
+        ],
+    )
 
 
 _FROM_ARGS = {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,11 +15,12 @@ from torch import Tensor
 from vimscale.checkpoint.restore import restore
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export import starting
+from vimscale.export import expand, starting
 from vimscale.model import VimConfig, VisionMamba
+from vimscale.model.layout import layout
 from vimscale.model.published.arguments import complete, config_of
 from vimscale.model.published.quirks import PublishedVim
-from vimscale.model.tokens import resized
+from vimscale.model.tokens import resized, sincos
 from vimscale.runtime.run_folder import RunFolder
 from vimscale.storage import files, own_code
 
@@ -88,6 +89,20 @@ def load(folder: Path, *, run_own_code: bool = False) -> VisionMamba:
     return model.eval()
 
 
+def load_all(folder: Path) -> tuple[VisionMamba, Manifest, dict[str, Any]]:
+    """The model that `write` wrote, as `load` with the folder's own code, and the `manifest` and `about` that it got.
+
+    Raises:
+        CheckpointError: the folder does not hold one that a recipe could train.
+    """
+    source = starting.read(folder)
+    tree = starting.read_config(folder)
+    classes, mean, std = starting.preprocessing_of(tree)
+    manifest = Manifest(name=folder.name[:60], classes=classes, shards=(), mean=mean, std=std)
+    assert not source.is_run
+    return load(folder, run_own_code=True), manifest, starting.object_of(tree, "about")
+
+
 def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError if tensors are missing, superfluous or of another shape."""
     faults = [f"{name[:_NAME]} is not in the model" for name in found if name not in wanted]
@@ -98,9 +113,12 @@ def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int,
         raise ValueError("weights and config are of different models\n  " + "\n  ".join([*faults[:_SHOWN], *more]))
 
 
-def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tuple[dict[str, Tensor], list[str]]:
+def starting_weights(
+    folder: Path, config: VimConfig, manifest: Manifest, grow: Literal["copy"] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Adapt the weights of an exported or imported model, or of a run, to a new model of shape `config` on images of
-    the training set `manifest`: (weights, notes on what was adapted, for human readers).
+    the training set `manifest`: (weights, notes on what was adapted, for human readers). `grow`: that of the recipe's
+    `model` section; copies the scans that the old model lacks (`expand`).
 
     This resizes the position embedding, orders the rows of the head by the names of their classes (or leaves the head
     out if the classes differ), and converts the patch embedding to the set's mean and std. With these weights the new
@@ -110,19 +128,39 @@ def starting_weights(folder: Path, config: VimConfig, manifest: Manifest) -> tup
         CheckpointError: there are no weights, or the two models do not compute the same.
     """
     source = starting.read(folder)
-    notes = starting.compare(source, config, manifest)
+    notes = starting.compare(source, config, manifest, grow)
     old = restore(RunFolder(folder), raw=False, step=None)[0] if source.is_run else load(folder, run_own_code=True)
     state = {name: value.detach() for name, value in old.state_dict().items()}
-    if old.pos_embed is not None:
-        state["pos_embed"] = resized(state["pos_embed"], old.config, config.grid)
-    rows = starting.rows(source, manifest)
-    for name in ("head.weight", "head.bias") if old.head is not None else ():
-        value = state.pop(name)
-        if rows is not None and config.num_classes:
+    if config.pos_embed is True:
+        state["pos_embed"] = _positions(old, config)
+    if grow == "copy":
+        state = expand.state(state, old.config, config)
+    rows = starting.rows(source, config, manifest)
+    for name in ("head.weight", "head.bias"):
+        value = state.pop(name, None)
+        if value is not None and rows is not None:
             state[name] = value[rows]
     if config.stem == "patch":
         state |= _renormalised(state, source, manifest)
     return state, notes
+
+
+def _positions(old: VisionMamba, config: VimConfig) -> Tensor:
+    """The position embedding for a model `config`; zeros for class tokens and registers that the old model lacks."""
+    learned, grid = old.pos_embed, old.config.grid
+    patches = sincos(old.config, grid, old.drop_rates) if learned is None else learned.detach()
+    patches = resized(patches, old.config, config.grid)
+    if (old.config.cls_tokens, old.config.registers) == (config.cls_tokens, config.registers):
+        return patches
+    extra = torch.zeros(config.cls_tokens + config.registers, patches.shape[1])
+    if old.config.cls_tokens or old.config.registers:
+        before = layout(old.config, config.grid)
+        if old.config.cls_tokens:
+            extra[: config.cls_tokens] = patches[list(before.cls)]
+        if old.config.registers:
+            extra[config.cls_tokens :] = patches[list(before.registers)]
+        patches = before.image_tokens(patches[None])[0]
+    return layout(config, config.grid).insert(patches[None], extra)[0]
 
 
 def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: Manifest) -> dict[str, Tensor]:
@@ -148,7 +186,8 @@ def largest_difference(folder: Path, model: VisionMamba) -> float:
 
 
 def difference(one: VisionMamba, other: VisionMamba) -> float:
-    """The largest difference between the logits of two models on eight images, with the same random numbers.
+    """The largest difference between the logits of two models on eight images, with the same random numbers; between
+    their features, if they have no head.
 
     Raises:
         CheckpointError: they are not finite.
@@ -158,7 +197,7 @@ def difference(one: VisionMamba, other: VisionMamba) -> float:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for model in (one, other):
             torch.manual_seed(0)
-            logits.append(model(torch.randn(8, channels, *model.config.size)))
+            logits.append(model(torch.randn(8, channels, *model.config.size), features=model.head is None))
     if not all(bool(one.isfinite().all()) for one in logits):
         raise CheckpointError("the model gives logits that are not finite for images of noise: its run diverged")
     return float((logits[0] - logits[1]).abs().max())

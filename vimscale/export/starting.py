@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vimscale.checkpoint.mirror import open_mirror
 from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import CheckpointError, DataError, UserError, brief
+from vimscale.export import expand
 from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
@@ -92,18 +93,28 @@ TRAINING = frozenset({"drop_path", "backward_drop", "init"})
 """Fields that affect training only, not existing weights."""
 
 
-def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
-    """List how the weights are adapted to the recipe's model `config` and training set, for human readers.
+def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal["copy"] | None = None) -> list[str]:
+    """List how the weights are adapted to the recipe's model `config` and training set, for human readers. `grow`: that
+    of the recipe's `model` section.
 
     Raises:
         CheckpointError: the recipe's model would compute something else with them. It lists every difference.
     """
     old = source.config
     faults, notes = [], []
+    if grow == "copy":
+        if compact(old.layers) != compact(config.layers):
+            faults += expand.faults(old, config)
+            notes += [] if faults else [expand.note(old, config)]
+        notes += _growth_notes(old, config)
     for name, effective in MEANING.items():
         theirs, ours = effective(old), effective(config)
+        if grow == "copy" and name in _GROWS and _GROWS[name](old, config):
+            continue
         if theirs != ours and theirs is not None and ours is not None:
             fix = f"set model.{name}={_value(theirs)}"
+            if name in _GROWS and grow is None and _GROWS[name](old, config) and not expand.faults(old, config):
+                fix += f", or model.grow=copy, and {_GROWN[name]}"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
             elif name == "kinds":
@@ -153,12 +164,43 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
     if old.tiles != config.tiles:
         what = ["images" if c.tiles is None else f"bags of tiles of {c.tiles} pixels" for c in (old, config)]
         notes.append(f"tiles: the weights have seen {what[0]}, here the model sees {what[1]}")
-    return notes + (_head_notes(source, manifest) if config.num_classes else [])
+    return notes + _head_notes(source, config, manifest)
 
 
-def rows(source: Source, manifest: Manifest) -> list[int] | None:
-    """Row of the weights' head for each class of the training set; None: the head starts from random values."""
-    if not source.config.num_classes:
+_GROWS: dict[str, Callable[[VimConfig, VimConfig], bool]] = {
+    "directions": lambda old, new: len(old.parts) == len(new.parts),
+    "stages": lambda old, new: False,
+    "cls_token": lambda old, new: old.cls_token == "none",
+    "registers": lambda old, new: old.registers == 0,
+    "pool": lambda old, new: new.cls_tokens > old.cls_tokens or new.registers > old.registers,
+    "pos_embed": lambda old, new: old.pos_embed == "sincos" and new.pos_embed is True,
+}
+"""Fields that may differ with `model.grow`, if the test on the two configs holds. `expand` judges the directions."""
+_GROWN = {
+    "directions": "the new scans start as copies",
+    "cls_token": "the class token starts from random values",
+    "registers": "they start from random values",
+    "pool": "the head starts from random values",
+    "pos_embed": "the learned positions start as the fixed ones",
+}
+
+
+def _growth_notes(old: VimConfig, config: VimConfig) -> list[str]:
+    notes = []
+    if config.cls_tokens > old.cls_tokens:
+        notes.append("cls_token: starts from random values, because the weights have none")
+    if config.registers and not old.registers:
+        notes.append("registers: start from random values, because the weights have none")
+    if _GROWS["pos_embed"](old, config):
+        notes.append("pos_embed: learned positions start as the fixed ones of the weights, and new tokens' as zeros")
+    return notes
+
+
+def rows(source: Source, config: VimConfig, manifest: Manifest) -> list[int] | None:
+    """Row of the weights' head for each class of the training set; None: the head starts from random values, or the
+    recipe's model `config` has none.
+    """
+    if not source.config.num_classes or not config.num_classes or source.config.pooling != config.pooling:
         return None
     if source.classes is None:
         same = source.config.num_classes == len(manifest.classes)
@@ -170,10 +212,16 @@ def rows(source: Source, manifest: Manifest) -> list[int] | None:
     return [index[name] for name in manifest.classes]
 
 
-def _head_notes(source: Source, manifest: Manifest) -> list[str]:
-    taken = rows(source, manifest)
+def _head_notes(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
+    taken = rows(source, config, manifest)
+    have = source.config.num_classes
+    if not config.num_classes:
+        return ["head: left out, because the objective needs none"] if have else []
+    if not have:
+        return ["head: starts from random values, because the weights have none"]
+    if source.config.pooling != config.pooling:
+        return [f"head: starts from random values, because it read {source.config.pooling}, not {config.pooling}"]
     if taken is None:
-        have = source.config.num_classes
         new = [name for name in manifest.classes if name not in (source.classes or ())]
         what = f"{have:,} classes, not {len(manifest.classes):,}" if have else "a model without one"
         if have and source.classes is not None and have == len(manifest.classes):
@@ -212,7 +260,8 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
     """
     if recipe.model.weights is None or checkpoints(folder.checkpoints) or _elsewhere(recipe):
         return
-    compare(read(Path(recipe.model.weights)), recipe.shape(len(manifest.classes)), manifest)
+    source = read(Path(recipe.model.weights))
+    compare(source, recipe.shape(len(manifest.classes)), manifest, recipe.model.grow)
 
 
 def _elsewhere(recipe: Recipe) -> bool:
@@ -255,7 +304,7 @@ def described(folder: Path, tree: dict[str, Any]) -> Source:
         )
     config = config_in(folder, tree)
     names, mean, std = preprocessing_of(tree)
-    if len(names) != config.num_classes:
+    if config.num_classes and len(names) != config.num_classes:
         raise ValueError(f"{CONFIG} names {len(names):,} classes, its model has {config.num_classes:,}")
     about = tree.get("about")
     unnamed = isinstance(about, dict) and "published" in about and about.get("unnamed", True)

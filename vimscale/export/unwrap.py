@@ -21,6 +21,8 @@ _ANCHOR = "patch_embed.proj.weight"
 """Every published Vision Mamba has it; a longer name shows the prefix of a wrapper."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts that torch.compile, FSDP and recomputation insert anywhere in names."""
+_ATTENTION_MASK, _ARM = "mask", "ar_token"
+"""A buffer of 0 and -inf in ARM's pretraining checkpoints, which is no weight; and a key that only they have."""
 _COUNTERS = {"n_averaged", "num_updates", "updates", "decay"}
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa|teacher)($|[._])", re.IGNORECASE)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -207,6 +209,8 @@ def _unwrap(
             left.append(key)
             continue
         name = ".".join(part for part in key.removeprefix(chosen.prefix).split(".") if part not in _WRAPPERS)
+        if name == _ATTENTION_MASK and f"{chosen.prefix}{_ARM}" in chosen.tree:
+            continue
         if name in values:
             raise CheckpointError(f"{path} holds {name[:_NAME]} twice, once inside a wrapper")
         values[name] = value

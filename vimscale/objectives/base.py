@@ -22,7 +22,7 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.block import no_decay
 from vimscale.model.tiles import Bag
 from vimscale.model.vim import Gather
-from vimscale.recipe.objectives import ObjectiveOptions
+from vimscale.recipe.objective import ObjectiveOptions
 from vimscale.storage import own_code
 
 __all__ = ["Inputs", "Learner", "Objective", "ObjectiveOptions", "Sample"]

@@ -2,13 +2,18 @@
 
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
+from vimscale.objectives.autoregressive import Autoregressive
 from vimscale.objectives.base import Objective
 from vimscale.objectives.classification import Classification
 from vimscale.objectives.masked import Masked
-from vimscale.recipe.objectives import ObjectiveOptions
+from vimscale.recipe.objective import ObjectiveOptions
 from vimscale.storage import own_code
 
-_KINDS: dict[str, type[Objective]] = {"classification": Classification, "masked": Masked}
+_KINDS: dict[str, type[Objective]] = {
+    "classification": Classification,
+    "masked": Masked,
+    "autoregressive": Autoregressive,
+}
 
 
 def build(options: ObjectiveOptions, config: VimConfig) -> Objective:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimscale.objectives.base import Inputs, Learner, Objective
-from vimscale.recipe.objectives import ClassificationOptions
+from vimscale.recipe.objective import ClassificationOptions
 
 _TOP = 5
 

@@ -21,7 +21,7 @@ from vimscale.model.layout import Grid, layout
 from vimscale.model.tokens import Tokens, sincos
 from vimscale.objectives.base import Inputs, Learner, Objective
 from vimscale.objectives.patches import norm_pix, patchify
-from vimscale.recipe.objectives import MaskedOptions, kept_patches
+from vimscale.recipe.reconstruction import MaskedOptions, kept_patches
 
 
 class Masked(Objective):

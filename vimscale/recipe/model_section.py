@@ -10,7 +10,7 @@ from functools import reduce
 from operator import or_
 from textwrap import dedent
 from types import GenericAlias, NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
@@ -88,11 +88,23 @@ class Model(Section):
     """Folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this one.
     The position embedding is resized; the head follows the names of the classes or starts again.
     """
+    grow: Literal["copy"] | None = None
+    """Let the model have more than its weights. copy: layers with one scan become layers with several (fwd to bi or
+    cross), each a copy of the first; class token and registers may be added, and fixed positions become learned ones.
+    `expand: copy` means the same, with the preset's inner width. default: the model must compute the same.
+    """
 
     kinds: dict[str, Annotated[SerializeAsAny[LayerOptions], BeforeValidator(LayerOptions.read)]] | None = None
     """Kinds of layers that classes in files of yours define, by the name that `directions` uses:
     {gate: {kind: mine.py:GatedConv, taps: 3}}.
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("expand") != "copy":
+            return values
+        return {key: value for key, value in values.items() if key != "expand"} | {"grow": "copy"}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Model":
@@ -105,6 +117,8 @@ class Model(Section):
         side, given = changes.get("tiles"), changes.get("image_size")
         if side is not None and given not in (None, side, (side, side)):
             raise ValueError(f"image_size {given}: the model reads tiles of {side} pixels; leave image_size out")
+        if self.grow is not None and self.weights is None:
+            raise ValueError("grow: there are no weights to grow from; set model.weights, or leave it out")
         self.shape(classes=1)
         return self
 

@@ -1,8 +1,8 @@
 """The recipe: what to train, typed, and read from YAML files."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -11,7 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 from vimscale.errors import RecipeError
 from vimscale.model.presets import VimConfig
 from vimscale.recipe.model_section import Model
-from vimscale.recipe.objectives import AnyObjective, ClassificationOptions
+from vimscale.recipe.objective import ClassificationOptions
+from vimscale.recipe.objectives import AnyObjective
 from vimscale.recipe.sections import (
     Augment,
     Checkpoint,
@@ -105,8 +106,8 @@ class Recipe(Section):
         if self.parallel.context > 1:
             faults += self._context_faults()
         faults += self._tile_faults()
+        faults += self._objective_faults()
         config = self.model.shape(classes=1)
-        faults += self.objective.faults(config, self.augment, self._sizes(config))
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         packs = self.augment.buckets > 1 or (config.tiles is not None and self.parallel.micro_batch != 1)
@@ -150,12 +151,31 @@ class Recipe(Section):
         if any(phase.image_size is not None for phase in self.phases):
             yield "phases: tiles (model.tiles) keep their size; leave image_size out"
 
+    def _objective_faults(self) -> Iterator[str]:
+        """Yield what cannot be done with the recipe's objective."""
+        objective, augment, zero = self.objective, self.augment, self.parallel.zero
+        kind = f"objective {objective.kind}"
+        if augment.buckets > 1 and not objective.packs:
+            yield f"augment.buckets {augment.buckets}: {kind} needs images of one shape; use augment.buckets=1"
+        if augment.mixes and not objective.mixable:
+            yield f"augment: {kind} needs images as they are; leave out mixup and cutmix"
+        if zero > (most := objective.most_zero):
+            yield f"parallel.zero {zero}: {kind} can be trained at stage {most} or lower; use zero={most}"
+        config = self.model.shape(classes=1)
+        faults: list[str] = []
+        for size in self._sizes(config):
+            try:
+                faults += objective.faults(config if size == config.size else replace(config, image_size=size))
+            except ValueError:
+                continue  # `_phase_faults` reports it
+        yield from (f"{kind}: {fault}" for fault in dict.fromkeys(faults))
+
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)
         for phase in self.phases:
             if phase.image_size is not None and config.tiles is None:
                 try:
-                    dataclasses.replace(config, image_size=phase.image_size)
+                    replace(config, image_size=phase.image_size)
                 except ValueError as error:
                     yield f"phase at step {phase.step}: {error}"
 

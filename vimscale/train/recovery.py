@@ -35,7 +35,9 @@ def resume(run: Run) -> None:
     recipe, rank, engine = run.recipe, run.spec.rank, run.engine
     newest = checkpoint.newest(run.folder.checkpoints, run.mirror)
     if newest is None and recipe.model.weights is not None:
-        weights, notes = starting_weights(Path(recipe.model.weights), run.config, run.train_set.manifest)
+        weights, notes = starting_weights(
+            Path(recipe.model.weights), run.config, run.train_set.manifest, recipe.model.grow
+        )
         engine.load(weights)
         for line in notes if rank == 0 else ():
             log.info("model.weights: %s", line)

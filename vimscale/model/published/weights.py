@@ -15,6 +15,7 @@ from torch import Tensor
 from vimscale.errors import CheckpointError
 from vimscale.model.layout import layout
 from vimscale.model.mixer import Mamba
+from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import PUBLISHED, Arguments, arguments_of, complete, config_of, family
 from vimscale.model.published.quirks import PublishedVim, build
 from vimscale.model.tokens import resized
@@ -152,24 +153,29 @@ def _slots(model: VisionMamba) -> Iterator[Slot]:
     if arguments.get("if_rope"):
         yield Slot("rope.freqs_cos", "rope_cos")
         yield Slot("rope.freqs_sin", "rope_sin")
-    for i, block in enumerate(model.blocks):
-        mixer = block.mixer
-        assert isinstance(mixer, Mamba)
-        norm = "norm1" if kind == "arm" else "norm"
-        yield from _norm(model, f"layers.{i}.{norm}", f"blocks.{i}.norm")
-        for slot in mixer_slots(mixer):
-            yield slot._replace(key=f"layers.{i}.mixer.{slot.key}", name=f"blocks.{i}.mixer.{slot.name}")
-        if kind == "arm":
-            yield from _norm(model, f"layers.{i}.norm2", f"blocks.{i}.mlp_norm")
-            for name in ("w1.weight", "w1.bias", "w2.weight", "w2.bias", "w3.weight", "w3.bias"):
-                yield Slot(f"layers.{i}.mlp.{name}", f"blocks.{i}.mlp.{name}")
-    yield from _norm(model, "norm_f", "norm")
+    yield from layer_slots(model)
+    yield from norm_slots(config, "norm_f", "norm")
     if model.neck is not None:
         yield Slot("neck.weight", "neck.weight")
-        yield from _norm(model, "norm_neck", "neck_norm")
+        yield from norm_slots(config, "norm_neck", "neck_norm")
     if arguments["num_classes"] > 0:
         yield Slot("head.weight", "head.weight")
         yield Slot("head.bias", "head.bias")
+
+
+def layer_slots(model: VisionMamba) -> Iterator[Slot]:
+    """Yield the slots of all layers; those with an MLP are named as in ARM."""
+    for i, block in enumerate(model.blocks):
+        mixer = block.mixer
+        assert isinstance(mixer, Mamba)
+        norm = "norm" if model.config.mlp == "none" else "norm1"
+        yield from norm_slots(model.config, f"layers.{i}.{norm}", f"blocks.{i}.norm")
+        for slot in mixer_slots(mixer):
+            yield slot._replace(key=f"layers.{i}.mixer.{slot.key}", name=f"blocks.{i}.mixer.{slot.name}")
+        if model.config.mlp != "none":
+            yield from norm_slots(model.config, f"layers.{i}.norm2", f"blocks.{i}.mlp_norm")
+            for name in ("w1.weight", "w1.bias", "w2.weight", "w2.bias", "w3.weight", "w3.bias"):
+                yield Slot(f"layers.{i}.mlp.{name}", f"blocks.{i}.mlp.{name}")
 
 
 def mixer_slots(mixer: Mamba) -> Iterator[Slot]:
@@ -188,9 +194,9 @@ def mixer_slots(mixer: Mamba) -> Iterator[Slot]:
         yield Slot("gamma", "layer_scale")
 
 
-def _norm(model: VisionMamba, key: str, name: str) -> Iterator[Slot]:
+def norm_slots(config: VimConfig, key: str, name: str) -> Iterator[Slot]:
     yield Slot(f"{key}.weight", f"{name}.weight")
-    if model.config.norm == "layer":
+    if config.norm == "layer":
         yield Slot(f"{key}.bias", f"{name}.bias")
 
 
@@ -204,18 +210,7 @@ def _fill(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
 def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     shapes = {slot.key: tuple(slot.read(own).shape) for slot in _slots(model)}
-    missing = [key for key in shapes if key not in state]
-    unexpected = [key for key in state if key not in shapes]
-    wrong = [
-        f"{key} {tuple(state[key].shape)}, not {shape}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    faults = [
-        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("with the wrong shape", wrong))
-        if keys
-    ]
+    faults = differences(shapes, state)
     if not faults:
         return
     position = state.get("pos_embed")
@@ -228,6 +223,22 @@ def _check(model: VisionMamba, state: Mapping[str, Tensor]) -> None:
     else:
         faults.append(f"check depth, embed_dim, bimamba_type, class token and num_classes; they are {_about(model)}")
     raise CheckpointError("\n".join([_OTHER_MODEL, *(f"  {fault}" for fault in faults)]))
+
+
+def differences(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    """List how a published state dict differs from the keys and shapes that it should have."""
+    missing = [key for key in shapes if key not in state]
+    unexpected = [key for key in state if key not in shapes]
+    wrong = [
+        f"{key} {tuple(state[key].shape)}, not {shape}"
+        for key, shape in shapes.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    return [
+        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("with the wrong shape", wrong))
+        if keys
+    ]
 
 
 def _about(model: VisionMamba) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from vimscale.errors import CheckpointError
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.layout import Grid, layout
-from vimscale.model.published.weights import Slot, mixer_slots
+from vimscale.model.published.weights import Slot, mixer_slots, norm_slots
 from vimscale.model.tokens import plane_sincos
 from vimscale.objectives.base import Learner
 from vimscale.objectives.masked import Decoder, Masked
-from vimscale.recipe.objectives import MaskedOptions
+from vimscale.recipe.reconstruction import MaskedOptions
 
 DEFAULTS: dict[str, Any] = {
     "img_size": 224,
@@ -171,7 +171,7 @@ def _slots(model: Learner) -> Iterator[Slot]:
         rows = [middle, *(i for i in range(config.tokens) if i != middle)]
         yield Slot("pos_embed", f"{encoder}pos_embed", rows, axis=0)
     yield from _layers("layers", f"{encoder}blocks", model.encoder.blocks, config)
-    yield from _norm("norm_f", f"{encoder}norm", config)
+    yield from norm_slots(config, "norm_f", f"{encoder}norm")
     ours = "added.decoder."
     yield Slot("mask_token", f"{ours}mask_token", (None, None))
     for key, name in (("decoder_embed", "embed"), ("decoder_pred", "pixels")):
@@ -180,17 +180,11 @@ def _slots(model: Learner) -> Iterator[Slot]:
     decoder = model["decoder"]
     assert isinstance(decoder, Decoder)
     yield from _layers("decoder_blocks", f"{ours}blocks", decoder.blocks, config)
-    yield from _norm("decoder_norm", f"{ours}norm", config)
+    yield from norm_slots(config, "decoder_norm", f"{ours}norm")
 
 
 def _layers(key: str, name: str, blocks: nn.ModuleList, config: VimConfig) -> Iterator[Slot]:
     for i, block in enumerate(blocks):
-        yield from _norm(f"{key}.{i}.norm", f"{name}.{i}.norm", config)
+        yield from norm_slots(config, f"{key}.{i}.norm", f"{name}.{i}.norm")
         for slot in mixer_slots(block.mixer):  # type: ignore[arg-type]  # all layers are bi
             yield slot._replace(key=f"{key}.{i}.mixer.{slot.key}", name=f"{name}.{i}.mixer.{slot.name}")
-
-
-def _norm(key: str, name: str, config: VimConfig) -> Iterator[Slot]:
-    yield Slot(f"{key}.weight", f"{name}.weight")
-    if config.norm == "layer":
-        yield Slot(f"{key}.bias", f"{name}.bias")
