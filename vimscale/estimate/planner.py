@@ -23,7 +23,6 @@ from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import update
 from vimscale.model import VimConfig
 from vimscale.model.block import Recompute
-from vimscale.model.cost import flops
 from vimscale.recipe.recipe import Recipe, parse
 from vimscale.recipe.sections import Parallel
 
@@ -144,7 +143,7 @@ class Planner:
     @property
     def flops(self) -> int:
         """FLOPs of the first step. The backward pass counts as two forward passes; recomputation does not count."""
-        return 3 * self.recipe.batch_at(0) * flops(self._at(0))
+        return 3 * self.recipe.batch_at(0) * self.recipe.objective.flops(self._at(0))
 
     def _at(self, step: int) -> VimConfig:
         """The model on the images of that step."""
@@ -289,7 +288,7 @@ class Planner:
             other_s += (end - start) * step.seconds(zero, graphs=not replays)
             kernels += (end - start) * step.kernels
             host += (end - start) * step.host
-            work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
+            work += (end - start) * 3 * self.recipe.batch_at(start) * self.recipe.objective.flops(self._at(start))
         device, price = self.target.device, self.target.price
         hours = seconds / 3600
         return Outlook(

@@ -1,5 +1,6 @@
 """The section `objective` of a recipe: what the model is trained for, and the options of each kind."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny
 
 from vimscale.errors import suggest
+from vimscale.model import cost
 from vimscale.model.presets import VimConfig
 from vimscale.recipe.sections import Augment, OwnOptions, fault_of_kind, own_options, own_schema
 from vimscale.recipe.typed_yaml import Section, Whole
@@ -36,6 +38,10 @@ class ObjectiveOptions(OwnOptions):
         images, and what messages call them.
         """
         return iter(())
+
+    def flops(self, config: VimConfig) -> int:
+        """Count the operations of the forward pass of one image of the config's size."""
+        return cost.flops(config)
 
     @classmethod
     def section_for(cls, tree: Any) -> type[Section]:
@@ -107,6 +113,42 @@ class MaskedOptions(ObjectiveOptions):
                 has = f"keeps {kept} of the {patches} patches of {name} {size[0]} x {size[1]}"
                 least = f"one for each of {config.registers} registers" if config.registers > 1 else "one"
                 yield f"{what}: mask_ratio {self.mask_ratio:g} {has}; keep at least {least}, and hide at least one"
+
+    def decoder(self, encoder: VimConfig) -> VimConfig:
+        """Return the shape of the decoder's layers, which are like those of an encoder but for width, depth and
+        directions.
+        """
+        return VimConfig(
+            num_classes=0,
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            d_model=self.decoder_width,
+            depth=self.decoder_depth,
+            directions=f"bi*{self.decoder_depth}",
+            d_state=encoder.d_state,
+            d_conv=encoder.d_conv,
+            expand=encoder.expand,
+            layer_scale=encoder.layer_scale,
+            fuse=encoder.fuse if encoder.fuse in ("mean", "sum") else "mean",
+            norm=encoder.norm,
+            norm_eps=encoder.norm_eps,
+            ssm_norm=encoder.ssm_norm,
+            init=encoder.init,
+            cls_token="none",
+            pos_embed="sincos",
+        )
+
+    def flops(self, config: VimConfig) -> int:
+        patch, patches, extra = config.patch_size, config.patches, config.tokens - config.patches
+        kept, width, decoder = kept_patches(patches, self.mask_ratio), self.decoder_width, self.decoder(config)
+
+        def of_layers(shape: VimConfig, tokens: int) -> int:
+            row = dataclasses.replace(shape, image_size=(patch, patch * tokens))
+            return sum(part.flops for part in cost.costs(row) if part.layer is not None)
+
+        embedding = cost.costs(config)[0].flops
+        products = 2 * (kept + extra) * config.d_model * width + 2 * patches * width * 3 * patch**2
+        return embedding + of_layers(config, kept) + of_layers(decoder, patches + extra) + products
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
