@@ -411,7 +411,7 @@ def test_a_run_that_is_stopped_continues_bit_for_bit(tmp_path: Path, zero: int) 
     assert [row["loss"] for row in again] == [row["loss"] for row in calm]
     pair = Pair(*(tmp_path / name / "run/checkpoints/step_00000006" for name in ("calm", "hit")))
     assert pair.only_in == [[], []]
-    differences = pair.differences()
+    differences = list(pair.differences())
     assert all(found.same_bits for found in differences)
     assert "objective.decoder.mask_token" in {found.parameter for found in differences}
 
