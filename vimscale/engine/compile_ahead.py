@@ -89,7 +89,7 @@ def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device
     parts = distributed.backward_parts(config, recipe.seed, 0)
     for backward in (None,) if parts is None else ([0.5] * len(chosen), [0.0] * len(chosen)):
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
-            y = encoder(images, draws, backward)
+            y = encoder(images, draws, backward, features=True)
         y.sum().backward()
 
 

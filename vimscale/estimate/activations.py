@@ -29,7 +29,7 @@ from vimscale.model.block import Recompute
 from vimscale.model.vim import Gather
 from vimscale.objectives.base import Inputs, Learner, Sample
 from vimscale.objectives.build import build
-from vimscale.recipe.objective import ClassificationOptions, ObjectiveOptions
+from vimscale.recipe.objectives import ClassificationOptions, ObjectiveOptions
 
 Backend = Literal["cpu", "triton"]
 
@@ -158,7 +158,7 @@ def passes(
     Raises:
         LaunchError: the objective cannot be counted with fake tensors.
     """
-    short, short_levels, kinds_in_order, options = _shortened(config, tuple(levels), options)
+    short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
     return _added_up(_entries(short, short_levels, batch, precision, backend, options, context), kinds_in_order)
 
 
@@ -172,7 +172,7 @@ def estimate(
     context: int = 1,
 ) -> Passes:
     """As `passes`, extrapolated from 8 and 16 images: bytes and work are linear in the number of images."""
-    short, short_levels, kinds_in_order, options = _shortened(config, tuple(levels), options)
+    short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
     few, more = (_entries(short, short_levels, b, precision, backend, options, context) for b in (8, 16))
     share = (batch - 8) / 8
     entries = []
@@ -208,21 +208,14 @@ def _added_up(entries: list[_Entry], kinds_in_order: list[int]) -> Passes:
     return Passes(round(kept), round(peak), round(with_gradients), round(end), work.total(e.work for e in passed))
 
 
-def _shortened(
-    config: VimConfig, levels: tuple[Recompute, ...], options: ObjectiveOptions
-) -> tuple[VimConfig, tuple[Recompute, ...], list[int], ObjectiveOptions]:
-    """A model with one layer of each kind, its levels, the kind of every layer of `config`, and the objective's options
-    for the model. A pair counts as one layer; the first and the last layer of a stage are separate kinds, as are those
-    that the objective reads.
+def _shortened(config: VimConfig, levels: tuple[Recompute, ...]) -> tuple[VimConfig, tuple[Recompute, ...], list[int]]:
+    """A model with one layer of each kind, its levels, and the kind of every layer of `config`. A pair counts as one
+    layer; the first and the last layer of a stage are separate kinds.
     """
     seconds = schedule.second_of_pairs(config.layers)
-    tapped = options.layers(len(config.layers))
     kinds: dict[tuple[Any, ...], int] = {}
     kinds_in_order: list[int] = []
     kept: list[list[int]] = []
-    ends: list[int] = []
-    """The last layer of each kind in the short model."""
-    kind_of: dict[int, int] = {}
     at = 0
     for number, stage in enumerate(config.parts):
         kept.append([])
@@ -233,15 +226,12 @@ def _shortened(
                 number,
                 group[0] == at,
                 group[-1] == end - 1,
-                not set(tapped).isdisjoint(group),
                 *((str(config.layers[i]), levels[i]) for i in group),
             )
             if key not in kinds:
                 kinds[key] = len(kinds)
                 kept[-1] += group
-                ends.append(sum(map(len, kept)) - 1)
             kinds_in_order.append(kinds[key])
-            kind_of.update(dict.fromkeys(group, kinds[key]))
         at = end
     texts = [schedule.compact(config.layers[i] for i in part) for part in kept]
     if config.stages:
@@ -252,9 +242,7 @@ def _shortened(
         short = dataclasses.replace(config, stages=stages)
     else:
         short = dataclasses.replace(config, depth=len(kept[0]), directions=texts[0])
-    if tapped:
-        options = options.with_layers(tuple(ends[kind_of[i]] for i in tapped))
-    return short, tuple(levels[i] for part in kept for i in part), kinds_in_order, options
+    return short, tuple(levels[i] for part in kept for i in part), kinds_in_order
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ class Masked(Objective):
     options: MaskedOptions
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"decoder": Decoder(self.config, self.options.decoder_width, self.options.decoder_depth)}
+        return {"decoder": Decoder(self.config, self.options.decoder(self.config))}
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
         """noise: fp32 (l), uniform in [0, 1); the patches with the least are kept."""
@@ -71,14 +71,15 @@ class Decoder(nn.Module):
     Class tokens and registers follow the patches.
     """
 
-    def __init__(self, encoder: VimConfig, width: int, depth: int):
-        """Layers are like those of an encoder with this shape, but for width, depth and directions."""
+    def __init__(self, encoder: VimConfig, config: VimConfig):
+        """`config`: the shape of the decoder's layers."""
         super().__init__()
-        self.encoder, self.config = encoder, decoder_config(encoder, width, depth)
+        self.encoder, self.config = encoder, config
+        width = config.d_model
         self.embed = _Linear(encoder.widths[-1], width)
         self.mask_token = nn.Parameter(torch.empty(width))
-        self.blocks = nn.ModuleList(Block(self.config, layer, width) for layer in self.config.layers)
-        self.norm = Norm(self.config, width)
+        self.blocks = nn.ModuleList(Block(config, layer, width) for layer in config.layers)
+        self.norm = Norm(config, width)
         self.pixels = _Linear(width, 3 * encoder.patch_size**2)
 
     def init_weights(self) -> None:
@@ -119,26 +120,3 @@ class _Linear(nn.Linear):
     def init_weights(self) -> None:
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-def decoder_config(encoder: VimConfig, width: int, depth: int) -> VimConfig:
-    """The shape of the layers of a decoder for an encoder of this shape."""
-    return VimConfig(
-        num_classes=0,
-        image_size=encoder.image_size,
-        patch_size=encoder.patch_size,
-        d_model=width,
-        depth=depth,
-        directions=f"bi*{depth}",
-        d_state=encoder.d_state,
-        d_conv=encoder.d_conv,
-        expand=encoder.expand,
-        layer_scale=encoder.layer_scale,
-        fuse=encoder.fuse if encoder.fuse in ("mean", "sum") else "mean",
-        norm=encoder.norm,
-        norm_eps=encoder.norm_eps,
-        ssm_norm=encoder.ssm_norm,
-        init=encoder.init,
-        cls_token="none",
-        pos_embed="sincos",
-    )

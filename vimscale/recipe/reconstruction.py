@@ -56,6 +56,31 @@ class MaskedOptions(ObjectiveOptions):
             least = f"one for each of {config.registers} registers" if config.registers > 1 else "one"
             yield f"mask_ratio {self.mask_ratio:g} {has}; keep at least {least}, and hide at least one"
 
+    def decoder(self, encoder: VimConfig) -> VimConfig:
+        """Return the shape of the decoder's layers, which are like those of an encoder but for width, depth and
+        directions.
+        """
+        return VimConfig(
+            num_classes=0,
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            d_model=self.decoder_width,
+            depth=self.decoder_depth,
+            directions=f"bi*{self.decoder_depth}",
+            d_state=encoder.d_state,
+            d_conv=encoder.d_conv,
+            expand=encoder.expand,
+            layer_scale=encoder.layer_scale,
+            fuse=encoder.fuse if encoder.fuse in ("mean", "sum") else "mean",
+            norm=encoder.norm,
+            norm_eps=encoder.norm_eps,
+            ssm_norm=encoder.ssm_norm,
+            init=encoder.init,
+            cls_token="none",
+            pos_embed="sincos",
+        )
+
+
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
     """Return how many patches of an image are kept. As in the original code, 0.9 of 100 keeps 9: 100 * (1 - 0.9) is

@@ -150,7 +150,7 @@ class PublishedDecoder(Decoder):
 
 class PublishedMasked(Masked):
     def modules(self) -> dict[str, nn.Module]:
-        return {"decoder": PublishedDecoder(self.config, self.options.decoder_width, self.options.decoder_depth)}
+        return {"decoder": PublishedDecoder(self.config, self.options.decoder(self.config))}
 
 
 def _is_sincos(table: Tensor, grid: Grid) -> bool:
