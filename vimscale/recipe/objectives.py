@@ -1,13 +1,14 @@
 """The section `objective` of a recipe: what the model is trained for, and the options of each kind."""
 
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, model_validator
 
 from vimscale.errors import suggest
 from vimscale.model.presets import VimConfig
-from vimscale.recipe.sections import OwnOptions, fault_of_kind, own_options, own_schema
+from vimscale.recipe.sections import Augment, OwnOptions, fault_of_kind, own_options, own_schema
 from vimscale.recipe.typed_yaml import Section, Whole
 from vimscale.storage import own_code
 
@@ -25,14 +26,6 @@ class ObjectiveOptions(OwnOptions):
     """
     divisible: ClassVar[bool] = True
     """Whether ranks may share its images (parallel.context)."""
-    packs: ClassVar[bool] = True
-    """Whether it takes images of several shapes (augment.buckets)."""
-
-    def faults(self, config: VimConfig) -> list[str]:
-        """List why a model of this shape cannot be trained for it, with the fix; for a recipe's model, with the image
-        size of each of its phases.
-        """
-        return []
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Return the layers, counted from 0, whose outputs the objective reads in addition to the encoder's."""
@@ -45,6 +38,12 @@ class ObjectiveOptions(OwnOptions):
     def __reduce__(self) -> tuple:
         """Another process imports a user's own file again."""
         return ObjectiveOptions.read, (self.model_dump(),)
+
+    def faults(self, config: VimConfig, augment: Augment, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
+        """Yield what of a recipe this objective cannot be trained with. `sizes`: the heights and widths of the training
+        images, and what messages call them.
+        """
+        return iter(())
 
     @classmethod
     def section_for(cls, tree: Any) -> type[Section]:
@@ -75,7 +74,6 @@ class AutoregressiveOptions(ObjectiveOptions):
 
     classifies: ClassVar[bool] = False
     divisible: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
     kind: Literal["autoregressive"] = "autoregressive"
     cluster: Annotated[Whole, Field(ge=1, le=1024)] = 4
     """Side of a cluster, in patches."""
@@ -126,51 +124,48 @@ class AutoregressiveOptions(ObjectiveOptions):
             return tuple(range(depth))[-4:]
         return tuple(round(depth * (3 + i) / 6) - 1 for i in range(4))
 
-    def faults(self, config: VimConfig) -> list[str]:
-        fixes = []
-        if config.stages:
-            fixes.append("model.stages=null")
-        if config.tiles is not None:
-            fixes.append("model.tiles=null")
-        if {str(layer) for layer in config.layers} != {"fwd"}:
-            fixes.append(f"model.directions=fwd*{len(config.layers)}")
-        if config.cls_token != "none":
-            fixes.append("model.cls_token=none")
-        if config.registers:
-            fixes.append("model.registers=0")
-        if config.pool in ("cls", "registers"):
-            fixes.append("model.pool=mean")
-        if config.stem != "patch":
-            fixes.append("model.stem=patch")
-        if config.step != config.patch_size:
-            fixes.append(f"model.stride={config.patch_size}")
-        if fixes:
-            return [
-                "objective autoregressive predicts patches from those before them, so every layer must scan forward,"
-                f" and nothing else may see later patches; set {' '.join(fixes)}"
-            ]
-        found = []
-        height, width = config.grid
-        if height % self.cluster or width % self.cluster:
-            unit = self.cluster * config.patch_size
-            near = [max(round(side / unit), 1) * unit for side in config.size]
-            size = near[0] if near[0] == near[1] and near[0] > unit else [max(side, 2 * unit) for side in near]
-            found.append(
-                f"an image of {config.size[0]} x {config.size[1]} pixels has {height} x {width} patches, which clusters"
-                f" of {self.cluster} x {self.cluster} do not fill; use image_size {size} or another objective.cluster"
+    def faults(self, config: VimConfig, augment: Augment, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
+        what, depth = "objective autoregressive", len(config.layers)
+        fixes = {
+            "model.stages=null": bool(config.stages),
+            "model.tiles=null": config.tiles is not None,
+            f"model.directions=fwd*{depth}": {str(layer) for layer in config.layers} != {"fwd"},
+            "model.cls_token=none": config.cls_token != "none",
+            "model.registers=0": config.registers > 0,
+            "model.pool=mean": config.pool in ("cls", "registers"),
+            "model.stem=patch": config.stem != "patch",
+            f"model.stride={config.patch_size}": config.step != config.patch_size,
+        }
+        if any(fixes.values()):
+            yield (
+                f"{what} predicts patches from those before them, so every layer must scan forward, and nothing else"
+                f" may see later patches; set {' '.join(fix for fix, needed in fixes.items() if needed)}"
             )
-        elif height * width == self.cluster**2:
-            found.append(
-                f"an image of {height} x {width} patches is one cluster, and there is nothing to predict; use a smaller"
-                f" objective.cluster than {self.cluster} or larger images"
-            )
-        depth = len(config.layers)
+            return
         if self.taps is not None and self.taps[-1] != depth:
-            found.append(
-                f"objective.taps {list(self.taps)} must end with the last of the model's {depth} layers: layers behind"
-                f" the last tap would not be trained; use {[layer + 1 for layer in self._default_layers(depth)]}"
+            yield (
+                f"{what}: taps {list(self.taps)} must end with the last of {depth} layers, because layers behind the"
+                f" last tap would not be trained; use {[layer + 1 for layer in self._default_layers(depth)]}"
             )
-        return found
+        if augment.buckets > 1:
+            yield f"{what}: images of several shapes (augment.buckets) have several grids; use augment.buckets=1"
+        if augment.mixes:
+            yield f"{what}: mixup and cutmix mix labels, and none are used; set augment.mixup=0 augment.cutmix=0"
+        for (height, width), name in sizes.items():
+            rows, columns = config.grid_of(height, width)
+            if rows % self.cluster or columns % self.cluster:
+                unit = self.cluster * config.patch_size
+                near = [max(round(side / unit), 2) * unit for side in (height, width)]
+                yield (
+                    f"{what}: {name} {height} x {width} has {rows} x {columns} patches, which clusters of"
+                    f" {self.cluster} x {self.cluster} do not fill; use {near[0]} x {near[1]} pixels or another"
+                    " objective.cluster"
+                )
+            elif rows * columns == self.cluster**2:
+                yield (
+                    f"{what}: {name} {height} x {width} is one cluster of {self.cluster} x {self.cluster} patches, and"
+                    " nothing is left to predict; use a smaller objective.cluster or larger images"
+                )
 
 
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {

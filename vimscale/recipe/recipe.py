@@ -105,10 +105,10 @@ class Recipe(Section):
         if self.parallel.context > 1:
             faults += self._context_faults()
         faults += self._tile_faults()
-        faults += self._objective_faults()
+        config = self.model.shape(classes=1)
+        faults += self.objective.faults(config, self.augment, self._sizes(config))
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
-        config = self.model.shape(classes=1)
         packs = self.augment.buckets > 1 or (config.tiles is not None and self.parallel.micro_batch != 1)
         if packs and self.model.kinds:
             used = {layer.kind for layer in config.layers}
@@ -150,20 +150,6 @@ class Recipe(Section):
         if any(phase.image_size is not None for phase in self.phases):
             yield "phases: tiles (model.tiles) keep their size; leave image_size out"
 
-    def _objective_faults(self) -> list[str]:
-        config, faults = self.model.shape(classes=1), []
-        if self.augment.buckets > 1 and not self.objective.packs:
-            what = f"objective {self.objective.kind} needs images of one shape"
-            faults.append(f"augment.buckets {self.augment.buckets}: {what}; use augment.buckets=1")
-        sizes = {config.size, *(self.size_at(phase.step, config.size) for phase in self.phases)}
-        for size in sorted(sizes):
-            try:
-                at_size = config if size == config.size else dataclasses.replace(config, image_size=size)
-            except ValueError:
-                continue  # `_phase_faults` reports it
-            faults += self.objective.faults(at_size)
-        return list(dict.fromkeys(faults))
-
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)
         for phase in self.phases:
@@ -184,11 +170,15 @@ class Recipe(Section):
             yield f"{key}: {what}; use augment.buckets=1 or parallel.context=1"
         if config.tiles is not None and self.parallel.micro_batch != 1:
             yield f"{key}: several bags of tiles are packed into rows, which cannot be cut; set parallel.micro_batch=1"
+        for fault in stretch.faults(config, self.parallel.context, self._sizes(config)):
+            yield f"{key}: {fault}"
+
+    def _sizes(self, config: VimConfig) -> dict[tuple[int, int], str]:
+        """Return the heights and widths of the training images, and what to call each of them."""
         sizes = {config.size: "model.image_size"}
         for phase in self.phases:
             sizes.setdefault(self.size_at(phase.step, config.size), f"phase at step {phase.step}: image_size")
-        for fault in stretch.faults(config, self.parallel.context, sizes):
-            yield f"{key}: {fault}"
+        return sizes
 
     def largest(self, config: VimConfig) -> VimConfig:
         """Return the config of the run's model with the size of its largest bags, for counts of memory and work;

@@ -19,6 +19,7 @@ from vimscale.model.tokens import plane_sincos
 from vimscale.objectives.autoregressive import Autoregressive, Decoder
 from vimscale.objectives.base import Learner
 from vimscale.recipe.objectives import AutoregressiveOptions
+from vimscale.recipe.sections import Augment
 
 _SIZES = {"arm_base_pz16": (768, 12), "arm_large_pz16": (1024, 24), "arm_huge_pz16": (1536, 24)}
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def learner(
         arguments = PUBLISHED[arguments]
     state = {key: value for key, value in state.items() if key != "mask"}
     config, options = _config(arguments, state), _options(arguments, state, taps, decoder_heads, cluster)
-    if faults := options.faults(config):
+    if faults := list(options.faults(config, Augment(), {config.size: "img_size"})):
         raise CheckpointError("\n  ".join([_NO_MODEL, *faults]))
     made = Learner(Autoregressive(options, config), VisionMamba(config))
     wanted = {slot.key: tuple(slot.read(dict(made.trained())).shape) for slot in _slots(made)}
