@@ -277,6 +277,7 @@ def _run(folder: Path, world: int, fault: str, *changes: str) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("zero", range(4))
 def test_losses_do_not_depend_on_ranks_and_accumulation_and_survive_a_stop(tmp_path: Path, zero: int) -> None:
     stage = (f"parallel.zero={zero}", "parallel.persist=0")
