@@ -3,20 +3,30 @@
 The recordings are next to the checkout, not in it.
 """
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vimscale.objectives.autoregressive import Autoregressive
-from vimscale.objectives.base import Inputs
+from vimscale.errors import RecipeError
+from vimscale.estimate import activations
+from vimscale.model import VimConfig, VisionMamba
+from vimscale.objectives.autoregressive import Autoregressive, clusters
+from vimscale.objectives.base import Inputs, Learner
 from vimscale.objectives.patches import patchify
 from vimscale.objectives.published import arm
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.objectives import AutoregressiveOptions
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "objectives" / "arm.safetensors"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT.parent / "shared" / "golden" / "objectives" / "arm.safetensors"
 
 
 def _recorded() -> tuple[dict, dict[str, Tensor]]:
@@ -81,3 +91,205 @@ def test_states_convert_to_ours_and_back_bit_for_bit() -> None:
             torch.testing.assert_close(converted[key], value, rtol=0, atol=2e-6)
         else:
             assert torch.equal(converted[key], value), key
+
+
+# ---- what it sees
+
+
+SHAPE = VimConfig(
+    num_classes=0,
+    image_size=(32, 48),
+    patch_size=8,
+    d_model=32,
+    depth=3,
+    d_state=4,
+    directions="fwd*3",
+    cls_token="none",
+    pos_embed="sincos",
+)
+
+
+def _learner(shape: VimConfig = SHAPE, **options: Any) -> Learner:
+    torch.manual_seed(0)
+    chosen = AutoregressiveOptions(**{"cluster": 2, "decoder_width": 16, "decoder_depth": 2} | options)
+    model = Learner(Autoregressive(chosen, shape), VisionMamba(shape))
+    with torch.no_grad():
+        for _, parameter in model.trained():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _predicted(model: Learner, images: Tensor) -> Tensor:
+    objective = model.objective
+    assert isinstance(objective, Autoregressive)
+    with torch.no_grad():
+        return objective.predict(model, Inputs(images, torch.zeros(len(images), dtype=torch.int64)))
+
+
+def test_clusters_are_in_row_order_and_so_are_the_patches_of_each() -> None:
+    cells = torch.arange(24.0).view(1, 24, 1)
+    order = clusters(cells, (4, 6), 2)[0, :, 0].tolist()
+    assert order[:8] == [0, 1, 6, 7, 2, 3, 8, 9]
+    assert order[12:16] == [12, 13, 18, 19]
+    assert sorted(order) == list(range(24))
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_prediction_depends_on_earlier_clusters_only(cluster: int) -> None:
+    model = _learner(cluster=cluster)
+    images = torch.randn(2, 3, 32, 48)
+    before = _predicted(model, images)
+    count = cluster**2
+    for changed in range(24 // count):  # cluster `changed` of the image gets other pixels
+        cells = clusters(torch.arange(24.0).view(1, 24, 1), (4, 6), cluster)[0, :, 0].long()
+        other = images.clone()
+        for cell in cells[changed * count : (changed + 1) * count].tolist():
+            top, left = cell // 6 * 8, cell % 6 * 8
+            other[:, :, top : top + 8, left : left + 8] += 1
+        after = _predicted(model, other)
+        seen = changed * count  # predictions begin with cluster 1: its first row is 0
+        assert torch.equal(after[:, :seen], before[:, :seen])
+        if seen < before.shape[1]:
+            assert (after[:, seen : seen + count] != before[:, seen : seen + count]).any(dim=-1).all()
+
+
+def test_positions_of_other_sizes_are_those_of_their_grid() -> None:
+    model = _learner()
+    assert _predicted(model, torch.randn(1, 3, 64, 32)).shape == (1, 28, 192)
+
+
+def test_every_parameter_has_a_gradient_with_drop_path_and_recomputation() -> None:
+    shape = dataclasses.replace(SHAPE, drop_path=0.5)
+    images, draws = torch.randn(8, 3, 32, 48), torch.rand(8, 3)
+    found = []
+    for level in ("none", "scan", "block"):
+        model = _learner(shape).train()
+        model.encoder.recompute = [level] * 3
+        loss, _ = model.ask("loss", Inputs(images, torch.zeros(8, dtype=torch.int64), draws=draws))
+        loss.backward()
+        found.append({name: p.grad for name, p in model.trained()})
+        assert all(grad is not None for grad in found[-1].values())
+    for other in found[1:]:
+        assert all(torch.equal(grad, found[0][name]) for name, grad in other.items())
+    undropped, _ = model.ask("loss", Inputs(images, torch.zeros(8, dtype=torch.int64)))
+    assert not torch.equal(undropped, loss)
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_images() -> None:
+    model = _learner()
+    inputs = Inputs(torch.randn(4, 3, 32, 48), torch.zeros(4, dtype=torch.int64))
+    losses = model.ask("loss_per_sample", inputs)
+    assert losses.shape == (4,)
+    assert torch.equal(model.ask("loss", inputs)[0], losses.mean())
+    alone = model.ask("loss_per_sample", Inputs(inputs.images[2:3], inputs.targets[2:3]))
+    torch.testing.assert_close(alone, losses[2:3], rtol=1e-5, atol=1e-6)
+
+
+# ---- the recipe
+
+
+FORWARD = ("model.directions=fwd*4", "model.cls_token=none", "objective.kind=autoregressive", "objective.cluster=2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            ["model.directions=bi*4", "model.cls_token=middle", "model.registers=2", "model.stem=conv"],
+            r"every layer must scan forward, .* set model\.directions=fwd\*4 model\.cls_token=none model\.registers=0"
+            r" model\.stem=patch$",
+        ),
+        (["model.directions=fwd@column*4"], r"set model\.directions=fwd\*4$"),
+        (["model.stride=4"], r"set model\.stride=8$"),
+        (["objective.taps=[1,2]"], r"taps \[1, 2\] must end with the last of 4 layers.* use \[1, 2, 3, 4\]"),
+        (["objective.taps=[3,2,4]"], r"taps \[3, 2, 4\] must increase"),
+        (["objective.cluster=3"], r"model\.image_size 32 x 32 has 4 x 4 patches, .* use 48 x 48 pixels or another"),
+        (["objective.cluster=4"], r"is one cluster of 4 x 4 patches, and nothing is left to predict"),
+        (["phases=[{step: 5, image_size: 40}]"], r"phase at step 5: image_size 40 x 40 has 5 x 5 patches"),
+        (["objective.decoder_width=48", "objective.decoder_heads=5"], r"48 is not a multiple of decoder_heads 5"),
+        (["objective.decoder_width=66"], r"decoder_width 66 is not a multiple of 4"),
+        (["augment.buckets=4"], r"images of several shapes \(augment\.buckets\) have several grids; use augment\.bu"),
+        (["augment.mixup=0.8"], r"mixup and cutmix mix labels"),
+        (["parallel.context=2"], r"objective autoregressive needs whole images on every rank"),
+    ],
+)
+def test_faults_name_the_value_the_rule_and_the_fix(changes: list[str], fault: str) -> None:
+    with pytest.raises(RecipeError, match=f"(?m){fault}"):
+        recipes.load("vim_digits_cpu", [*FORWARD, *changes])
+
+
+def test_taps_are_the_published_ones_by_default() -> None:
+    options = AutoregressiveOptions()
+    assert [i + 1 for i in options.layers(12)] == [6, 8, 10, 12]
+    assert [i + 1 for i in options.layers(24)] == [12, 16, 20, 24]
+    assert [i + 1 for i in options.layers(4)] == [1, 2, 3, 4]
+    assert all(options.layers(depth)[-1] == depth - 1 for depth in range(1, 50))
+    assert all(len(set(options.layers(depth))) == min(depth, 4) for depth in range(1, 50))
+
+
+def test_expand_copy_means_grow() -> None:
+    chosen = recipes.load("vim_digits_cpu", ["model.weights=here", "model.expand=copy"])
+    assert chosen.model.grow == "copy"
+    assert chosen.shape(10).expand == 2
+    assert recipes.parse(chosen.to_yaml(), "again") == chosen
+    with pytest.raises(RecipeError, match="grow: there are no weights to grow from"):
+        recipes.load("vim_digits_cpu", ["model.grow=copy"])
+
+
+def test_the_shipped_recipe_has_the_published_numbers() -> None:
+    chosen = recipes.load("vim_base_arm_in1k")
+    config = chosen.shape(1000)
+    assert (config.depth, config.d_model, config.expand, config.mlp, config.grid) == (12, 768, 1, "swiglu", (12, 12))
+    assert chosen.optim.lr == pytest.approx(1.5e-4 * chosen.batch / 256)
+    named = arm.PUBLISHED["arm_base_pz16"]
+    with torch.device("meta"):
+        ours = Learner(Autoregressive(chosen.objective, config), VisionMamba(config))  # type: ignore[arg-type]
+    assert ours["decoder"].query.shape == (named["dec_embed_dim"],)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.2])
+def test_plans_count_the_layers_that_are_read(drop_path: float) -> None:
+    config = dataclasses.replace(SHAPE, depth=12, directions="fwd*12", drop_path=drop_path)
+    options = AutoregressiveOptions(cluster=2, decoder_width=16)
+    levels: Any = ["none"] * 12
+    short, *_, shorter = activations._shortened(config, tuple(levels), options)
+    assert len(short.layers) == 4  # the first, one that is read, one that is not, the last
+    assert shorter.layers(4) == (2, 2, 2, 3)
+    planned = activations.passes(config, levels, 4, "fp32", "cpu", options)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(activations, "_shortened", lambda *given: (config, tuple(levels), list(range(12)), options))
+        counted = activations.passes(config, levels, 4, "fp32", "cpu", options)
+    assert planned.kept == pytest.approx(counted.kept, rel=1e-3)
+    assert planned.peak == pytest.approx(counted.peak, rel=0.01)
+
+
+# ---- runs
+
+
+def _run(folder: Path, world: int, fault: str, *changes: str) -> list[float]:
+    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault, *FORWARD[2:]]
+    small = ["model.directions=fwd*2", "model.cls_token=none", "objective.decoder_width=16"]
+    steps = ["steps=6", "checkpoint.every=3", "log.every=1", "optim.warmup=2", "data.val=null"]
+    done = subprocess.run([*command, *small, *steps, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("zero", range(4))
+def test_losses_do_not_depend_on_ranks_and_accumulation_and_survive_a_stop(tmp_path: Path, zero: int) -> None:
+    stage = (f"parallel.zero={zero}", "parallel.persist=0")
+    alone = _run(tmp_path / "alone", 1, "", *stage)
+    assert len(alone) == 6
+    assert alone[-1] < alone[0]
+    assert _run(tmp_path / "parts", 1, "", *stage, "parallel.micro_batch=8") == pytest.approx(alone, rel=1e-5)
+    assert _run(tmp_path / "two", 2, "", *stage) == pytest.approx(alone, rel=1e-5)
+    assert _run(tmp_path / "four", 4, "", *stage, "parallel.micro_batch=4") == pytest.approx(alone, rel=1e-5)
+    _run(tmp_path / "hit", 2, "stopped_at_4", *stage)
+    assert _run(tmp_path / "hit", 2, "", *stage) == _run(tmp_path / "two2", 2, "", *stage)
+
+
+def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
+    assert _run(tmp_path / "two", 2, "", "steps=3") == pytest.approx(_run(tmp_path / "one", 1, "", "steps=3"), rel=1e-5)

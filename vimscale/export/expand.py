@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from vimscale.model import VisionMamba
 
-_SCANS = ("fwd", "bwd", "bi", "shared", "cross")
+_SCANS = ("fwd", "bwd", "bi", "cross")
+"""shared is not among them: its backward scan reads the forward convolution."""
 
 
 def sources(old: Layer, new: Layer) -> tuple[int, ...] | None:
@@ -29,8 +30,6 @@ def sources(old: Layer, new: Layer) -> tuple[int, ...] | None:
     """
     if old.kind not in _SCANS or new.kind not in _SCANS or not set(old.paths) <= set(new.paths):
         return None
-    if new.kind == "shared" and old.kind not in ("fwd", "bwd", "shared"):  # one set of parameters for two
-        return None
     reverses = [reverse for _, reverse in old.paths]
     return tuple(
         old.paths.index(path) if path in old.paths else reverses.index(path[1]) if path[1] in reverses else 0
@@ -39,16 +38,14 @@ def sources(old: Layer, new: Layer) -> tuple[int, ...] | None:
 
 
 def faults(old: VimConfig, new: VimConfig) -> list[str]:
-    """List why weights of a model `old` cannot be expanded to the directions of `new`."""
-    pairs = zip(old.layers, new.layers, strict=False)
+    """List why weights of a model `old` cannot be expanded to the directions of `new`, which has as many layers."""
+    pairs = zip(old.layers, new.layers, strict=True)
     bad = {f"{ours} to {theirs}": None for ours, theirs in pairs if ours != theirs and sources(ours, theirs) is None}
     found = []
-    if len(old.layers) != len(new.layers):
-        found.append(f"directions: the weights have {len(old.layers)} layers, the recipe {len(new.layers)}")
-    elif bad:
+    if bad:
         found.append(
             f"directions: {', '.join(bad)} cannot be expanded by copying; a layer keeps its scans and gets more: fwd or"
-            " bwd to bi, shared or cross, shared to bi or cross, bi to cross, in the same order"
+            " bwd to bi or cross, bi to cross, in the same order"
         )
     elif changed(old, new) and new.fuse not in ("mean", "gate"):
         found.append(f"fuse: {new.fuse} would multiply what copies give; set model.fuse=mean")
@@ -76,9 +73,7 @@ def state(own: "Mapping[str, Tensor]", old: VimConfig, new: VimConfig) -> "dict[
         assert paths is not None
         prefix = f"blocks.{i}.mixer."
         for name in PATH_PARAMETERS:
-            value = own[prefix + name]
-            count = 1 if new.layers[i].kind == "shared" and name != "A_log" else len(paths)
-            expanded[prefix + name] = value[[min(path, len(value) - 1) for path in paths[:count]]]
+            expanded[prefix + name] = own[prefix + name][list(paths)]
         if new.fuse == "gate":
             D = expanded[f"{prefix}D"]
             logits = own.get(f"{prefix}fuse_logits")

@@ -103,17 +103,17 @@ def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal
     old = source.config
     faults, notes = [], []
     if grow == "copy":
-        if compact(old.layers) != compact(config.layers):
+        if old.layers != config.layers and len(old.layers) == len(config.layers):
             faults += expand.faults(old, config)
             notes += [] if faults else [expand.note(old, config)]
         notes += _growth_notes(old, config)
     for name, effective in MEANING.items():
         theirs, ours = effective(old), effective(config)
-        if grow == "copy" and name in _GROWS and _GROWS[name](old, config):
-            continue
+        if grow == "copy" and name in _GROWS and (name == "directions" or _GROWS[name](old, config)):
+            continue  # `expand` has judged the directions
         if theirs != ours and theirs is not None and ours is not None:
             fix = f"set model.{name}={_value(theirs)}"
-            if name in _GROWS and grow is None and _GROWS[name](old, config) and not expand.faults(old, config):
+            if grow is None and name in _GROWS and _GROWS[name](old, config):
                 fix += f", or model.grow=copy, and {_GROWN[name]}"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
@@ -157,7 +157,7 @@ def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal
         grids = " to ".join(f"{c.grid[0]} x {c.grid[1]} patches, one every {c.step} pixels" for c in (old, config))
         how = (
             "its position embedding is resized"
-            if old.pos_embed is True
+            if config.pos_embed is True
             else "it has no learned position embedding to resize"
         )
         notes.append(f"image_size, stride: the grid goes from {grids}; {how}")
@@ -168,8 +168,7 @@ def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal
 
 
 _GROWS: dict[str, Callable[[VimConfig, VimConfig], bool]] = {
-    "directions": lambda old, new: len(old.parts) == len(new.parts),
-    "stages": lambda old, new: False,
+    "directions": lambda old, new: len(old.layers) == len(new.layers) and not expand.faults(old, new),
     "cls_token": lambda old, new: old.cls_token == "none",
     "registers": lambda old, new: old.registers == 0,
     "pool": lambda old, new: new.cls_tokens > old.cls_tokens or new.registers > old.registers,

@@ -28,7 +28,7 @@ class Autoregressive(Objective):
         return {"decoder": Decoder(self.options, self.config)}
 
     def loss_per_sample(self, model: Learner, inputs: Inputs) -> Tensor:
-        assert isinstance(inputs.images, Tensor), "the recipe refuses images of several shapes"
+        assert isinstance(inputs.images, Tensor), "recipes with images of several shapes are refused"
         predicted = self.predict(model, inputs)
         return (predicted - self.targets(inputs.images)).square().mean(dim=(1, 2))
 

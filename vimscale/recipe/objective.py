@@ -1,7 +1,7 @@
 """What all kinds of the section `objective` of a recipe have in common, and the options of classification."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, GetJsonSchemaHandler
@@ -38,19 +38,11 @@ class ObjectiveOptions(OwnOptions):
     most_zero: ClassVar[int] = 3
     """The highest ZeRO stage that it can be trained at."""
 
-    def faults(self, config: VimConfig) -> Iterator[str]:
-        """Yield why a model of this shape cannot be trained for it, each with value, rule and fix. A recipe asks for
-        each size of its training images.
+    def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
+        """Yield why a model of this shape cannot be trained for it, each with value, rule and fix. `sizes`: the heights
+        and widths of the training images, and what messages call them.
         """
         yield from ()
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Return the layers, counted from 0, whose outputs the objective reads in addition to the encoder's."""
-        return ()
-
-    def with_layers(self, layers: tuple[int, ...]) -> "ObjectiveOptions":
-        """Return the options for a plan's shorter model, in which the objective reads these layers."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple:
         """Another process imports a user's own file again."""

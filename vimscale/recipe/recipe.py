@@ -162,13 +162,7 @@ class Recipe(Section):
         if zero > (most := objective.most_zero):
             yield f"parallel.zero {zero}: {kind} can be trained at stage {most} or lower; use zero={most}"
         config = self.model.shape(classes=1)
-        faults: list[str] = []
-        for size in self._sizes(config):
-            try:
-                faults += objective.faults(config if size == config.size else replace(config, image_size=size))
-            except ValueError:
-                continue  # `_phase_faults` reports it
-        yield from (f"{kind}: {fault}" for fault in dict.fromkeys(faults))
+        yield from (f"{kind}: {fault}" for fault in objective.faults(config, self._sizes(config)))
 
     def _phase_faults(self) -> Iterator[str]:
         config = self.model.shape(classes=1)

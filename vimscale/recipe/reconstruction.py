@@ -1,6 +1,6 @@
 """Options of the objectives that predict pixels: `masked` and `autoregressive`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -29,15 +29,15 @@ class MaskedOptions(ObjectiveOptions):
     norm_pix: bool = True
     """Whether to predict each patch's pixels normalized by their mean and variance."""
 
-    def faults(self, config: VimConfig) -> Iterator[str]:
+    def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
         if config.stages:
-            yield "stages merge tokens of a grid that has gaps; leave model.stages out"
+            yield "stages merge tokens of a grid that has gaps; leave them out"
         if config.tiles is not None:
             yield "bags of tiles (model.tiles) have no grid of patches to hide; leave model.tiles out"
         if ordered := dict.fromkeys(str(x) for x in config.layers if x.order != "row" or x.kind == "cross"):
             yield (
-                f"patches that are kept are scanned row by row, and {', '.join(ordered)} needs a complete grid; use"
-                " fwd, bwd, bi, shared, pair or attn without another order"
+                f"patches that are kept are scanned row by row, and {', '.join(ordered)} needs a complete grid;"
+                " use fwd, bwd, bi, shared, pair or attn without another order"
             )
         if config.step != config.patch_size:
             yield f"stride {config.step} shows pixels of hidden patches in others; leave model.stride out"
@@ -48,13 +48,13 @@ class MaskedOptions(ObjectiveOptions):
                 f"nothing trains what register_reduce {config.register_reduce} projects registers with; use"
                 " model.register_reduce=1"
             )
-        if config.tiles is not None or config.stages:
-            return
-        patches, kept = config.patches, kept_patches(config.patches, self.mask_ratio)
-        if not max(config.registers, 1) <= kept < patches:
-            has = f"keeps {kept} of the {patches} patches of {config.size[0]} x {config.size[1]} pixels"
-            least = f"one for each of {config.registers} registers" if config.registers > 1 else "one"
-            yield f"mask_ratio {self.mask_ratio:g} {has}; keep at least {least}, and hide at least one"
+        for size, name in sizes.items() if config.tiles is None and not config.stages else ():
+            rows, columns = config.grid_of(*size)
+            patches, kept = rows * columns, kept_patches(rows * columns, self.mask_ratio)
+            if not max(config.registers, 1) <= kept < patches:
+                has = f"keeps {kept} of the {patches} patches of {name} {size[0]} x {size[1]}"
+                least = f"one for each of {config.registers} registers" if config.registers > 1 else "one"
+                yield f"mask_ratio {self.mask_ratio:g} {has}; keep at least {least}, and hide at least one"
 
     def decoder(self, encoder: VimConfig) -> VimConfig:
         """Return the shape of the decoder's layers, which are like those of an encoder but for width, depth and
@@ -79,7 +79,6 @@ class MaskedOptions(ObjectiveOptions):
             cls_token="none",
             pos_embed="sincos",
         )
-
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
@@ -140,55 +139,46 @@ class AutoregressiveOptions(ObjectiveOptions):
     def layers(self, depth: int) -> tuple[int, ...]:
         return self._default_layers(depth) if self.taps is None else tuple(tap - 1 for tap in self.taps)
 
-    def with_layers(self, layers: tuple[int, ...]) -> "AutoregressiveOptions":
-        return self.model_copy(update={"taps": tuple(layer + 1 for layer in layers)})
-
     def _default_layers(self, depth: int) -> tuple[int, ...]:
         if depth < 6:  # a second half has no four layers
             return tuple(range(depth))[-4:]
         return tuple(round(depth * (3 + i) / 6) - 1 for i in range(4))
 
-    def faults(self, config: VimConfig) -> Iterator[str]:
-        fixes = []
-        if config.stages:
-            fixes.append("model.stages=null")
-        if config.tiles is not None:
-            fixes.append("model.tiles=null")
-        if {str(layer) for layer in config.layers} != {"fwd"}:
-            fixes.append(f"model.directions=fwd*{len(config.layers)}")
-        if config.cls_token != "none":
-            fixes.append("model.cls_token=none")
-        if config.registers:
-            fixes.append("model.registers=0")
-        if config.pool in ("cls", "registers"):
-            fixes.append("model.pool=mean")
-        if config.stem != "patch":
-            fixes.append("model.stem=patch")
-        if config.step != config.patch_size:
-            fixes.append(f"model.stride={config.patch_size}")
-        if fixes:
+    def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
+        depth = len(config.layers)
+        fixes = {
+            "model.stages=null": bool(config.stages),
+            "model.tiles=null": config.tiles is not None,
+            f"model.directions=fwd*{depth}": {str(layer) for layer in config.layers} != {"fwd"},
+            "model.cls_token=none": config.cls_token != "none",
+            "model.registers=0": config.registers > 0,
+            "model.pool=mean": config.pool in ("cls", "registers"),
+            "model.stem=patch": config.stem != "patch",
+            f"model.stride={config.patch_size}": config.step != config.patch_size,
+        }
+        if any(fixes.values()):
             yield (
-                "it predicts patches from those before them, so every layer must scan forward, and nothing else may see"
-                f" later patches; set {' '.join(fixes)}"
+                f"it predicts patches from those before them, so every layer must scan forward, and nothing else"
+                f" may see later patches; set {' '.join(fix for fix, needed in fixes.items() if needed)}"
             )
             return
-        height, width = config.grid
-        if height % self.cluster or width % self.cluster:
-            unit = self.cluster * config.patch_size
-            near = [max(round(side / unit), 1) * unit for side in config.size]
-            size = near[0] if near[0] == near[1] and near[0] > unit else [max(side, 2 * unit) for side in near]
-            yield (
-                f"an image of {config.size[0]} x {config.size[1]} pixels has {height} x {width} patches, which clusters"
-                f" of {self.cluster} x {self.cluster} do not fill; use image_size {size} or another objective.cluster"
-            )
-        elif height * width == self.cluster**2:
-            yield (
-                f"an image of {height} x {width} patches is one cluster, and there is nothing to predict; use a smaller"
-                f" objective.cluster than {self.cluster} or larger images"
-            )
-        depth = len(config.layers)
         if self.taps is not None and self.taps[-1] != depth:
             yield (
-                f"objective.taps {list(self.taps)} must end with the last of the model's {depth} layers: layers behind"
-                f" the last tap would not be trained; use {[layer + 1 for layer in self._default_layers(depth)]}"
+                f"taps {list(self.taps)} must end with the last of {depth} layers, because layers behind the"
+                f" last tap would not be trained; use {[layer + 1 for layer in self._default_layers(depth)]}"
             )
+        for (height, width), name in sizes.items():
+            rows, columns = config.grid_of(height, width)
+            if rows % self.cluster or columns % self.cluster:
+                unit = self.cluster * config.patch_size
+                near = [max(round(side / unit), 2) * unit for side in (height, width)]
+                yield (
+                    f"{name} {height} x {width} has {rows} x {columns} patches, which clusters of"
+                    f" {self.cluster} x {self.cluster} do not fill; use {near[0]} x {near[1]} pixels or another"
+                    " objective.cluster"
+                )
+            elif rows * columns == self.cluster**2:
+                yield (
+                    f"{name} {height} x {width} is one cluster of {self.cluster} x {self.cluster} patches, and"
+                    " nothing is left to predict; use a smaller objective.cluster or larger images"
+                )

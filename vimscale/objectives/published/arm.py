@@ -71,7 +71,7 @@ def learner(
         arguments = PUBLISHED[arguments]
     state = {key: value for key, value in state.items() if key != "mask"}
     config, options = _config(arguments, state), _options(arguments, state, taps, decoder_heads, cluster)
-    if faults := list(options.faults(config)):
+    if faults := list(options.faults(config, {config.size: "img_size"})):
         raise CheckpointError("\n  ".join([_NO_MODEL, *faults]))
     made = Learner(Autoregressive(options, config), VisionMamba(config))
     wanted = {slot.key: tuple(slot.read(dict(made.trained())).shape) for slot in _slots(made)}
