@@ -61,7 +61,7 @@ def export(
         difference = safetensors.largest_difference(target, model)
     if objective:
         export_objective(folder, target / "objective.safetensors", raw=raw, step=step)
-    _report(target, f"step {at:,}", difference)
+    _report(target, f"step {at:,}", difference, model)
 
 
 def import_published(
@@ -95,7 +95,7 @@ def import_published(
         print_line(console, note)
     safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments, **about})
     parameters = sum(p.numel() for p in imported.parameters())
-    _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported))
+    _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported), imported)
 
 
 def _pruned(learner: "Learner", threshold: float, recipe: Recipe, manifest: "Manifest") -> "VisionMamba":
@@ -127,12 +127,13 @@ def _figures(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> str:
         return f"not evaluated: {str(error).splitlines()[0]}"
 
 
-def _report(target: Path, what: str, difference: float) -> None:
-    """Print that the written model computes the same logits.
+def _report(target: Path, what: str, difference: float, model: "VisionMamba") -> None:
+    """Print that the written model computes the same logits, or features if it has no head.
 
     Raises:
         RunFailed: it does not.
     """
+    values = "features" if model.head is None else "logits"
     if not difference <= 0:
-        raise RunFailed(f"{target}: loaded again, its logits differ by up to {difference:.1e}; do not use it")
-    print_line(Console(), f"{target}: {what}; loaded again, it gives the same logits on 8 images")
+        raise RunFailed(f"{target}: loaded again, its {values} differ by up to {difference:.1e}; do not use it")
+    print_line(Console(), f"{target}: {what}; loaded again, it gives the same {values} on 8 images")

@@ -128,7 +128,7 @@ def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster, world: int) -> tu
     notes = []
     classes, samples = 1000, 0
     try:
-        data = TrainingSet.open(chosen.data)
+        data = TrainingSet.open(chosen.data, labels=chosen.objective.classifies)
         classes, samples = len(data.manifest.classes), data.samples
         shards = [len(dataset.manifest.shards) for dataset in data.datasets]
         notes = lanes_and_shards(chosen, shards, cluster.nodes, remote=any(dataset.remote for dataset in data.datasets))

@@ -56,13 +56,20 @@ def check_inputs(recipe: "Recipe", folder: "RunFolder") -> "TrainingSet":
     """
     from vimscale.data.dataset import Dataset
     from vimscale.data.images.choice import Choice, check_kind
-    from vimscale.data.training_set import TrainingSet
+    from vimscale.data.training_set import TrainingSet, check_labels, check_same_labels
     from vimscale.export import starting
 
-    train_set = TrainingSet.open(recipe.data)
+    labels = recipe.objective.classifies
+    train_set = TrainingSet.open(recipe.data, labels=labels)
     opened = [*train_set.datasets]
     if recipe.data.val is not None:
         opened.append(Dataset.open(recipe.data.val, recipe.data.cache))
+        if labels:
+            check_labels(recipe.data.val, opened[-1].manifest)
+    if recipe.evaluate.knn is not None and recipe.data.val is not None:
+        bank = Dataset.open(recipe.evaluate.knn, recipe.data.cache)
+        check_same_labels(bank.manifest, opened[-1].manifest)
+        opened.append(bank)
     choice = Choice.of(recipe.shape(len(train_set.manifest.classes)), recipe.data)
     for dataset in opened:
         check_kind(dataset.manifest, choice)

@@ -153,11 +153,15 @@ def compare(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
     if old.tiles != config.tiles:
         what = ["images" if c.tiles is None else f"bags of tiles of {c.tiles} pixels" for c in (old, config)]
         notes.append(f"tiles: the weights have seen {what[0]}, here the model sees {what[1]}")
-    return notes + _head_notes(source, manifest)
+    return notes + _head_notes(source, config, manifest)
 
 
-def rows(source: Source, manifest: Manifest) -> list[int] | None:
-    """Row of the weights' head for each class of the training set; None: the head starts from random values."""
+def rows(source: Source, config: VimConfig, manifest: Manifest) -> list[int] | None:
+    """Row of the weights' head for each class of the training set; None: the head starts from random values, or one of
+    the two models has none.
+    """
+    if not (source.config.num_classes and config.num_classes):
+        return None
     if source.classes is None:
         same = source.config.num_classes == len(manifest.classes)
         return list(range(len(manifest.classes))) if same else None
@@ -168,8 +172,12 @@ def rows(source: Source, manifest: Manifest) -> list[int] | None:
     return [index[name] for name in manifest.classes]
 
 
-def _head_notes(source: Source, manifest: Manifest) -> list[str]:
-    taken = rows(source, manifest)
+def _head_notes(source: Source, config: VimConfig, manifest: Manifest) -> list[str]:
+    if not config.num_classes:
+        return ["head: left out, because the objective needs none"] if source.config.num_classes else []
+    if not source.config.num_classes:
+        return ["head: starts from random values, because the weights are of an encoder without a head"]
+    taken = rows(source, config, manifest)
     if taken is None:
         have = source.config.num_classes
         new = [name for name in manifest.classes if name not in (source.classes or ())]
@@ -335,7 +343,7 @@ def _of_run(folder: Path) -> Source:
     if not checkpoints(run.checkpoints):
         raise CheckpointError(f"model.weights {folder} is a run without a checkpoint; launch that one first")
     try:
-        manifest = TrainingSet.open(recipe.data).manifest
+        manifest = TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
     except UserError as error:
         raise CheckpointError(
             f"model.weights {folder} is a run whose training set, which has its class names, is not available:"
@@ -343,7 +351,8 @@ def _of_run(folder: Path) -> Source:
         ) from None
     config = recipe.shape(len(manifest.classes))
     backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
-    return Source(folder, config, manifest.classes, manifest.mean, manifest.std, backward)
+    classes = manifest.classes if config.num_classes else ()
+    return Source(folder, config, classes, manifest.mean, manifest.std, backward)
 
 
 def _not_ours(folder: Path) -> str | None:

@@ -105,6 +105,8 @@ class Recipe(Section):
         if self.parallel.context > 1:
             faults += self._context_faults()
         faults += self._tile_faults()
+        if self.evaluate.knn is not None and self.data.val is None:
+            faults.append(f"evaluate.knn {self.evaluate.knn}: nothing to classify; set data.val, or leave it out")
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         config = self.model.shape(classes=1)
