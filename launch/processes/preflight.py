@@ -89,7 +89,12 @@ def check_memory(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool
     config = recipe.largest(recipe.shape(len(data.manifest.classes)))
     if config.tiles is not None and recipe.data.max_tiles is None:  # bags of any size, whose memory cannot be planned
         return
-    if not gpus() and upper_bound(recipe, config, world) < _bytes_per_rank(recipe, config, world, ray=ray) / 2:
+    known = recipe.objective.kind == "classification"  # others may add heads, teachers and passes
+    if (
+        known
+        and not gpus()
+        and upper_bound(recipe, config, world) < _bytes_per_rank(recipe, config, world, ray=ray) / 2
+    ):
         return
     target = this_machine(recipe, config, world, ray=ray)
     if target is None:

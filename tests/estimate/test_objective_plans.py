@@ -37,7 +37,7 @@ def test_work_follows_the_tokens_and_passes_of_an_objective() -> None:
     assert _planner("classification").relative_work() == 1
     assert _planner("classification").flops == 3 * 32 * flops(_recipe("classification").shape(10))
     share = {name: _planner(name).relative_work() for name in ("Some", "Tapped", "Taught", "Ahead")}
-    assert share["Some"] == pytest.approx(0.27, abs=0.03)  # 16 of 64 patches, and the class token
+    assert share["Some"] == pytest.approx(0.28, abs=0.03)  # 16 of 64 patches, and the class token
     assert share["Tapped"] == pytest.approx(1, abs=0.02)
     assert share["Taught"] == pytest.approx(3 + 1 / 3, rel=0.1)  # three passes, and a forward pass
     assert share["Ahead"] == pytest.approx(1 + 1 / 3, rel=0.05)

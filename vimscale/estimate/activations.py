@@ -201,9 +201,10 @@ def relative_work(config: VimConfig, precision: str, backend: Backend, options: 
         LaunchError: the objective cannot be counted with fake tensors.
     """
     levels: list[Recompute] = ["none"] * len(config.layers)
+    with_head = dataclasses.replace(config, num_classes=max(config.num_classes, 1))
     ours, theirs = (
-        passes(config, levels, 8, precision, backend, one, whole=whole).work.operations
-        for one in (options, _CLASSIFICATION)
+        passes(model, levels, 8, precision, backend, one, whole=whole).work.operations
+        for model, one in ((config, options), (with_head, _CLASSIFICATION))
     )
     return ours / theirs
 
