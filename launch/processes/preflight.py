@@ -89,7 +89,7 @@ def check_memory(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool
     config = recipe.largest(recipe.shape(len(data.manifest.classes)))
     if config.tiles is not None and recipe.data.max_tiles is None:  # bags of any size, whose memory cannot be planned
         return
-    known = recipe.objective.kind == "classification"  # others may add heads, teachers and passes
+    known = recipe.objective.kind == "classification"  # others add heads, teachers, passes
     if (
         known
         and not gpus()
