@@ -43,6 +43,7 @@ def test_work_follows_the_tokens_and_passes_of_an_objective() -> None:
     assert share["Ahead"] == pytest.approx(1 + 1 / 3, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Some", "Tapped", "Taught", "Ahead"])
 def test_the_peak_of_an_objective_is_that_of_a_step(name: str) -> None:
     chosen = _recipe(name)
@@ -69,6 +70,7 @@ def test_the_peak_of_an_objective_is_that_of_a_step(name: str) -> None:
     assert counted.kept <= counted.peak <= counted.with_gradients
 
 
+@pytest.mark.slow
 def test_estimates_of_an_objective_are_linear_in_images() -> None:
     chosen = _recipe("Taught")
     config = chosen.shape(10)
@@ -102,12 +104,12 @@ def test_an_objective_that_looks_ahead_holds_the_images_of_a_step() -> None:
         activations.passes(config, levels, 4, "fp32", "cpu", _recipe("Ahead").objective, whole=whole)
         for whole in (4, 4096)
     )
-    assert many.peak > few.peak + 4092 * config.features * 4
+    assert many.kept >= few.kept + 4092 * config.features * 4
 
 
 @pytest.mark.parametrize("name", ["Some", "Taught"])
-def test_the_command_line_says_what_an_objective_costs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_says_what_an_objective_costs(name: str) -> None:
     done = CliRunner().invoke(app, ["show", "vim_digits_cpu", f"objective.kind={PASSES}:{name}", *TINY, "epochs=null"])
     assert done.exit_code == 0, done.output
-    assert "times the work of classification" in done.output
+    assert "times the work of classification" in " ".join(done.output.split())
     assert ("buffers per rank" in done.output) == (name == "Taught")
