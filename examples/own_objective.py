@@ -22,6 +22,7 @@ class HiddenColor(Objective):
         """Keys of the recipe's `objective` section, next to `kind`."""
 
         headline: ClassVar[str] = "explained"
+        classifies: ClassVar[bool] = False
         side: Annotated[float, Field(gt=0, lt=1)] = 0.4
         """Side of the hidden square, as a fraction of the image's shorter side."""
         width: Annotated[int, Field(ge=1)] = 64

@@ -49,8 +49,9 @@ def prepare(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="A folder with one subfolder per class (or train/ and val/ with such subfolders); a .csv, .tsv or"
-            " .parquet; a saved Hugging Face data set or hf:NAME; or tars: a folder of them, a glob, braces.",
+            help="A folder with one subfolder per class (or train/ and val/ with such subfolders), or of images without"
+            " labels; a .csv, .tsv, .jsonl or .parquet; a saved Hugging Face data set or hf:NAME; or tars: a folder of"
+            " them, a glob, braces. NAME.txt next to NAME.jpg is its caption.",
         ),
     ],
     output: Annotated[
@@ -108,6 +109,12 @@ def prepare(
         str | None,
         typer.Option(help="Column of a table, or key of the .json in tars without .cls, that holds the labels."),
     ] = None,
+    caption: Annotated[
+        str | None, typer.Option(help="Column of a table, or key of the .json in tars, that holds captions.")
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels/--no-labels", help="Read labels, if the input has some, or make a set without.")
+    ] = True,
     image: ImageOption = None,
     prefix_keys: Annotated[
         bool, typer.Option("--prefix-keys", help="Prefix each key with the name of its tar.")
@@ -139,9 +146,8 @@ def prepare(
         decode,
         tiling,
     )
-    columns = Columns(
-        image_column, label_column, read_classes(classes) if classes else None, prefix_keys, _extensions(image)
-    )
+    names = read_classes(classes) if classes else None
+    columns = Columns(image_column, label_column, caption, labels, names, prefix_keys, _extensions(image))
     written = make.finished(source, output, options, columns, origin=origin, licence=licence)
     if written is not None:
         print(f"{output} is finished; to make it again, give a new folder or remove it")
@@ -228,6 +234,9 @@ def verify(
         )
     checked = "every image decodes" if deep else "sizes and indexes match; --deep reads the images, too"
     print(f"{source}: {located.manifest.samples:,} samples in {len(found):,} shards are intact: {checked}")
+    without, empty = (sum(getattr(health, name) for health in found) for name in ("uncaptioned", "empty_captions"))
+    if (without or empty) and without < located.manifest.samples:
+        print(f"  captions: {without:,} samples have none, {empty:,} have an empty one")
 
 
 @data.command()
@@ -312,7 +321,9 @@ def _table(manifest: "Manifest") -> Table:
         table.add_row("tiles", f"{bags.side} x {bags.side} pixels, {each} per image, {bags.total:,} in all")
     table.add_row("shards", f"{len(counts):,} of {min(counts):,} to {max(counts):,} samples, {size / 1e6:,.1f} MB")
     table.add_row("mean, std", " ".join(map(str, manifest.mean)) + ", " + " ".join(map(str, manifest.std)))
-    table.add_row("classes", f"{len(manifest.classes):,}")
+    table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none: no labels")
+    if manifest.captions:
+        table.add_row("captions", f"of {manifest.captions:,} samples")
     ranked = sorted(enumerate(manifest.labels), key=lambda pair: (-pair[1], pair[0]))
     shown: list[tuple[int, int] | None] = [*ranked] if len(ranked) <= 12 else [*ranked[:5], None, *ranked[-5:]]
     most = max(manifest.labels, default=0)
@@ -369,7 +380,7 @@ def order(
     changes = [] if workers is None else [f"data.workers={workers}"]
     chosen = recipes.load(recipe, [*(overrides or ()), *changes])
     _, accumulation = chosen.micro_batch(world)
-    train_set = TrainingSet.open(chosen.data)
+    train_set = TrainingSet.open(chosen.data, labels=chosen.objective.classifies)
     config = chosen.shape(len(train_set.manifest.classes))
     temporary.shorten()
     batches = stream.training(chosen, train_set, config, rank=rank, world=world, start=start, steps=start + steps)
@@ -412,7 +423,11 @@ def _tiling(
 def _say_written(folder: Path, manifest: "Manifest") -> None:
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     what = "images" if manifest.tiles is None else f"images in {manifest.tiles.total:,} tiles,"
-    counts = f"{manifest.samples:,} {what} of {len(manifest.classes):,} classes"
+    counts = f"{manifest.samples:,} {what} " + (
+        f"of {len(manifest.classes):,} classes" if manifest.classes else "without labels"
+    )
+    if manifest.captions:
+        counts += f", {manifest.captions:,} of them with a caption,"
     print(f"{folder}: {counts} in {len(manifest.shards):,} shards, {size:,.1f} MB")
 
 

@@ -73,7 +73,8 @@ def _names(folder: RunFolder, samples: list[dict[str, Any]]) -> list[str]:
     if all("class" in sample for sample in samples):
         return [sample["class"] for sample in samples]
     try:
-        classes = TrainingSet.open(folder.recipe().data).manifest.classes
+        recipe = folder.recipe()
+        manifest = TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
     except DataError:
         return ["" for _ in samples]
-    return [classes[sample["label"]] for sample in samples]
+    return [manifest.class_name(sample["label"]) for sample in samples]

@@ -128,7 +128,7 @@ def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster, world: int) -> tu
     notes = []
     classes, samples = 1000, 0
     try:
-        data = TrainingSet.open(chosen.data)
+        data = TrainingSet.open(chosen.data, labels=chosen.objective.classifies)
         classes, samples = len(data.manifest.classes), data.samples
         shards = [len(dataset.manifest.shards) for dataset in data.datasets]
         notes = lanes_and_shards(chosen, shards, cluster.nodes, remote=any(dataset.remote for dataset in data.datasets))
@@ -201,11 +201,17 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
         within = {"halos": exchanged.halo, "states": exchanged.summaries, "keys and values": exchanged.attention}
         groups["within groups"] = ", ".join(f"{kind} {_size(size)}" for kind, size in within.items() if size)
     of = "" if planner.config.tiles is None else f" of at most {planner.config.bag_size:,} tiles"
+    relative, objective = planner.relative_work(), {}
+    if relative != 1:
+        objective["objective"] = f"{recipe.objective.kind}: {relative:.2f} times the work of classification"
+    if planner.buffers:
+        objective["buffers per rank"] = f"{_size(planner.buffers)} of the objective, such as a teacher"
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
         "where": f"{target.name}, {_size(target.room)} per rank",
         "parameters": f"{planner.whole:,}",
         "per image": f"{planner.config.tokens:,} tokens{of}, {flops(planner.config) / 1e9:.3f} GFLOPs forward{share}",
+        **objective,
         "per step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",
         "micro-batch": f"{here.micro:,} images x {here.accumulation} micro-step{'s' * (here.accumulation > 1)}"
         f" on {in_words(here.world)}" + ("" if here.given else "; the recipe's own does not fit"),

@@ -56,13 +56,20 @@ def check_inputs(recipe: "Recipe", folder: "RunFolder") -> "TrainingSet":
     """
     from vimscale.data.dataset import Dataset
     from vimscale.data.images.choice import Choice, check_kind
-    from vimscale.data.training_set import TrainingSet
+    from vimscale.data.training_set import TrainingSet, check_labels, check_same_labels
     from vimscale.export import starting
 
-    train_set = TrainingSet.open(recipe.data)
+    labels = recipe.objective.classifies
+    train_set = TrainingSet.open(recipe.data, labels=labels)
     opened = [*train_set.datasets]
     if recipe.data.val is not None:
         opened.append(Dataset.open(recipe.data.val, recipe.data.cache))
+        if labels:
+            check_labels(recipe.data.val, opened[-1].manifest)
+    if recipe.evaluate.knn is not None and recipe.data.val is not None:
+        bank = Dataset.open(recipe.evaluate.knn, recipe.data.cache)
+        check_same_labels(bank.manifest, opened[-1].manifest)
+        opened.append(bank)
     choice = Choice.of(recipe.shape(len(train_set.manifest.classes)), recipe.data)
     for dataset in opened:
         check_kind(dataset.manifest, choice)
@@ -82,7 +89,12 @@ def check_memory(recipe: "Recipe", data: "TrainingSet", world: int, *, ray: bool
     config = recipe.largest(recipe.shape(len(data.manifest.classes)))
     if config.tiles is not None and recipe.data.max_tiles is None:  # bags of any size, whose memory cannot be planned
         return
-    if not gpus() and upper_bound(recipe, config, world) < _bytes_per_rank(recipe, config, world, ray=ray) / 2:
+    known = recipe.objective.kind == "classification"  # others add heads, teachers, passes
+    if (
+        known
+        and not gpus()
+        and upper_bound(recipe, config, world) < _bytes_per_rank(recipe, config, world, ray=ray) / 2
+    ):
         return
     target = this_machine(recipe, config, world, ray=ray)
     if target is None:

@@ -134,7 +134,7 @@ def test_what_computes_the_same_starts_without_a_note(case: str) -> None:
 def test_weights_without_a_head_start_models_with_one_and_the_other_way_round() -> None:
     headless = dataclasses.replace(OURS, num_classes=0)
     (note,) = starting.compare(_source(headless), dataclasses.replace(OURS, pool="mean"), _manifest())
-    assert note == "head: starts from random values, because the weights are of a model without one"
+    assert note == "head: starts from random values, because the weights have none"
     assert starting.compare(_source(), headless, _manifest()) == []
 
 

@@ -69,3 +69,8 @@ class Integer(Counting):
 
     def modules(self) -> dict[str, nn.Module]:
         return {"norm": nn.BatchNorm1d(4)}
+
+
+class Unlabelled(Counting):
+    class Options(Counting.Options):
+        classifies: ClassVar[bool] = False

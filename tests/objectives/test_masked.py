@@ -434,4 +434,4 @@ def test_a_run_survives_a_kill_and_its_encoder_starts_a_classifier(shell: Shell)
     assert "loss" in shell.run("evaluate", "digits_masked")
     tuned = ("model.d_model=32", "model.depth=2", "steps=4", "epochs=null", "optim.warmup=1", "evaluate.every=0")
     said = shell.run("launch", "digits_masked_finetune", *tuned, "--workers", "1", "--no-ray")
-    assert "head: starts from random values, because the weights are of a model without one" in said
+    assert "head: starts from random values, because the weights have none" in said

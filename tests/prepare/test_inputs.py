@@ -84,7 +84,9 @@ def _file(name: str, content: str) -> Callable[[Path], None]:
 
 def _alone(folder: Path) -> None:
     (folder / "in").mkdir()
-    (folder / "in/x.jpg").write_bytes(image(0))
+    (folder / "in/cat").mkdir()
+    for name in ("x.jpg", "cat/y.jpg"):
+        (folder / "in" / name).write_bytes(image(0))
 
 
 def _twins(folder: Path) -> None:
@@ -115,7 +117,7 @@ def _numbers(folder: Path) -> None:
 WRONG = {
     "nothing there": ("in", None, "input in: it is not there; give a folder of images"),
     "an empty folder": ("in", lambda folder: (folder / "in").mkdir(), "no images in it; looked for jpg"),
-    "images in no class": ("in", _alone, "x.jpg is not in a class folder; move it to in/CLASS/x.jpg"),
+    "images in no class": ("in", _alone, "x.jpg is not in a class folder, and others are; move it to"),
     "two images of a name": ("in", _twins, "in/a/x.jpg and in/a/x.png both have the key a/x; rename one"),
     "a class webdataset would not see": ("in", _hidden, "__other__/x would be ignored"),
     "only bad images": ("in", _junk, "none of the 2 inputs is usable (1 x image, 1 x unreadable)"),
@@ -127,7 +129,7 @@ WRONG = {
         _file("in.zip", ""),
         "files ending in .zip; give files of one kind: .tar, .parquet, .csv, .tsv",
     ),
-    "a csv without the column": ("in.csv", _file("in.csv", "path,klass\n"), "no column for the label, such as label"),
+    "a csv without images": ("in.csv", _file("in.csv", "klass,label\n"), "no column for the image, such as image"),
     "a csv that is empty": ("in.csv", _file("in.csv", ""), "it has none; name one with --image-column"),
     "a row without label": (
         "in.csv",

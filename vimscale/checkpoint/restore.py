@@ -42,6 +42,6 @@ def trained_on(train_state: TrainState, recipe: Recipe) -> Manifest:
     """
     about = train_state.training_set
     if not about:
-        return TrainingSet.open(recipe.data).manifest
+        return TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
     classes, mean, std = (tuple(about[key]) for key in ("classes", "mean", "std"))
     return Manifest(name=about["name"], classes=classes, shards=(), mean=mean, std=std)

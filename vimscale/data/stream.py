@@ -54,6 +54,7 @@ class Sample:
     image: Tensor | Bag
     """uint8 (3, h, w), not augmented; or the bag of tiles that the model gets"""
     label: int
+    """-1 (`decode.NO_LABEL`) if its data set has no labels."""
     key: str
     members: dict[str, Any]
     """The sample as webdataset parses it: the bytes of each member, by extension."""
@@ -76,7 +77,7 @@ class Batch:
     images: Images
     """uint8"""
     labels: Tensor
-    """int64 (b)"""
+    """int64 (b); -1 where a data set has no labels"""
     weights: Tensor
     """fp32 (b): 0 for samples that an evaluation does not count, which are padding of the last batch and bad samples"""
     keys: list[str]

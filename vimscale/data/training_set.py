@@ -17,21 +17,48 @@ log = logging.getLogger(__name__)
 _STATE = 1
 
 
+def check_labels(source: str, manifest: Manifest) -> None:
+    """Raises:
+    DataError: the set has no labels.
+    """
+    if not manifest.classes:
+        raise DataError(
+            f"data {source} has no labels, and an objective that classifies needs them; use a set with labels, or train"
+            " without: objective.kind"
+        )
+
+
+def check_same_labels(bank: Manifest, val: Manifest) -> None:
+    """Raises:
+    DataError: the two sets do not have the same classes, or none.
+    """
+    if not bank.classes or bank.classes != val.classes:
+        what = "has no labels" if not bank.classes else f"has other classes than {val.name}"
+        raise DataError(
+            f"data {bank.name} {what}: nearest neighbors and linear classifiers learn from its labels, and are tested"
+            f" on {val.name}; give two sets with the same classes (evaluate.knn, --linear; data.val)"
+        )
+
+
 @dataclass(frozen=True)
 class TrainingSet:
     datasets: tuple[Dataset, ...]
 
     @classmethod
-    def open(cls, data: Data) -> "TrainingSet":
-        """Open the recipe's data sets.
+    def open(cls, data: Data, *, labels: bool = True) -> "TrainingSet":
+        """Open the recipe's data sets. `labels`: whether the objective learns them; if not, sets need none, and their
+        classes may differ.
 
         Raises:
-            DataError: a set cannot be opened, the sets have different classes, or one has fewer samples than lanes.
+            DataError: a set cannot be opened, the sets have different classes or none, or one has fewer samples than
+                lanes.
         """
         datasets = tuple(Dataset.open(source.data, data.cache) for source in data.sources)
         first = datasets[0].manifest.classes
         for source, dataset in zip(data.sources, datasets, strict=True):
-            if dataset.manifest.classes != first:
+            if labels:
+                check_labels(source.data, dataset.manifest)
+            if labels and dataset.manifest.classes != first:
                 raise DataError(
                     f"data {source.data} has other classes than {data.sources[0].data}, so a label would have two"
                     " meanings; prepare both with the same --classes"
@@ -52,7 +79,9 @@ class TrainingSet:
 
     @property
     def manifest(self) -> Manifest:
-        """The first data set's manifest: its classes, and the mean and std that images are normalised with."""
+        """The first data set's manifest: its classes, which are everyone's if the objective learns them, and the mean
+        and std that images are normalised with.
+        """
         return self.datasets[0].manifest
 
     @property

@@ -197,6 +197,10 @@ class Engine:
         """The objective's sums (n) for an evaluation; `backward`: how much of each layer's backward path is in."""
         return self.ask("evaluation_sums", replace(inputs, backward=backward))
 
+    def embedding(self, inputs: Inputs, backward: Sequence[float] | None = None) -> Tensor:
+        """As `evaluation_sums`: features (b, f) of the encoder that the objective evaluates."""
+        return self.ask("embedding", replace(inputs, backward=backward))
+
     def ask(self, question: Question, inputs: Inputs) -> Any:
         """What the objective answers for a micro-batch."""
         return self._engine(question, *parts_of(inputs))

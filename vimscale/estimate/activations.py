@@ -2,12 +2,14 @@
 
 The real model and objective run under `FakeTensorMode`. A ledger adds every storage that is allocated, inside our own
 operations too, and subtracts it when its last user frees it. A deep model repeats a few kinds of layers, so only a
-short model runs, with one layer of each kind, and its entries are repeated.
+short model runs, with one layer of each kind, and its entries are repeated. That holds for one pass over images, which
+classification makes; an objective may encode several parts, tap layers or look ahead, so its complete model runs.
 """
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -26,7 +28,6 @@ from vimscale.estimate import work
 from vimscale.estimate.work import Work
 from vimscale.model import VimConfig, VisionMamba, schedule, tiles
 from vimscale.model.block import Recompute
-from vimscale.model.vim import Gather
 from vimscale.objectives.base import Inputs, Learner, Sample
 from vimscale.objectives.build import build
 from vimscale.recipe.objectives import ClassificationOptions, ObjectiveOptions
@@ -135,11 +136,15 @@ class _Ledger(TorchDispatchMode):
 _CLASSIFICATION = ClassificationOptions()
 
 
-class _Bare(VisionMamba):
-    """A model without initial values, which fake tensors cannot have."""
-
-    def _init_all(self, gather: Gather) -> None:
-        return
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Build models without initial values, which fake tensors cannot have: the encoder, and those of objectives."""
+    usual = VisionMamba._init_all
+    VisionMamba._init_all = lambda self, gather: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        VisionMamba._init_all = usual  # type: ignore[method-assign]
 
 
 def passes(
@@ -150,16 +155,17 @@ def passes(
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
     context: int = 1,
+    whole: int | None = None,
 ) -> Passes:
     """Count a micro-batch of `batch` images, with each layer at its level of recomputation, for the kernels of
     `backend`; on one of `context` ranks that share them. It leaves out what Triton's launchers allocate, because they
-    do not run without a GPU.
+    do not run without a GPU. `whole`: images of a global batch, for an objective that looks ahead; default: `batch`.
 
     Raises:
         LaunchError: the objective cannot be counted with fake tensors.
     """
-    short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
-    return _added_up(_entries(short, short_levels, batch, precision, backend, options, context), kinds_in_order)
+    short, short_levels, order = _repeated(config, tuple(levels), options)
+    return _added_up(*_entries(short, short_levels, batch, precision, backend, options, context, whole), order)
 
 
 def estimate(
@@ -170,10 +176,13 @@ def estimate(
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
     context: int = 1,
+    whole: int | None = None,
 ) -> Passes:
     """As `passes`, extrapolated from 8 and 16 images: bytes and work are linear in the number of images."""
-    short, short_levels, kinds_in_order = _shortened(config, tuple(levels))
-    few, more = (_entries(short, short_levels, b, precision, backend, options, context) for b in (8, 16))
+    short, short_levels, order = _repeated(config, tuple(levels), options)
+    (few, turn), (more, _) = (
+        _entries(short, short_levels, b, precision, backend, options, context, whole) for b in (8, 16)
+    )
     share = (batch - 8) / 8
     entries = []
     for x, y in zip(few, more, strict=True):
@@ -181,20 +190,62 @@ def estimate(
         *others, work_of_more = vars(y).values()
         sizes = [a + (b - a) * share for a, b in zip(sizes, others, strict=True)]
         entries.append(_Entry(*[*sizes, work_of_few.toward(work_of_more, share)]))
-    return _added_up(entries, kinds_in_order)
+    return _added_up(entries, turn, order)
 
 
-def _added_up(entries: list[_Entry], kinds_in_order: list[int]) -> Passes:
-    """The passes of a model whose layers are, in order, of the kinds `kinds_in_order`."""
-    count = len(entries) // 2 - 1
-    there, turn, back = entries[1 : count + 1], entries[count + 1], entries[-2 : count + 1 : -1]
-    passed = [
-        entries[0],
-        *(there[i] for i in kinds_in_order),
-        turn,
-        *(back[i] for i in reversed(kinds_in_order)),
-        entries[-1],
-    ]
+def relative_work(config: VimConfig, precision: str, backend: Backend, options: ObjectiveOptions, whole: int) -> float:
+    """Operations of a step of an objective, its passes without gradients included, as a multiple of those of a step of
+    classification by the same model. Recomputation does not count.
+
+    Raises:
+        LaunchError: the objective cannot be counted with fake tensors.
+    """
+    levels: list[Recompute] = ["none"] * len(config.layers)
+    with_head = dataclasses.replace(config, num_classes=max(config.num_classes, 1))
+    ours, theirs = (
+        passes(model, levels, 8, precision, backend, one, whole=whole).work.operations
+        for model, one in ((config, options), (with_head, _CLASSIFICATION))
+    )
+    return ours / theirs
+
+
+def view_bytes(config: VimConfig, options: ObjectiveOptions) -> tuple[int, int]:
+    """Bytes of an image's views: (as the model gets them, as data workers make them)."""
+    views = build(options, config).views(_blank(config), np.random.default_rng(0)).values()
+    return sum(view.numel() * _on_device(view).itemsize for view in views), sum(view.nbytes for view in views)
+
+
+def _blank(config: VimConfig) -> Sample:
+    return Sample(torch.zeros(3, *config.size, dtype=torch.uint8), 0, "", {}, config.size)
+
+
+def _on_device(view: Tensor) -> torch.dtype:
+    """Views that are images, uint8 (..., 3, h, w), are normalized on the device."""
+    is_image = view.dtype == torch.uint8 and view.ndim >= 3 and view.shape[-3] == 3
+    return torch.float32 if is_image else view.dtype
+
+
+def _repeated(
+    config: VimConfig, levels: tuple[Recompute, ...], options: ObjectiveOptions
+) -> tuple[VimConfig, tuple[Recompute, ...], list[int] | None]:
+    """What runs: (model, levels, kind of every layer of `config`); without kinds, the complete model."""
+    return _shortened(config, levels) if isinstance(options, ClassificationOptions) else (config, levels, None)
+
+
+def _added_up(entries: list[_Entry], at: int, kinds_in_order: list[int] | None) -> Passes:
+    """The passes of a model whose layers are, in order, of the kinds `kinds_in_order`; default: of the model that ran.
+    The backward pass begins in entry `at`.
+    """
+    turn, passed = entries[at], entries
+    if kinds_in_order is not None:
+        there, back = entries[1:at], entries[-2:at:-1]
+        passed = [
+            entries[0],
+            *(there[i] for i in kinds_in_order),
+            turn,
+            *(back[i] for i in reversed(kinds_in_order)),
+            entries[-1],
+        ]
     live = gradients = kept = peak = with_gradients = before = end = 0.0
     for entry in passed:
         if entry is turn:
@@ -254,15 +305,16 @@ def _entries(
     backend: Backend,
     options: ObjectiveOptions = _CLASSIFICATION,
     context: int = 1,
-) -> list[_Entry]:
+    whole: int | None = None,
+) -> tuple[list[_Entry], int]:
     """Entries of: everything before the first layer; each layer (or pair); from the head to its gradient; each layer
-    backward, the last one first; the rest.
+    backward, the last one first; the rest. Several passes have as many entries each. Also returns the number of the
+    entry in which the backward pass begins.
     """
     objective = build(options, config)
-    blank = Sample(torch.zeros(3, *config.size, dtype=torch.uint8), 0, "", {}, config.size)
-    views = objective.views(blank, np.random.default_rng(0))
-    with FakeTensorMode(), ops.counted(backend):
-        model = Learner(objective, _Bare(config), init=False)
+    views = objective.views(_blank(config), np.random.default_rng(0))
+    with FakeTensorMode(), ops.counted(backend), _without_values():
+        model = Learner(objective, VisionMamba(config), init=False)
         model.encoder.recompute = levels
         if context > 1:
             model.encoder.context = ops.Alone(context - 1, context)
@@ -271,7 +323,7 @@ def _entries(
             if config.tiles is None
             else [tiles.blank(config) for _ in range(batch)],
             targets=torch.empty(batch, dtype=torch.int64),
-            views={name: torch.empty(batch, *view.shape, dtype=view.dtype) for name, view in views.items()},
+            views={name: torch.empty(batch, *view.shape, dtype=_on_device(view)) for name, view in views.items()},
             draws=torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None,
             backward=[0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None,
         )
@@ -282,34 +334,37 @@ def _entries(
 
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             ledger.cut()
-            arguments[0].register_hook(lambda _: ledger.cut())
+            if arguments[0].requires_grad:
+                arguments[0].register_hook(lambda _: ledger.cut())
 
         groups = model.encoder._groups()
         hooks = [model.encoder.blocks[group[0]].register_forward_pre_hook(before) for group in groups]
         hooks.append(model.encoder.norm.register_forward_pre_hook(before))
         with ledger:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, _ = _asked(model, inputs)
+            loss = _loss(model, inputs, precision, max((whole or batch) // batch, 1))
+            turn = len(ledger.entries)
             for hook in hooks:  # recomputation would call them again
                 hook.remove()
             loss.backward()
         ledger.cut()
-    if len(ledger.entries) != 2 * len(groups) + 3:
-        raise LaunchError(
-            f"objective {options.kind}: a plan counts the memory of one pass through the encoder per micro-batch, and"
-            f" this objective makes {(len(ledger.entries) - 1) / (2 * len(groups) + 2):.1f}; it cannot be planned yet"
-        )
-    return ledger.entries
+    return ledger.entries, turn
 
 
-def _asked(model: Learner, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of fake tensors.
+def _loss(model: Learner, inputs: Inputs, precision: str, micros: int) -> Tensor:
+    """The loss of fake tensors, after a first pass if the objective looks ahead: as if this process had all `micros`
+    micro-batches of the step.
 
     Raises:
         LaunchError: the objective looks at values, which fake tensors do not have.
     """
     try:
-        return model.ask("loss", inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            if model.objective.looks_ahead:
+                with torch.no_grad():
+                    seen = model.ask("ahead", inputs)
+                    shared = model.objective.meet(model, [seen] * micros)
+                inputs = dataclasses.replace(inputs, shared=shared[0])
+            return model.ask("loss", inputs)[0]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise LaunchError(
             f"objective {model.objective.options.kind}: its loss looks at the values of tensors ({error.func}), which"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import get_args
 
+import torch
+
 from vimscale.engine import flat, recompute, zero_layout
 from vimscale.engine.zero_layout import Held, Sent
 from vimscale.errors import LaunchError, RecipeError
@@ -21,9 +23,12 @@ from vimscale.estimate.context import Exchanged, exchanged
 from vimscale.estimate.devices import Device
 from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import update
-from vimscale.model import VimConfig
+from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.block import Recompute
 from vimscale.model.cost import flops
+from vimscale.objectives.base import Learner
+from vimscale.objectives.build import build
+from vimscale.recipe.objectives import ClassificationOptions
 from vimscale.recipe.recipe import Recipe, parse
 from vimscale.recipe.sections import Parallel
 
@@ -69,10 +74,12 @@ class Need:
     images: int
     graphs: int
     """What CUDA graphs hold twice: gradients, and a micro-batch."""
+    buffers: int
+    """What an objective keeps besides parameters, such as a teacher."""
 
     @property
     def total(self) -> int:
-        parts = (self.gradients, self.buckets, self.gathered, self.activations, self.images, self.graphs)
+        parts = (self.gradients, self.buckets, self.gathered, self.activations, self.images, self.graphs, self.buffers)
         return self.held.between_steps + sum(parts)
 
 
@@ -138,13 +145,34 @@ class Planner:
         self.parameters = lru_cache(maxsize=None)(partial(zero_layout.parameters, config, recipe))
         """By ZeRO stage and number of ranks."""
         self._known: dict[tuple[int, int], Held] = {}
+        self._relative: dict[tuple[VimConfig, int], float] = {}
         self.whole = sum(p.numel for p in self.parameters(0, 1))
-        self.checkpoint = self.whole * 4 * (4 if recipe.optim.ema else 3)
+        objective = build(recipe.objective, config)
+        with torch.device("meta"):
+            added = Learner(objective, VisionMamba(config)).buffers_to_save().values()
+        self.buffers = sum(buffer.nbytes for buffer in added)
+        self.looks_ahead = objective.looks_ahead
+        self.checkpoint = self.whole * 4 * (4 if recipe.optim.ema else 3) + self.buffers
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """FLOPs of the first step. The backward pass counts as two forward passes; recomputation does not count."""
-        return 3 * self.recipe.batch_at(0) * flops(self._at(0))
+        return self._flops_at(0)
+
+    def _flops_at(self, step: int) -> float:
+        return 3 * self.recipe.batch_at(step) * flops(self._at(step)) * self.relative_work(step)
+
+    def relative_work(self, step: int = 0) -> float:
+        """Operations of a step as a multiple of those of the same step of classification."""
+        recipe = self.recipe
+        if isinstance(recipe.objective, ClassificationOptions):
+            return 1
+        config, precision, whole = self._at(step), recipe.parallel.precision, recipe.batch_at(step)
+        if (config, whole) not in self._relative:
+            self._relative[config, whole] = memory.relative_work(
+                config, precision, self.target.backend, recipe.objective, whole
+            )
+        return self._relative[config, whole]
 
     def _at(self, step: int) -> VimConfig:
         """The model on the images of that step."""
@@ -188,7 +216,7 @@ class Planner:
                 copied += passes.end if zero == 1 else 0
             activations = max(peak, copied, held.gradients + reducing - gradients - bucket)
         graphs = whole + images * 4 // 5 if self.replays(zero) else 0
-        return Need(held, gradients, bucket, gathered, activations, images, graphs)
+        return Need(held, gradients, bucket, gathered, activations, images, graphs, self.buffers)
 
     def replays(self, zero: int) -> bool:
         """Whether micro-steps are CUDA graphs."""
@@ -204,9 +232,14 @@ class Planner:
             )
         return self._known[zero, world]
 
-    def _images(self, config: VimConfig, micro: int) -> int:
+    def _images(self, config: VimConfig, micro: int, accumulation: int) -> int:
+        """Bytes of images and views: of the micro-batch, or of all of a step if the objective looks ahead; and of the
+        next one, which waits as data workers made it.
+        """
         height, width = config.size
-        return micro * 3 * height * width * (4 + 1)
+        seen, made = memory.view_bytes(config, self.recipe.objective)
+        pixels = 3 * height * width
+        return micro * ((accumulation if self.looks_ahead else 1) * (4 * pixels + seen) + pixels + made)
 
     def _levels(self, rule: str, config: VimConfig, micro: int) -> tuple[Recompute, ...]:
         own = self.recipe.parallel
@@ -219,7 +252,8 @@ class Planner:
         count = memory.passes if exact else memory.estimate
         levels = self._levels(rule, config, micro)
         precision, shared = self.recipe.parallel.precision, self.recipe.parallel.context
-        return count(config, levels, micro, precision, self.target.backend, self.recipe.objective, shared)
+        whole = max(self.recipe.batch, micro) if self.looks_ahead else None
+        return count(config, levels, micro, precision, self.target.backend, self.recipe.objective, shared, whole)
 
     def _exchanged(self, config: VimConfig, rule: str, micro: int) -> Exchanged:
         """What a group of ranks exchanges for a micro-batch."""
@@ -233,7 +267,7 @@ class Planner:
         for start in self._starts():
             config, here = self._at(start), self._micro_at(start, micro)
             passes = self._passes(config, rule, here, exact=exact)
-            needs.append(self.need(zero, passes, here, accumulation, world, self._images(config, here)))
+            needs.append(self.need(zero, passes, here, accumulation, world, self._images(config, here, accumulation)))
         return max(needs, key=lambda need: need.total)
 
     def largest(self, zero: int, rule: str, world: int) -> int:
@@ -289,7 +323,7 @@ class Planner:
             other_s += (end - start) * step.seconds(zero, graphs=not replays)
             kernels += (end - start) * step.kernels
             host += (end - start) * step.host
-            work += (end - start) * 3 * self.recipe.batch_at(start) * flops(self._at(start))
+            work += (end - start) * self._flops_at(start)
         device, price = self.target.device, self.target.price
         hours = seconds / 3600
         return Outlook(

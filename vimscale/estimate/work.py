@@ -64,6 +64,14 @@ class Work:
     launches: float = 0.0
     scans: tuple[Scan, ...] = ()
 
+    @property
+    def operations(self) -> float:
+        """Of matrix products, attention and scans, as `model.cost` counts them; a scan backward counts as two."""
+        scans = sum(
+            (18 if s.backward else 9) * s.directions * s.images * s.tokens * s.width * s.state for s in self.scans
+        )
+        return self.product_flops + self.fp32_flops + self.attention_flops + scans
+
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 

@@ -36,11 +36,12 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest) -> None:
         OSError: names the file; what was there before stays.
     """
     arguments, state = published_config(model), to_published(model)
+    about = preprocessing(manifest) | ({} if model.config.num_classes else {"classes": []})
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     torch.save({"model": state}, content)  # torch does not name the error when a disk is full
     files.write(folder / "model.pth", content.getvalue())
-    for name, tree in ((_ARGUMENTS, arguments), (_PREPROCESSING, preprocessing(manifest))):
+    for name, tree in ((_ARGUMENTS, arguments), (_PREPROCESSING, about)):
         files.write(folder / name, json.dumps(tree, indent=1) + "\n")
 
 

@@ -41,13 +41,15 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str,
     shape = model.config.with_own_classes(own_code.without_folder)
     config = {"format": 1, "model": shape.to_dict(), "backward": model.backward}
     config |= {**preprocessing(manifest), "about": about}
+    if model.config.num_classes == 0:
+        config["classes"] = []
     if isinstance(model, PublishedVim):
         config["published"] = model.arguments
     files.write(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def preprocessing(manifest: Manifest) -> dict[str, Any]:
-    """What inference needs besides the model: the names of the classes, and mean and std of the channels."""
+    """What inference needs besides the model: names of classes, and mean and std of the channels."""
     tree = asdict(manifest)
     return {key: tree[key] for key in ("classes", "mean", "std")}
 
@@ -181,23 +183,24 @@ def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: M
 
 
 def largest_difference(folder: Path, model: VisionMamba) -> float:
-    """Load what `write` wrote; returns the largest difference of its logits from those of `model`."""
+    """Load what `write` wrote; returns the largest difference of its outputs from those of `model`."""
     return difference(load(folder, run_own_code=True), model)
 
 
 def difference(one: VisionMamba, other: VisionMamba) -> float:
-    """The largest difference between the logits of two models on eight images, with the same random numbers; between
-    their features, if they have no head.
+    """The largest difference between the logits of two models on eight images, with the same random numbers; or
+    between what their heads would read, if they have none.
 
     Raises:
         CheckpointError: they are not finite.
     """
     channels = one.arguments["channels"] if isinstance(one, PublishedVim) else 3
-    logits = []
+    outputs = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for model in (one, other):
             torch.manual_seed(0)
-            logits.append(model(torch.randn(8, channels, *model.config.size), features=model.head is None))
-    if not all(bool(one.isfinite().all()) for one in logits):
-        raise CheckpointError("the model gives logits that are not finite for images of noise: its run diverged")
-    return float((logits[0] - logits[1]).abs().max())
+            images = torch.randn(8, channels, *model.config.size)
+            outputs.append(model(images, features=model.head is None))
+    if not all(bool(one.isfinite().all()) for one in outputs):
+        raise CheckpointError("the model gives values that are not finite for images of noise: its run diverged")
+    return float((outputs[0] - outputs[1]).abs().max())

@@ -222,8 +222,8 @@ def _head_notes(source: Source, config: VimConfig, manifest: Manifest) -> list[s
         return [f"head: starts from random values, because it read {source.config.pooling}, not {config.pooling}"]
     if taken is None:
         new = [name for name in manifest.classes if name not in (source.classes or ())]
-        what = f"{have:,} classes, not {len(manifest.classes):,}" if have else "a model without one"
-        if have and source.classes is not None and have == len(manifest.classes):
+        what = f"{have:,} classes, not {len(manifest.classes):,}"
+        if source.classes is not None and have == len(manifest.classes):
             what = f"other classes: no {', '.join(name[:40] for name in new[:_SHOWN])}"
         return [f"head: starts from random values, because the weights are of {what}"]
     if source.classes is None:
@@ -385,7 +385,7 @@ def _of_run(folder: Path) -> Source:
     if not checkpoints(run.checkpoints):
         raise CheckpointError(f"model.weights {folder} is a run without a checkpoint; launch that one first")
     try:
-        manifest = TrainingSet.open(recipe.data).manifest
+        manifest = TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
     except UserError as error:
         raise CheckpointError(
             f"model.weights {folder} is a run whose training set, which has its class names, is not available:"
@@ -393,7 +393,8 @@ def _of_run(folder: Path) -> Source:
         ) from None
     config = recipe.shape(len(manifest.classes))
     backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
-    return Source(folder, config, manifest.classes, manifest.mean, manifest.std, backward)
+    classes = manifest.classes if config.num_classes else ()
+    return Source(folder, config, classes, manifest.mean, manifest.std, backward)
 
 
 def _not_ours(folder: Path) -> str | None:

@@ -125,7 +125,7 @@ def _samples(micro: Micro, losses: list[float], train_set: TrainingSet, rank: in
             "epoch": ref.epoch,
             "position": ref.position,
             "label": label,
-            "class": train_set.manifest.classes[label],
+            "class": train_set.datasets[ref.source].manifest.class_name(label),
             "loss": loss,
         }
         for key, ref, label, loss in zip(batch.keys, batch.refs, batch.labels.tolist(), losses, strict=True)

@@ -27,7 +27,7 @@ from vimscale.storage import own_code
 
 __all__ = ["Inputs", "Learner", "Objective", "ObjectiveOptions", "Sample"]
 
-Question = Literal["loss", "loss_per_sample", "evaluation_sums", "ahead"]
+Question = Literal["loss", "loss_per_sample", "evaluation_sums", "ahead", "embedding"]
 """The methods of an objective that compute with parameters, and so run inside the engine's forward pass."""
 
 
@@ -141,6 +141,14 @@ class Objective(ABC):
         """
         images, loss = sums.tolist()
         return {"images": int(images), "loss": loss / images}
+
+    def evaluated(self, model: "Learner") -> VisionMamba:
+        """The encoder whose features nearest neighbors and linear classifiers are evaluated on."""
+        return model.encoder
+
+    def embedding(self, model: "Learner", inputs: Inputs) -> Tensor:
+        """What the head of `evaluated` reads, (b, f)."""
+        return self.evaluated(model)(inputs.images, None, inputs.backward, features=True)
 
 
 def _rebuilt(kind: str | type[Objective], options: ObjectiveOptions, config: VimConfig) -> Objective:

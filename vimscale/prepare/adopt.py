@@ -51,6 +51,8 @@ class Found:
     """Messages about images that cannot be read."""
     ignored: tuple[str, ...]
     """Files that belong to no sample."""
+    unlabelled: str | None
+    """The first sample without a label."""
     side: int | None
     """Of the tiles in pixels, if the samples are bags."""
 
@@ -73,7 +75,8 @@ def index(
     about images that cannot be read).
 
     Raises:
-        DataError: there are no tars, a tar is damaged, a sample has no image or label, or the folder has a manifest.
+        DataError: there are no tars, a tar is damaged, a sample has no image, only some samples have labels, or the
+            folder has a manifest.
     """
     base, tars = _tars(patterns)
     if output is None and "://" in base:
@@ -102,7 +105,14 @@ def index(
     work = partial(scan_tar, quota=quota, classes=len(classes) if classes else None, image=image)
     parts = pool.run_all(work, tars, jobs, progress, finish=write)
     tally = Tally.sum(part.tally for part in parts)
-    if classes is None:
+    labelled = sum(count for label, count in tally.labels.items() if label != decode.NO_LABEL)
+    without = next((part.unlabelled for part in parts if part.unlabelled), None)
+    if without is not None and (labelled or classes):
+        raise DataError(
+            f"{without}; all samples of a set have labels, or none: `vimscale data prepare` of the tars takes them from"
+            " a .json and separates samples whose names have more dots; with --no-labels it leaves them out"
+        )
+    if classes is None and labelled:
         check_dense(tally.labels, f"index {patterns[0]}")
     names = classes or tuple(map(str, range(max(tally.labels) + 1)))
     if empty := [name for number, name in enumerate(names) if number not in tally.labels]:
@@ -131,6 +141,7 @@ def index(
         sides=tally.side_counts(),
         image=image,
         tiles=tally.bags(next(iter(sides))),
+        captions=tally.captions,
     )
     write_file(folder / MANIFEST, manifest.to_json().encode())
     return folder, manifest, [message for part in parts for message in part.unread]
@@ -140,7 +151,7 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
     """Collect what a manifest needs to know about one tar; decode `quota` of its images.
 
     Raises:
-        DataError: it is damaged or empty, or a sample has no image or no label below `classes`.
+        DataError: it is damaged or empty, a sample has no image, or a label is not below `classes`.
     """
     path = local_copy(tar.where)
     found = scan(path)
@@ -150,13 +161,16 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
         others = f" ({ignored_files(found.ignored)})" if found.ignored else ""
         raise DataError(f"{tar.where} holds no samples{others}; leave it out")
     tally, unread = Tally(), []
-    side = None
+    side, unlabelled = None, None
     stride = -(-len(found.samples) // quota)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for i, sample in enumerate(found.samples):
             where = f"{tar.where}, offset {sample.start}, sample {sample.key}"
             label = _label(descriptor, sample, where, classes)
+            if label == decode.NO_LABEL and unlabelled is None:
+                unlabelled = f"{where}: no member .cls, the label (it has {_member_names(sample)})"
+            tally.captions += _has_caption(descriptor, sample)
             if bags.is_bag(found.samples[0].members):
                 side = _count_bag(descriptor, sample, where, side, tally, label, measure=i % stride == 0)
                 continue
@@ -173,7 +187,14 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
     finally:
         os.close(descriptor)
     shard = Shard(tar.name, len(found.samples), path.stat().st_size, sha256_of(path))
-    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.ignored), side)
+    return Found(shard, found.offsets, tally, tuple(unread), tuple(found.ignored), unlabelled, side)
+
+
+def _has_caption(descriptor: int, sample: Sample) -> bool:
+    if decode.CAPTION not in sample.members:
+        return False
+    offset, size = sample.members[decode.CAPTION]
+    return decode.caption_of({decode.CAPTION: os.pread(descriptor, size, offset)}) is not None
 
 
 def _count_bag(
@@ -208,10 +229,7 @@ def _kind(side: int | None) -> str:
 
 def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
     if "cls" not in sample.members:
-        raise DataError(
-            f"{where}: no member .cls, the label (it has {_member_names(sample)}); `vimscale data prepare` of the tars"
-            " takes it from a .json, and separates samples whose names have more dots"
-        )
+        return decode.NO_LABEL
     offset, size = sample.members["cls"]
     text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip("\ufeff \t\r\n")
     label = decode.whole_number(text)

@@ -47,7 +47,7 @@ def opened(reader: Reader, location: Any, where: str, tiling: Tiling) -> Iterato
         others: dict[str, bytes] = {}
         file: BinaryIO
         if isinstance(reader, Files):
-            path = Path(location)
+            path, others = Path(location), reader.others(location)
             if path.exists() and not stat.S_ISREG(path.stat().st_mode):
                 raise BadSample("unreadable", f"{where}: it is not a regular file")
             file = stack.enter_context(path.open("rb"))

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vimscale.data.images import decode
 from vimscale.data.images.cutting import Tiling, cut
 from vimscale.data.shards.manifest import (
     MANIFEST,
@@ -221,7 +222,8 @@ def plan_hash(content: Input, options: Options, plan: list[Job], about: tuple[st
     for job in plan:
         digest.update(f"{job.name}\n".encode())
         for entry in job.entries:
-            digest.update(json.dumps(entry[:3]).encode() + b"\n")
+            caption = () if entry.caption is None else (entry.caption,)
+            digest.update(json.dumps((*entry[:3], *caption)).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -332,7 +334,7 @@ class _Worker:
         tally.count(entry.label, height, width)
         if measure and image is not None:
             tally.measure(image)
-        return {"__key__": entry.key, **members, extension: data, "cls": str(entry.label).encode()}
+        return _with_label_and_caption({"__key__": entry.key, **members, extension: data}, entry, tally)
 
     def _bag(self, entry: Entry, where: str, tiling: Tiling, measure: bool, tally: Tally) -> dict[str, Any]:
         name = f"{where}, sample {entry.key}"
@@ -343,7 +345,20 @@ class _Worker:
         tally.tiles[len(members) - 1] += 1
         if measure:
             tally.measure_counts(counts)
-        return {"__key__": entry.key, **others, **members, "cls": str(entry.label).encode()}
+        return _with_label_and_caption({"__key__": entry.key, **others, **members}, entry, tally)
+
+
+def _with_label_and_caption(sample: dict[str, Any], entry: Entry, tally: Tally) -> dict[str, Any]:
+    """Add a sample's label and its table's caption; count the caption, or leave out an empty one."""
+    if entry.label != decode.NO_LABEL:
+        sample["cls"] = str(entry.label).encode()
+    if entry.caption is not None:
+        sample[decode.CAPTION] = entry.caption.encode()
+    if decode.caption_of(sample) is None:
+        sample.pop(decode.CAPTION, None)
+    else:
+        tally.captions += 1
+    return sample
 
 
 def _strict_error(message: str) -> DataError:
@@ -398,4 +413,5 @@ def _manifest(
         skipped=tally.skipped_counts(),
         plan=plan,
         tiles=tally.bags(side),
+        captions=tally.captions,
     )

@@ -52,13 +52,17 @@ def _check(sets: list[Located]) -> None:
         if mine != theirs:
             label = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
             what = (
-                f"{len(mine):,} classes, not {len(theirs):,}"
+                f"{_count(mine)}, not {_count(theirs)}"
                 if label is None
                 else f"class {label} is {mine[label]!r}, not {theirs[label]!r}"
             )
             raise DataError(
-                f"data {one.folder}: {what} as in {first.folder}; prepare one of the sets again with the other's class"
-                " names in --classes FILE"
+                f"data {one.folder}: {what} as in {first.folder}; "
+                + (
+                    "prepare one of the sets again with the other's class names in --classes FILE"
+                    if mine and theirs
+                    else "prepare the one with labels again with --no-labels, or train on both as a mixture"
+                )
             )
         if one.manifest.image != first.manifest.image:
             own, other = (", ".join(part.manifest.image) or "the usual member" for part in (one, first))
@@ -84,6 +88,10 @@ def _check(sets: list[Located]) -> None:
             if shard.sha256 in owners:
                 raise DataError(f"{name} and {owners[shard.sha256]} are the same; give each set once")
             owners[shard.sha256] = name
+
+
+def _count(classes: tuple[str, ...]) -> str:
+    return f"{len(classes):,} classes" if classes else "no labels"
 
 
 def _link(path: Path, to: Path) -> None:
@@ -119,6 +127,7 @@ def _merged(name: str, parts: list[Manifest], shards: tuple[Shard, ...]) -> Mani
         skipped=tally.skipped_counts(),
         image=parts[0].image,
         tiles=_tiles([part.tiles for part in parts if part.tiles]),
+        captions=sum(part.captions for part in parts),
     )
 
 

@@ -23,6 +23,8 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     tiles: Counter[int] = field(default_factory=Counter)
     """Bags, by their number of tiles."""
+    captions: int = 0
+    """Samples with a caption that is not empty."""
     measured: int = 0
     """Images whose pixels were measured. Each has the same weight, whatever its size."""
     means: list[float] = field(default_factory=lambda: [0.0] * 3)
@@ -54,6 +56,7 @@ class Tally:
             total.sides += part.sides
             total.skipped += part.skipped
             total.tiles += part.tiles
+            total.captions += part.captions
             total.measured += part.measured
             total.means = [a + b for a, b in zip(total.means, part.means, strict=True)]
             total.squares = [a + b for a, b in zip(total.squares, part.squares, strict=True)]
@@ -65,6 +68,7 @@ class Tally:
             "sides": sorted(self.sides.items()),
             "skipped": sorted(self.skipped.items()),
             "tiles": sorted(self.tiles.items()),
+            "captions": self.captions,
             "measured": self.measured,
             "means": self.means,
             "squares": self.squares,
@@ -73,8 +77,9 @@ class Tally:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "Tally":
         labels, sides, skipped = (Counter(dict(tree[key])) for key in ("labels", "sides", "skipped"))
-        tiles = Counter(dict(tree.get("tiles", ())))  # an older version may have written the record
-        return cls(labels, sides, skipped, tiles, tree["measured"], tree["means"], tree["squares"])
+        # an older version may have written the record
+        tiles, captions = Counter(dict(tree.get("tiles", ()))), tree.get("captions", 0)
+        return cls(labels, sides, skipped, tiles, captions, tree["measured"], tree["means"], tree["squares"])
 
     def label_counts(self, classes: int) -> tuple[int, ...]:
         return tuple(self.labels[label] for label in range(classes))

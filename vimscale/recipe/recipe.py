@@ -108,6 +108,8 @@ class Recipe(Section):
         faults += self._tile_faults()
         faults += self._objective_faults()
         config = self.model.shape(classes=1)
+        if self.evaluate.knn is not None and self.data.val is None:
+            faults.append(f"evaluate.knn {self.evaluate.knn}: nothing to classify; set data.val, or leave it out")
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         packs = self.augment.buckets > 1 or (config.tiles is not None and self.parallel.micro_batch != 1)

@@ -419,6 +419,12 @@ class Evaluate(Section):
 
     every: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps between evaluations; with 0, only at the end."""
+    knn: Address | None = None
+    """A data set with labels, whose nearest images vote for the classes of those of data.val: the figure knn_top1, for
+    any objective. data.val needs the same classes.
+    """
+    knn_k: Count = 20
+    """Number of nearest images that vote."""
 
 
 class Log(Section):

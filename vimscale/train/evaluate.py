@@ -50,7 +50,7 @@ def evaluate(
         DataError: the data set has other classes than the model was trained on, or none of its images can be read.
         RunFailed: the objective's figures are incomplete.
     """
-    if dataset.manifest.classes != manifest.classes:
+    if objective.options.classifies and dataset.manifest.classes != manifest.classes:
         raise DataError(
             f"data {dataset.manifest.name} has other classes than {manifest.name}, which the model is trained on;"
             " prepare both with the same --classes"

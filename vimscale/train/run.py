@@ -15,7 +15,7 @@ from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.choice import Choice
 from vimscale.data.prefetch import Prefetcher
-from vimscale.data.training_set import TrainingSet
+from vimscale.data.training_set import TrainingSet, check_same_labels
 from vimscale.engine import recompute
 from vimscale.engine.compile_ahead import CompileAhead
 from vimscale.engine.deepspeed_engine import Average, Engine
@@ -26,6 +26,7 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
+from vimscale.train import probes
 from vimscale.train.evaluate import evaluate
 from vimscale.train.metrics import Curve, Meter, Metrics
 
@@ -43,6 +44,8 @@ class Run:
     emit: Callable[[Event], None]
     train_set: TrainingSet
     val_set: Dataset | None
+    knn_set: Dataset | None
+    """Whose labels nearest neighbors vote with."""
     steps: int
     """Length of the run."""
     config: VimConfig
@@ -73,8 +76,13 @@ class Run:
             UserError: the data are not what the recipe needs, or the objective cannot be built.
         """
         recipe, device = spec.recipe, torch.device(spec.device)
-        train_set = TrainingSet.open(recipe.data)
-        val_set = Dataset.open(recipe.data.val, recipe.data.cache) if recipe.data.val else None
+        train_set = TrainingSet.open(recipe.data, labels=recipe.objective.classifies)
+        val_set, knn_set = (
+            Dataset.open(source, recipe.data.cache) if source else None
+            for source in (recipe.data.val, recipe.evaluate.knn)
+        )
+        if knn_set is not None and val_set is not None:
+            check_same_labels(knn_set.manifest, val_set.manifest)
         steps = recipe.length(train_set.samples)
         config = recipe.shape(len(train_set.manifest.classes))
         kernels = CompileAhead(config, recipe, device, spec.threads)
@@ -85,7 +93,8 @@ class Run:
         micro = recipe.micro_batch(spec.world).size
         engine.encoder.recompute = recompute.levels(recipe.parallel, recipe.largest(config), micro, device.type)
         store = open_mirror(recipe.checkpoint.mirror, recipe.name)
-        return cls(spec, emit, train_set, val_set, steps, config, engine, Guard(recipe, device), store, kernels)
+        guard = Guard(recipe, device)
+        return cls(spec, emit, train_set, val_set, knn_set, steps, config, engine, guard, store, kernels)
 
     @property
     def recipe(self) -> Recipe:
@@ -123,6 +132,16 @@ class Run:
         assert self.val_set is not None
         spec, config, engine = self.spec, self.config, self.engine
         backward = [config.backward_at(self.step)] * len(config.layers)
+        reading: dict[str, Any] = {
+            "size": config.size,
+            "choice": Choice.of(config, self.recipe.data),
+            "batch": self.recipe.micro_batch(spec.world).size,
+            "device": engine.device,
+            "rank": spec.rank,
+            "world": spec.world,
+            "context": spec.context,
+            "workers": self.recipe.data.workers,
+        }
         engine.model.eval()
         with engine.weights(None if self.ema is None else self.ema.fragments):
             figures = evaluate(
@@ -130,15 +149,12 @@ class Run:
                 self.objective,
                 self.val_set,
                 self.train_set.manifest,
-                size=config.size,
-                choice=Choice.of(config, self.recipe.data),
-                batch=self.recipe.micro_batch(spec.world).size,
-                device=engine.device,
-                rank=spec.rank,
-                world=spec.world,
-                context=spec.context,
-                workers=self.recipe.data.workers,
+                **reading,
             )
+            if self.knn_set is not None:
+                embed = partial(engine.embedding, backward=backward)
+                k = self.recipe.evaluate.knn_k
+                figures |= probes.knn(embed, self.knn_set, self.val_set, self.train_set.manifest, k=k, **reading)
         engine.model.train()
         row = {"kind": "eval", "step": self.step, **figures}
         if self.metrics is not None:

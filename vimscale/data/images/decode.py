@@ -18,6 +18,10 @@ from vimscale.errors import BadSample, brief
 MAX_PIXELS = 64_000_000
 """Larger images are refused on reading the header: a few bytes can request gigabytes."""
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+NO_LABEL = -1
+"""The label of samples in a set without labels: no class has this number."""
+CAPTION = "txt"
+"""Extension of a sample's caption."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
 """The only formats that Pillow may try, whatever a member's name: some of its other readers start programs."""
 _METADATA = {
@@ -61,7 +65,7 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
     """Return (image, label) of a webdataset sample: its member with an image's extension, and its `cls`.
 
     `image` lists the extensions to look for, first match first (default: EXTENSIONS). Other members are not read. The
-    label must be below `classes`.
+    label must be below `classes`; if there are no classes, it is NO_LABEL.
 
     Raises:
         BadSample: there is no image or label, or the image cannot be read; names `where` and the sample's key. Causes:
@@ -80,11 +84,13 @@ def decode(sample: dict, where: str, classes: int, image: tuple[str, ...] = ()) 
 
 
 def label_of(sample: dict, where: str, classes: int) -> int:
-    """Return the label of a webdataset sample, its `cls`.
+    """Return the label of a webdataset sample, its `cls`; NO_LABEL, without looking, if the set has no classes.
 
     Raises:
         BadSample: "no label" if there is none, "label" if it is not below `classes`; names `where`.
     """
+    if not classes:
+        return NO_LABEL
     label = whole_number(sample.get("cls", b"").decode("utf-8", "replace"))
     if label is None:
         raise BadSample("no label", f"{where}: no whole number in a member .cls, the label")
@@ -93,6 +99,13 @@ def label_of(sample: dict, where: str, classes: int) -> int:
             "label", f"{where}: label {brief(label)} is not one of the {classes} classes, 0 to {classes - 1}"
         )
     return label
+
+
+def caption_of(sample: dict[str, Any]) -> str | None:
+    """Return the caption of a webdataset sample, its `txt`, without blanks around it; None if there is none, or if it
+    is empty. Bytes that are not UTF-8 are replaced.
+    """
+    return sample.get(CAPTION, b"").decode("utf-8", "replace").strip("\ufeff \t\r\n\0") or None
 
 
 def whole_number(text: str) -> int | None:

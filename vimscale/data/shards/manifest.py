@@ -61,6 +61,7 @@ class Manifest:
 
     name: str
     classes: tuple[str, ...]
+    """Names in the order of the labels; empty: the samples have no labels."""
     shards: tuple[Shard, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -81,15 +82,21 @@ class Manifest:
     """Extensions of the image among a sample's members, first match first; empty: the usual ones."""
     tiles: Bags | None = None
     """If set, each sample is a bag of tiles of one large image, see `data.images.bags`."""
+    captions: int = 0
+    """Samples with a caption: a member .txt that is not empty."""
     format: int = FORMAT
     samples: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", sum(shard.samples for shard in self.shards))
 
+    def class_name(self, label: int) -> str:
+        """Return the name of a label's class; empty for samples without labels."""
+        return self.classes[label] if 0 <= label < len(self.classes) else ""
+
     def to_json(self) -> str:
         tree = asdict(self)
-        for key in ("image", "tiles"):  # older manifests have no such keys, and must keep their fingerprints
+        for key in ("image", "tiles", "captions"):  # older manifests lack them, and must keep their fingerprints
             if not tree[key]:
                 del tree[key]
         return json.dumps(tree, indent=1) + "\n"
@@ -144,6 +151,8 @@ def _check(manifest: Manifest) -> None:
         bags.side > 0 and 0 < bags.least <= bags.most and manifest.samples <= bags.total <= bags.most * manifest.samples
     ):
         raise ValueError(f"tiles is {asdict(bags)}, for {manifest.samples:,} images")
+    if not 0 <= manifest.captions <= manifest.samples:
+        raise ValueError(f"captions is {manifest.captions:,}, for {manifest.samples:,} samples")
     if any(value <= 0 for value in manifest.std):
         raise ValueError(f"std is {list(manifest.std)}, and must be positive: images are divided by it")
     if manifest.labels and (len(manifest.labels) != len(manifest.classes) or min(manifest.labels) < 0):

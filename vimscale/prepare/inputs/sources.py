@@ -6,10 +6,10 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from vimscale.data.images import bags, decode
 from vimscale.data.shards.tar import hidden, split_name
@@ -20,10 +20,13 @@ from vimscale.prepare.inputs.classes import Label, class_map
 from vimscale.prepare.inputs.rows import (
     IMAGE_FILES,
     LABEL_COLUMNS,
+    Captioned,
     Columns,
     Files,
     Reader,
     Rows,
+    caption_file,
+    caption_in,
     checked_label,
     key_of,
     pick,
@@ -37,13 +40,15 @@ SPLITS = ("train", "val", "validation", "test")
 
 
 class Entry(NamedTuple):
-    """One row of the input, with its class number."""
+    """One row of the input, with its class number, or NO_LABEL."""
 
     key: str
     label: int
     bytes: int
     location: Any
     """What its reader needs to find it."""
+    caption: str | None = None
+    """Of a table's row."""
 
 
 @dataclass
@@ -58,11 +63,11 @@ class Input:
 def open_input(source: str, columns: Columns, scratch: Path) -> Input:
     """Read the rows of `source`.
 
-    `source` is a folder of images, a .csv, .tsv or .parquet file, a saved Hugging Face data set or hf:NAME, or tars (a
-    folder, a glob or braces). `scratch` is a folder for what must be unpacked first.
+    `source` is a folder of images, a .csv, .tsv, .jsonl or .parquet file, a saved Hugging Face data set or hf:NAME, or
+    tars (a folder, a glob or braces). `scratch` is a folder for what must be unpacked first.
 
     Raises:
-        DataError: it is none of these, a row has no label, or a key occurs twice.
+        DataError: it is none of these, some rows have no label, or a key occurs twice.
     """
     reader: Reader
     if source.startswith("pipe:"):
@@ -83,11 +88,11 @@ def open_input(source: str, columns: Columns, scratch: Path) -> Input:
             reader, found = tables.parquet(files, columns, scratch)
         else:
             rows: Callable[[list[Path]], Rows] = {
-                "images": _folder_rows,
-                "table": lambda paths: _csv_rows(paths, columns),
+                "images": lambda paths: _folder_rows(paths, columns),
+                "table": lambda paths: _table_rows(paths, columns),
                 "tar": lambda paths: _tar_rows(paths, columns),
             }[kind]
-            reader = Tars() if kind == "tar" else Files()
+            reader = Tars() if kind == "tar" else Captioned() if kind == "images" else Files()
             found = {split: rows(paths) for split, paths in files.items()}
     return _checked(source, reader, found, columns)
 
@@ -122,7 +127,7 @@ def _files(source: str) -> tuple[list[Path], str]:
         what = "no file has such a name" if glob.has_magic(source) or "{" in source else "it is not there"
         raise DataError(f"input {source}: {what}; give a folder of images, a table, a data set's folder, or tars")
     kinds = {path.suffix.lower() for path in paths}
-    known = {".tar": "tar", ".parquet": "parquet", ".csv": "table", ".tsv": "table"}
+    known = {".tar": "tar", ".parquet": "parquet", ".csv": "table", ".tsv": "table", ".jsonl": "table"}
     if len(kinds) != 1 or not kinds <= known.keys():
         endings = ", ".join(sorted(kinds))
         raise DataError(f"input {source}: files ending in {endings}; give files of one kind: {', '.join(known)}")
@@ -159,6 +164,18 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
     found = dict(sorted(found.items(), key=lambda item: item[0] != "train"))
     first = next(iter(found.values()))
     names = columns.classes or first.classes
+    if columns.caption and isinstance(reader, Captioned):
+        raise DataError(
+            f"input {source}: --caption names a column of a table or a key of .json members, and this is a folder of"
+            " images; a caption there is a file NAME.txt next to NAME.jpg, and is taken without an option"
+        )
+    if odd := next((split for split, rows in found.items() if rows.labelled != first.labelled), None):
+        raise DataError(
+            f"input {source}: {'split ' + odd} {'has' if found[odd].labelled else 'has no'} labels, unlike the first"
+            " split; prepare the splits one by one, or all without labels with --no-labels"
+        )
+    if columns.classes and not first.labelled:
+        raise DataError(f"input {source}: --classes names classes, and the input has no labels; leave it out")
     splits: dict[str, list[Entry]] = {}
     for split, rows in found.items():
         where = f"input {source}" + (f", split {split}" if split else "")
@@ -167,15 +184,16 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
         except ValueError as error:
             raise DataError(f"input {source}: a split becomes a folder: {error}") from None
         if not rows.keys:
-            known = ", ".join(IMAGE_FILES)
-            raise DataError(f"{where}: no images in it; looked for {known} below folders named after classes")
+            raise DataError(f"{where}: no images in it; looked for {', '.join(IMAGE_FILES)}")
 
         def row(i: int, rows: Rows = rows) -> str:
             return f"{reader.where(rows.locations[i])}, sample {rows.keys[i]}"
 
-        if missing := [i for i, label in enumerate(rows.labels) if label is None]:
+        missing = [i for i, label in enumerate(rows.labels) if label is None]
+        if missing and rows.labelled:
             raise DataError(
-                f"{where}: {len(missing):,} rows have no label; leave them out; the first is {row(missing[0])}"
+                f"{where}: {len(missing):,} rows have no label; leave them out; the first is {row(missing[0])};"
+                " --no-labels makes a set without labels"
             )
         if reserved := next((key for key in rows.keys if split_name(f"{key}.x") is None), None):
             raise DataError(
@@ -188,13 +206,15 @@ def _checked(source: str, reader: Reader, found: dict[str, Rows], columns: Colum
             more = f" ({len(duplicates):,} such keys)" if len(duplicates) > 1 else ""
             fix = "--prefix-keys puts the tar's name before them" if isinstance(reader, Tars) else "rename one"
             raise DataError(f"{where}: {owners} both have the key {duplicates[0]}{more}; {fix}")
-        own, counted = _by_name(rows, names)
-        names, labels = class_map(own, names, where, row, counted=counted)
-        if not splits and (empty := sorted(set(range(len(names))) - set(labels))):
-            _log.warning("%s: %s", where, without_images([names[number] for number in empty], len(names)))
-        splits[split] = [Entry(*entry) for entry in zip(rows.keys, labels, rows.sizes, rows.locations, strict=True)]
-    assert names is not None
-    return Input(reader, names, splits)
+        labels = [decode.NO_LABEL] * len(rows.keys)
+        if rows.labelled:
+            own, counted = _by_name(rows, names)
+            names, labels = class_map(own, names, where, row, counted=counted)
+            if not splits and (empty := sorted(set(range(len(names))) - set(labels))):
+                _log.warning("%s: %s", where, without_images([names[number] for number in empty], len(names)))
+        columns_of_rows = (rows.keys, labels, rows.sizes, rows.locations, rows.captions)
+        splits[split] = [Entry(*entry) for entry in zip(*columns_of_rows, strict=True)]
+    return Input(reader, names or (), splits)
 
 
 def without_images(empty: list[str], classes: int) -> str:
@@ -217,26 +237,49 @@ def _by_name(rows: Rows, names: tuple[str, ...] | None) -> tuple[list[str | int]
     return [own[label] if isinstance(label, int) and 0 <= label < len(own) else label for label in labels], False
 
 
-def _folder_rows(paths: list[Path]) -> Rows:
+def _folder_rows(paths: list[Path], columns: Columns) -> Rows:
+    """The images below a folder. Its sub-folders are classes, unless all images are in the folder itself, or labels are
+    not wanted.
+    """
     (root,) = paths
-    rows, others = Rows(), Counter[str]()
+    rows, others = Rows(labelled=columns.labels), Counter[str]()
+    alone: str | None = None
     for folder, below, files in os.walk(root, followlinks=True, onerror=_refuse):
         below[:] = sorted(name for name in below if not hidden(f"{name}/"))
         inside = Path(folder).relative_to(root)
+        captioned = _captioned(files)
         for name in sorted(files):
             extension = name.rpartition(".")[2].lower()
+            if extension == decode.CAPTION and name.rpartition(".")[0] in captioned:
+                continue
             if extension not in IMAGE_FILES or hidden(name):
                 others["hidden" if hidden(name) else f".{extension}"] += 1
                 continue
             path = os.path.join(folder, name)
-            if not inside.parts:
-                raise DataError(f"input {root}: {name} is not in a class folder; move it to {root}/CLASS/{name}")
-            rows.add(key_of(str(inside / name)), inside.parts[0], size_of(path), path)
+            size = size_of(path) + (size_of(str(caption_file(path))) if captioned else 0)
+            alone = alone if inside.parts else alone or name
+            label = inside.parts[0] if inside.parts and columns.labels else None
+            rows.add(key_of(str(inside / name)), label, size, path)
     if others:
         counts = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5))
         _log.warning("%s: files that are not images are ignored: %s", root, counts)
-    _check_folders(root, {str(label) for label in rows.labels})
+    if columns.labels and alone is not None:
+        if any(label is not None for label in rows.labels):
+            raise DataError(
+                f"input {root}: {alone} is not in a class folder, and others are; move it to {root}/CLASS/{alone}, or"
+                " make a set without labels with --no-labels"
+            )
+        rows.labelled = False
+    _check_folders(root, {str(label) for label in rows.labels if label is not None})
     return rows
+
+
+def _captioned(files: list[str]) -> set[str]:
+    """Names, without extension, of the images among a folder's files that have a caption next to them."""
+    texts = {name.rpartition(".")[0] for name in files if name.endswith(f".{decode.CAPTION}")}
+    if not texts:
+        return texts
+    return texts & {name.rpartition(".")[0] for name in files if name.rpartition(".")[2].lower() in IMAGE_FILES}
 
 
 def _check_folders(root: Path, names: set[str]) -> None:
@@ -254,19 +297,33 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"input {error.filename} cannot be read: {error.strerror}")
 
 
-def _csv_rows(paths: list[Path], columns: Columns) -> Rows:
-    rows = Rows()
+def _table_rows(paths: list[Path], columns: Columns) -> Rows:
+    rows = Rows(labelled=False)
     for path in paths:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-                image, label = pick(path, table.fieldnames or (), columns)
+                names, table = _lines(path, file)
+                image, label, caption = pick(path, names, columns)
+                rows.labelled = rows.labelled or label is not None
                 for row in table:
-                    value = checked_label(row[label], f"{path}: column {label!r}", columns.classes)
-                    rows.add_file(path, row[image] or "", value)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+                    value = row.get(label) if label else None
+                    value = checked_label(value, f"{path}: column {label!r}", columns.classes)
+                    name, text = row.get(image), row.get(caption) if caption else None
+                    rows.add_file(path, name if isinstance(name, str) else "", value, caption_in(text))
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
             raise DataError(f"input {path} cannot be read: {error}") from None
     return rows
+
+
+def _lines(path: Path, file: TextIO) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
+    """Return (names of columns, rows) of a table. Columns of a .jsonl are the keys of its first line."""
+    if path.suffix.lower() != ".jsonl":
+        table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        return table.fieldnames or (), table
+    rows = [json.loads(line) for line in file if line.strip()]
+    if odd := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
+        raise ValueError(f"line {odd} is not an object with an entry per column")
+    return list(rows[0]) if rows else (), rows
 
 
 class Tars:
@@ -289,7 +346,7 @@ class Tars:
 
 
 def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
-    rows = Rows()
+    rows = Rows(labelled=columns.label is not None)
     ignored: list[str] = []
     for path in paths:
         found = scan(path, scattered=True)
@@ -305,11 +362,13 @@ def _tar_rows(paths: list[Path], columns: Columns) -> Rows:
                             f"input {where}: it is a bag of tiles already; `vimscale data index` and `merge` take such"
                             " tars, and `prepare --tiles` cuts the images that they were made from"
                         )
-                    label, parts = _tar_label(file.fileno(), parts, columns, where)
+                    caption = _tar_caption(file.fileno(), parts, columns)
+                    found_label, label, parts = _tar_label(file.fileno(), parts, columns, where)
+                    rows.labelled = rows.labelled or found_label
                     image = members.image_of(parts, columns.members, f"input {where}")
                     key = f"{path.stem}/{key}" if columns.prefix_keys else key
                     size = sum(size for _, size in parts.values())
-                    rows.add(key, label, size, (str(path), parts, image))
+                    rows.add(key, label, size, (str(path), parts, image), caption)
     if ignored:
         _log.warning("%s", ignored_files(ignored))
     return rows
@@ -323,23 +382,38 @@ def ignored_files(names: list[str]) -> str:
 
 def _tar_label(
     file: int, parts: dict[str, tuple[int, int]], columns: Columns, where: str
-) -> tuple[Label, dict[str, tuple[int, int]]]:
-    """Return (a sample's label, its other members). The label is the .cls, or else a field of the .json."""
+) -> tuple[bool, Label, dict[str, tuple[int, int]]]:
+    """Return (whether a sample has a place for its label, the label, its other members). The label is the .cls, or else
+    a field of the .json.
+    """
     name = members.label_of(parts)
     if name is None:
-        return None, parts
+        return False, None, parts
     offset, size = parts[name]
-    data = os.pread(file, size, offset)
     if name.endswith("json"):
-        return checked_label(_field(data, columns.label), f"{where}: its .{name}", columns.classes), parts
+        if not columns.labels:
+            return False, None, parts
+        value = _field(os.pread(file, size, offset), (columns.label,) if columns.label else LABEL_COLUMNS)
+        label = checked_label(value, f"{where}: its .{name}", columns.classes)
+        return label is not None, label, parts
     rest = {other: part for other, part in parts.items() if other != name}
-    return checked_label(data.decode("utf-8", "replace"), where, columns.classes), rest
+    if not columns.labels:
+        return False, None, rest
+    data = os.pread(file, size, offset)
+    return True, checked_label(data.decode("utf-8", "replace"), where, columns.classes), rest
 
 
-def _field(data: bytes, name: str | None) -> Any:
+def _tar_caption(file: int, parts: dict[str, tuple[int, int]], columns: Columns) -> str | None:
+    """Return the caption in the field of a sample's .json that was asked for; it replaces a .txt."""
+    if columns.caption is None or "json" not in parts:
+        return None
+    offset, size = parts["json"]
+    return caption_in(_field(os.pread(file, size, offset), (columns.caption,)))
+
+
+def _field(data: bytes, keys: Sequence[str]) -> Any:
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    keys: Sequence[str] = (name,) if name else LABEL_COLUMNS
     return next((tree[key] for key in keys if key in tree), None) if isinstance(tree, dict) else None

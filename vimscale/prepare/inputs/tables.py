@@ -7,7 +7,18 @@ from types import ModuleType
 from typing import Any
 
 from vimscale.errors import BadSample, DataError
-from vimscale.prepare.inputs.rows import Columns, Files, Reader, Rows, checked_label, image_file, pick
+from vimscale.prepare.inputs.classes import Label
+from vimscale.prepare.inputs.rows import (
+    Columns,
+    Files,
+    Picked,
+    Reader,
+    Rows,
+    caption_in,
+    checked_label,
+    image_file,
+    pick,
+)
 
 _BATCH = 256
 """Rows that are unpacked or read at once."""
@@ -27,36 +38,48 @@ def parquet(files: dict[str, list[Path]], columns: Columns, scratch: Path) -> tu
 
     found, inside = {}, False
     for split, paths in files.items():
-        rows = found[split] = Rows()
+        rows = found[split] = Rows(labelled=False)
         for number, path in enumerate(paths):
             try:
                 table = ParquetFile(path)
             except (OSError, pyarrow.ArrowException) as error:
                 raise DataError(f"input {path} cannot be read: {error}") from None
-            image, label = pick(path, table.schema_arrow.names, columns)
-            named = _named(table.schema_arrow.metadata, label)
+            picked = pick(path, table.schema_arrow.names, columns)
+            rows.labelled = rows.labelled or picked.label is not None
+            named = _named(table.schema_arrow.metadata, picked.label)
             if number and named != rows.classes:
                 raise DataError(
                     f"input {path}: it names other classes than {paths[0]}, so a label would have two meanings; prepare"
                     " them one by one with --classes FILE, and merge the sets"
                 )
             rows.classes = named
-            kind = table.schema_arrow.field(image).type
+            kind = table.schema_arrow.field(picked.image).type
             if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-                content = table.read([image, label])
-                for name, value in zip(content[image].to_pylist(), content[label].to_pylist(), strict=True):
-                    rows.add_file(path, name or "", checked_label(value, f"{path}: column {label!r}", columns.classes))
+                content = table.read(picked.all)
+                names = content[picked.image].to_pylist()
+                for name, value, caption in zip(names, *_values(content, picked, path, columns), strict=True):
+                    rows.add_file(path, name or "", value, caption)
             else:
                 inside = True
                 about = path.stat()
                 unpacked = scratch / f"{split or 'rows'}-{number:05d}-{about.st_size}-{about.st_mtime_ns}.arrow"
-                _unpack(path, table, image, label, unpacked)
-                _add_unpacked(rows, path, unpacked, label, columns.classes)
+                _unpack(path, table, picked, unpacked)
+                _add_unpacked(rows, path, unpacked, picked, columns)
     return Unpacked() if inside else Files(), found
 
 
-def _unpack(path: Path, table: Any, image: str, label: str, to: Path) -> None:
-    """Write images and labels of a parquet file as an Arrow file, which can be memory-mapped."""
+def _values(table: Any, picked: Picked, where: Path | str, columns: Columns) -> tuple[list[Label], list[str | None]]:
+    """Return (labels, captions) of a table's rows; None where there is none."""
+    labels: list[Label] = [None] * table.num_rows
+    if picked.label is not None:
+        about = f"{where}: column {picked.label!r}"
+        labels = [checked_label(value, about, columns.classes) for value in table[picked.label].to_pylist()]
+    captions = [None] * table.num_rows if picked.caption is None else table[picked.caption].to_pylist()
+    return labels, [caption_in(value) for value in captions]
+
+
+def _unpack(path: Path, table: Any, picked: Picked, to: Path) -> None:
+    """Write the chosen columns of a parquet file as an Arrow file, which can be memory-mapped."""
     import pyarrow as pa
 
     if to.exists():
@@ -66,11 +89,12 @@ def _unpack(path: Path, table: Any, image: str, label: str, to: Path) -> None:
     try:
         with pa.OSFile(str(partial), "wb") as sink:
             writer = None
-            for batch in table.iter_batches(_BATCH, columns=[image, label]):
-                data = _bytes_of(path, image, batch.column(image))
-                schema = pa.schema([("image", data.type), ("label", batch.column(label).type)])
+            others = picked.all[1:]
+            for batch in table.iter_batches(_BATCH, columns=picked.all):
+                data = _bytes_of(path, picked.image, batch.column(picked.image))
+                schema = pa.schema([("image", data.type), *((name, batch.column(name).type) for name in others)])
                 writer = writer or pa.ipc.new_file(sink, schema)
-                writer.write_batch(pa.record_batch([data, batch.column(label)], schema=schema))
+                writer.write_batch(pa.record_batch([data, *map(batch.column, others)], schema=schema))
             if writer is not None:
                 writer.close()
     except (OSError, pa.ArrowException) as error:
@@ -78,7 +102,7 @@ def _unpack(path: Path, table: Any, image: str, label: str, to: Path) -> None:
     partial.replace(to)
 
 
-def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str, names: tuple[str, ...] | None) -> None:
+def _add_unpacked(rows: Rows, path: Path, unpacked: Path, picked: Picked, columns: Columns) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -88,10 +112,10 @@ def _add_unpacked(rows: Rows, path: Path, unpacked: Path, label: str, names: tup
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            sizes = pc.binary_length(batch.column("image")).to_pylist()
-            for i, (size, value) in enumerate(zip(sizes, batch.column("label").to_pylist(), strict=True)):
-                value = checked_label(value, f"{path}: column {label!r}", names)
-                rows.add(f"{len(rows.keys):08d}", value, size or 0, (str(unpacked), number, i))
+            sizes = pc.binary_length(batch.column(0)).to_pylist()
+            found = zip(sizes, *_values(batch, picked, path, columns), strict=True)
+            for i, (size, value, caption) in enumerate(found):
+                rows.add(f"{len(rows.keys):08d}", value, size or 0, (str(unpacked), number, i), caption)
 
 
 def _bytes_of(path: Path | str, name: str, column: Any) -> Any:
@@ -109,7 +133,7 @@ def _bytes_of(path: Path | str, name: str, column: Any) -> Any:
     return column
 
 
-def _named(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+def _named(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...] | None:
     """Return the label's class names from Hugging Face's metadata, if there are any."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
@@ -137,7 +161,7 @@ class Unpacked:
             import pyarrow as pa
 
             self._open[path] = pa.ipc.open_file(pa.memory_map(path))
-        data = self._open[path].get_batch(batch).column("image")[row].as_py()
+        data = self._open[path].get_batch(batch).column(0)[row].as_py()
         if data is None:
             raise BadSample("unreadable", f"{self.where(location)} holds no bytes")
         return {"image": data}
@@ -168,14 +192,16 @@ def hub(source: str, columns: Columns) -> tuple[Reader, dict[str, Rows]]:
     tables = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     found, images = {}, {}
     for split, table in tables.items():
-        image, label = pick(source, table.features, columns)
+        picked = pick(source, table.features, columns)
+        image, label = picked.image, picked.label
         if isinstance(table.features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
-        rows = found[split] = Rows(classes=_class_label(table.features[label]))
-        for batch in table.select_columns([image, label]).with_format("arrow").iter(_BATCH):
-            for size, value in zip(_sizes(source, image, batch[image]), batch[label].to_pylist(), strict=True):
-                value = checked_label(value, f"{source}: column {label!r}", columns.classes)
-                rows.add(f"{len(rows.keys):08d}", value, size, (split, len(rows.keys)))
+        names = None if label is None else _class_label(table.features[label])
+        rows = found[split] = Rows(classes=names, labelled=label is not None)
+        for batch in table.select_columns(picked.all).with_format("arrow").iter(_BATCH):
+            sizes = _sizes(source, image, batch[image])
+            for size, value, caption in zip(sizes, *_values(batch, picked, source, columns), strict=True):
+                rows.add(f"{len(rows.keys):08d}", value, size, (split, len(rows.keys)), caption)
         images[split] = table.select_columns([image])
     return Hub(images), found
 

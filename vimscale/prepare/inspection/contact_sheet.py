@@ -67,10 +67,10 @@ def draw(located: Located, recipe: Recipe | None, seed: int = 0) -> Image.Image:
                 fewer = replace(choice, most=min(choice.most or _MOST_TILES, _MOST_TILES))
                 drawn = bags.overview(bags.for_training(raw, "", fewer, rule.flip, rng), extent)
             _paste(sheet, drawn, _MARGIN + (turn + 1) * (_SIDE + _GAP) + _GAP, top)
-        name = located.manifest.classes[label]
+        name = located.manifest.class_name(label) or decode.caption_of(raw) or ""
         pixels = f"{extent[1]:,} x {extent[0]:,}" if choice else f"{extent[1]} x {extent[0]}"
         _text(pen, (_MARGIN, top + _SIDE + 5), f"{name}", 13, _INK, _SIDE + _GAP)
-        about = f"{raw['__key__']}   {pixels}   label {label}"
+        about = f"{raw['__key__']}   {pixels}" + (f"   label {label}" if label != decode.NO_LABEL else "")
         _text(pen, (_MARGIN + _SIDE + 2 * _GAP, top + _SIDE + 5), about, 13, _GREY, width - _SIDE - 3 * _MARGIN)
     return sheet
 
@@ -110,7 +110,7 @@ def _samples(located: Located, seed: int) -> list[tuple[dict, Tensor, int, tuple
                     image, label, size = _shown(sample, str(path), manifest)
                 except BadSample:
                     continue
-                new = label not in {label for _, _, label, _ in found}
+                new = label == decode.NO_LABEL or label not in {label for _, _, label, _ in found}
                 (found if new else spare).append((sample, image, label, size))
                 if len(found) == ROWS:
                     return found
@@ -137,7 +137,8 @@ def _shown(sample: dict, where: str, manifest: Manifest) -> tuple[Tensor, int, t
 
 def _head(pen: ImageDraw.ImageDraw, located: Located, rule: Augment, what: str, width: int) -> None:
     manifest = located.manifest
-    about = f"{manifest.samples:,} images, {len(manifest.classes):,} classes"
+    what_labels = f"{len(manifest.classes):,} classes" if manifest.classes else "no labels"
+    about = f"{manifest.samples:,} images, {what_labels}"
     _text(pen, (_MARGIN, _MARGIN), manifest.name, 22, _INK, width)
     right = width - _MARGIN - pen.textlength(*lettered(about, 13))
     _text(pen, (right, _MARGIN + 8), about, 13, _GREY, width)

@@ -75,6 +75,9 @@ class Health:
     bad: list[int] = field(default_factory=list)
     """Indices of unusable samples."""
     labels: Counter[int] = field(default_factory=Counter)
+    uncaptioned: int = 0
+    """Samples without a member .txt."""
+    empty_captions: int = 0
     sha256: str = ""
     """Actual sha256; empty unless `deep`."""
 
@@ -118,12 +121,27 @@ def examine(located: Located, shard: Shard, *, deep: bool) -> Health:
         health.faults.append(f"{path} holds {len(found.samples):,} samples, not {shard.samples:,}")
     if found.fault is None and (fault := _index_fault(located.index(shard), found)):
         health.index_faults.append(fault)
+    _count_captions(path, health)
     if deep:
         health.sha256 = sha256_of(path)
         if health.sha256 != shard.sha256 and size == shard.bytes:
             health.faults.append(f"{path} does not have the sha256 it was written with")
         _decode_all(path, health, located.manifest)
     return health
+
+
+def _count_captions(path: Path, health: Health) -> None:
+    captioned = [sample for sample in health.found.samples if decode.CAPTION in sample.members]
+    health.uncaptioned = len(health.found.samples) - len(captioned)
+    if not captioned:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for sample in captioned:
+            offset, size = sample.members[decode.CAPTION]
+            health.empty_captions += decode.caption_of({decode.CAPTION: os.pread(descriptor, size, offset)}) is None
+    finally:
+        os.close(descriptor)
 
 
 def _complete_samples(located: Located, shard: Shard, found: Scan) -> list[Sample]:

@@ -94,6 +94,7 @@ def _repair(located: Located, todo: list[Step], jobs: int) -> Path | None:
         labels=tally.label_counts(len(located.manifest.classes)),
         sides=tally.side_counts(),
         tiles=tally.bags(found[0].side),
+        captions=tally.captions,
         plan="",  # the set no longer holds what was planned
     )
     before = located.folder / f"{MANIFEST}.before"
