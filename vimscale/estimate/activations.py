@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vimscale import ops
+from vimscale.data.images.augment import is_picture
 from vimscale.errors import LaunchError
 from vimscale.estimate import work
 from vimscale.estimate.work import Work
@@ -271,7 +272,10 @@ def _entries(
             if config.tiles is None
             else [tiles.blank(config) for _ in range(batch)],
             targets=torch.empty(batch, dtype=torch.int64),
-            views={name: torch.empty(batch, *view.shape, dtype=view.dtype) for name, view in views.items()},
+            views={
+                name: torch.empty(batch, *view.shape, dtype=torch.float32 if is_picture(view) else view.dtype)
+                for name, view in views.items()
+            },
             draws=torch.empty(batch, len(config.layers)) if config.drop_path > 0 else None,
             backward=[0.5] * len(config.layers) if config.backward_ramp or config.backward_drop else None,
         )

@@ -105,6 +105,7 @@ class Recipe(Section):
         if self.parallel.context > 1:
             faults += self._context_faults()
         faults += self._tile_faults()
+        faults += self._objective_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         config = self.model.shape(classes=1)
@@ -120,6 +121,21 @@ class Recipe(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _objective_faults(self) -> Iterator[str]:
+        """What cannot be done with the recipe's objective."""
+        kind, zero, augment = f"objective {self.objective.kind}", self.parallel.zero, self.augment
+        yield from (f"objective: {fault}" for fault in self.objective.faults(self.model.shape(classes=1)))
+        if zero > (most := self.objective.most_zero):
+            yield f"parallel.zero {zero}: {kind} can be trained at stage {most} or lower; use zero={most}"
+        if self.optim.clip_by == "parameter" and zero == 3:
+            yield "optim.clip_by parameter: at stage 3 only the norm over all parameters is known; use zero=2"
+        if not self.objective.reads_images:
+            plain = Augment(crop_min=augment.crop_min, flip=augment.flip, repeats=augment.repeats)
+            given = augment.model_dump()
+            odd = [key for key, value in plain.model_dump().items() if given[key] != value and key != "aspect_max"]
+            if odd:
+                yield f"augment: {kind} makes its own views of images; leave out {', '.join(odd)}"
 
     def _tile_faults(self) -> Iterator[str]:
         """What cannot be done with bags of tiles, or without them."""
