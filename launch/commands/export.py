@@ -38,6 +38,9 @@ def export(
     objective: Annotated[
         bool, typer.Option("--objective", help="Also write the objective's own modules, to objective.safetensors.")
     ] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Write the teacher of a self-distilled run instead of its student.")
+    ] = False,
 ) -> None:
     """Write a run's weights for other programs, load them again, and compare logits."""
     from vimscale.checkpoint.restore import restore
@@ -46,7 +49,14 @@ def export(
     from vimscale.train.evaluate import export_objective, load
 
     folder = RunFolder.of(run)
-    if prune_directions is not None:
+    if teacher:
+        learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+        model = learner.objective.evaluated(learner)
+        if model is learner.encoder:
+            raise CheckpointError(f"run {run}: objective {recipe.objective.kind} has no teacher; leave out --teacher")
+        if prune_directions is not None:
+            raise CheckpointError("--prune-directions removes paths of the student; leave out --teacher")
+    elif prune_directions is not None:
         learner, recipe, manifest, at = load(folder, raw=raw, step=step)
         model = _pruned(learner, prune_directions, recipe, manifest)
     else:
@@ -56,7 +66,7 @@ def export(
         published.write(target, model, manifest)
         difference = published.largest_difference(target, model)
     else:
-        about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
+        about = {"run": recipe.name, "step": at, "weights": "teacher" if teacher else "raw" if raw else "ema"}
         safetensors.write(target, model, manifest, about)
         difference = safetensors.largest_difference(target, model)
     if objective:

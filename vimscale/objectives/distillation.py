@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vimscale.model import VisionMamba
 from vimscale.model.layout import layout
+from vimscale.model.vim import Gather
 from vimscale.objectives import crops, teacher
 from vimscale.objectives import distillation_losses as losses
 from vimscale.objectives.base import Inputs, Learner, Objective, Sample
@@ -33,8 +34,15 @@ _NEAR = 0.02
 """How close to its limits an entropy, as a fraction of the largest, is a sign of collapse."""
 
 
+class _Blank(VisionMamba):
+    """An encoder whose values come from elsewhere."""
+
+    def _init_all(self, gather: Gather) -> None:
+        return
+
+
 class Teacher(nn.Module):
-    """A copy of the encoder and the heads, and what the targets need: all in buffers."""
+    """A copy of the encoder and the heads, and what the targets need: all in buffers, zero until training begins."""
 
     center: Tensor
     patch_center: Tensor
@@ -47,8 +55,10 @@ class Teacher(nn.Module):
         for name in ("center", "patch_center"):
             self.register_buffer(name, torch.zeros(prototypes))
             """Moving means of the logits of images, and of patches, (k)."""
-        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("temperature", torch.zeros(()))
         """Of the next step."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
 
 class _MaskToken(nn.Module):
@@ -102,7 +112,7 @@ class Distillation(Objective):
         parts: dict[str, nn.Module] = {**self._heads()}
         if self.options.ibot:
             parts["mask_token"] = _MaskToken(self.config.widths[0])
-        return parts | {"teacher": Teacher(VisionMamba(self.config), self._heads(), self.options.prototypes)}
+        return parts | {"teacher": Teacher(_Blank(self.config), self._heads(), self.options.prototypes)}
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
         assert isinstance(sample.image, Tensor), "the recipe refuses bags of tiles"

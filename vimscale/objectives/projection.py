@@ -26,8 +26,6 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight_v = nn.Parameter(torch.empty(count, width))
         self.weight_g = nn.Parameter(torch.empty(count, 1)) if scaled else None
-        if not self.weight_v.is_meta:
-            self.init_weights()
 
     def init_weights(self) -> None:
         """The default of a linear layer, as published: the heads' other layers have a standard deviation of 0.02."""
@@ -47,7 +45,7 @@ class Prototypes(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """DINO's head (arXiv:2104.14294): features (..., f) -> logits (..., k)."""
+    """DINO's head (arXiv:2104.14294): features (..., f) -> logits (..., k). Its parts' `init_weights` set it up."""
 
     def __init__(
         self,
@@ -68,9 +66,6 @@ class ProjectionHead(nn.Module):
             parts += [_Linear(before, after, bias=bias), nn.GELU()]
         self.mlp = nn.Sequential(*parts[:-1])
         self.prototypes = Prototypes(bottleneck, prototypes, scaled=scaled)
-        if not self.prototypes.weight_v.is_meta:
-            for part in parts[::2]:
-                part.init_weights()  # type: ignore[operator]
 
     def embed(self, x: Tensor) -> Tensor:
         """(..., f) -> the bottleneck (..., w), of unit length."""

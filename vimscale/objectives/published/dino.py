@@ -39,7 +39,16 @@ def head(arguments: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
         layers=max(arguments.get("nlayers", 3), 1),
         scaled=not arguments.get("norm_last_layer", True),
     )
-    return made if state is None else load_head(made, state)
+    return fresh(made) if state is None else load_head(made, state)
+
+
+def fresh(made: ProjectionHead) -> ProjectionHead:
+    """Set the initial values of a head."""
+    for module in made.modules():
+        init = getattr(module, "init_weights", None)
+        if init is not None:
+            init()
+    return made
 
 
 def load_head(made: ProjectionHead, state: Mapping[str, Tensor]) -> ProjectionHead:

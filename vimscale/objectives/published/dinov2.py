@@ -12,7 +12,7 @@ from torch import Tensor
 from vimscale.objectives import distillation_losses as losses
 from vimscale.objectives import teacher
 from vimscale.objectives.projection import ProjectionHead
-from vimscale.objectives.published.dino import load_head
+from vimscale.objectives.published.dino import fresh, load_head
 
 _HEAD = {"in_dim", "out_dim", "use_bn", "nlayers", "hidden_dim", "bottleneck_dim", "mlp_bias"}
 
@@ -41,7 +41,7 @@ def head(arguments: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
         bias=arguments.get("mlp_bias", True),
         scaled=True,
     )
-    return made if state is None else load_head(made, state)
+    return fresh(made) if state is None else load_head(made, state)
 
 
 def sinkhorn_knopp_teacher(
