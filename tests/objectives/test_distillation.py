@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from tests.support.shell import Shell
@@ -165,6 +166,24 @@ def test_a_block_mask_hides_exactly_as_many_cells_as_asked_in_blocks() -> None:
         assert mask.sum() == count
     neighbors = [m[1:] & m[:-1] for m in (crops.block_mask((14, 14), 60, rng) for _ in range(20))]
     assert np.mean([n.sum() for n in neighbors]) > 2 * 60 * 59 / 195 * 13 / 14 / 2, "twice as many as by chance"
+
+
+def test_colors_change_as_pillow_changes_them_while_nothing_saturates() -> None:
+    smooth = np.linspace(90, 160, 20 * 30 * 3).reshape(20, 30, 3) + np.array([0, 15, -20])
+    picture = Image.fromarray(smooth.astype(np.uint8))
+    order = (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast)
+    factors = (1.2, 0.8, 1.3)
+    theirs = picture
+    for kind, factor in zip(order, factors, strict=True):
+        theirs = kind(theirs).enhance(factor)
+    ours = crops.recolored(picture, [(2, 1.2), (0, 0.8), (1, 1.3)])
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 4, "a rounding for each of their steps"
+    turned = np.asarray(crops.recolored(picture, [(3, 1.1)]), float)
+    luma = np.array([0.299, 0.587, 0.114])
+    assert np.abs(turned @ luma - np.asarray(picture) @ luma).max() <= 2
+    assert np.abs(turned - np.asarray(picture)).max() > 5
+    again = crops.recolored(picture, [(3, 2.0)])
+    assert np.abs(np.asarray(again, int) - np.asarray(picture, int)).max() <= 1, "a complete turn"
 
 
 def test_the_loader_makes_no_image_that_nobody_reads() -> None:

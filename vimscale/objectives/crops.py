@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, ImageStat
 from torch import Tensor
 
 from vimscale.data.images import augment
@@ -17,6 +17,8 @@ GLOBAL = 2
 _ASPECT = 4 / 3
 _BLUR = (1.0, 0.1, 0.5)
 """Chances of a blur: of the first global crop, of the second, of a local one."""
+_LUMA = np.array([0.299, 0.587, 0.114])
+_YIQ = np.array([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _STRENGTHS = (0.4, 0.4, 0.2, 0.1)
 """Largest changes of brightness, contrast, saturation and hue."""
 
@@ -58,17 +60,37 @@ def _crop(
 
 def _jittered(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Change brightness, contrast, saturation and hue in a drawn order."""
-    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    amounts = [rng.uniform(-most, most) for most in _STRENGTHS]
-    for i in rng.permutation(len(_STRENGTHS)):
-        if i < len(kinds):
-            picture = kinds[i](picture).enhance(1 + amounts[i])
+    amounts = [1 + rng.uniform(-most, most) for most in _STRENGTHS]
+    return recolored(picture, [(int(i), amounts[i]) for i in rng.permutation(len(_STRENGTHS))])
+
+
+def recolored(picture: Image.Image, changes: list[tuple[int, float]]) -> Image.Image:
+    """Apply changes, each a kind and a factor: 0, of brightness; 1, of contrast; 2, of saturation; 3, of hue, where
+    1.1 is a tenth of a turn about the gray axis.
+
+    Each is an affine map of a pixel's color, so all of them are one pass. The original takes one per change, rounds and
+    clips in between, and turns the hue in HSV.
+    """
+    matrix, shift = np.eye(3), np.zeros(3)
+    mean = np.array(ImageStat.Stat(picture).mean)
+    for kind, factor in changes:
+        if kind < 2:
+            matrix, shift = matrix * factor, shift * factor
+            if kind == 1:  # keeps the mean, as it is before this change
+                before = (matrix @ mean + shift) / factor
+                shift = shift + _LUMA @ before * (1 - factor)
         else:
-            hue, *others = picture.convert("HSV").split()
-            shift = round(amounts[i] * 255)
-            turned = hue.point([(value + shift) % 256 for value in range(256)])
-            picture = Image.merge("HSV", (turned, *others)).convert("RGB")
-    return picture
+            change = factor * np.eye(3) + (1 - factor) * np.outer(np.ones(3), _LUMA) if kind == 2 else _turned(factor)
+            matrix, shift = change @ matrix, change @ shift
+    return picture.convert("RGB", tuple(np.column_stack([matrix, shift]).ravel().tolist()))
+
+
+def _turned(turns: float) -> np.ndarray:
+    """Turn the chroma of YIQ."""
+    angle = 2 * math.pi * turns
+    rotation = np.eye(3)
+    rotation[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    return np.linalg.inv(_YIQ) @ rotation @ _YIQ
 
 
 def masks(grid: tuple[int, int], options: DistillationOptions, rng: np.random.Generator) -> Tensor:
