@@ -409,6 +409,7 @@ def test_losses_and_figures_are_those_of_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("options", [(), FULL])
 def test_losses_do_not_depend_on_ranks_accumulation_and_stage(tmp_path: Path, options: tuple[str, ...]) -> None:
     changes = (*PUBLISHED, *options, "steps=6", "checkpoint.every=6")
@@ -420,11 +421,12 @@ def test_losses_do_not_depend_on_ranks_accumulation_and_stage(tmp_path: Path, op
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero", range(3))
 def test_stopped_runs_continue_bit_by_bit_before_and_after_the_prototypes_thaw(tmp_path: Path, zero: int) -> None:
     changes = (*PUBLISHED, *FULL, f"parallel.zero={zero}", "parallel.micro_batch=4", "steps=8", "checkpoint.every=2")
     calm = _run(tmp_path / "calm", 2, "", *changes)
-    for fault in ("stopped_at_1", "stopped_at_3", "stopped_at_5", ""):
+    for fault in ("stopped_at_2", "stopped_at_5", ""):
         again = _run(tmp_path / "hit", 2, fault, *changes)
     assert [row["loss"] for row in again] == [row["loss"] for row in calm]
     folders = [tmp_path / name / "run/checkpoints/step_00000008" for name in ("calm", "hit")]

@@ -341,7 +341,7 @@ class Distillation(Objective):
     # ---- what others ask
 
     def evaluated(self, model: Learner) -> VisionMamba:
-        """The teacher: it is better than the student all along."""
+        """The teacher, which DINO evaluates and publishes."""
         return _teacher(model).encoder
 
     def warning(self, figures: Mapping[str, float], step: int) -> str | None:
