@@ -132,6 +132,12 @@ def test_faults_name_the_value_the_rule_and_the_fix(changes: list[str], fault: s
         _recipe(*changes)
 
 
+def test_hierarchical_models_are_refused() -> None:
+    stages = ("model.cls_token=none", "model.stages=[{depth: 1, d_model: 16}]")
+    with pytest.raises(RecipeError, match=r"crops are packed into rows, .*; leave out model\.stages"):
+        recipes.load("vim_digits_cpu", [TINY, *PLAIN, *stages])
+
+
 def test_clipping_by_parameter_needs_gradients_by_parameter() -> None:
     with pytest.raises(RecipeError, match=r"optim\.clip_by parameter: .* use zero=2"):
         recipes.load("vim_digits_cpu", ["optim.clip_by=parameter", "parallel.zero=3"])
