@@ -121,10 +121,6 @@ def _stepped(learner: Learner, parts: list[Inputs]) -> tuple[float, dict[str, Te
         (["parallel.context=2"], r"objective distillation needs whole images on every rank"),
         (["objective.ibot=1", "objective.mask_ratio=[0.01, 0.5]"], r"mask_ratio 0\.01 of 16 patches is less than one"),
         (["objective.ibot=1", "model.registers=3", "model.pool=registers"], r"use ibot_head: separate"),
-        (
-            ["model.depth=1", "model.cls_token=none", "model.stages=[{depth: 1, d_model: 16}]"],
-            r"leave out model\.stages",
-        ),
     ],
 )
 def test_faults_name_the_value_the_rule_and_the_fix(changes: list[str], fault: str) -> None:
