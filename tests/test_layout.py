@@ -18,6 +18,7 @@ FLOORS = [
     ["launch.display", "launch.jobs", "launch.sweeps"],
     ["launch.cluster", "launch.supervise", "launch.processes", "launch.hardware"],
     ["vimscale.train", "vimscale.guard", "vimscale.export", "vimscale.estimate"],
+    ["vimscale.objectives.published"],
     ["vimscale.engine", "vimscale.objectives", "vimscale.checkpoint", "vimscale.prepare"],
     ["vimscale.runtime", "vimscale.data"],
     ["vimscale.recipe", "vimscale.model"],

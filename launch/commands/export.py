@@ -46,6 +46,9 @@ def export(
     objective: Annotated[
         bool, typer.Option("--objective", help="Also write the objective's own modules, to objective.safetensors.")
     ] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Write the teacher of a self-distilled run instead of its student.")
+    ] = False,
 ) -> None:
     """Write a run's weights for other programs, load them again, and compare logits."""
     from vimscale.checkpoint.restore import restore
@@ -57,19 +60,24 @@ def export(
         raise CheckpointError("--directions adds scans and --prune-directions removes some; give one of them")
     ending = "export" if to == "safetensors" else f"export_{to}"
     if directions is not None and (Path(run) / "config.json").is_file():
-        if raw or objective or step is not None:
-            raise CheckpointError(f"{run} is an export: --raw, --step and --objective are for runs")
+        if raw or objective or teacher or step is not None:
+            raise CheckpointError(f"{run} is an export: --raw, --step, --objective and --teacher are for runs")
         model, manifest, about = safetensors.load_all(Path(run))
         target = output or Path(run).absolute().with_name(f"{Path(run).absolute().name}_expanded")
         what = "expanded"
     else:
         folder = RunFolder.of(run)
-        if prune_directions is not None:
+        if teacher:
+            learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+            model = _teacher(learner, recipe)
+            if prune_directions is not None:
+                raise CheckpointError("--prune-directions removes paths of the student; leave out --teacher")
+        elif prune_directions is not None:
             learner, recipe, manifest, at = load(folder, raw=raw, step=step)
             model = _pruned(learner, prune_directions, recipe, manifest)
         else:
             model, recipe, manifest, at = restore(folder, raw=raw, step=step)
-        about = {"run": recipe.name, "step": at, "weights": "raw" if raw else "ema"}
+        about = {"run": recipe.name, "step": at, "weights": "teacher" if teacher else "raw" if raw else "ema"}
         target, what = output or folder.path / ending, f"step {at:,}"
     if directions is not None:
         model = _expanded(model, directions)
@@ -151,6 +159,15 @@ def _figures(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> str:
         return figures(evaluated(learner, recipe, manifest))
     except DataError as error:
         return f"not evaluated: {str(error).splitlines()[0]}"
+
+
+def _teacher(learner: "Learner", recipe: Recipe) -> "VisionMamba":
+    model = learner.objective.evaluated(learner)
+    if model is learner.encoder:
+        raise CheckpointError(
+            f"run {recipe.name}: objective {recipe.objective.kind} has no teacher; leave out --teacher"
+        )
+    return model
 
 
 def _expanded(model: "VisionMamba", directions: str) -> "VisionMamba":

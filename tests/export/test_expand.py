@@ -21,7 +21,7 @@ from vimscale.model.tokens import sincos
 from vimscale.objectives.autoregressive import Autoregressive
 from vimscale.objectives.base import Learner
 from vimscale.objectives.published import arm
-from vimscale.recipe.objectives import AutoregressiveOptions
+from vimscale.recipe.reconstruction import AutoregressiveOptions
 
 NAMES = ("ant", "bee", "cat", "dog")
 HALF = (0.5, 0.5, 0.5)

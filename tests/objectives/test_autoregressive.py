@@ -23,7 +23,7 @@ from vimscale.objectives.base import Inputs, Learner
 from vimscale.objectives.patches import patchify
 from vimscale.objectives.published import arm
 from vimscale.recipe import recipe as recipes
-from vimscale.recipe.objectives import AutoregressiveOptions
+from vimscale.recipe.reconstruction import AutoregressiveOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "objectives" / "arm.safetensors"

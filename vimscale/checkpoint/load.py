@@ -50,6 +50,8 @@ class TrainState:
     """What gives the model's outputs their meaning, see `TrainingSet.about`; empty in checkpoints of versions that did
     not save it.
     """
+    late_updates: int = 0
+    """Updates of the parameters that the objective leaves alone at first, see `Objective.late`."""
     asked: bool = False
     """Whether it was saved because somebody asked for a stop: a run that is never stopped does not have it."""
 

@@ -45,6 +45,10 @@ class Prefetcher:
             return images, batch.labels
         return mix.apply(images, batch.labels, batch.erase, batch.mix, self._classes)
 
+    def views(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the views of a batch on the device; pictures are normalised like images."""
+        return augment.normalised_views(batch.views, self._mean, self._std)
+
     def ahead(self) -> None:
         """Read the next batch and start its copy. If one waits, or at the end of the stream, do nothing.
 

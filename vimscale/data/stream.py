@@ -156,17 +156,18 @@ def training(
     skipped: Skipped = (),
     pin: bool = False,
     views: Views = _no_views,
+    augmented: bool = True,
 ) -> Iterator[Batch]:
     """Start the recipe's data workers; then yield the micro-batches of this rank for steps [start, steps), in order.
     The generator that `views` gets depends on the seed and the sample's position. The ranks of a context group get the
-    same.
+    same. `augmented`: whether the images are needed; otherwise they are empty, (b, 3, 0, 0), unless they are bags.
 
     Raises:
         DataError: at once, if the model takes bags of tiles and the data are images, or the other way round; while
             iterating, if a shard is damaged or unavailable, or none of its samples is usable.
         WorkerDied: at any time, if a worker's process has ended.
     """
-    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views)
+    source = _Training(recipe, data, config, rank, world, range(start, steps), skipped, views, augmented)
     return _batches(source, recipe.data.workers, pin)
 
 
@@ -291,8 +292,9 @@ class _Training(IterableDataset):
         steps: range,
         skipped: Skipped,
         views: Views,
+        augmented: bool,
     ):
-        self.skipped, self.views = skipped, views
+        self.skipped, self.views, self.augmented = skipped, views, augmented
         self.recipe, self.data, self.size, self.steps = recipe, data, config.size, steps
         self.data_rank, self.world = rank // recipe.parallel.context, world
         self.choice = Choice.of(config, recipe.data)
@@ -333,7 +335,10 @@ class _Training(IterableDataset):
             else:
                 if len(self.buckets) > 1:
                     size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
-                images.append(augment.for_training(image, size, options, rng, last))
+                if self.augmented:
+                    images.append(augment.for_training(image, size, options, rng, last))
+                else:
+                    images.append(image.new_empty(3, 0, 0))
             sample = Sample(image, label, raw["__key__"], raw, size)
             views.append(self.views(sample, generator(seed, PER_VIEW, ref.position)))
             labels.append(label)

@@ -21,7 +21,7 @@ from vimscale.engine import optim
 from vimscale.engine.eager import without_compiler
 from vimscale.engine.flat import FlatLearner, NarrowPieces, layout
 from vimscale.engine.zero_layout import BUCKET
-from vimscale.errors import RunFailed
+from vimscale.errors import RecipeError, RunFailed
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives.base import Inputs, Learner, Question, parts_of
 from vimscale.objectives.build import build
@@ -121,6 +121,8 @@ class Engine:
         self.stage = recipe.parallel.zero
         self.device = device
         self._flat: FlatLearner | None = None
+        if self.stage == 3 and shapes.late():
+            raise RecipeError(f"recipe {recipe.name}", ["parallel.zero 3 updates all parameters at once; use zero=2"])
         if self.stage == 3:
             # No dtype argument: DeepSpeed 0.19 ignores it on devices without fp16 and falls back to bf16. Without it,
             # settings that enable neither mean fp32.
@@ -137,6 +139,7 @@ class Engine:
         )
         self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
         self._parameters = dict(self.model.trained())
+        self._late_names = self.model.late()
         self._check_fp32()
         if self._flat is not None:
             self._flat.adopt()
@@ -153,7 +156,8 @@ class Engine:
                 log.info("parallel.graphs: none %s", reason)
         self.fragments = list(self._fragments())
         self._judge: Judge | None = None
-        self._clip = recipe.optim.clip
+        self._optim = recipe.optim
+        self._late = False
         self._norm: Tensor
         self.broken_gradients: Callable[[], list[str]] = list
         """Names the parameters whose gradient was not finite in the last step, among those that this rank holds. Waits
@@ -211,12 +215,16 @@ class Engine:
         if self._flat is not None:
             self._flat.release()
 
-    def step(self, lr: float, judge: Judge | None = None) -> None:
+    def step(self, lr: float, judge: Judge | None = None, *, decay: float | None = None, late: bool = True) -> None:
         """Call it after every micro-batch. After the last one of a step it updates the weights, unless `judge`, which
-        every rank calls once, is against it. An update that is left out changes no weight, moment or count.
+        every rank calls once, is against it. An update that is left out changes no weight, moment or count. `decay`:
+        weight decay of matrices; default: the recipe's. `late`: whether late parameters are updated too.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr
+        if decay is not None:
+            optim.set_decay(self._adamw, self._optim, decay)
+        self._late = late
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
@@ -242,22 +250,32 @@ class Engine:
         names = [name for name, _ in shards]
         grads = [grad for _, grad in shards]
         norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1, device=self.device)
-        squares = norms.square().sum()
-        if self.stage and dist.get_world_size() > 1:
-            dist.all_reduce(squares)
+        squares = self._summed(norms.square().sum())
         self._norm = squares.sqrt()
-        if self._clip is not None and grads:
+        limit = self._optim.clip
+        if limit is not None and self._optim.clip_by == "parameter":
+            slots = {name: i for i, name in enumerate(self._parameters)}
+            optim.clip_each([slots[name] for name in names], grads, limit, len(slots), self._summed)
+        elif limit is not None and grads:
             # the formula of DeepSpeed's stage 3, to the bit
-            excess = ((self._norm + 1e-6) / self._clip).clamp_min(1)
+            excess = ((self._norm + 1e-6) / limit).clamp_min(1)
             torch._foreach_mul_(self._updated_with(), excess.reciprocal())
         self.broken_gradients = lambda: [
             name for name, norm in zip(names, norms.tolist(), strict=False) if not math.isfinite(norm)
         ]
 
+    def _summed(self, values: Tensor) -> Tensor:
+        """Sum over the ranks where each holds other gradients, in place."""
+        if self.stage and dist.get_world_size() > 1:
+            dist.all_reduce(values)
+        return values
+
     def _before_update(self, *_: Any) -> None:
         """The optimizer is about to be called: at stages 1-3 once for every group of parameters. Its fused kernel
         changes nothing where `found_inf` is 1.
         """
+        if not self._late:
+            optim.leave_out_late(self._adamw)
         if self._judge is None:
             return
         norm: Tensor = self._engine.optimizer._global_grad_norm if self.stage == 3 else self._norm
@@ -354,7 +372,17 @@ class Engine:
     @property
     def updates(self) -> int:
         """Updates that the optimizer has made; its bias correction counts them."""
-        return next((int(state["step"]) for state in self._adamw.state.values() if "step" in state), 0)
+        return self._updates(late=False)
+
+    @property
+    def late_updates(self) -> int:
+        """Updates of late parameters."""
+        return self._updates(late=True)
+
+    def _updates(self, *, late: bool) -> int:
+        flats = (f.flat for f in self.fragments if (f.name in self._late_names) == late)
+        states = (self._adamw.state.get(flat, {}) for flat in flats)
+        return next((int(state["step"]) for state in states if "step" in state), 0)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take these complete parameters, on the CPU; others stay as they are."""
@@ -364,11 +392,16 @@ class Engine:
                 fragment.weight.copy_(flat[fragment.start : fragment.start + fragment.numel])
         self.publish([fragment.weight for fragment in self.fragments])
 
-    def restore_moments(self, updates: int) -> None:
-        """Allocate moments, to be filled in by the caller, and set the number of updates made."""
+    def restore_moments(self, updates: int, late_updates: int = 0) -> None:
+        """Allocate moments, to be filled in by the caller, and set the number of updates made. Late parameters have no
+        moments before their first update.
+        """
         # stage 3 shows its optimizer each flat tensor only while it updates it, so its groups do not list them
-        for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
-            step = torch.tensor(float(updates), device=flat.device)
+        for flat, late in {id(f.flat): (f.flat, f.name in self._late_names) for f in self.fragments}.values():
+            if late and not late_updates:
+                self._adamw.state.pop(flat, None)
+                continue
+            step = torch.tensor(float(late_updates if late else updates), device=flat.device)
             self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
 
     def publish(self, values: list[Tensor]) -> None:

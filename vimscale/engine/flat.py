@@ -71,11 +71,11 @@ _Member = tuple[bool, str, torch.Size]
 
 def layout(learner: Learner, chosen: Optim, zero: int, world: int, *, bf16: bool) -> list[Group]:
     """How the parameters of a learner, which may be on the meta device, lie in flat tensors."""
-    no_decay = learner.no_decay()
+    no_decay, late = learner.no_decay(), learner.late()
     products = learner.encoder.product_weights() if bf16 else set()
     groups: dict[str, list[_Member]] = {}
     for name, p in learner.trained():
-        groups.setdefault(optim.kind(name, no_decay, chosen), []).append((name not in products, name, p.shape))
+        groups.setdefault(optim.kind(name, no_decay, chosen, late), []).append((name not in products, name, p.shape))
     return [Group(kind, tuple(_segments(members, zero, world))) for kind, members in groups.items()]
 
 

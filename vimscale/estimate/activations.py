@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vimscale import ops
+from vimscale.data.images.augment import is_picture
 from vimscale.errors import LaunchError
 from vimscale.estimate import work
 from vimscale.estimate.work import Work
@@ -30,7 +31,7 @@ from vimscale.model import VimConfig, VisionMamba, schedule, tiles
 from vimscale.model.block import Recompute
 from vimscale.objectives.base import Inputs, Learner, Sample
 from vimscale.objectives.build import build
-from vimscale.recipe.objectives import ClassificationOptions, ObjectiveOptions
+from vimscale.recipe.objective import ClassificationOptions, ObjectiveOptions
 
 Backend = Literal["cpu", "triton"]
 
@@ -220,9 +221,8 @@ def _blank(config: VimConfig) -> Sample:
 
 
 def _on_device(view: Tensor) -> torch.dtype:
-    """Views that are images, uint8 (..., 3, h, w), are normalized on the device."""
-    is_image = view.dtype == torch.uint8 and view.ndim >= 3 and view.shape[-3] == 3
-    return torch.float32 if is_image else view.dtype
+    """Pictures are normalized on the device."""
+    return torch.float32 if is_picture(view) else view.dtype
 
 
 def _repeated(

@@ -28,7 +28,7 @@ from vimscale.model.block import Recompute
 from vimscale.model.cost import flops
 from vimscale.objectives.base import Learner
 from vimscale.objectives.build import build
-from vimscale.recipe.objectives import ClassificationOptions
+from vimscale.recipe.objective import ClassificationOptions
 from vimscale.recipe.recipe import Recipe, parse
 from vimscale.recipe.sections import Parallel
 

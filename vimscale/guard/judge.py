@@ -63,7 +63,7 @@ class Micro:
     def inputs(self, prefetcher: Prefetcher) -> Inputs:
         """What the objective got."""
         images, targets = prefetcher.prepare(self.batch)
-        return Inputs(images, targets, self.batch.views, self.draws, self.backward)
+        return Inputs(images, targets, prefetcher.views(self.batch), self.draws, self.backward)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Axes: b images of a micro-batch, f features of the encoder, c classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -81,6 +81,18 @@ class Objective(ABC):
         """
         return {}
 
+    @property
+    def late(self) -> tuple[Collection[str], int]:
+        """(names of parameters in `modules`, such as head.weight; the step, counted from 1, that updates them first).
+        Before it they have no weight decay and no moments, and no update of theirs is counted. Not at ZeRO stage 3.
+        """
+        return (), 1
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether training reads `Inputs.images`; if not, the loader does not augment them, and they are empty."""
+        return True
+
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors to make from a sample in addition to its augmented image: crops, masks, text. Each name has the same
         shape and dtype for all samples. A data worker calls this. `rng` depends on the recipe's seed and the sample's
@@ -118,6 +130,13 @@ class Objective(ABC):
         """
         raise NotImplementedError
 
+    def begin(self, model: "Learner", step: int, steps: int) -> None:
+        """Called before the first step of a launch, when all weights and buffers are in place: after `step` finished
+        steps (0: the initial weights, or those of `model.weights`), out of `steps`. All ranks call this, and all must
+        end up with the same buffers.
+        """
+        return
+
     def after_update(self, model: "Learner", step: int, applied: Tensor) -> None:
         """Change buffers, such as a teacher's, when the update of step `step` (counted from 1) is done. All ranks call
         this, and all must end up with the same buffers. `applied`, fp32 () on the device: 0 if the guard left the
@@ -126,6 +145,14 @@ class Objective(ABC):
         return
 
     # ---- what an evaluation means
+
+    def evaluated(self, model: "Learner") -> VisionMamba:
+        """The encoder whose features are evaluated and exported on request, such as a teacher."""
+        return model.encoder
+
+    def warning(self, figures: Mapping[str, float], step: int) -> str | None:
+        """What to warn of, and what to change, given the means of the figures that `loss` returned, up to `step`."""
+        return None
 
     def evaluation_sums(self, model: "Learner", inputs: Inputs) -> Tensor:
         """Sums over the images of a micro-batch, each image weighted by `inputs.weights`: fp64 (n). They are added up
@@ -141,10 +168,6 @@ class Objective(ABC):
         """
         images, loss = sums.tolist()
         return {"images": int(images), "loss": loss / images}
-
-    def evaluated(self, model: "Learner") -> VisionMamba:
-        """The encoder whose features nearest neighbors and linear classifiers are evaluated on."""
-        return model.encoder
 
     def embedding(self, model: "Learner", inputs: Inputs) -> Tensor:
         """What the head of `evaluated` reads, (b, f)."""
@@ -189,7 +212,7 @@ class Learner(nn.Module):
         for module in self.added.modules():
             init = getattr(module, "init_weights", None)
             own = list(module.parameters(recurse=False))
-            if init is None or any(p.is_meta for p in own):
+            if init is None or not own or any(p.is_meta for p in own):
                 continue
             if gather is None:
                 init()
@@ -239,6 +262,11 @@ class Learner(nn.Module):
         """The objective's persistent buffers; every rank holds the same."""
         saved = self.added.state_dict(keep_vars=True).keys()
         return {f"{OF_OBJECTIVE}{name}": buffer for name, buffer in self.added.named_buffers() if name in saved}
+
+    def late(self) -> set[str]:
+        """Names of the parameters that are not updated at first."""
+        names, _ = self.objective.late
+        return {f"{OF_OBJECTIVE}{name}" for name in names}
 
     def no_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""

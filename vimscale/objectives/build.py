@@ -5,6 +5,7 @@ from vimscale.model import VimConfig
 from vimscale.objectives.autoregressive import Autoregressive
 from vimscale.objectives.base import Objective
 from vimscale.objectives.classification import Classification
+from vimscale.objectives.distillation import Distillation
 from vimscale.objectives.masked import Masked
 from vimscale.recipe.objective import ObjectiveOptions
 from vimscale.storage import own_code
@@ -13,6 +14,7 @@ _KINDS: dict[str, type[Objective]] = {
     "classification": Classification,
     "masked": Masked,
     "autoregressive": Autoregressive,
+    "distillation": Distillation,
 }
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from vimscale.recipe.comparison import DistillationOptions
 from vimscale.recipe.objective import OBJECTIVES, ClassificationOptions, ObjectiveOptions
 from vimscale.recipe.reconstruction import AutoregressiveOptions, MaskedOptions
 
@@ -11,6 +12,7 @@ OBJECTIVES |= {
     "classification": ClassificationOptions,
     "masked": MaskedOptions,
     "autoregressive": AutoregressiveOptions,
+    "distillation": DistillationOptions,
 }
 
 AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(ObjectiveOptions.read)]

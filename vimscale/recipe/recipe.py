@@ -157,10 +157,18 @@ class Recipe(Section):
         """Yield what cannot be done with the recipe's objective."""
         objective, augment, zero = self.objective, self.augment, self.parallel.zero
         kind = f"objective {objective.kind}"
-        if augment.buckets > 1 and not objective.packs:
+        if augment.buckets > 1 and not objective.packs and objective.reads_images:
             yield f"augment.buckets {augment.buckets}: {kind} needs images of one shape; use augment.buckets=1"
-        if augment.mixes and not objective.mixable:
+        if not objective.reads_images:
+            plain = Augment(crop_min=augment.crop_min, flip=augment.flip, repeats=augment.repeats)
+            given = augment.model_dump()
+            odd = [key for key, value in plain.model_dump().items() if given[key] != value and key != "aspect_max"]
+            if odd:
+                yield f"augment: {kind} makes its own views of images; leave out {', '.join(odd)}"
+        elif augment.mixes and not objective.mixable:
             yield f"augment: {kind} needs images as they are; leave out mixup and cutmix"
+        if self.optim.clip_by == "parameter" and zero == 3:
+            yield "optim.clip_by parameter: at stage 3 only the norm over all parameters is known; use zero=2"
         if zero > (most := objective.most_zero):
             yield f"parallel.zero {zero}: {kind} can be trained at stage {most} or lower; use zero={most}"
         config = self.model.shape(classes=1)

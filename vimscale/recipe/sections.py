@@ -309,17 +309,24 @@ class Optim(Section):
     """Peak learning rate, for `batch` images per step."""
     min_lr: Annotated[float, Field(ge=0, lt=1e38)] = 1e-5
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.05
+    weight_decay_end: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """What weight_decay changes to over the run, along a cosine. default: it stays."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     warmup: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps of linear warm-up."""
+    warmup_from: Annotated[float, Field(ge=0, lt=1e38)] | None = None
+    """Learning rate of the first step of the warm-up, whose last step has lr. default: lr / warmup."""
     schedule: Literal["cosine", "constant", "rise"] = "cosine"
     """Learning rate after the warm-up. cosine: from lr down to min_lr; constant: lr; rise: exponentially from min_lr up
     to lr (`lr-range`).
     """
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient over all parameters; null does not clip."""
+    clip_by: Literal["norm", "parameter"] = "norm"
+    """What clip limits. norm: the norm over all parameters; parameter: that of each parameter by itself, as DINO does.
+    """
     decay: Literal["fixed", "published", "all"] = "fixed"
     """What weight decay shrinks. fixed: only matrices; published: A_log too, as in every published Vim run; all: every
     parameter, as in FastVim's masked pretraining.

@@ -191,6 +191,26 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def largest(values: Tensor) -> Tensor:
+    """Take the maximum over all ranks, in place; every rank gets it."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def rows_of_all(rows: Tensor) -> Tensor:
+    """Gather equally many rows (n, ...) of every rank, in the order of the ranks."""
+    if world() == 1:
+        return rows
+    found = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(found, rows.contiguous())
+    return torch.cat(found)
+
+
 def counts_images(context: int) -> bool:
     """Whether this rank counts the images that it shares with others: the first of a group of `context` ranks does."""
     return rank() % context == 0

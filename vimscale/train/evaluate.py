@@ -11,7 +11,7 @@ from vimscale.checkpoint.load import BUFFER, Reader
 from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
-from vimscale.data.images.augment import normalised
+from vimscale.data.images.augment import normalised, normalised_views
 from vimscale.data.images.choice import Choice
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, DataError, RunFailed
@@ -74,7 +74,8 @@ def evaluate(
                 log.warning("not evaluated: %s", description)
             part = part.to(device)
             images = normalised(part.images, mean, std)
-            sums = sums + sums_of(Inputs(images, part.labels, part.views, weights=part.weights.to(device)))
+            views = normalised_views(part.views, mean, std)
+            sums = sums + sums_of(Inputs(images, part.labels, views, weights=part.weights.to(device)))
     sums = distributed.total_of_groups(sums, context)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")

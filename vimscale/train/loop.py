@@ -31,6 +31,8 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     """
     run = Run.open(spec, emit)
     recovery.resume(run)
+    with torch.no_grad():
+        run.objective.begin(run.engine.model, run.step, run.steps)
     agree = distributed.Agreement(spec.patience_s)
     run.saver = Saver(run.folder.checkpoints, run.recipe.checkpoint, run.recipe.name, emit)
     emit({"kind": "started", "step": run.step, "steps": run.steps})
@@ -92,6 +94,8 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
     recipe, config, engine, guard = run.recipe, run.config, run.engine, run.guard
     spec, step = run.spec, run.step
     rate = optim.learning_rate(recipe.optim, step, run.steps) * guard.factor(step)
+    decay = optim.weight_decay(recipe.optim, step, run.steps)
+    late = step + 1 >= run.objective.late[1]
     cut = recipe.micro_batch(spec.world, step)
     draws = None
     if config.drop_path > 0:
@@ -107,7 +111,7 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
         rows = cut.rows(spec.data_rank, part)
         mine = None if draws is None else draws[rows.start : rows.stop].to(engine.device, non_blocking=True)
         micros.append(Micro(batch, mine, backward))
-        return Inputs(images, targets, batch.views, mine, backward)
+        return Inputs(images, targets, run.prefetcher.views(batch), mine, backward)
 
     parts: Iterable[Inputs] = map(taken, range(cut.accumulation))
     if run.objective.looks_ahead:
@@ -120,7 +124,7 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
         share = part_loss.detach() / cut.accumulation if cut.accumulation > 1 else part_loss.detach()
         loss = share if loss is None else loss + share
         run.curve.add_figures(figures)
-        engine.step(rate, partial(guard.judge, loss))
+        engine.step(rate, partial(guard.judge, loss), decay=decay, late=late)
         run.prefetcher.ahead()
     applied = guard.applied
     if run.ema is not None and recipe.optim.ema is not None:

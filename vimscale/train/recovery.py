@@ -161,6 +161,7 @@ def save(run: Run, *, stopping: bool) -> None:
         stream=run.train_set.state(recipe, at, run.skipped),
         guard=run.guard.state(),
         updates=engine.updates,
+        late_updates=engine.late_updates,
         shapes=engine.shapes | {name: list(t.shape) for name, t in engine.model.buffers_to_save().items()},
         world=run.spec.world,
         zero=recipe.parallel.zero,
@@ -200,15 +201,15 @@ def _tensors(run: Run) -> dict[str, Tensor]:
 def _restore(run: Run, folder: Path, state: TrainState) -> None:
     """Make the engine, the moving average and the position those of a checkpoint."""
     engine, reader = run.engine, checkpoint.Reader(folder)
-    engine.restore_moments(state.updates)
+    engine.restore_moments(state.updates, state.late_updates)
     for i, fragment in enumerate(engine.fragments):
         kinds: dict[str, Tensor | None] = {"weight": fragment.weight}
         kinds |= {key: engine.moment(fragment, key) for key in MOMENTS}
         if run.ema is not None:
             kinds["ema"] = run.ema.fragments[i]
         for kind, tensor in kinds.items():
-            assert tensor is not None
-            tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+            if tensor is not None:
+                tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
         heartbeat.beat(heartbeat.doing)
     for name, buffer in engine.model.buffers_to_save().items():
         buffer.copy_(reader.read(checkpoint.BUFFER, name, 0, buffer.numel()).view(buffer.shape))

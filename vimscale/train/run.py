@@ -65,6 +65,8 @@ class Run:
     metrics: Metrics | None = None
     """On rank 0."""
     curve: Curve = field(default_factory=Curve)
+    warned: str | None = None
+    """What the objective warned of at the last line."""
     prefetcher: Prefetcher = field(init=False)
     meter: Meter = field(init=False)
 
@@ -123,6 +125,7 @@ class Run:
             skipped=self.skipped,
             pin=device.type == "cuda",
             views=self.objective.views,
+            augmented=self.objective.reads_images,
         )
         self.prefetcher = Prefetcher(batches, self.train_set.manifest, device)
         self.meter = Meter(self.prefetcher, recipe.data.max_bad, spec.context)
@@ -169,6 +172,7 @@ class Run:
         """
         grad_norm = self.engine.grad_norm()
         rows, figures = self.curve.read(self.step, self.spec.world)
+        self._warn(figures)
         rows[-1] |= {**figures, "grad_norm": grad_norm, **self.meter.read(self.spec.world)}
         if self.metrics is not None:
             for row in rows:
@@ -177,6 +181,14 @@ class Run:
         self.emit({**rows[-1], "kind": "step", "steps": self.steps, "epoch": epoch, "figures": figures})
         if self.metrics is not None and probes:
             self.metrics.write({"kind": "layers", "step": self.step, **_columns(probes)})
+
+    def _warn(self, figures: dict[str, float]) -> None:
+        """Log what the objective warns of, once each time that it begins to."""
+        warning = self.objective.warning(figures, self.step) if figures else None
+        if warning is not None and self.warned is None and self.metrics is not None:
+            log.warning("step %d: %s", self.step, warning)
+            self.metrics.write({"kind": "warning", "step": self.step, "message": warning})
+        self.warned = warning
 
     def log_guard(self, action: str, row: dict[str, Any], message: str) -> None:
         """Write down what the guard does, and report it."""

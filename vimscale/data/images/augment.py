@@ -1,7 +1,7 @@
 """Augmentation of one image on the host, in uint8: a pure function of the image and the sample's generator."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,8 @@ def for_training(
     """
     assert (last is None) == (augment.own is None), "the caller builds augment.own"
     if augment.crop_min < 1:
-        image = _random_crop(image, size, augment, rng)
-    image = _resize(image, *size)
+        image = random_crop(image, size, (augment.crop_min, 1), augment.aspect_max, rng)
+    image = resize(image, *size)
     if rng.random() < augment.flip:
         image = image.flip(-1)
     image = policies.apply(image, augment.policy, augment.jitter, rng)
@@ -46,7 +46,7 @@ def for_evaluation(image: Tensor, size: Size) -> Tensor:
     if (height, width) == size:
         return image
     scale = max(size[0] / height, size[1] / width) / 0.875
-    image = _resize(image, max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+    image = resize(image, max(round(height * scale), size[0]), max(round(width * scale), size[1]))
     top, left = (image.shape[1] - size[0]) // 2, (image.shape[2] - size[1]) // 2
     return image[:, top : top + size[0], left : left + size[1]]
 
@@ -73,15 +73,17 @@ def bucket_for(height: float, width: float, shapes: Iterable[Size]) -> Size:
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
-def _random_crop(image: Tensor, size: Size, augment: Augment, rng: np.random.Generator) -> Tensor:
-    """Crop a random part of the image with about the aspect ratio of `size`."""
+def random_crop(
+    image: Tensor, size: Size, area: tuple[float, float], aspect_max: float, rng: np.random.Generator
+) -> Tensor:
+    """Crop a random part of the image, between two fractions of its area, with about the aspect ratio of `size`."""
     height, width = image.shape[1:]
     ratio = size[1] / size[0]
     for _ in range(10):
         u_area, u_aspect, u_top, u_left = rng.random(4).tolist()
-        area = height * width * (augment.crop_min + (1 - augment.crop_min) * u_area)
-        aspect = ratio * augment.aspect_max ** (2 * u_aspect - 1)
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        pixels = height * width * (area[0] + (area[1] - area[0]) * u_area)
+        aspect = ratio * aspect_max ** (2 * u_aspect - 1)
+        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < h <= height and 0 < w <= width:
             top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
             return image[:, top : top + h, left : left + w]
@@ -91,7 +93,8 @@ def _random_crop(image: Tensor, size: Size, augment: Augment, rng: np.random.Gen
     return image[:, top : top + h, left : left + w]
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize an image uint8 (3, h, w)."""
     if image.shape[1:] == (height, width):
         return image
     # antialiased bicubic on uint8: within 2/255 of Pillow's
@@ -108,6 +111,16 @@ def normalised(images: Tensor | list[Tensor] | list[Bag], mean: Tensor, std: Ten
     ]
 
 
+def is_picture(view: Tensor) -> bool:
+    """Whether a view of an objective is one or more pictures: uint8 (..., 3, h, w)."""
+    return view.dtype == torch.uint8 and view.ndim >= 3 and view.shape[-3] == 3
+
+
+def normalised_views(views: Mapping[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Normalise the pictures among an objective's views; the others stay."""
+    return {name: normalise(view, mean, std) if is_picture(view) else view for name, view in views.items()}
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Convert uint8 (b, 3, h, w) on any device to fp32: (image / 255 - mean) / std per channel."""
+    """Convert uint8 (..., 3, h, w) on any device to fp32: (image / 255 - mean) / std per channel."""
     return images.to(torch.float32).div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])

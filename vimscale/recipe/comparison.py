@@ -1,0 +1,152 @@
+"""Options of the objectives that compare features: `distillation` and `contrastive`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from vimscale.model.presets import VimConfig
+from vimscale.recipe.objective import ObjectiveOptions
+from vimscale.recipe.sections import Step
+from vimscale.recipe.typed_yaml import Whole
+from vimscale.storage import own_code
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Chance = Annotated[float, Field(ge=0, le=1)]
+
+
+class DistillationOptions(ObjectiveOptions):
+    """Self-distillation: the encoder learns to give crops of an image what a slowly moving copy of it, the teacher,
+    gives other crops (DINO, arXiv:2104.14294), with the switches of iBOT, Sinkhorn-Knopp and KoLeo (DINOv2). Needs no
+    labels. The global crops have the size model.image_size.
+    """
+
+    classifies: ClassVar[bool] = False
+    divisible: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    mixable: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False
+    most_zero: ClassVar[int] = 2
+    kind: Literal["distillation"] = "distillation"
+    local_crops: Annotated[Whole, Field(ge=0, le=64)] = 8
+    """Small crops of each image, in addition to the two global ones."""
+    local_size: Annotated[Whole, Field(ge=1, le=4096)] = 96
+    """Side of the small crops, in pixels."""
+    global_area: tuple[Part, Part] = (0.4, 1.0)
+    """Smallest and largest fraction of the image's area in a global crop."""
+    local_area: tuple[Part, Part] = (0.05, 0.4)
+    """The same for a small crop."""
+    flip: Chance = 0.5
+    """Chance that a crop is flipped horizontally."""
+    jitter: Chance = 0.8
+    """Chance that brightness, contrast, saturation (by up to 0.4, 0.4, 0.2) and hue (0.1) of a crop change."""
+    gray: Chance = 0.2
+    """Chance that a crop loses its colors."""
+    blur: Chance = 1.0
+    """Factor on the chances of a blur: 1 for the first global crop, 0.1 for the second, 0.5 for small ones."""
+    solarize: Chance = 0.2
+    """Chance that the second global crop is solarized."""
+    prototypes: Annotated[Whole, Field(ge=2, le=2**20)] = 65_536
+    """Outputs of the head, over which student and teacher are compared."""
+    head_layers: Annotated[Whole, Field(ge=1, le=8)] = 3
+    """Linear layers of the head before the prototypes."""
+    hidden: Annotated[Whole, Field(ge=1, le=2**16)] = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: Annotated[Whole, Field(ge=1, le=2**14)] = 256
+    """Width of what is compared with the prototypes."""
+    prototype_norm: Literal["fixed", "trained"] = "fixed"
+    """Length of the prototypes. fixed: 1; trained: learned, which DINO does for its small models without collapse."""
+    prototypes_from: Step = 1
+    """The step, counted from 1, that updates the prototypes for the first time. Published: after one epoch."""
+    student_temperature: Annotated[float, Field(gt=0, le=10)] = 0.1
+    teacher_temperature: Annotated[float, Field(gt=0, le=10)] = 0.04
+    """Lower ones make sharper targets. Above 0.07 training is unstable, as published."""
+    teacher_temperature_from: Annotated[float, Field(gt=0, le=10)] | None = None
+    """The teacher's temperature at the first step. default: teacher_temperature."""
+    teacher_warmup: Annotated[Whole, Field(ge=0, le=10**9)] = 0
+    """Steps in which the teacher's temperature changes linearly from teacher_temperature_from to
+    teacher_temperature.
+    """
+    momentum: float | None = 0.996
+    """How much of itself the teacher keeps in the first step; rises to 1 over the run, along a cosine. Small batches
+    want more: published, 0.9995 for 256 images.
+    """
+    targets: Literal["centering", "sinkhorn"] = "centering"
+    """How the teacher's targets are kept from collapsing. centering: subtract a moving mean of its outputs; sinkhorn:
+    three iterations of Sinkhorn-Knopp over the images of a step, on all ranks.
+    """
+    center_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of itself the center keeps in each step."""
+    ibot: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of iBOT's loss: the student predicts the teacher's targets for patches that are hidden from it. 0: off."""
+    ibot_head: Literal["shared", "separate"] = "shared"
+    """Whether iBOT compares patches by the head of the images, or has its own."""
+    mask_ratio: tuple[Part, Part] = (0.1, 0.5)
+    """Smallest and largest fraction of a masked crop's patches that iBOT hides."""
+    mask_chance: Part = 0.5
+    """Chance that a global crop is masked."""
+    koleo: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of KoLeo's loss, which keeps the features of a step's images apart. 0: off. Costs another forward pass of
+    the global crops.
+    """
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DistillationOptions":
+        faults = []
+        if self.momentum is None or not 0 <= self.momentum < 1:
+            given = "null" if self.momentum is None else f"{self.momentum:g}"
+            faults.append(
+                f"momentum {given}: the teacher needs a schedule from 0 or more and below 1 up to 1, or it never moves;"
+                " use 0.996, or 0.9995 for small batches"
+            )
+        for name in ("global_area", "local_area", "mask_ratio"):
+            least, most = getattr(self, name)
+            if least > most:
+                faults.append(f"{name} {least:g} to {most:g}: the smallest is above the largest; swap them")
+        if self.teacher_temperature >= self.student_temperature:
+            faults.append(
+                f"teacher_temperature {self.teacher_temperature:g} must be below student_temperature"
+                f" {self.student_temperature:g}: targets must be sharper than what learns them"
+            )
+        if self.teacher_warmup and self.teacher_temperature_from is None:
+            faults.append(
+                f"teacher_warmup {self.teacher_warmup:,}: there is nothing to warm up; set teacher_temperature_from,"
+                " or leave it out"
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
+        if config.stages:
+            yield "crops are packed into rows, which hierarchical models cannot be; leave out model.stages"
+            return
+        if config.tiles is not None:
+            yield "crops are made of images, and the model takes tiles; leave out model.tiles"
+            return
+        kinds = {layer.kind for layer in config.layers}
+        yield from (
+            f"crops are packed into rows, and {own.kind} does not keep images in a row apart (`packs` is false);"
+            " define it, or use other layers"
+            for own in config.kinds
+            if own.name in kinds and not getattr(own_code.load(own.kind), "packs", False)
+        )
+        side = self.local_size
+        if self.local_crops and side > min(config.size):
+            yield (
+                f"local_size {side}: the small crops are larger than the global ones, {config.size[0]} x"
+                f" {config.size[1]} pixels (model.image_size); use {min(config.size) // 2 or 1} or so"
+            )
+        elif self.local_crops and (fitting := config.fitting_sides(side)):
+            near = " or ".join(str(each) for each in fitting if each)
+            yield f"local_size {side}: patches of {config.patch_size} pixels do not fill it; use {near}"
+        if self.ibot and self.ibot_head == "shared" and config.features != config.widths[-1]:
+            yield (
+                f"ibot_head shared: images have {config.features} features and patches {config.widths[-1]};"
+                " use ibot_head: separate"
+            )
+        if self.ibot and not int(config.patches * self.mask_ratio[0]):
+            yield (
+                f"mask_ratio {self.mask_ratio[0]:g} of {config.patches} patches is less than one; raise it above"
+                f" {1 / config.patches:.2g}"
+            )
