@@ -78,4 +78,5 @@ def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[
             batch=64 if config.tiles is None else 1,
             device=device,
             workers=recipe.data.workers,
+            shared_of=partial(learner.ask, "evaluation_shared"),
         )

@@ -4,10 +4,11 @@ from vimscale.errors import RecipeError
 from vimscale.model import VimConfig
 from vimscale.objectives.base import Objective
 from vimscale.objectives.classification import Classification
+from vimscale.objectives.contrastive import Contrastive
 from vimscale.recipe.objectives import ObjectiveOptions
 from vimscale.storage import own_code
 
-_KINDS: dict[str, type[Objective]] = {"classification": Classification}
+_KINDS: dict[str, type[Objective]] = {"classification": Classification, "contrastive": Contrastive}
 
 
 def build(options: ObjectiveOptions, config: VimConfig) -> Objective:

@@ -101,6 +101,9 @@ class Recipe(Section):
                 what = f"augment.repeats {self.augment.repeats} x data.lanes {self.data.lanes}"
                 near = _nearest(batch, unit)
                 faults.append(f"batch {batch} is not a multiple of {what}; use {near} or change those")
+        if self.augment.mixes and not self.objective.mixable:
+            kind = self.objective.kind
+            faults.append(f"augment: objective {kind} needs images as they are; leave out mixup and cutmix")
         faults += self._phase_faults()
         if self.parallel.context > 1:
             faults += self._context_faults()

@@ -138,6 +138,7 @@ class Run:
                 world=spec.world,
                 context=spec.context,
                 workers=self.recipe.data.workers,
+                shared_of=partial(engine.ask, "evaluation_shared"),
             )
         engine.model.train()
         row = {"kind": "eval", "step": self.step, **figures}
