@@ -49,7 +49,7 @@ def _learner(chosen: Recipe) -> Learner:
         (["objective.kind=elsewhere.py:Counting"], "elsewhere.py cannot be read on .*: No such file"),
         ([f"objective.kind={OWN}:Count"], r"own\.py has no class Count; it has Head, Counter, Counting"),
         ([f"objective.kind={OWN}:Head"], r"Head is not an objective: derive it from vimscale\.objectives\.base"),
-        (["objective.kind=classificaton"], "'classificaton' is not classification or .*, nor a class in a file such as"),
+        (["objective.kind=classificaton"], "'classificaton' is not classification or .*, nor a class in a file"),
         ([f"objective.kind={OWN}:Counting", "objective.scal=2"], r"objective\.scal: no such key; did you mean scale\?"),
         ([f"objective.kind={OWN}:Counting", "objective.scale=a"], r"objective\.scale: 'a' is not a number"),
         (["objective.label_smothing=0"], r"objective\.label_smothing: no such key; did you mean label_smoothing\?"),
