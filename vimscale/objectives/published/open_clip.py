@@ -58,8 +58,10 @@ class Loss:
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kind: Kind, logits: int, *features: Tensor) -> Tensor:
-        found = contrast(kind, *features, logits=logits)
+    def forward(
+        ctx: Any, kind: Kind, logits: int, images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor
+    ) -> Tensor:
+        found = contrast(kind, images, texts, log_scale, bias, logits=logits)
         ctx.save_for_backward(found.images, found.texts, found.log_scale, found.bias)
         return found.loss
 
