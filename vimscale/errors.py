@@ -56,9 +56,9 @@ class DataError(UserError):
     """A data set is missing, incomplete, or not what its manifest says."""
 
 
-CAUSES = ("image", "pixels", "tiles", "no image", "no label", "label")
-"""Why a sample cannot be used: its image is damaged or too large, its tiles are not what they should be, or image or
-label is missing or unknown.
+CAUSES = ("image", "pixels", "tiles", "no image", "no label", "label", "no caption")
+"""Why a sample cannot be used: its image is damaged or too large, its tiles are not what they should be, or image,
+label or caption is missing or unknown.
 """
 
 

@@ -79,6 +79,7 @@ def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[
             Dataset.open(recipe.data.val, recipe.data.cache),
             manifest,
             **reading,
+            shared_of=partial(learner.ask, "evaluation_shared"),
         )
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support.shell import Shell
-from vimscale.data.stream import Sample, training
+from vimscale.data.sample import Sample
+from vimscale.data.stream import training
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.prepare.inspection import contact_sheet, inspect

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.shell import Shell
 from vimscale.checkpoint.compare import Pair
-from vimscale.data.stream import Sample, training
+from vimscale.data.sample import Sample
+from vimscale.data.stream import training
 from vimscale.data.training_set import TrainingSet
 from vimscale.engine import optim, zero_layout
 from vimscale.errors import CheckpointError, RecipeError

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -31,6 +30,7 @@ from vimscale.data.dataset import Dataset, Traffic
 from vimscale.data.images import augment, bags, decode, mix, own
 from vimscale.data.images.choice import Choice, check_kind
 from vimscale.data.order import PER_PAIR, PER_SAMPLE, PER_VIEW, SUBSTITUTE, Order, SampleRef, Skipped, generator
+from vimscale.data.sample import Sample, Size, Views, no_views
 from vimscale.data.training_set import TrainingSet
 from vimscale.errors import BadSample, DataError, LaunchError, UserError, WorkerDied
 from vimscale.model.presets import VimConfig
@@ -39,35 +39,10 @@ from vimscale.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-Size = tuple[int, int]
-"""Height and width of a batch's images."""
 Images = Tensor | list[Tensor] | list[Bag]
 """(b, 3, h, w), or b images (3, h, w) where shapes may differ, or b bags of tiles"""
 _ATTEMPTS = 100
 """Bad samples in a row after which reading a shard fails."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample as it is decoded, for the views that an objective makes of it."""
-
-    image: Tensor | Bag
-    """uint8 (3, h, w), not augmented; or the bag of tiles that the model gets"""
-    label: int
-    """-1 (`decode.NO_LABEL`) if its data set has no labels."""
-    key: str
-    members: dict[str, Any]
-    """The sample as webdataset parses it: the bytes of each member, by extension."""
-    size: Size
-    """Height and width of the batch's images."""
-
-
-Views = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
-"""Makes tensors from a sample in addition to its image; each name has the same shape and dtype for all samples."""
-
-
-def _no_views(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
-    return {}
 
 
 @dataclass
@@ -155,7 +130,7 @@ def training(
     steps: int,
     skipped: Skipped = (),
     pin: bool = False,
-    views: Views = _no_views,
+    views: Views = no_views,
     augmented: bool = True,
 ) -> Iterator[Batch]:
     """Start the recipe's data workers; then yield the micro-batches of this rank for steps [start, steps), in order.
@@ -180,7 +155,7 @@ def evaluation(
     size: Size,
     choice: Choice | None = None,
     workers: int = 0,
-    views: Views = _no_views,
+    views: Views = no_views,
 ) -> Iterator[Batch]:
     """Yield every sample once over all ranks, unaugmented, in order. `rank` of `world`: those that read different
     samples, data ranks. `choice`: what a model takes that takes bags.
@@ -327,21 +302,18 @@ class _Training(IterableDataset):
         images: list[Any] = []
         labels, keys, erase, views, bad = [], [], [], [], []
         for ref in refs:
-            raw, image, label, replaced = self._read(ref)
+            sample, made, replaced = self._read(ref, size)
             bad += replaced
             rng = generator(seed, PER_SAMPLE, ref.position)
+            image, size = sample.image, sample.size
             if isinstance(image, Bag):
                 images.append(image)
+            elif self.augmented:
+                images.append(augment.for_training(image, size, options, rng, last))
             else:
-                if len(self.buckets) > 1:
-                    size = augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
-                if self.augmented:
-                    images.append(augment.for_training(image, size, options, rng, last))
-                else:
-                    images.append(image.new_empty(3, 0, 0))
-            sample = Sample(image, label, raw["__key__"], raw, size)
-            views.append(self.views(sample, generator(seed, PER_VIEW, ref.position)))
-            labels.append(label)
+                images.append(image.new_empty(3, 0, 0))
+            views.append(made)
+            labels.append(sample.label)
             keys.append(sample.key)
             if options.erase:
                 erase.append(mix.draw_erase(size, options.erase, rng))
@@ -362,8 +334,8 @@ class _Training(IterableDataset):
             self.data.traffic - before,
         )
 
-    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], Tensor | Bag, int, list[tuple[str, str]]]:
-        """Return (members, image, label, bad samples that were tried first).
+    def _read(self, ref: SampleRef, size: Size) -> tuple[Sample, dict[str, Tensor], list[tuple[str, str]]]:
+        """Return (sample, its views, bad samples that were tried first).
 
         Another sample of the same shard, drawn by position, replaces a bad one. So every reader of this position
         agrees, and no other shard is needed.
@@ -374,12 +346,20 @@ class _Training(IterableDataset):
             rng = generator(self.recipe.seed, PER_SAMPLE, ref.position)
             return bags.for_training(raw, where, self.choice, self.recipe.augment.flip, rng)
 
+        def size_of(image: Tensor | Bag) -> Size:
+            if isinstance(image, Bag) or len(self.buckets) == 1:
+                return size
+            return augment.bucket_for(image.shape[1], image.shape[2], self.buckets)
+
+        def see(sample: Sample) -> dict[str, Tensor]:
+            return self.views(sample, generator(self.recipe.seed, PER_VIEW, ref.position))
+
         dataset = self.data.datasets[ref.source]
         bad: list[tuple[str, str]] = []
-        sample = ref.sample
+        number = ref.sample
         while True:
             try:
-                return *_read(dataset, ref.shard, sample, None if self.choice is None else bag), bad
+                return *_read(dataset, ref.shard, number, size_of, see, None if self.choice is None else bag), bad
             except BadSample as error:
                 bad.append((error.cause, str(error)))
                 if len(bad) == _ATTEMPTS:
@@ -388,7 +368,7 @@ class _Training(IterableDataset):
                         f" last because of: {error}; `vimscale data verify --deep` lists them all"
                     ) from None
             rng = generator(self.recipe.seed, SUBSTITUTE, ref.position, len(bad))
-            sample = int(rng.integers(dataset.counts[ref.shard]))
+            number = int(rng.integers(dataset.counts[ref.shard]))
 
 
 class _Evaluation(IterableDataset):
@@ -430,14 +410,13 @@ class _Evaluation(IterableDataset):
                 shard = int(ends.searchsorted(number, side="right"))
                 sample = number - int(ends[shard]) + int(self.source.counts[shard])
                 try:
-                    raw, image, label = _read(self.source, shard, sample, bag)
+                    read, views[i] = _read(self.source, shard, sample, lambda _: self.size, self._seeing(number), bag)
                 except BadSample as error:
                     bad.append((error.cause, str(error)))
                     continue
+                image = read.image
                 images[i] = image if isinstance(image, Bag) else augment.for_evaluation(image, self.size)
-                labels[i], keys[i] = label, raw["__key__"]
-                seen = Sample(image, label, keys[i], raw, self.size)
-                views[i] = self.views(seen, generator(0, PER_VIEW, number))
+                labels[i], keys[i] = read.label, read.key
                 weights[i] = 1
             traffic = self.source.traffic - before
             # rows that do not count have the views of any other row
@@ -448,16 +427,24 @@ class _Evaluation(IterableDataset):
             stacked = _stacked([each if each is not None else some for each in views])
             yield Batch(images, labels, weights, keys, [], views=stacked, bad=bad, traffic=traffic)
 
+    def _seeing(self, number: int) -> Callable[[Sample], dict[str, Tensor]]:
+        return lambda sample: self.views(sample, generator(0, PER_VIEW, number))
+
 
 def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in views]) for name in views[0]}
 
 
 def _read(
-    dataset: Dataset, shard: int, sample: int, bag: Callable[[dict, str], Bag] | None = None
-) -> tuple[dict[str, Any], Tensor | Bag, int]:
-    """Return (members, image, label) of a sample. `bag` reads the tiles of a sample; None: samples are images."""
-    raw = dataset.read(shard, sample)
+    dataset: Dataset,
+    shard: int,
+    number: int,
+    size_of: Callable[[Tensor | Bag], Size],
+    see: Callable[[Sample], dict[str, Tensor]],
+    bag: Callable[[dict, str], Bag] | None = None,
+) -> tuple[Sample, dict[str, Tensor]]:
+    """Return (sample, its views). `bag` reads the tiles of a sample; None: samples are images."""
+    raw = dataset.read(shard, number)
     manifest, where = dataset.manifest, dataset.where(shard)
     image: Tensor | Bag
     try:
@@ -466,11 +453,16 @@ def _read(
         else:
             label = decode.label_of(raw, f"{where}, sample {raw['__key__']}", len(manifest.classes))
             image = bag(raw, where)
+        name = manifest.classes[label] if 0 <= label < len(manifest.classes) else ""
+        sample = Sample(image, label, raw["__key__"], raw, size_of(image), name)
+        try:
+            return sample, see(sample)
+        except BadSample as error:
+            raise BadSample(error.cause, f"{where}, sample {sample.key}: {error}") from None
     except BadSample:
         if dataset.recheck(shard):  # a damaged copy in the cache must not change which sample is read
-            return _read(dataset, shard, sample, bag)
+            return _read(dataset, shard, number, size_of, see, bag)
         raise
-    return raw, image, label
 
 
 def _of_this_worker(batches: range) -> range:

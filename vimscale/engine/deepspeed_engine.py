@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vimscale.checkpoint.restore import OF_OBJECTIVE
 from vimscale.engine import optim
 from vimscale.engine.eager import without_compiler
 from vimscale.engine.flat import FlatLearner, NarrowPieces, layout
@@ -166,6 +167,8 @@ class Engine:
         self._adamw.register_step_pre_hook(self._before_update)
         if recipe.optim.backward_lr != 1:
             optim.scale_updates(self._adamw, list(self._backward_slices()), recipe.optim.backward_lr)
+        if bounds := {OF_OBJECTIVE + name: both for name, both in self.objective.bounds.items()}:
+            optim.clamp_after(self._adamw, [(f.weight, *bounds[f.name]) for f in self.fragments if f.name in bounds])
 
     def _check_fp32(self) -> None:
         """Raises:

@@ -119,6 +119,18 @@ def scale_updates(optimizer: torch.optim.Optimizer, slices: Sequence[tuple[Tenso
     optimizer.register_step_post_hook(after)
 
 
+def clamp_after(optimizer: torch.optim.Optimizer, slices: Sequence[tuple[Tensor, float, float]]) -> None:
+    """Clamp some slices of what the optimizer updates to (slice, least, most) after every update, before the model gets
+    the new values.
+    """
+
+    def after(*_: Any) -> None:
+        for view, least, most in slices:
+            view.clamp_(least, most)
+
+    optimizer.register_step_post_hook(after)
+
+
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """The rate of the update that follows `step` finished ones, out of `steps`: linear warm-up, then the schedule."""
     if step < optim.warmup:

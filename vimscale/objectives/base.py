@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vimscale.checkpoint.restore import OF_OBJECTIVE
-from vimscale.data.stream import Sample
+from vimscale.data.dataset import Dataset
+from vimscale.data.sample import Sample
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.block import no_decay
@@ -27,7 +28,7 @@ from vimscale.storage import own_code
 
 __all__ = ["Inputs", "Learner", "Objective", "ObjectiveOptions", "Sample"]
 
-Question = Literal["loss", "loss_per_sample", "evaluation_sums", "ahead", "embedding"]
+Question = Literal["loss", "loss_per_sample", "evaluation_sums", "evaluation_shared", "ahead", "embedding"]
 """The methods of an objective that compute with parameters, and so run inside the engine's forward pass."""
 
 
@@ -50,7 +51,9 @@ class Inputs:
     weights: Tensor | None = None
     """fp32 (b), in evaluations: 0 for rows that do not count (fill of the last batch, unreadable images)."""
     shared: dict[str, Tensor] = field(default_factory=dict)
-    """What `Objective.meet` made for this micro-batch of a whole step's images."""
+    """What `Objective.meet` made for this micro-batch of a whole step's images; in evaluations, what
+    `Objective.evaluation_shared` made for all of them.
+    """
 
 
 class Objective(ABC):
@@ -96,7 +99,18 @@ class Objective(ABC):
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors to make from a sample in addition to its augmented image: crops, masks, text. Each name has the same
         shape and dtype for all samples. A data worker calls this. `rng` depends on the recipe's seed and the sample's
-        position in the run, and in evaluations on the sample alone; draw from nothing else.
+        position in the run, and in evaluations on the sample alone; draw from nothing else. A sample without `members`
+        fills a gap, and its views do not count.
+
+        Raises:
+            BadSample: the sample lacks what its views are made of; another sample replaces it.
+        """
+        return {}
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Least and most value of some parameters, by their names in `modules` such as head.bias: every update ends by
+        clamping them.
         """
         return {}
 
@@ -153,6 +167,25 @@ class Objective(ABC):
     def warning(self, figures: Mapping[str, float], step: int) -> str | None:
         """What to warn of, and what to change, given the means of the figures that `loss` returned, up to `step`."""
         return None
+
+    def evaluation_views(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+        """As `views`, in evaluations."""
+        return self.views(sample, rng)
+
+    def before_evaluation(self, dataset: Dataset) -> dict[str, Tensor]:
+        """Tensors that `evaluation_shared` needs of a data set, such as the names of its classes, on the host. The same
+        on every rank.
+
+        Raises:
+            DataError: the data set lacks what the evaluation needs.
+        """
+        return {}
+
+    def evaluation_shared(self, model: "Learner", inputs: Inputs) -> dict[str, Tensor]:
+        """From what `before_evaluation` returned, as `inputs.views`, to `Inputs.shared` of all micro-batches. Asked
+        once, before the first of them, without images; not asked if there was nothing.
+        """
+        return {}
 
     def evaluation_sums(self, model: "Learner", inputs: Inputs) -> Tensor:
         """Sums over the images of a micro-batch, each image weighted by `inputs.weights`: fp64 (n). They are added up

@@ -5,6 +5,7 @@ from vimscale.model import VimConfig
 from vimscale.objectives.autoregressive import Autoregressive
 from vimscale.objectives.base import Objective
 from vimscale.objectives.classification import Classification
+from vimscale.objectives.contrastive import Contrastive
 from vimscale.objectives.distillation import Distillation
 from vimscale.objectives.masked import Masked
 from vimscale.recipe.objective import ObjectiveOptions
@@ -15,6 +16,7 @@ _KINDS: dict[str, type[Objective]] = {
     "masked": Masked,
     "autoregressive": Autoregressive,
     "distillation": Distillation,
+    "contrastive": Contrastive,
 }
 
 

@@ -417,7 +417,7 @@ def _neighbors(parts: list[Tensor], ranks: int | None = None) -> list[dict[str, 
     `koleo_near`, the nearest other one of each (2, n); `koleo_at`, where the micro-batch's own are (b).
     """
     mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # (n of this rank, 2, f)
-    everyone = (mine if ranks == 1 else distributed.rows_of_all(mine)).transpose(0, 1).contiguous()
+    everyone = (mine if ranks == 1 else distributed.gathered(mine)).transpose(0, 1).contiguous()
     near = torch.stack([losses.nearest(view) for view in everyone])
     b, first = parts[0].shape[1], 0 if ranks == 1 else distributed.rank() * len(mine)
     at = torch.arange(first, first + len(mine), device=mine.device).split(b)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vimscale.data.stream import Sample
+from vimscale.data.sample import Sample
 from vimscale.model import VimConfig
 from vimscale.model.block import Block, Norm, Recompute
 from vimscale.model.layout import Grid, layout

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from vimscale.recipe.comparison import DistillationOptions
+from vimscale.recipe.comparison import ContrastiveOptions, DistillationOptions
 from vimscale.recipe.objective import OBJECTIVES, ClassificationOptions, ObjectiveOptions
 from vimscale.recipe.reconstruction import AutoregressiveOptions, MaskedOptions
 
@@ -13,6 +13,7 @@ OBJECTIVES |= {
     "masked": MaskedOptions,
     "autoregressive": AutoregressiveOptions,
     "distillation": DistillationOptions,
+    "contrastive": ContrastiveOptions,
 }
 
 AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(ObjectiveOptions.read)]

@@ -184,15 +184,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def total(values: Tensor) -> Tensor:
     """Sum over all ranks, in place; every rank gets it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def largest(values: Tensor) -> Tensor:
@@ -202,13 +202,14 @@ def largest(values: Tensor) -> Tensor:
     return values
 
 
-def rows_of_all(rows: Tensor) -> Tensor:
-    """Gather equally many rows (n, ...) of every rank, in the order of the ranks."""
+def gathered(values: Tensor, context: int = 1) -> Tensor:
+    """Concatenate what each group of `context` ranks with equal values has, (b, ...) everywhere: (groups b, ...)."""
     if world() == 1:
-        return rows
-    found = [torch.empty_like(rows) for _ in range(world())]
-    dist.all_gather(found, rows.contiguous())
-    return torch.cat(found)
+        return values
+    values = values.contiguous()
+    everything = values.new_empty(world(), *values.shape)
+    dist.all_gather_into_tensor(everything.flatten(0, 1), values)
+    return everything[::context].flatten(0, 1)
 
 
 def counts_images(context: int) -> bool:

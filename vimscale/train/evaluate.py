@@ -40,11 +40,12 @@ def evaluate(
     world: int = 1,
     context: int = 1,
     workers: int = 0,
+    shared_of: Callable[[Inputs], dict[str, Tensor]] | None = None,
 ) -> dict[str, float]:
-    """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model. `manifest`: the training
-    set's, for its mean and std. Groups of `context` of the `world` ranks read the same images. All ranks call `sums_of`
-    equally often, so it may communicate. Images that cannot be read are left out, and the log names them. `choice`:
-    what a model takes that takes bags of tiles.
+    """The objective's figures, from `sums_of`, which answers `evaluation_sums` with a model, and `shared_of`, which
+    answers `evaluation_shared`. `manifest`: the training set's, for its mean and std. Groups of `context` of the
+    `world` ranks read the same images. All ranks call `sums_of` equally often, so it may communicate. Images that
+    cannot be read are left out, and the log names them. `choice`: what a model takes that takes bags of tiles.
 
     Raises:
         DataError: the data set has other classes than the model was trained on, or none of its images can be read.
@@ -64,18 +65,24 @@ def evaluate(
         size=size,
         choice=choice,
         workers=workers,
-        views=objective.views,
+        views=objective.evaluation_views,
     )
     sums = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
+        shared: dict[str, Tensor] = {}
+        if known := objective.before_evaluation(dataset):
+            assert shared_of is not None
+            none = torch.zeros(0, 3, *size, device=device)
+            views = {name: t.to(device) for name, t in known.items()}
+            shared = shared_of(Inputs(none, torch.zeros(0, device=device), views))
         for part in parts:
             heartbeat.beat("evaluate")
             for _, description in part.bad:
                 log.warning("not evaluated: %s", description)
             part = part.to(device)
             images = normalised(part.images, mean, std)
-            views = normalised_views(part.views, mean, std)
-            sums = sums + sums_of(Inputs(images, part.labels, views, weights=part.weights.to(device)))
+            views, weights = normalised_views(part.views, mean, std), part.weights.to(device)
+            sums = sums + sums_of(Inputs(images, part.labels, views, weights=weights, shared=shared))
     sums = distributed.total_of_groups(sums, context)
     if not sums[0]:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")

@@ -153,6 +153,7 @@ class Run:
                 self.val_set,
                 self.train_set.manifest,
                 **reading,
+                shared_of=partial(engine.ask, "evaluation_shared"),
             )
             if self.knn_set is not None:
                 embed = partial(engine.embedding, backward=backward)

@@ -1,0 +1,1 @@
+"""Text for objectives: captions of samples, tokenizers, and an encoder of token sequences."""
