@@ -199,7 +199,7 @@ def test_the_loader_makes_no_image_that_nobody_reads() -> None:
             stream.training(chosen, data, config, rank=0, world=1, start=0, steps=1, views=objective.views, **options)
         )
 
-    without, usual = batch(augmented=objective.reads_images), batch()
+    without, usual = batch(augmented=objective.options.reads_images), batch()
     assert without.images.shape == (8, 3, 0, 0)  # type: ignore[union-attr]
     assert usual.images.shape == (8, 3, 32, 32)  # type: ignore[union-attr]
     assert torch.equal(without.views["local"], usual.views["local"])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.shell import Shell
 from vimscale.checkpoint.compare import Pair
@@ -22,9 +21,7 @@ from vimscale.data.training_set import TrainingSet
 from vimscale.engine import optim, zero_layout
 from vimscale.errors import CheckpointError, RecipeError
 from vimscale.estimate import activations
-from vimscale.kernels.torch_op import registered
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.model.cost import flops
 from vimscale.model.layout import layout
 from vimscale.model.tokens import sincos
 from vimscale.objectives.base import Inputs, Learner
@@ -280,8 +277,8 @@ FAULTS = {
     "stride 4 shows pixels of hidden patches": ["model.stride=4"],
     "stem conv mixes pixels": ["model.stem=conv"],
     "register_reduce 2 projects": ["model.registers=4", "model.pool=registers", "model.register_reduce=2"],
-    r"augment.buckets\) cannot be masked": ["augment.buckets=3"],
-    "mixup and cutmix mix labels": ["augment.mixup=0.8"],
+    "augment.buckets 3: objective masked needs images of one shape": ["augment.buckets=3"],
+    "objective masked needs images as they are; leave out mixup and cutmix": ["augment.mixup=0.8"],
     "mask_ratio 0.99 keeps 0 of the 16 patches of model.image_size 32 x 32": ["objective.mask_ratio=0.99"],
     "mask_ratio 0.9 keeps 1 of the 16 .* 3 registers": ["objective.mask_ratio=0.9", "model.registers=3"],
     "keeps 0 of the 1 patches of phase at step 5: image_size 8 x 8": ["phases=[{step: 5, image_size: 8}]"],
@@ -311,22 +308,6 @@ def test_plans_count_the_decoder_and_fewer_tokens() -> None:
     assert [scan.tokens for scan in scans[1] if not scan.backward] == [17, 17]
 
 
-@pytest.mark.parametrize("member", ["registers", "LayerNorm before the gate", "not square"])
-def test_operations_of_a_forward_pass_are_those_of_its_products(member: str) -> None:
-    config = dataclasses.replace(SMALL, **MEMBERS[member])
-    model = _learner(config)
-    with registered(), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.ask("loss", _inputs(config, b=1))
-    extra = config.tokens - config.patches
-
-    def inside(d: int, tokens: int) -> int:
-        """Operations of a layer that torch does not see: convolutions, projections and scans of two paths."""
-        return tokens * 2 * 2 * d * (9 * 4 + 2 * 4 + 2 * (1 + 2 * 4) + 2 * 1)
-
-    unseen = 2 * inside(16, kept_patches(config.patches, 0.75) + extra) + 2 * inside(8, config.patches + extra)
-    assert OPTIONS.flops(config) == counter.get_total_flops() + unseen
-
-
 @pytest.mark.parametrize("name", ["vim_base_mae_in1k", "vim_large_mae_in1k"])
 def test_published_recipes_have_the_published_shape_and_schedule(name: str) -> None:
     chosen = recipes.load(name)
@@ -338,8 +319,6 @@ def test_published_recipes_have_the_published_shape_and_schedule(name: str) -> N
         (0.75, 512, 2, True)
     )
     assert not chosen.augment.mixes
-    supervised = flops(dataclasses.replace(config, num_classes=1000))
-    assert objective.flops(config) / supervised == pytest.approx(0.30 if "base" in name else 0.27, abs=0.005)
 
 
 # ---- ranks, restarts, and what follows

@@ -197,7 +197,7 @@ def test_a_model_of_tiles_follows_from_their_side() -> None:
     [
         ("model.image_size=64", "image_size 64: the model reads tiles of 32 pixels; leave image_size out"),
         ("model.image_size=[64, 32]", r"image_size (64, 32): the model reads tiles of 32 pixels"),
-        ("model.pos_embed=yes", "pos_embed true learns one grid: use pos_embed: coordinates"),
+        ("model.pos_embed=yes", "pos_embed true or sincos is for one grid: use coordinates"),
         ("model.tiles=30", "tiles 30 is not a multiple of patch_size 8; use 24 or 32"),
         ("data.max_tiles=2000000", "data.max_tiles 2000000: image_size is (64000000, 32); it must be at most"),
         ("parallel.recompute=1GB", "parallel.recompute 1GB: what bags of any length keep has no limit"),

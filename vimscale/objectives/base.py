@@ -91,11 +91,6 @@ class Objective(ABC):
         """
         return (), 1
 
-    @property
-    def reads_images(self) -> bool:
-        """Whether training reads `Inputs.images`; if not, the loader does not augment them, and they are empty."""
-        return True
-
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors to make from a sample in addition to its augmented image: crops, masks, text. Each name has the same
         shape and dtype for all samples. A data worker calls this. `rng` depends on the recipe's seed and the sample's

@@ -77,10 +77,6 @@ class Distillation(Objective):
     # ---- what it is made of
 
     @property
-    def reads_images(self) -> bool:
-        return False
-
-    @property
     def looks_ahead(self) -> bool:
         return True
 

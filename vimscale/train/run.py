@@ -125,7 +125,7 @@ class Run:
             skipped=self.skipped,
             pin=device.type == "cuda",
             views=self.objective.views,
-            augmented=self.objective.reads_images,
+            augmented=self.recipe.objective.reads_images,
         )
         self.prefetcher = Prefetcher(batches, self.train_set.manifest, device)
         self.meter = Meter(self.prefetcher, recipe.data.max_bad, spec.context)
