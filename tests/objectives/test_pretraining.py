@@ -1,5 +1,6 @@
 """All pretraining objectives with everything that a run can be: ranks, accumulation, ZeRO stages, precision,
-recomputation, kills. Runs are those of tests/support/injected.py: real processes, DeepSpeed and tar shards.
+recomputation, restarts. Runs are those of tests/support/injected.py: real processes, DeepSpeed and tar shards. The
+faster tests of each kind are beside this file.
 """
 
 import json
@@ -12,6 +13,7 @@ import pytest
 
 from vimscale.checkpoint.compare import Pair
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LENGTH = ("steps=6", "checkpoint.every=4", "log.every=1", "optim.warmup=2", "batch=16", "evaluate.every=0")
 DISTILLATION = "kind: distillation, prototypes: 64, hidden: 32, bottleneck: 16, local_crops: 2, local_size: 16"
@@ -53,7 +55,6 @@ def test_losses_depend_on_neither_ranks_nor_accumulation(tmp_path: Path, kind: s
     assert one == pytest.approx(two, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_ranks_compute_what_one_does(tmp_path: Path, kind: str) -> None:
     one = _losses(_run(tmp_path / "one", kind, world=1))
@@ -61,7 +62,6 @@ def test_four_ranks_compute_what_one_does(tmp_path: Path, kind: str) -> None:
     assert four == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("zero", range(4))
 def test_a_run_that_stops_resumes_to_the_bit_at_any_stage(tmp_path: Path, kind: str, zero: int) -> None:
@@ -79,7 +79,6 @@ def test_a_run_that_stops_resumes_to_the_bit_at_any_stage(tmp_path: Path, kind: 
     assert _losses(calm) == pytest.approx(_losses(plain), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_precision_stays_near_single(tmp_path: Path, kind: str) -> None:
     single = _losses(_run(tmp_path / "fp32", kind))

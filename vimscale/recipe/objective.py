@@ -34,8 +34,7 @@ class ObjectiveOptions(OwnOptions):
     mixable: ClassVar[bool] = True
     """Whether images may be mixed in pairs (augment.mixup, augment.cutmix)."""
     reads_images: ClassVar[bool] = True
-    """Whether training reads `Inputs.images`, which `augment` makes. If not, they are empty and `augment` has no effect.
-    """
+    """Whether training reads `Inputs.images`, which `augment` makes; if not, they are empty."""
     most_zero: ClassVar[int] = 3
     """The highest ZeRO stage that it can be trained at."""
 
