@@ -82,10 +82,19 @@ def train(folder: Path, kind: str, seed: int, steps: int) -> Row:
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     result = json.loads((run / "result.json").read_text())
     row: Row = {"kind": kind, "seed": seed, "steps": steps, "images_per_s": statistics.median(speeds), "run": result}
-    told = vimscale(folder, "evaluate", name, "--knn", "sets/train", "--linear", "sets/train", "--json")
-    row |= json.loads(told.splitlines()[-1])
+    row |= probed(name)
     print({key: value for key, value in row.items() if key != "run"}, flush=True)
     return row
+
+
+def probed(name: str) -> dict[str, float]:
+    """kNN and linear probe of a run's encoder, as `vimscale evaluate --knn --linear` computes them."""
+    from vimscale.launch.commands.evaluate import probed
+    from vimscale.runtime.run_folder import RunFolder
+    from vimscale.train.evaluate import load
+
+    learner, recipe, manifest, _ = load(RunFolder.of(name), raw=True, step=None)
+    return probed(learner, recipe, manifest, "sets/train", 20, "sets/train")
 
 
 def table(rows: list[Row]) -> None:
@@ -133,13 +142,15 @@ def main() -> None:
                         help="path of the .json and .png files, without the suffix")  # fmt: skip
     options = parser.parse_args()
     folder = options.folder.resolve()
+    out = options.out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
     prepare(folder)
     rows = [train(folder, kind, seed, options.steps) for seed in range(options.seeds) for kind in options.kinds]
     if options.kinds == list(KINDS):
         table(rows)
-        measure.write({"rows": rows}, options.out.with_suffix(".json"))
-        draw(rows, options.out.with_suffix(".png"))
+        measure.write({"rows": rows}, out.with_suffix(".json"))
+        draw(rows, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
