@@ -225,7 +225,7 @@ def test_features_of_tiles_are_the_means_of_their_tokens(config: VimConfig) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pos_embed": True}, "pos_embed true learns one grid: use pos_embed: coordinates"),
+        ({"pos_embed": True}, "pos_embed true or sincos is for one grid: use coordinates"),
         ({"image_size": 224}, "image_size 224 does not consist of tiles: use image_size 8"),
         ({"image_size": (16, 16)}, r"image_size \(16, 16\) does not consist of tiles"),
         ({"image_size": 6, "tiles": 6, "registers": 0}, "tiles 6 is not a multiple of patch_size 4; use 4 or 8"),
