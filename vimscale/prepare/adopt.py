@@ -151,7 +151,8 @@ def scan_tar(tar: Tar, *, quota: int, classes: int | None, image: tuple[str, ...
     """Collect what a manifest needs to know about one tar; decode `quota` of its images.
 
     Raises:
-        DataError: it is damaged or empty, a sample has no image, or a label is not below `classes`.
+        DataError: it is damaged or empty, a sample has no image, a label is not below `classes`, or several samples
+            look like one.
     """
     path = local_copy(tar.where)
     found = scan(path)
@@ -229,6 +230,11 @@ def _kind(side: int | None) -> str:
 
 def _label(descriptor: int, sample: Sample, where: str, classes: int | None) -> int:
     if "cls" not in sample.members:
+        if any(name.endswith(".cls") for name in sample.members):
+            raise DataError(
+                f"{where}: no member .cls, the label (it has {_member_names(sample)}); `vimscale data prepare` of the"
+                " tars separates samples whose names have more dots"
+            )
         return decode.NO_LABEL
     offset, size = sample.members["cls"]
     text = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip("\ufeff \t\r\n")
