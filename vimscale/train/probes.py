@@ -18,6 +18,7 @@ from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import check_same_labels
 from vimscale.errors import DataError
 from vimscale.objectives.base import Inputs
+from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
 
 TEMPERATURE = 0.07
@@ -62,12 +63,13 @@ def embedded(
             heartbeat.beat("evaluate")
             first = (number * groups + rank // context) * batch
             inputs = Inputs(normalised(part.to(device).images, mean, std), part.labels, weights=part.weights)
-            of_part = embed(inputs).float(), part.labels.to(device), part.weights.to(device) > 0
+            of_part = embed(inputs).float(), part.labels.to(device), part.weights.to(device)
             numbers = torch.arange(first, first + batch, device=device)
             tensors = [*of_part, numbers]
             if together and groups > 1:
-                tensors = [_gathered(tensor, context) for tensor in tensors]
-            features, labels, there, numbers = tensors
+                tensors = [distributed.gathered(tensor, context) for tensor in tensors]
+            features, labels, weights, numbers = tensors
+            there = weights > 0
             found.append((features[there], labels[there], numbers[there]))
     features, labels, numbers = (torch.cat(each) for each in zip(*found, strict=True))
     count = torch.tensor(len(labels), device=device)
@@ -76,14 +78,6 @@ def embedded(
     if not count:
         raise DataError(f"data {dataset.manifest.name}: none of its images can be read; `vimscale data verify --deep`")
     return features, labels, numbers
-
-
-def _gathered(tensor: Tensor, context: int = 1) -> Tensor:
-    """Concatenate the tensors of all ranks, of groups of `context` ranks the first one's: (sum of b, ...)."""
-    flat = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
-    parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, flat)
-    return torch.cat(parts[::context]).to(tensor.dtype)
 
 
 def nearest(
@@ -119,7 +113,7 @@ def nearest(
         key[:, : near.values.shape[1]] = near.values
         label[:, : near.values.shape[1]] = labels[near.indices]
         if shared:
-            key, label = (_gathered(t.T, spread).T for t in (key, label))  # (q, ranks k)
+            key, label = (distributed.gathered(t.T, spread).T for t in (key, label))  # (q, ranks k)
             best = key.topk(k, dim=1)
             key, label = best.values, label.gather(1, best.indices)
         votes = torch.zeros(len(some), classes, dtype=torch.float64, device=bank.device)

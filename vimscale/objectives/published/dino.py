@@ -5,7 +5,7 @@ the second.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,22 +27,34 @@ def head(arguments: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
     Raises:
         ValueError: an argument is unknown or not supported, or the weights are of another head.
     """
-    if unknown := sorted(arguments.keys() - _HEAD):
-        raise ValueError(f"DINOHead has no argument {', '.join(unknown)}; it has {', '.join(sorted(_HEAD))}")
+    return head_of(arguments, _HEAD, state, scaled=not arguments.get("norm_last_layer", True))
+
+
+def head_of(
+    arguments: Mapping[str, Any], known: Collection[str], state: Mapping[str, Tensor] | None, *, scaled: bool
+) -> ProjectionHead:
+    """The head of a `DINOHead` that has the arguments `known`; `scaled`: whether it learns the prototypes' lengths.
+
+    Raises:
+        ValueError: as `head`.
+    """
+    if unknown := sorted(arguments.keys() - known):
+        raise ValueError(f"DINOHead has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if arguments.get("use_bn"):
-        raise ValueError("use_bn: heads with batch norm are not supported; DINO's recipes for ViT have none")
+        raise ValueError("use_bn: heads with batch norm are not supported; no recipe for ViT or Vim has them")
     made = ProjectionHead(
         arguments["in_dim"],
         arguments["out_dim"],
         hidden=arguments.get("hidden_dim", 2048),
         bottleneck=arguments.get("bottleneck_dim", 256),
         layers=max(arguments.get("nlayers", 3), 1),
-        scaled=not arguments.get("norm_last_layer", True),
+        bias=arguments.get("mlp_bias", True),
+        scaled=scaled,
     )
-    return fresh(made) if state is None else load_head(made, state)
+    return _fresh(made) if state is None else load_head(made, state)
 
 
-def fresh(made: ProjectionHead) -> ProjectionHead:
+def _fresh(made: ProjectionHead) -> ProjectionHead:
     """Set the initial values of a head."""
     for module in made.modules():
         init = getattr(module, "init_weights", None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vimscale.objectives import distillation_losses as losses
 from vimscale.objectives import teacher
 from vimscale.objectives.projection import ProjectionHead
-from vimscale.objectives.published.dino import fresh, load_head
+from vimscale.objectives.published.dino import head_of
 
 _HEAD = {"in_dim", "out_dim", "use_bn", "nlayers", "hidden_dim", "bottleneck_dim", "mlp_bias"}
 
@@ -28,20 +28,7 @@ def head(arguments: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
     Raises:
         ValueError: an argument is unknown or not supported, or the weights are of another head.
     """
-    if unknown := sorted(arguments.keys() - _HEAD):
-        raise ValueError(f"DINOHead has no argument {', '.join(unknown)}; it has {', '.join(sorted(_HEAD))}")
-    if arguments.get("use_bn"):
-        raise ValueError("use_bn: heads with batch norm are not supported")
-    made = ProjectionHead(
-        arguments["in_dim"],
-        arguments["out_dim"],
-        hidden=arguments.get("hidden_dim", 2048),
-        bottleneck=arguments.get("bottleneck_dim", 256),
-        layers=max(arguments.get("nlayers", 3), 1),
-        bias=arguments.get("mlp_bias", True),
-        scaled=True,
-    )
-    return fresh(made) if state is None else load_head(made, state)
+    return head_of(arguments, _HEAD, state, scaled=True)
 
 
 def sinkhorn_knopp_teacher(
