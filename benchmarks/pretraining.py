@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         " features: 96, evaluation: retrieval}",
     ),
 }
-NO_STEP = ("steps=1", "optim.lr=1e-30", "optim.warmup=0")
+NO_STEP = ("steps=1", "optim.lr=1e-30", "optim.min_lr=0", "optim.warmup=0")
 
 
 def vimscale(folder: Path, *arguments: str) -> str:
