@@ -135,9 +135,9 @@ def _spec(chosen: Recipe, folder: Path) -> RankSpec:
 
 def step_ops(chosen: Recipe, folder: Path) -> tuple[Ops, int | None]:
     """The operations of a step of the trainer by phase, and the profiler's count of the next on a GPU."""
-    from vimscale.train import recovery  # imports DeepSpeed, after `distributed.prepare`
-    from vimscale.train.loop import take_step
-    from vimscale.train.run import Run
+    from vimscale.training import recovery  # imports DeepSpeed, after `distributed.prepare`
+    from vimscale.training.loop import take_step
+    from vimscale.training.run import Run
 
     run = Run.open(_spec(chosen, folder), lambda event: None)
     recovery.resume(run)

@@ -89,12 +89,12 @@ def train(folder: Path, kind: str, seed: int, steps: int) -> Row:
 
 def probed(name: str) -> dict[str, float]:
     """kNN and linear probe of a run's encoder, as `vimscale evaluate --knn --linear` computes them."""
-    from vimscale.launch.commands.evaluate import probed
+    from vimscale.inference.opened import restored
+    from vimscale.launch.commands.evaluate import evaluated
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.evaluate import load
 
-    learner, recipe, manifest, _ = load(RunFolder.of(name), raw=True, step=None)
-    return probed(learner, recipe, manifest, "sets/train", 20, "sets/train")
+    learner, recipe, manifest, _ = restored(RunFolder.of(name), raw=True, step=None)
+    return evaluated(learner, recipe, manifest, figures=False, knn="sets/train", linear="sets/train")
 
 
 def table(rows: list[Row]) -> None:

@@ -59,7 +59,7 @@ chosen = recipe.load("vim_digits_cpu", ["steps=1", "optim.warmup=0", "evaluate.e
 spec = RankSpec(chosen, folder, 0, 1, "cpu", 2, f"file://{folder}/meet", "lo")
 from vimscale.runtime import distributed
 distributed.prepare(spec)
-from vimscale.train import loop, run
+from vimscale.training import loop, run
 mark("imports")
 timed(run.TrainingSet, "open", "data")
 timed(run.Dataset, "open", "data")

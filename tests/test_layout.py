@@ -17,7 +17,14 @@ FLOORS = [
     ["launch.cli", "launch.commands"],
     ["launch.display", "launch.jobs", "launch.sweeps"],
     ["launch.cluster", "launch.supervise", "launch.processes", "launch.hardware"],
-    ["vimscale.train", "vimscale.guard", "vimscale.export", "vimscale.estimate"],
+    [
+        "vimscale.training",
+        "vimscale.inference",
+        "vimscale.evaluation",
+        "vimscale.guard",
+        "vimscale.export",
+        "vimscale.estimate",
+    ],
     ["vimscale.objectives.published"],
     ["vimscale.engine", "vimscale.objectives", "vimscale.checkpoint", "vimscale.prepare"],
     ["vimscale.runtime", "vimscale.data"],
@@ -195,7 +202,7 @@ print(VisionMamba(PRESETS["vim_digits"])(torch.zeros(1, 3, 32, 32)).shape)
 def test_top_level_names_of_the_tree_stay_out_of_the_interpreter() -> None:
     code = """
 import sys
-import vimscale.train.loop, vimscale.launch.commands.app
+import vimscale.training.loop, vimscale.launch.commands.app
 import vimscale.launch.processes.on_ray, vimscale.launch.processes.on_local
 print(sorted({"kernels", "launch", "recipes", "cluster"} & set(sys.modules)))
 """

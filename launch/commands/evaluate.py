@@ -1,6 +1,5 @@
 """`vimscale evaluate`: figures of a run's checkpoint on a validation set."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from .arguments import RawOption, RunArgument, StepOption
 
 if TYPE_CHECKING:
     from vimscale.data.shards.manifest import Manifest
-    from vimscale.objectives.base import Inputs, Learner
+    from vimscale.objectives.base import Learner
 
 _CHANGEABLE = ("data.val", "data.workers", "data.cache", "parallel.precision")
 """Keys of a run's recipe that an evaluation may change."""
@@ -40,8 +39,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a run's newest checkpoint on its validation set, or on another one with the same classes."""
+    from vimscale.inference.opened import restored
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.evaluate import load
 
     from ..supervise.progress import figures
 
@@ -53,9 +52,9 @@ def evaluate(
     recipe = folder.recipe(overrides or ())
     if recipe.data.val is None:
         raise RecipeError(f"recipe {recipe.name}", ["data.val: there is no validation set; give one with data.val=..."])
-    learner, _, manifest, at = load(folder, raw=raw, step=step)
+    learner, _, manifest, at = restored(folder, raw=raw, step=step)
     try:
-        row = evaluated(learner, recipe, manifest) | probed(learner, recipe, manifest, knn, k, linear)
+        row = evaluated(learner, recipe, manifest, knn=knn, k=k, linear=linear)
     except DataError as error:
         raise DataError(
             f"{error}\n  give another validation set, or its path on this machine, with data.val=..."
@@ -63,69 +62,15 @@ def evaluate(
     print_line(Console(), f"step {at:,}: {figures(row)}")
 
 
-def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest") -> dict[str, float]:
-    """A model's figures on the recipe's validation set, computed on this process's device."""
-    import torch
-
-    from vimscale.data.dataset import Dataset
-    from vimscale.train.evaluate import evaluate
-
-    assert recipe.data.val is not None
-    reading = _reading(learner, recipe)
-    with torch.autocast(reading["device"].type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
-        return evaluate(
-            partial(learner.ask, "evaluation_sums"),
-            learner.objective,
-            Dataset.open(recipe.data.val, recipe.data.cache),
-            manifest,
-            **reading,
-            shared_of=partial(learner.ask, "evaluation_shared"),
-        )
-
-
-def probed(
-    learner: "Learner", recipe: Recipe, manifest: "Manifest", knn: str | None, k: int, linear: str | None
-) -> dict[str, float]:
-    """Figures of the frozen features on the recipe's validation set: of nearest neighbors in the set `knn`, and of a
-    linear classifier trained on the set `linear`.
+def evaluated(learner: "Learner", recipe: Recipe, manifest: "Manifest", **probes: Any) -> dict[str, float]:
+    """A model's figures on the recipe's validation set, computed on this process's device. `probes`: of
+    `EvaluationJob`.
     """
     import torch
 
-    from vimscale.data.dataset import Dataset
-    from vimscale.train import probes
-
-    if knn is None and linear is None:
-        return {}
-    assert recipe.data.val is not None
-    reading = _reading(learner, recipe)
-    val = Dataset.open(recipe.data.val, recipe.data.cache)
-
-    def embed(inputs: "Inputs") -> torch.Tensor:
-        with torch.autocast(reading["device"].type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16"):
-            return learner.ask("embedding", inputs)
-
-    found: dict[str, float] = {}
-    if knn is not None:
-        found |= probes.knn(embed, Dataset.open(knn, recipe.data.cache), val, manifest, k=k, **reading)
-    if linear is not None:
-        found |= probes.linear(embed, Dataset.open(linear, recipe.data.cache), val, manifest, **reading)
-    return found
-
-
-def _reading(learner: "Learner", recipe: Recipe) -> dict[str, Any]:
-    """How this process reads images for the model, which moves to its device."""
-    import torch
-
-    from vimscale.data.images.choice import Choice
+    from vimscale.inference import job
 
     temporary.shorten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learner.to(device)
-    config = learner.encoder.config
-    return {
-        "size": config.size,
-        "choice": Choice.of(config, recipe.data),
-        "batch": 64 if config.tiles is None else 1,
-        "device": device,
-        "workers": recipe.data.workers,
-    }
+    wanted = job.EvaluationJob(recipe.data, precision=recipe.parallel.precision, **probes)
+    return job.run(wanted, learner, manifest, device)

@@ -53,8 +53,8 @@ def export(
     """Write a run's weights for other programs, load them again, and compare logits."""
     from vimscale.checkpoint.restore import restore
     from vimscale.export import published, safetensors
+    from vimscale.inference.opened import export_objective, restored
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.evaluate import export_objective, load
 
     if directions is not None and prune_directions is not None:
         raise CheckpointError("--directions adds scans and --prune-directions removes some; give one of them")
@@ -68,12 +68,12 @@ def export(
     else:
         folder = RunFolder.of(run)
         if teacher:
-            learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+            learner, recipe, manifest, at = restored(folder, raw=raw, step=step)
             model = _teacher(learner, recipe)
             if prune_directions is not None:
                 raise CheckpointError("--prune-directions removes paths of the student; leave out --teacher")
         elif prune_directions is not None:
-            learner, recipe, manifest, at = load(folder, raw=raw, step=step)
+            learner, recipe, manifest, at = restored(folder, raw=raw, step=step)
             model = _pruned(learner, prune_directions, recipe, manifest)
         else:
             model, recipe, manifest, at = restore(folder, raw=raw, step=step)

@@ -101,7 +101,7 @@ def run(
             from vimscale.data import stream
 
             stream.start_fork_server()
-        from vimscale.train.loop import train  # imports DeepSpeed, which inspects its environment on import
+        from vimscale.training.loop import train  # imports DeepSpeed, which inspects its environment on import
 
         heartbeat.beat("start")
         distributed.join(spec, store)

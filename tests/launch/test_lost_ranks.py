@@ -32,7 +32,7 @@ def test_a_stopped_rank_is_noticed_and_replaced(shell: Shell, how: tuple[str, ..
     assert "resumed after" in output
     assert len(shell.losses("small")) == 200
     waiting, stopped = ((shell.folder / f"runs/small/logs/stacks_{rank:05d}.txt").read_text() for rank in (0, 1))
-    assert "vimscale/train/loop.py" in waiting, "where rank 0 waits for rank 1"
+    assert "vimscale/training/loop.py" in waiting, "where rank 0 waits for rank 1"
     assert "does not answer" in stopped
     assert "Thread" not in stopped
     (failure,) = json.loads((shell.folder / "runs/small/failures.json").read_text())

@@ -16,11 +16,11 @@ from torch import Tensor
 from vimscale.checkpoint.compare import Pair
 from vimscale.checkpoint.load import Reader
 from vimscale.data.dataset import Dataset
+from vimscale.evaluation.figures import evaluate
 from vimscale.model import VisionMamba
 from vimscale.objectives.base import Inputs, Learner
 from vimscale.objectives.build import build
 from vimscale.recipe import recipe as recipes
-from vimscale.train.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]
 TOWER = ("features=16", "width=16", "depth=1", "heads=2", "context=16", "tokenizer=bytes", "caption=class")

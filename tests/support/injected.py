@@ -49,7 +49,7 @@ def _rank(rank: int, world: int, folder: Path, fault: str, changes: list[str]) -
     distributed.prepare(spec)
     distributed.join(spec)
     from vimscale.runtime.run_folder import RunFolder
-    from vimscale.train.loop import train
+    from vimscale.training.loop import train
 
     logging.disable(logging.WARNING)
     if rank == 0:

@@ -17,7 +17,7 @@ from vimscale.errors import CheckpointError, RunFailed
 from vimscale.guard import report as guard_report
 from vimscale.launch.processes import output
 from vimscale.runtime.run_folder import RunFolder
-from vimscale.train.metrics import Metrics
+from vimscale.training.metrics import Metrics
 
 
 @contextmanager

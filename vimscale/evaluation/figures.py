@@ -2,26 +2,19 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vimscale.checkpoint.load import BUFFER, Reader
-from vimscale.checkpoint.restore import restore
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.augment import normalised, normalised_views
 from vimscale.data.images.choice import Choice
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import CheckpointError, DataError, RunFailed
-from vimscale.objectives.base import Inputs, Learner, Objective
-from vimscale.objectives.build import build
-from vimscale.recipe.recipe import Recipe
+from vimscale.errors import DataError, RunFailed
+from vimscale.objectives.base import Inputs, Objective
 from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
-from vimscale.runtime.run_folder import RunFolder
-from vimscale.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -90,34 +83,3 @@ def evaluate(
     if missing := sorted({"images", "loss"} - figures.keys()):
         raise RunFailed(f"objective {objective.options.kind}: its figures lack {' and '.join(missing)}; add them")
     return figures
-
-
-def load(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:
-    """The encoder and the objective's modules of a run's checkpoint, on the CPU and ready to evaluate, with the recipe,
-    the training set's manifest and the step. Arguments and errors are those of `restore`.
-    """
-    encoder, recipe, manifest, at = restore(run, raw=raw, step=step)
-    learner = Learner(build(recipe.objective, encoder.config), encoder).eval()
-    added, buffers = learner.added_parameters(), learner.buffers_to_save()
-    if added or buffers:
-        reader = Reader(run.newest_checkpoint(at))
-        kind = "ema" if "ema" in reader.kinds and not raw else "weight"
-        with torch.no_grad():
-            for of, tensors in ((kind, added), (BUFFER, buffers)):
-                for name, tensor in tensors.items():
-                    tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
-    return learner, recipe, manifest, at
-
-
-def export_objective(run: RunFolder, file: Path, *, raw: bool, step: int | None) -> None:
-    """Write the parameters and buffers of an objective's own modules as safetensors, by their names in `modules`.
-    Arguments and errors are those of `restore`.
-
-    Raises:
-        CheckpointError: the objective has none.
-    """
-    learner, recipe, _, _ = load(run, raw=raw, step=step)
-    tensors = {name: value.contiguous() for name, value in learner.added.state_dict().items()}
-    if not tensors:
-        raise CheckpointError(f"run {run.path}: objective {recipe.objective.kind} has no modules of its own to export")
-    files.save_tensors(file, tensors)

@@ -16,8 +16,8 @@ from vimscale.objectives.base import Inputs
 from vimscale.runtime import distributed
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
-from vimscale.train import recovery
-from vimscale.train.run import Event, Run
+from vimscale.training import recovery
+from vimscale.training.run import Event, Run
 
 
 def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool]) -> dict[str, Any]:

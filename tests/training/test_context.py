@@ -46,8 +46,8 @@ def rank(number, world, context, folder):
     distributed.prepare(spec)
     distributed.join(spec)
     from vimscale.guard.diagnose import diagnose
-    from vimscale.train.evaluate import evaluate
-    from vimscale.train.metrics import Meter
+    from vimscale.evaluation.figures import evaluate
+    from vimscale.training.metrics import Meter
 
     train_set = TrainingSet.open(chosen.data)
     config = chosen.model.shape(10)

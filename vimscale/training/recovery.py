@@ -18,8 +18,8 @@ from vimscale.guard.diagnose import diagnose
 from vimscale.guard.judge import Guard, Seen, pass_over
 from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
-from vimscale.train.metrics import Curve, Metrics
-from vimscale.train.run import Run
+from vimscale.training.metrics import Curve, Metrics
+from vimscale.training.run import Run
 
 log = logging.getLogger(__name__)
 

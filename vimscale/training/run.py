@@ -19,6 +19,8 @@ from vimscale.data.training_set import TrainingSet, check_same_labels
 from vimscale.engine import recompute
 from vimscale.engine.compile_ahead import CompileAhead
 from vimscale.engine.deepspeed_engine import Average, Engine
+from vimscale.evaluation import neighbors
+from vimscale.evaluation.figures import evaluate
 from vimscale.guard.judge import Guard
 from vimscale.model import VimConfig
 from vimscale.objectives.base import Objective
@@ -26,9 +28,7 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
-from vimscale.train import probes
-from vimscale.train.evaluate import evaluate
-from vimscale.train.metrics import Curve, Meter, Metrics
+from vimscale.training.metrics import Curve, Meter, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Run:
             if self.knn_set is not None:
                 embed = partial(engine.embedding, backward=backward)
                 k = self.recipe.evaluate.knn_k
-                figures |= probes.knn(embed, self.knn_set, self.val_set, self.train_set.manifest, k=k, **reading)
+                figures |= neighbors.knn(embed, self.knn_set, self.val_set, self.train_set.manifest, k=k, **reading)
         engine.model.train()
         row = {"kind": "eval", "step": self.step, **figures}
         if self.metrics is not None:

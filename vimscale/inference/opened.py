@@ -1,0 +1,127 @@
+"""A trained model with all that its use needs, from whatever holds it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vimscale.checkpoint.load import BUFFER, Reader
+from vimscale.checkpoint.restore import restore
+from vimscale.data.shards.manifest import Manifest
+from vimscale.errors import CheckpointError
+from vimscale.export import safetensors, starting
+from vimscale.inference.preprocessing import Preprocessing
+from vimscale.model import VisionMamba
+from vimscale.objectives.base import Learner
+from vimscale.objectives.build import build
+from vimscale.recipe.objective import ClassificationOptions
+from vimscale.recipe.recipe import Recipe
+from vimscale.runtime.run_folder import RunFolder, step_of
+from vimscale.storage import files
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on the CPU, ready to evaluate."""
+
+    learner: Learner
+    """The encoder, with the objective's modules; an export has the classification objective and no modules."""
+    manifest: Manifest
+    """Name, classes, mean and std of the set that it was trained on; lists no shards."""
+    recipe: Recipe | None
+    """Of a run; None: an export."""
+    source: Path
+    """The run's folder, or the export's."""
+    step: int | None
+    """Of the checkpoint; None: an export."""
+    named: bool
+    """Whether `manifest.classes` are names; False: an imported model whose class names are unknown."""
+    identity: str
+    """sha256 that identifies the weights."""
+
+    @property
+    def model(self) -> VisionMamba:
+        """The encoder that is evaluated: the teacher of a self-distilled run."""
+        return self.learner.objective.evaluated(self.learner)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(self.model.config.size, self.manifest.mean, self.manifest.std)
+
+
+def open_model(source: str | Path, *, step: int | None = None, raw: bool = False, own_code: bool = False) -> Opened:
+    """Open a run (its name under runs/, or its folder), a checkpoint's folder, or the folder of an export or of an
+    imported model.
+
+    Args:
+        step: of the checkpoint; default: the newest one's.
+        raw: take the weights themselves where there is a moving average.
+        own_code: import the Python files of an export that define a user's own kinds of layers. They run with your
+            rights. Those of a run are always imported.
+
+    Raises:
+        CheckpointError: there is no such model, or `step` or `raw` is given for an export.
+    """
+    path = Path(source)
+    if (path / "trainer.json").is_file():
+        if step is not None and step != step_of(path.name):
+            raise CheckpointError(f"{path} is the checkpoint of another step than --step {step}; leave one out")
+        return _of_run(RunFolder(path.absolute().parent.parent), step_of(path.name), raw)
+    if (path / starting.CONFIG).is_file() and not (path / "recipe.yaml").is_file():
+        if step is not None or raw:
+            raise CheckpointError(f"{path} is an export, which has one set of weights: --step and --raw are for runs")
+        return _of_export(path, own_code)
+    return _of_run(RunFolder.of(str(source)), step, raw)
+
+
+def _of_run(run: RunFolder, step: int | None, raw: bool) -> Opened:
+    learner, recipe, manifest, at = restored(run, raw=raw, step=step)
+    content = (run.newest_checkpoint(at) / "manifest.json").read_bytes() + (b"raw" if raw else b"")
+    return Opened(learner, manifest, recipe, run.path, at, True, hashlib.sha256(content).hexdigest())
+
+
+def _of_export(folder: Path, own_code: bool) -> Opened:
+    model = safetensors.load(folder, run_own_code=own_code)
+    try:
+        tree = starting.read_config(folder)
+        classes, mean, std = starting.preprocessing_of(tree)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not hold an exported model: {error}") from None
+    about = tree.get("about")
+    named = not (isinstance(about, dict) and "published" in about and about.get("unnamed", True))
+    manifest = Manifest(name=folder.absolute().name[:60], classes=classes, shards=(), mean=mean, std=std)
+    learner = Learner(build(ClassificationOptions(), model.config), model).eval()
+    content = b"".join((folder / name).read_bytes() for name in (starting.CONFIG, starting.WEIGHTS))
+    return Opened(learner, manifest, None, folder, None, named, hashlib.sha256(content).hexdigest())
+
+
+def restored(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:
+    """The encoder and the objective's modules of a run's checkpoint, on the CPU and ready to evaluate, with the recipe,
+    the training set's manifest and the step. Arguments and errors are those of `restore`.
+    """
+    encoder, recipe, manifest, at = restore(run, raw=raw, step=step)
+    learner = Learner(build(recipe.objective, encoder.config), encoder).eval()
+    added, buffers = learner.added_parameters(), learner.buffers_to_save()
+    if added or buffers:
+        reader = Reader(run.newest_checkpoint(at))
+        kind = "ema" if "ema" in reader.kinds and not raw else "weight"
+        with torch.no_grad():
+            for of, tensors in ((kind, added), (BUFFER, buffers)):
+                for name, tensor in tensors.items():
+                    tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
+    return learner, recipe, manifest, at
+
+
+def export_objective(run: RunFolder, file: Path, *, raw: bool, step: int | None) -> None:
+    """Write the parameters and buffers of an objective's own modules as safetensors, by their names in `modules`.
+    Arguments and errors are those of `restore`.
+
+    Raises:
+        CheckpointError: the objective has none.
+    """
+    learner, recipe, _, _ = restored(run, raw=raw, step=step)
+    tensors = {name: value.contiguous() for name, value in learner.added.state_dict().items()}
+    if not tensors:
+        raise CheckpointError(f"run {run.path}: objective {recipe.objective.kind} has no modules of its own to export")
+    files.save_tensors(file, tensors)

@@ -1,1 +1,0 @@
-"""Training: the loop, the run's state, recovery, evaluation and metrics. Only the launcher imports it."""
