@@ -103,6 +103,10 @@ def table(rows: list[Row]) -> None:
         mine = [row for row in rows if row["kind"] == kind]
         cells = [_cell([row[key] for row in mine]) for key in ("linear_top1", "knn_top1")]
         print(f"{kind:16}{cells[0]:>22}{cells[1]:>22}")
+    chance = 1 / rows[0]["run"]["images"]
+    for figure in ("recall1", "recall5"):
+        found = [row["run"][figure] for row in rows if figure in row["run"]]
+        print(f"own names found of the third style, {figure}: {_cell(found)}; one of all by chance: {chance:.2%}")
 
 
 def _cell(values: list[float]) -> str:
