@@ -178,7 +178,7 @@ def test_maps_show_the_image_in_its_own_order(case: str) -> None:
     model = from_published(arguments, state, token_order="random" if "mixed" in CASES[case] else None)
     images = torch.randn(1, 3, 16, 16)
     doubled = 2 if arguments["if_bidirectional"] else 1  # a pair puts out the residual twice
-    (shown,) = model.forward_features(images, layers=[1])
+    (shown,) = model.get_intermediate_layers(images, [1], reshape=True)
     torch.testing.assert_close(shown, doubled * model.patch_embed(images))
 
 
