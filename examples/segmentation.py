@@ -19,16 +19,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from examples.features import Triple, open_model
 from vimscale.data import digits
+from vimscale.inference.opened import open_model
+from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model import VisionMamba
 from vimscale.model.pyramid import FeaturePyramid, Segmenter
 
 SIDE, CELL, DIGIT = 80, 40, 32  # of a scene, of the part that holds one digit, of the digit, in pixels
 CLASSES = 11  # the background is class 0
 INK = 96  # grey levels above it are a digit's
-SCENES = {"train": 512, "val": 256}
-BATCH, STEPS, CHANNELS = 32, 300, 32
+SCENES = {"train": 64, "val": 128}
+BATCH, STEPS, CHANNELS = 16, 200, 32
 
 
 def scenes(part: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -48,13 +49,13 @@ def scenes(part: str, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.from_numpy(classes)
 
 
-def maps_of(model: VisionMamba, images: Tensor, mean: Triple, std: Triple) -> Tensor:
+def maps_of(model: VisionMamba, images: Tensor, of: Preprocessing) -> Tensor:
     """The normalized last maps (b, d, rows, columns) of grey scenes."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (of.mean, of.std))
     found = []
     with torch.no_grad():
         for some in images.split(BATCH):
-            channels = some[:, None].expand(-1, 3, -1, -1) / 255
-            normalized = (channels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+            normalized = (some[:, None].expand(-1, 3, -1, -1) / 255 - mean) / std
             found += model.forward_intermediates(normalized, 1, norm=True, intermediates_only=True)
     return torch.cat(found)
 
@@ -109,14 +110,15 @@ def main() -> None:
     parser.add_argument("--picture", help="write scenes, their classes and what each model made of them to this file")
     arguments = parser.parse_args()
 
-    model, mean, std = open_model(arguments.model)
+    opened = open_model(arguments.model)
+    model = opened.model
     (train, train_classes), (val, val_classes) = scenes("train", 1), scenes("val", 2)
     torch.manual_seed(0)
     random = VisionMamba(model.config)
     masks = [val_classes]
     for name, encoder in (("trained", model), ("random weights", random), ("trained, cells shuffled", model)):
         encoder.eval().set_input_size((SIDE, SIDE))
-        maps = [maps_of(encoder, images, mean, std) for images in (train, val)]
+        maps = [maps_of(encoder, images, opened.preprocessing) for images in (train, val)]
         if name.endswith("shuffled"):
             maps = [shuffled(each, seed) for seed, each in enumerate(maps)]
         torch.manual_seed(1)

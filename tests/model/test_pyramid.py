@@ -1,6 +1,8 @@
 """The feature pyramid: strides, widths, gradients."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +73,14 @@ def test_other_maps_than_asked_for_are_refused(config: VimConfig, message: str) 
     maps: Any = model.forward_intermediates(images, intermediates_only=True)
     with pytest.raises(ValueError, match=message):
         pyramid(maps if config is SMALL else maps[:2])
+
+
+def test_the_examples_on_the_page_run() -> None:
+    page = (Path(__file__).parents[2] / "docs/features.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert [tuple(names[name].shape) for name in ("vector", "logits", "last")] == [(2, 64), (2, 10), (2, 16, 64)]
+    assert torch.equal(names["vector"], names["model"](names["images"], features=True))
+    assert [tuple(each.shape) for each in names["maps"]] == [(2, 64, 4, 4)]
+    assert [tuple(level.shape[1:]) for level in names["levels"]] == [(256, side, side) for side in (16, 8, 4, 2)]
