@@ -54,8 +54,8 @@ def main() -> None:
     model, mean, std = open_model(arguments.model)
     images = torch.stack([read_image(path, model.config.size, mean, std) for path in arguments.images])
     with torch.inference_mode():
-        features = model.forward_features(images)  # (b, f)
-        (last,) = model.forward_features(images, layers=[-1])  # (b, d, h, w)
+        features = model(images, features=True)  # (b, f)
+        (last,) = model.get_intermediate_layers(images, reshape=True)  # (b, d, h, w)
     print(f"features {tuple(features.shape)}, map of the last layer {tuple(last.shape)}")
     for path, row in zip(arguments.images, F.normalize(features, dim=1) @ F.normalize(features, dim=1).T, strict=True):
         print(path, *(f"{similarity:.3f}" for similarity in row.tolist()))

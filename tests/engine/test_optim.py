@@ -34,7 +34,7 @@ def test_the_average_follows_closely_at_first() -> None:
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     model = VisionMamba(dataclasses.replace(PRESETS["vim_digits"], depth=1, directions="bi"))
-    adamw = optim.optimizer(model.named_parameters(), model.no_decay(), Optim(weight_decay=0.3), fused=False)
+    adamw = optim.optimizer(model.named_parameters(), model.no_weight_decay(), Optim(weight_decay=0.3), fused=False)
     decayed, spared = adamw.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     assert {id(p) for g in adamw.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
@@ -45,7 +45,9 @@ def test_gates_have_a_separate_decay_and_published_decay_includes_A_log() -> Non
     config = dataclasses.replace(PRESETS["vim_digits"], depth=1, directions="bi", backward_gate=True)
     model = VisionMamba(config)
     settings = Optim(weight_decay=0.3, gate_decay=2.0, decay="published")
-    decayed, _, gates = optim.optimizer(model.named_parameters(), model.no_decay(), settings, fused=False).param_groups
+    decayed, _, gates = optim.optimizer(
+        model.named_parameters(), model.no_weight_decay(), settings, fused=False
+    ).param_groups
     assert (gates["weight_decay"], [p.numel() for p in gates["params"]]) == (2.0, [1])
     assert any(p is model.blocks[0].mixer.A_log for p in decayed["params"])
 

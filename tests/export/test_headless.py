@@ -32,7 +32,7 @@ def test_an_export_gives_the_same_features(tmp_path: Path, manifest: Manifest) -
     assert json.loads((tmp_path / "out/config.json").read_text())["classes"] == []
     loaded, mean, _ = example.open_model(str(tmp_path / "out"))
     images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+    assert torch.equal(loaded(images, features=True), model(images, features=True))
     assert mean == DATA.mean
     model.norm.weight.data[0] = torch.nan
     with pytest.raises(CheckpointError, match="values that are not finite"):
@@ -48,7 +48,7 @@ def test_a_classifier_starts_from_an_encoder_without_a_head(tmp_path: Path) -> N
     started = _model(CLASSIFIER)
     started.load_state_dict(weights, strict=False)
     images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(started.forward_features(images), model.forward_features(images))
+    assert torch.equal(started(images, features=True), model(images, features=True))
 
 
 def test_an_encoder_without_a_head_starts_from_a_classifier_or_another_one(tmp_path: Path) -> None:

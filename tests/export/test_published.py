@@ -178,8 +178,45 @@ def test_maps_show_the_image_in_its_own_order(case: str) -> None:
     model = from_published(arguments, state, token_order="random" if "mixed" in CASES[case] else None)
     images = torch.randn(1, 3, 16, 16)
     doubled = 2 if arguments["if_bidirectional"] else 1  # a pair puts out the residual twice
-    (shown,) = model.forward_features(images, layers=[1])
+    (shown,) = model.get_intermediate_layers(images, [1], reshape=True)
     torch.testing.assert_close(shown, doubled * model.patch_embed(images))
+
+
+def _with_quirks(**arguments: Any) -> PublishedVim:
+    torch.manual_seed(0)
+    every = complete(VIM | arguments)
+    model = from_published(every, random_state(every))
+    assert isinstance(model, PublishedVim)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"if_bidirectional": True}, {"if_rope": True}, {"if_bidirectional": True, "depth": 3}]
+)
+def test_published_models_give_tokens_and_maps(arguments: dict[str, Any]) -> None:
+    model, images = _with_quirks(**arguments), torch.randn(2, 3, 16, 16)
+    tokens, maps = model.forward_intermediates(images, norm=True)
+    assert torch.equal(model.forward_head(tokens), model(images))
+    torch.testing.assert_close(maps[-1].flatten(2).mT, tokens[:, 1:], rtol=1e-5, atol=1e-5)
+    assert len(maps) == 2, "a layer that the published code leaves out has no map"
+
+
+def test_published_models_take_a_new_head_and_refuse_the_rest() -> None:
+    model, images = _with_quirks(num_classes=0), torch.randn(2, 3, 16, 16)
+    read = model(images)
+    model.reset_classifier(7)
+    assert model(images).shape == (2, 7)
+    assert torch.equal(model(images, features=True), read)
+    assert model.arguments["num_classes"] == 7
+    with pytest.raises(ValueError, match="leave global_pool out"):
+        model.reset_classifier(7, "avg")
+    with pytest.raises(ValueError, match="import it with another img_size"):
+        model.set_input_size(32)
+    with pytest.raises(ValueError, match="import it with a smaller depth"):
+        model.prune_intermediate_layers([0])
+    flipped = _with_quirks(flip_img_sequences_ratio=1.0)
+    with pytest.raises(ValueError, match="because of flip_img_sequences_ratio: call the model instead"):
+        flipped.forward_head(flipped.forward_features(images))
 
 
 # ---- errors

@@ -105,8 +105,8 @@ def test_images_of_several_sizes_and_maps_are_refused() -> None:
         model.context = context
         with pytest.raises(ValueError, match="not packed rows"):
             model([IMAGES[0].double(), IMAGES[1].double()])
-        with pytest.raises(ValueError, match="maps of chosen layers"):
-            model.forward_features(IMAGES.double(), layers=[0])
+        with pytest.raises(ValueError, match="tokens and maps need whole images"):
+            model.forward_intermediates(IMAGES.double())
 
     on_ranks(2, work)
 

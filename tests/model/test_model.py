@@ -237,32 +237,11 @@ def test_drop_path_drops_all_tokens_of_an_image_in_a_pack(name: str) -> None:
     torch.testing.assert_close(model(images, draws), alone, rtol=1e-4, atol=1e-6)
 
 
-def test_maps_of_chosen_layers_are_a_pyramid() -> None:
-    config = FAMILY["hierarchical"]
-    maps = _model(config).forward_features(_images(config), layers=[1, -1])
-    assert [tuple(m.shape) for m in maps] == [(2, 16, 4, 4), (2, 32, 2, 2)]
-    plain = _model(EVERY_KIND).forward_features(torch.zeros(1, 3, 8, 16), layers=range(11))
-    assert {tuple(m.shape) for m in plain} == {(1, 16, 2, 4)}
-
-
-def test_a_map_of_a_layer_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match="from 0 to 2, or from the end"):
-        _model().forward_features(_images(SMALL), layers=[3])
-
-
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to a cached function, which dynamo traces
 def test_a_model_compiles_as_one_graph() -> None:
     model, images = _model(EVERY_KIND), _images(EVERY_KIND)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images))
-
-
-def test_the_last_map_is_what_the_head_reads_before_its_norm() -> None:
-    config = dataclasses.replace(SMALL, cls_token="none")
-    model, images = _model(config), _images(config)
-    (last,) = model.forward_features(images, layers=[-1])
-    normed, _ = model.norm(last.flatten(2).mT, None)
-    torch.testing.assert_close(normed.mean(dim=1), model.forward_features(images))
 
 
 # ---- directions
@@ -382,7 +361,7 @@ def test_weight_decay_leaves_the_scans_parameters_alone() -> None:
     config = dataclasses.replace(
         SMALL, backward_gate=True, registers=2, layer_scale=0.1, ssm_norm="layer", norm="layer"
     )
-    not_decayed = _model(config).no_decay()
+    not_decayed = _model(config).no_weight_decay()
     assert {"pos_embed", "cls_token", "registers", "norm.weight", "norm.bias", "head.bias"} <= not_decayed
     of_mixer = {"A_log", "D", "dt_bias", "conv_bias", "layer_scale", "ssm_norm", "ssm_norm_bias"}
     assert {f"blocks.0.mixer.{name}" for name in of_mixer} <= not_decayed

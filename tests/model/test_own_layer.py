@@ -136,8 +136,8 @@ def test_parameters_operations_and_memory_are_counted(mine: Path, changes: tuple
 def test_initial_values_are_the_modules_own_and_vectors_do_not_decay(mine: Path) -> None:
     model = _model(_recipe(mine))
     assert model.blocks[1].mixer.own.weight.unique().tolist() == [0.5]  # type: ignore[union-attr]
-    assert "blocks.1.mixer.own.weight" in model.no_decay()
-    assert "blocks.1.mixer.own.mix.weight" not in model.no_decay()
+    assert "blocks.1.mixer.own.weight" in model.no_weight_decay()
+    assert "blocks.1.mixer.own.mix.weight" not in model.no_weight_decay()
 
 
 def test_packed_images_are_kept_apart_or_refused(mine: Path) -> None:

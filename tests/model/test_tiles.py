@@ -216,7 +216,7 @@ def test_features_of_tiles_are_the_means_of_their_tokens(config: VimConfig) -> N
     for i in range(3):
         assert torch.allclose(features[i], image[4 * i : 4 * i + 4].mean(dim=0))
     if config.pooling == "mean":
-        assert _close(features.mean(dim=0), model.forward_features([bag])[0])
+        assert _close(features.mean(dim=0), model([bag], features=True)[0])
 
 
 # ---- what does not fit together
@@ -251,8 +251,8 @@ def test_a_model_of_images_and_an_empty_bag_are_refused() -> None:
         _model()([Bag(torch.zeros(0, 3, 8, 8), torch.zeros(0, 2))])
     with pytest.raises(ValueError, match="do not fill an image of 6 x 8 pixels"):
         _model()([Bag(torch.zeros(1, 3, 6, 8), torch.zeros(1, 2))])
-    with pytest.raises(ValueError, match="maps of chosen layers need images"):
-        _model().forward_features([_bag((0, 0))], layers=[-1])  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="tokens and maps need images of one size"):
+        _model().forward_intermediates([_bag((0, 0))])  # type: ignore[arg-type]
 
 
 def test_layers_of_ones_own_see_bags() -> None:
@@ -278,7 +278,7 @@ def test_costs_are_those_of_an_image_of_as_many_tokens() -> None:
 
 def test_weights_in_products_and_decay_leave_positions_alone() -> None:
     model = _model()
-    assert "coordinates.scale" in model.no_decay()
+    assert "coordinates.scale" in model.no_weight_decay()
     assert "coordinates.scale" not in model.product_weights()
 
 

@@ -33,7 +33,9 @@ class Tapped(Unlabelled):
 
     def loss_per_sample(self, model: Learner, inputs: Inputs) -> Tensor:
         assert isinstance(inputs.images, Tensor)
-        maps = model.encoder.forward_features(inputs.images, inputs.draws, inputs.backward, layers=[4, 7])
+        maps = model.encoder.forward_intermediates(
+            inputs.images, [4, 7], intermediates_only=True, draws=inputs.draws, backward=inputs.backward
+        )
         return sum(each.square().mean(dim=(1, 2, 3)) for each in maps)  # type: ignore[return-value]
 
 

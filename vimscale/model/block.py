@@ -40,6 +40,14 @@ class Norm(nn.Module):
         return add_norm(x, residual, self.weight, self.bias, kind=self.config.norm, eps=self.config.norm_eps)
 
 
+class NoNorm(nn.Module):
+    """In place of a norm that was removed: adds only."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else residual + x
+        return total, total
+
+
 class SwiGLU(nn.Module):
     """w3 (silu(w1 x) * w2 x), with hidden width 8/3 d (arXiv:2002.05202)."""
 

@@ -39,8 +39,8 @@ class Layout:
         )
 
     def insert(self, image: Tensor, extra: Tensor | None) -> Tensor:
-        """Insert the extra tokens (m, d), class tokens first, into the image's tokens (b, l, d), in row order. Return
-        the sequence (b, l + m, d).
+        """Insert the extra tokens (m, d) or (m, b, 1, d), class tokens first, into the image's tokens (b, l, d), in row
+        order. Return the sequence (b, l + m, d).
         """
         if extra is None:
             return image
@@ -64,6 +64,15 @@ class Layout:
         if not self.cls and not self.registers:
             return x
         return torch.cat([x[:, start:end] for start, end in self.image], dim=1)
+
+    def prefix_tokens(self, x: Tensor) -> Tensor:
+        """Return the class tokens and then the registers (b, m, d) of a sequence."""
+        return torch.cat([x[:, :0], *(x[:, at : at + 1] for at in (*self.cls, *self.registers))], dim=1)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Return the sequence whose `prefix_tokens` and `image_tokens`, in this order, are x (b, m + l, d)."""
+        prefix = len(self.cls) + len(self.registers)
+        return self.insert(x[:, prefix:], x[:, :prefix, None].transpose(0, 1) if prefix else None)
 
 
 @lru_cache(maxsize=256)

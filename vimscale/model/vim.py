@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimscale.model import schedule, stem, tiles
-from vimscale.model.block import Block, Head, Merge, Norm, Recompute, no_decay
+from vimscale.model.block import Block, Head, Merge, Norm, Recompute
+from vimscale.model.intermediate import FeatureExtractor, Tap, index_of
 from vimscale.model.layout import Grid, Layout, layout
 from vimscale.model.mixer import PATH_PARAMETERS, Factor, Mamba, Probe
 from vimscale.model.own import OwnMixer
@@ -29,7 +30,7 @@ Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """A context in which the given parameters are complete on this device, for engines that shard them at construction."""
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(FeatureExtractor):
     """An image encoder and classifier with the shape `config` (arXiv:2401.09417), for one device. It reads nothing from
     the environment.
     """
@@ -122,90 +123,58 @@ class VisionMamba(nn.Module):
         """
         if self.head is None and not features:
             raise ValueError("the model was trained without classes and has no head: ask for features")
-        read = self.forward_features(images, draws, backward)
+        read = self._pooled(*self._encoded(images, draws, backward)[:3])
         return read if features or self.head is None else self.head(read).float()
-
-    @overload
-    def forward_features(
-        self,
-        images: Images,
-        draws: Tensor | None = None,
-        backward: Sequence[Factor] | None = None,
-        *,
-        layers: None = None,
-    ) -> Tensor: ...
-    @overload
-    def forward_features(
-        self,
-        images: Tensor,
-        draws: Tensor | None = None,
-        backward: Sequence[Factor] | None = None,
-        *,
-        layers: Sequence[int],
-    ) -> list[Tensor]: ...
-    def forward_features(
-        self,
-        images: Images,
-        draws: Tensor | None = None,
-        backward: Sequence[Factor] | None = None,
-        *,
-        layers: Sequence[int] | None = None,
-    ) -> Tensor | list[Tensor]:
-        """Return what the head reads (b, features). With `layers` (counted from 0, or from the end if negative), return
-        instead the residual stream of the image's tokens after each of them, as maps (b, d, h, w) for detection and
-        segmentation; the maps of a hierarchical model's stages form a pyramid.
-
-        Raises:
-            ValueError: patches do not fill a side of an image; a layer is out of range; `layers` come with a list; or
-                ranks share images, and these cannot be shared or need to be whole.
-        """
-        if self.context is not None and layers is not None:
-            raise ValueError("maps of chosen layers need whole images, and ranks share these: leave out `layers`")
-        return self._features(images, draws, backward, layers, self._pooled)
 
     def tile_features(self, bag: tiles.Bag) -> Tensor:
         """Return the mean of each tile's normalized tokens (t, d)."""
+        x, tokens, _, _ = self._encoded([bag], None, None)
+        ((grid,),) = tokens.rows
+        return layout(self.config, grid).image_tokens(x)[0].unflatten(0, (len(bag.tiles), -1)).mean(dim=1)
 
-        def of_tiles(x: Tensor, tokens: Tokens, packed: object) -> Tensor:
-            ((grid,),) = tokens.rows
-            return layout(self.config, grid).image_tokens(x)[0].unflatten(0, (len(bag.tiles), -1)).mean(dim=1)
-
-        return self._features([bag], None, None, None, of_tiles)
-
-    def _features(self, images: Images, draws: Any, backward: Any, layers: Any, pooled: Callable[..., Tensor]) -> Any:
-        """As `forward_features`, with another function of (normalized tokens, `Tokens`, pack) in place of `_pooled`."""
+    def _encoded(
+        self, images: Images, draws: Tensor | None, backward: Any, chosen: Sequence[int] = (), until: int | None = None
+    ) -> tuple[Tensor, Tokens, list[PackedImage] | None, list[Tap]]:
+        """Embed images and run the blocks, as `_blocks`. The third value says how images are packed, if they are."""
         packed = None
         if isinstance(images, Tensor):
             x, tokens = self._embed(images)
         else:
-            if layers is not None:
-                raise ValueError("maps of chosen layers need images of one size: pass a tensor (b, 3, h, w)")
             x, tokens, packed = self._embed_packed(images)
-        chosen = [self._index(layer) for layer in layers or ()]
         scales = self._drop_scales(draws, tokens, packed)
-        x, tokens, taps = self._blocks(x, tokens, scales, backward, chosen)
-        if layers is not None:
-            return [self._map(stream, its) for stream, its in taps]
-        return pooled(x, tokens, packed)
+        x, tokens, taps = self._blocks(x, tokens, scales, backward, chosen, until)
+        return x, tokens, packed, taps
 
     def _blocks(
-        self, x: Tensor, tokens: Tokens, scales: list[Tensor | None], backward: Any, chosen: Sequence[int]
-    ) -> tuple[Tensor, Tokens, list[tuple[Tensor, Tokens]]]:
-        """Run all blocks on embedded tokens; return the normalized tokens, what they are, and the residual stream after
-        each of the layers `chosen`.
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        scales: list[Tensor | None],
+        backward: Any,
+        chosen: Sequence[int],
+        until: int | None = None,
+    ) -> tuple[Tensor, Tokens, list[Tap]]:
+        """Run all blocks on embedded tokens, or those up to the layer `until`; return the normalized tokens, what they
+        are, and the residual stream after each of the layers `chosen`. The last norm is for the last stage: tokens of
+        an earlier one are not normalized.
         """
         if backward is None:
             backward = [self.backward] * len(self.blocks)
-        found: dict[int, tuple[Tensor, Tokens]] = {}
+        found: dict[int, Tap] = {}
         residual: Tensor | None = None
         for group in self._groups():
+            if until is not None and group[0] > until:
+                break
             if str(group[0]) in self.merges:
                 x, tokens = self._merge(self.merges[str(group[0])], x, residual, tokens)
                 residual = None
             x, residual = self._step(group, x, residual, tokens, scales, backward)
             for layer in set(chosen).intersection(group):  # both layers of a pair end with the group
                 found[layer] = residual + x, tokens
-        x, _ = self.norm(x, residual)
+        if until is None or self._in_last_stage(until):
+            x, _ = self.norm(x, residual)
+        elif residual is not None:
+            x = residual + x
         return x, tokens, [found[layer] for layer in chosen]
 
     # ---- for objectives that look inside
@@ -243,7 +212,7 @@ class VisionMamba(nn.Module):
         x = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         grids = tuple(grid for _, grid in parts)
         tokens = self._tokens_of_parts(grids, x)
-        chosen = [self._index(layer) for layer in layers]
+        chosen = [index_of(layer, len(self.blocks), "layer") for layer in layers]
         x, _, taps = self._blocks(x, tokens, self._drop_scales(draws, tokens, None), backward, chosen)
         spans = tuple((slice(start, end), grid) for (start, end), grid in zip(pairwise(ends), grids, strict=True))
         return Encoded(x, [stream for stream, _ in taps], spans)
@@ -278,12 +247,6 @@ class VisionMamba(nn.Module):
         if key not in self._rows_of_parts:
             self._rows_of_parts[key] = tokens_of_parts(self.config, *key)
         return self._rows_of_parts[key]
-
-    def _index(self, layer: int) -> int:
-        depth = len(self.blocks)
-        if not -depth <= layer < depth:
-            raise ValueError(f"there is no layer {layer}: count from 0 to {depth - 1}, or from the end with -1, -2 ...")
-        return layer % depth
 
     def _groups(self) -> list[tuple[int, ...]]:
         """List the indices of the blocks in order, those of a pair together."""
@@ -424,10 +387,6 @@ class VisionMamba(nn.Module):
             return new
         return self._tokens.setdefault((grid, x.device, own), new)
 
-    def _map(self, stream: Tensor, tokens: Tokens) -> Tensor:
-        ((grid,),) = tokens.rows
-        return layout(self.config, grid).image_tokens(stream).mT.unflatten(-1, grid)
-
     def _pooled(self, x: Tensor, tokens: Tokens, packed: list[PackedImage] | None) -> Tensor:
         """Pool the normalized tokens to (b, features)."""
         if packed is None:
@@ -491,7 +450,3 @@ class VisionMamba(nn.Module):
             elif isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(own):
                 names.add(f"{name}.weight")
         return names
-
-    def no_decay(self) -> set[str]:
-        """Return the names of the parameters without weight decay."""
-        return no_decay(self)

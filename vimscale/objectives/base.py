@@ -298,7 +298,7 @@ class Learner(nn.Module):
 
     def no_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
-        return self.encoder.no_decay() | {f"{OF_OBJECTIVE}{name}" for name in no_decay(self.added)}
+        return self.encoder.no_weight_decay() | {f"{OF_OBJECTIVE}{name}" for name in no_decay(self.added)}
 
 
 def parts_of(inputs: Inputs) -> tuple[Any, ...]:

@@ -169,15 +169,33 @@ class PublishedVim(VisionMamba):
         rotated = image * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
         return torch.cat([x[:, :first], rotated], dim=1) if first else rotated
 
-    def _map(self, stream: Tensor, tokens: Tokens) -> Tensor:
+    def _split(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         assert isinstance(tokens, _Tokens)
+        if self.cls_position is not None:
+            raise ValueError("tokens and maps need the class token at its usual position: set cls_position to None")
         if tokens.flipped:
-            stream = stream.flip(1)
+            x = x.flip(1)
         if tokens.order is not None:
-            stream = stream[:, tokens.order.argsort()]
-        if self.cls_position is None:
-            return super()._map(stream, tokens)
-        raise ValueError("maps of chosen layers need the class token at its usual position: set cls_position to None")
+            x = x[:, tokens.order.argsort()]
+        return super()._split(x, tokens)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if other := sorted({"flip_img_sequences_ratio", "final_pool_type"} & self._quirks):
+            raise ValueError(f"the head does not read the usual tokens, because of {other[0]}: call the model instead")
+        return super().forward_head(x, pre_logits)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            raise ValueError("a model with published quirks keeps its pooling: leave global_pool out")
+        super().reset_classifier(num_classes)
+        self.arguments = {**self.arguments, "num_classes": num_classes}
+        self._quirks = frozenset(quirks(self.arguments))
+
+    def _shorten(self, depth: int) -> None:
+        raise ValueError("a model with published quirks keeps its layers: import it with a smaller depth")
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        raise ValueError("a model with published quirks keeps its image size: import it with another img_size")
 
     def _pooled(self, x: Tensor, tokens: Tokens, packed: list[PackedImage] | None) -> Tensor:
         assert isinstance(tokens, _Tokens)
