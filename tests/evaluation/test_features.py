@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.published import VIM
 from vimscale.data.dataset import Dataset
 from vimscale.errors import DataError, RecipeError
 from vimscale.evaluation.cache import FeatureCache, key_of
@@ -18,6 +19,9 @@ from vimscale.evaluation.probes import Probes, probed
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.layout import layout
 from vimscale.model.presets import Stage
+from vimscale.model.published.arguments import complete
+from vimscale.model.published.quirks import PublishedVim
+from vimscale.model.published.quirks import build as build_published
 from vimscale.objectives.base import Inputs, Learner
 from vimscale.objectives.build import build
 from vimscale.recipe.objective import ClassificationOptions
@@ -77,6 +81,17 @@ def test_only_layers_of_the_last_stage_and_second_ones_of_pairs_can_be_read() ->
     assert torch.equal(found["head"], learner.ask("embedding", inputs))
     assert found["mean.2"].shape == (3, 24)
     assert last_layers(_learner(directions="pair*4").encoder.config, 2) == [3, 1]
+
+
+@torch.no_grad()
+def test_of_a_published_model_with_quirks_only_what_the_head_reads_can_be_read() -> None:
+    model = build_published(complete({**VIM, "if_rope": True, "if_cls_token": True}))
+    assert isinstance(model, PublishedVim)
+    learner = Learner(build(ClassificationOptions(), model.config), model).eval()
+    inputs = Inputs(torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(reader(learner, ["head"])(inputs)["head"], model(inputs.images, features=True))
+    with pytest.raises(ValueError, match="only head can be read, not mean"):
+        reader(learner, ["head", "mean"])
 
 
 # ---- on disk

@@ -16,6 +16,7 @@ from torch import Tensor
 from vimscale.evaluation.embedded import HEAD, Read
 from vimscale.model import VimConfig, schedule
 from vimscale.model.layout import layout
+from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.tokens import Encoded
 from vimscale.objectives.base import Inputs, Learner, Objective
 
@@ -39,11 +40,12 @@ def name_of(config: VimConfig, kind: str, layer: int) -> str:
 
 
 def has_layers(learner: Learner) -> bool:
-    """Whether more than `head` can be read: not if the model takes bags of tiles, or the objective has its own idea of
-    an embedding.
+    """Whether more than `head` can be read: not of bags of tiles, nor of a published model with quirks, which has its
+    own forward pass, nor if the objective has its own idea of an embedding.
     """
-    of_tiles = learner.encoder.config.tiles is not None
-    return not of_tiles and type(learner.objective).embedding is Objective.embedding
+    model = learner.objective.evaluated(learner)
+    usual = model.config.tiles is None and not isinstance(model, PublishedVim)
+    return usual and type(learner.objective).embedding is Objective.embedding
 
 
 def reader(learner: Learner, names: Sequence[str]) -> Read:

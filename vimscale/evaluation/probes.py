@@ -47,7 +47,8 @@ class Probes:
     """Which images choose among hyperparameters, in lbfgs and sgd."""
     pools: Sequence[Pool] = (HEAD, MEAN)
     """What nearest neighbors, lbfgs and lars read of the last layer: what the head reads, and the mean of the image's
-    tokens, whose figures begin with mean_. Models that pool by the mean, or take bags of tiles, have only the first.
+    tokens, whose figures begin with mean_. A model that pools by the mean has only the first, and so has one of which
+    only that can be read, see `layers.has_layers`.
     """
     layers: int | None = None
     """sgd reads the last layer, and this many last layers together; 1: only the last. Default: 4, or all that can be
