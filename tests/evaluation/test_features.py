@@ -94,6 +94,19 @@ def test_of_a_published_model_with_quirks_only_what_the_head_reads_can_be_read()
         reader(learner, ["head", "mean"])
 
 
+@torch.no_grad()
+def test_features_under_autocast_have_one_dtype_and_are_near_those_in_fp32() -> None:
+    learner, inputs, names = _learner(), _inputs(), ["head", "mean", "head.1"]
+    exact = reader(learner, names)(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = reader(learner, names)(inputs)
+        asked = learner.ask("embedding", inputs)
+    assert {t.dtype for t in rounded.values()} == {asked.dtype}
+    for name in names:
+        torch.testing.assert_close(rounded[name].float(), exact[name], atol=0.05, rtol=0.02)
+    torch.testing.assert_close(rounded["head"], asked, atol=0.05, rtol=0.02)
+
+
 # ---- on disk
 
 
