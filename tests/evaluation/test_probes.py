@@ -1,5 +1,6 @@
 """Nearest neighbors and linear classifiers: equal to independent computations, and the same for any number of ranks."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from vimscale.data.dataset import Dataset
 from vimscale.errors import DataError, RecipeError
 from vimscale.evaluation import embedded as features_of
-from vimscale.evaluation import linear as linear_probe
 from vimscale.evaluation import neighbors
+from vimscale.evaluation.probes import Probes, probed
 from vimscale.objectives.base import Inputs
 from vimscale.recipe import recipe as recipes
 
@@ -41,32 +43,43 @@ def _by_hand(queries: Tensor, bank: Tensor, labels: Tensor, k: int, classes: int
     return predicted
 
 
-@pytest.mark.parametrize("k", [1, 5, 20, 500])
-def test_neighbors_vote_as_computed_by_hand(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_vote_as_computed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "_AT_ONCE", 2000)
     bank, labels = _clusters(211, 0)
     queries, _ = _clusters(57, 1)
-    found = neighbors.nearest(queries, bank, labels, torch.arange(211), k=k, classes=4)
-    assert found.tolist() == _by_hand(queries, bank, labels, min(k, 211), 4)
+    ks = [1, 5, 20, 500]
+    found = neighbors.nearest(queries, bank, labels, torch.arange(211), ks=ks, classes=4)
+    for k, ranked in zip(ks, found, strict=True):
+        assert ranked[:, 0].tolist() == _by_hand(queries, bank, labels, min(k, 211), 4)
+
+
+def test_neighbors_vote_as_in_scikit_learn() -> None:
+    bank, labels = _clusters(400, 0, classes=8)
+    queries, truth = _clusters(90, 1, classes=8)
+    ks = [1, 10, 20, 200]
+    ranked = neighbors.nearest(queries, bank, labels, torch.arange(400), ks=ks, classes=8)
+    found = neighbors.figures(ranked, truth, ks, 8)
+    for k, mine in zip(ks, ranked, strict=True):
+        theirs = KNeighborsClassifier(k, weights=lambda far: np.exp((1 - far) / 0.07), metric="cosine")
+        shares = theirs.fit(bank.double().numpy(), labels.numpy()).predict_proba(queries.double().numpy())
+        order = np.argsort(-shares, axis=1, kind="stable")[:, :5]
+        assert mine.tolist() == order.tolist()
+        assert found[f"knn{k}_top1"] == pytest.approx((order[:, 0] == truth.numpy()).mean(), abs=1e-12)
+        assert found[f"knn{k}_top5"] == pytest.approx((order == truth.numpy()[:, None]).any(axis=1).mean(), abs=1e-12)
+    assert found["knn_top1"] == found["knn20_top1"]
+
+
+def test_one_k_has_one_figure_and_few_classes_no_top5() -> None:
+    ranked = torch.tensor([[[1, 0], [0, 1]]])
+    assert neighbors.figures(ranked, torch.tensor([1, 1]), [7], 2) == {"knn_top1": 0.5}
+    both = neighbors.figures(ranked.repeat(2, 1, 1), torch.tensor([1, 1]), [7, 9], 2)
+    assert both == {"knn_top1": 0.5, "knn7_top1": 0.5, "knn9_top1": 0.5}
 
 
 def test_of_equal_neighbors_the_first_in_the_set_votes() -> None:
     bank = torch.tensor([[1.0, 0.0]] * 3)
-    found = neighbors.nearest(bank[:1], bank, torch.tensor([2, 1, 0]), torch.tensor([7, 3, 5]), k=1, classes=3)
-    assert found.tolist() == [1]
-
-
-def test_a_linear_classifier_is_at_the_minimum_of_its_loss() -> None:
-    features, labels = _clusters(300, 0)
-    x = ((features - features.mean(0)) / features.std(0)).double()
-    for l2 in (1.0, 1e-3):
-        weight, bias = linear_probe.fitted(x, labels, 4, l2)
-        logits = x.numpy() @ weight.numpy() + bias.numpy()
-        share = np.exp(logits - logits.max(axis=1, keepdims=True))
-        share /= share.sum(axis=1, keepdims=True)
-        error = share - np.eye(4)[labels.numpy()]
-        assert np.abs(x.numpy().T @ error / len(x) + l2 * weight.numpy()).max() < 1e-6
-        assert np.abs(error.mean(axis=0)).max() < 1e-6
+    found = neighbors.nearest(bank[:1], bank, torch.tensor([2, 1, 0]), torch.tensor([7, 3, 5]), ks=[1], classes=3)
+    assert found[0, 0, 0] == 1
 
 
 # ---- on data
@@ -81,34 +94,54 @@ def _mean_color(inputs: Inputs) -> Tensor:
 READING: Any = {"size": (32, 32), "choice": None, "batch": 50, "workers": 0, "device": torch.device("cpu")}
 
 
-def _rank(rank: int, world: int, context: int, digits: str, place: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world)
+LINEAR: dict[str, dict[str, Any]] = {
+    "lbfgs": {"method": "lbfgs"},
+    "sgd": {"method": "sgd", "steps": 60, "batch": 128},
+    "sgd, published": {"method": "sgd", "steps": 60, "batch": 128, "choose": "published"},
+    "lars": {"method": "lars", "steps": 200},
+}
+
+
+def _all_probes(digits: str, **ranks: Any) -> dict[str, dict[str, float]]:
+    """Figures of kNN during training, then of each linear classifier with kNN."""
     bank, val = (Dataset.open(f"{digits}/{split}") for split in ("train", "val"))
-    here = {"rank": rank, "world": world, "context": context}
-    found = neighbors.knn(_mean_color, bank, val, bank.manifest, k=20, **here, **READING)
-    (Path(place) / str(rank)).write_text(repr(found["knn_top1"]))
+    found = {"training": neighbors.knn(_mean_color, bank, val, bank.manifest, k=20, **ranks, **READING)}
+    for name, options in LINEAR.items():
+        wanted = Probes(knn=f"{digits}/train", linear=f"{digits}/train", k=(5, 20), **options)
+        found[name] = probed(_mean_color, val, bank.manifest, wanted, **ranks, **READING)
+    return found
+
+
+def _rank(rank: int, world: int, context: int, digits: str, place: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world)
+    found = _all_probes(digits, rank=rank, world=world, context=context)
+    (Path(place) / str(rank)).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_pixels_of_digits_are_classified_the_same_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
     bank, val = (Dataset.open(str(digits / split)) for split in ("train", "val"))
-    alone = neighbors.knn(_mean_color, bank, val, bank.manifest, k=20, **READING)
-    assert alone["knn_top1"] > 0.9
-    features, labels, _ = features_of.embedded(_mean_color, bank, bank.manifest, **READING)
-    queries, truth, numbers = features_of.embedded(_mean_color, val, bank.manifest, **READING)
-    assert numbers.tolist() == list(range(val.manifest.samples))
-    predicted = torch.tensor(_by_hand(queries, features, labels, 20, 10))
-    assert alone["knn_top1"] == pytest.approx(float((predicted == truth).double().mean()), abs=1e-12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = _all_probes(str(digits))
+    torch.set_num_threads(threads)
+    assert all(each["knn_top1"] == alone["training"]["knn_top1"] > 0.9 for each in alone.values())
+    assert all(alone[name]["linear_top1"] > 0.9 for name in LINEAR if name != "lars")
+    assert alone["sgd, published"]["linear_top1"] >= alone["sgd"]["linear_top1"] - 0.01
+    known = features_of.embedded(_mean_color, bank, bank.manifest, **READING)
+    queries = features_of.embedded(_mean_color, val, bank.manifest, **READING)
+    assert queries.numbers.tolist() == list(range(val.manifest.samples))
+    predicted = torch.tensor(_by_hand(queries.head, known.head, known.labels, 20, 10))
+    share = float((predicted == queries.labels).double().mean())
+    assert alone["training"]["knn_top1"] == pytest.approx(share, abs=1e-12)
     for world, context in ((2, 1), (4, 2)):
         place = tmp_path / f"{world}-{context}"
         place.mkdir()
         mp.spawn(_rank, (world, context, str(digits), str(place)), nprocs=world)
-        assert [float((place / str(rank)).read_text()) for rank in range(world)] == [alone["knn_top1"]] * world
+        assert [json.loads((place / str(rank)).read_text()) for rank in range(world)] == [alone] * world
     assert not dist.is_initialized()
-    linear = linear_probe.linear(_mean_color, bank, val, bank.manifest, factors=(1e-2, 1e-3), **READING)
-    assert linear["linear_top1"] > 0.9
-    assert linear == linear_probe.linear(_mean_color, bank, val, bank.manifest, factors=(1e-2, 1e-3), **READING)
 
 
 def test_a_bank_without_labels_or_with_others_is_refused(digits: Path) -> None:
