@@ -209,7 +209,8 @@ def _restore(run: Run, folder: Path, state: TrainState) -> None:
             kinds["ema"] = run.ema.fragments[i]
         for kind, tensor in kinds.items():
             if tensor is not None:
-                tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+                of = "weight" if kind == "ema" and not state.ema else kind  # a fork may begin to keep an average
+                tensor.copy_(reader.read(of, fragment.name, fragment.start, fragment.numel))
         heartbeat.beat(heartbeat.doing)
     for name, buffer in engine.model.buffers_to_save().items():
         buffer.copy_(reader.read(checkpoint.BUFFER, name, 0, buffer.numel()).view(buffer.shape))
