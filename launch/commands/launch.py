@@ -72,7 +72,9 @@ def launch(
 ) -> None:
     """Train a recipe; resume an interrupted run of the same name."""
     from ..processes import on_local, preflight
+    from ..processes.evaluator import Evaluator, LocalEvaluator, RayEvaluator
     from ..supervise import continued, supervisor
+    from ..supervise.evaluations import Evaluations
     from ..supervise.progress import Progress
     from ..supervise.progress import console as run_console
 
@@ -113,8 +115,10 @@ def launch(
                 raise
         for line in described:
             progress.note("info", line)
+        evaluator: Evaluator
         if no_ray:
             where = "as processes on this machine"
+            evaluator = LocalEvaluator(world)
 
             def make_group() -> supervisor.Group:
                 return on_local.LocalGroup(chosen, folder.path, world, policy.patience_s, spares=spares)
@@ -136,6 +140,7 @@ def launch(
             cpus, gpus = ray.resources()
             allowed = num_ranks.sizes(workers, chosen, cpus, gpus, "the Ray cluster")
             world = num_ranks.largest(allowed, cpus, gpus)
+            evaluator = RayEvaluator(ray, gpu=gpus > 0)
             where = f"on the Ray at {address}" if address else "on a Ray of this machine"
 
             def make_group() -> supervisor.Group:
@@ -147,7 +152,10 @@ def launch(
             "info",
             f"{chosen.name}: {num_ranks.in_words(world)} {where}, ZeRO-{parallel.zero}, {parallel.precision}",
         )
-        code = supervisor.supervise(make_group, folder, stop, progress, policy)
+        evaluations = None
+        if chosen.evaluate.asynchronous:
+            evaluations = Evaluations(chosen, folder, evaluator, progress)
+        code = supervisor.supervise(make_group, folder, stop, progress, policy, evaluations)
         if code == Stopped.exit_code and not no_ray:
             ray.abandon()
     if code == Stopped.exit_code:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vimscale.errors import CheckpointError, LaunchError, RecipeError
+from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed
 from vimscale.recipe.recipe import Recipe, load
 from vimscale.runtime import manifest, recipe_changes
 from vimscale.storage import files, own_code
@@ -202,7 +202,16 @@ class RunFolder:
         return [row for row in found if row is not None]
 
     def finish(self, result: dict[str, Any]) -> None:
-        files.write(self._result, json.dumps(result, indent=1) + "\n")
+        """Raises:
+        RunFailed: it cannot be written.
+        """
+        try:
+            files.write(self._result, json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise RunFailed(
+                f"result.json could not be written: {error.strerror}; make room under {self.path}, and the same"
+                " command writes it; the last checkpoint is complete"
+            ) from None
 
     def newest_checkpoint(self, step: int | None = None) -> Path:
         """Find the newest intact checkpoint, or the one of `step`; reads all of its bytes.
