@@ -72,7 +72,7 @@ def launch(
 ) -> None:
     """Train a recipe; resume an interrupted run of the same name."""
     from ..processes import on_local, preflight
-    from ..processes.evaluator import Evaluator, LocalEvaluator, RayEvaluator
+    from ..processes.evaluator import Evaluator, LocalEvaluator
     from ..supervise import continued, supervisor
     from ..supervise.evaluations import Evaluations
     from ..supervise.progress import Progress
@@ -140,7 +140,7 @@ def launch(
             cpus, gpus = ray.resources()
             allowed = num_ranks.sizes(workers, chosen, cpus, gpus, "the Ray cluster")
             world = num_ranks.largest(allowed, cpus, gpus)
-            evaluator = RayEvaluator(ray, gpu=gpus > 0)
+            evaluator = on_ray.RayEvaluator(ray, gpu=gpus > 0)
             where = f"on the Ray at {address}" if address else "on a Ray of this machine"
 
             def make_group() -> supervisor.Group:

@@ -22,7 +22,6 @@ from vimscale.storage.addresses import masked
 
 from ..hardware import cpus, gpus
 from . import rank, temporary
-from .ray_connection import Ray
 
 _NICE = 10
 
@@ -138,49 +137,3 @@ def child(descriptor: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
     pipe.send(evaluated(checkpoint, device, threads))
     os._exit(0)
-
-
-class RayEvaluator:
-    """Evaluates in a task on the run's Ray, with a GPU if the ranks have GPUs and leave one free, else with a CPU if
-    one is free, else on CPUs that others use too.
-    """
-
-    def __init__(self, ray: Ray, *, gpu: bool):
-        self._ray, self._gpu = ray, gpu
-        self._task: Any = None
-
-    def start(self, checkpoint: Path) -> None:
-        self._task = self._ray.answer(lambda: self._submit(checkpoint.absolute()), None)
-
-    def _submit(self, checkpoint: Path) -> Any:
-        import ray
-
-        free = ray.available_resources()
-        on_gpu = self._gpu and free.get("GPU", 0) >= 1
-        own = {"num_cpus": int(free.get("CPU", 0) >= 1), "num_gpus": int(on_gpu)}
-        # max_calls: a worker that has ended holds no memory of the GPU
-        task = ray.remote(evaluated).options(**own, max_retries=0, max_calls=1)
-        return task.remote(checkpoint, "cuda:0" if on_gpu else "cpu", 1)
-
-    def poll(self) -> Evaluated | None:
-        lost: Evaluated | None = Evaluated(None, "Ray on this machine died")
-        return lost if self._task is None else self._ray.answer(self._ended, lost)
-
-    def _ended(self) -> Evaluated | None:
-        import ray
-
-        if not ray.wait([self._task], timeout=0)[0]:
-            return None
-        try:
-            found: Evaluated = ray.get(self._task)
-        except ray.exceptions.RayError as error:
-            found = Evaluated(None, f"its process died: {str(error).splitlines()[0]}")
-        self._task = None
-        return found
-
-    def kill(self) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            import ray
-
-            self._ray.answer(lambda: ray.cancel(task, force=True), None)
