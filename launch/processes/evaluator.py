@@ -35,12 +35,20 @@ class Evaluated:
     message: str = ""
     curable: bool = True
     """Whether another try may succeed."""
+    interrupted: bool = False
+    """Whether it ended with the Ray that it ran on."""
 
 
 class Evaluator(Protocol):
     """Evaluates one checkpoint at a time."""
 
-    def start(self, checkpoint: Path) -> None: ...
+    def start(self, checkpoint: Path, *, alone: bool) -> None:
+        """`alone`: no rank runs any more.
+
+        Raises:
+            OSError: this machine cannot start a process.
+        """
+        ...
 
     def poll(self) -> Evaluated | None:
         """Return how the evaluation ended; None if it runs. Does not wait."""
@@ -86,7 +94,7 @@ class LocalEvaluator:
         self._world = world
         self._process: subprocess.Popen | None = None
 
-    def start(self, checkpoint: Path) -> None:
+    def start(self, checkpoint: Path, *, alone: bool) -> None:
         on_gpu = gpus() > self._world
         device, threads = f"cuda:{self._world}" if on_gpu else "cpu", max(1, cpus() // (self._world + 1))
         self._pipe, theirs = multiprocessing.Pipe()

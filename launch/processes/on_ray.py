@@ -325,7 +325,9 @@ class RayEvaluator:
         self._ray, self._gpu = ray, gpu
         self._task: Any = None
 
-    def start(self, checkpoint: Path) -> None:
+    def start(self, checkpoint: Path, *, alone: bool) -> None:
+        if alone:
+            self._ray.revive()
         self._task = self._ray.answer(lambda: self._submit(checkpoint.absolute()), None)
 
     def _submit(self, checkpoint: Path) -> Any:
@@ -339,7 +341,7 @@ class RayEvaluator:
         return task.remote(checkpoint, "cuda:0" if on_gpu else "cpu", 1)
 
     def poll(self) -> Evaluated | None:
-        lost: Evaluated | None = Evaluated(None, "Ray on this machine died")
+        lost: Evaluated | None = Evaluated(None, interrupted=True)
         return lost if self._task is None else self._ray.answer(self._ended, lost)
 
     def _ended(self) -> Evaluated | None:

@@ -8,7 +8,7 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.runtime import evaluations
 from vimscale.runtime.run_folder import RunFolder, checkpoint_name, checkpoints, step_of
 
-from ..processes.evaluator import Evaluator
+from ..processes.evaluator import Evaluated, Evaluator
 from ..processes.rank import Event
 from ..processes.signals import StopSignal
 from .progress import Progress
@@ -67,28 +67,44 @@ class Evaluations:
                 " than the steps between them: raise evaluate.every",
             )
 
-    def tend(self) -> None:
-        """Note an evaluation that has ended, and begin the next one."""
+    def tend(self, *, alone: bool = False) -> None:
+        """Note an evaluation that has ended, and begin the next one. `alone`: no rank runs any more."""
         if self._running is not None and (ended := self._evaluator.poll()) is not None:
             step, self._running = self._running, None
+            self._ended(step, ended)
+        if self._running is None and self._queue:
+            step = self._queue[0]
+            self._tries += 1
+            try:
+                self._evaluator.start(self._folder.checkpoints / checkpoint_name(step), alone=alone)
+                self._running = step
+            except OSError as error:
+                self._ended(step, Evaluated(None, f"no process could be started: {error.strerror}"))
+
+    def _ended(self, step: int, ended: Evaluated) -> None:
+        """Record how the evaluation of the first step in the queue ended, and take the step out unless it is tried
+        again.
+        """
+        if ended.interrupted:
+            self._tries -= 1
+            return
+        if ended.figures is None and ended.curable and self._tries < _TRIES:
+            self._progress.note("warning", f"evaluation of step {step:,}: {ended.message}; trying once more")
+            return
+        self._queue, self._tries = self._queue[1:], 0
+        try:
             if ended.figures is not None:
                 evaluations.write(self._folder, step, ended.figures)
                 self._progress.show({"kind": "eval", "step": step, **ended.figures})
-            elif ended.curable and self._tries < _TRIES:
-                self._progress.note("warning", f"evaluation of step {step:,}: {ended.message}; trying once more")
-            else:
-                evaluations.write_failure(self._folder, step, ended.message)
-                self._progress.note(
-                    "warning",
-                    f"step {step:,} is not evaluated: {ended.message}\n  training is not affected; more in"
-                    f" {self._folder.path}/logs/evaluator.txt",
-                )
-            if step in evaluations.steps(self._folder):
-                self._queue, self._tries = self._queue[1:], 0
-        if self._running is None and self._queue:
-            self._running = self._queue[0]
-            self._tries += 1
-            self._evaluator.start(self._folder.checkpoints / checkpoint_name(self._running))
+                return
+            evaluations.write_failure(self._folder, step, ended.message)
+        except OSError as error:  # a full disk must not end the run
+            self._progress.note("warning", f"{self._folder.evaluations} could not be written: {error.strerror}")
+        if ended.figures is None:
+            where = f"{self._folder.path}/logs/evaluator.txt"
+            self._progress.note(
+                "warning", f"step {step:,} is not evaluated: {ended.message}\n  training goes on; more in {where}"
+            )
 
     def pause(self) -> None:
         """End the evaluation that runs, so that what it occupies is free; `tend` begins it again."""
@@ -115,7 +131,7 @@ class Evaluations:
         while self._queue:
             if stop.asked:
                 return False
-            self.tend()
+            self.tend(alone=True)
             time.sleep(_POLL_S)
 
         from vimscale.training.metrics import Metrics  # imports torch

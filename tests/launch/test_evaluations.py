@@ -44,6 +44,7 @@ def test_figures_are_those_of_the_ranks_and_training_is_not_touched(shell: Shell
         assert row.pop("loss") == pytest.approx(theirs[step].pop("loss"), rel=1e-5)
         assert row == theirs[step]
     results = [json.loads((shell.folder / f"runs/{name}/result.json").read_text()) for name in ("apart", "ranks")]
+    assert [result.pop("status") for result in results] == ["done", "done"]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     events = b"".join(path.read_bytes() for path in (shell.folder / "runs/apart/tensorboard").iterdir())
     assert events.count(b"eval/knn_top1") == 3
@@ -91,7 +92,7 @@ class Scripted:
         self.started: list[str] = []
         self.killed = 0
 
-    def start(self, checkpoint: Path) -> None:
+    def start(self, checkpoint: Path, *, alone: bool) -> None:
         self.started.append(checkpoint.name)
 
     def poll(self) -> Evaluated | None:
@@ -133,10 +134,21 @@ def test_an_evaluation_is_tried_twice_and_then_left_out(recipe: Recipe, run: Run
     chosen, said = _evaluations(recipe, run, evaluator)
     assert chosen.finish(DONE, StopSignal())
     assert evaluator.started == [checkpoint_name(step) for step in (10, 10, 20, 20, 25)]
-    assert "step 10 is not evaluated: process 7 was killed by SIGKILL\n  training is not affected" in said.getvalue()
+    assert "step 10 is not evaluated: process 7 was killed by SIGKILL\n  training goes on" in said.getvalue()
     assert [row["step"] for row in run.rows()] == [20, 25]
     assert run.result() == DONE | FOUND.figures
     assert evaluations.waiting(run, 10, ["step_00000010", "step_00000020"]) == set()
+
+
+def test_the_end_of_ray_is_no_try_and_a_full_disk_does_not_end_the_run(recipe: Recipe, run: RunFolder) -> None:
+    gone = Evaluated(None, interrupted=True)
+    evaluator = Scripted(gone, gone, gone, FOUND, FOUND)
+    chosen, said = _evaluations(recipe, run, evaluator)
+    run.evaluations.write_text("a file, so that no folder can be made")
+    for _ in range(6):
+        chosen.tend()
+    assert evaluator.started == [checkpoint_name(step) for step in (10, 10, 10, 10, 20)]
+    assert "evaluations could not be written: File exists" in said.getvalue()
 
 
 def test_wrong_input_is_not_tried_again(recipe: Recipe, run: RunFolder) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from vimscale.runtime.run_folder import RunFolder, checkpoint_name, read_row, step_of
+from vimscale.runtime.run_folder import RunFolder, checkpoint_name, is_checkpoint, read_row, step_of
 from vimscale.storage import files
 
 
@@ -29,12 +29,16 @@ def _write(folder: RunFolder, row: dict[str, Any]) -> None:
 
 def steps(folder: RunFolder) -> list[int]:
     """Steps of the checkpoints that are done with, in order."""
-    return sorted(step_of(path.stem) for path in folder.evaluations.glob("step_*.json"))
+    names = (path.stem for path in folder.evaluations.glob("step_*.json"))
+    return sorted(step_of(name) for name in names if is_checkpoint(name))
 
 
 def read(folder: RunFolder, step: int) -> dict[str, Any] | None:
-    """The row for metrics.jsonl; None if the evaluation failed, or its file is damaged."""
-    row = read_row((folder.evaluations / f"{checkpoint_name(step)}.json").read_bytes())
+    """The row for metrics.jsonl; None if the evaluation failed, or its file is damaged or was just removed."""
+    try:
+        row = read_row((folder.evaluations / f"{checkpoint_name(step)}.json").read_bytes())
+    except OSError:
+        return None
     return row if row is not None and row["kind"] == "eval" else None
 
 

@@ -69,10 +69,10 @@ class Metrics:
             rows = self._folder.rows()
             self._evaluated = {row["step"] for row in rows if row["kind"] == "eval" and row["step"] <= self._start}
         for at in evaluations.steps(self._folder):
-            if at <= step and at not in self._evaluated:
+            new = at <= step and at not in self._evaluated
+            if new and (row := evaluations.read(self._folder, at)) is not None:
                 self._evaluated.add(at)
-                if (row := evaluations.read(self._folder, at)) is not None:
-                    self.write(row)
+                self.write(row)
 
     def close(self) -> None:
         for file in self._files or ():
