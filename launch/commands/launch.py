@@ -56,13 +56,25 @@ def launch(
         str | None,
         typer.Option(help="45m, 12h or 7d, after which the run saves and stops; the same command resumes it."),
     ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Train the run of this name to a larger number of steps or epochs.")
+    ] = False,
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN@STEP",
+            help="Start from that checkpoint of another run, with its optimizer's state and its position in the data.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start even if the recipe is not expected to fit into memory.")
     ] = False,
 ) -> None:
     """Train a recipe; resume an interrupted run of the same name."""
     from ..processes import on_local, preflight
-    from ..supervise import supervisor
+    from ..processes.evaluator import Evaluator, LocalEvaluator
+    from ..supervise import continued, supervisor
+    from ..supervise.evaluations import Evaluations
     from ..supervise.progress import Progress
     from ..supervise.progress import console as run_console
 
@@ -72,8 +84,12 @@ def launch(
     chosen = recipes.load(recipe, overrides or ())
     folder = RunFolder(runs / chosen.name)
     console = run_console()
-    if (result := folder.finished(chosen)) is not None:
+    forked = continued.Fork.of(fork, chosen, runs) if fork is not None else None
+    if forked is not None:
+        forked.check(folder)
+    if (result := folder.finished(chosen, extend=extend)) is not None:
         print_line(console, f"{folder.path} is finished: {_summary(result)}")
+        print_line(console, "  to train it longer, give more steps and --extend")
         print_line(console, "  to train again, choose another name= or remove the folder")
         return
     with contextlib.ExitStack() as cleanup:
@@ -89,9 +105,20 @@ def launch(
         progress.phase("command", time.perf_counter() - _STARTED)
         policy = supervisor.Policy(restarts=restarts, hang_after=hang_after, grace=grace)
         cleanup.enter_context(stop.installed())
-        chosen = folder.claim(chosen)
+        described = continued.extension(folder, chosen) if extend else []
+        chosen = folder.claim(chosen, extend=extend)
+        if forked is not None:
+            try:
+                described += forked.into(folder)
+            except BaseException:
+                folder.withdraw()
+                raise
+        for line in described:
+            progress.note("info", line)
+        evaluator: Evaluator
         if no_ray:
             where = "as processes on this machine"
+            evaluator = LocalEvaluator(world)
 
             def make_group() -> supervisor.Group:
                 return on_local.LocalGroup(chosen, folder.path, world, policy.patience_s, spares=spares)
@@ -113,6 +140,7 @@ def launch(
             cpus, gpus = ray.resources()
             allowed = num_ranks.sizes(workers, chosen, cpus, gpus, "the Ray cluster")
             world = num_ranks.largest(allowed, cpus, gpus)
+            evaluator = on_ray.RayEvaluator(ray, gpu=gpus > 0)
             where = f"on the Ray at {address}" if address else "on a Ray of this machine"
 
             def make_group() -> supervisor.Group:
@@ -124,7 +152,10 @@ def launch(
             "info",
             f"{chosen.name}: {num_ranks.in_words(world)} {where}, ZeRO-{parallel.zero}, {parallel.precision}",
         )
-        code = supervisor.supervise(make_group, folder, stop, progress, policy)
+        evaluations = None
+        if chosen.evaluate.asynchronous:
+            evaluations = Evaluations(chosen, folder, evaluator, progress)
+        code = supervisor.supervise(make_group, folder, stop, progress, policy, evaluations)
         if code == Stopped.exit_code and not no_ray:
             ray.abandon()
     if code == Stopped.exit_code:

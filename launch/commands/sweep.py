@@ -132,5 +132,5 @@ def _with_evaluations(trial: Trial, by: By, every: int) -> Recipe:
     """The trial's recipe, evaluated wherever the trial is judged. Evaluations do not change what it computes."""
     if by == "loss":
         return trial.recipe
-    evaluate = trial.recipe.evaluate.model_copy(update={"every": every})
+    evaluate = trial.recipe.evaluate.model_copy(update={"every": every, "asynchronous": False})
     return trial.recipe.model_copy(update={"evaluate": evaluate})

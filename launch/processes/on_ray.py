@@ -21,6 +21,7 @@ from vimscale.runtime.heartbeat import heartbeat
 
 from ..hardware import cpus
 from . import rank
+from .evaluator import Evaluated, evaluated
 from .rank import Ending, Event
 from .ray_connection import Ray
 
@@ -313,6 +314,54 @@ class RayGroup:
         if self._placement_group is not None:
             remove_placement_group(self._placement_group)
         return True
+
+
+class RayEvaluator:
+    """Evaluates in a task on the run's Ray, with a GPU if the ranks have GPUs and leave one free, else with a CPU if
+    one is free, else on CPUs that others use too.
+    """
+
+    def __init__(self, ray: Ray, *, gpu: bool):
+        self._ray, self._gpu = ray, gpu
+        self._task: Any = None
+
+    def start(self, checkpoint: Path, *, alone: bool) -> None:
+        if alone:
+            self._ray.revive()
+        self._task = self._ray.answer(lambda: self._submit(checkpoint.absolute()), None)
+
+    def _submit(self, checkpoint: Path) -> Any:
+        import ray
+
+        free = ray.available_resources()
+        on_gpu = self._gpu and free.get("GPU", 0) >= 1
+        share = int(free.get("CPU", 0) >= 1)
+        # max_calls: a worker that has ended holds no memory of the GPU
+        task = ray.remote(num_cpus=share, num_gpus=int(on_gpu), max_retries=0, max_calls=1)(evaluated)
+        return task.remote(checkpoint, "cuda:0" if on_gpu else "cpu", 1)
+
+    def poll(self) -> Evaluated | None:
+        lost: Evaluated | None = Evaluated(None, interrupted=True)
+        return lost if self._task is None else self._ray.answer(self._ended, lost)
+
+    def _ended(self) -> Evaluated | None:
+        import ray
+
+        if not ray.wait([self._task], timeout=0)[0]:
+            return None
+        try:
+            found: Evaluated = ray.get(self._task)
+        except ray.exceptions.RayError as error:
+            found = Evaluated(None, f"its process died: {str(error).splitlines()[0]}")
+        self._task = None
+        return found
+
+    def kill(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            import ray
+
+            self._ray.answer(lambda: ray.cancel(task, force=True), None)
 
 
 def _bundles_of(resources: dict[str, float], gpu: bool) -> int:

@@ -85,7 +85,11 @@ def run(
     if spec.rank > 0:
         emit = _silent
     killed = killed_for_memory()
-    problem = _redirect_output(spec)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    problem = redirect_output(
+        spec.folder / "logs" / f"rank_{spec.rank:05d}.txt",
+        f"{started} rank {spec.rank} of {spec.world}: process {os.getpid()} on {platform.node()}",
+    )
     _forward_logs(spec, emit)
     if problem is not None:
         log.warning("%s", problem)
@@ -172,12 +176,11 @@ def stacks_file(folder: Path, rank: int) -> Path:
     return folder / "logs" / f"stacks_{rank:05d}.txt"
 
 
-def _redirect_output(spec: "RankSpec") -> str | None:
-    """Redirect everything that libraries print to one file per rank, so that the launcher's output stays readable.
+def redirect_output(path: Path, heading: str) -> str | None:
+    """Redirect everything that libraries print to a file of this process, so that the launcher's output stays readable.
     Return why the file cannot be written, or None.
     """
     problem = None
-    path = spec.folder / "logs" / f"rank_{spec.rank:05d}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -191,8 +194,7 @@ def _redirect_output(spec: "RankSpec") -> str | None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     sys.stdout, sys.stderr = output.writer(1), output.writer(2)
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    sys.stderr.write(f"{started} rank {spec.rank} of {spec.world}: process {os.getpid()} on {platform.node()}\n")
+    sys.stderr.write(f"{heading}\n")
     faulthandler.enable()
     return problem
 

@@ -3,6 +3,7 @@
 It knows ranks and checkpoints, not tensors. The group knows how to start processes (on_ray, on_local).
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from vimscale.runtime.run_folder import RunFolder, checkpoints
 
 from ..processes.rank import Ending, Event, stacks_file
 from ..processes.signals import Stopped, StopSignal
+from .evaluations import Evaluations
 from .failures import Failures, first_cause
 from .progress import Progress
 from .watchdog import Watchdog
@@ -85,22 +87,26 @@ def supervise(
     stop: StopSignal,
     progress: Progress,
     policy: Policy = Policy(),
+    evaluations: Evaluations | None = None,
 ) -> int:
     """Run to the end. Return the exit code: 0 if the run finished, 3 if it stopped on request and saved what it could.
-    Before a group's first step there is nothing to save, and the group is killed at once.
+    Before a group's first step there is nothing to save, and the group is killed at once. `evaluations`: those that run
+    meanwhile, if the recipe wants that.
 
     Raises:
         UserError: a rank found the input wrong.
         RunFailed: the run cannot continue; the message names the first cause.
     """
     failures = Failures(folder, policy.restarts, policy.within)
-    with stop.installed():
+    with stop.installed(), contextlib.closing(evaluations) if evaluations is not None else contextlib.nullcontext():
         while True:
+            if evaluations is not None:
+                evaluations.pause()  # the ranks come first where there is little room
             group = make_group()
             try:
                 with stop.at_once():
                     group.start()
-                watch = _Watch(group, folder, stop, progress, policy)
+                watch = _Watch(group, folder, stop, progress, policy, evaluations)
                 watch.until_it_ends()
             except Stopped:
                 return 3
@@ -111,7 +117,8 @@ def supervise(
             failed = [ending for ending in watch.endings if ending.status == "failed"]
             if not failed and len(watch.endings) == group.size:
                 if watch.endings[0].status == "done":
-                    return 0
+                    done = evaluations is None or evaluations.finish(watch.endings[0].result, stop)
+                    return 0 if done else 3
                 if watch.requested in (None, "stop") or not (room := group.room()):
                     return 3
                 progress.note("info", f"continuing with {room} instead of {group.size} ranks")
@@ -152,7 +159,16 @@ def supervise(
 class _Watch:
     """Watches one group until all of its ranks have ended or there is a reason to kill them."""
 
-    def __init__(self, group: Group, folder: RunFolder, stop: StopSignal, progress: Progress, policy: Policy):
+    def __init__(
+        self,
+        group: Group,
+        folder: RunFolder,
+        stop: StopSignal,
+        progress: Progress,
+        policy: Policy,
+        evaluations: Evaluations | None,
+    ):
+        self._evaluations = evaluations
         self._group, self._folder, self._stop, self._progress = group, folder, stop, progress
         self._grace = policy.grace
         self._watchdog = Watchdog(group.size, policy.hang_after, time.monotonic())
@@ -183,6 +199,8 @@ class _Watch:
                     "stop", "stopping: finishing the step and saving a checkpoint (Ctrl-C again ends at once)"
                 )
             saved = self._hear()
+            if self._evaluations is not None:
+                self._evaluations.tend()
             if self.requested is None and saved and (room := self._group.room()) > self._group.size:
                 self._request("grow", f"there is room for {room} ranks now")
             if self.requested is None and time.monotonic() > next_check:
@@ -212,6 +230,8 @@ class _Watch:
             else:
                 saved = saved or report["kind"] == "checkpoint"
                 self._progress.show(report)
+                if self._evaluations is not None:
+                    self._evaluations.heard(report)
         return saved
 
     def _request(self, reason: Reason, message: str) -> None:

@@ -70,6 +70,7 @@ def rising(chosen: Recipe, low: float, high: float, steps: int) -> Recipe:
         "checkpoint.every": steps,
         "checkpoint.mirror": None,
         "evaluate.every": 0,
+        "evaluate.asynchronous": False,
         "log.every": min(chosen.log.every, 10),
     }
     tree = chosen.model_dump()

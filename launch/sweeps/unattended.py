@@ -14,7 +14,9 @@ from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
 from ..processes import on_local, output, rank
+from ..processes.evaluator import LocalEvaluator
 from ..supervise import supervisor
+from ..supervise.evaluations import Evaluations
 from ..supervise.progress import Progress
 
 
@@ -33,8 +35,11 @@ def run(
     def make_group() -> supervisor.Group:
         return on_local.LocalGroup(recipe, folder.path, workers, policy.patience_s, threads)
 
+    evaluations = None
+    if recipe.evaluate.asynchronous:
+        evaluations = Evaluations(recipe, folder, LocalEvaluator(workers), progress)
     try:
-        return supervisor.supervise(make_group, folder, stop, progress, policy)
+        return supervisor.supervise(make_group, folder, stop, progress, policy, evaluations)
     finally:
         progress.close()
 

@@ -363,6 +363,9 @@ def test_the_state_is_small_and_names_what_would_change_the_order(small_set: Pat
     data.resume(chosen, 7, state)
     with pytest.raises(DataError, match="window was 16 and is 8"):
         data.resume(_recipe("data.window=8"), 7, state)
+    data.resume(_recipe("phases=[{step: 7, batch: 96}]"), 7, state)
+    with pytest.raises(DataError, match=r"phases was \[\] and is \[\[6, 48\]\]"):
+        data.resume(_recipe("phases=[{step: 6, batch: 48}]"), 7, state)
     with pytest.raises(DataError, match="samples was 336 and is 288"):
         data.resume(chosen, 6, state)
     with pytest.raises(DataError, match="manifests differ"):

@@ -39,9 +39,18 @@ _POLL_S = 0.01
 class Saver:
     """Saves one checkpoint at a time. All ranks call every method, in the same order."""
 
-    def __init__(self, folder: Path, rules: Checkpoint, run: str, emit: Callable[[dict[str, Any]], None]):
-        """`emit` is called on rank 0, from a thread, with an event for each finished checkpoint."""
-        self._folder, self._rules, self._emit = folder, rules, emit
+    def __init__(
+        self,
+        folder: Path,
+        rules: Checkpoint,
+        run: str,
+        emit: Callable[[dict[str, Any]], None],
+        needed: Callable[[list[str]], set[str]] = lambda names: set(),
+    ):
+        """`emit` is called on rank 0, from a thread, with an event for each finished checkpoint. `needed`: which of
+        some checkpoints must stay, whatever `rules` say.
+        """
+        self._folder, self._rules, self._emit, self._needed = folder, rules, emit, needed
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
         self._mirror = open_mirror(rules.mirror, run)
@@ -192,6 +201,7 @@ class Saver:
             self._copier.offer(target)
             needed = self._copier.needed()
         names = [path.name for path in run_folder.checkpoints(self._folder)]
+        needed |= self._needed(names)
         for name in retention.surplus(names, self._rules):
             if name not in needed:
                 retention.remove(self._folder / name)

@@ -132,16 +132,20 @@ class TrainingSet:
         }
 
     def resume(self, recipe: Recipe, step: int, state: dict[str, Any]) -> list[tuple[int, int]]:
-        """Check that the stream continues after `step` steps as the one that saved `state` would have.
+        """Check that the stream up to `step` steps is the one that saved `state`, so that it continues there.
 
         Returns what had been skipped by then.
 
         Raises:
-            DataError: the data, or something that determines their order, has changed.
+            DataError: the data, or something that determines their order up to `step`, has changed.
         """
         skipped = [(at, images) for at, images in state.get("skipped", ())]
         expected = self.state(recipe, step, skipped)
-        changed = [key for key in expected if state.get(key) != expected[key]]
+        by_step = ("phases", "weights")
+        before, after = (
+            {**each, **{key: _begun(each.get(key), step) for key in by_step}} for each in (state, expected)
+        )
+        changed = [key for key in expected if before.get(key) != after[key]]
         names = ", ".join(source.data for source in recipe.data.sources)
         if "data" in changed:
             raise DataError(
@@ -155,3 +159,10 @@ class TrainingSet:
                 f" {changes}; use the recipe that it was saved with, or choose another name="
             )
         return skipped
+
+
+def _begun(entries: Any, step: int) -> Any:
+    """Those of [step, ...] entries that begin before `step`; anything else as it is."""
+    if not (isinstance(entries, list) and all(isinstance(entry, list) and entry for entry in entries)):
+        return entries
+    return [entry for entry in entries if entry[0] < step]

@@ -110,6 +110,7 @@ class Recipe(Section):
         config = self.model.shape(classes=1)
         if self.evaluate.knn is not None and self.data.val is None:
             faults.append(f"evaluate.knn {self.evaluate.knn}: nothing to classify; set data.val, or leave it out")
+        faults += self._evaluation_faults()
         if self.augment.buckets > 1 and (self.augment.mixes or self.phases):
             faults.append("augment.buckets: images of several shapes can be neither mixed nor resized by phases")
         packs = self.augment.buckets > 1 or (config.tiles is not None and self.parallel.micro_batch != 1)
@@ -124,6 +125,19 @@ class Recipe(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _evaluation_faults(self) -> Iterator[str]:
+        """What asynchronous evaluations lack."""
+        every, saved = self.evaluate.every, self.checkpoint.every
+        if not self.evaluate.asynchronous:
+            return
+        if self.data.val is None:
+            yield "evaluate.asynchronous: nothing to evaluate; set data.val, or leave it out"
+        if every % saved:
+            yield (
+                f"evaluate.every {every} is not a multiple of checkpoint.every {saved}, and evaluate.asynchronous"
+                f" evaluates checkpoints; use evaluate.every={_nearest(every, saved)} or checkpoint.every={every}"
+            )
 
     def _tile_faults(self) -> Iterator[str]:
         """What cannot be done with bags of tiles, or without them."""

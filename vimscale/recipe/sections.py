@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from vimscale.recipe.typed_yaml import UNION, Address, Either, Section, Size, Whole
+from vimscale.recipe.typed_yaml import UNION, Address, Either, Flag, Section, Size, Whole
 from vimscale.storage import own_code
 
 Count = Annotated[Whole, Field(ge=1, le=2**24)]
@@ -426,6 +426,10 @@ class Evaluate(Section):
 
     every: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps between evaluations; with 0, only at the end."""
+    asynchronous: Flag = False
+    """Whether the launcher evaluates checkpoints while the run trains, instead of the ranks between two steps: on a GPU
+    that the ranks leave free, else on CPUs. `every` must be a multiple of checkpoint.every.
+    """
     knn: Address | None = None
     """A data set with labels, whose nearest images vote for the classes of those of data.val: the figure knn_top1, for
     any objective. data.val needs the same classes.

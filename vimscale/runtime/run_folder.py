@@ -16,15 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vimscale.errors import CheckpointError, LaunchError, RecipeError
+from vimscale.errors import CheckpointError, LaunchError, RecipeError, RunFailed
 from vimscale.recipe.recipe import Recipe, load
-from vimscale.runtime import manifest
+from vimscale.runtime import manifest, recipe_changes
 from vimscale.storage import files, own_code
 
 log = logging.getLogger(__name__)
-
-_MAY_CHANGE = ("parallel", "checkpoint", "guard", "evaluate", "log", "data.workers", "data.cache", "data.max_bad")
-"""Sections and keys of a recipe that may change when a run resumes: they decide how it runs, not what it computes."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -144,10 +141,13 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.guard = path / "guard"
         self.errors = path / "errors.txt"
+        self.evaluations = path / "evaluations"
+        self._fork = path / "fork.json"
         self._recipe = path / "recipe.yaml"
         self._environment = path / "environment.json"
         self._result = path / "result.json"
         self._warned = False
+        self._forked = False
         self._before: _Before | None = None
 
     @classmethod
@@ -202,7 +202,16 @@ class RunFolder:
         return [row for row in found if row is not None]
 
     def finish(self, result: dict[str, Any]) -> None:
-        files.write(self._result, json.dumps(result, indent=1) + "\n")
+        """Raises:
+        RunFailed: it cannot be written.
+        """
+        try:
+            files.write(self._result, json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise RunFailed(
+                f"result.json could not be written: {error.strerror}; make room under {self.path}, and the same"
+                " command writes it; the last checkpoint is complete"
+            ) from None
 
     def newest_checkpoint(self, step: int | None = None) -> Path:
         """Find the newest intact checkpoint, or the one of `step`; reads all of its bytes.
@@ -231,14 +240,51 @@ class RunFolder:
         missing = f"no checkpoint of step {step}" if step is not None else "no checkpoint yet"
         raise CheckpointError(f"run {self.path}: {missing}; there are: {others}")
 
-    def finished(self, recipe: Recipe) -> dict[str, Any] | None:
-        """How this run of the recipe ended; None if steps are left. Changes nothing.
+    def finished(self, recipe: Recipe, *, extend: bool = False) -> dict[str, Any] | None:
+        """How this run of the recipe ended; None if steps are left. Changes nothing. `extend`: the recipe may have
+        another length than the run.
 
         Raises:
             LaunchError: the folder holds a run of another recipe.
         """
-        self._check(recipe)
-        return self.result()
+        self._check(recipe, extend=extend)
+        return None if extend and self._is_resized(recipe) else self.result()
+
+    def origin(self) -> dict[str, Any] | None:
+        """What fork.json says about the checkpoint that a fork started from: run, step and others; None for any other
+        run.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            found = json.loads(self._fork.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not all(type(found.get(key)) is int for key in ("step", "metrics_bytes")):
+            raise CheckpointError(f"{self._fork} is damaged: restore it, or remove the run's folder") from None
+        return found
+
+    def record_origin(self, origin: dict[str, Any]) -> None:
+        """Write fork.json, before anything that a fork copies."""
+        self._forked = True
+        files.write(self._fork, json.dumps(origin, indent=1) + "\n")
+
+    @property
+    def trained(self) -> bool:
+        """Whether a launch has finished a step here."""
+        return self._steps() != _NO_STEPS
+
+    def clear_fork(self) -> None:
+        """Remove what a fork that has finished no step copied, fork.json last."""
+        if (origin := self.origin()) is None or self.trained:
+            return
+        for copied in self.checkpoints.glob(f"*{checkpoint_name(origin['step'])}*"):
+            shutil.rmtree(copied)
+        self.metrics.unlink(missing_ok=True)
+        self._fork.unlink()
 
     def hold(self, otherwise: str, wait_s: float = 0.0) -> None:
         """Lock the folder for as long as this object lives, so that no other launch uses it.
@@ -264,20 +310,26 @@ class RunFolder:
             if time.monotonic() >= until:
                 raise LaunchError(f"run folder {self.path} is in use by a launch; {otherwise}")
             time.sleep(0.05)
-        self._before = _Before(made, existing, self._steps(), _kept(self._recipe), _kept(self._environment))
+        kept = {path: _kept(path) for path in (self._recipe, self._environment, self._result)}
+        self._before = _Before(made, existing, self._steps(), kept)
 
-    def claim(self, recipe: Recipe, wait_s: float = 0.0) -> Recipe:
+    def claim(self, recipe: Recipe, wait_s: float = 0.0, *, extend: bool = False) -> Recipe:
         """`hold` the folder for a run of `recipe`, and record there the recipe and the environment. Returns the recipe
-        to run: if it names files of the user's own, it names the copies in this folder.
+        to run: if it names files of the user's own, it names the copies in this folder. `extend`: the recipe may have
+        another length than the run; the run's result is then removed.
 
         Raises:
             LaunchError: it cannot be written, another launch is still using it after `wait_s`, it holds a run of
                 another recipe, or two of the user's own files have the same name.
         """
-        _check_names(recipe)
+        recipe_changes.check_own_files(recipe)
         self.hold("end that one, or choose another name=", wait_s)
-        self._check(recipe)
+        self._check(recipe, extend=extend)
         try:
+            if self.origin() is not None and not (checkpoints(self.checkpoints) and self._changes(recipe) == {}):
+                self.clear_fork()  # it was interrupted, or another recipe takes its place
+            if extend and self._is_resized(recipe):
+                self._result.unlink(missing_ok=True)  # first: the new recipe must never meet the old result
             recipe, text = self._with_own_code(recipe)
             files.write(self._recipe, text)
             files.write(self._environment, json.dumps(_environment(), indent=1) + "\n")
@@ -306,10 +358,12 @@ class RunFolder:
         if before is None or self._steps() != before.steps:
             return False
         self._before = None
+        if self._forked:
+            self.clear_fork()
         for name in set(os.listdir(self.path)) - before.existing:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path, kept in ((self._recipe, before.recipe), (self._environment, before.environment)):
+        for path, kept in before.kept.items():
             if kept is not None:
                 files.write(path, kept.content)
                 os.utime(path, ns=kept.times)
@@ -318,22 +372,40 @@ class RunFolder:
                 folder.rmdir()
         return True
 
-    def _check(self, recipe: Recipe) -> None:
-        if not self._recipe.exists() or self._steps() == _NO_STEPS:
+    def _check(self, recipe: Recipe, *, extend: bool) -> None:
+        if not self._recipe.exists() or not self.trained:
             return  # a launch that finished no step leaves nothing to protect
-        changed = _differences(_portable(self.recipe()).model_dump(), _portable(recipe).model_dump())
+        changed = self._changes(recipe)
+        if extend:
+            changed = {key: change for key, change in changed.items() if key not in recipe_changes.LENGTH}
         if changed:
+            fix = "choose another name=, or remove the folder"
+            if changed.keys() <= {*recipe_changes.LENGTH}:
+                fix = f"add --extend to train this run to the new length, {fix}"
+            elif extend:
+                fix = f"--extend changes the length only; --fork starts another run with other settings, or {fix}"
             raise LaunchError(
                 f"run folder {self.path} holds a run of another recipe; these keys differ:\n  "
-                + "\n  ".join(changed)
-                + "\nchoose another name=, or remove the folder"
+                + "\n  ".join(f"{key}: {change}" for key, change in changed.items())
+                + f"\n{fix}"
             )
 
+    def _changes(self, recipe: Recipe) -> dict[str, str]:
+        return recipe_changes.between(self.recipe(), recipe)
+
+    def _is_resized(self, recipe: Recipe) -> bool:
+        return self._recipe.exists() and any(key in recipe_changes.LENGTH for key in self._changes(recipe))
+
     def _steps(self) -> "_Steps":
-        """Look at what the finished steps have written."""
+        """Look at what the finished steps have written. What a fork started with is not among it."""
         rows = self.metrics.stat() if self.metrics.exists() else None
         written = (rows.st_size, rows.st_mtime_ns) if rows else None
-        return _Steps(written, tuple(path.name for path in checkpoints(self.checkpoints)))
+        names = tuple(path.name for path in checkpoints(self.checkpoints))
+        if (origin := self.origin()) is not None:
+            copied = names in ((), (checkpoint_name(origin["step"]),))
+            if copied and (rows is None or rows.st_size == origin["metrics_bytes"]):
+                return _NO_STEPS
+        return _Steps(written, names)
 
 
 @dataclass(frozen=True)
@@ -366,8 +438,8 @@ class _Before:
     existing: set[str]
     """Names in the folder."""
     steps: _Steps
-    recipe: _Kept | None
-    environment: _Kept | None
+    kept: dict[Path, _Kept | None]
+    """Files that a launch replaces."""
 
 
 def _kept(path: Path) -> _Kept | None:
@@ -383,42 +455,6 @@ def _locked(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _check_names(recipe: Recipe) -> None:
-    """Check that the copies of the user's own files do not replace each other.
-
-    Raises:
-        LaunchError: two different files have the same name.
-    """
-    contents: dict[str, tuple[Path, bytes]] = {}
-    for reference in recipe.own_classes:
-        path = Path(reference.rpartition(":")[0])
-        content = path.read_bytes()
-        other, before = contents.setdefault(path.name, (path, content))
-        if content != before:
-            raise LaunchError(
-                f"recipe {recipe.name} names {other} and {path}, and a run keeps copies of both under the name"
-                f" {path.name}; rename one of them"
-            )
-
-
-def _portable(recipe: Recipe) -> Recipe:
-    """The recipe with the contents of a user's own files in place of the files' paths."""
-    return recipe.with_own_classes(own_code.identity)
-
-
-def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    lines = []
-    for key in old.keys() | new.keys():
-        name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
-        if name in _MAY_CHANGE or before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += _differences(before, after, f"{name}.")
-        else:
-            lines.append(f"{name}: {before} -> {after}")
-    return sorted(lines)
 
 
 def _environment() -> dict[str, Any]:

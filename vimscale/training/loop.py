@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vimscale.checkpoint.save import Saver
 from vimscale.engine import optim
-from vimscale.errors import RunFailed
 from vimscale.guard.judge import Micro, Record
 from vimscale.objectives.base import Inputs
 from vimscale.runtime import distributed
@@ -34,12 +33,13 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     with torch.no_grad():
         run.objective.begin(run.engine.model, run.step, run.steps)
     agree = distributed.Agreement(spec.patience_s)
-    run.saver = Saver(run.folder.checkpoints, run.recipe.checkpoint, run.recipe.name, emit)
+    run.saver = Saver(run.folder.checkpoints, run.recipe.checkpoint, run.recipe.name, emit, run.unevaluated)
     emit({"kind": "started", "step": run.step, "steps": run.steps})
     run.open_stream()
     run.kernels.finish()
 
     recipe, steps = run.recipe, run.steps
+    evaluates = run.val_set is not None and not recipe.evaluate.asynchronous
     first = run.step + 1
     stopping = False
     while run.step < steps and not stopping:
@@ -57,7 +57,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         step, every = run.step, recipe.evaluate.every
         last = step == steps
         saving = last or stopping or step % recipe.checkpoint.every == 0
-        evaluating = run.val_set is not None and every > 0 and step % every == 0 and not (last or stopping)
+        evaluating = evaluates and every > 0 and step % every == 0 and not (last or stopping)
         logging_now = saving or evaluating or step % recipe.log.every == 0 or step == first
 
         incurable = recovery.diagnose_bad_steps(run, wait=logging_now)
@@ -77,12 +77,12 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
     run.saver.close()
     finished = run.step == steps
     result: dict[str, Any] = {"status": "done" if finished else "stopped", "step": run.step, "steps": steps}
-    if finished and run.val_set is not None:
+    if finished and evaluates:
         result |= run.evaluate()
     if run.metrics is not None:
         run.metrics.close()
-        if finished:
-            _finish(run, result)
+        if finished and not recipe.evaluate.asynchronous:  # else the launcher writes it
+            run.folder.finish(result)
     dist.barrier()
     return result
 
@@ -136,13 +136,3 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
     heartbeat.beat("step", run.step)
     run.curve.add(guard.loss, rate)
     return probes
-
-
-def _finish(run: Run, result: dict[str, Any]) -> None:
-    try:
-        run.folder.finish(result)
-    except OSError as error:
-        raise RunFailed(
-            f"result.json could not be written: {error.strerror}; make room under {run.folder.path}, and the same"
-            " command writes it; the last checkpoint is complete"
-        ) from None

@@ -21,7 +21,7 @@ from vimscale.data.dataset import Traffic
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.stream import Batch
 from vimscale.errors import CAUSES, DataError, RunFailed
-from vimscale.runtime import distributed
+from vimscale.runtime import distributed, evaluations
 from vimscale.runtime.run_folder import RunFolder, read_row
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Metrics:
         """
         self._folder, self._start, self._trained = folder, start, trained
         self._files: tuple[_Appended, _Board] | None = None
+        self._evaluated: set[int] | None = None
 
     def _open(self) -> "tuple[_Appended, _Board]":
         _drop_after(self._folder.metrics, self._start, trained=self._trained)
@@ -61,6 +62,17 @@ class Metrics:
         for key, value in row.items():
             if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):
                 board.add(f"{row['kind']}/{key}", value, row["step"])
+
+    def add_evaluations(self, step: int) -> None:
+        """Write the rows of asynchronous evaluations up to `step` that are not there yet."""
+        if self._evaluated is None:
+            rows = self._folder.rows()
+            self._evaluated = {row["step"] for row in rows if row["kind"] == "eval" and row["step"] <= self._start}
+        for at in evaluations.steps(self._folder):
+            new = at <= step and at not in self._evaluated
+            if new and (row := evaluations.read(self._folder, at)) is not None:
+                self._evaluated.add(at)
+                self.write(row)
 
     def close(self) -> None:
         for file in self._files or ():

@@ -16,7 +16,7 @@ from vimscale.export.safetensors import starting_weights
 from vimscale.guard import report as guard_report
 from vimscale.guard.diagnose import diagnose
 from vimscale.guard.judge import Guard, Seen, pass_over
-from vimscale.runtime import distributed
+from vimscale.runtime import distributed, evaluations
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.training.metrics import Curve, Metrics
 from vimscale.training.run import Run
@@ -109,6 +109,7 @@ def roll_back(run: Run, bad: Incurable) -> None:
     run.curve = Curve()
     if run.spec.rank == 0:
         retention.remove_after(newest)
+        evaluations.forget_after(run.folder, run.step)
     run.open_stream()
     if run.metrics is not None:
         run.metrics.close()
@@ -209,7 +210,8 @@ def _restore(run: Run, folder: Path, state: TrainState) -> None:
             kinds["ema"] = run.ema.fragments[i]
         for kind, tensor in kinds.items():
             if tensor is not None:
-                tensor.copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+                of = "weight" if kind == "ema" and not state.ema else kind  # a fork may begin to keep an average
+                tensor.copy_(reader.read(of, fragment.name, fragment.start, fragment.numel))
         heartbeat.beat(heartbeat.doing)
     for name, buffer in engine.model.buffers_to_save().items():
         buffer.copy_(reader.read(checkpoint.BUFFER, name, 0, buffer.numel()).view(buffer.shape))

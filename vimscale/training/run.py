@@ -1,7 +1,7 @@
 """A run under way: what the loop, evaluations and recovery share, and the lines that they log."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from vimscale.guard.judge import Guard
 from vimscale.model import VimConfig
 from vimscale.objectives.base import Objective
 from vimscale.recipe.recipe import Recipe
+from vimscale.runtime import evaluations
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
@@ -178,10 +179,17 @@ class Run:
         if self.metrics is not None:
             for row in rows:
                 self.metrics.write(row)
+            if self.recipe.evaluate.asynchronous:
+                self.metrics.add_evaluations(self.step)
         epoch = self.recipe.consumed(self.step) / self.train_set.samples
         self.emit({**rows[-1], "kind": "step", "steps": self.steps, "epoch": epoch, "figures": figures})
         if self.metrics is not None and probes:
             self.metrics.write({"kind": "layers", "step": self.step, **_columns(probes)})
+
+    def unevaluated(self, names: Iterable[str]) -> set[str]:
+        """Those of the checkpoints `names` that the launcher has yet to evaluate."""
+        chosen = self.recipe.evaluate
+        return evaluations.waiting(self.folder, chosen.every, names) if chosen.asynchronous else set()
 
     def _warn(self, figures: dict[str, float]) -> None:
         """Log what the objective warns of, once each time that it begins to."""
