@@ -85,6 +85,9 @@ def _save(figure: Any, path: Path) -> None:
         raise LaunchError(f"plot {path}: .{kind} is not an image format; use one of {', '.join(sorted(known))}")
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format=kind)
+    from matplotlib import pyplot
+
+    pyplot.close(figure)  # pyplot keeps it otherwise
 
 
 def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
@@ -227,6 +230,8 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
 
 def confusion(tally: "Tally", title: str, path: Path) -> None:
     """Plot which share of each class's images is taken for which class. Classes without images have no row."""
+    from matplotlib.colors import PowerNorm
+
     assert tally.confusion is not None
     here = tally.images > 0
     shares = (tally.confusion[here] / tally.images[here][:, None]).numpy()
@@ -235,7 +240,9 @@ def confusion(tally: "Tally", title: str, path: Path) -> None:
     wide, high = (min(max(0.34 * len(names), 4.0), 9.0) for names in (tally.classes, rows))
     figure.set_size_inches(wide + 2.4, high + 1.4)
     axes.grid(visible=False)
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    # where shares are not written, a power makes rare mistakes visible
+    norm = PowerNorm(1.0 if len(tally.classes) <= _CELLS else 0.4, vmin=0, vmax=1)
+    shown = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", aspect="auto")
     figure.colorbar(shown, label="share of the true class's images")
     axes.set(xlabel="chosen class", ylabel="true class", title=plain(title))
     for names, axis in ((tally.classes, axes.xaxis), (rows, axes.yaxis)):
@@ -259,11 +266,11 @@ def calibration(tally: "Tally", title: str, path: Path) -> None:
     figure, (reliability, counts) = _figure(2)
     reliability.bar(centers[there], hits[there] / images[there], 0.94 * width, color="C0", alpha=0.6, label="accuracy")
     mean = probability[there] / images[there]
-    reliability.plot(mean, hits[there] / images[there], "o-", color="C0", ms=4, lw=1)
+    reliability.plot(mean, hits[there] / images[there], "o", color="C0", ms=4)
     reliability.plot([0, 1], [0, 1], "k:", label="calibrated")
     reliability.set(xlabel="probability of the chosen class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     reliability.set_title(f"expected calibration error {tally.calibration_error:.4f}", fontsize=10)
-    reliability.legend(frameon=False, loc="upper left")
+    reliability.legend(framealpha=0.9, edgecolor="none", loc="upper left")
     counts.bar(centers, images / images.sum(), 0.94 * width, color="0.5")
     counts.set(xlabel="probability of the chosen class", ylabel="share of the images", xlim=(0, 1))
     counts.set_title(f"{int(images.sum()):,} images", fontsize=10)

@@ -59,9 +59,9 @@ def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True) -> M
     for whose, names in ((where, theirs), ("the model", classes)):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise DataError(
-                f"{where} and the model have different classes, and {whose} has {len(twice):,} names for more than one"
-                f" class, which cannot be matched: {_listed(twice)}; give each class its own name (classes in"
-                " manifest.json or config.json)"
+                f"{where} and the model have different classes, and {whose} gives several classes one name, which"
+                f" cannot be matched: {_listed(twice)}; give each class its own name (classes in manifest.json or"
+                " config.json)"
             )
     index = {name: number for number, name in enumerate(classes)}
     found = tuple(index.get(name, LACKING) for name in theirs)
