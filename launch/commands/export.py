@@ -110,24 +110,16 @@ def import_published(
     ] = None,
 ) -> None:
     """Read published weights, write them as a model of this package, load that again, and compare logits."""
-    from vimscale.export import published, safetensors, unwrap
-    from vimscale.model.published.weights import from_published
-    from vimscale.objectives.published import arm
+    from vimscale.export import published, safetensors
 
-    state, args, notes = unwrap.read(file, ema=ema)
-    if arm.is_pretraining(state):
-        imported, arguments, reasons = published.pretrained_arm(state, model, image_size)
-    else:
-        arguments, reasons = published.arguments_for(state, args, model, file)
-        imported = from_published(arguments, state, resize_to=image_size).eval()
-    manifest, about, origin = published.manifest_for(file, arguments.get("num_classes", 0))
+    imported, manifest, about, notes = published.read(file, model, ema=ema, image_size=image_size)
     target = output or file.with_suffix("")
     if target.is_file():
         raise CheckpointError(f"{target} is a file, and the model's folder would have its name; give another --output")
     console = Console()
-    for note in (*notes, *reasons, origin):
+    for note in notes:
         print_line(console, note)
-    safetensors.write(target, imported, manifest, {"file": str(file), "published": arguments, **about})
+    safetensors.write(target, imported, manifest, about)
     parameters = sum(p.numel() for p in imported.parameters())
     _report(target, f"{parameters:,} parameters", safetensors.largest_difference(target, imported), imported)
 

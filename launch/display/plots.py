@@ -1,4 +1,6 @@
-"""Plots by matplotlib: a sweep's curves and results, loss over learning rate, memory and time of a plan."""
+"""Plots by matplotlib: a sweep's curves and results, loss over learning rate, memory and time of a plan, confusion and
+calibration of a classifier.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 
 from vimscale.errors import LaunchError, shortened
 from vimscale.estimate.calibration import RATES
@@ -14,6 +17,7 @@ from vimscale.storage import files
 
 if TYPE_CHECKING:
     from vimscale.estimate.planner import Outlook, Planner
+    from vimscale.evaluation.tally import Tally
 
     from ..sweeps.lr_range import RangeResult
     from ..sweeps.trials import By, Group
@@ -34,6 +38,8 @@ _FAMILIES = (
 """Fonts to look for a character in, in this order; the first comes with matplotlib."""
 _LETTERS = 40
 """The most characters of a user's value in a plot."""
+_ROWS, _CELLS, _TICK = 40, 20, 18
+"""The most classes that a confusion matrix names, and writes shares for; the most characters of such a name."""
 
 
 @cache
@@ -79,6 +85,9 @@ def _save(figure: Any, path: Path) -> None:
         raise LaunchError(f"plot {path}: .{kind} is not an image format; use one of {', '.join(sorted(known))}")
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format=kind)
+    from matplotlib import pyplot
+
+    pyplot.close(figure)  # pyplot keeps it otherwise
 
 
 def smoothed(values: Sequence[float], factor: float = _SMOOTH) -> list[float]:
@@ -216,4 +225,54 @@ def plan(planner: "Planner", rows: "Sequence[Outlook]", path: Path) -> None:
         calibrated = device is not None and device.name in RATES
         time.set(xlabel="GPUs", title="predicted" + ("" if calibrated else ", not calibrated"))
         time.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def confusion(tally: "Tally", title: str, path: Path) -> None:
+    """Plot which share of each class's images is taken for which class. Classes without images have no row."""
+    from matplotlib.colors import PowerNorm
+
+    assert tally.confusion is not None
+    here = tally.images > 0
+    shares = (tally.confusion[here] / tally.images[here][:, None]).numpy()
+    rows = [name for name, there in zip(tally.classes, here.tolist(), strict=True) if there]
+    figure, (axes,) = _figure(1)
+    wide, high = (min(max(0.34 * len(names), 4.0), 9.0) for names in (tally.classes, rows))
+    figure.set_size_inches(wide + 2.4, high + 1.4)
+    axes.grid(visible=False)
+    # where shares are not written, a power makes rare mistakes visible
+    norm = PowerNorm(1.0 if len(tally.classes) <= _CELLS else 0.4, vmin=0, vmax=1)
+    shown = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", aspect="auto")
+    figure.colorbar(shown, label="share of the true class's images")
+    axes.set(xlabel="chosen class", ylabel="true class", title=plain(title))
+    for names, axis in ((tally.classes, axes.xaxis), (rows, axes.yaxis)):
+        if len(names) <= _ROWS:
+            axis.set_ticks(range(len(names)), [plain(shortened(name, _TICK)) for name in names])
+    if len(tally.classes) <= _ROWS:
+        axes.tick_params(axis="x", rotation=90 if max(map(len, tally.classes)) > 3 else 0)
+    if len(tally.classes) <= _CELLS:
+        for (row, column), share in np.ndenumerate(shares):
+            if share:
+                color = "white" if share > 0.5 else "black"
+                axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color, fontsize=7)
+    _save(figure, path)
+
+
+def calibration(tally: "Tally", title: str, path: Path) -> None:
+    """Plot accuracy over the probability of the chosen class (a reliability diagram), and how full each bin is."""
+    images, hits, probability = tally.bins.numpy().T
+    there, width = images > 0, 1 / len(images)
+    centers = (np.arange(len(images)) + 0.5) * width
+    figure, (reliability, counts) = _figure(2)
+    reliability.bar(centers[there], hits[there] / images[there], 0.94 * width, color="C0", alpha=0.6, label="accuracy")
+    mean = probability[there] / images[there]
+    reliability.plot(mean, hits[there] / images[there], "o", color="C0", ms=4)
+    reliability.plot([0, 1], [0, 1], "k:", label="calibrated")
+    reliability.set(xlabel="probability of the chosen class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    reliability.set_title(f"expected calibration error {tally.calibration_error:.4f}", fontsize=10)
+    reliability.legend(framealpha=0.9, edgecolor="none", loc="upper left")
+    counts.bar(centers, images / images.sum(), 0.94 * width, color="0.5")
+    counts.set(xlabel="probability of the chosen class", ylabel="share of the images", xlim=(0, 1))
+    counts.set_title(f"{int(images.sum()):,} images", fontsize=10)
+    figure.suptitle(plain(title))
     _save(figure, path)

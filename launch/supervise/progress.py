@@ -124,4 +124,4 @@ def figures(row: dict[str, Any]) -> str:
         for name, value in row.items()
         if name not in others
     ]
-    return "  ".join(parts) + f"  ({row['images']:,} images)"
+    return "  ".join([*parts, *([f"({row['images']:,} images)"] if "images" in row else [])])

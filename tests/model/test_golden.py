@@ -21,7 +21,8 @@ CASES = ("v2_midcls_div2", "v2_headcls_sum", "v2_meanpool", "none_midcls", "v2_s
 PARAMETERS = {"vim_tiny": 7_148_008, "vim_small": 25_796_584, "vim_base": 97_598_440}
 
 
-def _recorded(case: str) -> tuple[dict, dict[str, Tensor]]:
+def recorded(case: str) -> tuple[dict, dict[str, Tensor]]:
+    """(the constructor's arguments, what was recorded); skips the test where there is nothing."""
     path = GOLDEN / f"{case}.safetensors"
     if not path.exists():
         pytest.skip(f"there are no recorded outputs of the original code at {GOLDEN}")
@@ -42,7 +43,7 @@ def _close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
-    published, tensors = _recorded(case)
+    published, tensors = recorded(case)
     model = from_published(published, _below(tensors, "state/"))
     assert type(model) is VisionMamba
 
@@ -66,7 +67,7 @@ def test_logits_and_gradients_equal_the_original_code(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_states_convert_to_ours_and_back_bit_for_bit(case: str) -> None:
-    published, tensors = _recorded(case)
+    published, tensors = recorded(case)
     state = _below(tensors, "state/")
     model = from_published(published, state)
     converted = to_published(model)

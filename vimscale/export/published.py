@@ -55,6 +55,31 @@ def load(folder: Path) -> VisionMamba:
     return from_published(read_arguments(folder / _ARGUMENTS), state).eval()
 
 
+def read(
+    file: Path, model: str | None = None, *, ema: bool = False, image_size: int | None = None
+) -> tuple[VisionMamba, Manifest, dict[str, Any], list[str]]:
+    """Read a published checkpoint, pretrained by ARM too: (the model, on the CPU, ready to evaluate; a manifest with
+    its classes, mean and std; what to record about its origin; lines that say how it was read).
+
+    Args:
+        model: name of a published model, or a JSON file of its arguments. default: what the file says.
+        ema: take the moving average, if the file has one.
+        image_size: resize the position embedding for images of this size.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its model cannot be identified.
+    """
+    state, args, notes = unwrap.read(file, ema=ema)
+    if arm.is_pretraining(state):
+        found, arguments, reasons = pretrained_arm(state, model, image_size)
+    else:
+        arguments, reasons = arguments_for(state, args, model, file)
+        found = from_published(arguments, state, resize_to=image_size).eval()
+    manifest, about, origin = manifest_for(file, arguments.get("num_classes", 0))
+    about = {"file": str(file), "published": arguments, **about}
+    return found, manifest, about, [*notes, *reasons, origin]
+
+
 def read_arguments(path: Path) -> dict[str, Any]:
     """Read published constructor arguments from JSON.
 

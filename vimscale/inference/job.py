@@ -2,18 +2,26 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vimscale.data.dataset import Dataset
-from vimscale.data.images.choice import Choice
+from vimscale.data.images.choice import Choice, check_kind
 from vimscale.data.shards.manifest import Manifest
+from vimscale.errors import CheckpointError
 from vimscale.evaluation import linear as linear_probe
 from vimscale.evaluation import neighbors
 from vimscale.evaluation.figures import evaluate
-from vimscale.objectives.base import Inputs, Learner
+from vimscale.evaluation.matching import Matched, match
+from vimscale.evaluation.tally import Tally
+from vimscale.inference.opened import open_model
+from vimscale.model import VisionMamba
+from vimscale.model.published.quirks import PublishedVim
+from vimscale.objectives.base import Inputs, Learner, ObjectiveOptions
+from vimscale.objectives.build import build
 from vimscale.recipe.sections import Data
 
 
@@ -31,18 +39,72 @@ class EvaluationJob:
     linear: str | None = None
     """A labelled set to train a linear classifier of frozen features on."""
     precision: str = "fp32"
+    objective: ObjectiveOptions | None = None
+    """Options to evaluate with; default: those that the model was trained with."""
+
+
+def check(job: EvaluationJob, learner: Learner, manifest: Manifest, *, named: bool = True) -> Matched | None:
+    """Check whether the model can be evaluated so, and match the set's classes to the model's; None if the evaluation
+    does not use the model's classes. Reads no image. Arguments are those of `run`.
+
+    Raises:
+        DataError: the set cannot be opened, or is of another kind than the model takes, or of other classes.
+        CheckpointError: the model does not answer what is asked.
+    """
+    assert job.data.val is not None
+    val = Dataset.open(job.data.val, job.data.cache).manifest
+    encoder = learner.encoder
+    check_kind(val, Choice.of(encoder.config, job.data))
+    if isinstance(encoder, PublishedVim) and (channels := encoder.arguments["channels"]) != 3:
+        raise CheckpointError(f"the model takes images of {channels} channels, and a data set's images have 3")
+    if not job.figures or not learner.objective.options.classifies:
+        return None
+    if encoder.head is None:
+        raise CheckpointError(
+            "the model has no head, so it names no class; ask for --knn SET or --linear SET, which classify by its"
+            " features with the labels of another set"
+        )
+    _check_logits(encoder)
+    return match(manifest.classes, val, named=named)
+
+
+def _check_logits(encoder: VisionMamba) -> None:
+    """Raises CheckpointError if a published model does not give one logit per class."""
+    if not isinstance(encoder, PublishedVim):
+        return
+    device = next(encoder.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        shape = tuple(encoder(torch.zeros(1, 3, *encoder.config.size, device=device)).shape)
+    if shape != (1, encoder.config.num_classes):
+        pooling = encoder.arguments["final_pool_type"]
+        raise CheckpointError(
+            f"the model's final_pool_type {pooling} gives logits of shape {shape[1:]} for an image, not one per class;"
+            " ask for --knn SET or --linear SET"
+        )
 
 
 def run(
-    job: EvaluationJob, learner: Learner, manifest: Manifest, device: torch.device, rank: int = 0, world: int = 1
+    job: EvaluationJob,
+    learner: Learner,
+    manifest: Manifest,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    named: bool = True,
+    tally: Tally | None = None,
 ) -> dict[str, float]:
     """The figures of a model, the same on every rank; each of the `world` ranks reads its part of the images.
-    `manifest`: of the set that the model was trained on, as `Opened` has it.
+    `manifest`: of the set that the model was trained on, and `named`: whether its classes are names, as `Opened` has
+    them. `tally`: filled with counts per class, if the model chooses among classes; then the figures have `ece`.
 
     Raises:
-        DataError: a set cannot be read, or has other classes than the model.
+        DataError, CheckpointError: as of `check`, or a set cannot be read.
     """
     assert job.data.val is not None
+    if job.objective is not None:
+        learner.objective = build(job.objective, learner.encoder.config)
+    matched = check(job, learner, manifest, named=named)
     val = Dataset.open(job.data.val, job.data.cache)
     learner.to(device)
     config = learner.encoder.config
@@ -63,9 +125,29 @@ def run(
     with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bf16"):
         if job.figures:
             ask = partial(learner.ask, "evaluation_sums"), partial(learner.ask, "evaluation_shared")
-            found |= evaluate(ask[0], learner.objective, val, manifest, shared_of=ask[1], **reading)
+            reading_all = reading | {"shared_of": ask[1], "matched": matched, "tally": tally}
+            found |= evaluate(ask[0], learner.objective, val, manifest, **reading_all)
+            if tally is not None and tally.counted:
+                found["ece"] = tally.calibration_error
         if job.knn is not None:
             found |= neighbors.knn(embed, Dataset.open(job.knn, job.data.cache), val, manifest, k=job.k, **reading)
         if job.linear is not None:
             found |= linear_probe.linear(embed, Dataset.open(job.linear, job.data.cache), val, manifest, **reading)
     return found
+
+
+def opened_and_run(
+    job: EvaluationJob,
+    source: str | Path,
+    device: torch.device,
+    rank: int,
+    world: int,
+    *,
+    step: int | None = None,
+    raw: bool = False,
+    own_code: bool = False,
+) -> tuple[dict[str, float], Tally]:
+    """Open a model, and return what `run` does and fills. Errors and the other arguments are those of `open_model`."""
+    opened = open_model(source, step=step, raw=raw, own_code=own_code)
+    tally = Tally()
+    return run(job, opened.learner, opened.manifest, device, rank, world, named=opened.named, tally=tally), tally

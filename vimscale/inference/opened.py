@@ -10,7 +10,7 @@ from vimscale.checkpoint.load import BUFFER, Reader
 from vimscale.checkpoint.restore import restore
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export import safetensors, starting
+from vimscale.export import published, safetensors, starting
 from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model import VisionMamba
 from vimscale.objectives.base import Learner
@@ -26,19 +26,21 @@ class Opened:
     """A model on the CPU, ready to evaluate."""
 
     learner: Learner
-    """The encoder, with the objective's modules; an export has the classification objective and no modules."""
+    """The encoder, with the objective's modules; without a run, the classification objective, which has none."""
     manifest: Manifest
     """Name, classes, mean and std of the set that it was trained on; lists no shards."""
     recipe: Recipe | None
-    """Of a run; None: an export."""
+    """Of a run; None: an export, or a published file."""
     source: Path
-    """The run's folder, or the export's."""
+    """The run's folder, the export's, or the published file."""
     step: int | None
-    """Of the checkpoint; None: an export."""
+    """Of the checkpoint; None: an export, or a published file."""
     named: bool
     """Whether `manifest.classes` are names; False: an imported model whose class names are unknown."""
     identity: str
     """sha256 that identifies the weights."""
+    notes: tuple[str, ...] = ()
+    """How a published file was read, for human readers."""
 
     @property
     def model(self) -> VisionMamba:
@@ -51,8 +53,8 @@ class Opened:
 
 
 def open_model(source: str | Path, *, step: int | None = None, raw: bool = False, own_code: bool = False) -> Opened:
-    """Open a run (its name under runs/, or its folder), a checkpoint's folder, or the folder of an export or of an
-    imported model.
+    """Open a run (its name under runs/, or its folder), a checkpoint's folder, the folder of an export or of an
+    imported model, or a file of published weights.
 
     Args:
         step: of the checkpoint; default: the newest one's.
@@ -61,9 +63,11 @@ def open_model(source: str | Path, *, step: int | None = None, raw: bool = False
             rights. Those of a run are always imported.
 
     Raises:
-        CheckpointError: there is no such model, or `step` or `raw` is given for an export.
+        CheckpointError: there is no such model, or `step` or `raw` is given for one that is not a run's.
     """
     path = Path(source)
+    if path.name == starting.WEIGHTS and path.with_name(starting.CONFIG).is_file():
+        path = path.parent
     if (path / "trainer.json").is_file():
         if step is not None and step != step_of(path.name):
             raise CheckpointError(f"{path} is the checkpoint of another step than --step {step}; leave one out")
@@ -72,7 +76,19 @@ def open_model(source: str | Path, *, step: int | None = None, raw: bool = False
         if step is not None or raw:
             raise CheckpointError(f"{path} is an export, which has one set of weights: --step and --raw are for runs")
         return _of_export(path, own_code)
-    return _of_run(RunFolder.of(str(source)), step, raw)
+    file = path / "model.pth" if path.is_dir() and not (path / "recipe.yaml").is_file() else path
+    if file.is_file():
+        if step is not None or raw:
+            raise CheckpointError(f"{path} is not a run, so it has one set of weights: leave out --step and --raw")
+        return _of_published(file)
+    try:
+        run = RunFolder.of(str(source))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; a model is a run, the folder of a checkpoint, of an export or of an import, or a file of"
+            " published weights"
+        ) from None
+    return _of_run(run, step, raw)
 
 
 def _of_run(run: RunFolder, step: int | None, raw: bool) -> Opened:
@@ -94,6 +110,14 @@ def _of_export(folder: Path, own_code: bool) -> Opened:
     learner = Learner(build(ClassificationOptions(), model.config), model).eval()
     content = b"".join((folder / name).read_bytes() for name in (starting.CONFIG, starting.WEIGHTS))
     return Opened(learner, manifest, None, folder, None, named, hashlib.sha256(content).hexdigest())
+
+
+def _of_published(file: Path) -> Opened:
+    model, manifest, about, notes = published.read(file)
+    learner = Learner(build(ClassificationOptions(), model.config), model).eval()
+    with file.open("rb") as content:
+        identity = hashlib.file_digest(content, "sha256").hexdigest()
+    return Opened(learner, manifest, None, file, None, not about["unnamed"], identity, tuple(notes))
 
 
 def restored(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:

@@ -7,7 +7,7 @@ Axes: b images of a micro-batch, f features of the encoder, c classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,8 @@ __all__ = ["Inputs", "Learner", "Objective", "ObjectiveOptions", "Sample"]
 
 Question = Literal["loss", "loss_per_sample", "evaluation_sums", "evaluation_shared", "ahead", "embedding"]
 """The methods of an objective that compute with parameters, and so run inside the engine's forward pass."""
+Observe = Callable[[Tensor, Tensor], None]
+"""Gets the class that an evaluation chooses for each image, int64 (b), and its probability, fp32 (b)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Inputs:
     """What `Objective.meet` made for this micro-batch of a whole step's images; in evaluations, what
     `Objective.evaluation_shared` made for all of them.
     """
+    observe: Observe | None = None
+    """Called in evaluations that choose among classes."""
 
 
 class Objective(ABC):

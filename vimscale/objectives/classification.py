@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.objectives.base import Inputs, Learner, Objective
+from vimscale.objectives.base import Inputs, Learner, Objective, Observe
 from vimscale.recipe.objective import ClassificationOptions
 
 _TOP = 5
@@ -26,7 +26,7 @@ class Classification(Objective):
 
     def evaluation_sums(self, model: Learner, inputs: Inputs) -> Tensor:
         assert inputs.weights is not None
-        return sums(model.logits(inputs), inputs.targets, inputs.weights)
+        return sums(model.logits(inputs), inputs.targets, inputs.weights, inputs.observe)
 
     def figures(self, sums: Tensor) -> dict[str, float]:
         """`top5` is left out for five classes or fewer: it would always be 1."""
@@ -43,9 +43,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Te
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
-def sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """(4): images, hits of the first guess, hits among the first five, cross entropy, each weighted by weights (b)."""
-    order = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices == labels[:, None]  # (b, 5)
+def sums(logits: Tensor, labels: Tensor, weights: Tensor, observe: Observe | None = None) -> Tensor:
+    """(4): images, hits of the first guess, hits among the first five, cross entropy, each weighted by weights (b).
+    `observe`: as of `Inputs`.
+    """
+    best = logits.topk(min(_TOP, logits.shape[1]), dim=1)
+    if observe is not None:
+        observe(best.indices[:, 0], (best.values[:, 0] - logits.logsumexp(dim=1)).exp())
+    order = best.indices == labels[:, None]  # (b, 5)
     nll = F.cross_entropy(logits, labels, reduction="none")
     rows = torch.stack([torch.ones_like(weights), order[:, 0], order.any(dim=1), nll])  # (4, b)
     return (rows * weights).sum(dim=1, dtype=torch.float64)

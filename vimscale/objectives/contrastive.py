@@ -225,7 +225,7 @@ class Contrastive(Objective):
             cosines = images @ inputs.shared["candidates"].T  # (b, n)
             logits = log_scale.exp() * cosines
             if self.options.evaluation == "zero-shot":
-                return sums(logits, inputs.targets, inputs.weights)
+                return sums(logits, inputs.targets, inputs.weights, inputs.observe)
             texts = F.normalize(model["text"](inputs.views["tokens"]).float(), dim=1)
             own = (images * texts).sum(dim=1)  # (b)
             better = (cosines > own[:, None] + _NEAR).sum(dim=1)

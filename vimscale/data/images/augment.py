@@ -41,13 +41,21 @@ def for_training(
 
 
 def for_evaluation(image: Tensor, size: Size) -> Tensor:
-    """Resize to cover `size` / 0.875 and crop the centre, as published; an image of exactly `size` stays as it is."""
+    """Resize to cover `size` / 0.875 and crop the centre, as published; an image of exactly `size` stays as it is.
+
+    Sides and corners round as in torchvision's Resize(int(side / 0.875)) and CenterCrop(side), which the published code
+    uses: sides down, corners to the nearest even pixel.
+    """
     height, width = image.shape[1:]
     if (height, width) == size:
         return image
-    scale = max(size[0] / height, size[1] / width) / 0.875
-    image = resize(image, max(round(height * scale), size[0]), max(round(width * scale), size[1]))
-    top, left = (image.shape[1] - size[0]) // 2, (image.shape[2] - size[1]) // 2
+    covered_height, covered_width = (int(side / 0.875) for side in size)
+    if covered_height * width >= covered_width * height:
+        covered_width = max(int(covered_height * width / height), size[1])
+    else:
+        covered_height = max(int(covered_width * height / width), size[0])
+    image = resize(image, covered_height, covered_width)
+    top, left = round((covered_height - size[0]) / 2), round((covered_width - size[1]) / 2)
     return image[:, top : top + size[0], left : left + size[1]]
 
 
