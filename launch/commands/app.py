@@ -87,7 +87,7 @@ def main() -> None:
         try:
             try:
                 with stop.at_once():
-                    app(standalone_mode=True)
+                    app(prog_name="vimscale")
             finally:
                 sys.stdout.flush()
         except (UserError, RunFailed) as error:

@@ -14,7 +14,6 @@ from vimscale.errors import RunFailed, UserError
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from ..display.lines import print_line
 from ..processes import num_ranks, on_local, output, preflight, rank
 from ..processes.signals import Stopped
 from ..supervise import supervisor
@@ -29,15 +28,16 @@ def train(
     folder = RunFolder(runs / chosen.name)
     # what a notebook shows is what is written to sys.stdout, and its cells are not a terminal
     console = Console(file=sys.stdout, force_jupyter=False)
+    progress = Progress(console)
     if folder.finished(chosen) is not None:
-        print_line(console, f"{folder.path} is finished")
+        progress.note("info", f"{folder.path} is finished")
         return folder
     world = preflight.check(chosen, folder, None if workers is None else str(workers), ray=False, force=force)
     stop = supervisor.StopSignal()
     try:
         with stop.installed():
             chosen = folder.claim(chosen)
-            print_line(console, f"{chosen.name}: {num_ranks.in_words(world)} as processes on this machine")
+            progress.note("info", f"{chosen.name}: {num_ranks.in_words(world)} as processes on this machine")
             if run(chosen, folder, world, console, stop) == Stopped.exit_code:
                 nothing = folder.withdraw()
                 how = "no run is left behind" if nothing else supervisor.how_to_resume(folder)
