@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +182,9 @@ def test_samples_of_a_data_set_feed_a_data_loader(digits: Path) -> None:
 # ---- training, in processes of its own: what prints and starts ranks is a whole program
 
 SCRIPT = """
-import json, sys, vimscale
-changes = ["epochs=null", "steps=6", "model.d_model=32", "model.depth=2", "optim.warmup=2", "name=small",
-           "data.workers=1", "checkpoint.every=3", "evaluate.every=6"]
+import json, vimscale
+changes = ["steps=6", "model.d_model=32", "model.depth=2", "optim.warmup=2", "name=small", "data.workers=1",
+           "checkpoint.every=3", "evaluate.every=6"]
 run = vimscale.train("vim_digits_cpu", changes, workers=2)
 again = vimscale.train(vimscale.Recipe.load("vim_digits_cpu", changes), workers=2)
 assert again.result() == run.result()
@@ -199,15 +201,47 @@ print(json.dumps([str(run.path), run.result(), len(run.rows()), loaded.about["st
 
 @pytest.mark.slow
 def test_a_script_without_a_main_guard_trains_and_loads_its_run(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
+    process = _started(tmp_path, cache, SCRIPT)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    *lines, last = out.splitlines()
     path, result, rows, step, width = json.loads(last)
     assert (path, result["status"], result["steps"], step, width) == ("runs/small", "done", 6, 6, 32)
     assert rows == 7, "six steps and an evaluation"
     assert lines[0] == "small: 2 ranks as processes on this machine"
     assert lines[-1] == "runs/small is finished"
+
+
+STOPPED = """
+import vimscale
+changes = ["steps=150", "model.d_model=32", "model.depth=2", "name=small", "log.every=1", "checkpoint.every=1000"]
+try:
+    vimscale.train("vim_digits_cpu", changes, workers=1)
+except KeyboardInterrupt as stop:
+    print("stopped:", stop)
+run = vimscale.train("vim_digits_cpu", changes, workers=1)
+steps = [row["step"] for row in run.rows() if row["kind"] == "train"]
+assert steps == list(range(1, 151)), steps
+print("finished")
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_a_checkpoint_and_the_same_call_resumes(tmp_path: Path, cache: Path) -> None:
+    process = _started(tmp_path, cache, STOPPED)
+    rows = tmp_path / "runs/small/metrics.jsonl"
+    while not rows.exists() or rows.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "stopped: stopped on request; the same command resumes from step_" in out
+    assert out.endswith("finished\n")
+
+
+def _started(folder: Path, cache: Path, script: str) -> subprocess.Popen:
+    (folder / "script.py").write_text(script)
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=environment, **pipes)

@@ -306,6 +306,13 @@ def test_workers_give_the_same_bytes(loaded: Loaded, digits: Path, tmp_path: Pat
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
 
 
+def test_parquet_without_pyarrow_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'vimscale\[prepare\]'"):
+        feature_files.format_of("out.parquet")
+    assert feature_files.format_of("out.npy") == "npy"
+
+
 # ---- the command
 
 
