@@ -90,19 +90,19 @@ def test_a_preset_has_no_weights_to_load() -> None:
 
 
 def test_an_image_is_preprocessed_the_same_in_every_form(tmp_path: Path) -> None:
-    preprocess = Preprocessing((32, 32), MEAN, STD)
-    data = image(1, 50, 70, "PNG")
+    preprocess = Preprocessing((28, 28), MEAN, STD)
+    data = image(1, 50, 100, "PNG")
     (tmp_path / "a.png").write_bytes(data)
     picture = Image.open(io.BytesIO(data))
     pixels = np.array(picture)
     forms: list[Any] = [tmp_path / "a.png", str(tmp_path / "a.png"), data, picture, pixels]
     forms.append(torch.from_numpy(pixels).permute(2, 0, 1))
     first, *others = [preprocess(form) for form in forms]
-    assert first.shape == (3, 32, 32)
+    assert first.shape == (3, 28, 28)
     assert all(torch.equal(first, other) for other in others)
 
-    # by hand: Pillow's bicubic resize of 50 x 70 to 37 x 51 (32 / 0.875 on the shorter side), and the center
-    resized = np.asarray(picture.resize((51, 37), Image.Resampling.BICUBIC))[2:34, 9:41]
+    # by hand: Pillow's bicubic resize to 32 x 64 (28 / 0.875 on the shorter side), and the center
+    resized = np.asarray(picture.resize((64, 32), Image.Resampling.BICUBIC))[2:30, 18:46]
     expected = (torch.from_numpy(resized.copy()).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None]) / (
         torch.tensor(STD)[:, None, None]
     )

@@ -63,7 +63,7 @@ def test_features_are_what_the_model_gives_by_hand(loaded: Loaded, digits: Path)
     images, keys, labels = _by_hand(digits)
     found = list(features(loaded, str(digits / "val"), batch=50))
     with torch.no_grad():
-        expected = loaded.model.forward_features(images)
+        expected = loaded.model(images, features=True)
     torch.testing.assert_close(_joined(found), expected, **CLOSE)
     assert [key for one in found for key in one.keys] == keys
     assert torch.cat([one.labels for one in found]).tolist() == labels
@@ -105,11 +105,13 @@ def test_maps_of_a_hierarchical_model_have_the_sizes_of_their_stages(tmp_path: P
     changes = {"stages": (Stage(depth=1, d_model=32), Stage(depth=1, d_model=64)), "cls_token": "none", "pool": "mean"}
     model = export(tmp_path / "export", **changes)
     images = torch.randn(2, 3, 32, 32)
+    merged: list[Tensor] = []  # what the first stage gives to the second
+    model.merges["1"].register_forward_pre_hook(lambda module, inputs: merged.append(inputs[0]))
     with torch.no_grad():
         mean = Reading.of(model.config, [0, 1], "mean")(model, images)
         assert mean.shape == (2, 96)
-        torch.testing.assert_close(mean[:, 32:], model.forward_features(images), **CLOSE)
-        torch.testing.assert_close(mean[:, :32], model.forward_features(images, layers=[0])[0].mean((2, 3)), **CLOSE)
+        torch.testing.assert_close(mean[:, 32:], model(images, features=True), **CLOSE)
+        torch.testing.assert_close(mean[:, :32], merged[0].mean(dim=1), **CLOSE)
         with pytest.raises(UserError, match=r"different sizes \(0: 4 x 4, 1: 2 x 2\)"):
             Reading.of(model.config, [0, 1], "none")(model, images)
     with pytest.raises(UserError, match="no class token"):
@@ -143,7 +145,7 @@ def test_parquet_npy_and_tars_hold_the_same_rows(loaded: Loaded, digits: Path, t
     names = [str(label) for label in labels]
     numbers = [str(i) for i in range(len(keys))]
     with torch.no_grad():
-        expected = loaded.model.forward_features(images).numpy()
+        expected = loaded.model(images, features=True).numpy()
 
     for name in ("out.npy", "out.parquet", "tars"):
         written = _write(loaded, digits, tmp_path / name)
@@ -256,8 +258,10 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(
     to = tmp_path / "out.npy"
     first = _write(loaded, digits, to)
     before = to.stat().st_mtime_ns
+    (tmp_path / "out.npy.parts").mkdir()  # of a writer that was killed after it gave the results their names
     assert _write(loaded, digits, to) == first
     assert to.stat().st_mtime_ns == before
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.csv", "out.npy", "out.npy.json"]
     with pytest.raises(LaunchError, match="holds something else"):
         _write(loaded, digits, to, dtype="fp16")
 

@@ -25,6 +25,7 @@ from vimscale.errors import DataError, LaunchError, UserError
 from vimscale.inference.features import Features, Pool, Precision, Reading, features, shape_of
 from vimscale.inference.loaded import Loaded
 from vimscale.storage import files
+from vimscale.storage.addresses import shown
 
 DType = Literal["fp16", "fp32"]
 Format = Literal["parquet", "npy", "tars"]
@@ -116,7 +117,7 @@ def write(
     plan = {
         "format": 1,
         "model": loaded.about,
-        "data": {"source": data, "name": samples.manifest.name, "fingerprint": samples.manifest.fingerprint},
+        "data": {"source": shown(data), "name": samples.manifest.name, "fingerprint": samples.manifest.fingerprint},
         "layers": list(reading.layers),
         "pool": reading.pool,
         "shape": list(shape),
@@ -151,8 +152,7 @@ def write(
         if not count:
             raise DataError(f"data {data}: none of its images can be read; `vimscale data verify --deep` says why")
         text = json.dumps(plan | {"rows": count, "classes": samples.classes, "unreadable": unreadable}, indent=1) + "\n"
-        join = {"parquet": _parquet, "npy": _npy, "tars": _tars}[kind]
-        join(parts, to, samples.manifest, text, count)
+        _publish(parts, to, about, samples.manifest, text, count)
         parts.remove()
     finally:
         parts.close()
@@ -263,19 +263,33 @@ class _Parts:
         return self.folder / f"{number:06d}.json"
 
 
-# ---- the formats: each joins all parts, and gives the result its name last
+# ---- joining the parts
+
+
+def _publish(parts: _Parts, to: Path, about: Path, manifest: Manifest, text: str, count: int) -> None:
+    """Join the parts in their folder; then give the results their names, `to` last."""
+    joined = parts.folder / "joined"
+    shutil.rmtree(joined, ignore_errors=True)
+    joined.mkdir()
+    write_file(joined / about.name, text.encode())
+    {"parquet": _parquet, "npy": _npy, "tars": _tars}[format_of(to)](parts, joined / to.name, manifest, text, count)
+    if about.parent == to:
+        joined.rename(to)
+        return
+    for path in sorted(joined.iterdir(), key=lambda path: path.name == to.name):
+        files.sync(path)
+        path.replace(to.with_name(path.name))
 
 
 def _npy(parts: _Parts, to: Path, manifest: Manifest, about: str, count: int) -> None:
     rows = to.with_suffix(".csv")
-    with files.replacing(rows) as partial, partial.open("w", newline="") as table:
+    with files.naming(rows), rows.open("w", newline="") as table:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(("number", "key", "label", "class"))
         for part in parts.read():
             for number, key, label in zip(part.numbers, part.keys, part.labels, strict=True):
                 writer.writerow((number, key, label if label >= 0 else "", manifest.class_name(label)))
-    files.write(to.with_name(f"{to.name}.json"), about)
-    with files.replacing(to) as partial, partial.open("wb") as file:
+    with files.naming(to), to.open("wb") as file:
         for i, values in enumerate(parts.values()):
             if i == 0:
                 header = {"descr": values.dtype.str, "fortran_order": False, "shape": (count, *values.shape[1:])}
@@ -287,9 +301,8 @@ def _parquet(parts: _Parts, to: Path, manifest: Manifest, about: str, count: int
     import pyarrow as pa
     from pyarrow import parquet
 
-    files.write(to.with_name(f"{to.name}.json"), about)
     writer = None
-    with files.replacing(to) as partial:
+    with files.naming(to):
         for part, values in zip(parts.read(), parts.values(), strict=True):
             flat = pa.array(np.ascontiguousarray(values).reshape(-1))
             columns = {
@@ -301,23 +314,17 @@ def _parquet(parts: _Parts, to: Path, manifest: Manifest, about: str, count: int
             }
             table = pa.table(columns, metadata={"vimscale": about})
             if writer is None:
-                writer = parquet.ParquetWriter(partial, table.schema)
+                writer = parquet.ParquetWriter(to, table.schema)
             writer.write_table(table)
         assert writer is not None
         writer.close()
 
 
 def _tars(parts: _Parts, to: Path, manifest: Manifest, about: str, count: int) -> None:
-    folder = parts.folder / "tars"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    written = 0
+    numbers = iter(range(parts.count))
     for part, values in zip(parts.read(), parts.values(), strict=True):
         if part.keys:
-            write_shard(folder / shard_name(written), _samples(part, values))
-            written += 1
-    files.write(folder / _ABOUT, about)
-    folder.rename(to)
+            write_shard(to.parent / shard_name(next(numbers)), _samples(part, values))
 
 
 def _samples(part: _Part, values: np.ndarray) -> Iterator[dict[str, Any]]:

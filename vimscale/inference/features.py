@@ -46,7 +46,7 @@ class Features:
 @dataclass(frozen=True)
 class Reading:
     """Which features of a model to take. Layers are concatenated along f. Every layer's residual stream passes the
-    model's final norm, unless its stage is narrower than the last one.
+    model's final norm; those of earlier stages of a hierarchical model do not.
     """
 
     layers: tuple[int, ...]
@@ -78,8 +78,6 @@ class Reading:
             raise UserError(f"pool {pool}: a model of bags of tiles has features of whole bags only; use pool head")
         if pool == "cls" and not config.cls_tokens:
             raise UserError("pool cls: the model has no class token; use mean, none or head")
-        if pool == "cls" and config.stages:
-            raise UserError("pool cls: a hierarchical model has no class token in every stage; use mean, none or head")
         return cls(tuple(layer % depth for layer in layers), pool)
 
     def __call__(self, model: VisionMamba, images: Images) -> Tensor:
@@ -92,28 +90,36 @@ class Reading:
             return model(images, features=True)
         assert isinstance(images, Tensor)
         config = model.config
-        if self.pool == "cls":
-            grid = config.grid_of(*images.shape[-2:])
-            streams = model.encode([(model.patches(images), grid)], layers=self.layers).taps
-            positions = layout(config, grid).cls
-            parts = [_normed(model, x[:, list(positions)]).mean(dim=1) for x in streams]
-        else:
-            maps = model.forward_features(images, layers=self.layers)
-            tokens = [_normed(model, x.flatten(2).mT) for x in maps]  # (b, l, d)
-            if self.pool == "mean":
-                parts = [x.mean(dim=1) for x in tokens]
+        rows, columns = grid = config.grid_of(*images.shape[-2:])
+        slots = layout(config, grid)
+        streams = model.encode([(model.patches(images), grid)], layers=self.layers).taps
+        last_stage = len(config.layers) - config.parts[-1].depth
+        parts = []
+        for layer, x in zip(self.layers, streams, strict=True):
+            if layer >= last_stage:
+                x, _ = model.norm(x, None)
+            if self.pool == "cls":
+                parts.append(x[:, list(slots.cls)].mean(dim=1))
+            elif self.pool == "mean":
+                parts.append(slots.image_tokens(x).mean(dim=1))
             else:
-                parts = [x.mT.unflatten(2, m.shape[2:]) for x, m in zip(tokens, maps, strict=True)]
-                if len({part.shape[2:] for part in parts}) > 1:
-                    sizes = ", ".join(
-                        f"{i}: {p.shape[2]} x {p.shape[3]}" for i, p in zip(self.layers, parts, strict=True)
-                    )
-                    raise UserError(f"pool none: the layers' maps have different sizes ({sizes}); take one stage's")
+                factor = _reduction(config, layer)
+                parts.append(slots.image_tokens(x).mT.unflatten(2, (rows // factor, columns // factor)))
+        if len({part.shape[2:] for part in parts}) > 1:
+            sizes = ", ".join(f"{i}: {p.shape[2]} x {p.shape[3]}" for i, p in zip(self.layers, parts, strict=True))
+            raise UserError(f"pool none: the layers' maps have different sizes ({sizes}); take one stage's")
         return torch.cat(parts, dim=1)
 
 
-def _normed(model: VisionMamba, x: Tensor) -> Tensor:
-    return model.norm(x.contiguous(), None)[0] if x.shape[-1] == model.config.widths[-1] else x
+def _reduction(config: VimConfig, layer: int) -> int:
+    """Return how many tokens of the first stage, along a side, became one of this layer's."""
+    factor, first = 1, 0
+    for number, stage in enumerate(config.parts):
+        factor *= stage.downsample if number else 1
+        first += stage.depth
+        if layer < first:
+            break
+    return factor
 
 
 def features(
