@@ -1,7 +1,7 @@
 """Write the features of every tile of very large images, one file per image.
 
-    python -m examples.tile_features MODEL features/ slide.png            # cut here, background included
-    python -m examples.tile_features MODEL features/ slides/*.tar         # cut by `vimscale data prepare --tiles`
+    python examples/tile_features.py MODEL features/ slide.png            # cut here, background included
+    python examples/tile_features.py MODEL features/ slides/*.tar         # cut by `vimscale data prepare --tiles`
 
 MODEL is the folder of a run (its newest checkpoint) or of an export, of a model with `model.tiles`. Each image becomes
 features/NAME.safetensors with `features` fp32 (t, d), the mean of each tile's tokens, which have seen all other tiles,
@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.features import Triple, open_model
+import vimscale
+from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model.tiles import Bag
 
 TILE = re.compile(r"(?:.*/)?(?P<key>[^/.]+)\.r(?P<row>\d+)c(?P<column>\d+)\.(?:jpg|jpeg|png|webp)")
@@ -60,11 +61,11 @@ def samples(path: Path, side: int) -> Iterator[tuple[str, Tiles]]:
             yield key, sorted(tiles, key=lambda tile: tile[1])
 
 
-def bag_of(tiles: Tiles, mean: Triple, std: Triple, device: torch.device) -> Bag:
+def bag_of(tiles: Tiles, preprocessing: Preprocessing, device: torch.device) -> Bag:
     """A bag as the model takes it: normalized, on its device."""
     pixels = torch.from_numpy(np.stack([tile for tile, _ in tiles])).to(device)  # (t, s, s, 3)
-    shift, scale = (torch.tensor(values, device=device) for values in (mean, std))
-    normalized = pixels.float().div_(255).sub_(shift).div_(scale)
+    mean, std = (torch.tensor(values, device=device) for values in (preprocessing.mean, preprocessing.std))
+    normalized = pixels.float().div_(255).sub_(mean).div_(std)
     return Bag(normalized.permute(0, 3, 1, 2), torch.tensor([at for _, at in tiles], dtype=torch.int32, device=device))
 
 
@@ -75,16 +76,15 @@ def main() -> None:
     parser.add_argument("images", nargs="+", type=Path, help="shards (.tar) of a set of tiles, or image files")
     arguments = parser.parse_args()
 
-    model, mean, std = open_model(arguments.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, preprocessing = vimscale.load(arguments.model, device=device)
     side = model.config.tiles
     if side is None:
-        raise SystemExit(f"{arguments.model} takes images, not tiles; examples/features.py gives their features")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+        raise SystemExit(f"{arguments.model} takes images, not tiles; `vimscale features` gives their features")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for path in arguments.images:
         for name, tiles in samples(path, side):
-            bag = bag_of(tiles, mean, std, device)
+            bag = bag_of(tiles, preprocessing, device)
             with torch.inference_mode():
                 features = model.tile_features(bag).float()
             written = {"features": features.cpu().contiguous(), "at": bag.at.cpu()}

@@ -1,10 +1,14 @@
 """The pages name files, anchors and packages that exist."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.image_sets import image
 from tests.test_layout import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,3 +40,24 @@ def test_the_tour_lists_the_floors_that_the_layout_test_enforces() -> None:
     text = (ROOT / "docs/one-image.md").read_text()
     block = text.partition("<!-- floors -->\n```\n")[2].partition("\n```\n<!-- /floors -->")[0]
     assert block.splitlines() == [", ".join(floor) for floor in FLOORS]
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_python_page_run_in_order(tmp_path: Path, cache: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    checks = """
+assert str(run.path) == "runs/first" and len(losses) == 60
+assert logits.shape == (1, 10) and image.shape == (3, 32, 32)
+assert table.shape == (359, 64) and keys == [one.key for one in val]
+assert y.shape == (b, length, e)
+"""
+    (tmp_path / "page.py").write_text("\n".join([*blocks, checks]))
+    (tmp_path / "photos").mkdir()
+    for name, kind in (("one.jpg", "JPEG"), ("two.png", "PNG")):
+        (tmp_path / "photos" / name).write_bytes(image(1, kind=kind))
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "page.py"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recipe first has 2 faults" in done.stdout

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,28 +30,6 @@ def _run(script: str, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def _images(folder: Path) -> list[str]:
-    paths = [str(folder / f"{shade}.png") for shade in (0, 100, 200)]
-    for shade, path in zip((0, 100, 200), paths, strict=True):
-        Image.new("RGB", (40, 30), (shade, 50, 255 - shade)).save(path)
-    return paths
-
-
-def test_features_come_from_a_preset(tmp_path: Path) -> None:
-    printed = _run("features.py", "vim_digits", *_images(tmp_path))
-    assert printed.startswith("features (3, 64), map of the last layer (3, 64, 4, 4)\n")
-    assert len(printed.splitlines()) == 4
-
-
-def test_features_come_from_an_exported_folder(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    manifest = Manifest("ten", tuple("0123456789"), shards=(), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    safetensors.write(tmp_path / "export", VisionMamba(PRESETS["vim_digits"]), manifest, {})
-    printed = _run("features.py", str(tmp_path / "export"), *_images(tmp_path))
-    assert printed.startswith("features (3, 64)")
-    assert printed.splitlines()[1].split()[1] == "1.000", "an image is like itself"
 
 
 def test_tile_features_are_those_of_the_model_from_shards_and_from_images(tmp_path: Path) -> None:
@@ -86,3 +66,23 @@ def test_tile_features_are_those_of_the_model_from_shards_and_from_images(tmp_pa
 
 def test_scan_agrees_with_the_reference() -> None:
     assert "largest difference from the reference" in _run("scan.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_notebook_runs(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples/digits.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "the repository keeps notebooks without outputs"
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = ["".join(out.get("text", "") for out in cell.get("outputs", [])) for cell in notebook.cells]
+    assert "first step after" in printed[1], "a cell shows the progress of training"
+    found = re.search(r"the same class: ([\d.]+)% of 359 images", "".join(printed))
+    assert found is not None
+    assert float(found[1]) > 60
+    pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(pictures) == 3

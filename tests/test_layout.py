@@ -140,6 +140,17 @@ def test_vimscale_knows_no_scheduler() -> None:
         assert not any(n.split(".")[0] == "ray" or n.startswith("vimscale.launch") for n in _imports(path)), path
 
 
+def test_only_vimscale_train_reaches_up_into_launch() -> None:
+    """The package's front door imports by name, on first use."""
+    strings = {
+        (_module(path), node.value)
+        for path in _sources("vimscale")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("vimscale.launch")
+    }
+    assert strings == {("vimscale", "vimscale.launch.sweeps.unattended")}
+
+
 @pytest.mark.parametrize(
     ("library", "only"),
     [

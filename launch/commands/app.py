@@ -8,18 +8,19 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+import vimscale
 from vimscale.errors import RunFailed, UserError
 from vimscale.storage import files
 
 from ..display.lines import print_line
 from ..processes import rank
 from ..processes.signals import Stopped, StopSignal
-from . import checkpoints, data, doctor, evaluate, export, inspect_batch, jobs, launch, lr_range, plan, show, sweep
+from . import checkpoints, data, doctor, evaluate, export, inference, inspect_batch, jobs, launch, plan, show, sweep
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -29,8 +30,24 @@ app = typer.Typer(
     help="Distributed large-scale pretraining of Vision Mamba.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"vimscale {vimscale.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of vimscale itself."""
+
+
 _COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": show.recipes,
     "presets": show.presets,
@@ -38,9 +55,11 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": show.show,
     "plan": plan.plan,
     "launch": launch.launch,
-    "lr-range": lr_range.lr_range,
+    "lr-range": sweep.lr_range,
     "sweep": sweep.sweep,
     "evaluate": evaluate.evaluate,
+    "features": inference.features,
+    "predict": inference.predict,
     "inspect-batch": inspect_batch.inspect_batch,
     "export": export.export,
     "import": export.import_published,
@@ -68,7 +87,7 @@ def main() -> None:
         try:
             try:
                 with stop.at_once():
-                    app(standalone_mode=True)
+                    app(prog_name="vimscale")
             finally:
                 sys.stdout.flush()
         except (UserError, RunFailed) as error:

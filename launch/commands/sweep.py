@@ -1,4 +1,5 @@
-"""`vimscale sweep`: train a recipe with several values of some keys, give up poor ones early, and compare.
+"""`vimscale sweep`: train a recipe with several values of some keys, give up poor ones early, and compare. `vimscale
+lr-range`: one short run whose learning rate rises exponentially, to find the rates that train.
 
 Seeds repeat a setting: their results are averaged, and never compared with each other.
 """
@@ -11,15 +12,18 @@ import typer
 from rich.console import Console
 
 from vimscale.errors import LaunchError, RunFailed
+from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
 from ..display.lines import print_line
 from ..processes import preflight
 from ..processes.signals import Stopped, StopSignal
-from ..sweeps import trials
+from ..supervise import progress
+from ..sweeps import trials, unattended
+from ..sweeps.lr_range import diverged, rising
 from ..sweeps.trials import By, Trial
-from .arguments import AddressOption, RecipeArgument
+from .arguments import AddressOption, Overrides, RecipeArgument
 
 _CLAIM_S = 20
 """How long to wait for the processes of a sweep that was just killed to end."""
@@ -134,3 +138,45 @@ def _with_evaluations(trial: Trial, by: By, every: int) -> Recipe:
         return trial.recipe
     evaluate = trial.recipe.evaluate.model_copy(update={"every": every, "asynchronous": False})
     return trial.recipe.model_copy(update={"evaluate": evaluate})
+
+
+def lr_range(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    low: Annotated[float, typer.Option("--from", help="The first learning rate.")] = 1e-6,
+    high: Annotated[float, typer.Option("--to", help="The last learning rate.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=20, help="Steps of the run.")] = 100,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks on this machine. Default: one per GPU; without GPUs two on CPUs."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+) -> None:
+    """Find the learning rates that train a recipe, in one short run. Everything else of the recipe stays the same."""
+    if not 0 < low < high:
+        raise LaunchError(f"--from {low:g} --to {high:g}: the rate rises, so write 0 < --from < --to")
+    trials.check_installed("matplotlib")
+    chosen = rising(recipes.load(recipe, overrides or ()), low, high, steps)
+    folder = RunFolder(runs / chosen.name)
+    console = progress.console()
+    stop = StopSignal()
+    if folder.finished(chosen) is None:
+        world = preflight.check(chosen, folder, None if workers is None else str(workers), ray=False)
+        with stop.installed():
+            folder.claim(chosen)
+            try:
+                code = unattended.run(chosen, folder, world, console, stop)
+            except RunFailed as error:
+                if not diverged(folder):
+                    raise
+                first = str(error).splitlines()[0]
+                print_line(console, f"the run has diverged, which ends the test: {first}")
+            else:
+                if code:
+                    folder.withdraw()
+                    print_line(console, "stopped on request; the same command continues")
+                    raise typer.Exit(code)
+    from ..display import search_results
+
+    rows = [row for row in folder.rows() if row["kind"] == "train"]
+    search_results.lr_range([row["lr"] for row in rows], [row["loss"] for row in rows], chosen, folder, console)

@@ -1,10 +1,11 @@
-"""Runs on this machine that a program starts instead of a user: a sweep's trials, and range tests."""
+"""Runs on this machine that a program starts instead of a command: `vimscale.train`, a sweep's trials, range tests."""
 
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -13,11 +14,39 @@ from vimscale.errors import RunFailed, UserError
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder
 
-from ..processes import on_local, output, rank
+from ..processes import num_ranks, on_local, output, preflight, rank
 from ..processes.evaluator import LocalEvaluator
+from ..processes.signals import Stopped
 from ..supervise import supervisor
 from ..supervise.evaluations import Evaluations
 from ..supervise.progress import Progress
+
+
+def train(
+    recipe: Recipe | str | Path, overrides: Iterable[str], *, workers: int | str | None, runs: Path, force: bool
+) -> RunFolder:
+    """See `vimscale.train`."""
+    chosen = Recipe.load(recipe, overrides)
+    folder = RunFolder(runs / chosen.name)
+    # what a notebook shows is what is written to sys.stdout, and its cells are not a terminal
+    console = Console(file=sys.stdout, force_jupyter=False)
+    progress = Progress(console)
+    if folder.finished(chosen) is not None:
+        progress.note("info", f"{folder.path} is finished")
+        return folder
+    world = preflight.check(chosen, folder, None if workers is None else str(workers), ray=False, force=force)
+    stop = supervisor.StopSignal()
+    try:
+        with stop.installed():
+            chosen = folder.claim(chosen)
+            progress.note("info", f"{chosen.name}: {num_ranks.in_words(world)} as processes on this machine")
+            if run(chosen, folder, world, console, stop) == Stopped.exit_code:
+                nothing = folder.withdraw()
+                how = "no run is left behind" if nothing else supervisor.how_to_resume(folder)
+                raise KeyboardInterrupt(f"stopped on request; {how}")
+    finally:
+        folder.release()  # a notebook may keep this object alive, in the traceback of an error
+    return folder
 
 
 def run(

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+import vimscale
 from tests.support.shell import Shell
 
 LAUNCH = ("launch", "small.yaml", "--no-ray", "--workers", "1")
@@ -194,3 +195,18 @@ def test_help_names_every_command(shell: Shell) -> None:
     output = shell.run("--help")
     for command in ("recipes", "show", "schema", "launch", "evaluate", "export", "import", "data", "doctor"):
         assert re.search(rf"│ {command} ", output)
+
+
+def test_the_version_is_printed(shell: Shell) -> None:
+    assert shell.run("--version") == f"vimscale {vimscale.__version__}\n"
+
+
+@pytest.mark.parametrize(("words", "expected"), [("vimscale feat", "features"), ("vimscale data st", "stats")])
+def test_a_shell_completes_commands(shell: Shell, words: str, expected: str) -> None:
+    shell.env |= {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_VIMSCALE_COMPLETE": "complete_bash"}
+    assert shell.run().split() == [expected]
+
+
+def test_the_completion_of_a_shell_can_be_printed(shell: Shell) -> None:
+    shell.env["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
+    assert "_VIMSCALE_COMPLETE=complete_bash" in shell.run("--show-completion", "bash")

@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.support.shell import Shell
 from vimscale.engine import optim
 from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
-from vimscale.launch.commands import lr_range, sweep
+from vimscale.launch.commands import sweep
 from vimscale.launch.display import search_results
 from vimscale.launch.sweeps import trials
 from vimscale.launch.sweeps.lr_range import analyze
@@ -95,7 +95,7 @@ def test_a_refused_command_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             sweep.sweep("vim_digits_cpu", runs=tmp_path / "runs", **arguments)
     with pytest.raises(LaunchError, match=r"--from 1 --to 0\.1: the rate rises, so write 0 < --from < --to"):
-        lr_range.lr_range("vim_digits_cpu", low=1.0, high=0.1, runs=tmp_path / "runs")
+        sweep.lr_range("vim_digits_cpu", low=1.0, high=0.1, runs=tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,12 +1,14 @@
 """Small images, and what data sets of them hold."""
 
 import io
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vimscale.data.dataset import Dataset
+from vimscale.data.shards.manifest import write_set
 
 
 def image(seed: int, height: int = 40, width: int = 48, kind: str = "JPEG") -> bytes:
@@ -14,6 +16,16 @@ def image(seed: int, height: int = 40, width: int = 48, kind: str = "JPEG") -> b
     file = io.BytesIO()
     Image.fromarray(pixels).resize((width, height)).save(file, kind)
     return file.getvalue()
+
+
+def damaged_set(folder: Path, damaged: Collection[int], count: int = 6) -> Path:
+    """Write images of two classes, two to a shard, some of which are damaged."""
+    samples = [{"__key__": f"sample{i}", "cls": i % 2, "png": image(i, kind="PNG")} for i in range(count)]
+    for i in damaged:
+        samples[i]["png"] = image(i, kind="PNG")[:200]
+    about = {"source": "", "licence": "", "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    write_set(folder, samples, per_shard=2, name=folder.name, classes=("even", "odd"), **about)
+    return folder
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -156,9 +156,10 @@ def evaluation(
     choice: Choice | None = None,
     workers: int = 0,
     views: Views = no_views,
+    start: int = 0,
 ) -> Iterator[Batch]:
     """Yield every sample once over all ranks, unaugmented, in order. `rank` of `world`: those that read different
-    samples, data ranks. `choice`: what a model takes that takes bags.
+    samples, data ranks. `choice`: what a model takes that takes bags. `start`: batches of each rank to leave out first.
 
     All ranks get the same number of batches, all of the same size. The generator that `views` gets depends on the
     sample's number alone.
@@ -166,7 +167,7 @@ def evaluation(
     Raises:
         DataError: the model takes bags of tiles and the data are images, or the other way round.
     """
-    return _batches(_Evaluation(dataset, size, choice, rank, world, batch, views), workers, pin=False)
+    return _batches(_Evaluation(dataset, size, choice, rank, world, batch, views, start), workers, pin=False)
 
 
 def start_fork_server() -> None:
@@ -359,7 +360,7 @@ class _Training(IterableDataset):
         number = ref.sample
         while True:
             try:
-                return *_read(dataset, ref.shard, number, size_of, see, None if self.choice is None else bag), bad
+                return *read(dataset, ref.shard, number, size_of, see, None if self.choice is None else bag), bad
             except BadSample as error:
                 bad.append((error.cause, str(error)))
                 if len(bad) == _ATTEMPTS:
@@ -381,8 +382,10 @@ class _Evaluation(IterableDataset):
         world: int,
         batch: int,
         views: Views,
+        start: int,
     ):
         check_kind(dataset.manifest, choice)
+        self.start = start
         self.source, self.size, self.rank, self.world, self.batch = dataset, size, rank, world, batch
         self.choice, self.views = choice, views
 
@@ -395,7 +398,7 @@ class _Evaluation(IterableDataset):
         choice = self.choice
         bag = None if choice is None else partial(bags.for_evaluation, choice=choice)
         rounds = -(-total // (self.batch * self.world))
-        for k in _of_this_worker(range(rounds)):
+        for k in _of_this_worker(range(self.start, rounds)):
             begin = (k * self.world + self.rank) * self.batch
             before = replace(self.source.traffic)
             images: Any = (
@@ -410,13 +413,13 @@ class _Evaluation(IterableDataset):
                 shard = int(ends.searchsorted(number, side="right"))
                 sample = number - int(ends[shard]) + int(self.source.counts[shard])
                 try:
-                    read, views[i] = _read(self.source, shard, sample, lambda _: self.size, self._seeing(number), bag)
+                    one, views[i] = read(self.source, shard, sample, lambda _: self.size, self._seeing(number), bag)
                 except BadSample as error:
                     bad.append((error.cause, str(error)))
                     continue
-                image = read.image
+                image = one.image
                 images[i] = image if isinstance(image, Bag) else augment.for_evaluation(image, self.size)
-                labels[i], keys[i] = read.label, read.key
+                labels[i], keys[i] = one.label, one.key
                 weights[i] = 1
             traffic = self.source.traffic - before
             # rows that do not count have the views of any other row
@@ -435,7 +438,7 @@ def _stacked(views: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in views]) for name in views[0]}
 
 
-def _read(
+def read(
     dataset: Dataset,
     shard: int,
     number: int,
@@ -443,7 +446,12 @@ def _read(
     see: Callable[[Sample], dict[str, Tensor]],
     bag: Callable[[dict, str], Bag] | None = None,
 ) -> tuple[Sample, dict[str, Tensor]]:
-    """Return (sample, its views). `bag` reads the tiles of a sample; None: samples are images."""
+    """Return (sample, its views). `bag` reads the tiles of a sample; None: samples are images.
+
+    Raises:
+        BadSample: it cannot be used.
+        DataError: its shard is damaged or unavailable.
+    """
     raw = dataset.read(shard, number)
     manifest, where = dataset.manifest, dataset.where(shard)
     image: Tensor | Bag
@@ -461,7 +469,7 @@ def _read(
             raise BadSample(error.cause, f"{where}, sample {sample.key}: {error}") from None
     except BadSample:
         if dataset.recheck(shard):  # a damaged copy in the cache must not change which sample is read
-            return _read(dataset, shard, number, size_of, see, bag)
+            return read(dataset, shard, number, size_of, see, bag)
         raise
 
 

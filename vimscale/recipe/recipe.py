@@ -77,6 +77,18 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
 
+    @classmethod
+    def load(cls, source: "Recipe | str | Path", overrides: Iterable[str] = ()) -> "Recipe":
+        """Load a YAML file, or a shipped recipe by its name, and apply overrides such as "optim.lr=1e-3". Given a
+        recipe, return one with these changes.
+
+        Raises:
+            RecipeError: with every fault of the file and the overrides.
+        """
+        if isinstance(source, Recipe):
+            return _KIND.changed(source.model_dump(), overrides, f"recipe {source.name}")
+        return load(source, overrides)
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         faults = []

@@ -121,6 +121,14 @@ class Kind(Generic[File]):
             FileFaults: with every fault of the file and the overrides.
         """
         path = self.find(str(source))
+        return self.changed(self._read(path, ()), overrides, self._title(path))
+
+    def changed(self, tree: dict, overrides: Iterable[str], title: str) -> File:
+        """Apply overrides to a file's tree; `title` names it in messages.
+
+        Raises:
+            FileFaults: with every fault of the tree and the overrides.
+        """
         faults: list[str] = []
         changes: dict = {}
         for text in overrides:
@@ -128,13 +136,13 @@ class Kind(Generic[File]):
         faults += self._rename(changes)
         if self.with_full_paths is not None:
             self.with_full_paths(changes, Path.cwd())
-        tree = self._merge(self._read(path, ()), changes)
+        tree = self._merge(tree, changes)
         try:
             loaded = self.section.model_validate(tree)
         except ValidationError as error:
             faults += _explain_all(self.section, tree, error)
         if faults:
-            raise self.error(self._title(path), faults)
+            raise self.error(title, faults)
         return loaded
 
     def parse(self, text: str, where: str) -> File:

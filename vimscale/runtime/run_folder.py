@@ -149,6 +149,7 @@ class RunFolder:
         self._warned = False
         self._forked = False
         self._before: _Before | None = None
+        self._lock: IO[str] | None = None
 
     @classmethod
     def of(cls, run: str) -> "RunFolder":
@@ -346,8 +347,9 @@ class RunFolder:
         return recipe, recipe.with_own_classes(own_code.without_folder).to_yaml()
 
     def release(self) -> None:
-        """Unlock the folder."""
-        self._lock.close()
+        """Unlock the folder, if this object holds it."""
+        if self._lock is not None:
+            self._lock.close()
 
     def withdraw(self) -> bool:
         """Undo `claim` and remove what ranks wrote since, unless they finished a step; returns whether it did.
