@@ -88,13 +88,15 @@ def train(folder: Path, kind: str, seed: int, steps: int) -> Row:
 
 
 def probed(name: str) -> dict[str, float]:
-    """kNN and linear probe of a run's encoder, as `vimscale evaluate --knn --linear` computes them."""
+    """kNN and linear probe of a run's encoder, as `vimscale evaluate --knn SET --k 20 --linear SET --pool head` computes them."""
+    from vimscale.evaluation.probes import Probes
     from vimscale.inference.opened import restored
     from vimscale.launch.commands.evaluate import evaluated
     from vimscale.runtime.run_folder import RunFolder
 
     learner, recipe, manifest, _ = restored(RunFolder.of(name), raw=True, step=None)
-    return evaluated(learner, recipe, manifest, figures=False, knn="sets/train", linear="sets/train")
+    probes = Probes(knn="sets/train", k=(20,), linear="sets/train", pools=("head",))
+    return evaluated(learner, recipe, manifest, figures=False, probes=probes)
 
 
 def table(rows: list[Row]) -> None:

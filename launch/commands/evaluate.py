@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -61,10 +61,37 @@ def evaluate(
         str | None,
         typer.Option(metavar="SET", help="A data set with labels whose nearest images classify the validation set."),
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Number of nearest images that vote.")] = 20,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", min=1, help="Number of nearest images that vote; repeatable. Default: 10, 20, 100, 200."),
+    ] = None,
     linear: Annotated[
         str | None,
         typer.Option(metavar="SET", help="A data set with labels to train a linear classifier of frozen features on."),
+    ] = None,
+    method: Annotated[
+        Literal["lbfgs", "sgd", "lars"],
+        typer.Option(help="Of --linear: exact logistic regression, DINOv2's grid of heads by SGD, or MAE's by LARS."),
+    ] = "lbfgs",
+    choose: Annotated[
+        Literal["held-out", "published"],
+        typer.Option(
+            help="What lbfgs and sgd choose by: a fifth of the training set; or, as published, the set evaluated."
+        ),
+    ] = "held-out",
+    pool: Annotated[
+        list[Literal["head", "mean"]] | None,
+        typer.Option(help="Features: head, what the head reads; mean, of the image's tokens. Default: both."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Last layers that sgd reads together. Default: 4.")] = None,
+    probe_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of sgd and lars. Default: as many as published.")
+    ] = None,
+    probe_batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch of sgd and lars. Default: as published.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Folder that keeps features for later probes. Default: features/ of a run.")
     ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Ranks to evaluate with, one per GPU, or per CPU where there are none.")
@@ -80,6 +107,8 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model on a data set. Their classes are matched by name."""
     from vimscale.evaluation.matching import NoMatch
+    from vimscale.evaluation.neighbors import KS
+    from vimscale.evaluation.probes import Probes
     from vimscale.evaluation.tally import Tally
     from vimscale.inference import job as jobs
     from vimscale.inference.opened import open_model
@@ -90,7 +119,21 @@ def evaluate(
         display.check_folder(to)
     changes = _changes(model, overrides or [], data)
     opened = open_model(model, step=step, raw=raw, own_code=own_code)
-    job = replace(_job(model, opened, changes), knn=knn, k=k, linear=linear)
+    kept = features if features is not None or opened.recipe is None else opened.source / "features"
+    probes = Probes(
+        knn=knn,
+        k=k or KS,
+        linear=linear,
+        method=method,
+        choose=choose,
+        layers=layers,
+        steps=probe_steps,
+        batch=probe_batch,
+        features=kept,
+    )
+    if pool:
+        probes = replace(probes, pools=pool)
+    job = replace(_job(model, opened, changes), probes=probes)
     console, notes = Console(stderr=as_json), list(opened.notes)
     probed = knn is not None or linear is not None
     if probed and opened.recipe is None and opened.model.head is None:
@@ -113,7 +156,8 @@ def evaluate(
             row, tally = plain_ranks.run(work, workers)
         else:
             tally = Tally()
-            row = jobs.run(job, opened.learner, opened.manifest, _device(), named=opened.named, tally=tally)
+            known: dict[str, Any] = {"named": opened.named, "identity": opened.identity}
+            row = jobs.run(job, opened.learner, opened.manifest, _device(), **known, tally=tally)
     except DataError as error:
         raise DataError(
             f"{error}\n  give another validation set, or its path on this machine, with data.val=... or --data"

@@ -70,6 +70,7 @@ def evaluated(checkpoint: Path, device: str, threads: int) -> Evaluated:
     try:
         import torch
 
+        from vimscale.evaluation.probes import Probes
         from vimscale.inference import job
         from vimscale.inference.opened import open_model
 
@@ -78,7 +79,8 @@ def evaluated(checkpoint: Path, device: str, threads: int) -> Evaluated:
         recipe = opened.recipe
         assert recipe is not None
         chosen = recipe.evaluate
-        wanted = job.EvaluationJob(recipe.data, knn=chosen.knn, k=chosen.knn_k, precision=recipe.parallel.precision)
+        probes = Probes(knn=chosen.knn, k=(chosen.knn_k,), pools=("head",))
+        wanted = job.EvaluationJob(recipe.data, probes=probes, precision=recipe.parallel.precision)
         return Evaluated(job.run(wanted, opened.learner, opened.manifest, torch.device(device)))
     except UserError as error:
         return Evaluated(None, masked(str(error)), curable=False)

@@ -1,26 +1,24 @@
 """One rank's part of an evaluation of a trained model, on a data set that it may never have seen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vimscale.data.dataset import Dataset
 from vimscale.data.images.choice import Choice, check_kind
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.evaluation import linear as linear_probe
-from vimscale.evaluation import neighbors
 from vimscale.evaluation.figures import evaluate
 from vimscale.evaluation.matching import Matched, match
+from vimscale.evaluation.probes import Probes, probed
 from vimscale.evaluation.tally import Tally
 from vimscale.inference.opened import open_model
 from vimscale.model import VisionMamba
 from vimscale.model.published.quirks import PublishedVim
-from vimscale.objectives.base import Inputs, Learner, ObjectiveOptions
+from vimscale.objectives.base import Learner, ObjectiveOptions
 from vimscale.objectives.build import build
 from vimscale.recipe.sections import Data
 
@@ -33,11 +31,8 @@ class EvaluationJob:
     """`val` is the set to evaluate on; workers and cache are those of the recipe."""
     figures: bool = True
     """The objective's own figures."""
-    knn: str | None = None
-    """A labelled set whose nearest images classify `data.val`."""
-    k: int = 20
-    linear: str | None = None
-    """A labelled set to train a linear classifier of frozen features on."""
+    probes: Probes = field(default_factory=Probes)
+    """What to read of the frozen features."""
     precision: str = "fp32"
     objective: ObjectiveOptions | None = None
     """Options to evaluate with; default: those that the model was trained with."""
@@ -92,11 +87,13 @@ def run(
     world: int = 1,
     *,
     named: bool = True,
+    identity: str | None = None,
     tally: Tally | None = None,
 ) -> dict[str, float]:
     """The figures of a model, the same on every rank; each of the `world` ranks reads its part of the images.
-    `manifest`: of the set that the model was trained on, and `named`: whether its classes are names, as `Opened` has
-    them. `tally`: filled with counts per class, if the model chooses among classes; then the figures have `ece`.
+    `manifest` of the set that the model was trained on, `named` (whether its classes are names) and `identity` (without
+    it, no features are kept) are those of an `Opened`. `tally`: filled with counts per class, if the model chooses
+    among classes; then the figures have `ece`.
 
     Raises:
         DataError, CheckpointError: as of `check`, or a set cannot be read.
@@ -118,9 +115,6 @@ def run(
         "world": world,
     }
 
-    def embed(inputs: Inputs) -> Tensor:
-        return learner.ask("embedding", inputs)
-
     found: dict[str, float] = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bf16"):
         if job.figures:
@@ -129,10 +123,16 @@ def run(
             found |= evaluate(ask[0], learner.objective, val, manifest, **reading_all)
             if tally is not None and tally.counted:
                 found["ece"] = tally.calibration_error
-        if job.knn is not None:
-            found |= neighbors.knn(embed, Dataset.open(job.knn, job.data.cache), val, manifest, k=job.k, **reading)
-        if job.linear is not None:
-            found |= linear_probe.linear(embed, Dataset.open(job.linear, job.data.cache), val, manifest, **reading)
+        found |= probed(
+            learner,
+            val,
+            manifest,
+            job.probes,
+            identity=identity,
+            precision=job.precision,
+            cache=job.data.cache,
+            **reading,
+        )
     return found
 
 
@@ -150,4 +150,5 @@ def opened_and_run(
     """Open a model, and return what `run` does and fills. Errors and the other arguments are those of `open_model`."""
     opened = open_model(source, step=step, raw=raw, own_code=own_code)
     tally = Tally()
-    return run(job, opened.learner, opened.manifest, device, rank, world, named=opened.named, tally=tally), tally
+    known: dict[str, Any] = {"named": opened.named, "identity": opened.identity, "tally": tally}
+    return run(job, opened.learner, opened.manifest, device, rank, world, **known), tally
