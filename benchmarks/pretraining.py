@@ -88,7 +88,7 @@ def train(folder: Path, kind: str, seed: int, steps: int) -> Row:
 
 
 def probed(name: str) -> dict[str, float]:
-    """kNN and linear probe of a run's encoder, as `vimscale evaluate --knn SET --k 20 --linear SET --pool head` computes them."""
+    """kNN and linear probe of a run's encoder, as `vimscale evaluate --knn SET --linear SET` has them."""
     from vimscale.evaluation.probes import Probes
     from vimscale.inference.opened import restored
     from vimscale.launch.commands.evaluate import evaluated

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 import yaml
@@ -80,7 +80,7 @@ def evaluate(
         ),
     ] = "held-out",
     pool: Annotated[
-        list[Literal["head", "mean"]] | None,
+        list[str] | None,
         typer.Option(help="Features: head, what the head reads; mean, of the image's tokens. Default: both."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Last layers that sgd reads together. Default: 4.")] = None,
@@ -108,7 +108,7 @@ def evaluate(
     """Evaluate a trained model on a data set. Their classes are matched by name."""
     from vimscale.evaluation.matching import NoMatch
     from vimscale.evaluation.neighbors import KS
-    from vimscale.evaluation.probes import Probes
+    from vimscale.evaluation.probes import Pool, Probes
     from vimscale.evaluation.tally import Tally
     from vimscale.inference import job as jobs
     from vimscale.inference.opened import open_model
@@ -132,7 +132,7 @@ def evaluate(
         features=kept,
     )
     if pool:
-        probes = replace(probes, pools=pool)
+        probes = replace(probes, pools=cast("list[Pool]", pool))
     job = replace(_job(model, opened, changes), probes=probes)
     console, notes = Console(stderr=as_json), list(opened.notes)
     probed = knn is not None or linear is not None
