@@ -1,6 +1,7 @@
 """Show that a model's maps say where things are: segment handwritten digits with frozen features.
 
-    python -m examples.segmentation runs/vim_digits_cpu         # a run of a digits recipe, or an export
+    vimscale launch vim_digits_cpu model.cls_token=none          # its head reads the mean of the patches
+    python -m examples.segmentation runs/vim_digits_cpu          # that run, or an export
     python -m examples.segmentation runs/vim_digits_cpu --picture digits.png
 
 Every pixel belongs to one of ten digits or to the background. A feature pyramid and a 1 x 1 convolution learn it on 64
