@@ -1,14 +1,15 @@
-"""Show that a model's maps say where things are: segment scenes of handwritten digits with frozen features.
+"""Show that a model's maps say where things are: segment handwritten digits with frozen features.
 
-    python -m examples.segmentation runs/vim_digits_cpu         # a run of a digits recipe, or an export
-    python -m examples.segmentation runs/vim_digits_cpu --picture scenes.png
+    vimscale launch vim_digits_cpu model.cls_token=none          # its head reads the mean of the patches
+    python -m examples.segmentation runs/vim_digits_cpu          # that run, or an export
+    python -m examples.segmentation runs/vim_digits_cpu --picture digits.png
 
-A scene holds four scans at random positions; every pixel belongs to one of ten digits or to the background. A feature
-pyramid and a 1 x 1 convolution learn it from the maps of the frozen model; from those of the same model with random
-weights; and from the model's maps with their cells shuffled, which have the same features without their positions.
-Scenes of training and of validation use scans of the training and of the validation set.
+Every pixel belongs to one of ten digits or to the background. A feature pyramid and a 1 x 1 convolution learn it on 64
+scans of the training set, from the maps of the frozen model; from those of the same model with random weights; and from
+the model's maps with their cells shuffled, which have the same features without their positions. All are judged on the
+validation set.
 
-Axes: b scenes, d width of a map.
+Axes: b images, d width of a map.
 """
 
 import argparse
@@ -25,32 +26,23 @@ from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model import VisionMamba
 from vimscale.model.pyramid import FeaturePyramid, Segmenter
 
-SIDE, CELL, DIGIT = 80, 40, 32  # of a scene, of the part that holds one digit, of the digit, in pixels
+SIDE = 32  # of an image, in pixels
 CLASSES = 11  # the background is class 0
 INK = 96  # grey levels above it are a digit's
-SCENES = {"train": 64, "val": 128}
+SCANS = 64
 BATCH, STEPS, CHANNELS = 16, 200, 32
 
 
-def scenes(part: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Grey scenes uint8 (b, SIDE, SIDE) and the class of every pixel (b, SIDE, SIDE)."""
-    rng = np.random.default_rng(seed)
+def images_and_masks(part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first scans of a split, grey uint8 (b, SIDE, SIDE), and the class of every pixel (b, SIDE, SIDE)."""
     scans, labels = digits.table()
-    rows = digits.split(labels, 0)[part]
-    images = np.zeros((SCENES[part], SIDE, SIDE), np.uint8)
-    classes = np.zeros(images.shape, np.int64)
-    for image, of_pixels in zip(images, classes, strict=True):
-        for corner in np.ndindex(SIDE // CELL, SIDE // CELL):
-            row = rng.choice(rows)
-            top, left = np.array(corner) * CELL + rng.integers(0, CELL - DIGIT + 1, 2)
-            here = slice(top, top + DIGIT), slice(left, left + DIGIT)
-            image[here] = np.asarray(digits.enlarged(scans[row], DIGIT))
-            of_pixels[here] = np.where(image[here] > INK, labels[row] + 1, 0)
-    return torch.from_numpy(images), torch.from_numpy(classes)
+    rows = digits.split(labels, 0)[part][:count]
+    images = torch.from_numpy(np.stack([np.asarray(digits.enlarged(scans[row], SIDE)) for row in rows]))
+    return images, torch.where(images > INK, torch.from_numpy(labels[rows])[:, None, None] + 1, 0)
 
 
 def maps_of(model: VisionMamba, images: Tensor, of: Preprocessing) -> Tensor:
-    """The normalized last maps (b, d, rows, columns) of grey scenes."""
+    """The normalized last maps (b, d, rows, columns) of grey images."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (of.mean, of.std))
     found = []
     with torch.no_grad():
@@ -93,7 +85,7 @@ def mean_iou(predicted: Tensor, classes: Tensor) -> float:
 
 
 def picture(images: Tensor, *masks: Tensor) -> Image.Image:
-    """A row for each of the first scenes: the image, then masks with a color per class."""
+    """A row for each of the first images: the image, then masks with a color per class."""
     hues = np.arange(CLASSES - 1) * 255 // (CLASSES - 1)
     hsv = np.stack([hues, np.full_like(hues, 200), np.full_like(hues, 255)], axis=1)[None].astype(np.uint8)
     colors = np.concatenate([np.zeros((1, 3), np.uint8), np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))[0]])
@@ -107,17 +99,17 @@ def picture(images: Tensor, *masks: Tensor) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the folder of a run or of an export, trained on digits")
-    parser.add_argument("--picture", help="write scenes, their classes and what each model made of them to this file")
+    parser.add_argument("--picture", help="write images, their masks and what each model made of them to this file")
     arguments = parser.parse_args()
 
     opened = open_model(arguments.model)
     model = opened.model
-    (train, train_classes), (val, val_classes) = scenes("train", 1), scenes("val", 2)
+    (train, train_classes), (val, val_classes) = images_and_masks("train", SCANS), images_and_masks("val")
     torch.manual_seed(0)
     random = VisionMamba(model.config)
     masks = [val_classes]
     for name, encoder in (("trained", model), ("random weights", random), ("trained, cells shuffled", model)):
-        encoder.eval().set_input_size((SIDE, SIDE))
+        encoder.eval()
         maps = [maps_of(encoder, images, opened.preprocessing) for images in (train, val)]
         if name.endswith("shuffled"):
             maps = [shuffled(each, seed) for seed, each in enumerate(maps)]

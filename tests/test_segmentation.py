@@ -52,23 +52,26 @@ def test_frozen_maps_segment_digits_and_need_their_positions(tmp_path: Path) -> 
     model = _classifier(epochs=10)
     manifest = Manifest("digits-train", tuple("0123456789"), shards=(), mean=(0.3,) * 3, std=(0.37,) * 3)
     safetensors.write(tmp_path / "export", model, manifest, {})
-    picture = tmp_path / "scenes.png"
+    picture = tmp_path / "digits.png"
     command = [sys.executable, "-m", "examples.segmentation", str(tmp_path / "export"), "--picture", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
     found = {name: float(percent) for name, percent in re.findall(r"(.+): mean IoU ([\d.]+)%", done.stdout)}
     trained, random, shuffled = (found[name] for name in ("trained", "random weights", "trained, cells shuffled"))
     assert trained > random + 5
-    assert random > shuffled + 10
+    assert random > shuffled + 5
     assert picture.is_file()
 
 
-def test_scenes_hold_every_digit_where_its_classes_say() -> None:
-    images, classes = segmentation.scenes("val", 2)
-    again, _ = segmentation.scenes("val", 2)
-    assert torch.equal(images, again)
-    assert set(classes.unique().tolist()) == set(range(11))
-    assert torch.equal(classes > 0, images > segmentation.INK)
+def test_masks_are_the_ink_of_each_digit() -> None:
+    images, masks = segmentation.images_and_masks("val")
+    _, labels = digits.table()
+    expected = labels[digits.split(labels, 0)["val"]] + 1
+    assert images.shape == masks.shape == (len(expected), 32, 32)
+    assert masks.flatten(1).amax(dim=1).tolist() == expected.tolist()
+    assert torch.equal(masks > 0, images > segmentation.INK)
+    few, _ = segmentation.images_and_masks("val", 5)
+    assert torch.equal(few, images[:5])
 
 
 def test_shuffled_maps_keep_their_cells() -> None:

@@ -156,7 +156,7 @@ class FeatureExtractor(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; use NCHW or NLC")
         layers = [self._layer(i) for i in self._taken(indices)]
-        until = layers[-1] if stop_early or intermediates_only else None
+        until = max(layers, default=None) if stop_early or intermediates_only else None
         tokens, prefixes, maps = self._outputs(x, layers, draws, backward, norm, until, output_fmt == "NCHW")
         return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
