@@ -27,9 +27,11 @@ from vimscale.inference import feature_files
 from vimscale.inference.features import Features, Reading, features
 from vimscale.inference.loaded import Loaded
 from vimscale.launch.commands.app import app
-from vimscale.model import VisionMamba
+from vimscale.model import PRESETS, VisionMamba
 from vimscale.model.layout import layout
 from vimscale.model.presets import Stage
+from vimscale.model.published.arguments import complete
+from vimscale.model.published.quirks import build
 
 
 def _by_hand(digits: Path, split: str = "val") -> tuple[Tensor, list[str], list[int]]:
@@ -95,10 +97,10 @@ def test_pooled_layers_are_tokens_of_a_model_that_ends_there(tmp_path: Path, dig
             ("mean", torch.cat([x.mean(dim=1) for x in tokens], dim=1)),
             ("none", torch.cat([x.mT.unflatten(2, (4, 4)) for x in tokens], dim=1)),
         ):
-            found = Reading.of(model.config, [0, -1], pool)(model, images)  # type: ignore[arg-type]
+            found = Reading.of(model, [0, -1], pool)(model, images)  # type: ignore[arg-type]
             torch.testing.assert_close(found, expected, **CLOSE)
-        last = Reading.of(model.config, None, "cls")(model, images)
-        torch.testing.assert_close(last, Reading.of(model.config, None, None)(model, images), **CLOSE)
+        last = Reading.of(model, None, "cls")(model, images)
+        torch.testing.assert_close(last, Reading.of(model, None, None)(model, images), **CLOSE)
 
 
 def test_maps_of_a_hierarchical_model_have_the_sizes_of_their_stages(tmp_path: Path) -> None:
@@ -108,14 +110,25 @@ def test_maps_of_a_hierarchical_model_have_the_sizes_of_their_stages(tmp_path: P
     merged: list[Tensor] = []  # what the first stage gives to the second
     model.merges["1"].register_forward_pre_hook(lambda module, inputs: merged.append(inputs[0]))
     with torch.no_grad():
-        mean = Reading.of(model.config, [0, 1], "mean")(model, images)
+        mean = Reading.of(model, [0, 1], "mean")(model, images)
         assert mean.shape == (2, 96)
         torch.testing.assert_close(mean[:, 32:], model(images, features=True), **CLOSE)
         torch.testing.assert_close(mean[:, :32], merged[0].mean(dim=1), **CLOSE)
         with pytest.raises(UserError, match=r"different sizes \(0: 4 x 4, 1: 2 x 2\)"):
-            Reading.of(model.config, [0, 1], "none")(model, images)
+            Reading.of(model, [0, 1], "none")(model, images)
     with pytest.raises(UserError, match="no class token"):
-        Reading.of(model.config, None, "cls")
+        Reading.of(model, None, "cls")
+
+
+def test_layers_of_models_with_other_tokens_are_refused() -> None:
+    tiles = VisionMamba(replace(PRESETS["vim_digits"], tiles=32, image_size=32, pos_embed="coordinates"))
+    with pytest.raises(UserError, match="features of whole bags only; use pool head"):
+        Reading.of(tiles, [0], None)
+    arguments = {"img_size": 32, "patch_size": 8, "stride": 8, "depth": 2, "embed_dim": 32, "if_bidirectional": True}
+    odd = build(complete(arguments))
+    with pytest.raises(UserError, match="published quirks"):
+        Reading.of(odd, None, "mean")
+    assert Reading.of(odd, None, None)(odd, torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def write(
         OSError: a file cannot be written; has its name.
     """
     kind = format_of(to)
-    reading = Reading.of(loaded.model.config, layers, pool)
+    reading = Reading.of(loaded.model, layers, pool)
     samples = Samples(Dataset.open(data))
     shape = shape_of(loaded, reading)
     if loaded.model.config.tiles is not None:

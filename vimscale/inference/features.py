@@ -19,6 +19,7 @@ from vimscale.errors import UserError
 from vimscale.inference.loaded import Loaded
 from vimscale.model import VimConfig, VisionMamba, tiles
 from vimscale.model.layout import layout
+from vimscale.model.published.quirks import PublishedVim
 from vimscale.model.vim import Images
 
 Pool = Literal["head", "cls", "mean", "none"]
@@ -54,13 +55,14 @@ class Reading:
     pool: Pool
 
     @classmethod
-    def of(cls, config: VimConfig, layers: Sequence[int] | None, pool: Pool | None) -> "Reading":
+    def of(cls, model: VisionMamba, layers: Sequence[int] | None, pool: Pool | None) -> "Reading":
         """Check a user's choice. Default: what the head reads; the mean if there are `layers`; the last layer if there
         is another `pool`.
 
         Raises:
             UserError: the model has no such layers or no such tokens.
         """
+        config = model.config
         pool = pool or ("mean" if layers else "head")
         depth = len(config.layers)
         if pool == "head":
@@ -74,6 +76,8 @@ class Reading:
             )
         if not layers:
             raise UserError("no layers: name at least one")
+        if isinstance(model, PublishedVim):
+            raise UserError(f"pool {pool}: a model with published quirks gives what its head reads only; use pool head")
         if config.tiles is not None:
             raise UserError(f"pool {pool}: a model of bags of tiles has features of whole bags only; use pool head")
         if pool == "cls" and not config.cls_tokens:
@@ -150,7 +154,7 @@ def features(
         DataError: the data set cannot be used.
     """
     model = loaded.model
-    reading = Reading.of(model.config, layers, pool)
+    reading = Reading.of(model, layers, pool)
     source = data.opened if isinstance(data, Samples) else Dataset.open(data)
     return _features(loaded, source, reading, 1 if model.config.tiles else batch, workers, precision, start)
 

@@ -59,6 +59,11 @@ def predict(loaded: Loaded, images: Iterable[Picture], *, top: int = 5, batch: i
         if usable:
             with torch.inference_mode():
                 logits = model(torch.stack(usable).to(loaded.device)).cpu()
+            if logits.shape != (len(usable), len(names)):
+                shape = tuple(logits.shape)
+                raise CheckpointError(
+                    f"{loaded.opened.source} gives {shape} for {len(usable)} images, not a logit per class"
+                )
             probabilities, labels = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
             rows = zip(labels[:, :top].tolist(), probabilities[:, :top].tolist(), strict=True)
             found = (tuple((names[label], p) for label, p in zip(*row, strict=True)) for row in rows)
