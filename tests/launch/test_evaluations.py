@@ -76,6 +76,23 @@ def test_the_run_trains_on_and_keeps_its_checkpoints_while_an_evaluation_takes_l
     shell.nothing_is_left()
 
 
+@pytest.mark.slow
+def test_a_killed_launcher_takes_its_evaluation_along_and_the_same_command_makes_up_for_it(shell: Shell) -> None:
+    shutil.copy(Path(__file__).parents[1] / "support/waiting.py", shell.folder)
+    (shell.folder / "wait").touch()
+    command = ("launch", "small.yaml", "steps=20", "objective={kind: waiting.py:Waiting}", *ASYNCHRONOUS, *PROCESSES)
+    process = shell.popen(*command)
+    shell.reaches(process, "small", 20)
+    while not (shell.folder / "begun").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    shell.nothing_is_left()
+    (shell.folder / "wait").unlink()
+    assert "finished: 20 steps" in shell.run(*command)
+    assert [row["step"] for row in shell.rows("small", "eval")] == [10, 20]
+
+
 def test_a_recipe_says_what_asynchronous_evaluations_lack(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
     with pytest.raises(RecipeError, match=r"evaluate.every 30 is not a multiple of checkpoint.every 20.*every=40"):
