@@ -163,7 +163,7 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 def test_the_model_section_has_the_keys_of_the_models_config() -> None:
-    keys = set(recipe.Model.model_fields) - {"preset", "weights", "grow"}
+    keys = set(recipe.Model.model_fields) - {"preset", "weights", "grow", "change"}
     assert keys == {name for name in VimConfig.__dataclass_fields__ if name not in ("num_classes", "layers")}
 
 

@@ -121,7 +121,7 @@ class Engine:
         self.objective = build(recipe.objective, config)
         with torch.device("meta"):  # of a sharded parameter only the name can be read
             shapes = Learner(self.objective, VisionMamba(config))
-        layerwise.freeze(shapes, recipe)
+        layerwise.freeze(shapes, recipe.optim.freeze)
         settings = ds_config(recipe, world, sum(p.numel() for _, p in shapes.trained()))
         without_compiler()
         self.stage = recipe.parallel.zero
@@ -134,14 +134,12 @@ class Engine:
             # settings that enable neither mean fp32.
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 self.model = Learner(self.objective, VisionMamba(config, gather=_gathered), gather=_gathered)
-            layerwise.freeze(self.model, recipe)
+            layerwise.freeze(self.model, recipe.optim.freeze)
             factors = layerwise.factors(shapes, recipe.optim)
-            adamw = optim.optimizer(
-                self.model.trained(), shapes.no_decay(), recipe.optim, fused=True, factors=factors
-            )
+            adamw = optim.optimizer(self.model.trained(), shapes.no_decay(), recipe.optim, fused=True, factors=factors)
         else:
             self.model = Learner(self.objective, VisionMamba(config)).to(device)
-            layerwise.freeze(self.model, recipe)
+            layerwise.freeze(self.model, recipe.optim.freeze)
             groups = layout(shapes, recipe.optim, self.stage, world, bf16=recipe.parallel.precision == "bf16")
             self._flat = FlatLearner(self.model, groups)
             adamw = optim.adamw(self._flat.grouped(), recipe.optim, fused=True)

@@ -140,8 +140,8 @@ class _Slices(torch.autograd.Function):
 
 
 class FlatLearner(nn.Module):
-    """A learner as DeepSpeed gets it: its trained parameters are pieces of flat tensors, and nothing else is registered.
-    Frozen parameters stay where they are.
+    """A learner as DeepSpeed gets it: its trained parameters are pieces of flat tensors, and nothing else is
+    registered. Frozen parameters stay where they are.
     """
 
     def __init__(self, learner: Learner, groups: Sequence[Group]):

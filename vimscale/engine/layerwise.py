@@ -1,13 +1,12 @@
 """Fine-tuning: which parameters are trained, and at which share of the learning rate."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from vimscale.checkpoint.restore import OF_OBJECTIVE
 from vimscale.errors import RecipeError, suggest
 from vimscale.objectives.base import Learner
-from vimscale.recipe.recipe import Recipe
 from vimscale.recipe.sections import Optim
 
 ENCODER = "encoder"
@@ -15,13 +14,12 @@ ENCODER = "encoder"
 _TOP = ("norm", "neck", "neck_norm", "head")
 
 
-def freeze(learner: Learner, recipe: Recipe) -> None:
-    """Turn off the gradients of the parameters that `optim.freeze` names.
+def freeze(learner: Learner, patterns: Collection[str]) -> None:
+    """Turn off the gradients of the parameters that `patterns`, those of `optim.freeze`, name.
 
     Raises:
         RecipeError: a pattern matches no parameter, or all parameters together are frozen.
     """
-    patterns = recipe.optim.freeze
     names = dict(learner.every())
     faults = [
         f"optim.freeze {pattern!r} matches no parameter{suggest(pattern, _known(names))}"
@@ -34,7 +32,7 @@ def freeze(learner: Learner, recipe: Recipe) -> None:
     if not faults and not any(p.requires_grad for p in names.values()):
         faults.append(f"optim.freeze {', '.join(patterns)} leaves nothing to train; freeze fewer parameters")
     if faults:
-        raise RecipeError(f"recipe {recipe.name}", faults)
+        raise RecipeError("recipe", faults)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -75,8 +73,7 @@ def lowest(learner: Learner) -> int:
 
 
 def _level(name: str, top: int) -> int:
-    """0: the stem, with class token, registers and positions; i + 1: layer i, and the merge before it; `top`: the rest.
-    """
+    """0: the stem, class token, registers and positions; i + 1: layer i, and the merge before it; `top`: the rest."""
     kind, _, rest = name.partition(".")
     if kind in ("blocks", "merges"):
         return int(rest.partition(".")[0]) + 1
