@@ -115,7 +115,7 @@ def test_code_that_the_weights_bring_along_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "out/config.json").write_text(json.dumps({"format": 1, "model": config}))
     (tmp_path / "out/model.safetensors").write_bytes(b"")
     (tmp_path / "out/own_layer.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(RecipeError, match="need the code 'own_layer.py:GatedConv', which would run with your rights"):
+    with pytest.raises(RecipeError, match=r"need the code 'own_layer\.py:GatedConv', which would run with your rights"):
         _recipe(tmp_path, tmp_path / "out")
 
 

@@ -123,10 +123,10 @@ def compare(
                 notes.append(f"{name}: {_text(theirs)} becomes {_text(ours)}, as model.change allows")
                 continue
             fix = f"set model.{name}={_value(theirs)}"
-            if changeable:
-                fix += f", or model.change=[{', '.join([*change, name])}] if the weights should be used differently"
             if grow is None and name in _GROWS and _GROWS[name](old, config):
                 fix += f", or model.grow=copy, and {_GROWN[name]}"
+            if changeable:
+                fix += f", or model.change=[{', '.join([*change, name])}] if the weights should be used differently"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
             elif name == "kinds":

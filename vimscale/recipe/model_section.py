@@ -87,7 +87,6 @@ class Model(Section):
     """A preset, or the architecture of `weights`, and what to change in it. Keys that are left out keep its values."""
 
     preset: str = "vim_small"
-    """With `weights` and without a preset, the model is that of the weights."""
     weights: Address | None = None
     """Folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this one.
     The position embedding is resized; the head follows the names of the classes or starts again.
