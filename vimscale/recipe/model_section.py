@@ -88,7 +88,8 @@ class Model(Section):
 
     preset: str = "vim_small"
     weights: Address | None = None
-    """Folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this one.
+    """Folder of an exported or imported model, or of a run, to start from. Without a preset, the model is that of the
+    weights, with the changes that this section makes. It must compute the same.
     The position embedding is resized; the head follows the names of the classes or starts again.
     """
     change: tuple[Change, ...] = ()
