@@ -61,7 +61,8 @@ def plan(
         figures = {
             "recipe": chosen.name,
             "cluster": on,
-            "parameters": planner.whole,
+            "parameters": planner.whole + sum(planner.frozen),
+            "frozen": sum(planner.frozen),
             "flops": planner.flops,
             "steps": planner.steps,
             "checkpoint": planner.checkpoint,
@@ -209,7 +210,8 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
     rows = {
         "recipe": f"{recipe.name}, ZeRO-{recipe.parallel.zero}, {recipe.parallel.precision}",
         "where": f"{target.name}, {_size(target.room)} per rank",
-        "parameters": f"{planner.whole:,}",
+        "parameters": f"{planner.whole + sum(planner.frozen):,}"
+        + (f", {sum(planner.frozen):,} of them frozen" if planner.frozen else ""),
         "per image": f"{planner.config.tokens:,} tokens{of}, {flops(planner.config) / 1e9:.3f} GFLOPs forward{share}",
         **objective,
         "per step": f"{planner.flops / 1e12:,.3f} TFLOPs (backward as two forwards), {recipe.batch:,} images",

@@ -1,12 +1,14 @@
 """`vimscale recipes`, `presets`, `schema` and `show`: what comes with the package, and what a recipe resolves to."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vimscale.errors import DataError
 from vimscale.recipe.recipe import Recipe, load, shipped
 
 from .. import cluster as clusters
@@ -58,13 +60,37 @@ def show(
     planner, notes = plan.prepare(chosen, cluster, workers)
     device = "cpu"  # a GPU's kernels keep slightly less per layer
     precision, context = chosen.parallel.precision, chosen.parallel.context
-    levels = recompute.levels(chosen.parallel, planner.config, micro, device)
+    levels = recompute.levels(chosen.parallel, planner.config, micro, device, planner.lowest)
     kept = {
         level: recompute.kept_bytes(planner.config, level, micro, precision, device, context) for level in {*levels}
     }
-    sizes = [kept[level][i] for i, level in enumerate(levels)]
+    sizes = [kept[level][i] if i >= planner.lowest else 0 for i, level in enumerate(levels)]
     shared = f"{micro} images" if context == 1 else f"a rank's tokens of {micro} images"
     console = Console(markup=False, emoji=False)
     console.print(model_table.layers(planner.config, sizes, levels, shared))
     console.print()
+    if chosen.model.weights is not None:
+        for line in _adapted(chosen, Path(chosen.model.weights)):
+            console.print(f"model.weights: {line}")
+        console.print()
     console.print(plan.summary(planner, planner.outlook(workers), notes))
+
+
+def _adapted(chosen: Recipe, folder: Path) -> list[str]:
+    """What becomes of the weights that the recipe starts from.
+
+    Raises:
+        CheckpointError: the recipe's model would compute something else with them.
+    """
+    from vimscale.data.training_set import TrainingSet
+    from vimscale.export import safetensors
+
+    if not folder.exists():
+        return [f"{folder} is not there"]
+    try:
+        manifest = TrainingSet.open(chosen.data, labels=chosen.objective.classifies).manifest
+    except DataError as error:
+        return [f"what is loaded depends on the training set, which cannot be read from here ({error})"]
+    config, model = chosen.shape(len(manifest.classes)), chosen.model
+    weights, notes = safetensors.starting_weights(folder, config, manifest, model.grow, model.change)
+    return [*notes, *safetensors.groups(folder, config, weights)]

@@ -163,7 +163,7 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 def test_the_model_section_has_the_keys_of_the_models_config() -> None:
-    keys = set(recipe.Model.model_fields) - {"preset", "weights", "grow"}
+    keys = set(recipe.Model.model_fields) - {"preset", "weights", "grow", "change"}
     assert keys == {name for name in VimConfig.__dataclass_fields__ if name not in ("num_classes", "layers")}
 
 
@@ -171,7 +171,7 @@ def test_the_config_documents_the_model_section() -> None:
     keys = recipe.Model.model_json_schema()["properties"]
     assert keys["stride"]["description"].startswith("Pixels from one patch to the next")
     assert {name for name, key in keys.items() if "description" not in key} == {"preset", "norm_eps"}
-    assert all(key["default"] is None for name, key in keys.items() if name != "preset")
+    assert all(key["default"] is None for name, key in keys.items() if name not in ("preset", "change"))
 
 
 def test_depth_and_directions_follow_each_other() -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimscale.checkpoint.restore import OF_OBJECTIVE
-from vimscale.engine import optim
+from vimscale.engine import layerwise, optim
 from vimscale.engine.eager import without_compiler
 from vimscale.engine.flat import FlatLearner, NarrowPieces, layout
 from vimscale.engine.zero_layout import BUCKET
@@ -86,17 +86,21 @@ class Fragment:
     """The tensor that the optimizer knows."""
     offset: int
     """The fragment's first element in `flat`."""
+    trained: bool = True
+    """False: frozen. `weight` is then what the model computes with, and the optimizer does not know it."""
 
 
 class Average:
     """The exponential moving average of an engine's weights."""
 
     def __init__(self, fragments: Sequence[Fragment]):
-        """Starts at the weights."""
-        weights = {id(f.flat): f.flat.detach() for f in fragments}
+        """Starts at the weights. That of frozen ones is the weights themselves."""
+        weights = {id(f.flat): f.flat.detach() for f in fragments if f.trained}
         averages = {key: weight.clone() for key, weight in weights.items()}
         self._pairs = [(averages[key].view(-1), weights[key].view(-1)) for key in weights]
-        self.fragments = [averages[id(f.flat)].view(-1)[f.offset : f.offset + f.numel] for f in fragments]
+        self.fragments = [
+            averages[id(f.flat)].view(-1)[f.offset : f.offset + f.numel] if f.trained else f.weight for f in fragments
+        ]
         """(numel) for each fragment, views."""
 
     def update(self, weight: Tensor) -> None:
@@ -117,7 +121,8 @@ class Engine:
         self.objective = build(recipe.objective, config)
         with torch.device("meta"):  # of a sharded parameter only the name can be read
             shapes = Learner(self.objective, VisionMamba(config))
-        settings = ds_config(recipe, world, sum(p.numel() for p in shapes.parameters()))
+        layerwise.freeze(shapes, recipe.optim.freeze)
+        settings = ds_config(recipe, world, sum(p.numel() for _, p in shapes.trained()))
         without_compiler()
         self.stage = recipe.parallel.zero
         self.device = device
@@ -129,9 +134,12 @@ class Engine:
             # settings that enable neither mean fp32.
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 self.model = Learner(self.objective, VisionMamba(config, gather=_gathered), gather=_gathered)
-            adamw = optim.optimizer(self.model.trained(), shapes.no_decay(), recipe.optim, fused=True)
+            layerwise.freeze(self.model, recipe.optim.freeze)
+            factors = layerwise.factors(shapes, recipe.optim)
+            adamw = optim.optimizer(self.model.trained(), shapes.no_decay(), recipe.optim, fused=True, factors=factors)
         else:
             self.model = Learner(self.objective, VisionMamba(config)).to(device)
+            layerwise.freeze(self.model, recipe.optim.freeze)
             groups = layout(shapes, recipe.optim, self.stage, world, bf16=recipe.parallel.precision == "bf16")
             self._flat = FlatLearner(self.model, groups)
             adamw = optim.adamw(self._flat.grouped(), recipe.optim, fused=True)
@@ -139,7 +147,7 @@ class Engine:
             model=self._flat or self.model, optimizer=adamw, config=settings, dist_init_required=False
         )
         self._adamw: torch.optim.AdamW = self._engine.basic_optimizer
-        self._parameters = dict(self.model.trained())
+        self._parameters = dict(self.model.every())
         self._late_names = self.model.late()
         self._check_fp32()
         if self._flat is not None:
@@ -168,7 +176,8 @@ class Engine:
         if recipe.optim.backward_lr != 1:
             optim.scale_updates(self._adamw, list(self._backward_slices()), recipe.optim.backward_lr)
         if bounds := {OF_OBJECTIVE + name: both for name, both in self.objective.bounds.items()}:
-            optim.clamp_after(self._adamw, [(f.weight, *bounds[f.name]) for f in self.fragments if f.name in bounds])
+            bounded = [f for f in self.fragments if f.name in bounds and f.trained]
+            optim.clamp_after(self._adamw, [(f.weight, *bounds[f.name]) for f in bounded])
 
     def _check_fp32(self) -> None:
         """Raises:
@@ -223,8 +232,7 @@ class Engine:
         every rank calls once, is against it. An update that is left out changes no weight, moment or count. `decay`:
         weight decay of matrices; default: the recipe's. `late`: whether late parameters are updated too.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        optim.set_rate(self._adamw, lr)
         if decay is not None:
             optim.set_decay(self._adamw, self._optim, decay)
         self._late = late
@@ -305,7 +313,7 @@ class Engine:
                 yield from ((names[id(p)], grad) for p, grad in zip(group, grads, strict=False))
             return
         held = {id(part): zero.averaged_gradients[i] for i, part in enumerate(zero.single_partition_of_fp32_groups)}
-        for fragment in self.fragments:
+        for fragment in (f for f in self.fragments if f.trained):
             first, end = fragment.offset, fragment.offset + fragment.numel
             for grad in held[id(fragment.flat)]:  # one after the other, like the fragments
                 if first < grad.numel() and end > 0:
@@ -325,8 +333,17 @@ class Engine:
     def _fragments(self) -> Iterator[Fragment]:
         rank, world = dist.get_rank(), dist.get_world_size()
         zero = self._engine.optimizer
+        for number, (name, p) in enumerate(self.model.frozen()):
+            if self.stage < 3:
+                yield Fragment(name, 0, p.numel(), number % world == rank, p.detach().view(-1), p, 0, trained=False)
+                continue
+            start = rank * p.ds_tensor.numel()
+            numel = min(p.ds_tensor.numel(), p.ds_numel - start)
+            if numel > 0:
+                weight = p.ds_tensor.data[:numel]
+                yield Fragment(name, start, numel, True, weight, p.ds_tensor, 0, trained=False)
         if self._flat is None:
-            for name, p in self._parameters.items():
+            for name, p in self.model.trained():
                 group, offset, size = zero.grad_position[zero.get_param_id(p)]
                 flat = zero.fp32_partitioned_groups_flat[group]
                 start = rank * size
@@ -400,7 +417,8 @@ class Engine:
         moments before their first update.
         """
         # stage 3 shows its optimizer each flat tensor only while it updates it, so its groups do not list them
-        for flat, late in {id(f.flat): (f.flat, f.name in self._late_names) for f in self.fragments}.values():
+        trained = [f for f in self.fragments if f.trained]
+        for flat, late in {id(f.flat): (f.flat, f.name in self._late_names) for f in trained}.values():
             if late and not late_updates:
                 self._adamw.state.pop(flat, None)
                 continue
@@ -408,23 +426,26 @@ class Engine:
             self._adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
 
     def publish(self, values: list[Tensor]) -> None:
-        """Make the model compute with `values`, one (numel) per fragment; the optimizer's own weights stay."""
+        """Make the model compute with `values`, one (numel) per fragment; the optimizer's own weights stay. Frozen
+        fragments have no other values than their weights.
+        """
+        trained = [(f, value) for f, value in zip(self.fragments, values, strict=True) if f.trained]
         if self.stage == 0:
-            for fragment, value in zip(self.fragments, values, strict=True):
+            for fragment, value in trained:
                 fragment.weight.copy_(value)
             return
         if self.stage == 3:
             # parameters that are still gathered from the last forward pass would be used again
             self._engine.empty_partition_cache()
-            for fragment, value in zip(self.fragments, values, strict=True):
+            for fragment, value in trained:
                 self._parameters[fragment.name].ds_tensor.data[: fragment.numel].copy_(value)
             kept = self._engine.optimizer.persistent_parameters  # small ones that stay gathered on every rank
             if kept:
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
             return
-        shards = {f.name: (f, value) for f, value in zip(self.fragments, values, strict=True)}
-        for name, p in self._parameters.items():
+        shards = {f.name: (f, value) for f, value in trained}
+        for name, p in self.model.trained():
             full = torch.zeros_like(p.data).view(-1)
             if name in shards:
                 fragment, value = shards[name]
@@ -438,7 +459,7 @@ class Engine:
         if values is None:
             yield
             return
-        kept = [fragment.weight.clone() for fragment in self.fragments] if self.stage == 0 else None
+        kept = [f.weight.clone() if f.trained else f.weight for f in self.fragments] if self.stage == 0 else None
         self.publish(values)
         try:
             yield

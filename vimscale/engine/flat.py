@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vimscale.engine import optim
+from vimscale.engine import layerwise, optim
 from vimscale.engine.graphs import Graphs
 from vimscale.errors import RunFailed
 from vimscale.model.mixer import Probe
@@ -52,6 +52,8 @@ class Segment:
 class Group:
     kind: str
     """As the optimizer has it."""
+    factor: float
+    """On the learning rate."""
     segments: tuple[Segment, ...]
 
     @property
@@ -71,12 +73,13 @@ _Member = tuple[bool, str, torch.Size]
 
 def layout(learner: Learner, chosen: Optim, zero: int, world: int, *, bf16: bool) -> list[Group]:
     """How the parameters of a learner, which may be on the meta device, lie in flat tensors."""
-    no_decay, late = learner.no_decay(), learner.late()
+    no_decay, late, factors = learner.no_decay(), learner.late(), layerwise.factors(learner, chosen)
     products = learner.encoder.product_weights() if bf16 else set()
-    groups: dict[str, list[_Member]] = {}
+    groups: dict[tuple[str, float], list[_Member]] = {}
     for name, p in learner.trained():
-        groups.setdefault(optim.kind(name, no_decay, chosen, late), []).append((name not in products, name, p.shape))
-    return [Group(kind, tuple(_segments(members, zero, world))) for kind, members in groups.items()]
+        key = optim.kind(name, no_decay, chosen, late), factors[name]
+        groups.setdefault(key, []).append((name not in products, name, p.shape))
+    return [Group(*key, tuple(_segments(members, zero, world))) for key, members in groups.items()]
 
 
 def _segments(members: list[_Member], zero: int, world: int) -> Iterator[Segment]:
@@ -137,7 +140,9 @@ class _Slices(torch.autograd.Function):
 
 
 class FlatLearner(nn.Module):
-    """A learner as DeepSpeed gets it: its parameters are pieces of flat tensors, and nothing else is registered."""
+    """A learner as DeepSpeed gets it: its trained parameters are pieces of flat tensors, and nothing else is
+    registered. Frozen parameters stay where they are.
+    """
 
     def __init__(self, learner: Learner, groups: Sequence[Group]):
         """Copies the learner's parameters; call `adopt` when DeepSpeed has moved the pieces."""
@@ -173,9 +178,10 @@ class FlatLearner(nn.Module):
         """Capture micro-steps as CUDA graphs; call it after `adopt`: a graph holds addresses."""
         self.graphs = Graphs(self.micro_step, list(self.parameters()))
 
-    def grouped(self) -> list[tuple[str, list[nn.Parameter]]]:
-        """Each group's kind and pieces, for the optimizer."""
-        return [(group.kind, [*pieces.parameters()]) for group, pieces in zip(self.groups, self.pieces, strict=True)]
+    def grouped(self) -> list[tuple[str, float, list[nn.Parameter]]]:
+        """Each group's kind, factor and pieces, for the optimizer."""
+        both = zip(self.groups, self.pieces, strict=True)
+        return [(group.kind, group.factor, [*pieces.parameters()]) for group, pieces in both]
 
     def adopt(self) -> None:
         """Make the learner's parameters views of the memory that the pieces have now.

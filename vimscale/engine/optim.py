@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -40,20 +40,32 @@ def optimizer(
     *,
     fused: bool,
     late: Collection[str] = (),
+    factors: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW over one group for each `kind` of parameter, by name."""
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "spared": [], "gates": []}
+    """AdamW over one group for each `kind` of parameter, by name, and factor on the learning rate. `factors`: default:
+    1 for all.
+    """
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in ("decayed", "spared", "gates")}
     for name, p in parameters:
-        groups.setdefault(kind(name, no_decay, optim, late), []).append(p)
-    return adamw([group for group in groups.items() if group[1]], optim, fused=fused)
+        factor = 1.0 if factors is None else factors[name]
+        groups.setdefault((kind(name, no_decay, optim, late), factor), []).append(p)
+    return adamw([(*key, members) for key, members in groups.items() if members], optim, fused=fused)
 
 
-def adamw(groups: Iterable[tuple[str, Sequence[nn.Parameter]]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters, each with its `kind`."""
-    chosen = [{"params": list(group), "kind": kind} for kind, group in groups]
+def adamw(
+    groups: Iterable[tuple[str, float, Sequence[nn.Parameter]]], optim: Optim, *, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, each with its `kind` and its factor on the learning rate."""
+    chosen = [{"params": list(members), "kind": kind, "factor": factor} for kind, factor, members in groups]
     adamw = AdamW(chosen, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
     set_decay(adamw, optim, optim.weight_decay)
     return adamw
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups to what it is while that of groups with factor 1 is `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def set_decay(optimizer: torch.optim.Optimizer, optim: Optim, decay: float) -> None:

@@ -26,8 +26,9 @@ from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 _FROM_MORE_TO_LESS: tuple[Recompute, ...] = ("scan", "block")
 
 
-def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tuple[Recompute, ...]:
-    """One level per layer, for micro-batches of `batch` images on a device of that type.
+def levels(parallel: Parallel, config: VimConfig, batch: int, device: str, lowest: int = 0) -> tuple[Recompute, ...]:
+    """One level per layer, for micro-batches of `batch` images on a device of that type. `lowest`: the first layer that
+    the backward pass reaches; those below keep nothing, so they recompute nothing.
 
     Raises:
         RecipeError: the byte budget cannot be met.
@@ -35,17 +36,17 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str) -> tu
     rule, layers = parallel.recompute, len(config.layers)
     every, budget = recompute_every(rule), size_bytes(rule)
     if every is not None:
-        return tuple("none" if i % every else "block" for i in range(layers))
+        return tuple("none" if i % every or i < lowest else "block" for i in range(layers))
     if budget is None:
-        return (rule,) * layers  # type: ignore[return-value]  # the recipe has checked it
+        return ("none",) * lowest + (rule,) * (layers - lowest)  # type: ignore[return-value]  # the recipe has checked
     kept = {
         level: kept_bytes(config, level, batch, parallel.precision, device, parallel.context)
         for level in get_args(Recompute)
     }
     chosen: list[Recompute] = ["none"] * layers
-    total = sum(kept["none"])
+    total = sum(kept["none"][lowest:])
     for level in _FROM_MORE_TO_LESS:
-        for i in range(layers):
+        for i in range(lowest, layers):
             if total > budget:
                 total -= kept[chosen[i]][i] - kept[level][i]
                 chosen[i] = level

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from vimscale.engine import flat, optim
+from vimscale.engine import flat, layerwise, optim
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives.base import Learner
 from vimscale.objectives.build import build
@@ -72,11 +72,10 @@ class Sent:
 
 
 def parameters(config: VimConfig, recipe: Recipe, zero: int, world: int) -> tuple[Parameter, ...]:
-    """What DeepSpeed takes for the parameters of encoder and objective, in its order: at stage 3 each one, otherwise
-    the pieces of flat tensors. Allocates nothing.
+    """What DeepSpeed takes for the trained parameters of encoder and objective, in its order: at stage 3 each one,
+    otherwise the pieces of flat tensors. Allocates nothing.
     """
-    with torch.device("meta"):
-        model = Learner(build(recipe.objective, config), VisionMamba(config))
+    model = learner(config, recipe)
     bf16 = recipe.parallel.precision == "bf16"
     if zero < 3:
         groups = flat.layout(model, recipe.optim, zero, world, bf16=bf16)
@@ -86,12 +85,29 @@ def parameters(config: VimConfig, recipe: Recipe, zero: int, world: int) -> tupl
             for segment in group.segments
             for numel in segment.pieces
         )
-    adamw = optim.optimizer(model.trained(), model.no_decay(), recipe.optim, fused=False).param_groups
+    factors = layerwise.factors(model, recipe.optim)
+    adamw = optim.optimizer(model.trained(), model.no_decay(), recipe.optim, fused=False, factors=factors).param_groups
     group_of = {id(p): number for number, group in enumerate(adamw) for p in group["params"]}
     narrow = set()
     if bf16:
         narrow = {id(p) for m in model.modules() if type(m) in _NARROW_KINDS for p in m.parameters(recurse=False)}
     return tuple(Parameter(name, p.numel(), group_of[id(p)], id(p) in narrow) for name, p in model.trained())
+
+
+def learner(config: VimConfig, recipe: Recipe) -> Learner:
+    """What the recipe trains, on the meta device, with its frozen parameters frozen."""
+    with torch.device("meta"):
+        model = Learner(build(recipe.objective, config), VisionMamba(config))
+    layerwise.freeze(model, recipe.optim.freeze)
+    return model
+
+
+def frozen(sizes: Sequence[int], zero: int, world: int, *, persist: int) -> int:
+    """Bytes that a rank holds of frozen parameters with that many elements: nothing but their weights."""
+    if zero < 3:
+        return 4 * sum(sizes)
+    kept_full = sum(size for size in sizes if size <= persist) if world > 1 else 0
+    return 4 * (sum(-(-size // world) for size in sizes) + kept_full)
 
 
 def _groups(parameters: Sequence[Parameter]) -> list[list[int]]:

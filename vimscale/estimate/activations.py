@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from vimscale import ops
 from vimscale.data.images.augment import is_picture
+from vimscale.engine import layerwise
 from vimscale.errors import LaunchError
 from vimscale.estimate import work
 from vimscale.estimate.work import Work
@@ -157,16 +158,18 @@ def passes(
     options: ObjectiveOptions = _CLASSIFICATION,
     context: int = 1,
     whole: int | None = None,
+    frozen: tuple[str, ...] = (),
 ) -> Passes:
     """Count a micro-batch of `batch` images, with each layer at its level of recomputation, for the kernels of
     `backend`; on one of `context` ranks that share them. It leaves out what Triton's launchers allocate, because they
     do not run without a GPU. `whole`: images of a global batch, for an objective that looks ahead; default: `batch`.
+    `frozen`: `optim.freeze` of the recipe.
 
     Raises:
         LaunchError: the objective cannot be counted with fake tensors.
     """
-    short, short_levels, order = _repeated(config, tuple(levels), options)
-    return _added_up(*_entries(short, short_levels, batch, precision, backend, options, context, whole), order)
+    short, short_levels, order = _repeated(config, tuple(levels), options, frozen)
+    return _added_up(*_entries(short, short_levels, batch, precision, backend, options, context, whole, frozen), order)
 
 
 def estimate(
@@ -178,11 +181,12 @@ def estimate(
     options: ObjectiveOptions = _CLASSIFICATION,
     context: int = 1,
     whole: int | None = None,
+    frozen: tuple[str, ...] = (),
 ) -> Passes:
     """As `passes`, extrapolated from 8 and 16 images: bytes and work are linear in the number of images."""
-    short, short_levels, order = _repeated(config, tuple(levels), options)
+    short, short_levels, order = _repeated(config, tuple(levels), options, frozen)
     (few, turn), (more, _) = (
-        _entries(short, short_levels, b, precision, backend, options, context, whole) for b in (8, 16)
+        _entries(short, short_levels, b, precision, backend, options, context, whole, frozen) for b in (8, 16)
     )
     share = (batch - 8) / 8
     entries = []
@@ -226,10 +230,11 @@ def _on_device(view: Tensor) -> torch.dtype:
 
 
 def _repeated(
-    config: VimConfig, levels: tuple[Recompute, ...], options: ObjectiveOptions
+    config: VimConfig, levels: tuple[Recompute, ...], options: ObjectiveOptions, frozen: tuple[str, ...]
 ) -> tuple[VimConfig, tuple[Recompute, ...], list[int] | None]:
     """What runs: (model, levels, kind of every layer of `config`); without kinds, the complete model."""
-    return _shortened(config, levels) if isinstance(options, ClassificationOptions) else (config, levels, None)
+    repeats = isinstance(options, ClassificationOptions) and not frozen
+    return _shortened(config, levels) if repeats else (config, levels, None)
 
 
 def _added_up(entries: list[_Entry], at: int, kinds_in_order: list[int] | None) -> Passes:
@@ -306,6 +311,7 @@ def _entries(
     options: ObjectiveOptions = _CLASSIFICATION,
     context: int = 1,
     whole: int | None = None,
+    frozen: tuple[str, ...] = (),
 ) -> tuple[list[_Entry], int]:
     """Entries of: everything before the first layer; each layer (or pair); from the head to its gradient; each layer
     backward, the last one first; the rest. Several passes have as many entries each. Also returns the number of the
@@ -316,6 +322,7 @@ def _entries(
     with FakeTensorMode(), ops.counted(backend), _without_values():
         model = Learner(objective, VisionMamba(config), init=False)
         model.encoder.recompute = levels
+        layerwise.freeze(model, frozen)
         if context > 1:
             model.encoder.context = ops.Alone(context - 1, context)
         inputs = Inputs(
@@ -329,7 +336,7 @@ def _entries(
         )
         given = [t for t in tree_leaves((inputs.images, inputs.targets, inputs.views, inputs.draws)) if t is not None]
         ledger = _Ledger([*model.parameters(), *model.buffers(), *given], backend == "cpu")
-        for parameter in model.parameters():
+        for _, parameter in model.trained():
             parameter.register_post_accumulate_grad_hook(ledger.take_gradient)
 
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import get_args
 
-import torch
-
-from vimscale.engine import flat, recompute, zero_layout
+from vimscale.engine import flat, layerwise, recompute, zero_layout
 from vimscale.engine.zero_layout import Held, Sent
 from vimscale.errors import LaunchError, RecipeError
 from vimscale.estimate import activations as memory
@@ -23,11 +21,9 @@ from vimscale.estimate.context import Exchanged, exchanged
 from vimscale.estimate.devices import Device
 from vimscale.estimate.roofline import Fabric, Step
 from vimscale.estimate.work import update
-from vimscale.model import VimConfig, VisionMamba
+from vimscale.model import VimConfig
 from vimscale.model.block import Recompute
 from vimscale.model.cost import flops
-from vimscale.objectives.base import Learner
-from vimscale.objectives.build import build
 from vimscale.recipe.objective import ClassificationOptions
 from vimscale.recipe.recipe import Recipe, parse
 from vimscale.recipe.sections import Parallel
@@ -147,12 +143,16 @@ class Planner:
         self._known: dict[tuple[int, int], Held] = {}
         self._relative: dict[tuple[VimConfig, int], float] = {}
         self.whole = sum(p.numel for p in self.parameters(0, 1))
-        objective = build(recipe.objective, config)
-        with torch.device("meta"):
-            added = Learner(objective, VisionMamba(config)).buffers_to_save().values()
-        self.buffers = sum(buffer.nbytes for buffer in added)
-        self.looks_ahead = objective.looks_ahead
-        self.checkpoint = self.whole * 4 * (4 if recipe.optim.ema else 3) + self.buffers
+        """Trained elements."""
+        learner = zero_layout.learner(config, recipe)
+        self.frozen = [p.numel() for _, p in learner.frozen()]
+        """Elements of each frozen parameter."""
+        self.lowest = layerwise.lowest(learner)
+        """The first layer that the backward pass reaches."""
+        self.buffers = sum(buffer.nbytes for buffer in learner.buffers_to_save().values())
+        self.looks_ahead = learner.objective.looks_ahead
+        average = recipe.optim.ema is not None
+        self.checkpoint = self.whole * 4 * (3 + average) + sum(self.frozen) * 4 * (1 + average) + self.buffers
 
     @property
     def flops(self) -> float:
@@ -227,9 +227,9 @@ class Planner:
     def _held(self, zero: int, world: int) -> Held:
         if (zero, world) not in self._known:
             persist, ema = self.recipe.parallel.persist, self.recipe.optim.ema is not None
-            self._known[zero, world] = zero_layout.heaviest(
-                self.parameters(zero, world), zero, world, persist=persist, ema=ema
-            )
+            held = zero_layout.heaviest(self.parameters(zero, world), zero, world, persist=persist, ema=ema)
+            frozen = zero_layout.frozen(self.frozen, zero, world, persist=persist)
+            self._known[zero, world] = dataclasses.replace(held, parameters=held.parameters + frozen)
         return self._known[zero, world]
 
     def _images(self, config: VimConfig, micro: int, accumulation: int) -> int:
@@ -244,7 +244,7 @@ class Planner:
     def _levels(self, rule: str, config: VimConfig, micro: int) -> tuple[Recompute, ...]:
         own = self.recipe.parallel
         parallel = Parallel(recompute=rule, precision=own.precision, context=own.context)
-        return recompute.levels(parallel, config, micro, "cpu")
+        return recompute.levels(parallel, config, micro, "cpu", self.lowest)
 
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         if config.tiles is not None:  # a single bag is not packed, and counting many, one by one, takes long
@@ -253,7 +253,9 @@ class Planner:
         levels = self._levels(rule, config, micro)
         precision, shared = self.recipe.parallel.precision, self.recipe.parallel.context
         whole = max(self.recipe.batch, micro) if self.looks_ahead else None
-        return count(config, levels, micro, precision, self.target.backend, self.recipe.objective, shared, whole)
+        frozen = self.recipe.optim.freeze
+        backend, objective = self.target.backend, self.recipe.objective
+        return count(config, levels, micro, precision, backend, objective, shared, whole, frozen)
 
     def _exchanged(self, config: VimConfig, rule: str, micro: int) -> Exchanged:
         """What a group of ranks exchanges for a micro-batch."""

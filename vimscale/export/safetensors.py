@@ -1,7 +1,8 @@
 """Models as model.safetensors, with config.json for everything else that inference needs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimscale.checkpoint.restore import restore
+from vimscale.checkpoint.load import read_train_state
+from vimscale.checkpoint.restore import OF_OBJECTIVE, restore
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import expand, starting
@@ -116,11 +118,15 @@ def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int,
 
 
 def starting_weights(
-    folder: Path, config: VimConfig, manifest: Manifest, grow: Literal["copy"] | None = None
+    folder: Path,
+    config: VimConfig,
+    manifest: Manifest,
+    grow: Literal["copy"] | None = None,
+    change: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Adapt the weights of an exported or imported model, or of a run, to a new model of shape `config` on images of
-    the training set `manifest`: (weights, notes on what was adapted, for human readers). `grow`: that of the recipe's
-    `model` section; copies the scans that the old model lacks (`expand`).
+    the training set `manifest`: (weights, notes on what was adapted, for human readers). `grow`, `change`: those
+    of the recipe's `model` section. `grow` copies the scans that the old model lacks (`expand`).
 
     This resizes the position embedding, orders the rows of the head by the names of their classes (or leaves the head
     out if the classes differ), and converts the patch embedding to the set's mean and std. With these weights the new
@@ -130,10 +136,10 @@ def starting_weights(
         CheckpointError: there are no weights, or the two models do not compute the same.
     """
     source = starting.read(folder)
-    notes = starting.compare(source, config, manifest, grow)
+    notes = starting.compare(source, config, manifest, grow, change)
     old = restore(RunFolder(folder), raw=False, step=None)[0] if source.is_run else load(folder, run_own_code=True)
     state = {name: value.detach() for name, value in old.state_dict().items()}
-    if config.pos_embed is True:
+    if config.pos_embed is True and old.config.pos_embed in (True, "sincos"):
         state["pos_embed"] = _positions(old, config)
     if grow == "copy":
         state = expand.state(state, old.config, config)
@@ -144,7 +150,39 @@ def starting_weights(
             state[name] = value[rows]
     if config.stem == "patch":
         state |= _renormalised(state, source, manifest)
+    if change:
+        with torch.device("meta"):
+            wanted = {name: value.shape for name, value in VisionMamba(config).state_dict().items()}
+        state = {name: value for name, value in state.items() if wanted.get(name) == value.shape}
     return state, notes
+
+
+def groups(folder: Path, config: VimConfig, weights: Mapping[str, Tensor]) -> list[str]:
+    """What `starting_weights` did with each parameter, in four lines: loaded, resized, left out, new.
+
+    Raises:
+        CheckpointError, OSError, ValueError: the folder changed since.
+    """
+    if (folder / "recipe.yaml").is_file():
+        newest = RunFolder(folder).newest_checkpoint(None)
+        old = {name: tuple(shape) for name, shape in read_train_state(newest).shapes.items()}
+    else:
+        old = starting.header(folder / starting.WEIGHTS)
+    with torch.device("meta"):
+        new = [name for name, _ in VisionMamba(config).named_parameters()]
+    resized = [name for name in weights if name in old and old[name] != tuple(weights[name].shape)]
+    found = {
+        "loaded": [name for name in new if name in weights and name not in resized],
+        "resized": resized,
+        "left out": [name for name in old if name not in weights],
+        "new": [name for name in new if name not in weights],
+    }
+    return [f"{what}: {_modules(names)}" for what, names in found.items()]
+
+
+def _modules(names: list[str]) -> str:
+    counts = Counter(".".join(name.split(".")[: 2 if name.startswith(OF_OBJECTIVE) else 1]) for name in names)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items()) or "nothing"
 
 
 def _positions(old: VisionMamba, config: VimConfig) -> Tensor:
@@ -152,14 +190,14 @@ def _positions(old: VisionMamba, config: VimConfig) -> Tensor:
     learned, grid = old.pos_embed, old.config.grid
     patches = sincos(old.config, grid, old.drop_rates) if learned is None else learned.detach()
     patches = resized(patches, old.config, config.grid)
-    if (old.config.cls_tokens, old.config.registers) == (config.cls_tokens, config.registers):
+    if (old.config.cls_token, old.config.registers) == (config.cls_token, config.registers):
         return patches
     extra = torch.zeros(config.cls_tokens + config.registers, patches.shape[1])
     if old.config.cls_tokens or old.config.registers:
         before = layout(old.config, config.grid)
-        if old.config.cls_tokens:
+        if old.config.cls_tokens == config.cls_tokens:
             extra[: config.cls_tokens] = patches[list(before.cls)]
-        if old.config.registers:
+        if old.config.registers == config.registers:
             extra[config.cls_tokens :] = patches[list(before.registers)]
         patches = before.image_tokens(patches[None])[0]
     return layout(config, config.grid).insert(patches[None], extra)[0]

@@ -5,8 +5,8 @@ weights.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,11 @@ from vimscale.export import expand
 from vimscale.model.presets import VimConfig
 from vimscale.model.published.arguments import complete, quirks
 from vimscale.model.schedule import compact
+from vimscale.recipe.pretrained import CONFIG, WEIGHTS, not_ours, object_of, read_config
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder, checkpoints, step_of
 from vimscale.storage import own_code, untrusted
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Triple = tuple[float, float, float]
 _SHOWN = 5
 
@@ -93,9 +93,15 @@ TRAINING = frozenset({"drop_path", "backward_drop", "init"})
 """Fields that affect training only, not existing weights."""
 
 
-def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal["copy"] | None = None) -> list[str]:
-    """List how the weights are adapted to the recipe's model `config` and training set, for human readers. `grow`: that
-    of the recipe's `model` section.
+def compare(
+    source: Source,
+    config: VimConfig,
+    manifest: Manifest,
+    grow: Literal["copy"] | None = None,
+    change: Collection[str] = (),
+) -> list[str]:
+    """List how the weights are adapted to the recipe's model `config` and training set, for human readers. `grow`,
+    `change`: those of the recipe's `model` section.
 
     Raises:
         CheckpointError: the recipe's model would compute something else with them. It lists every difference.
@@ -112,9 +118,15 @@ def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal
         if grow == "copy" and name in _GROWS and (name == "directions" or _GROWS[name](old, config)):
             continue  # `expand` has judged the directions
         if theirs != ours and theirs is not None and ours is not None:
+            changeable = name in _CHANGEABLE and _CHANGEABLE[name](old, config)
+            if changeable and name in change:
+                notes.append(f"{name}: {_text(theirs)} becomes {_text(ours)}, as model.change allows")
+                continue
             fix = f"set model.{name}={_value(theirs)}"
             if grow is None and name in _GROWS and _GROWS[name](old, config):
                 fix += f", or model.grow=copy, and {_GROWN[name]}"
+            if changeable:
+                fix += f", or model.change=[{', '.join([*change, name])}] if the weights should be used differently"
             if name in ("stages", "directions") and len(old.parts) > 1:
                 fix = f"set model.stages as {source.folder / CONFIG} has them"
             elif name == "kinds":
@@ -150,8 +162,8 @@ def compare(source: Source, config: VimConfig, manifest: Manifest, grow: Literal
     if faults:
         more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
         raise CheckpointError(
-            f"model.weights {source.folder}: the weights are of another model than the recipe's\n  "
-            + "\n  ".join([*faults[:12], *more])
+            f"model.weights {source.folder}: the weights are of another model than the recipe's (without model.preset,"
+            " a recipe takes theirs)\n  " + "\n  ".join([*faults[:12], *more])
         )
     if old.grid != config.grid or old.step != config.step:
         grids = " to ".join(f"{c.grid[0]} x {c.grid[1]} patches, one every {c.step} pixels" for c in (old, config))
@@ -175,6 +187,14 @@ _GROWS: dict[str, Callable[[VimConfig, VimConfig], bool]] = {
     "pos_embed": lambda old, new: old.pos_embed == "sincos" and new.pos_embed is True,
 }
 """Fields that may differ with `model.grow`, if the test on the two configs holds. `expand` judges the directions."""
+_CHANGEABLE: dict[str, Callable[[VimConfig, VimConfig], bool]] = {
+    **dict.fromkeys(
+        ("cls_token", "registers", "pool", "pos_embed", "window", "d_head", "norm_eps"), lambda old, new: True
+    ),
+    "directions": lambda old, new: [layer.kind for layer in old.layers] == [layer.kind for layer in new.layers],
+    "fuse": lambda old, new: {old.fuse, new.fuse} <= {"mean", "sum"},
+}
+"""Fields that may differ with `model.change`, if the test on the two configs holds."""
 _GROWN = {
     "directions": "the new scans start as copies",
     "cls_token": "the class token starts from random values",
@@ -260,7 +280,7 @@ def check(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> None:
     if recipe.model.weights is None or checkpoints(folder.checkpoints) or _elsewhere(recipe):
         return
     source = read(Path(recipe.model.weights))
-    compare(source, recipe.shape(len(manifest.classes)), manifest, recipe.model.grow)
+    compare(source, recipe.shape(len(manifest.classes)), manifest, recipe.model.grow, recipe.model.change)
 
 
 def _elsewhere(recipe: Recipe) -> bool:
@@ -280,7 +300,7 @@ def read(folder: Path) -> Source:
     """
     if (folder / "recipe.yaml").is_file():
         return _of_run(folder)
-    if (fix := _not_ours(folder)) is not None:
+    if (fix := not_ours(folder)) is not None:
         raise CheckpointError(f"model.weights {folder} does not hold an exported model: {fix}")
     try:
         source = described(folder, read_config(folder))
@@ -295,14 +315,18 @@ def described(folder: Path, tree: dict[str, Any]) -> Source:
     ValueError: the config does not describe a model.
     CheckpointError: it describes one that no recipe trains.
     """
-    if "published" in tree:
-        found = ", ".join(quirks(complete(object_of(tree, "published")))) or "cls_position"
+    found = quirks(complete(object_of(tree, "published"))) if "published" in tree else []
+    headless = found == ["num_classes"]
+    if "published" in tree and not headless:
+        options = ", ".join(found) or "cls_position"
         raise CheckpointError(
-            f"model.weights {folder} is a published model with options that no recipe has: {found}; to use its weights"
-            " nevertheless, import it with --model and arguments without these"
+            f"model.weights {folder} is a published model with options that no recipe has: {options}; to use its"
+            " weights nevertheless, import it with --model and arguments without these"
         )
     config = config_in(folder, tree)
     names, mean, std = preprocessing_of(tree)
+    if headless:
+        config, names = replace(config, num_classes=0), ()
     if config.num_classes and len(names) != config.num_classes:
         raise ValueError(f"{CONFIG} names {len(names):,} classes, its model has {config.num_classes:,}")
     about = tree.get("about")
@@ -340,19 +364,6 @@ def backward_of(tree: dict[str, Any]) -> float:
     if type(value) not in (int, float) or not 0 <= value <= 1:
         raise ValueError(f"backward is {brief(value)}, not a number from 0 to 1")
     return float(value)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Raises:
-    OSError, ValueError: there is none, or it is not JSON of an export.
-    """
-    tree = untrusted.loads(untrusted.read(folder / CONFIG))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{CONFIG} holds {brief(tree)}, not a model's description")
-    if tree.get("format") != 1:
-        found = brief(tree.get("format"))
-        raise ValueError(f"{CONFIG} has format {found}, this version reads 1")
-    return tree
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -395,35 +406,6 @@ def _of_run(folder: Path) -> Source:
     backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
     classes = manifest.classes if config.num_classes else ()
     return Source(folder, config, classes, manifest.mean, manifest.std, backward)
-
-
-def _not_ours(folder: Path) -> str | None:
-    """What the folder is instead, if people often give such a thing."""
-    if not folder.exists():
-        return "it is not there"
-    if folder.is_file():
-        if folder.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-            return f"it is a file; `vimscale import {folder}` makes a folder of a published checkpoint"
-        return "it is a file; give the folder that it is in"
-    if (folder / "model.pth").is_file():
-        return (
-            f"it is for the published code; `vimscale import {folder / 'model.pth'}` makes one that a run starts from"
-        )
-    if not (folder / CONFIG).is_file():
-        exports = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        near = f"; perhaps {folder / exports[0]} is meant" if exports else ""
-        return f"it has no {CONFIG}{near}"
-    if not (folder / WEIGHTS).is_file():
-        return f"it has no {WEIGHTS}"
-    return None
-
-
-def object_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping under a key; raises ValueError if there is none."""
-    value = tree.get(key)
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} is {brief(value)}, not a mapping")
-    return value
 
 
 def _triple(tree: dict[str, Any], key: str) -> Triple:

@@ -282,10 +282,18 @@ class Learner(nn.Module):
 
     # ---- by the names that checkpoints use
 
-    def trained(self) -> Iterator[tuple[str, Any]]:
+    def every(self) -> Iterator[tuple[str, Any]]:
         """All parameters: the encoder's, then the objective's."""
         yield from self.encoder.named_parameters()
         yield from self.added_parameters().items()
+
+    def trained(self) -> Iterator[tuple[str, Any]]:
+        """Those of `every` that are not frozen."""
+        return ((name, p) for name, p in self.every() if p.requires_grad)
+
+    def frozen(self) -> Iterator[tuple[str, Any]]:
+        """Those of `every` that `optim.freeze` names."""
+        return ((name, p) for name, p in self.every() if not p.requires_grad)
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{OF_OBJECTIVE}{name}": p for name, p in self.added.named_parameters()}

@@ -17,10 +17,13 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model
 from vimscale.errors import suggest
 from vimscale.model import presets, schedule
 from vimscale.model.presets import PRESETS, VimConfig
+from vimscale.recipe import pretrained
 from vimscale.recipe.sections import LayerOptions
 from vimscale.recipe.typed_yaml import Address, Flag, Section, Sides, Size, Whole
 
 S = TypeVar("S", bound=Section)
+Change = Literal["cls_token", "registers", "pool", "pos_embed", "directions", "fuse", "window", "d_head", "norm_eps"]
+"""What `change` allows: none of these changes the shapes of the weights that are kept."""
 
 
 def _keys_of(config: type, *, preset: bool = False, leave_out: tuple[str, ...] = ()) -> Callable[[type[S]], type[S]]:
@@ -81,12 +84,17 @@ class Stage(Section):
 
 @_keys_of(VimConfig, preset=True, leave_out=("num_classes", "kinds"))
 class Model(Section):
-    """A preset and what to change in it. Keys that are left out keep the preset's values."""
+    """A preset, or the architecture of `weights`, and what to change in it. Keys that are left out keep its values."""
 
     preset: str = "vim_small"
     weights: Address | None = None
-    """Folder of an exported or imported model, or of a run, to start from. Its model must compute the same as this one.
+    """Folder of an exported or imported model, or of a run, to start from. Without a preset, the model is that of the
+    weights, with the changes that this section makes. It must compute the same.
     The position embedding is resized; the head follows the names of the classes or starts again.
+    """
+    change: tuple[Change, ...] = ()
+    """Keys of this section that may differ from the weights although that changes what the weights compute: [pool].
+    default: the model must compute the same.
     """
     grow: Literal["copy"] | None = None
     """Let the model have more than its weights. copy: layers with one scan become layers with several (fwd to bi or
@@ -101,10 +109,16 @@ class Model(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expanded(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("expand") != "copy":
+    def _completed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
             return values
-        return {key: value for key, value in values.items() if key != "expand"} | {"grow": "copy"}
+        if values.get("expand") == "copy":
+            values = {key: value for key, value in values.items() if key != "expand"} | {"grow": "copy"}
+        if values.get("preset", ...) is None:
+            values = {key: value for key, value in values.items() if key != "preset"}
+        if isinstance(values.get("weights"), str) and "preset" not in values:
+            values = pretrained.with_architecture(values)
+        return values
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Model":
@@ -119,6 +133,8 @@ class Model(Section):
             raise ValueError(f"image_size {given}: the model reads tiles of {side} pixels; leave image_size out")
         if self.grow is not None and self.weights is None:
             raise ValueError("grow: there are no weights to grow from; set model.weights, or leave it out")
+        if self.change and self.weights is None:
+            raise ValueError("change: there are no weights to differ from; set model.weights, or leave it out")
         self.shape(classes=1)
         return self
 

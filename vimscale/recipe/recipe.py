@@ -99,6 +99,9 @@ class Recipe(Section):
             faults.append(f"optim.warmup {self.optim.warmup:,} must be below steps {self.steps:,}")
         if self.optim.min_lr > self.optim.lr:
             faults.append(f"optim.min_lr {self.optim.min_lr:g} is above optim.lr {self.optim.lr:g}")
+        if self.optim.head_lr != 1 and not self.objective.classifies:
+            fault = f"objective {self.objective.kind} trains no head; leave it out"
+            faults.append(f"optim.head_lr {self.optim.head_lr:g}: {fault}")
         if self.optim.schedule == "rise" and self.optim.min_lr == 0:
             faults.append("optim.min_lr 0: schedule rise multiplies it, so it must be above 0")
         micro = self.parallel.micro_batch

@@ -335,6 +335,18 @@ class Optim(Section):
     """Weight decay of the factors of `model.backward_gate`. default: weight_decay."""
     backward_lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Factor on the learning rate for the backward paths' own parameters."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from each layer to the one below it: the head has lr, the last layer lr times this,
+    and the patch embedding the least, as in MAE's fine-tuning.
+    """
+    layer_decay_group: Count = 1
+    """Neighboring layers that `layer_decay` counts as one. FastVim uses 2: a Vim has twice the layers of a ViT."""
+    head_lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Factor on the learning rate for the classifier's head."""
+    freeze: tuple[str, ...] = ()
+    """Parameters to leave as they are: names of parameters or modules, or patterns, such as patch_embed, blocks.0 or
+    blocks.[0-7].*; encoder stands for everything but the head. They need no gradients and no optimizer states.
+    """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the weights, approached as (1 + step) / (10 + step); null keeps no average."""
 

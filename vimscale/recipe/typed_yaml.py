@@ -153,7 +153,7 @@ class Kind(Generic[File]):
         """
         title = f"{self.name} {where}"
         try:
-            tree = _parse_mapping(text)
+            tree = parse_mapping(text)
         except _Unreadable as error:
             raise self.error(title, [str(error)]) from None
         if faults := self._rename(tree):
@@ -197,7 +197,7 @@ class Kind(Generic[File]):
             raise self.error(title, [f"base: the {self.name}s build on each other in a circle: {chain}"])
         try:
             with path.open("rb") as file:
-                tree = _parse_mapping(file.read(_MOST_BYTES + 1).decode())
+                tree = parse_mapping(file.read(_MOST_BYTES + 1).decode())
         except _Unreadable as error:
             raise self.error(title, [f"{path}{error.where}: {error}" if error.where else f"{path} {error}"]) from None
         except UnicodeDecodeError:
@@ -271,7 +271,7 @@ ten, 1e-3 is a number); 0x10, 0o10, 1:30, 2024-11-30, yes and off are text.
 """
 
 
-class _Unreadable(Exception):
+class _Unreadable(ValueError):
     """The text is not YAML, or it is YAML that we do not accept."""
 
     def __init__(self, why: str, mark: yaml.Mark | None = None):
@@ -379,7 +379,8 @@ def _parse(text: str) -> Any:
         raise _Unreadable(f"holds the character {error.character:#04x}, which YAML does not allow") from None
 
 
-def _parse_mapping(text: str) -> dict[str, Any]:
+def parse_mapping(text: str) -> dict[str, Any]:
+    """As `_parse`, of a text that is a mapping."""
     tree = _parse(text)
     if not isinstance(tree, dict):
         raise _Unreadable("is empty" if tree is None else f"holds {kind_of(tree)}, not sections and keys")

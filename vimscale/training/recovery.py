@@ -12,7 +12,7 @@ from vimscale.checkpoint import retention
 from vimscale.checkpoint.load import TrainState
 from vimscale.engine.deepspeed_engine import MOMENTS, Average, Engine
 from vimscale.errors import RunFailed
-from vimscale.export.safetensors import starting_weights
+from vimscale.export.safetensors import groups, starting_weights
 from vimscale.guard import report as guard_report
 from vimscale.guard.diagnose import diagnose
 from vimscale.guard.judge import Guard, Seen, pass_over
@@ -35,11 +35,10 @@ def resume(run: Run) -> None:
     recipe, rank, engine = run.recipe, run.spec.rank, run.engine
     newest = checkpoint.newest(run.folder.checkpoints, run.mirror)
     if newest is None and recipe.model.weights is not None:
-        weights, notes = starting_weights(
-            Path(recipe.model.weights), run.config, run.train_set.manifest, recipe.model.grow
-        )
+        folder, model = Path(recipe.model.weights), recipe.model
+        weights, notes = starting_weights(folder, run.config, run.train_set.manifest, model.grow, model.change)
         engine.load(weights)
-        for line in notes if rank == 0 else ():
+        for line in [*notes, *groups(folder, run.config, weights)] if rank == 0 else ():
             log.info("model.weights: %s", line)
     run.ema = Average(engine.fragments) if recipe.optim.ema else None
     if newest is not None:

@@ -16,7 +16,7 @@ from vimscale.data.dataset import Dataset
 from vimscale.data.images.choice import Choice
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet, check_same_labels
-from vimscale.engine import recompute
+from vimscale.engine import layerwise, recompute
 from vimscale.engine.compile_ahead import CompileAhead
 from vimscale.engine.deepspeed_engine import Average, Engine
 from vimscale.evaluation import neighbors
@@ -94,7 +94,8 @@ class Run:
         engine = Engine(config, recipe, device, spec.patience_s)
         heartbeat.beat("start")
         micro = recipe.micro_batch(spec.world).size
-        engine.encoder.recompute = recompute.levels(recipe.parallel, recipe.largest(config), micro, device.type)
+        largest, lowest = recipe.largest(config), layerwise.lowest(engine.model)
+        engine.encoder.recompute = recompute.levels(recipe.parallel, largest, micro, device.type, lowest)
         store = open_mirror(recipe.checkpoint.mirror, recipe.name)
         guard = Guard(recipe, device)
         return cls(spec, emit, train_set, val_set, knn_set, steps, config, engine, guard, store, kernels)
