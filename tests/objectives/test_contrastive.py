@@ -139,6 +139,7 @@ def test_zero_shot_figures_follow_from_the_means_of_the_templates() -> None:
         logits = 10 * images @ torch.stack(classes).T
     assert found["images"] == 359
     assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert objective.options.headline == "top1"
     assert found["top1"] == pytest.approx(float((logits.argmax(dim=1) == labels).double().mean()))
 
 
@@ -152,6 +153,7 @@ def test_retrieval_figures_count_images_whose_own_caption_is_among_the_first() -
     own = one_each[torch.arange(359), labels]
     times = torch.bincount(labels, minlength=10)
     better = ((one_each > own[:, None] + 1e-6) * times).sum(dim=1)
+    assert learner.objective.options.headline == "recall1"
     assert found["recall1"] == pytest.approx(float((better < 1).double().mean()))
     assert found["recall5"] == pytest.approx(float((better < 5).double().mean()))
     nll = (cosines / 0.07).logsumexp(dim=1) - own / 0.07
