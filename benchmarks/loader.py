@@ -182,7 +182,7 @@ def views(count: int, rounds: int) -> dict[str, Any]:
             runs[name] = partial(_read, chosen, TrainingSet.open(chosen.data))
         for run in runs.values():
             run()
-        seconds = cpu_in_turn(runs, rounds)
+        seconds = measure.cpu_in_turn(runs, rounds)
     us = {name: value / (steps * _BATCH) * 1e6 for name, value in seconds.items()}
     plain = us["crop and flip"]
     for name, value in us.items():
@@ -242,17 +242,6 @@ def start(per_shard: int) -> dict[str, float]:
     }
 
 
-def cpu_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of this process for each function; every round runs all of them once."""
-    taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            began = time.process_time()
-            function()
-            taken[name].append(time.process_time() - began)
-    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
-
-
 def picture(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -304,7 +293,7 @@ def main() -> None:
     every = {name: (lambda f=f: [f(data, i) for i, data in enumerate(some)]) for name, f in of_image.items()}
     for run in every.values():
         run()
-    seconds = cpu_in_turn(every, options.rounds)
+    seconds = measure.cpu_in_turn(every, options.rounds)
     result["image"] = {name: value / len(some) * 1e6 for name, value in seconds.items()}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -316,7 +305,7 @@ def main() -> None:
         for name, run in runs.items():  # also brings the files into memory
             # webdataset's shuffle can leave a partial batch
             assert run() in (steps, steps - 1), name
-        seconds = cpu_in_turn(runs, options.rounds)
+        seconds = measure.cpu_in_turn(runs, options.rounds)
     result["loader"] = {name: value / (steps * _BATCH) * 1e6 for name, value in seconds.items()}
 
     for kind in ("image", "loader"):
