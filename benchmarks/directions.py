@@ -101,7 +101,7 @@ def recipes_of(width: int, layers: int, local: int) -> dict[str, tuple[str, ...]
     """Each objective, and supervised training of the same encoder, as changes of a recipe."""
     forward = (f"model.directions=fwd*{layers}", "model.cls_token=none")
     ours = {
-        "masked": f"decoder_width: {width}",
+        "masked": f"decoder_width: {width}, decoder_depth: {max(layers // 12, 1)}",
         "autoregressive": f"decoder_width: {width}, decoder_heads: 2, cluster: 2",
         "contrastive": f"width: {width}, heads: 2, depth: 4, tokenizer: bytes, caption: class",
         "distillation": f"local_size: {local}, prototypes: 4096, hidden: 512, bottleneck: 128",

@@ -118,6 +118,9 @@ class DistillationOptions(ObjectiveOptions):
             raise ValueError("\n".join(faults))
         return self
 
+    def grids(self, config: VimConfig) -> tuple[tuple[int, int], ...]:
+        return (config.grid,) * 2 + (config.grid_of(self.local_size, self.local_size),) * self.local_crops
+
     def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
         if config.stages:
             yield "crops are packed into rows, which hierarchical models cannot be; leave out model.stages"

@@ -93,7 +93,8 @@ class Run:
         engine = Engine(config, recipe, device, spec.patience_s)
         heartbeat.beat("start")
         micro = recipe.micro_batch(spec.world).size
-        engine.encoder.recompute = recompute.levels(recipe.parallel, recipe.largest(config), micro, device.type)
+        largest, objective = recipe.largest(config), recipe.objective
+        engine.encoder.recompute = recompute.levels(recipe.parallel, largest, micro, device.type, objective)
         store = open_mirror(recipe.checkpoint.mirror, recipe.name)
         guard = Guard(recipe, device)
         return cls(spec, emit, train_set, val_set, knn_set, steps, config, engine, guard, store, kernels)
