@@ -1,5 +1,8 @@
 """What DINO makes of an image: crops of two sizes, each changed in color, and masks for iBOT. On the host; a pure
 function of the image and the sample's generator.
+
+Colors are fp32, but every number is a multiple of a power of two that leaves all products and sums exact. So neither
+threads nor the order of a sum change a bit.
 """
 
 import math
@@ -25,6 +28,8 @@ _STRENGTHS = (0.4, 0.4, 0.2, 0.1)
 """Largest changes of brightness, contrast, saturation and hue."""
 _TAIL = 1e-3
 """Weight at each end of a blur that is left out: a quarter of a gray level at most."""
+_BITS = 12
+"""Of a factor's fraction; a color has 8 bits, between the passes of a blur 12, and fp32 24."""
 
 
 def crops(
@@ -61,11 +66,19 @@ def _crops(
     for plane, (gray, sigma, solarized) in zip(x, later, strict=True):
         made = plane
         if gray:
-            made = (torch.from_numpy(_LUMA).float() @ plane.flatten(1)).view(1, *size)
+            made = _rounded(torch.from_numpy(_exact(_LUMA)) @ plane.flatten(1)).view(1, *size)
         if sigma is not None:
             made = blur(made, sigma)
         plane.copy_(torch.minimum(made, 255 - made) if solarized else made)
-    return x.add_(0.5).to(torch.uint8)
+    return x.to(torch.uint8)
+
+
+def _exact(factors: np.ndarray) -> np.ndarray:
+    return (np.rint(factors * 2**_BITS) / 2**_BITS).astype(np.float32)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.add_(0.5).floor_()
 
 
 def _jitter(rng: np.random.Generator) -> list[tuple[int, float]]:
@@ -75,17 +88,17 @@ def _jitter(rng: np.random.Generator) -> list[tuple[int, float]]:
 
 
 def recolored(x: Tensor, changes: Sequence[list[tuple[int, float]]]) -> Tensor:
-    """Change the colors of images, fp32 (n, 3, h, w) from 0 to 255. The changes of each are pairs of a kind and a
-    factor: 0, of brightness; 1, of contrast; 2, of saturation; 3, of hue, where 1.1 is a tenth of a turn about the
-    gray axis.
+    """Change the colors of images, whole numbers from 0 to 255 in fp32 (n, 3, h, w). The changes of each are pairs of a
+    kind and a factor: 0, of brightness; 1, of contrast; 2, of saturation; 3, of hue, where 1.1 is a tenth of a turn
+    about the gray axis.
 
     Each is an affine map of a pixel's color, so all of them are one pass. The original takes one per change, rounds and
     clips in between, and turns the hue in HSV.
     """
-    means = x.mean(dim=(2, 3)).numpy()
-    maps = np.stack([_map(each, mean) for each, mean in zip(changes, means, strict=True)], dtype=np.float32)
+    means = x.mean(dim=(2, 3), dtype=torch.float64).numpy()
+    maps = _exact(np.stack([_map(each, mean) for each, mean in zip(changes, means, strict=True)]))
     matrix, shift = torch.from_numpy(maps).split((3, 1), dim=2)
-    return torch.baddbmm(shift, matrix, x.flatten(2)).clamp_(0, 255).view_as(x)
+    return _rounded(torch.baddbmm(shift, matrix, x.flatten(2)).clamp_(0, 255)).view_as(x)
 
 
 def _map(changes: list[tuple[int, float]], mean: np.ndarray) -> np.ndarray:
@@ -112,15 +125,15 @@ def _turned(turns: float) -> np.ndarray:
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
-    """Blur an image, fp32 (c, h, w), as Pillow's GaussianBlur does: by three boxes in each direction, whose ends are
-    weighted so that their variance is sigma squared. Here the three are one filter, and nothing is rounded in between.
+    """Blur an image, whole numbers in fp32 (c, h, w), as Pillow's GaussianBlur does: by three boxes in each direction,
+    whose ends are weighted so that their variance is sigma squared. Here the three are one filter.
     """
     weights = _three_boxes(sigma)
     r, (h, w) = len(weights) // 2, x.shape[1:]
     padded = F.pad(x, (0, 0, r, r), mode="replicate")
     x = _summed([padded[:, i : i + h] for i in range(2 * r + 1)], weights)
-    padded = F.pad(x, (r, r, 0, 0), mode="replicate")
-    return _summed([padded[:, :, i : i + w] for i in range(2 * r + 1)], weights)
+    padded = F.pad(_rounded(x.mul_(16)).div_(16), (r, r, 0, 0), mode="replicate")
+    return _rounded(_summed([padded[:, :, i : i + w] for i in range(2 * r + 1)], weights))
 
 
 def _three_boxes(sigma: float) -> list[float]:
@@ -132,8 +145,9 @@ def _three_boxes(sigma: float) -> list[float]:
     weights = np.convolve(np.convolve(box, box), box)
     weights /= weights.sum()
     tail = int((np.cumsum(weights) < _TAIL).sum())
-    weights = weights[tail : len(weights) - tail]
-    return (weights / weights.sum()).tolist()
+    weights = _exact(weights[tail : len(weights) - tail] / weights[tail : len(weights) - tail].sum())
+    weights[len(weights) // 2] += 1 - weights.sum()
+    return weights.tolist()
 
 
 def _summed(shifted: list[Tensor], weights: list[float]) -> Tensor:
