@@ -1,23 +1,35 @@
-"""What the directions of a Vision Mamba cost: `python -m benchmarks.directions`.
+"""What the directions of a Vision Mamba cost, and what the objectives do: `python -m benchmarks.directions`.
 
 Measures a training step (forward, backward, AdamW) of the same model under several schedules, in turn, and lists
 parameters, operations and peak memory. fp32 on a CPU, bf16 by autocast on a GPU. Prints a table for each image size;
 writes a JSON file and a picture (time and operations, relative to the model that only walks forwards).
+
+`--only objectives` measures the same encoder under each objective instead: the passes of a step, the first one among
+them where an objective has one, without the update. In processor time of one thread, since a CPU is often shared.
 """
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see scan_cpu.py
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import measure
+from vimscale.data.images import augment
+from vimscale.data.sample import Sample
 from vimscale.model import PRESETS, VimConfig, VisionMamba, cost
 from vimscale.model.presets import Stage
+from vimscale.objectives.base import Inputs, Learner
+from vimscale.objectives.build import build
+from vimscale.recipe import recipe as recipes
+from vimscale.recipe.recipe import Recipe
 
 Row = dict[str, Any]
 PLAIN = "fwd*24"
@@ -76,6 +88,82 @@ def table(rows: dict[str, Row], title: str) -> None:
         )
 
 
+# ---- objectives
+
+# name: images per step, width, layers, side of DINO's local crops, changes of the digits recipe
+ENCODERS: dict[str, tuple[int, int, int, int, tuple[str, ...]]] = {
+    "64 patches, 4 layers of 64": (32, 64, 4, 16, ("model.patch_size=4",)),
+    "Vim-Ti, 196 patches": (4, 192, 24, 96, ("model.preset=vim_tiny",)),
+}
+
+
+def recipes_of(width: int, layers: int, local: int) -> dict[str, tuple[str, ...]]:
+    """Each objective, and supervised training of the same encoder, as changes of a recipe."""
+    forward = (f"model.directions=fwd*{layers}", "model.cls_token=none")
+    ours = {
+        "masked": f"decoder_width: {width}, decoder_depth: {max(layers // 12, 1)}",
+        "autoregressive": f"decoder_width: {width}, decoder_heads: 2, cluster: 2",
+        "contrastive": f"width: {width}, heads: 2, depth: 4, tokenizer: bytes, caption: class",
+        "distillation": f"local_size: {local}, prototypes: 4096, hidden: 512, bottleneck: 128",
+    }
+    kinds = {kind: f"objective={{kind: {kind}, {options}}}" for kind, options in ours.items()}
+    return {
+        "supervised": (),
+        "masked": (kinds["masked"],),
+        "supervised, fwd": forward,
+        "autoregressive, fwd": (*forward, kinds["autoregressive"]),
+        "contrastive": (kinds["contrastive"],),
+        "distillation": (kinds["distillation"],),
+    }
+
+
+def objectives(rounds: int) -> dict[str, dict[str, float]]:
+    """Images per second of processor time, for each encoder and objective."""
+    torch.set_num_threads(1)
+    found = {}
+    for encoder, (batch, *shape, changes) in ENCODERS.items():
+        steps = {
+            name: passes(recipes.load("vim_digits_cpu", [*changes, "model.pos_embed=sincos", *more]), batch)
+            for name, more in recipes_of(*shape).items()
+        }
+        for run in steps.values():
+            run()
+        seconds = measure.cpu_in_turn(steps, rounds)
+        found[encoder] = {name: batch / value for name, value in seconds.items()}
+        print(f"\n{encoder}, batch {batch}, median of {rounds} rounds")
+        for name, rate in found[encoder].items():
+            print(f"{name:24}{rate:10.1f} images/s{rate / found[encoder]['supervised']:8.2f}x supervised", flush=True)
+    return found
+
+
+def passes(chosen: Recipe, batch: int) -> Callable[[], None]:
+    """A function that runs the passes of a step on random images."""
+    torch.manual_seed(0)
+    config = chosen.model.shape(10 if chosen.objective.classifies else 0)
+    objective = build(chosen.objective, config)
+    learner = Learner(objective, VisionMamba(config))
+    objective.begin(learner, 0, 100)
+    rng, half = np.random.default_rng(0), torch.full((3,), 0.5)
+    views: list[dict[str, Tensor]] = []
+    for _ in range(batch):
+        image = torch.from_numpy(rng.integers(0, 256, (3, *config.size), dtype=np.uint8))
+        views.append(objective.views(Sample(image, 0, "", {"cls": b"0"}, config.size, "a class"), rng))
+    stacked = {name: torch.stack([each[name] for each in views]) for name in views[0]}
+    images = torch.randn(batch, 3, *config.size) if chosen.objective.reads_images else torch.empty(batch, 3, 0, 0)
+    inputs = Inputs(images, torch.arange(batch) % 10, augment.normalised_views(stacked, half, half))
+
+    def run() -> None:
+        shared: dict[str, Tensor] = {}
+        if objective.looks_ahead:
+            with torch.no_grad():
+                (shared,) = objective.meet(learner, [learner.ask("ahead", inputs)])
+        learner.ask("loss", replace(inputs, shared=shared))[0].backward()
+        for parameter in learner.parameters():
+            parameter.grad = None
+
+    return run
+
+
 def draw(sizes: list[Row], title: str, path: Path) -> None:
     """Plot step times as bars, one group per model; a mark shows the time if it were proportional to the operations."""
     import matplotlib
@@ -122,7 +210,13 @@ def main() -> None:
         default=Path("benchmarks/results/directions"),
         help="path of the .json and .png files, without the suffix",
     )
+    parser.add_argument("--only", choices=["objectives"], help="measure the objectives, into objectives.json")
     options = parser.parse_args()
+    if options.only:
+        rates = objectives(options.rounds)
+        path = options.out.with_name("objectives.json")
+        measure.write({"rounds": options.rounds, "images_per_cpu_s": rates}, path)
+        return
     batches = options.batch or [measure.batch_at(size) for size in options.sizes]
     if len(batches) != len(options.sizes):
         parser.error(f"--batch has {len(batches)} values for {len(options.sizes)} sizes; give one per size")

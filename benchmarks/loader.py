@@ -6,8 +6,11 @@
     loader   JPEGs on disk to batches, no workers. Peers: webdataset's own pipeline with our decoder; an image folder
              with those steps under torch's DataLoader
     start    open sets of 1,000 shards, and find a position of a run, for shards of 10 and of 10,000 samples
+    views    the loader with what each objective makes of an image, against crop and flip, and against the published
+             supervised augmentation; images of 500 x 375
 
-Images are 415 x 355 JPEGs of smooth noise and grain, about 64 KiB. Times are medians of CPU seconds of the process.
+Other images are 415 x 355. All are JPEGs of smooth noise and grain, 64 and 80 KiB. Times are medians of CPU seconds of
+the process.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from vimscale.data.images import augment, decode
 from vimscale.data.order import Order, generator
 from vimscale.data.shards.manifest import MANIFEST, Manifest, Shard, write_set
 from vimscale.data.training_set import TrainingSet
+from vimscale.objectives.build import build
 from vimscale.recipe import model_section, recipe, sections
 
 _SIZE = (224, 224)
@@ -46,14 +51,14 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BATCH = 64
 
 
-def jpegs(count: int) -> list[bytes]:
+def jpegs(count: int, width: int = 415, height: int = 355) -> list[bytes]:
     """Smooth noise with detail on top; compresses like photographs."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 14, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((415, 355), Image.Resampling.BICUBIC), dtype=np.float32)
-        grain = rng.normal(0, 22, (355, 415, 1)).astype(np.float32)
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+        grain = rng.normal(0, 22, (height, width, 1)).astype(np.float32)
         file = io.BytesIO()
         Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=82)
         made.append(file.getvalue())
@@ -146,6 +151,54 @@ def loaders(folder: Path, images: list[bytes]) -> dict[str, Callable[[], Iterato
     return {"vimscale": vimscale, "webdataset": of_tars, "image folder + PIL": of_folder}
 
 
+# ---- views of objectives
+
+_NOTHING_ELSE = ("policy=null", "jitter=0", "erase=0", "mixup=0", "cutmix=0", "repeats=1", "crop_min=0.2")
+VIEWS: dict[str, tuple[str, ...]] = {
+    "crop and flip": ("vim_tiny_in1k", *(f"augment.{change}" for change in _NOTHING_ELSE)),
+    "supervised, published": ("vim_tiny_in1k",),
+    "masked": ("vim_base_mae_in1k",),
+    "autoregressive": ("vim_base_arm_in1k", "model.image_size=224", "objective.cluster=2"),
+    "contrastive": ("vim_base_siglip", "augment={crop_min: 0.2, flip: 0.5}", f"parallel.micro_batch={_BATCH}"),
+    "distillation": ("vim_small_dino_in1k",),
+}
+"""Recipes and changes."""
+_CAPTION = b"A brown dog and a small child run over wet sand next to the sea, under a grey sky."
+
+
+def views(count: int, rounds: int) -> dict[str, Any]:
+    """CPU us per image of the loader for each of VIEWS, and of the decoder alone."""
+    images = jpegs(count, 500, 375)
+    steps = count // _BATCH
+    samples = [{"__key__": f"{i:06d}", "jpg": image, "cls": i % 10, "txt": _CAPTION} for i, image in enumerate(images)]
+    about: dict[str, Any] = {"classes": tuple(map(str, range(10))), "mean": _MEAN, "std": _STD}
+    runs: dict[str, Callable[[], object]] = {"decoding alone": lambda: [decode.pixels(image) for image in images]}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "set"
+        write_set(source, samples, per_shard=100, name="benchmark", source="", licence="", **about)
+        for name, (published, *changes) in VIEWS.items():
+            same = (f"batch={_BATCH}", "epochs=null", f"steps={steps}", f"data.train={source}", "data.workers=0")
+            chosen = recipe.load(published, [*same, "data.val=null", "evaluate.every=0", "optim.warmup=0", *changes])
+            runs[name] = partial(_read, chosen, TrainingSet.open(chosen.data))
+        for run in runs.values():
+            run()
+        seconds = measure.cpu_in_turn(runs, rounds)
+    us = {name: value / (steps * _BATCH) * 1e6 for name, value in seconds.items()}
+    plain = us["crop and flip"]
+    for name, value in us.items():
+        print(f"views   {name:24}{value:8,.0f} us{value / plain:8.2f}x crop and flip")
+    return {"machine": measure.machine(), "rounds": rounds, "images": count, "us": us}
+
+
+def _read(chosen: recipe.Recipe, data: TrainingSet) -> None:
+    config = chosen.model.shape(10)
+    objective = build(chosen.objective, config)
+    reads = chosen.objective.reads_images
+    options: dict[str, Any] = {"rank": 0, "world": 1, "start": 0, "steps": chosen.steps}
+    for batch in stream.training(chosen, data, config, views=objective.views, augmented=reads, **options):
+        assert len(batch.refs) == _BATCH
+
+
 # ---- starting
 
 
@@ -189,17 +242,6 @@ def start(per_shard: int) -> dict[str, float]:
     }
 
 
-def cpu_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of this process for each function; every round runs all of them once."""
-    taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            began = time.process_time()
-            function()
-            taken[name].append(time.process_time() - began)
-    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
-
-
 def picture(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -232,8 +274,14 @@ def main() -> None:
         default=Path("benchmarks/results/loader"),
         help="path of the .json and .png files, without the suffix",
     )
+    parser.add_argument("--only", choices=["views"], help="measure this part alone, and keep the file's other results")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    path = options.out.with_suffix(".json")
+    if options.only:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(kept | {"views": views(options.images, options.rounds)}, indent=1) + "\n")
+        return
     machine = measure.machine() | {"webdataset": webdataset.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     images = jpegs(options.images)
@@ -245,7 +293,7 @@ def main() -> None:
     every = {name: (lambda f=f: [f(data, i) for i, data in enumerate(some)]) for name, f in of_image.items()}
     for run in every.values():
         run()
-    seconds = cpu_in_turn(every, options.rounds)
+    seconds = measure.cpu_in_turn(every, options.rounds)
     result["image"] = {name: value / len(some) * 1e6 for name, value in seconds.items()}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +305,7 @@ def main() -> None:
         for name, run in runs.items():  # also brings the files into memory
             # webdataset's shuffle can leave a partial batch
             assert run() in (steps, steps - 1), name
-        seconds = cpu_in_turn(runs, options.rounds)
+        seconds = measure.cpu_in_turn(runs, options.rounds)
     result["loader"] = {name: value / (steps * _BATCH) * 1e6 for name, value in seconds.items()}
 
     for kind in ("image", "loader"):
@@ -268,7 +316,8 @@ def main() -> None:
     result["start"] = [start(per_shard) for per_shard in (10, 10_000)]
     for row in result["start"]:
         print("start   " + ", ".join(f"{key} {value:,.1f}" for key, value in row.items()))
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    result["views"] = views(options.images, options.rounds)
+    path.write_text(json.dumps(result, indent=1) + "\n")
     picture(result, options.out.with_suffix(".png"))
 
 

@@ -42,6 +42,17 @@ def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
+def cpu_in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of this process for each function; every round runs all of them once."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            began = time.process_time()
+            function()
+            taken[name].append(time.process_time() - began)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
 def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()

@@ -60,9 +60,12 @@ def show(
     planner, notes = plan.prepare(chosen, cluster, workers)
     device = "cpu"  # a GPU's kernels keep slightly less per layer
     precision, context = chosen.parallel.precision, chosen.parallel.context
-    levels = recompute.levels(chosen.parallel, planner.config, micro, device, planner.lowest)
+    levels = recompute.levels(
+        chosen.parallel, planner.config, micro, device, planner.lowest, objective=chosen.objective
+    )
     kept = {
-        level: recompute.kept_bytes(planner.config, level, micro, precision, device, context) for level in {*levels}
+        level: recompute.kept_bytes(planner.config, level, micro, precision, device, context, chosen.objective)
+        for level in {*levels}
     }
     sizes = [kept[level][i] if i >= planner.lowest else 0 for i, level in enumerate(levels)]
     shared = f"{micro} images" if context == 1 else f"a rank's tokens of {micro} images"

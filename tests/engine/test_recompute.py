@@ -3,16 +3,22 @@
 import dataclasses
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import peak_bytes
+from vimscale.data.images import augment
+from vimscale.data.sample import Sample
 from vimscale.engine import recompute
 from vimscale.errors import RecipeError
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.block import Recompute
 from vimscale.model.presets import Stage
+from vimscale.objectives.base import Inputs, Learner
+from vimscale.objectives.build import build
+from vimscale.recipe import recipe as recipes
 from vimscale.recipe.sections import Parallel
 
 CONFIG = VimConfig(
@@ -140,6 +146,40 @@ def test_as_few_layers_as_possible_meet_a_budget() -> None:
             assert sum(kept[level][i] for i, level in enumerate(eased)) > budget, "one layer too many"
     with pytest.raises(RecipeError, match="even with block in every layer"):
         recompute.levels(Parallel(recompute="0.001MB"), config, 4, "cpu")
+
+
+SEEN = {
+    "masked": ("objective={kind: masked, decoder_width: 16}",),
+    "autoregressive": (
+        "objective={kind: autoregressive, cluster: 2, decoder_width: 16, decoder_heads: 2}",
+        "model.directions=fwd*4",
+        "model.cls_token=none",
+    ),
+    "distillation": ("objective={kind: distillation, local_crops: 3, local_size: 16, prototypes: 8, hidden: 8}",),
+    "classification": ("model.registers=2",),
+}
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_a_budget_counts_what_an_objective_encodes_of_an_image(kind: str) -> None:
+    chosen = recipes.load("vim_digits_cpu", ["model.patch_size=4", *SEEN[kind]])
+    config = chosen.shape(10)
+    objective = build(chosen.objective, config)
+    learner = Learner(objective, VisionMamba(config))
+    objective.begin(learner, 0, 10)
+    rng = np.random.default_rng(0)
+    views = objective.views(Sample(torch.zeros(3, 32, 32, dtype=torch.uint8), 0, "", {}, (32, 32)), rng)
+    inputs = Inputs(
+        torch.randn(1, 3, 32, 32),
+        torch.zeros(1, dtype=torch.int64),
+        augment.normalised_views({name: view[None] for name, view in views.items()}, torch.zeros(3), torch.ones(3)),
+    )
+    lengths = []
+    with learner.encoder.blocks[0].register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1])):
+        learner.ask("loss", inputs)
+    found = recompute.kept_bytes(config, "block", 5, "fp32", objective=chosen.objective)
+    assert found == [5 * lengths[-1] * 64 * (4 + 4)] * 4
+    assert sum(recompute.kept_bytes(config, "none", 5, "fp32", objective=chosen.objective)) > 2 * sum(found)
 
 
 def test_stages_keep_less_as_their_tokens_get_fewer() -> None:

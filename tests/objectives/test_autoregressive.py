@@ -262,20 +262,5 @@ def _run(folder: Path, world: int, fault: str, *changes: str) -> list[float]:
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("zero", range(4))
-def test_losses_do_not_depend_on_ranks_and_accumulation_and_survive_a_stop(tmp_path: Path, zero: int) -> None:
-    stage = (f"parallel.zero={zero}", "parallel.persist=0")
-    alone = _run(tmp_path / "alone", 1, "", *stage)
-    assert len(alone) == 6
-    assert alone[-1] < alone[0]
-    assert _run(tmp_path / "parts", 1, "", *stage, "parallel.micro_batch=8") == pytest.approx(alone, rel=1e-5)
-    assert _run(tmp_path / "two", 2, "", *stage) == pytest.approx(alone, rel=1e-5)
-    assert _run(tmp_path / "four", 4, "", *stage, "parallel.micro_batch=4") == pytest.approx(alone, rel=1e-5)
-    _run(tmp_path / "hit", 2, "stopped_at_4", *stage)
-    assert _run(tmp_path / "hit", 2, "", *stage) == _run(tmp_path / "two2", 2, "", *stage)
-
-
 def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
     assert _run(tmp_path / "two", 2, "", "steps=3") == pytest.approx(_run(tmp_path / "one", 1, "", "steps=3"), rel=1e-5)

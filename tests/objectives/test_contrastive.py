@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.checkpoint.compare import Pair
 from vimscale.checkpoint.load import Reader
 from vimscale.data.dataset import Dataset
 from vimscale.evaluation.figures import evaluate
@@ -46,33 +45,22 @@ def _same(ours: dict[str, list[dict[str, Any]]], theirs: dict[str, list[dict[str
         assert ours["eval"][-1][key] == pytest.approx(theirs["eval"][-1][key], rel=1e-5), key
 
 
-@pytest.mark.parametrize("loss", ["siglip", pytest.param("clip", marks=pytest.mark.slow)])
-def test_ranks_and_micro_batches_do_not_change_losses_gradients_or_evaluations(tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize(("loss", "zero"), [("siglip", 1), pytest.param("clip", 3, marks=pytest.mark.slow)])
+def test_ranks_and_micro_batches_do_not_change_losses_gradients_or_evaluations(
+    tmp_path: Path, loss: str, zero: int
+) -> None:
     whole = _run(tmp_path / "whole", 1, f"objective.loss={loss}")
     assert len({row["loss"] for row in whole["train"]}) == 4
-    _same(_run(tmp_path / "cut", 2, f"objective.loss={loss}", "parallel.micro_batch=4"), whole)
+    changes = (f"objective.loss={loss}", f"parallel.zero={zero}", "parallel.persist=0", "parallel.micro_batch=4")
+    _same(_run(tmp_path / "cut", 2, *changes), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["siglip", "clip"])
-@pytest.mark.parametrize("changes", [(), ("parallel.micro_batch=2",), ("parallel.context=2", "parallel.micro_batch=8")])
-def test_four_ranks_change_nothing(tmp_path: Path, loss: str, changes: tuple[str, ...]) -> None:
+def test_groups_of_two_ranks_that_share_images_change_nothing(tmp_path: Path, loss: str) -> None:
     whole = _run(tmp_path / "whole", 1, f"objective.loss={loss}")
-    _same(_run(tmp_path / "cut", 4, f"objective.loss={loss}", *changes), whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", range(4))
-def test_runs_are_the_same_at_any_stage_and_after_a_restart(tmp_path: Path, zero: int) -> None:
-    changes = (f"parallel.zero={zero}", "parallel.persist=0", "parallel.micro_batch=8", "objective.scale=1")
-    calm = _run(tmp_path / "calm", 2, *changes)
-    _run(tmp_path / "hit", 2, *changes, fault="stopped_at_3")
-    again = _run(tmp_path / "hit", 2, *changes)
-    assert [row["loss"] for row in again["train"]] == [row["loss"] for row in calm["train"]]
-    checkpoints = [tmp_path / name / "run/checkpoints/step_00000004" for name in ("calm", "hit")]
-    assert all(found.same_bits for found in Pair(*checkpoints).differences())
-    if zero:
-        _same(calm, _run(tmp_path / "plain", 1, *changes, "parallel.zero=0"))
+    changes = (f"objective.loss={loss}", "parallel.context=2", "parallel.micro_batch=8")
+    _same(_run(tmp_path / "cut", 4, *changes), whole)
 
 
 @pytest.mark.slow
@@ -151,6 +139,7 @@ def test_zero_shot_figures_follow_from_the_means_of_the_templates() -> None:
         logits = 10 * images @ torch.stack(classes).T
     assert found["images"] == 359
     assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert objective.options.headline == "top1"
     assert found["top1"] == pytest.approx(float((logits.argmax(dim=1) == labels).double().mean()))
 
 
@@ -164,6 +153,7 @@ def test_retrieval_figures_count_images_whose_own_caption_is_among_the_first() -
     own = one_each[torch.arange(359), labels]
     times = torch.bincount(labels, minlength=10)
     better = ((one_each > own[:, None] + 1e-6) * times).sum(dim=1)
+    assert learner.objective.options.headline == "recall1"
     assert found["recall1"] == pytest.approx(float((better < 1).double().mean()))
     assert found["recall5"] == pytest.approx(float((better < 5).double().mean()))
     nll = (cosines / 0.07).logsumexp(dim=1) - own / 0.07

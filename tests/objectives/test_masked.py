@@ -362,25 +362,6 @@ def _run(folder: Path, world: int, fault: str, *changes: str) -> list[dict[str, 
     return [row for row in rows if row["kind"] == "train"]
 
 
-@pytest.fixture(scope="module")
-def undivided(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of one rank that computes whole batches."""
-    return [row["loss"] for row in _run(tmp_path_factory.mktemp("undivided"), 1, "")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "zero", "micro"), [(1, 0, 8), (2, 0, 16), (2, 1, 8), (2, 2, 16), (2, 3, 8), (4, 1, 8), (4, 3, 4)]
-)
-def test_losses_are_the_same_for_any_number_of_ranks(
-    undivided: list[float], tmp_path: Path, world: int, zero: int, micro: int
-) -> None:
-    assert undivided[-1] < undivided[0]
-    changes = (f"parallel.zero={zero}", f"parallel.micro_batch={micro}", "parallel.persist=0")
-    found = _run(tmp_path, world, "", *changes)
-    assert [row["loss"] for row in found] == pytest.approx(undivided, rel=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_run_that_is_stopped_continues_bit_for_bit(tmp_path: Path, zero: int) -> None:

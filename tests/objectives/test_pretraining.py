@@ -47,41 +47,42 @@ def _losses(rows: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_depend_on_neither_ranks_nor_accumulation(tmp_path: Path, kind: str) -> None:
-    two = _losses(_run(tmp_path / "two", kind))
-    assert len(set(two)) == 6
-    one = _losses(_run(tmp_path / "one", kind, "parallel.micro_batch=4", world=1))
-    assert one == pytest.approx(two, rel=1e-5)
+Plain = tuple[str, list[float]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_four_ranks_compute_what_one_does(tmp_path: Path, kind: str) -> None:
-    one = _losses(_run(tmp_path / "one", kind, world=1))
-    four = _losses(_run(tmp_path / "four", kind, "parallel.micro_batch=2", world=4))
-    assert four == pytest.approx(one, rel=1e-5)
+@pytest.fixture(scope="module", params=KINDS)
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """A kind, and its losses: two ranks without accumulation, ZeRO stage 1, fp32."""
+    kind = request.param
+    losses = _losses(_run(tmp_path_factory.mktemp("plain"), kind, "parallel.zero=1"))
+    assert len(set(losses)) == 6
+    return kind, losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world", "micro"), [(1, 4), (4, 2)])
+def test_losses_depend_on_neither_ranks_nor_accumulation(tmp_path: Path, plain: Plain, world: int, micro: int) -> None:
+    kind, losses = plain
+    found = _losses(_run(tmp_path, kind, f"parallel.micro_batch={micro}", world=world))
+    assert found == pytest.approx(losses, rel=1e-5)
+
+
 @pytest.mark.parametrize("zero", range(4))
-def test_a_run_that_stops_resumes_to_the_bit_at_any_stage(tmp_path: Path, kind: str, zero: int) -> None:
+def test_a_run_that_stops_resumes_to_the_bit_at_any_stage(tmp_path: Path, plain: Plain, zero: int) -> None:
+    kind, losses = plain
     if kind in ("distillation", "sinkhorn") and zero == 3:
         pytest.skip("a teacher at ZeRO stage 3 is refused")
     changes = (f"parallel.zero={zero}", "parallel.persist=0", "parallel.micro_batch=4", "parallel.recompute=block")
-    calm = _run(tmp_path / "calm", kind, *changes)
+    calm = _losses(_run(tmp_path / "calm", kind, *changes))
     _run(tmp_path / "hit", kind, *changes, fault="stopped_at_3")
-    again = _run(tmp_path / "hit", kind, *changes)
-    assert _losses(again) == _losses(calm)
+    assert _losses(_run(tmp_path / "hit", kind, *changes)) == calm
     pair = Pair(*(tmp_path / name / "run/checkpoints/step_00000006" for name in ("calm", "hit")))
     assert pair.only_in == [[], []]
     assert all(found.same_bits for found in pair.differences())
-    plain = _run(tmp_path / "plain", kind, "parallel.zero=1")
-    assert _losses(calm) == pytest.approx(_losses(plain), rel=1e-5)
+    assert calm == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision_stays_near_single(tmp_path: Path, kind: str) -> None:
-    single = _losses(_run(tmp_path / "fp32", kind))
-    mixed = _losses(_run(tmp_path / "bf16", kind, "parallel.precision=bf16"))
-    assert mixed != single
-    assert mixed == pytest.approx(single, rel=3e-2)
+def test_mixed_precision_stays_near_single(tmp_path: Path, plain: Plain) -> None:
+    kind, losses = plain
+    mixed = _losses(_run(tmp_path, kind, "parallel.precision=bf16"))
+    assert mixed != losses
+    assert mixed == pytest.approx(losses, rel=3e-2)

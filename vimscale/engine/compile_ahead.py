@@ -72,7 +72,7 @@ def rehearse(config: VimConfig, recipe: Recipe, world: int, device: torch.device
     random generators alone. A user's own kinds of layers are left out.
     """
     micro, config = recipe.micro_batch(world).size, recipe.largest(config)
-    levels = recompute.levels(recipe.parallel, config, micro, device.type)
+    levels = recompute.levels(recipe.parallel, config, micro, device.type, objective=recipe.objective)
     small, chosen = _sample(config, levels)
     if not chosen:
         return

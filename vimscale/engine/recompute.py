@@ -16,19 +16,30 @@ from torch.autograd.graph import saved_tensors_hooks
 from vimscale.errors import RecipeError
 from vimscale.model.block import Block, Recompute
 from vimscale.model.cost import costs
+from vimscale.model.layout import Grid, layout
 from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer, second_of_pairs
 from vimscale.model.stretch import Stretch
 from vimscale.model.tokens import Tokens
 from vimscale.ops import Alone
+from vimscale.recipe.objective import ObjectiveOptions
 from vimscale.recipe.sections import Parallel, recompute_every, size_bytes
 
 _FROM_MORE_TO_LESS: tuple[Recompute, ...] = ("scan", "block")
 
 
-def levels(parallel: Parallel, config: VimConfig, batch: int, device: str, lowest: int = 0) -> tuple[Recompute, ...]:
+def levels(
+    parallel: Parallel,
+    config: VimConfig,
+    batch: int,
+    device: str,
+    lowest: int = 0,
+    *,
+    objective: ObjectiveOptions | None = None,
+) -> tuple[Recompute, ...]:
     """One level per layer, for micro-batches of `batch` images on a device of that type. `lowest`: the first layer that
-    the backward pass reaches; those below keep nothing, so they recompute nothing.
+    the backward pass reaches; those below keep nothing, so they recompute nothing. `objective`: decides what of an
+    image is encoded; default: all of it.
 
     Raises:
         RecipeError: the byte budget cannot be met.
@@ -40,7 +51,7 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str, lowes
     if budget is None:
         return ("none",) * lowest + (rule,) * (layers - lowest)  # type: ignore[return-value]  # the recipe has checked
     kept = {
-        level: kept_bytes(config, level, batch, parallel.precision, device, parallel.context)
+        level: kept_bytes(config, level, batch, parallel.precision, device, parallel.context, objective)
         for level in get_args(Recompute)
     }
     chosen: list[Recompute] = ["none"] * layers
@@ -60,18 +71,44 @@ def levels(parallel: Parallel, config: VimConfig, batch: int, device: str, lowes
 
 
 def kept_bytes(
-    config: VimConfig, level: Recompute, batch: int, precision: str, device: str = "cpu", context: int = 1
+    config: VimConfig,
+    level: Recompute,
+    batch: int,
+    precision: str,
+    device: str = "cpu",
+    context: int = 1,
+    objective: ObjectiveOptions | None = None,
 ) -> list[int]:
     """Bytes that each layer keeps from the forward to the backward pass, for `batch` images; of one of `context` ranks
-    that share them.
+    that share them. `objective`: as of `levels`.
     """
+    seen = None
+    if objective is not None and not config.stages and config.tiles is None:
+        seen = objective.grids(config)
     seconds = second_of_pairs(config.layers)
     parts = [part for part in costs(config) if part.layer is not None]
     return [
-        _kept(config, part.layer, part.d_model, part.tokens, batch, level, precision, device, i in seconds, context)
+        _kept(
+            config,
+            part.layer,
+            part.d_model,
+            seen or (_grid(config, part.tokens),),
+            batch,
+            level,
+            precision,
+            device,
+            i in seconds,
+            context,
+        )
         for i, part in enumerate(parts)
         if part.layer is not None
     ]
+
+
+def _grid(config: VimConfig, tokens: int) -> Grid:
+    """The grid of a layer with so many tokens, fewer in a hierarchical model's later stages."""
+    shrink = math.isqrt(config.tokens // tokens)
+    return config.grid[0] // shrink, config.grid[1] // shrink
 
 
 @lru_cache(maxsize=512)
@@ -79,7 +116,7 @@ def _kept(
     config: VimConfig,
     layer: Layer,
     d: int,
-    length: int,
+    grids: tuple[Grid, ...],
     batch: int,
     level: Recompute,
     precision: str,
@@ -88,10 +125,8 @@ def _kept(
     context: int,
 ) -> int:
     narrow = precision == "bf16"
-    shrink = math.isqrt(config.tokens // length)  # of a hierarchical model's later stages
-    grid = (config.grid[0] // shrink, config.grid[1] // shrink)
-    own = Stretch.of(Alone(context - 1, context), config, grid) if context > 1 else None
-    length = length if own is None else own.slots.tokens
+    own = Stretch.of(Alone(context - 1, context), config, grids[0]) if context > 1 else None
+    length = sum(layout(config, grid).tokens for grid in grids) if own is None else own.slots.tokens
     if level == "block":
         return batch * length * d * (2 if narrow else 4) + batch * length * d * 4
     found: dict[int, int] = {}
@@ -107,7 +142,7 @@ def _kept(
 
         x = torch.empty(batch, length, d, dtype=torch.bfloat16 if narrow else torch.float32)
         residual = torch.empty(batch, length, d)
-        tokens = Tokens(config, ((grid,),), length, torch.device(device), stretch=own)
+        tokens = Tokens(config, (grids,), length, torch.device(device), stretch=own)
         for t in (x, residual):
             t.requires_grad_()
         keep = []  # fake storages can be told apart only while they live

@@ -244,7 +244,7 @@ class Planner:
     def _levels(self, rule: str, config: VimConfig, micro: int) -> tuple[Recompute, ...]:
         own = self.recipe.parallel
         parallel = Parallel(recompute=rule, precision=own.precision, context=own.context)
-        return recompute.levels(parallel, config, micro, "cpu", self.lowest)
+        return recompute.levels(parallel, config, micro, "cpu", self.lowest, objective=self.recipe.objective)
 
     def _passes(self, config: VimConfig, rule: str, micro: int, *, exact: bool) -> Passes:
         if config.tiles is not None:  # a single bag is not packed, and counting many, one by one, takes long

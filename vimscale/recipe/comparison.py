@@ -118,6 +118,9 @@ class DistillationOptions(ObjectiveOptions):
             raise ValueError("\n".join(faults))
         return self
 
+    def grids(self, config: VimConfig) -> tuple[tuple[int, int], ...]:
+        return (config.grid,) * 2 + (config.grid_of(self.local_size, self.local_size),) * self.local_crops
+
     def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
         if config.stages:
             yield "crops are packed into rows, which hierarchical models cannot be; leave out model.stages"
@@ -174,7 +177,6 @@ class ContrastiveOptions(ObjectiveOptions):
     the step are compared, on whatever ranks and in whatever micro-batches they are.
     """
 
-    headline: ClassVar[str] = "top1"
     classifies: ClassVar[bool] = False
     mixable: ClassVar[bool] = False
     kind: Literal["contrastive"] = "contrastive"
@@ -238,3 +240,7 @@ class ContrastiveOptions(ObjectiveOptions):
             near = next(n for n in range(self.heads, 0, -1) if self.width % n == 0)
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; use heads: {near}")
         return self
+
+    @property
+    def headline(self) -> str:  # type: ignore[override]  # a constant of other kinds
+        return "top1" if self.evaluation == "zero-shot" else "recall1"

@@ -44,6 +44,12 @@ class ObjectiveOptions(OwnOptions):
         """
         yield from ()
 
+    def grids(self, config: VimConfig) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the patches that training encodes of an image, one for each of its parts in a row of
+        tokens. Not asked of models with stages or tiles.
+        """
+        return (config.grid,)
+
     def __reduce__(self) -> tuple:
         """Another process imports a user's own file again."""
         return ObjectiveOptions.read, (self.model_dump(),)

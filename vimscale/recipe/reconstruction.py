@@ -56,6 +56,9 @@ class MaskedOptions(ObjectiveOptions):
                 least = f"one for each of {config.registers} registers" if config.registers > 1 else "one"
                 yield f"mask_ratio {self.mask_ratio:g} {has}; keep at least {least}, and hide at least one"
 
+    def grids(self, config: VimConfig) -> tuple[tuple[int, int], ...]:
+        return ((1, kept_patches(config.patches, self.mask_ratio)),)
+
     def decoder(self, encoder: VimConfig) -> VimConfig:
         """Return the shape of the decoder's layers, which are like those of an encoder but for width, depth and
         directions.
@@ -143,6 +146,9 @@ class AutoregressiveOptions(ObjectiveOptions):
         if depth < 6:  # a second half has no four layers
             return tuple(range(depth))[-4:]
         return tuple(round(depth * (3 + i) / 6) - 1 for i in range(4))
+
+    def grids(self, config: VimConfig) -> tuple[tuple[int, int], ...]:
+        return ((1, config.patches - self.cluster**2),)
 
     def faults(self, config: VimConfig, sizes: Mapping[tuple[int, int], str]) -> Iterator[str]:
         depth = len(config.layers)

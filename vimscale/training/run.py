@@ -94,8 +94,8 @@ class Run:
         engine = Engine(config, recipe, device, spec.patience_s)
         heartbeat.beat("start")
         micro = recipe.micro_batch(spec.world).size
-        largest, lowest = recipe.largest(config), layerwise.lowest(engine.model)
-        engine.encoder.recompute = recompute.levels(recipe.parallel, largest, micro, device.type, lowest)
+        levels = partial(recompute.levels, recipe.parallel, recipe.largest(config), micro, device.type)
+        engine.encoder.recompute = levels(layerwise.lowest(engine.model), objective=recipe.objective)
         store = open_mirror(recipe.checkpoint.mirror, recipe.name)
         guard = Guard(recipe, device)
         return cls(spec, emit, train_set, val_set, knn_set, steps, config, engine, guard, store, kernels)
