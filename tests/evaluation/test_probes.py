@@ -104,10 +104,10 @@ LINEAR: dict[str, dict[str, Any]] = {
 
 def _all_probes(digits: str, **ranks: Any) -> dict[str, dict[str, float]]:
     """Figures of kNN during training, then of each linear classifier with kNN."""
-    bank, val = (Dataset.open(f"{digits}/{split}") for split in ("train", "val"))
+    bank, val = (Dataset.open(f"{digits}/{split}") for split in ("val", "train"))  # the smaller set is learned from
     found = {"training": neighbors.knn(_mean_color, bank, val, bank.manifest, k=20, **ranks, **READING)}
     for name, options in LINEAR.items():
-        wanted = Probes(knn=f"{digits}/train", linear=f"{digits}/train", k=(5, 20), **options)
+        wanted = Probes(knn=f"{digits}/val", linear=f"{digits}/val", k=(5, 20), **options)
         found[name] = probed(_mean_color, val, bank.manifest, wanted, **ranks, **READING)
     return found
 
@@ -122,7 +122,7 @@ def _rank(rank: int, world: int, context: int, digits: str, place: str) -> None:
 
 @pytest.mark.slow
 def test_pixels_of_digits_are_classified_the_same_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
-    bank, val = (Dataset.open(str(digits / split)) for split in ("train", "val"))
+    bank, val = (Dataset.open(str(digits / split)) for split in ("val", "train"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = _all_probes(str(digits))
