@@ -173,6 +173,7 @@ def evaluate(
     what = f"step {opened.step:,}" if opened.step is not None else str(opened.source)
     print_line(console, f"{what}: {figures(row)}")
     display.print_classes(console, tally)
+    display.print_probes(console, row)
     if to is not None:
         print_line(console, f"{to}: {', '.join(sorted(path.name for path in to.iterdir()))}")
 

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,3 +89,20 @@ def print_classes(console: Console, tally: "Tally") -> None:
     print_line(console, f"lowest of {count:,} classes:" if count > len(worst) else "classes, the lowest first:")
     for name, one in zip(names, worst, strict=True):
         print_line(console, f"  {name:{width}}  {one.top1:7.2%}  ({one.images:,} images)")
+
+
+def print_probes(console: Console, figures: Mapping[str, float]) -> None:
+    """Print what frozen features say: top-1 and top-5 for each k and of the linear classifier, and what it chose."""
+    for features, of in (("", "what the head reads"), ("mean_", "the mean of the image's tokens")):
+        for key, value in figures.items():
+            found = re.fullmatch(rf"{features}(?:knn(\d+)|(knn)|(linear))_top1", key)
+            if found is None or (found[2] and any(re.match(rf"{features}knn\d", name) for name in figures)):
+                continue
+            what = f"kNN, k {found[1]}" if found[1] else "kNN" if found[2] else "linear"
+            top5 = figures.get(key.replace("top1", "top5"))
+            also = "" if top5 is None else f"  top-5 {top5:.2%}"
+            print_line(console, f"  {what:10}  top-1 {value:.2%}{also}  ({of})")
+    chosen = {"linear_l2": "L2 factor", "linear_lr": "rate", "linear_layers": "layers", "linear_mean": "mean of tokens"}
+    parts = [f"{name} {figures[key]:g}" for key, name in chosen.items() if key in figures]
+    if parts:
+        print_line(console, f"  linear: {', '.join(parts)}")

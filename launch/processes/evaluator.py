@@ -80,7 +80,7 @@ def evaluated(checkpoint: Path, device: str, threads: int) -> Evaluated:
         assert recipe is not None
         chosen = recipe.evaluate
         probes = Probes(knn=chosen.knn, k=(chosen.knn_k,), pools=("head",))
-        wanted = job.EvaluationJob(recipe.data, probes=probes, precision=recipe.parallel.precision)
+        wanted = job.EvaluationJob(recipe.data, probes=probes, precision=recipe.parallel.precision, by_name=False)
         return Evaluated(job.run(wanted, opened.learner, opened.manifest, torch.device(device)))
     except UserError as error:
         return Evaluated(None, masked(str(error)), curable=False)

@@ -116,12 +116,12 @@ class Progress:
 
 
 def figures(row: dict[str, Any]) -> str:
-    """An evaluation's figures in words, in the order of its objective."""
+    """An evaluation's figures in words, in the order of its objective; of probes of frozen features the first ones."""
     rates = {"top1": "top-1", "top5": "top-5", "knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
     others = ("kind", "status", "step", "steps", "images", "asynchronous")
     parts = [
         f"{rates[name]} {value:.2%}" if name in rates else f"{name} {value:{'.0e' if 0 < value < 1e-4 else '.4f'}}"
         for name, value in row.items()
-        if name not in others
+        if name not in others and (name in rates or not name.startswith(("knn", "linear", "mean_")))
     ]
     return "  ".join([*parts, *([f"({row['images']:,} images)"] if "images" in row else [])])

@@ -4,17 +4,13 @@ Axes: n samples, f features, c classes.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.data.dataset import Dataset
-from vimscale.data.shards.manifest import Manifest
-from vimscale.data.training_set import check_same_labels
 from vimscale.evaluation.classifier import Choose, figures, held_out
-from vimscale.evaluation.embedded import HEAD, Embed, Embedded, embedded
+from vimscale.evaluation.embedded import Embedded
 from vimscale.runtime import distributed
 from vimscale.runtime.heartbeat import heartbeat
 
@@ -79,16 +75,3 @@ def logistic(
             scores[i] = figures(*judges, *fit)["linear_top1"]
         chosen = factors[int(distributed.total(scores).argmax())]
     return {**figures(y, truth, *fitted(x, labels, classes, chosen)), "linear_l2": chosen}
-
-
-def linear(
-    embed: Embed, train: Dataset, val: Dataset, manifest: Manifest, *, device: torch.device, **reading: Any
-) -> dict[str, float]:
-    """The figures of `logistic` on what the head reads of two sets. `reading`: as of `embedded`.
-
-    Raises:
-        DataError: the sets' classes differ, or a set cannot be read.
-    """
-    check_same_labels(train.manifest, val.manifest)
-    each = [embedded(embed, dataset, manifest, device=device, **reading) for dataset in (train, val)]
-    return logistic(each[0], each[1], HEAD, len(val.manifest.classes), device)

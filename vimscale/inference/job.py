@@ -34,6 +34,8 @@ class EvaluationJob:
     probes: Probes = field(default_factory=Probes)
     """What to read of the frozen features."""
     precision: str = "fp32"
+    by_name: bool = True
+    """Match the set's classes to the model's by name; otherwise they must be the same, as in training."""
     objective: ObjectiveOptions | None = None
     """Options to evaluate with; default: those that the model was trained with."""
 
@@ -52,7 +54,7 @@ def check(job: EvaluationJob, learner: Learner, manifest: Manifest, *, named: bo
     check_kind(val, Choice.of(encoder.config, job.data))
     if isinstance(encoder, PublishedVim) and (channels := encoder.arguments["channels"]) != 3:
         raise CheckpointError(f"the model takes images of {channels} channels, and a data set's images have 3")
-    if not job.figures or not learner.objective.options.classifies:
+    if not (job.figures and job.by_name and learner.objective.options.classifies):
         return None
     if encoder.head is None:
         raise CheckpointError(
