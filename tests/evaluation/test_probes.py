@@ -152,3 +152,17 @@ def test_a_bank_without_labels_or_with_others_is_refused(digits: Path) -> None:
             neighbors.knn(_mean_color, bank, val, val.manifest, k=20, **READING)
     with pytest.raises(RecipeError, match=r"evaluate\.knn digits:train: nothing to classify; set data\.val"):
         recipes.load("vim_digits_cpu", ["data.val=null", "evaluate.knn=digits:train"])
+
+
+def test_a_set_that_lacks_classes_classifies_the_images_of_the_others(digits: Path) -> None:
+    bank, val = (Dataset.open(str(digits / split)) for split in ("val", "train"))
+    names = tuple(reversed(val.manifest.classes[1:])) + ("another",)
+    val.manifest = replace(val.manifest, classes=names)  # of label i the name is 9 - i, and 9 has no counterpart
+    found = probed(_mean_color, val, bank.manifest, Probes(knn=str(digits / "val"), k=[20]), **READING)
+    known = features_of.embedded(_mean_color, bank, bank.manifest, **READING)
+    queries = features_of.embedded(_mean_color, val, bank.manifest, **READING)
+    there = queries.labels < 9
+    predicted = torch.tensor(_by_hand(queries.head[there], known.head, known.labels, 20, 10))
+    assert found["knn_top1"] == pytest.approx(
+        float((predicted == 9 - queries.labels[there]).double().mean()), abs=1e-12
+    )

@@ -26,8 +26,9 @@ class Matched:
     """What does not match, for human readers."""
 
 
-def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True) -> Matched:
-    """Match the classes of a labelled set to those of a model, `classes`. `named`: whether these are names.
+def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True, owner: str = "the model") -> Matched:
+    """Match the classes of a labelled set to those of a model, `classes`. `named`: whether these are names. `owner`:
+    what messages call the model, or a set that a classifier learns from.
 
     Sets with the model's own list of classes match one to one. Numbers that stand for unknown names match by position,
     if both have as many classes.
@@ -43,7 +44,7 @@ def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True) -> M
             " label its images: `vimscale data prepare`"
         )
     if tuple(classes) == theirs:
-        return Matched(tuple(range(len(theirs))), _without_images(classes, range(len(theirs)), dataset))
+        return Matched(tuple(range(len(theirs))), _without_images(classes, range(len(theirs)), dataset, owner))
     if not named:
         if len(classes) != len(theirs):
             raise NoMatch(
@@ -55,11 +56,11 @@ def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True) -> M
             f"the names of the model's {len(classes):,} classes are unknown: they are matched by position, class 0 to"
             f" {shortened(theirs[0], _NAME)}, class {len(theirs) - 1:,} to {shortened(theirs[-1], _NAME)}"
         )
-        return Matched(tuple(range(len(theirs))), (note, *_without_images(classes, range(len(theirs)), dataset)))
-    for whose, names in ((where, theirs), ("the model", classes)):
+        return Matched(tuple(range(len(theirs))), (note, *_without_images(classes, range(len(theirs)), dataset, owner)))
+    for whose, names in ((where, theirs), (owner, classes)):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise DataError(
-                f"{where} and the model have different classes, and {whose} gives several classes one name, which"
+                f"{where} and {owner} have different classes, and {whose} gives several classes one name, which"
                 f" cannot be matched: {_listed(twice)}; give each class its own name (classes in manifest.json or"
                 " config.json)"
             )
@@ -68,8 +69,8 @@ def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True) -> M
     lacking = [label for label, number in enumerate(found) if number == LACKING]
     if len(lacking) == len(theirs):
         raise NoMatch(
-            f"{where} and the model have no class in common: the set has {_listed(theirs)}; the model has"
-            f" {_listed(classes)}; give a set with the model's classes, or rename the classes in its manifest.json"
+            f"{where} and {owner} have no class in common: the set has {_listed(theirs)}; {owner} has"
+            f" {_listed(classes)}; give a set with these classes, or rename the classes in its manifest.json"
         )
     notes = []
     if lacking:
@@ -77,20 +78,20 @@ def match(classes: Sequence[str], dataset: Manifest, *, named: bool = True) -> M
         count = sum(dataset.labels[label] for label in lacking) if dataset.labels else None
         images = "images" if count is None else f"{count:,} images"
         notes.append(
-            f"the model lacks {len(lacking):,} of the set's {len(theirs):,} classes, so their {images} are left"
+            f"{owner} lacks {len(lacking):,} of the set's {len(theirs):,} classes, so their {images} are left"
             f" out: {names}"
         )
-    return Matched(found, (*notes, *_without_images(classes, found, dataset)))
+    return Matched(found, (*notes, *_without_images(classes, found, dataset, owner)))
 
 
-def _without_images(classes: Sequence[str], found: Collection[int], dataset: Manifest) -> tuple[str, ...]:
-    """A note on the model's classes that no image of the set has."""
+def _without_images(classes: Sequence[str], found: Collection[int], dataset: Manifest, owner: str) -> tuple[str, ...]:
+    """A note on the classes of `owner` that no image of the set has."""
     with_images = {number for label, number in enumerate(found) if not dataset.labels or dataset.labels[label]}
     names = [name for number, name in enumerate(classes) if number not in with_images]
     if not names:
         return ()
     return (
-        f"{len(names):,} of the model's {len(classes):,} classes have no images in the set, and remain possible:"
+        f"{len(names):,} of {owner}'s {len(classes):,} classes have no images in the set, and remain possible:"
         f" {_listed(names)}",
     )
 

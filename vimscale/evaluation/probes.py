@@ -20,6 +20,7 @@ from vimscale.evaluation.cache import FeatureCache, key_of
 from vimscale.evaluation.classifier import Choose
 from vimscale.evaluation.embedded import HEAD, Embed, Embedded, Read, embedded
 from vimscale.evaluation.layers import MEAN, has_layers, last_layers, name_of, reader
+from vimscale.evaluation.matching import LACKING, Matched, match
 from vimscale.objectives.base import Learner
 from vimscale.recipe.sections import size_bytes
 from vimscale.runtime import distributed
@@ -108,23 +109,24 @@ def probed(
         reading: as of `embedded`.
 
     Raises:
-        DataError: a set cannot be read, or its classes are not those of `val`.
+        DataError: a set cannot be read, or has no class in common with `val`.
         RecipeError: the model has fewer layers than `probes.layers`, of those that can be read.
     """
     features = _Features(encoder, manifest, probes, device, identity, precision, reading)
     sources = {source: Dataset.open(source, cache) for source in (probes.knn, probes.linear) if source is not None}
-    for dataset in sources.values():
-        check_same_labels(dataset.manifest, val.manifest)
+    matched = {source: _matched(dataset.manifest, val.manifest) for source, dataset in sources.items()}
     if not sources:
         return {}
-    classes, found = len(val.manifest.classes), dict[str, float]()
+    found = dict[str, float]()
     grid = features.grid(probes.layers) if probes.linear is not None and probes.method == "sgd" else []
     names = {source: list[str]() for source in sources}
     if probes.knn is not None:
         names[probes.knn] += features.pools
     if probes.linear is not None:
         names[probes.linear] += [name for each in grid for name in each] if grid else features.pools
-    tested = features.of(val, list(dict.fromkeys(name for each in names.values() for name in each)))
+    of_val = features.of(val, list(dict.fromkeys(name for each in names.values() for name in each)))
+    tested = {source: _relabelled(of_val, each) for source, each in matched.items()}
+    classes = {source: len(dataset.manifest.classes) for source, dataset in sources.items()}
     known = {source: features.of(dataset, list(dict.fromkeys(names[source]))) for source, dataset in sources.items()}
     if probes.linear is not None and probes.method != "lars" and probes.choose == "published":
         log.warning(
@@ -135,13 +137,37 @@ def probed(
     with torch.autocast(device.type, enabled=False):
         for pool in features.pools:
             prefix = "" if pool == HEAD else f"{pool}_"
-            if probes.knn is not None:
-                found |= _prefixed(prefix, features.nearest(known[probes.knn], tested, pool, classes))
-            if probes.linear is not None and not grid:
-                found |= _prefixed(prefix, _linear(known[probes.linear], tested, pool, classes, device, probes))
-        if probes.linear is not None and grid:
-            found |= _best_head(known[probes.linear], tested, grid, classes, device, probes)
+            if (s := probes.knn) is not None:
+                found |= _prefixed(prefix, features.nearest(known[s], tested[s], pool, classes[s]))
+            if (s := probes.linear) is not None and not grid:
+                found |= _prefixed(prefix, _linear(known[s], tested[s], pool, classes[s], device, probes))
+        if (s := probes.linear) is not None and grid:
+            found |= _best_head(known[s], tested[s], grid, classes[s], device, probes)
     return found
+
+
+def _matched(learned: Manifest, val: Manifest) -> Matched | None:
+    """What the labels of `val` mean in the set that a classifier learns from; None: the same. Says what does not match.
+
+    Raises:
+        DataError: a set has no labels, or they have no class in common.
+    """
+    if learned.classes == val.classes or not learned.classes:
+        check_same_labels(learned, val)
+        return None
+    matched = match(learned.classes, val, owner=f"data {learned.name}")
+    for note in matched.notes if distributed.rank() == 0 else ():
+        log.warning("%s", note)
+    return matched
+
+
+def _relabelled(tested: Embedded, matched: Matched | None) -> Embedded:
+    """The images of matched classes, with their labels."""
+    if matched is None:
+        return tested
+    labels = torch.tensor(matched.classes)[tested.labels]
+    kept = labels != LACKING
+    return Embedded({name: t[kept] for name, t in tested.features.items()}, labels[kept], tested.numbers[kept])
 
 
 def _prefixed(prefix: str, figures: dict[str, float]) -> dict[str, float]:
