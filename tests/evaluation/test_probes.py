@@ -156,7 +156,7 @@ def test_a_bank_without_labels_or_with_others_is_refused(digits: Path) -> None:
 
 def test_a_set_that_lacks_classes_classifies_the_images_of_the_others(digits: Path) -> None:
     bank, val = (Dataset.open(str(digits / split)) for split in ("val", "train"))
-    names = tuple(reversed(val.manifest.classes[1:])) + ("another",)
+    names = (*reversed(val.manifest.classes[1:]), "another")
     val.manifest = replace(val.manifest, classes=names)  # of label i the name is 9 - i, and 9 has no counterpart
     found = probed(_mean_color, val, bank.manifest, Probes(knn=str(digits / "val"), k=[20]), **READING)
     known = features_of.embedded(_mean_color, bank, bank.manifest, **READING)
