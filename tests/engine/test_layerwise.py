@@ -210,7 +210,7 @@ def _independent(factor: Any, frozen: Any) -> dict[str, torch.Tensor]:
     groups = []
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen(name))
-        decay = 0.0 if name in model.no_decay() else 0.1
+        decay = 0.0 if name in model.no_weight_decay() else 0.1
         groups += [] if frozen(name) else [{"params": [p], "lr": RATE * factor(name), "weight_decay": decay}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-3)
     for step in range(STEPS):
