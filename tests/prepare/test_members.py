@@ -49,7 +49,7 @@ def _sides(folder: Path) -> set[int]:
     """Return the heights of the images that training reads."""
     dataset = Dataset.open(str(folder))
     samples = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
-    read = (stream._read(dataset, *sample, lambda image: (1, 1), lambda seen: {})[0] for sample in samples)
+    read = (stream.read(dataset, *sample, lambda image: (1, 1), lambda seen: {})[0] for sample in samples)
     return {sample.image.shape[1] for sample in read}
 
 
