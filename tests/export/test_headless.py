@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import features as example
+import vimscale
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import published, safetensors, starting
@@ -30,10 +30,10 @@ def test_an_export_gives_the_same_features(tmp_path: Path, manifest: Manifest) -
     safetensors.write(tmp_path / "out", model, manifest, {})
     assert safetensors.largest_difference(tmp_path / "out", model) == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["classes"] == []
-    loaded, mean, _ = example.open_model(str(tmp_path / "out"))
+    loaded, preprocessing = vimscale.load(tmp_path / "out")
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images, features=True), model(images, features=True))
-    assert mean == DATA.mean
+    assert preprocessing.mean == DATA.mean
     model.norm.weight.data[0] = torch.nan
     with pytest.raises(CheckpointError, match="values that are not finite"):
         safetensors.largest_difference(tmp_path / "out", model)
