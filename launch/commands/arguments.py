@@ -11,6 +11,13 @@ Overrides = Annotated[
 RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
 StepOption = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest one's.")]
 RawOption = Annotated[bool, typer.Option(help="Use the weights themselves instead of their moving average.")]
+OwnCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--run-own-code",
+        help="Import the Python files of an export that define its own kinds of layers. They run with your rights.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AddressOption = Annotated[
     str | None, typer.Option(help="HOST:PORT of a running Ray, or auto. Default: start a Ray on this machine.")

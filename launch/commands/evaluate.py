@@ -18,7 +18,7 @@ from vimscale.recipe.typed_yaml import Kind, Section, dump
 from ..display import evaluation as display
 from ..display.lines import print_line
 from ..processes import plain_ranks, temporary
-from .arguments import JsonOption, RawOption, StepOption
+from .arguments import JsonOption, OwnCodeOption, RawOption, StepOption
 
 if TYPE_CHECKING:
     import torch
@@ -101,9 +101,7 @@ def evaluate(
         typer.Option(help="New folder for report.json, per_class.csv, confusion.png and calibration.png."),
     ] = None,
     as_json: JsonOption = False,
-    own_code: Annotated[
-        bool, typer.Option("--own-code", help="Run the Python files in an export that define its layers.")
-    ] = False,
+    own_code: OwnCodeOption = False,
 ) -> None:
     """Evaluate a trained model on a data set. Their classes are matched by name."""
     from vimscale.evaluation.matching import NoMatch
@@ -224,7 +222,7 @@ def _reading(model: str, changes: list[str]) -> _Reading:
         except yaml.YAMLError:
             raise RecipeError(f"evaluate {model}", [f"{key}: {value!r} is not a YAML value; quote it"]) from None
     if tree["data"].get("val") is None:
-        fault = "data.val: an export or a file has no validation set of its own; give one with --data SET"
+        fault = "data.val: an export or a file names no validation set; give one with --data SET"
         raise RecipeError(f"evaluate {model}", [fault])
     tree["data"]["train"] = tree["data"]["val"]  # not read
     return Kind("evaluate", _Reading, RecipeError, "recipes").parse(dump(tree), model)

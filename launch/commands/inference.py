@@ -11,7 +11,7 @@ from vimscale.errors import UserError
 
 from ..display.lines import print_line
 from ..processes import temporary
-from .arguments import JsonOption, RawOption, StepOption
+from .arguments import JsonOption, OwnCodeOption, RawOption, StepOption
 from .data import Bar
 
 if TYPE_CHECKING:
@@ -22,13 +22,6 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A run's name under runs/, or the folder of a run, a checkpoint, an export or an imported model.",
-    ),
-]
-OwnCodeOption = Annotated[
-    bool,
-    typer.Option(
-        "--run-own-code",
-        help="Import the Python files of an export that define its own kinds of layers. They run with your rights.",
     ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images that are computed at once.")]

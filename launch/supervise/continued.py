@@ -1,4 +1,4 @@
-"""What a launch does before a run goes on from an earlier one: `--extend` and `--fork`."""
+"""What a launch does before a run continues an earlier one: `--extend` and `--fork`."""
 
 import json
 import os

@@ -179,7 +179,7 @@ def test_samples_of_a_data_set_feed_a_data_loader(digits: Path) -> None:
     assert next(iter(loader)) == [samples[i].key for i in range(4)]
 
 
-# ---- training, in processes of its own: what prints and starts ranks is a whole program
+# ---- training, in separate processes: what prints and starts ranks is a whole program
 
 SCRIPT = """
 import json, vimscale

@@ -1,4 +1,4 @@
-"""Runs that go on from others: `launch --extend` and `launch --fork`."""
+"""Runs that continue others: `launch --extend` and `launch --fork`."""
 
 import json
 import os
