@@ -74,8 +74,8 @@ def load(folder: Path, *, run_own_code: bool = False) -> VisionMamba:
             if config.kinds and not run_own_code:
                 names = ", ".join(dict.fromkeys(own.kind for own in config.kinds))
                 raise ValueError(
-                    f"the model needs the code {names}, which would run with your rights; if you trust it, call"
-                    " load(folder, run_own_code=True)"
+                    f"the model needs the code {names}, which would run with your rights; if you trust it, give"
+                    " --run-own-code, or call load(folder, run_own_code=True)"
                 )
             make = partial(VisionMamba, config)
         backward = starting.backward_of(tree)
