@@ -106,7 +106,7 @@ def _run(code: str, folder: Path, *changes: str) -> dict:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     done = subprocess.run(
-        [sys.executable, "-c", SETUP + code, *changes],
+        [sys.executable, "-c", f"{SETUP}{code}\ndistributed.leave()\n", *changes],
         capture_output=True, text=True, cwd=folder, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

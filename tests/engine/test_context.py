@@ -49,6 +49,7 @@ for step in range(3):
 sent = 0 if engine.encoder.context is None else engine.encoder.context.sent
 if rank == "0":
     torch.save({"losses": losses, "gradients": gradients, "norm": engine.grad_norm(), "sent": sent}, f"{folder}/found")
+distributed.leave()
 """
 
 

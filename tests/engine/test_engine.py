@@ -67,11 +67,12 @@ print(json.dumps(found))
 
 
 def _run(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    script = f"{SETUP}{script}\ndistributed.leave()\n"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=False)
 
 
 def test_parameters_states_and_scans_are_fp32_at_every_stage_whether_the_cpu_has_fp16_or_not(tmp_path: Path) -> None:
-    done = _run(SETUP + SCRIPT, tmp_path)
+    done = _run(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 16
@@ -107,7 +108,7 @@ for segment in (flat.SEGMENT, 20_000):
         found.append((segment, stage, pieces, engine.grad_norm(), weights))
 print(json.dumps(found))
 """
-    done = _run(SETUP + script, tmp_path)
+    done = _run(script, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     whole, cut = found[:3], found[3:]
@@ -128,7 +129,7 @@ try:
 except RunFailed as error:
     print(error)
 """
-    done = _run(SETUP + script, tmp_path)
+    done = _run(script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "holds cls_token in bfloat16 at ZeRO stage 3" in done.stdout
 
@@ -157,7 +158,7 @@ for stage in range(4):
     found[stage] = [engine.grad_norm(), loss.item()]
 print(json.dumps(found))
 """
-    done = _run(SETUP + script, tmp_path)
+    done = _run(script, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for stage in "123":

@@ -182,6 +182,7 @@ for stage in range(4):
             found[stage][key][name] = torch.cat([p[at] for p in own]).view(shape)
 if rank == 0:
     torch.save(found, f"{folder}/found")
+distributed.leave()
 """
 
 
