@@ -1,0 +1,87 @@
+"""What formats have in common: what they are given, what they must be able to do, and which there are."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vimscale.data.shards.manifest import Manifest
+from vimscale.errors import CheckpointError, suggest
+from vimscale.model import VisionMamba
+
+Outputs = dict[str, Tensor]
+"""fp32 `features` (b, features), what the head reads, and `logits` (b, classes) if the model has a head."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export, with what its users need to know."""
+
+    model: VisionMamba
+    """On the CPU, ready to evaluate, fp32."""
+    manifest: Manifest
+    """Classes, mean and std of the set that it was trained on; lists no shards."""
+    about: dict[str, Any]
+    """Where the weights come from: run, step, which weights."""
+    half: bool = False
+    """Store the weights that `VisionMamba.product_weights` names in bf16, which holds their values exactly: the caller
+    has rounded them. All others stay fp32, and the format computes in fp32."""
+    any_size: bool = False
+    """Let the exported program take images of any size whose sides patches fill, if the format can."""
+
+
+class Format(ABC):
+    """A folder that other programs open."""
+
+    needs: ClassVar[dict[str, str]] = {}
+    """Modules that writing and reading it import -> what pip installs them."""
+    tolerance: ClassVar[float] = 0.0
+    """Largest difference of logits and features from the model's, as a part of the model's largest one, in fp32."""
+
+    def check(self, source: Source) -> None:  # noqa: B027 - most formats hold every model
+        """Raise CheckpointError if the format cannot hold the model: the value, the rule, the fix."""
+
+    @abstractmethod
+    def write(self, folder: Path, source: Source) -> None:
+        """Write the model into the empty folder `folder`, which the caller moves into place.
+
+        Raises:
+            OSError: names the file.
+        """
+
+    @abstractmethod
+    def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
+        """Open what `write` wrote as its users do: a function of normalized images (b, 3, h, w)."""
+
+
+FORMATS = {
+    "safetensors": "vimscale.export.formats.own:Own",
+    "hustvl": "vimscale.export.formats.hustvl:Hustvl",
+    "hf": "vimscale.export.formats.hf:HuggingFace",
+    "timm": "vimscale.export.formats.timm:Timm",
+    "onnx": "vimscale.export.formats.onnx:Onnx",
+    "torch": "vimscale.export.formats.torch_program:TorchProgram",
+}
+"""What --to takes -> where its class is."""
+
+
+def of(name: str) -> Format:
+    """The format `name`.
+
+    Raises:
+        CheckpointError: there is none, or what it needs is not installed.
+    """
+    if name not in FORMATS:
+        raise CheckpointError(f"--to {name} is not a format{suggest(name, FORMATS)}")
+    module, _, title = FORMATS[name].partition(":")
+    found: type[Format] = getattr(import_module(module), title)
+    missing = [package for package, of in found.needs.items() if find_spec(package) is None]
+    if missing:
+        pip = " ".join(dict.fromkeys(f"'{found.needs[package]}'" for package in missing))
+        raise CheckpointError(f"--to {name} needs {', '.join(missing)}, not installed here: pip install {pip}")
+    return found()
