@@ -1,1 +1,1 @@
-"""What `vimscale export --to` writes: one module or package for each format, with a class derived from `base.Format`."""
+"""What `vimscale export --to` writes: a module or package for each format, with a subclass of `base.Format`."""
