@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# As in ranks (processes/rank.py), and before torch is loaded: the idle threads of two test processes would spin on the
+# cores that the others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 import torch.distributed as dist

@@ -8,8 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import forks
 from tests.support.shell import Shell
 from vimscale.checkpoint import mirror, retention
 from vimscale.checkpoint.load import Reader, TrainState, consolidated, newest, read_train_state
@@ -419,7 +418,7 @@ def test_ranks_wait_longer_for_a_slow_mirror_than_for_each_other(tmp_path: Path)
     saver.save({"weight/a@0": torch.zeros(2_000_000)}, _train_state(10))
     saver.close()
     (tmp_path / "here").mkdir()
-    done = subprocess.run([sys.executable, "-c", SLOW, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = forks.run(SLOW, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
