@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
 
+LAUNCHES = {"shell", "watched", "calm", "trained", "runs", "head"}
+"""Fixtures of tests that launch runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run launches first, so that no worker is left with a long one while the others are done."""
+    items.sort(key=lambda item: not LAUNCHES.intersection(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")

@@ -115,9 +115,10 @@ class Shell:
 
     def reaches(self, process: subprocess.Popen, name: str, step: int) -> None:
         """Wait until the run has logged that step."""
-        while len(self.rows(name)) < step:
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        while not path.exists() or path.read_text().count('"kind": "train"') < step:
             assert process.poll() is None, f"{name} ended before step {step}: {process.communicate()}"
-            time.sleep(0.01)
+            time.sleep(0.02)
 
     def process_of(self, name: str, rank: int) -> int | None:
         """Return the newest pid that a rank has logged; the process may have ended since."""
