@@ -37,14 +37,16 @@ def run_together(code: str, each: Sequence[Sequence[object]]) -> "list[Done[str]
     return _run({"code": code}, each, ROOT)
 
 
-def run_module(name: str, *arguments: object) -> "Done[str]":
+def run_module(name: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> "Done[str]":
     """Run a module of the repository, as `python -m`."""
-    (done,) = _run({"module": name}, [arguments], ROOT)
+    (done,) = _run({"module": name}, [arguments], cwd, env)
     return done
 
 
-def _run(what: dict[str, Any], each: Sequence[Sequence[object]], cwd: Path) -> "list[Done[str]]":
-    what = what | {"cwd": str(cwd), "env": dict(os.environ)}
+def _run(
+    what: dict[str, Any], each: Sequence[Sequence[object]], cwd: Path, env: dict[str, str] | None = None
+) -> "list[Done[str]]":
+    what = what | {"cwd": str(cwd), "env": dict(env or os.environ)}
     with tempfile.TemporaryDirectory() as folder:
         requests = [
             what | {"argv": ["-c", *map(str, arguments)], "out": f"{folder}/{i}.out", "err": f"{folder}/{i}.err"}
@@ -100,7 +102,7 @@ def _work(request: dict[str, Any]) -> NoReturn:
         os.chdir(request["cwd"])
         for descriptor, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
-        sys.argv = request["argv"]
+        sys.argv, sys.path[0] = request["argv"], request["cwd"]
         if "module" in request:
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         else:
