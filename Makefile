@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # two test processes: each launches two ranks, and small machines have two cores
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all compiled lint bench
 
 demo: $(READY)
 	$(VENV)/bin/vimscale launch vim_digits_cpu
@@ -15,11 +15,16 @@ demo: $(READY)
 	@echo "The run is in runs/vim_digits_cpu: metrics.jsonl, checkpoints/, export/model.safetensors."
 	@echo "Next: source $(VENV)/bin/activate, then vimscale --help; docs/one-image.md shows how it works."
 
-test: lint
+test: $(READY)
+	$(MAKE) -j 2 lint compiled
 	$(PYTEST)
 
-test-all: lint
+test-all: $(READY)
+	$(MAKE) -j 2 lint compiled
 	$(PYTEST) -m "not gpu"
+
+compiled: $(READY)
+	$(VENV)/bin/python -m tests.support.compiled
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# As in ranks (processes/rank.py), and before torch is loaded: the idle threads of two test processes would spin on the
+# cores that the others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +20,15 @@ if TYPE_CHECKING:
     from tests.support.web_server import WebServer
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
+
+
+LAUNCHES = {"shell", "watched", "calm", "trained", "runs", "head"}
+"""Fixtures of tests that launch runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run launches first, so that no worker is left with a long one while the others are done."""
+    items.sort(key=lambda item: not LAUNCHES.intersection(getattr(item, "fixturenames", ())))
 
 
 @pytest.fixture(scope="session")

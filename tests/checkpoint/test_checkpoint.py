@@ -8,8 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import forks
 from tests.support.shell import Shell
 from vimscale.checkpoint import mirror, retention
 from vimscale.checkpoint.load import Reader, TrainState, consolidated, newest, read_train_state
@@ -419,7 +418,7 @@ def test_ranks_wait_longer_for_a_slow_mirror_than_for_each_other(tmp_path: Path)
     saver.save({"weight/a@0": torch.zeros(2_000_000)}, _train_state(10))
     saver.close()
     (tmp_path / "here").mkdir()
-    done = subprocess.run([sys.executable, "-c", SLOW, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = forks.run(SLOW, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -467,7 +466,7 @@ def test_the_mirror_takes_what_the_run_folder_cannot(tmp_path: Path, address: st
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_after_a_kill_at_any_instant_the_newest_checkpoint_loads(shell: Shell, kills: int) -> None:
     rng = random.Random(kills)
     folder = shell.folder / "runs/small/checkpoints"

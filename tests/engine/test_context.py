@@ -1,12 +1,12 @@
 """Ranks that share images, as processes over gloo: the losses and gradients of one rank, at every ZeRO stage."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.support import forks
 
 SCRIPT = """
 import sys
@@ -55,13 +55,8 @@ distributed.leave()
 
 def _found(folder: Path, world: int, *changes: str) -> dict[str, Any]:
     folder.mkdir()
-    command = [sys.executable, "-c", SCRIPT]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world), str(folder), *changes], stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    ranks = forks.run_together(SCRIPT, [(rank, world, folder, *changes) for rank in range(world)])
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr for rank in ranks)
     return torch.load(folder / "found", weights_only=True)
 
 

@@ -1,11 +1,11 @@
 """The engine in a separate process: how DeepSpeed holds the model's parameters."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import forks
 
 SETUP = """
 import json, sys, tempfile
@@ -66,9 +66,8 @@ print(json.dumps(found))
 """
 
 
-def _run(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    script = f"{SETUP}{script}\ndistributed.leave()\n"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=False)
+def _run(script: str, folder: Path) -> "forks.Done[str]":
+    return forks.run(f"{SETUP}{script}\ndistributed.leave()\n", cwd=folder)
 
 
 def test_parameters_states_and_scans_are_fp32_at_every_stage_whether_the_cpu_has_fp16_or_not(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Fine-tuning: rates by layer equal another AdamW's, and frozen parameters stay as they are, at every ZeRO stage."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support import forks
 from vimscale.engine import layerwise
 from vimscale.errors import RecipeError
 from vimscale.model import VisionMamba
@@ -194,14 +193,9 @@ def _start(chosen: Recipe) -> VisionMamba:
 def _found(folder: Path, world: int, *changes: str) -> dict[int, dict[str, Any]]:
     folder.mkdir()
     torch.save(_start(_recipe()).state_dict(), folder / "start")
-    command = [sys.executable, "-c", SCRIPT]
-    arguments = [str(folder), str(STEPS), str(RATE), *PLAIN, *changes]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world), *arguments], stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    arguments = (folder, STEPS, RATE, *PLAIN, *changes)
+    ranks = forks.run_together(SCRIPT, [(rank, world, *arguments) for rank in range(world)])
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr for rank in ranks)
     return torch.load(folder / "found", weights_only=True)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import forks
 from tests.support.injected import BAD
 from tests.support.shell import Shell
 from vimscale.data.order import Order
@@ -184,8 +183,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_skipped_update_changes_no_weight_moment_or_count_at_any_stage(tmp_path: Path, world: int) -> None:
-    command = [sys.executable, "-c", LEFT_OUT, str(tmp_path), str(world)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run(LEFT_OUT, tmp_path, world)
     assert done.returncode == 0, done.stderr
     for rank in json.loads(done.stdout.splitlines()[-1]):
         for stage, found in rank.items():
@@ -197,8 +195,7 @@ def test_a_skipped_update_changes_no_weight_moment_or_count_at_any_stage(tmp_pat
 
 
 def _run(folder: Path, fault: str, *changes: str, world: int = 2, expect: int = 0) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault, *changes]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    done = forks.run_module("tests.support.injected", folder, world, fault, *changes)
     assert done.returncode == expect, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]

@@ -187,8 +187,15 @@ def test_triton_writes_the_gradient_into_half_of_a_tensor_and_returns_those_of_t
     assert_close([half, dparameters], expected, torch.float32)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("programs", [1, 10_000])
+@pytest.mark.parametrize(
+    ("programs", "packed"),
+    [
+        (1, True),
+        (10_000, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(10_000, True, marks=pytest.mark.slow),
+    ],
+)
 def test_triton_divides_a_sequence_among_few_programs_or_many(
     programs: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

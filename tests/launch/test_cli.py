@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
 import vimscale
-from tests.support.shell import Shell
+from tests.support.shell import Shell, new_shell
 
 LAUNCH = ("launch", "small.yaml", "--no-ray", "--workers", "1")
 
@@ -125,10 +127,21 @@ def test_an_unwritable_cache_is_reported(shell: Shell) -> None:
     assert "set XDG_CACHE_HOME to a writable folder" in shell.run(*LAUNCH, expect=2)
 
 
-def test_a_refused_launch_does_not_affect_the_next_one(shell: Shell) -> None:
-    shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=33", expect=2)
-    shell.run("launch", "small.yaml", "--no-ray", "--workers", "2", "batch=16", "steps=10")
-    assert len(shell.losses("small")) == 10
+SHORT = ("launch", "small.yaml", "--no-ray", "--workers", "2", "data.train=set/train", "steps=10", "optim.lr=3e-4")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Shell:
+    """Return a finished run of 10 steps, which tests must not change, after a launch that was refused."""
+    shell = new_shell(tmp_path_factory.mktemp("trained"), cache)
+    shell.run("data", "digits", "set")
+    shell.run(*SHORT, "batch=33", expect=2)
+    shell.run(*SHORT)
+    return shell
+
+
+def test_a_refused_launch_does_not_affect_the_next_one(trained: Shell) -> None:
+    assert len(trained.losses("small")) == 10
 
 
 def test_a_folder_in_use_is_refused(shell: Shell) -> None:
@@ -141,13 +154,13 @@ def test_a_folder_in_use_is_refused(shell: Shell) -> None:
     shell.finish(first, expect=3)
 
 
-def test_a_resumed_run_refuses_other_training_data(shell: Shell) -> None:
-    shell.run("data", "digits", "set")
-    shell.run(*LAUNCH, "data.train=set/train", "steps=10")
+def test_a_resumed_run_refuses_other_training_data(shell: Shell, trained: Shell) -> None:
+    for name in ("set", "runs"):
+        shutil.copytree(trained.folder / name, shell.folder / name)
     (shell.folder / "runs/small/result.json").unlink()
     manifest = shell.folder / "set/train/manifest.json"
     manifest.write_text(manifest.read_text().replace("digits-train", "digits-other"))
-    output = shell.run(*LAUNCH, "data.train=set/train", "steps=10", expect=2)
+    output = shell.run(*SHORT, expect=2)
     assert "is not what the checkpoint of step 10 was trained on (manifests differ)" in output
     assert "Traceback" not in output
 
@@ -169,20 +182,17 @@ def test_the_schema_is_json(shell: Shell) -> None:
     assert json.loads(shell.run("schema", "cluster"))["title"] == "Cluster"
 
 
-def test_the_run_folder_records_what_ran_and_where(shell: Shell) -> None:
-    shell.run(*LAUNCH, "steps=10", "optim.lr=3e-4")
-    folder = shell.folder / "runs/small"
+def test_the_run_folder_records_what_ran_and_where(trained: Shell) -> None:
+    folder = trained.folder / "runs/small"
     from vimscale.recipe import recipe
 
-    assert recipe.load(folder / "recipe.yaml") == recipe.load(
-        shell.folder / "small.yaml", ["steps=10", "optim.lr=3e-4"]
-    )
+    assert recipe.load(folder / "recipe.yaml") == recipe.load(trained.folder / "small.yaml", SHORT[5:])
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith("2.")
     assert environment["command"][-1] == "optim.lr=3e-4"
     assert json.loads((folder / "result.json").read_text())["images"] == 359
     assert list((folder / "tensorboard").glob("events.*"))
-    row = shell.rows("small")[-1]
+    row = trained.rows("small")[-1]
     assert {"step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb"} <= row.keys()
 
 

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support import forks
 from tests.support.shell import Shell
 from vimscale.checkpoint.compare import Pair
 from vimscale.data.shards.manifest import Manifest
@@ -189,8 +188,7 @@ def test_exports_keep_the_file_and_run_it_only_on_request(mine: Path, tmp_path: 
 
 
 def _run(folder: Path, fault: str, *changes: str) -> list[float]:
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), "2", fault]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = forks.run_module("tests.support.injected", folder, 2, fault, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["kind"] == "train"]

@@ -5,8 +5,6 @@ The recordings are next to the checkout, not in it.
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.support import forks
 from vimscale.errors import RecipeError
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.objectives.autoregressive import Autoregressive, clusters
@@ -253,10 +252,10 @@ def test_the_shipped_recipe_has_the_published_numbers() -> None:
 
 
 def _run(folder: Path, world: int, fault: str, *changes: str) -> list[float]:
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault, *FORWARD[2:]]
     small = ["model.directions=fwd*2", "model.cls_token=none", "objective.decoder_width=16"]
     steps = ["steps=6", "checkpoint.every=3", "log.every=1", "optim.warmup=2", "data.val=null"]
-    done = subprocess.run([*command, *small, *steps, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    changes = (*FORWARD[2:], *small, *steps, *changes)
+    done = forks.run_module("tests.support.injected", folder, world, fault, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["kind"] == "train"]

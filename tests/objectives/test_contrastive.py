@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support import forks
 from vimscale.checkpoint.load import Reader
 from vimscale.data.dataset import Dataset
 from vimscale.evaluation.figures import evaluate
@@ -30,8 +29,7 @@ SHORT = ("steps=4", "log.every=1", "optim.warmup=2", "optim.lr=1e-2", "checkpoin
 
 def _run(folder: Path, world: int, *changes: str, fault: str = "") -> dict[str, list[dict[str, Any]]]:
     """Train on `world` ranks; return the rows of metrics.jsonl by kind."""
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault, *SMALL, *SHORT]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = forks.run_module("tests.support.injected", folder, world, fault, *SMALL, *SHORT, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import forks
 from tests.support.shell import Shell
 from vimscale.checkpoint.compare import Pair
 from vimscale.checkpoint.load import Reader, read_train_state
@@ -353,8 +352,8 @@ def test_plans_count_teacher_and_heads() -> None:
 
 
 def _run(folder: Path, world: int, fault: str, *changes: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault, TINY, "optim.ema=null"]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    changes = (TINY, "optim.ema=null", *changes)
+    done = forks.run_module("tests.support.injected", folder, world, fault, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]

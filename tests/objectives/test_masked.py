@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.support import forks
 from tests.support.shell import Shell
 from vimscale.checkpoint.compare import Pair
 from vimscale.data.sample import Sample
@@ -355,8 +354,7 @@ CHANGES = (
 
 
 def _run(folder: Path, world: int, fault: str, *changes: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault]
-    done = subprocess.run([*command, *CHANGES, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = forks.run_module("tests.support.injected", folder, world, fault, *CHANGES, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]

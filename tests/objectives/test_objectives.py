@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import forks
 from tests.support.shell import Shell
 from vimscale.checkpoint.compare import Pair
 from vimscale.checkpoint.load import Reader
@@ -167,8 +168,7 @@ def test_views_depend_on_seed_and_position_alone() -> None:
 
 
 def _run(folder: Path, fault: str, *changes: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), "2", fault]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = forks.run_module("tests.support.injected", folder, 2, fault, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]

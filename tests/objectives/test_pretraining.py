@@ -4,13 +4,12 @@ faster tests of each kind are beside this file.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import forks
 from vimscale.checkpoint.compare import Pair
 
 pytestmark = pytest.mark.slow
@@ -34,10 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def _run(folder: Path, kind: str, *changes: str, world: int = 2, fault: str = "") -> list[dict[str, Any]]:
     """The rows of training of a run of `world` ranks."""
-    command = [sys.executable, "-m", "tests.support.injected", str(folder), str(world), fault]
-    done = subprocess.run(
-        [*command, *LENGTH, *KINDS[kind], *changes], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = forks.run_module("tests.support.injected", folder, world, fault, *LENGTH, *KINDS[kind], *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]

@@ -102,7 +102,7 @@ def survive(shell: Shell, name: str, command: tuple[str, ...], faults: list[Faul
             if waiting and disturbed.is_at(waiting[0]):
                 hit = waiting.pop(0)
                 disturbed.strike(hit, process)
-            time.sleep(0.001)
+            time.sleep(0.005)
         in_time = process.poll() is not None
         process.kill()
         said.append("".join(process.communicate()))

@@ -1,4 +1,5 @@
-"""A run of two ranks with an injected fault: `python -m tests.support.injected FOLDER WORLD FAULT [KEY=VALUE]...`.
+"""A run of two ranks with an injected fault: `python -m tests.support.injected FOLDER WORLD FAULT [KEY=VALUE]...`, or
+its `forks.run_module`, from which the ranks inherit their imports.
 
 The package does not help with this: a rank wraps methods in its own process before it trains. stopped_at_STEP is not a
 fault but a request to stop after that step; the ranks agree on it in the next one.
@@ -31,7 +32,7 @@ def main(folder: Path, world: int, fault: str, changes: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "small.yaml").write_text(SMALL)
     (folder / "meet").unlink(missing_ok=True)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_rank, args=(rank, world, folder, fault, changes)) for rank in range(world)]
     for process in ranks:
         process.start()

@@ -1,14 +1,13 @@
 """Runs whose ranks share images: each image counts once in what is reported, and the run is the same."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.support import forks
 from tests.support.shell import Shell, relative_difference
 from vimscale.errors import RecipeError
 from vimscale.launch.commands.app import app
@@ -96,8 +95,7 @@ if __name__ == "__main__":
 
 
 def _ranks(folder: Path, world: int, context: int) -> list[dict[str, Any]]:
-    command = [sys.executable, "-c", RANKS, str(world), str(context), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run(RANKS, world, context, folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
