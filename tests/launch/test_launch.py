@@ -313,7 +313,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(she
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(shell: Shell) -> None:
     changes = ("optim.lr=1e30", "optim.warmup=0", "optim.clip=null", "checkpoint.every=1000")
-    output = shell.run("launch", "small.yaml", *changes, "--workers", "1", "--no-ray", expect=1)
+    output = shell.run("launch", "small.yaml", *changes, *PROCESSES, expect=1)
     assert re.search(r"step \d+: loss (nan|inf)|gradient norm (nan|inf)", output)
     assert "Lower optim.lr" in output
     assert "Traceback" not in output

@@ -85,12 +85,23 @@ def _answer(requests: list[dict[str, Any]]) -> list[int]:
 def _serve() -> None:
     for module in ("training.loop", *(f"kernels.{op}_cpu" for op in _OPS)):
         importlib.import_module(f"vimscale.{module}")
-    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    threads = Path("/proc/self/task")
+    forks = threads.is_dir() and len(os.listdir(threads)) == 1  # threads, which some libraries start, would not survive
     answers = os.dup(1)
     for line in sys.stdin:
-        children = [os.fork() or _work(request) for request in json.loads(line)]
+        children = [(os.fork() or _work(one)) if forks else _interpreter(one) for one in json.loads(line)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         os.write(answers, f"{json.dumps(codes)}\n".encode())
+
+
+def _interpreter(request: dict[str, Any]) -> int:
+    """Start a script in an interpreter of its own; returns the process's id."""
+    script = ["-m", request["module"]] if "module" in request else ["-c", request["code"]]
+    command = [sys.executable, *script, *request["argv"][1:]]
+    with open(request["out"], "w") as out, open(request["err"], "w") as err:
+        return subprocess.Popen(
+            command, cwd=request["cwd"], env=request["env"], stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        ).pid
 
 
 def _work(request: dict[str, Any]) -> NoReturn:
