@@ -14,9 +14,9 @@ from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, s
 from vimscale.estimate.calibration import basis
 from vimscale.estimate.devices import DEVICES
 from vimscale.recipe import recipe as recipes
+from vimscale.report.stack import short
 
 from .. import cluster as clusters
-from ..display import model_table
 from ..processes.num_ranks import in_words
 from ..processes.preflight import this_machine
 from ..sweeps.trials import check_installed
@@ -281,4 +281,4 @@ def _gb(size: float) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{model_table.short(size)}B"
+    return f"{short(size)}B"
