@@ -7,6 +7,7 @@ from typing import Any
 import bokeh.models as bk
 import bokeh.palettes
 from bokeh.core.enums import Place
+from bokeh.document import Document
 from bokeh.embed.util import standalone_docs_json_and_render_items
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -32,10 +33,12 @@ def document(pictures: Pictures, names: Sequence[str]) -> dict[str, Any]:
     roots = {chart.key: _curves(chart, sources, names, over, pictures) for chart in pictures.charts}
     roots["events"] = _events(pictures, sources, names, over)
     roots |= {heat.key: _heat(heat, sources, over) for heat in pictures.heats}
+    together = Document()
+    for root in roots.values():
+        together.add_root(root)
     docs, (item,) = standalone_docs_json_and_render_items(list(roots.values()))
     made = item.to_json()
-    targets = {root.id: key for key, root in roots.items()}
-    made["roots"] = {key: f"chart-{targets[key]}" for key in made["roots"]}
+    made["roots"] = {root.id: f"chart-{key}" for key, root in roots.items()}
     return {"docs": docs, "items": [made]}
 
 
