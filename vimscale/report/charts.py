@@ -57,8 +57,9 @@ def _figure(over: bk.Range, title: str, height: int, **more: Any) -> figure:
     ]
     found = figure(
         title=_plain(title), x_range=over, height=height, sizing_mode="stretch_width", tools=tools,
-        toolbar_location="above", output_backend="canvas", min_border_right=12, **more,
+        toolbar_location="above", min_border_right=12, background_fill_color=None, border_fill_color=None, **more,
     )  # fmt: skip
+    found.axis.minor_tick_line_color = None
     found.toolbar.logo = None
     found.toolbar.autohide = True
     found.toolbar.active_drag = tools[0]
@@ -69,8 +70,8 @@ def _figure(over: bk.Range, title: str, height: int, **more: Any) -> figure:
 
 
 def _axis(form: str) -> bk.TickFormatter:
-    if "e+" in form or form.startswith("0.0000"):
-        return bk.BasicTickFormatter(precision=3)
+    if "%" not in form and not form.startswith("0,0"):
+        return bk.BasicTickFormatter()
     return bk.NumeralTickFormatter(format=re.sub(r"\.0+", lambda zeros: f".[{zeros[0][1:]}]", form))
 
 
@@ -78,7 +79,7 @@ def _curves(
     chart: Chart, sources: dict[str, bk.ColumnDataSource], names: Sequence[str], over: bk.Range, pictures: Pictures
 ) -> figure:
     fig = _figure(over, chart.title, _HEIGHT, y_axis_type="log" if chart.log else "linear")
-    fig.yaxis.formatter = bk.BasicTickFormatter(precision=3) if chart.log else _axis(chart.form)
+    fig.yaxis.formatter = bk.BasicTickFormatter() if chart.log else _axis(chart.form)
     labels = list(dict.fromkeys(line.label for line in chart.lines))
     several = len(names) > 1
     entries: list[tuple[str, list[bk.GlyphRenderer]]] = []
@@ -99,7 +100,10 @@ def _curves(
         for one in drawn:
             one.tags = [line.run]
         tips = [("", _plain(names[line.run]))] if several else []
-        tips += [(_plain(line.label), f"@{{{line.column}}}{{{chart.form.replace('e+0', '0')}}}"), ("step", "@step{0,0}")]
+        tips += [
+            (_plain(line.label), f"@{{{line.column}}}{{{chart.form.replace('e+0', '0')}}}"),
+            ("step", "@step{0,0}"),
+        ]
         if chart.form.count("e+"):
             tips[-2] = (_plain(line.label), f"@{{{line.column}}}{{%.3e}}")
         formats = {f"@{{{line.column}}}": "printf"} if "e+" in chart.form else {}
@@ -148,7 +152,9 @@ def _heat(heat: Heat, sources: dict[str, bk.ColumnDataSource], over: bk.Range) -
     height = 110 + min(max(heat.layers * 12, 80), 420)
     fig = _figure(over, heat.title, height, y_range=bk.Range1d(heat.layers - 0.5, -0.5))
     mapper = bk.LogColorMapper if heat.log else bk.LinearColorMapper
-    colors = mapper(palette=bokeh.palettes.viridis(64), low=heat.low, high=heat.high, nan_color="#00000000", name=heat.key)
+    colors = mapper(
+        palette=bokeh.palettes.viridis(64), low=heat.low, high=heat.high, nan_color="#00000000", name=heat.key
+    )
     cells = fig.rect(
         "x", "layer", "width", 1, source=sources[heat.source], line_color=None,
         fill_color={"field": heat.column, "transform": colors},
@@ -160,7 +166,9 @@ def _heat(heat: Heat, sources: dict[str, bk.ColumnDataSource], over: bk.Range) -
     place: Any = Place.right
     fig.add_layout(bar, place)
     tips = [("layer", "@layer"), (_plain(heat.column), f"@{{{heat.column}}}{{%.4g}}"), ("from step", "@from_step{0,0}")]
-    fig.add_tools(bk.HoverTool(renderers=[cells], tooltips=tips, formatters={f"@{{{heat.column}}}": "printf"}, visible=False))
+    fig.add_tools(
+        bk.HoverTool(renderers=[cells], tooltips=tips, formatters={f"@{{{heat.column}}}": "printf"}, visible=False)
+    )
     fig.yaxis.ticker = bk.BasicTicker(min_interval=1, desired_num_ticks=min(heat.layers, 12), num_minor_ticks=0)
     fig.yaxis.formatter = bk.NumeralTickFormatter(format="0")
     fig.yaxis.axis_label = "layer"

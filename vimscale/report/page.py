@@ -142,11 +142,6 @@ def html(content: Content, *, stamp: str = "", every_s: float = 0.0) -> str:
 _NO_LAYERS = "No telemetry of the layers yet: training writes it with every progress line, at multiples of log.every."
 
 
-def policy(*, connects: bool) -> str:
-    """The Content-Security-Policy of a page: only its own two scripts run, and nothing is loaded."""
-    return _policy([_asset("page.js"), charts.library()], connects=connects)
-
-
 def _policy(scripts: Sequence[str], *, connects: bool) -> str:
     sums = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{one}'" for one in sums)
@@ -203,5 +198,3 @@ def _encoded(column: "np.ndarray | list[str]") -> Any:
     kind = "i" if column.dtype.kind == "i" else "f"
     small = column.astype("<i4" if kind == "i" else "<f4")
     return {"kind": kind, "data": base64.b64encode(small.tobytes()).decode()}
-
-

@@ -181,10 +181,9 @@ class Record:
             return None if step is None else next((t for s, t in zip(steps, times, strict=True) if s >= step), None)
 
         for i, (at, world) in enumerate(self.starts):
-            what = "starts" if i == 0 else "start again"
-            resumed = step_at(at)
-            found.append(Event("launch", f"{world} rank{'s' * (world > 1)} {what[: None if world > 1 or i else 6]}",
-                               0 if i == 0 and self.origin is None else resumed, at))
+            ranks = "1 rank starts" if world == 1 else f"{world:,} ranks start"
+            after = 0 if i == 0 and self.origin is None else step_at(at)
+            found.append(Event("launch", ranks + (" again" if i else ""), after, at))
         for failure in self.failures:
             step = failure.get("step") if type(failure.get("step")) is int else None
             message = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('cause')}:"
@@ -195,7 +194,7 @@ class Record:
         for row in self.rows.get("guard", ()):
             step, at = row["step"], time_at(row["step"])
             if row.get("action") == "rollback":
-                text = f"the guard rolls back to step {row.get('to')}: steps {row.get('first')} to {step} stay bad"
+                text = f"the guard rolls back to step {row.get('to')}, and skips the data of steps {row.get('first')} to {step}"
                 found.append(Event("rollback", text, step, at))
             else:
                 seen = f"loss {_short(row.get('loss'))}, gradient norm {_short(row.get('grad_norm'))}"
@@ -203,8 +202,14 @@ class Record:
         for row in self.rows.get("warning", ()):
             found.append(Event("warning", str(row.get("message")), row["step"], time_at(row["step"])))
         if self.result is not None:
-            found.append(Event("end", f"finished after {self.result['step']:,} steps", self.result["step"],
-                               times[-1] if times else None))
+            found.append(
+                Event(
+                    "end",
+                    f"finished after {self.result['step']:,} steps",
+                    self.result["step"],
+                    times[-1] if times else None,
+                )
+            )
         return sorted(found, key=lambda event: (event.at or time_at(event.step) or 0.0, event.step or 0))
 
 
@@ -236,8 +241,9 @@ def read(run: str) -> Record:
         origin = None
         other.append(Event("damage", str(error), None, None))
     for row in _failed_evaluations(folder):
-        other.append(Event("evaluation", f"evaluation of step {row['step']} failed: {row.get('message')}", row["step"],
-                           None))
+        other.append(
+            Event("evaluation", f"evaluation of step {row['step']} failed: {row.get('message')}", row["step"], None)
+        )
     saved = list(_saved(folder))
     newest = next((one for one in saved if one.fault is None and one.step is not None), None)
     state = _json(folder.checkpoints / newest.name / "trainer.json", dict, other) if newest else {}

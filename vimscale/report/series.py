@@ -153,7 +153,9 @@ def _add(sources: dict[str, Columns], record: Record, run: int, runs: int) -> No
         sources[f"steps{run}"] = placed(step[keep], columns)
     if lines:
         names = [name for name in _KNOWN if any(name in row for row in lines)]
-        unknown = dict.fromkeys(key for row in lines for key in row if key not in (*_KNOWN, "kind", "step", "loss", "lr", "time"))
+        unknown = dict.fromkeys(
+            key for row in lines for key in row if key not in (*_KNOWN, "kind", "step", "loss", "lr", "time")
+        )
         names += [name for name in unknown if any(number(row.get(name)) is not None for row in lines)][:_FIGURES]
         found = {name: np.array([_or_nan(row.get(name)) for row in lines]) for name in names}
         keep = decimate.kept(list(found.values()), POINTS // 2 // runs)
@@ -161,7 +163,9 @@ def _add(sources: dict[str, Columns], record: Record, run: int, runs: int) -> No
         sources[f"lines{run}"] = placed(step[keep], {name: values[keep] for name, values in found.items()})
     if evals := record.rows.get("eval", []):
         evals = sorted(evals, key=lambda row: row["step"])[-POINTS // 4 :]
-        names = list(dict.fromkeys(key for row in evals for key in row if key not in ("kind", "step", "images", "asynchronous")))
+        names = list(
+            dict.fromkeys(key for row in evals for key in row if key not in ("kind", "step", "images", "asynchronous"))
+        )
         step = np.array([row["step"] for row in evals])
         sources[f"evals{run}"] = placed(step, {n: np.array([_or_nan(row.get(n)) for row in evals]) for n in names[:32]})
     happened = [event for event in record.events() if event.step is not None][-_EVENTS:]
@@ -184,13 +188,20 @@ def _add_heat(sources: dict[str, Columns], rows: list[dict], run: int, cells: in
     """Add the telemetry of the layers, one row of columns per cell."""
     count = len(rows[-1]["layer"])
     rows = [row for row in rows if len(row["layer"]) == count]
-    names = [key for key, value in rows[-1].items() if isinstance(value, list) and key != "layer" and len(value) == count]
+    names = [
+        key for key, value in rows[-1].items() if isinstance(value, list) and key != "layer" and len(value) == count
+    ]
     step = np.array([row["step"] for row in rows], dtype=float)
     most = max(cells // count, 2)
     columns: Columns = {}
     first = np.arange(0)
     for name in names:
-        values = np.array([[_or_nan(one) for one in row[name]] if _is_row(row.get(name), count) else [math.nan] * count for row in rows]).T
+        values = np.array(
+            [
+                [_or_nan(one) for one in row[name]] if _is_row(row.get(name), count) else [math.nan] * count
+                for row in rows
+            ]
+        ).T
         first, binned = decimate.outliers(values, most)
         if np.isfinite(binned).any():
             columns[name] = _drawable(binned.T.ravel())
@@ -255,8 +266,13 @@ def _chart(
 def _figures(sources: dict[str, Columns]) -> list[Chart | None]:
     """A chart for each figure of the runs' objectives."""
     taken = (*_KNOWN, "x", "step", "hours")
-    names = dict.fromkeys(c for key, columns in sources.items() if key.startswith("lines") for c in columns if c not in taken)
-    return [_chart(sources, f"figure_{i}", "learning", name, "0.0000", ("lines", name, "line")) for i, name in enumerate(names)]
+    names = dict.fromkeys(
+        c for key, columns in sources.items() if key.startswith("lines") for c in columns if c not in taken
+    )
+    return [
+        _chart(sources, f"figure_{i}", "learning", name, "0.0000", ("lines", name, "line"))
+        for i, name in enumerate(names)
+    ]
 
 
 def _evaluations(sources: dict[str, Columns]) -> list[Chart | None]:
@@ -267,7 +283,7 @@ def _evaluations(sources: dict[str, Columns]) -> list[Chart | None]:
     def is_fraction(name: str) -> bool:
         values = np.concatenate([np.asarray(columns[name]) for columns in evals if name in columns])
         values = values[np.isfinite(values)]
-        return bool(len(values)) and 0 <= values.min() and values.max() <= 1
+        return bool(len(values)) and values.min() >= 0 and values.max() <= 1
 
     fractions = [name for name in names if is_fraction(name)]
     return [
@@ -299,5 +315,17 @@ def _heats(sources: dict[str, Columns], runs: int) -> list[Heat]:
             high = float(finite.max())
             high = high if high > low else low + (abs(low) or 1.0) * 0.01
             layers = int(np.asarray(columns["layer"]).max()) + 1
-            found.append(Heat(f"heat_{run}_{len(found)}", _TITLES.get(name, name), f"heat{run}", name, run, layers, bool(log), low, high))
+            found.append(
+                Heat(
+                    f"heat_{run}_{len(found)}",
+                    _TITLES.get(name, name),
+                    f"heat{run}",
+                    name,
+                    run,
+                    layers,
+                    bool(log),
+                    low,
+                    high,
+                )
+            )
     return found

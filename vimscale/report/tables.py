@@ -36,7 +36,9 @@ def summary(records: Sequence[Record]) -> str:
         return f'{_bar(records[0])}<div class="cards">{cards}</div>'
     found = [{name: f"{value} ({more})" if more else value for name, value, more in _cards(one)} for one in records]
     names = list(dict.fromkeys(name for cards in found for name in cards))
-    rows = [[label, *(cards.get(name, "") for name in names)] for label, cards in zip(labels(records), found, strict=True)]
+    rows = [
+        [label, *(cards.get(name, "") for name in names)] for label, cards in zip(labels(records), found, strict=True)
+    ]
     return "".join(map(_bar, records)) + table(["run", *names], rows)
 
 
@@ -91,9 +93,14 @@ def _cards(record: Record) -> Iterator[tuple[str, str, str]]:
         yield "left", duration(each * max(record.steps - record.last, 0)), "at the median speed"
     troubles = [
         (sum(event.kind == kind for event in record.events()), name)
-        for kind, name in (("failure", "failures"), ("skip", "steps skipped"), ("rollback", "rollbacks"), ("warning", "warnings"))
+        for kind, name in (
+            ("failure", "failure"),
+            ("skip", "skipped step"),
+            ("rollback", "rollback"),
+            ("warning", "warning"),
+        )
     ]
-    found = ", ".join(f"{count} {name}" for count, name in troubles if count)
+    found = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in troubles if count)
     yield "trouble", found or "none", ""
 
 
@@ -107,7 +114,11 @@ def timeline(records: Sequence[Record]) -> str:
         more = f" (the last {_EVENTS} of {len(events):,})" if len(events) > _EVENTS else ""
         rows = [(clock(e.at), _step(e), e.kind, e.text[:_LETTERS]) for e in events[-_EVENTS:]]
         title = f"<h3>{escape(label)}{more}</h3>" if len(records) > 1 or more else ""
-        body = table(("time", "after step", "", "what"), rows, numbers=(1,)) if rows else note("Nothing is on record.")
+        body = (
+            table(("time", "after step", "", "what"), rows, numbers=(1,), unbroken=(0, 2))
+            if rows
+            else note("Nothing is on record.")
+        )
         parts.append(title + body)
     if not any(record.times()[1] for record in records):
         parts.append(note("Progress lines of this version's runs hold the time; those of these runs do not."))
@@ -122,7 +133,9 @@ def findings(records: Sequence[Record]) -> str:
     """What the guard saw in bad steps, with the images of the largest loss."""
     parts = []
     for label, record in zip(labels(records), records, strict=True):
-        steps = sorted({step for path in record.folder.guard.glob("step_*/report.json") if (step := _number(path)) >= 0})
+        steps = sorted(
+            {step for path in record.folder.guard.glob("step_*/report.json") if (step := _number(path)) >= 0}
+        )
         for step in steps[-_FINDS:]:
             parts.append(_finding(record, step, label if len(records) > 1 else ""))
         if len(steps) > _FINDS:
@@ -213,7 +226,9 @@ def model(records: Sequence[Record]) -> str:
     for label, record in zip(labels(records), records, strict=True):
         config = record.config
         if config is None:
-            parts.setdefault(note(f"The model is not drawn: {record.refused or 'the recipe does not fit this version'}"), []).append(label)
+            parts.setdefault(
+                note(f"The model is not drawn: {record.refused or 'the recipe does not fit this version'}"), []
+            ).append(label)
             continue
         rows = "".join(
             f"<tr><td class=num>{escape(row.label)}</td><td class=sign>{row.sign}</td><td>{escape(row.kind)}</td>"
@@ -221,11 +236,16 @@ def model(records: Sequence[Record]) -> str:
             f'<td class=num>{row.flops / 1e9:.3f}</td><td><div class="share" style="width:{120 * row.share:.0f}px"></div></td></tr>'
             for row in stack.rows(config)
         )
-        titles = "".join(f"<th{' class=num' if i != 2 else ''}>{t}</th>" for i, t in enumerate(("layers", "", "kind", "tokens", "width", "parameters", "GFLOPs")))
+        titles = "".join(
+            f"<th{' class=num' if i != 2 else ''}>{t}</th>"
+            for i, t in enumerate(("layers", "", "kind", "tokens", "width", "parameters", "GFLOPs"))
+        )
         total = f"<tr><td class=num>sum</td><td colspan=4></td><td class=num>{short(parameters(config))}</td><td class=num>{flops(config) / 1e9:.3f}</td><td></td></tr>"
         drawn = f'<div class="scroll"><table class="stack"><thead><tr>{titles}<th>share of FLOPs</th></tr></thead><tbody>{rows}{total}</tbody></table></div>'
         parts.setdefault(drawn, []).append(label)
-    return "".join((f"<h3>{escape(', '.join(of))}</h3>" if len(records) > 1 else "") + drawn for drawn, of in parts.items())
+    return "".join(
+        (f"<h3>{escape(', '.join(of))}</h3>" if len(records) > 1 else "") + drawn for drawn, of in parts.items()
+    )
 
 
 def recipes(records: Sequence[Record]) -> str:
@@ -234,7 +254,9 @@ def recipes(records: Sequence[Record]) -> str:
         warning = note(record.refused) if record.refused else ""
         origin = record.origin
         forked = note(f"A fork of {origin.get('run')} at step {origin.get('step')}.") if origin else ""
-        parts.append(f"{warning}{forked}<details><summary>{escape(label)}: recipe.yaml</summary><pre>{escape(record.text)}</pre></details>")
+        parts.append(
+            f"{warning}{forked}<details><summary>{escape(label)}: recipe.yaml</summary><pre>{escape(record.text)}</pre></details>"
+        )
     return "".join(parts)
 
 
@@ -271,7 +293,11 @@ def checkpoints(records: Sequence[Record]) -> str:
             for one in record.saved
         ]
         head = ("checkpoint", "step", "size", "saved", "ranks", "ZeRO", "")
-        body = table(head, rows, numbers=(1, 2, 4, 5)) if rows else note("No checkpoint yet: checkpoint.every says when one is due.")
+        body = (
+            table(head, rows, numbers=(1, 2, 4, 5), unbroken=(0, 3, 6))
+            if rows
+            else note("No checkpoint yet: checkpoint.every says when one is due.")
+        )
         parts.append((f"<h3>{escape(label)}</h3>" if len(records) > 1 else "") + body)
     return "".join(parts)
 

@@ -5,12 +5,20 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Iterable[int] = ()) -> str:
-    """An HTML table; texts are escaped. `numbers`: columns that are aligned to the right."""
-    right = {*numbers}
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    numbers: Iterable[int] = (),
+    unbroken: Iterable[int] = (),
+) -> str:
+    """An HTML table; texts are escaped. `numbers`: columns that are aligned to the right; `unbroken`: those whose lines
+    are not broken.
+    """
+    classes = dict.fromkeys(unbroken, " class=unbroken") | dict.fromkeys(numbers, " class=num")
 
     def cell(tag: str, i: int, text: object) -> str:
-        return f"<{tag}{' class=num' if i in right else ''}>{escape(str(text))}</{tag}>"
+        return f"<{tag}{classes.get(i, '')}>{escape(str(text))}</{tag}>"
 
     top = "".join(cell("th", i, text) for i, text in enumerate(head))
     body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
