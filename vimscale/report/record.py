@@ -3,12 +3,12 @@ and what does not have the expected form counts as damaged or is left out.
 """
 
 import json
-import math
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from vimscale.storage import own_code, untrusted
 _RECENT_S = 120.0
 """A run whose last row is younger than this is taken to be running, whichever machine it runs on."""
 _START = re.compile(rb"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}) rank 0 of (\d{1,7}): process \d+ on ", re.MULTILINE)
+_LAST = 2**31 - 1
+"""The largest step that charts can show."""
 _LARGEST_LOG = 16 << 20
 """Bytes of rank 0's log that are searched for starts."""
 
@@ -91,7 +93,7 @@ class Record:
         """The last finished step."""
         return max((row["step"] for row in self.rows.get("train", ())), default=0)
 
-    @property
+    @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """The rows of progress lines, which have more figures than the others."""
         return [row for row in self.rows.get("train", ()) if number(row.get("images_per_s")) is not None]
@@ -162,15 +164,17 @@ class Record:
     def at_of(failure: dict[str, Any]) -> float | None:
         return moment(failure.get("time"))
 
+    @cached_property
     def times(self) -> tuple[list[int], list[float]]:
         """(steps, seconds since the epoch) of the progress lines that have a time."""
         known = [(row["step"], at) for row in self.lines if (at := number(row.get("time"))) is not None]
         return [step for step, _ in known], [at for _, at in known]
 
+    @cached_property
     def events(self) -> list[Event]:
         """What happened, in the order of time."""
         found = list(self.other)
-        steps, times = self.times()
+        steps, times = self.times
 
         def step_at(at: float | None) -> int | None:
             if at is None or not times:
@@ -180,10 +184,10 @@ class Record:
         def time_at(step: int | None) -> float | None:
             return None if step is None else next((t for s, t in zip(steps, times, strict=True) if s >= step), None)
 
-        for i, (at, world) in enumerate(self.starts):
+        for i, (began, world) in enumerate(self.starts):
             ranks = "1 rank starts" if world == 1 else f"{world:,} ranks start"
-            after = 0 if i == 0 and self.origin is None else step_at(at)
-            found.append(Event("launch", ranks + (" again" if i else ""), after, at))
+            after = 0 if i == 0 and self.origin is None else step_at(began)
+            found.append(Event("launch", ranks + (" again" if i else ""), after, began))
         for failure in self.failures:
             step = failure.get("step") if type(failure.get("step")) is int else None
             message = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('cause')}:"
@@ -192,9 +196,9 @@ class Record:
             text = f"{message} {exception}{failure.get('message')}; the newest checkpoint was step {saved}"
             found.append(Event("failure", text, step, self.at_of(failure)))
         for row in self.rows.get("guard", ()):
-            step, at = row["step"], time_at(row["step"])
+            step, at, first = row["step"], time_at(row["step"]), row.get("first")
             if row.get("action") == "rollback":
-                text = f"the guard rolls back to step {row.get('to')}, and skips the data of steps {row.get('first')} to {step}"
+                text = f"the guard rolls back to step {row.get('to')}, and skips the data of steps {first} to {step}"
                 found.append(Event("rollback", text, step, at))
             else:
                 seen = f"loss {_short(row.get('loss'))}, gradient norm {_short(row.get('grad_norm'))}"
@@ -255,8 +259,13 @@ def read(run: str) -> Record:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a number, else None."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """The value if it is a number that a float can hold, else None."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def moment(value: Any) -> float | None:
@@ -300,11 +309,16 @@ def _rows(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
     damaged = 0
     for i, line in enumerate(lines):
         row = read_row(line) if line else None
-        if row is not None and row["step"] >= 0:
+        if row is not None and 0 <= row["step"] <= _LAST and _is_sound(row):
             found.setdefault(row["kind"], []).append(row)
         elif line and i < len(lines) - 1:
             damaged += 1
     return found, damaged
+
+
+def _is_sound(row: dict[str, Any]) -> bool:
+    """Whether the figures that every row of its kind has are numbers."""
+    return row["kind"] != "train" or None not in (number(row["loss"]), number(row["lr"]))
 
 
 def _json(path: Path, kind: type, faults: list[Event]) -> Any:
@@ -374,7 +388,3 @@ def json_text(value: Any) -> str:
     """JSON that can stand in a script element: no text in it can close the element."""
     found = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return found.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

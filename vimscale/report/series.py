@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vimscale.model.schedule import MOST_LAYERS
 from vimscale.report import decimate
 from vimscale.report.record import Event, Record, number
 
 Columns = dict[str, np.ndarray | list[str]]
-"""Equally long columns: `x`, which charts draw over, is a copy of `step` or `hours`; the others are figures and texts."""
+"""Equally long columns of figures and texts. Charts draw over `x`, a copy of `step` or `hours`."""
 
 POINTS = 12_000
 """Most points of the curves of single steps, over all runs; progress lines have half as many."""
@@ -95,20 +96,23 @@ def pictures(records: Sequence[Record]) -> Pictures:
     charts = [
         _chart(sources, "loss", "learning", "training loss", "0.0000", ("steps", "loss", "faint"),
                ("steps", "smooth", "line")),
-        _chart(sources, "grad_norm", "learning", "gradient norm, before clipping", "0.000", ("lines", "grad_norm", "line")),
+        _chart(sources, "grad_norm", "learning", "gradient norm, before clipping", "0.000",
+               ("lines", "grad_norm", "line")),
         _chart(sources, "lr", "learning", "learning rate", "0.00e+0", ("steps", "lr", "line"), never_log=True),
         *_figures(sources),
         *_evaluations(sources),
         _chart(sources, "images_per_s", "speed", "images per second", "0,0.0", ("lines", "images_per_s", "line")),
         _chart(sources, "data_wait", "speed", "time spent waiting for data", "0.0 %", ("lines", "data_wait", "line")),
-        _chart(sources, "memory_gb", "speed", "memory of rank 0 at its peak, GB", "0.00", ("lines", "memory_gb", "line")),
+        _chart(sources, "memory_gb", "speed", "memory of rank 0 at its peak, GB", "0.00",
+               ("lines", "memory_gb", "line")),
         _chart(sources, "read_mb_per_s", "speed", "data read, MB/s", "0,0.0", ("lines", "read_mb_per_s", "line")),
         _chart(sources, "fetched_mb_per_s", "speed", "data fetched from remote stores, MB/s", "0,0.0",
                ("lines", "fetched_mb_per_s", "line")),
-        _chart(sources, "cache_hits", "speed", "reads that the cache answers", "0.0 %", ("lines", "cache_hits", "line")),
+        _chart(sources, "cache_hits", "speed", "reads that the cache answers", "0.0 %",
+               ("lines", "cache_hits", "line")),
     ]  # fmt: skip
     events = [f"events{i}" for i in range(len(records))]
-    times = [record.times()[1] for record in records if record.rows.get("train")]
+    times = [record.times[1] for record in records if record.rows.get("train")]
     has_hours = bool(times) and all(times)
     drawn = [chart for chart in charts if chart is not None]
     return Pictures(drawn, _heats(sources, len(records)), sources, events, has_hours)
@@ -130,7 +134,7 @@ def smoothed(values: np.ndarray, factor: float = _SMOOTH) -> np.ndarray:
 
 def _add(sources: dict[str, Columns], record: Record, run: int, runs: int) -> None:
     """Add the columns of a run."""
-    steps, times = record.times()
+    steps, times = record.times
     begin = min([at for at, _ in record.starts[:1]] + times[:1], default=0.0)
 
     def hours(at: np.ndarray) -> np.ndarray:
@@ -146,8 +150,7 @@ def _add(sources: dict[str, Columns], record: Record, run: int, runs: int) -> No
     train, lines = record.rows.get("train", []), record.lines
     if train:
         step = np.array([row["step"] for row in train])
-        loss = np.array([row["loss"] for row in train], dtype=float)
-        rate = np.array([row["lr"] for row in train], dtype=float)
+        loss, rate = (np.array([_or_nan(row[key]) for row in train]) for key in ("loss", "lr"))
         keep = decimate.kept([loss, rate], POINTS // runs)
         columns: Columns = {"loss": loss[keep], "smooth": smoothed(loss)[keep], "lr": rate[keep]}
         sources[f"steps{run}"] = placed(step[keep], columns)
@@ -168,9 +171,9 @@ def _add(sources: dict[str, Columns], record: Record, run: int, runs: int) -> No
         )
         step = np.array([row["step"] for row in evals])
         sources[f"evals{run}"] = placed(step, {n: np.array([_or_nan(row.get(n)) for row in evals]) for n in names[:32]})
-    happened = [event for event in record.events() if event.step is not None][-_EVENTS:]
+    happened = [event for event in record.events if event.step is not None][-_EVENTS:]
     sources[f"events{run}"] = placed(np.array([event.step for event in happened], dtype=float), _told(happened))
-    layers = [row for row in record.rows.get("layers", []) if isinstance(row.get("layer"), list)]
+    layers = [row for row in record.rows.get("layers", []) if _numbers_layers(row.get("layer"))]
     if layers:
         _add_heat(sources, layers, run, _CELLS // runs, hours)
 
@@ -215,6 +218,12 @@ def _add_heat(sources: dict[str, Columns], rows: list[dict], run: int, cells: in
     columns |= {"x": columns["step"], "width": columns["width_step"]}
     columns["layer"] = np.tile(np.array(rows[-1]["layer"], dtype=np.int32), len(first))
     sources[f"heat{run}"] = columns
+
+
+def _numbers_layers(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(number) is int and 0 <= number < MOST_LAYERS for number in value)
 
 
 def _is_row(value: object, count: int) -> bool:
@@ -285,12 +294,17 @@ def _evaluations(sources: dict[str, Columns]) -> list[Chart | None]:
         values = values[np.isfinite(values)]
         return bool(len(values)) and values.min() >= 0 and values.max() <= 1
 
+    def chart(key: str, title: str, form: str, *columns: str) -> Chart | None:
+        lines = (("evals", column, "points") for column in columns)
+        return _chart(sources, key, "evaluation", f"evaluations: {title}", form, *lines, never_log=form.endswith("%"))
+
     fractions = [name for name in names if is_fraction(name)]
+    others = [name for name in names if name not in fractions]
     return [
-        _chart(sources, "eval_fractions", "evaluation", "evaluations: fractions", "0.00 %", *(("evals", name, "points") for name in fractions), never_log=True),
-        _chart(sources, "eval_loss", "evaluation", "evaluations: loss", "0.0000", ("evals", "loss", "points")),
-        *(_chart(sources, f"eval_{i}", "evaluation", f"evaluations: {name}", "0.0000", ("evals", name, "points")) for i, name in enumerate(names) if name not in fractions),
-    ]  # fmt: skip
+        chart("eval_fractions", "fractions", "0.00 %", *fractions),
+        chart("eval_loss", "loss", "0.0000", "loss"),
+        *(chart(f"eval_{i}", name, "0.0000", name) for i, name in enumerate(others)),
+    ]
 
 
 _TITLES = {
@@ -303,7 +317,7 @@ _TITLES = {
 
 
 def _heats(sources: dict[str, Columns], runs: int) -> list[Heat]:
-    found = []
+    found: list[Heat] = []
     for run in range(runs):
         columns = sources.get(f"heat{run}", {})
         for name, values in columns.items():

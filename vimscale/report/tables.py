@@ -10,6 +10,7 @@ from typing import Any
 
 from vimscale.errors import CheckpointError
 from vimscale.model.cost import flops, parameters
+from vimscale.model.presets import VimConfig
 from vimscale.report import stack
 from vimscale.report.planned import step_seconds
 from vimscale.report.record import Event, Record, moment, number
@@ -84,7 +85,7 @@ def _cards(record: Record) -> Iterator[tuple[str, str, str]]:
     memory = [m for row in lines if (m := number(row.get("memory_gb"))) is not None]
     if memory:
         yield "memory of rank 0", f"{max(memory):.2f} GB", "at its peak"
-    steps, times = record.times()
+    times = record.times[1]
     if times:
         begin = min([at for at, _ in record.starts[:1]] + times[:1])
         yield "since the start", duration(times[-1] - begin), f"last line {clock(times[-1])}"
@@ -92,7 +93,7 @@ def _cards(record: Record) -> Iterator[tuple[str, str, str]]:
     if each is not None and record.steps and record.status == "running":
         yield "left", duration(each * max(record.steps - record.last, 0)), "at the median speed"
     troubles = [
-        (sum(event.kind == kind for event in record.events()), name)
+        (sum(event.kind == kind for event in record.events), name)
         for kind, name in (
             ("failure", "failure"),
             ("skip", "skipped step"),
@@ -110,7 +111,7 @@ def _cards(record: Record) -> Iterator[tuple[str, str, str]]:
 def timeline(records: Sequence[Record]) -> str:
     parts = []
     for label, record in zip(labels(records), records, strict=True):
-        events = record.events()
+        events = record.events
         more = f" (the last {_EVENTS} of {len(events):,})" if len(events) > _EVENTS else ""
         rows = [(clock(e.at), _step(e), e.kind, e.text[:_LETTERS]) for e in events[-_EVENTS:]]
         title = f"<h3>{escape(label)}{more}</h3>" if len(records) > 1 or more else ""
@@ -120,7 +121,7 @@ def timeline(records: Sequence[Record]) -> str:
             else note("Nothing is on record.")
         )
         parts.append(title + body)
-    if not any(record.times()[1] for record in records):
+    if not any(record.times[1] for record in records):
         parts.append(note("Progress lines of this version's runs hold the time; those of these runs do not."))
     return "".join(parts)
 
@@ -140,8 +141,8 @@ def findings(records: Sequence[Record]) -> str:
             parts.append(_finding(record, step, label if len(records) > 1 else ""))
         if len(steps) > _FINDS:
             parts.append(note(f"{label}: {len(steps) - _FINDS} earlier findings are in {record.folder.guard}."))
-    empty = "The guard has reported no bad step. A step is bad if its loss or gradient norm jumps or is not finite (guard.spike)."
-    return "".join(parts) or note(empty)
+    rule = "A step is bad if its loss or gradient norm jumps (guard.spike) or is not finite."
+    return "".join(parts) or note(f"The guard has reported no bad step. {rule}")
 
 
 def _number(path: Any) -> int:
@@ -226,38 +227,49 @@ def model(records: Sequence[Record]) -> str:
     for label, record in zip(labels(records), records, strict=True):
         config = record.config
         if config is None:
-            parts.setdefault(
-                note(f"The model is not drawn: {record.refused or 'the recipe does not fit this version'}"), []
-            ).append(label)
-            continue
-        rows = "".join(
-            f"<tr><td class=num>{escape(row.label)}</td><td class=sign>{row.sign}</td><td>{escape(row.kind)}</td>"
-            f"<td class=num>{row.tokens:,}</td><td class=num>{row.d_model:,}</td><td class=num>{short(row.parameters)}</td>"
-            f'<td class=num>{row.flops / 1e9:.3f}</td><td><div class="share" style="width:{120 * row.share:.0f}px"></div></td></tr>'
-            for row in stack.rows(config)
-        )
-        titles = "".join(
-            f"<th{' class=num' if i != 2 else ''}>{t}</th>"
-            for i, t in enumerate(("layers", "", "kind", "tokens", "width", "parameters", "GFLOPs"))
-        )
-        total = f"<tr><td class=num>sum</td><td colspan=4></td><td class=num>{short(parameters(config))}</td><td class=num>{flops(config) / 1e9:.3f}</td><td></td></tr>"
-        drawn = f'<div class="scroll"><table class="stack"><thead><tr>{titles}<th>share of FLOPs</th></tr></thead><tbody>{rows}{total}</tbody></table></div>'
+            why = record.refused or "the recipe does not fit this version"
+            drawn = note(f"The model is not drawn: {why}")
+        else:
+            drawn = _stack(config)
         parts.setdefault(drawn, []).append(label)
-    return "".join(
-        (f"<h3>{escape(', '.join(of))}</h3>" if len(records) > 1 else "") + drawn for drawn, of in parts.items()
-    )
+    return "".join(_titled(", ".join(of), records) + drawn for drawn, of in parts.items())
+
+
+def _stack(config: VimConfig) -> str:
+    def row(label: str, sign: str, kind: str, *cells: str, share: float = 0.0) -> str:
+        numbers = "".join(f"<td class=num>{cell}</td>" for cell in cells)
+        bar = f'<div class="share" style="width:{120 * share:.0f}px"></div>' if share else ""
+        name = f"<td class=num>{escape(label)}</td><td class=sign>{sign}</td><td>{escape(kind)}</td>"
+        return f"<tr>{name}{numbers}<td>{bar}</td></tr>"
+
+    rows = [
+        row(
+            *(one.label, one.sign, one.kind, f"{one.tokens:,}", f"{one.d_model:,}"),
+            *(short(one.parameters), f"{one.flops / 1e9:.3f}"),
+            share=one.share,
+        )
+        for one in stack.rows(config)
+    ]
+    rows.append(row("sum", "", "", "", "", short(parameters(config)), f"{flops(config) / 1e9:.3f}"))
+    titles = "".join(f"<th class=num>{name}</th>" for name in ("tokens", "width", "parameters", "GFLOPs"))
+    head = f"<tr><th class=num>layers</th><th></th><th>kind</th>{titles}<th>share of FLOPs</th></tr>"
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def recipes(records: Sequence[Record]) -> str:
     parts = []
     for label, record in zip(labels(records), records, strict=True):
-        warning = note(record.refused) if record.refused else ""
-        origin = record.origin
-        forked = note(f"A fork of {origin.get('run')} at step {origin.get('step')}.") if origin else ""
-        parts.append(
-            f"{warning}{forked}<details><summary>{escape(label)}: recipe.yaml</summary><pre>{escape(record.text)}</pre></details>"
-        )
+        parts.append(note(record.refused) if record.refused else "")
+        if (origin := record.origin) is not None:
+            parts.append(note(f"A fork of {origin.get('run')} at step {origin.get('step')}."))
+        title = f"<summary>{escape(label)}: recipe.yaml</summary>"
+        parts.append(f"<details>{title}<pre>{escape(record.text)}</pre></details>")
     return "".join(parts)
+
+
+def _titled(label: str, records: Sequence[Record]) -> str:
+    """A heading for one of several runs."""
+    return f"<h3>{escape(label)}</h3>" if len(records) > 1 else ""
 
 
 def environment(records: Sequence[Record]) -> str:
@@ -268,12 +280,14 @@ def environment(records: Sequence[Record]) -> str:
             parts.append(note(f"{label}: environment.json is missing."))
             continue
         command = env.get("command")
-        rows = [(key, env[key]) for key in ("host", "platform", "cpus", "python") if key in env]
-        rows.append(("last launch", clock(moment(env.get("started"))) or "unknown"))
-        rows.append(("command", " ".join(map(str, command))[:_LETTERS] if isinstance(command, list) else command))
-        rows.append(("packages", ", ".join(f"{name} {version}" for name, version in _packages(record))))
-        rows.append(("ranks", record.world or "unknown"))
-        parts.append((f"<h3>{escape(label)}</h3>" if len(records) > 1 else "") + pairs(rows))
+        rows: list[tuple[str, object]] = [(key, env.get(key)) for key in ("host", "platform", "cpus", "python")]
+        rows += [
+            ("last launch", clock(moment(env.get("started"))) or "unknown"),
+            ("command", " ".join(map(str, command))[:_LETTERS] if isinstance(command, list) else command),
+            ("packages", ", ".join(f"{name} {version}" for name, version in _packages(record))),
+            ("ranks", record.world or "unknown"),
+        ]
+        parts.append(_titled(label, records) + pairs(rows))
     return "".join(parts)
 
 
@@ -293,12 +307,8 @@ def checkpoints(records: Sequence[Record]) -> str:
             for one in record.saved
         ]
         head = ("checkpoint", "step", "size", "saved", "ranks", "ZeRO", "")
-        body = (
-            table(head, rows, numbers=(1, 2, 4, 5), unbroken=(0, 3, 6))
-            if rows
-            else note("No checkpoint yet: checkpoint.every says when one is due.")
-        )
-        parts.append((f"<h3>{escape(label)}</h3>" if len(records) > 1 else "") + body)
+        body = table(head, rows, numbers=(1, 2, 4, 5), unbroken=(0, 3, 6))
+        parts.append(_titled(label, records) + (body if rows else note("No checkpoint yet: see checkpoint.every.")))
     return "".join(parts)
 
 
