@@ -14,7 +14,7 @@ from tests.support.recorded import append, write_run
 
 pytest.importorskip("bokeh", reason="pages about runs need Bokeh: pip install 'vimscale[report]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
-from vimscale.report import page, record, serve
+from vimscale.report import page, record, serve  # noqa: E402  # they import Bokeh
 
 pytestmark = pytest.mark.slow
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -122,10 +122,8 @@ def test_a_legend_and_a_runs_box_hide_series(browser: Any, runs: list[Path], tmp
     assert opened.locator('[data-of="1"]').is_hidden()
     opened.locator("#runs input").nth(1).click()
     assert opened.evaluate(shown) == count
-    where = """(() => { const view = Bokeh.index.get_by_id(Bokeh.documents[0].roots()[0].id);
-      const legend = view.views.all_views ? [...view.views.all_views()].find(one => one.model.type === "Legend") : null;
-      const box = legend.bbox, at = view.el.getBoundingClientRect();
-      return [at.x + box.left + 14, at.y + box.top + box.height / 2 - 8]; })()"""
+    legend = "Bokeh.documents[0].roots()[0].above.find(one => one.type === 'Legend')"
+    where = f"(box => [box.x + 20, box.y + 12])(Bokeh.index.find_one({legend}).el.getBoundingClientRect())"
     x, y = opened.evaluate(where)
     opened.mouse.click(x, y)
     opened.wait_for_timeout(300)
@@ -148,7 +146,7 @@ def test_a_served_page_follows_the_run_and_keeps_its_zoom(browser: Any, tmp_path
             _drag(opened, "loss")
             zoomed = _range(opened)
             append(folder, {"kind": "train", "step": 51, "loss": 0.1, "lr": 1e-3})
-            opened.wait_for_function("document.getElementById('summary').textContent.includes('51 of 60 steps')")
+            opened.wait_for_selector("#summary:has-text('51 of 60 steps')", timeout=60_000)
             last = "Bokeh.documents[0].get_model_by_name('steps0').data.step.at(-1)"
             assert opened.evaluate(last) == 51
             assert _range(opened) == zoomed
