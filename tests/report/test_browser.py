@@ -124,6 +124,7 @@ def test_a_legend_and_a_runs_box_hide_series(browser: Any, runs: list[Path], tmp
     assert opened.evaluate(shown) == count
     legend = "Bokeh.documents[0].roots()[0].above.find(one => one.type === 'Legend')"
     where = f"(box => [box.x + 20, box.y + 12])(Bokeh.index.find_one({legend}).el.getBoundingClientRect())"
+    opened.locator("#chart-loss").scroll_into_view_if_needed()
     x, y = opened.evaluate(where)
     opened.mouse.click(x, y)
     opened.wait_for_timeout(300)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from vimscale.errors import CheckpointError
@@ -202,7 +203,7 @@ def differences(records: Sequence[Record]) -> str:
     rows = []
     for found in (flat, others):
         for key in dict.fromkeys(key for one in found for key in one):
-            values = [one.get(key, "") for one in found]
+            values = [one.get(key, "not set") for one in found]
             if len({*values}) > 1 and key != "name":
                 rows.append([key, *(value[:_LETTERS] for value in values)])
     return table(["", *labels(records)], rows) if rows else note("The recipes and environments are the same.")
@@ -213,7 +214,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for key, value in tree.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield prefix, "" if tree is None else str(tree)
+        yield prefix, "null" if tree is None else str(tree)
 
 
 def _packages(record: Record) -> list[tuple[str, Any]]:
@@ -279,16 +280,22 @@ def environment(records: Sequence[Record]) -> str:
         if not env:
             parts.append(note(f"{label}: environment.json is missing."))
             continue
-        command = env.get("command")
         rows: list[tuple[str, object]] = [(key, env.get(key)) for key in ("host", "platform", "cpus", "python")]
         rows += [
             ("last launch", clock(moment(env.get("started"))) or "unknown"),
-            ("command", " ".join(map(str, command))[:_LETTERS] if isinstance(command, list) else command),
+            ("command", _command(env.get("command"))),
             ("packages", ", ".join(f"{name} {version}" for name, version in _packages(record))),
             ("ranks", record.world or "unknown"),
         ]
         parts.append(_titled(label, records) + pairs(rows))
     return "".join(parts)
+
+
+def _command(words: object) -> str:
+    if not isinstance(words, list) or not words:
+        return "unknown"
+    program, *others = map(str, words)
+    return " ".join([PurePath(program).name, *others])[:_LETTERS]
 
 
 def checkpoints(records: Sequence[Record]) -> str:
