@@ -5,7 +5,7 @@ and what became of a run.
 import json
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -140,11 +140,16 @@ def report(
 
     cluster = clusters.load(on, with_ or ())
     plans: dict[str, Planned | str] = {}
+    sets: dict[str, dict[str, Any]] = {}
     console = Console(markup=False, emoji=False)
 
     def collect() -> "Content":
         found = [record.read(run) for run in runs]
         for one in found:
+            if one.recipe is not None and not one.about:
+                if one.text not in sets:
+                    sets[one.text] = _about(one.recipe)
+                one.train_state["training_set"] = sets[one.text]
             key = f"{one.text} {one.world} {one.about}"
             if key not in plans:
                 plans[key] = plan.of_run(one, cluster)
@@ -166,3 +171,15 @@ def report(
             server.serve_forever()
         except Stopped:
             print_line(console, "stopped")
+
+
+def _about(recipe: Recipe) -> dict[str, Any]:
+    """What a run without a checkpoint trains on, for its length and classes; empty if the data are not here."""
+    from vimscale.data.training_set import TrainingSet
+
+    if any("://" in source.data for source in recipe.data.sources):
+        return {}
+    try:
+        return TrainingSet.open(recipe.data, labels=recipe.objective.classifies).about
+    except DataError:
+        return {}

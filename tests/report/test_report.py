@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import platform
 import re
 import signal
 import threading
@@ -131,6 +132,19 @@ def test_a_last_line_that_is_being_written_does_not_count_and_damaged_lines_do(t
     assert found.damaged == 3
     assert len(found.rows["train"]) == 17
     assert "3 lines of metrics.jsonl cannot be read" in _page(folder)
+
+
+def test_a_run_is_running_while_a_launch_holds_its_folder(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "held", 20)
+    (folder / "environment.json").write_text(json.dumps({"host": platform.node()}))
+    assert record.read(str(folder)).status == "stopped"
+    launch = record.RunFolder(folder)
+    launch.hold("end that one")
+    assert record.read(str(folder)).status == "running"
+    launch.release()
+    assert record.read(str(folder)).status == "stopped"
+    (folder / "environment.json").write_text(json.dumps({"host": "another"}))
+    assert record.read(str(folder)).status == "running"
 
 
 # ---- strangers

@@ -3,6 +3,7 @@ and what does not have the expected form counts as damaged or is left out.
 """
 
 import json
+import platform
 import re
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from vimscale.runtime.run_folder import RunFolder, read_row
 from vimscale.storage import own_code, untrusted
 
 _RECENT_S = 120.0
-"""A run whose last row is younger than this is taken to be running, whichever machine it runs on."""
+"""A run of another machine whose last row is younger than this is taken to be running."""
+_LARGEST_METRICS = 8 << 30
+"""Bytes."""
 _START = re.compile(rb"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}) rank 0 of (\d{1,7}): process \d+ on ", re.MULTILINE)
 _LAST = 2**31 - 1
 """The largest step that charts can show."""
@@ -118,19 +121,12 @@ class Record:
         """finished, running, failed, stopped or empty."""
         if self.result is not None:
             return "finished"
-        if _is_held(self.folder.path / ".lock") or self.read_at - self._changed() < _RECENT_S:
+        if is_active(self.folder.path, self.environment.get("host")):
             return "running"
         if not self.rows.get("train"):
             return "failed" if self.failures else "empty"
         ended = max((self.at_of(failure) or 0.0 for failure in self.failures), default=0.0)
-        return "failed" if ended and ended > self._changed() - _RECENT_S else "stopped"
-
-    def _changed(self) -> float:
-        """When the run last wrote a row."""
-        try:
-            return self.folder.metrics.stat().st_mtime
-        except OSError:
-            return 0.0
+        return "failed" if ended and ended > _changed(self.folder.path) - _RECENT_S else "stopped"
 
     # ---- what it was
 
@@ -144,7 +140,9 @@ class Record:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the newest checkpoint says of the training set."""
+        """What the newest checkpoint says of the training set; before the first one, `TrainingSet.about` if it was put
+        there.
+        """
         found = self.train_state.get("training_set")
         return found if isinstance(found, dict) else {}
 
@@ -221,7 +219,7 @@ def read(run: str) -> Record:
     """Read the folder of a run, by name under runs/ or by path.
 
     Raises:
-        CheckpointError: there is no such run.
+        CheckpointError: there is no such run, or its metrics.jsonl is not a file.
         RecipeError: its recipe.yaml cannot be read.
         OSError: metrics.jsonl cannot be read.
     """
@@ -302,9 +300,11 @@ def _texts(tree: Any) -> Iterator[str]:
 def _rows(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """(rows by kind, number of lines that cannot be read). A last line that is still being written does not count."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = untrusted.read(path, _LARGEST_METRICS).split(b"\n")
     except FileNotFoundError:
         return {}, 0
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     found: dict[str, list[dict[str, Any]]] = {}
     damaged = 0
     for i, line in enumerate(lines):
@@ -374,14 +374,26 @@ def _saved(folder: RunFolder) -> Iterator[Saved]:
         yield Saved(path.name, None, 0, path.stat().st_mtime, None, None, "set aside as damaged")
 
 
-def _is_held(lock: Path) -> bool:
-    """Whether a launch on this machine holds the folder. Asking must not lock it: a launch that starts would refuse."""
+def is_active(folder: Path, host: object) -> bool:
+    """Whether a launch uses a run's folder. On this machine its lock tells; asking must not take the lock, since a
+    launch that starts would refuse. `host`: the machine of the run; of another one, the age of the last row tells.
+    """
+    if host != platform.node() and time.time() - _changed(folder) < _RECENT_S:
+        return True
     try:
         held = Path("/proc/locks").read_text()
-        inode = lock.stat().st_ino
+        inode = (folder / ".lock").stat().st_ino
     except OSError:
         return False
     return re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+\d+\s+\S+:{inode}\s", held) is not None
+
+
+def _changed(folder: Path) -> float:
+    """When a run last wrote a row."""
+    try:
+        return (folder / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def json_text(value: Any) -> str:

@@ -1,6 +1,7 @@
 """A page that follows its runs, on this machine only."""
 
 import logging
+import platform
 import secrets
 import socket
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from vimscale.errors import LaunchError, UserError, brief
-from vimscale.report import page
+from vimscale.report import page, record
 from vimscale.report.page import Content
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def _state(folder: Path) -> tuple[object, ...]:
         "checkpoints",
         "guard",
     )
-    found: list[object] = []
+    found: list[object] = [record.is_active(folder, host) for host in (platform.node(), None)]
     for name in (*names, "evaluations"):
         try:
             stat = (folder / name).stat()
