@@ -155,13 +155,17 @@ def _heat(heat: Heat, sources: dict[str, bk.ColumnDataSource], over: bk.Range) -
     colors = mapper(
         palette=bokeh.palettes.viridis(64), low=heat.low, high=heat.high, nan_color="#00000000", name=heat.key
     )
+    shade = {"field": heat.column, "transform": colors}
     cells = fig.rect(
-        "x", "layer", "width", 1, source=sources[heat.source], line_color=None,
-        fill_color={"field": heat.column, "transform": colors},
-    )  # fmt: skip
+        *("x", "layer", "width", 1), source=sources[heat.source], fill_color=shade, line_color=shade, line_width=0.6
+    )
     cells.tags = [heat.run]
     bar = bk.ColorBar(color_mapper=colors, width=10, padding=4, label_standoff=6, background_fill_alpha=0)
-    bar.ticker = bk.LogTicker(desired_num_ticks=4) if heat.log else bk.BasicTicker(desired_num_ticks=5)
+    bar.ticker = (
+        bk.LogTicker(desired_num_ticks=4)
+        if heat.log and heat.high > 300 * heat.low
+        else bk.BasicTicker(desired_num_ticks=5)
+    )
     bar.formatter = bk.BasicTickFormatter(precision=2)
     place: Any = Place.right
     fig.add_layout(bar, place)
