@@ -261,6 +261,7 @@ def test_only_the_page_and_its_data_are_served_to_those_who_know_the_token(serve
     for path in ("/", "/secre/", "/secret", "/secret/../", "/secret/metrics.jsonl", "/secret//etc/passwd", "/data"):
         assert _get(server, path)[0] == 404, path
     assert _get(server, "/secret/", host=f"evil.example:{server.server_port}")[0] == 403
+    assert _get(server, "/secret/data", host="localhost:8000")[0] == 200
     code, text = _get(server, "/secret/")
     assert code == 200
     assert "connect-src &#x27;self&#x27;" in text
