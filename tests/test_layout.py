@@ -17,6 +17,7 @@ FLOORS = [
     ["launch.cli", "launch.commands"],
     ["launch.display", "launch.jobs", "launch.sweeps"],
     ["launch.cluster", "launch.supervise", "launch.processes", "launch.hardware"],
+    ["vimscale.report"],
     [
         "vimscale.training",
         "vimscale.inference",
@@ -165,6 +166,7 @@ def test_only_vimscale_train_reaches_up_into_launch() -> None:
             },
         ),
         ("matplotlib", {"launch.display.plots"}),
+        ("bokeh", {"vimscale.report.charts"}),
     ],
 )
 def test_a_framework_is_imported_only_where_it_is_used(library: str, only: set[str]) -> None:

@@ -54,6 +54,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "schema": show.schema,
     "show": show.show,
     "plan": plan.plan,
+    "report": show.report,
     "launch": launch.launch,
     "lr-range": sweep.lr_range,
     "sweep": sweep.sweep,

@@ -10,20 +10,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, shortened
+from vimscale.errors import ClusterError, DataError, LaunchError, RecipeError, UserError, shortened
 from vimscale.estimate.calibration import basis
 from vimscale.estimate.devices import DEVICES
 from vimscale.recipe import recipe as recipes
+from vimscale.report.stack import short
 
 from .. import cluster as clusters
-from ..display import model_table
 from ..processes.num_ranks import in_words
-from ..processes.preflight import this_machine
+from ..processes.preflight import HEAP, RANK, this_machine
 from ..sweeps.trials import check_installed
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
 
 if TYPE_CHECKING:
     from vimscale.estimate.planner import Outlook, Planner, Target
+    from vimscale.report.planned import Planned
+    from vimscale.report.record import Record
 
 
 def plan(
@@ -141,6 +143,42 @@ def prepare(chosen: recipes.Recipe, cluster: clusters.Cluster, world: int) -> tu
     if planner.steps is None:
         notes.append(f"days and cost are for one step: without the data, {chosen.epochs:g} epochs have no known length")
     return planner, notes
+
+
+def of_run(record: "Record", cluster: clusters.Cluster) -> "Planned | str":
+    """What a plan for `cluster` says of a run with the ranks that it had; or why there is no plan."""
+    from vimscale.estimate.planner import Planner
+    from vimscale.report.planned import Planned
+
+    recipe, config, world = record.recipe, record.config, record.world
+    if recipe is None or config is None:
+        return record.refused or "the recipe does not fit this version"
+    if world is None:
+        return "the run's folder does not say how many ranks there were"
+    try:
+        target = this_machine(recipe, config, world, ray=False) if cluster.is_this_machine else _target(cluster)
+        if target is None:
+            return "this machine's GPUs are not in the table of devices; name the run's machine with --on CLUSTER"
+        samples = record.about.get("samples")
+        planner = Planner(recipe, config, target, samples if type(samples) is int else 0)
+        micro, accumulation = recipe.micro_batch(world)
+        need = planner.most(recipe.parallel.zero, recipe.parallel.recompute, micro, accumulation, world, exact=False)
+        step_s = None if target.device is None else planner.outlook(world).step_s
+    except UserError as error:
+        return str(error)
+    parts = {
+        "states": need.held.between_steps,
+        "gradients": need.gradients,
+        "buckets": need.buckets + need.gathered,
+        "activations": need.activations,
+        "images": need.images,
+        "CUDA graphs": need.graphs,
+        "the objective's buffers": need.buffers,
+    }
+    if target.device is None:
+        grown = {name: int(HEAP * size) for name, size in parts.items()}
+        return Planned("CPUs", world, micro, accumulation, grown, int(RANK), None, "no plan knows the speed of CPUs")
+    return Planned(target.name, world, micro, accumulation, parts, 0, step_s, basis(target.device))
 
 
 def _target(cluster: clusters.Cluster) -> "Target":
@@ -281,4 +319,4 @@ def _gb(size: float) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{model_table.short(size)}B"
+    return f"{short(size)}B"

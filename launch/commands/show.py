@@ -1,20 +1,31 @@
-"""`vimscale recipes`, `presets`, `schema` and `show`: what comes with the package, and what a recipe resolves to."""
+"""`vimscale recipes`, `presets`, `schema`, `show` and `report`: what comes with the package, what a recipe resolves to,
+and what became of a run.
+"""
 
 import json
+import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from vimscale.errors import DataError
+from vimscale.errors import DataError, LaunchError
 from vimscale.recipe.recipe import Recipe, load, shipped
+from vimscale.storage import files
 
 from .. import cluster as clusters
 from ..display import model_table
+from ..display.lines import print_line
+from ..processes.signals import Stopped
+from ..sweeps.trials import check_installed
 from . import plan
 from .arguments import OnOption, Overrides, RecipeArgument, WithOption
+
+if TYPE_CHECKING:
+    from vimscale.report.page import Content
+    from vimscale.report.planned import Planned
 
 
 def recipes() -> None:
@@ -97,3 +108,78 @@ def _adapted(chosen: Recipe, folder: Path) -> list[str]:
     config, model = chosen.shape(len(manifest.classes)), chosen.model
     weights, notes = safetensors.starting_weights(folder, config, manifest, model.grow, model.change)
     return [*notes, *safetensors.groups(folder, config, weights)]
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Runs, by name under runs/ or by folder; several are overlaid.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="The page to write. Default: NAME_report.html in the current folder.", metavar="FILE.html"),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page on this machine and refresh it while the runs grow.")
+    ] = False,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="With --serve. Default: any free port.")] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="With --serve: an address without a token, open to every local user.")
+    ] = False,
+    on: OnOption = "local",
+    with_: WithOption = None,
+) -> None:
+    """Write a page about a run, or several, that needs no network: curves, evaluations, layers, failures, the guard's
+    findings, the plan next to what was measured, recipe and environment. --on: the machine to plan for.
+    """
+    check_installed("bokeh", extra="report")
+    if not serve and (port is not None or no_token):
+        raise LaunchError("--port and --no-token go with --serve; add it, or leave them out")
+    if serve and to is not None:
+        raise LaunchError("--serve writes no file; leave out --to")
+    if to is not None and to.suffix.lower() not in (".html", ".htm"):
+        raise LaunchError(f"--to {to}: the page is HTML; give it a name that ends in .html")
+    from vimscale.report import page, record
+
+    cluster = clusters.load(on, with_ or ())
+    plans: dict[str, Planned | str] = {}
+    sets: dict[str, dict[str, Any]] = {}
+    console = Console(markup=False, emoji=False)
+
+    def collect() -> "Content":
+        found = [record.read(run) for run in runs]
+        for one in found:
+            if one.recipe is not None and not one.about:
+                if one.text not in sets:
+                    sets[one.text] = _about(one.recipe)
+                one.train_state["training_set"] = sets[one.text]
+            key = f"{one.text} {one.world} {one.about}"
+            if key not in plans:
+                plans[key] = plan.of_run(one, cluster)
+        return page.collect(found, [plans[f"{one.text} {one.world} {one.about}"] for one in found])
+
+    content = collect()
+    if not serve:
+        path = to or Path(f"{content.names[0] if len(runs) == 1 else 'runs'}_report.html")
+        text = page.html(content)
+        files.write(path, text)
+        print_line(console, f"{path} ({len(text.encode()) / 1e6:.2f} MB); it needs no network and no other file")
+        return
+    from vimscale.report.serve import Reports, Server
+
+    folders = [record.RunFolder.of(run).path for run in runs]
+    with Server(Reports(folders, collect), port or 0, None if no_token else secrets.token_urlsafe(16)) as server:
+        print_line(console, f"serving {', '.join(content.names)} at\n{server.address}\nCtrl-C ends it")
+        try:
+            server.serve_forever()
+        except Stopped:
+            print_line(console, "stopped")
+
+
+def _about(recipe: Recipe) -> dict[str, Any]:
+    """What a run without a checkpoint trains on, for its length and classes; empty if the data are not here."""
+    from vimscale.data.training_set import TrainingSet
+
+    if any("://" in source.data for source in recipe.data.sources):
+        return {}
+    try:
+        return TrainingSet.open(recipe.data, labels=recipe.objective.classifies).about
+    except DataError:
+        return {}

@@ -183,14 +183,14 @@ def _short(name: str, most: int = 100) -> str:
     return name if len(name) <= most else f"{name[: most - 9]}-{zlib.crc32(name.encode()):08x}"
 
 
-def check_installed(*modules: str) -> None:
-    """Check for the packages that a command needs before it starts anything.
+def check_installed(*modules: str, extra: str = "sweep") -> None:
+    """Check for the packages that a command needs before it starts anything; `extra` brings them.
 
     Raises:
         LaunchError: one of them is not installed.
     """
     if missing := [name for name in modules if find_spec(name) is None]:
-        raise LaunchError(f"{', '.join(missing)} is not installed: pip install 'vimscale[sweep]'")
+        raise LaunchError(f"{', '.join(missing)} is not installed: pip install 'vimscale[{extra}]'")
 
 
 # ---- how they ended

@@ -48,7 +48,7 @@ def watched(shell: Shell) -> Iterator[Shell]:
 def _figures(shell: Shell, name: str) -> list[dict]:
     """Return all rows of metrics.jsonl without the fields that depend on the clock and the machine."""
     rows = [row for kind in ("train", "eval", "layers") for row in shell.rows(name, kind)]
-    timings = {"images_per_s", "data_wait", "read_mb_per_s", "memory_gb"}
+    timings = {"images_per_s", "data_wait", "read_mb_per_s", "memory_gb", "time"}
     return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 

@@ -60,7 +60,7 @@ class Metrics:
         rows, board = self._files or self._open()
         rows.add(json.dumps(row).encode() + b"\n")
         for key, value in row.items():
-            if key not in ("step", "kind") and isinstance(value, float) and math.isfinite(value):
+            if key not in ("step", "kind", "time") and isinstance(value, float) and math.isfinite(value):
                 board.add(f"{row['kind']}/{key}", value, row["step"])
 
     def add_evaluations(self, step: int) -> None:
@@ -181,7 +181,7 @@ def _drop_after(path: Path, step: int, *, trained: bool) -> None:
 
 
 _TAKEN = frozenset({"kind", "step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "read_mb_per_s"})
-_TAKEN |= {"memory_gb", "fetched_mb_per_s", "cache_hits", "epoch"}
+_TAKEN |= {"memory_gb", "fetched_mb_per_s", "cache_hits", "epoch", "time"}
 """Names in a line that an objective's figures cannot have."""
 
 
@@ -271,6 +271,7 @@ class Meter:
             "data_wait": min(waited / world / elapsed, 1.0),
             "read_mb_per_s": totals["bytes"] / elapsed / 1e6,
             "memory_gb": _memory_bytes() / 1e9,
+            "time": round(time.time(), 1),
         }
         if totals["hits"] + totals["misses"]:
             row["fetched_mb_per_s"] = totals["fetched"] / elapsed / 1e6
