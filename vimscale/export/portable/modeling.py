@@ -221,9 +221,9 @@ class Encoder(nn.Module):
             for embedding in (self.cls_token, self.registers, self.pos_embed):
                 if embedding is not None:
                     nn.init.trunc_normal_(embedding, std=0.02)
-            if self.head is not None:
-                nn.init.trunc_normal_(self.head.weight, std=0.02)
-                nn.init.zeros_(self.head.bias)
+        elif module is self.head and isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
         elif module is self.patch_embed and isinstance(module, nn.Conv2d):
             std = module.weight[0].numel() ** -0.5 / 0.8796
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -237,6 +237,8 @@ class Encoder(nn.Module):
             nn.init.ones_(module.scale)
         elif isinstance(module, Mamba):
             self._init_mamba(module)
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
+            module.reset_parameters()
         if isinstance(module, Attention | Mamba):
             _init_out(module.out_proj, len(self.blocks))
             if module.layer_scale is not None:
@@ -252,6 +254,8 @@ class Encoder(nn.Module):
         # softplus(bias) is log-uniform in [1e-3, 1e-1] (arXiv:2312.00752, appendix E): invert it
         step = torch.exp(torch.rand_like(mixer.dt_bias) * math.log(100) + math.log(1e-3))
         mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        if self.config["init"] == "published" and not mixer.shared:
+            mixer.dt_bias[[i for i, optional in enumerate(mixer.optional) if optional]] = 0
         mixer.A_log.copy_(torch.arange(1, mixer.A_log.shape[-1] + 1).log().expand_as(mixer.A_log))
         nn.init.ones_(mixer.D)
         for ones in (mixer.ssm_norm, mixer.backward_gate):
