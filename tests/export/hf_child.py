@@ -1,6 +1,6 @@
-"""Run by python -I -S, which finds the standard library alone: load the folder argv[1] with transformers, as its users
-do, and run the steps that argv[2] names. Images and results are files in argv[3]; argv[4:] are folders of packages, whose
-.pth files, through which vimscale would be found, are not read.
+"""Run by python -I -S, which finds the standard library alone: load the exports argv[1]/*/export with transformers, as
+its users do, and run the steps that argv[2] names with each. Images and results are files next to them. argv[3:] are
+folders of packages, whose .pth files, through which vimscale would be found, are not read.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ class Blocker:
 
 
 sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
-sys.path += sys.argv[4:]
+sys.path += sys.argv[3:]
 assert importlib.util.find_spec("vimscale") is None
 
 import torch  # noqa: E402
@@ -31,39 +31,37 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification  # noqa: E402
 
-FOLDER, STEPS, HERE = Path(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3])
-
 
 def load(folder: Path, kind: type = AutoModelForImageClassification, **options: object) -> torch.nn.Module:
     return kind.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
-def outputs() -> None:
+def outputs(here: Path) -> None:
     """Write what the folder's models compute of images.safetensors."""
-    images = load_file(HERE / "images.safetensors")["images"]
+    images = load_file(here / "images.safetensors")["images"]
     found = {}
     with torch.no_grad():
-        encoder = load(FOLDER, AutoModel)
+        encoder = load(here / "export", AutoModel)
         assert encoder.model.inner is None
         out = encoder(images, output_hidden_states=True)
         found |= {"tokens": out.last_hidden_state, "features": out.pooler_output, "last": out.hidden_states[-1]}
         if encoder.config.model["num_classes"]:
-            found["logits"] = load(FOLDER)(images).logits
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, HERE / "out.safetensors")
+            found["logits"] = load(here / "export")(images).logits
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, here / "out.safetensors")
 
 
-def saves() -> None:
+def saves(here: Path) -> None:
     """Save the model with the classes that AutoModel made, and load it again."""
-    model = load(FOLDER)
-    model.save_pretrained(HERE / "saved")
-    AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(HERE / "saved")
-    again = load(HERE / "saved")
+    model = load(here / "export")
+    model.save_pretrained(here / "saved")
+    AutoImageProcessor.from_pretrained(here / "export", trust_remote_code=True).save_pretrained(here / "saved")
+    again = load(here / "saved")
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    load(HERE / "saved", AutoModel)
-    processor = AutoImageProcessor.from_pretrained(HERE / "saved", trust_remote_code=True)
+    load(here / "saved", AutoModel)
+    processor = AutoImageProcessor.from_pretrained(here / "saved", trust_remote_code=True)
     assert type(processor).__name__ == "VimscaleImageProcessor"
-    load(FOLDER, AutoModel).save_pretrained(HERE / "saved encoder")
+    load(here / "export", AutoModel).save_pretrained(here / "saved encoder")
 
 
 class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -78,10 +76,10 @@ class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.images[i], "labels": torch.tensor(i % 3)}
 
 
-def trains() -> None:
+def trains(here: Path) -> None:
     """Fine-tune on three classes for three steps, with recomputation; save, and load the result."""
     transformers.set_seed(0)
-    model = load(FOLDER, num_labels=3, ignore_mismatched_sizes=True)
+    model = load(here / "export", num_labels=3, ignore_mismatched_sizes=True)
     head = model.model.head.weight
     assert head.shape[0] == 3
     assert head.isfinite().all()
@@ -92,7 +90,7 @@ def trains() -> None:
     with torch.no_grad():
         first = model(**batch).loss
     arguments = transformers.TrainingArguments(
-        output_dir=str(HERE / "trainer"),
+        output_dir=str(here / "trainer"),
         max_steps=3,
         per_device_train_batch_size=8,
         learning_rate=1e-2,
@@ -109,22 +107,22 @@ def trains() -> None:
     assert not still, still
     with torch.no_grad():
         assert model.eval()(**batch).loss < first
-    again = load(HERE / "trainer/checkpoint-3")
+    again = load(here / "trainer/checkpoint-3")
     assert again.config.num_labels == 3
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
-def narrow() -> None:
+def narrow(here: Path) -> None:
     """Load in bf16, where only products are narrow; and draw a new model from the config."""
-    model = load(FOLDER, dtype=torch.bfloat16)
+    model = load(here / "export", dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     wide = ("A_log", ".D", "dt_bias", "norm.weight", "pos_embed", "cls_token", "registers", "conv_weight", "conv_bias")
     for name, dtype in dtypes.items():
         assert dtype == (torch.float32 if name.endswith(wide) else torch.bfloat16), name
-    images = load_file(HERE / "images.safetensors")["images"]
+    images = load_file(here / "images.safetensors")["images"]
     with torch.no_grad():
-        logits, wanted = model(images).logits, load(FOLDER)(images).logits
+        logits, wanted = model(images).logits, load(here / "export")(images).logits
     assert logits.dtype == torch.float32
     assert (logits - wanted).abs().max() < 0.05 * wanted.abs().max()
     new = AutoModelForImageClassification.from_config(model.config, trust_remote_code=True)
@@ -132,7 +130,9 @@ def narrow() -> None:
     assert new(images, labels=torch.zeros(len(images), dtype=torch.long)).loss.isfinite()
 
 
-for step in STEPS:
-    {"outputs": outputs, "saves": saves, "trains": trains, "narrow": narrow}[step]()
+STEPS = {"outputs": outputs, "saves": saves, "trains": trains, "narrow": narrow}
+for case in sorted(Path(sys.argv[1]).iterdir()):
+    for step in sys.argv[2].split(","):
+        STEPS[step](case)
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & {*BLOCKED, "vimscale"}, loaded

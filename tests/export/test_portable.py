@@ -64,13 +64,19 @@ CASES: dict[str, dict[str, Any]] = {
 QUICK = ("bi", "registers, orders")
 
 
-def _pair(changes: dict[str, Any], backward: float = 1.0) -> tuple[VisionMamba, modeling.Encoder]:
-    """Our model, with random values in parameters that start as constants, and the portable one with its weights."""
+def new(changes: dict[str, Any], backward: float = 1.0) -> VisionMamba:
+    """Our model, with random values in parameters that start as constants."""
     torch.manual_seed(0)
     model = VisionMamba(dataclasses.replace(BASE, **changes)).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.backward = backward
+    return model
+
+
+def _pair(changes: dict[str, Any], backward: float = 1.0) -> tuple[VisionMamba, modeling.Encoder]:
+    """Our model, and the portable one with its weights."""
+    model = new(changes, backward)
     encoder = modeling.Encoder(model.config.to_dict(), backward=backward).eval()
     encoder.load_state_dict(model.state_dict())
     return model, encoder

@@ -51,7 +51,7 @@ class HuggingFace(Format):
             for name, tensor in model.state_dict().items()
         }
         files.save_tensors(folder / _WEIGHTS, tensors)
-        for name, tree in ((_CONFIG, _config(source)), (_PREPROCESSOR, _preprocessor(source))):
+        for name, tree in ((_CONFIG, _config(source)), (_PREPROCESSOR, preprocessor(source))):
             files.write(folder / name, json.dumps(tree, indent=2) + "\n")
         files.write(folder / _CARD, card(source))
         for name in CODE:
@@ -102,7 +102,7 @@ def _unnamed(i: int) -> str:
     return f"LABEL_{i}"
 
 
-def _preprocessor(source: Source) -> dict[str, Any]:
+def preprocessor(source: Source) -> dict[str, Any]:
     """Describe our preprocessing for our own processor and, without trust_remote_code, as nearly as ViT's can do it."""
     height, width = source.model.config.size
     covered = [int(side / _CROP) for side in (height, width)]
@@ -181,7 +181,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _classes(tree: dict[str, Any], count: int) -> tuple[str, ...]:
     """Return the names of the classes; none if the model has no head or transformers made the names up."""
-    labels = tree.get("id2label") or {}
+    labels = starting.object_of({"id2label": {}, **tree}, "id2label")
     names: tuple[Any, ...] = tuple(labels.get(str(i)) for i in range(count))
     if names == tuple(map(_unnamed, range(count))):
         return ()

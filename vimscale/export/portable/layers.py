@@ -6,7 +6,7 @@ states of a channel.
 
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -283,15 +283,22 @@ class Mamba(nn.Module):
         return y if self.ssm_norm is None else _normalized(y, self.ssm_norm, self.ssm_norm_bias, eps)
 
     def _fused(self, xz: Tensor, active: list[int], orders: "Orders", backward: float, inner: Inner) -> Tensor:
-        """As `_composed`, with an op that does all but permute, weigh and join the paths. Its gate is silu(z) too."""
+        """As `_composed`, with an op for adjacent paths of one order: those that are added with equal factors are one
+        call.
+        """
+        z = xz.chunk(2, dim=-1)[1]
+        added = self.fuse in ("mean", "sum") and self.backward_gate is None and (backward == 1 or len(active) == 1)
+        one = [[i] for i in active]
+        groups = [list(group) for _, group in groupby(active, key=lambda i: self.paths[i][0])] if added else one
         ys: dict[int, Tensor] = {}
-        for i in active:
-            order, reverse = self.paths[i]
+        for some in groups:
+            order = self.paths[some[0]][0]
             permute, restore = orders.of("row" if order == self.order else order)
-            own = (getattr(self, name)[i : i + 1] for name in _OF_PATHS)
-            y = inner(permute(xz), *own, reverse=[reverse], fuse="sum", gated=False, recompute=False)
-            ys[i] = restore(y).float() * self._factor(i, backward)
-        return self._gated(self._combined(ys), xz.chunk(2, dim=-1)[1])
+            own = (getattr(self, name)[some[0] : some[-1] + 1] for name in _OF_PATHS)
+            reverse = [self.paths[i][1] for i in some]
+            y = inner(permute(xz), *own, reverse=reverse, fuse="sum", gated=False, recompute=False)
+            ys[some[0]] = restore(y).float() * self._factor(some[0], backward)
+        return self._gated(self._combined(ys), z)
 
 
 _OF_PATHS = ("conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D")

@@ -108,7 +108,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return fp32 `features` (b, num_features), what the head reads, and `logits` (b, classes) with a head."""
         x, orders, _ = self.encode(images)
-        read = self.pooled(x, orders)
+        read = self.pooled(x, orders.slots)
         out = {"features": read.float()}
         if self.head is not None:
             out["logits"] = self.head(read).float()
@@ -158,18 +158,18 @@ class Encoder(nn.Module):
             raise ValueError(f"a grid of {rows} x {columns} tokens is not divisible by {f}")
         return merge(x, orders.grid), Orders(self.config, (rows // f, columns // f), x.device)
 
-    def pooled(self, x: Tensor, orders: Orders) -> Tensor:
+    def pooled(self, x: Tensor, slots: Slots) -> Tensor:
         """Return what the head reads (b, num_features) of the normalized tokens."""
         if self.pool == "cls":
-            return x.index_select(1, orders.slots.cls).mean(dim=1)
+            return x.index_select(1, slots.cls).mean(dim=1)
         if self.pool == "registers":
-            registers = x.index_select(1, orders.slots.registers)
+            registers = x.index_select(1, slots.registers)
             if self.neck is None or self.neck_norm is None:
                 return registers.flatten(1)
             return self.neck_norm(self.neck(registers).flatten(1), None)[0]
         if self.pool == "last":
             return x[:, -1]
-        image = x if self.cls_token is None and self.registers is None else x.index_select(1, orders.slots.image)
+        image = x if self.cls_token is None and self.registers is None else x.index_select(1, slots.image)
         return image.amax(dim=1) if self.pool == "max" else image.mean(dim=1)
 
     # ---- images to tokens

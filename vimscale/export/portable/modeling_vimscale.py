@@ -47,7 +47,7 @@ class VimscalePreTrainedModel(PreTrainedModel):
         """Return the tokens (b, l, d), what a head reads (b, features), and the residual streams if they are wanted."""
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x, orders, kept = self.model.encode(pixel_values, keep=bool(keep))
-        return x, self.model.pooled(x, orders), tuple(kept) if keep else None
+        return x, self.model.pooled(x, orders.slots), tuple(kept) if keep else None
 
     def _returns_tuple(self, return_dict: bool | None) -> bool:
         return not (self.config.return_dict if return_dict is None else return_dict)
