@@ -117,7 +117,18 @@ def narrow(here: Path) -> None:
     """Load in bf16, where only products are narrow; and draw a new model from the config."""
     model = load(here / "export", dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    wide = ("A_log", ".D", "dt_bias", "norm.weight", "pos_embed", "cls_token", "registers", "conv_weight", "conv_bias")
+    wide = (
+        "A_log",
+        ".D",
+        "dt_bias",
+        "norm.weight",
+        "pos_embed",
+        "cls_token",
+        "registers",
+        "conv_weight",
+        "conv_bias",
+        "layer_scale",
+    )
     for name, dtype in dtypes.items():
         assert dtype == (torch.float32 if name.endswith(wide) else torch.bfloat16), name
     images = load_file(here / "images.safetensors")["images"]

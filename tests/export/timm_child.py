@@ -22,6 +22,7 @@ except RuntimeError:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
+import timm.optim  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 for here in sorted(Path(sys.argv[1]).iterdir()):
@@ -40,7 +41,7 @@ for here in sorted(Path(sys.argv[1]).iterdir()):
         assert torch.equal(named(images), logits)
         assert tokens.shape[2] == model.num_features
         assert features.shape[1] == model.head_hidden_size
-        save_file({"tokens": tokens, "features": features, "logits": logits}, here / "out.safetensors")
+        save_file({"tokens": tokens.contiguous(), "features": features, "logits": logits}, here / "out.safetensors")
     data = timm.data.resolve_model_data_config(named)
     assert (*data["input_size"],) == (3, *images.shape[2:]), data
     assert (data["interpolation"], data["crop_pct"], (*data["mean"],)) == ("bicubic", 0.875, (0.5, 0.4, 0.3)), data

@@ -58,7 +58,7 @@ def _uint8(image: Any) -> Tensor:
     """Return an image as (3, h, w)."""
     if hasattr(image, "convert"):
         image = np.array(image.convert("RGB"))
-    found = torch.as_tensor(np.asarray(image))
+    found = torch.as_tensor(np.array(image))
     if found.ndim == 2:
         found = found.expand(3, -1, -1)
     elif found.ndim == 3 and found.shape[-1] == 3 and found.shape[0] != 3:
