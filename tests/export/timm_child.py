@@ -41,7 +41,8 @@ for here in sorted(Path(sys.argv[1]).iterdir()):
         assert torch.equal(named(images), logits)
         assert tokens.shape[2] == model.num_features
         assert features.shape[1] == model.head_hidden_size
-        save_file({"tokens": tokens.contiguous(), "features": features, "logits": logits}, here / "out.safetensors")
+        found = {"tokens": tokens, "features": features, "logits": logits}
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, here / "out.safetensors")
     data = timm.data.resolve_model_data_config(named)
     assert (*data["input_size"],) == (3, *images.shape[2:]), data
     assert (data["interpolation"], data["crop_pct"], (*data["mean"],)) == ("bicubic", 0.875, (0.5, 0.4, 0.3)), data

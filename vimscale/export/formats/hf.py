@@ -37,7 +37,7 @@ _CROP = 0.875
 class HuggingFace(Format):
     """config.json, model.safetensors, preprocessor_config.json, the code of the model, and a model card."""
 
-    needs = {"transformers": "transformers>=4.56"}  # noqa: RUF012
+    needs = {"transformers": "transformers>=5"}  # noqa: RUF012
     tolerance = 1e-5
 
     def check(self, source: Source) -> None:
@@ -59,11 +59,19 @@ class HuggingFace(Format):
                 shutil.copyfile(Path(portable.__file__).with_name(name), folder / name)
 
     def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
+        from transformers.utils import logging
+
         from vimscale.export.portable import modeling_vimscale
 
         headless = not json.loads((folder / _CONFIG).read_text())["model"]["num_classes"]
         kind = modeling_vimscale.VimscaleModel if headless else modeling_vimscale.VimscaleForImageClassification
-        model = kind.from_pretrained(folder).eval()
+        shows_progress = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = kind.from_pretrained(folder).eval()
+        finally:
+            if shows_progress:
+                logging.enable_progress_bar()
         model.model.inner = None  # users without vimscale have no kernels
 
         def outputs(images: Tensor) -> Outputs:
@@ -71,6 +79,10 @@ class HuggingFace(Format):
                 return model.model(images)
 
         return outputs
+
+    def read(self, folder: Path) -> Source:
+        """As the function `read`."""
+        return Source(*read(folder))
 
 
 def _config(source: Source) -> dict[str, Any]:
