@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
-from vimscale.export import portable, starting
+from vimscale.export import starting
 from vimscale.export.formats.base import Format, Outputs, Source
 from vimscale.export.formats.hf_card import card
+from vimscale.export.portable import limits
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.storage import files, untrusted
 
@@ -41,7 +42,7 @@ class HuggingFace(Format):
     tolerance = 1e-5
 
     def check(self, source: Source) -> None:
-        portable.check(source.model, "hf")
+        limits.check(source.model, "hf")
 
     def write(self, folder: Path, source: Source) -> None:
         model = source.model
@@ -56,7 +57,7 @@ class HuggingFace(Format):
         files.write(folder / _CARD, card(source))
         for name in CODE:
             with files.naming(folder / name):
-                shutil.copyfile(Path(portable.__file__).with_name(name), folder / name)
+                shutil.copyfile(Path(limits.__file__).with_name(name), folder / name)
 
     def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
         from transformers.utils import logging

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vimscale.export import portable
 from vimscale.export.formats.base import Format, Outputs, Source
+from vimscale.export.portable import limits
 from vimscale.storage import files
 
 PACKAGE = "timm_vimscale"
@@ -24,7 +24,7 @@ class Timm(Format):
     tolerance = 1e-5
 
     def check(self, source: Source) -> None:
-        portable.check(source.model, "timm")
+        limits.check(source.model, "timm")
 
     def write(self, folder: Path, source: Source) -> None:
         model, config = source.model, source.model.config
@@ -61,7 +61,7 @@ class Timm(Format):
         for name, copy in CODE.items():
             target = folder / PACKAGE / copy
             with files.naming(target):
-                shutil.copyfile(Path(portable.__file__).with_name(name), target)
+                shutil.copyfile(Path(limits.__file__).with_name(name), target)
 
     def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
         import timm  # type: ignore[import-not-found, unused-ignore]

@@ -15,6 +15,12 @@ from .configuration_vimscale import VimscaleConfig
 from .layers import Inner
 from .modeling import Encoder
 
+_WIDE = {
+    *("A_log", "D", "dt_bias", "conv_weight", "conv_bias", "fuse_logits", "backward_gate", "layer_scale", "norm"),
+    *("mlp_norm", "neck_norm", "ssm_norm", "ssm_norm_bias", "cls_token", "registers", "pos_embed", "coordinates"),
+}
+"""Parameters that stay fp32 whatever the dtype of the model: those that do not only enter products."""
+
 
 class VimscalePreTrainedModel(PreTrainedModel):
     """Both models hold an `Encoder` as `model`."""
@@ -25,10 +31,6 @@ class VimscalePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' name and type
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        *("A_log", "D$", "dt_bias", "conv_weight", "conv_bias", "fuse_logits", "backward_gate", "ssm_norm"),
-        *("norm.weight", "norm.bias", "layer_scale", "cls_token", "registers", "pos_embed", "coordinates"),
-    ]
 
     def __init__(self, config: VimscaleConfig, num_classes: int):
         super().__init__(config)
@@ -36,6 +38,8 @@ class VimscalePreTrainedModel(PreTrainedModel):
             raise ValueError("the config has no `model`: load the config.json of an export")
         shape = {**config.model, "num_classes": num_classes}
         self.model = Encoder(shape, inner=kernels(), backward=config.backward)
+        names = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = names & _WIDE
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
