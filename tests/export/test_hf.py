@@ -284,6 +284,7 @@ def test_what_it_cannot_hold_is_refused_by_name() -> None:
         {
             "img_size": 16,
             "patch_size": 4,
+            "stride": 4,
             "depth": 2,
             "embed_dim": 16,
             "if_rope": True,
