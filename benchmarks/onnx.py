@@ -62,7 +62,7 @@ def row(tokens: int, depth: int, rounds: int) -> dict[str, Any]:
     }
     wanted = model(images)
     error = float((session(images)["logits"] - wanted).abs().max() / wanted.abs().max())
-    times = measure.in_turn(runs, rounds)
+    times = measure.cpu_in_turn(runs, rounds)  # one thread: as long as it takes on an idle machine
     return {"l": tokens, "layers": depth, "error": error} | taken | {f"{name}_s": s for name, s in times.items()}
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = ("onnxruntime", "vimscale", "plain torch")
-    print(f"ms, 1 image, {options.depth} bi layers of Vim-Ti's widths", "", sep="\n")
+    print(f"CPU ms, 1 image, {options.depth} bi layers of Vim-Ti's widths", "", sep="\n")
     print(f"{'tokens':>8}" + "".join(f"{name:>16}" for name in names))
     rows = []
     for tokens in SIZES:
