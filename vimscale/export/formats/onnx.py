@@ -234,11 +234,13 @@ def _simplified(model: "ir.Model") -> None:
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    common.InlinePass()(model)
     everything = 2**40
-    optimizer.optimize_ir(model, input_size_limit=everything, output_size_limit=everything)
+    limits = {"input_size_limit": everything, "output_size_limit": everything}
+    common.InlinePass()(model)
+    optimizer.fold_constants_ir(model, **limits)
     while _folded_sorts(model):
-        optimizer.optimize_ir(model, input_size_limit=everything, output_size_limit=everything)
+        optimizer.fold_constants_ir(model, **limits)
+    optimizer.optimize_ir(model, **limits)
     common.DeduplicateInitializersPass(size_limit=everything)(model)
 
 
