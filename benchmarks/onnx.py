@@ -6,6 +6,7 @@ JSON file.
 
 import argparse
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def exported(config: VimConfig, folder: Path) -> tuple[VisionMamba, dict[str, An
         "scans": sum(node.op_type == "Scan" for node in graph.node),
         "file_mb": path.stat().st_size / 2**20,
         "weights_mb": weights / 2**20,
+        "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -82,12 +84,13 @@ def main() -> None:
         rows.append(row(tokens, options.depth, options.rounds))
         print(f"{tokens:8}" + "".join(f"{rows[-1][f'{name}_s'] * 1e3:16.1f}" for name in names))
     result: dict[str, Any] = {"onnxruntime": _version(), "rows": rows}
+    measure.write(result, options.out)
     if options.export:
         with tempfile.TemporaryDirectory() as folder:
             config = VimConfig(depth=options.export, directions=f"bi*{options.export}")
             result["export"] = {"layers": options.export} | exported(config, Path(folder))[1]
         print("", result["export"], sep="\n")
-    measure.write(result, options.out)
+        measure.write(result, options.out)
 
 
 def _version() -> str:
