@@ -235,7 +235,7 @@ def _simplified(model: "ir.Model") -> None:
     from onnxscript import optimizer
 
     everything = 2**40
-    limits = {"input_size_limit": everything, "output_size_limit": everything}
+    limits: dict[str, Any] = {"input_size_limit": everything, "output_size_limit": everything}
     common.InlinePass()(model)
     optimizer.fold_constants_ir(model, **limits)
     while _folded_sorts(model):
