@@ -79,11 +79,7 @@ _EXTERNAL = 2**31 - 2**24
 class Onnx(Format):
     """model.onnx, and config.json with what its users need to prepare images and name classes."""
 
-    needs: ClassVar[dict[str, str]] = {
-        "onnx": "onnx",
-        "onnxscript": "onnxscript",
-        "onnxruntime": "onnxruntime",
-    }
+    needs: ClassVar[dict[str, str]] = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}
     tolerance: ClassVar[float] = 1e-4
 
     def check(self, source: Source) -> None:
@@ -111,16 +107,10 @@ class Onnx(Format):
         with files.naming(path):
             ir.save(model, path, external_data="model.onnx.data" if size > _EXTERNAL else None)
         onnx.checker.check_model(path, full_check=True)
-        about = {
-            "format": 1,
-            **preprocessing(source.manifest),
-            "size": config.size,
-            "any_size": {"least": _side(config, 1), "step": _side(config, 2) - _side(config, 1)}
-            if source.any_size
-            else None,
-            "opset": OPSET,
-            "about": source.about,
-        }
+        least, step = _sides(config)
+        about = {"format": 1, **preprocessing(source.manifest), "size": config.size}
+        about |= {"any_size": {"least": least, "step": step} if source.any_size else None}
+        about |= {"opset": OPSET, "about": source.about}
         if config.num_classes == 0:
             about["classes"] = []
         files.write(folder / "config.json", json.dumps(about, indent=1) + "\n")
@@ -160,10 +150,11 @@ def _exported(source: Source) -> "ir.Model":
     config = source.model.config
     portable_model = Encoder(config.to_dict(), _scan, backward=source.model.backward)
     portable_model.load_state_dict(source.model.state_dict())
-    height, width = (_side(config, 3), _side(config, 5)) if source.any_size else config.size
+    height, width = config.size
     shapes: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if source.any_size:
-        step, least = _side(config, 2) - _side(config, 1), _side(config, 1)
+    if source.any_size:  # any two different sides serve for tracing
+        least, step = _sides(config)
+        height, width = least + 2 * step, least + 4 * step
         shapes |= {at: step * torch.export.Dim(name, min=2) + (least - step) for at, name in ((2, "i"), (3, "j"))}
     with torch.no_grad():
         program = torch.export.export(
@@ -188,10 +179,10 @@ def _exported(source: Source) -> "ir.Model":
     return model
 
 
-def _side(config: VimConfig, i: int) -> int:
-    """Return the i-th smallest side of an image, in pixels, that patches and the merges between stages divide."""
-    merged = math.prod(stage.downsample for stage in config.stages[1:])
-    return config.patch_size + (merged * i - 1) * config.step
+def _sides(config: VimConfig) -> tuple[int, int]:
+    """Return the smallest side of an image that patches fill and stages can merge, and the step to the next one."""
+    step = config.step * math.prod(stage.downsample for stage in config.stages[1:])
+    return config.patch_size - config.step + step, step
 
 
 def _sorted(keys: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
