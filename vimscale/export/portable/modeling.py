@@ -209,6 +209,8 @@ class Encoder(nn.Module):
         own = slots_of(self.config, made_for[0] * made_for[1], self.pos_embed.device)
         plane = self.pos_embed[own.image].float().unflatten(0, made_for).permute(2, 0, 1)[None]
         plane = F.interpolate(plane, grid, mode="bicubic", align_corners=False)[0].flatten(1).mT
+        if self.cls_token is None and self.registers is None:
+            return plane.to(self.pos_embed.dtype)
         extra = self.pos_embed[torch.cat([own.cls, own.registers])]
         return torch.cat([extra, plane.to(extra.dtype)])[slots.visits]
 
