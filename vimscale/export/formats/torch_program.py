@@ -40,8 +40,10 @@ class TorchProgram(Format):
     tolerance: ClassVar[float] = 1e-5
 
     def check(self, source: Source) -> None:
-        """Raise CheckpointError for a model that `portable` does not have, and if nothing can compile it."""
+        """Raise CheckpointError for a model that `portable` does not have, or that cannot be compiled here."""
         portable.check(source.model, "torch")
+        if source.aoti and source.any_size:
+            raise CheckpointError("--aoti compiles for images of one size: leave out --any-size, or --aoti")
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         if source.aoti and shutil.which(compiler) is None:
             raise CheckpointError(
@@ -164,14 +166,16 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) 
     """
     from torch._higher_order_ops.scan import scan_op
 
-    def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, b: int) -> list[Tensor]:
+    # `images` is an argument, although h has this size: Inductor looks for open sizes among the arguments. It is not
+    # called b, for the traced step would have B and b by one name.
+    def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, images: int) -> list[Tensor]:
         h = torch.addcmul((dt * u)[..., None] * B[:, None], (dt[..., None] * A).exp(), h)  # (b, e, n)
-        return [h, (h * C[:, None]).sum(-1).view(b, -1)]
+        return [h, (h * C[:, None]).sum(-1).view(images, -1)]
 
-    b = u.shape[0]  # an argument of `step`, although h has it: Inductor looks for an open size among the arguments
     tokens = [t.transpose(0, 1) for t in (u, dt, B, C)]
     tokens = [t.flip(0) if reverse else t.contiguous() for t in tokens]
-    _, y = scan_op(step, [u.new_zeros(b, *A.shape)], tokens, (A, b))
+    images = u.shape[0]
+    _, y = scan_op(step, [u.new_zeros(images, *A.shape)], tokens, (A, images))
     return (y.flip(0) if reverse else y).transpose(0, 1)
 
 
