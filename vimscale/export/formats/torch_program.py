@@ -101,14 +101,15 @@ class _Program(nn.Module):
         """`half`: names of the weights that are stored in bf16."""
         super().__init__()
         self.model = model
-        self.half = half
+        self.rounded = half
         for name in half:
             weight = model.get_parameter(name)
             weight.data = weight.data.bfloat16()
 
     def forward(self, images: Tensor) -> Outputs:
-        wide = {name: self.model.get_parameter(name).float() for name in self.half}
-        return torch.func.functional_call(self.model, wide, (images,))
+        wide = {name: self.model.get_parameter(name).float() for name in self.rounded}
+        outputs: Outputs = torch.func.functional_call(self.model, wide, (images,))
+        return outputs
 
 
 class _Outputs(nn.Module):
