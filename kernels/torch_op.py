@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import NoneType
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .backend import choose
+
+AT_RUN_TIME = "at run time"
+"""As an op's last argument: whatever backend it would take for its first one. For programs that run elsewhere."""
 _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, bool, int, float, str, tuple, list})
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _registered = False
@@ -35,7 +40,14 @@ class Op:
 
     def __init__(self, name: str, function: Callable[..., Any], shown: int, mutates: tuple[str, ...]):
         self.function, self.shown = function, shown
-        self.registered = torch.library.custom_op(f"vimscale::{name}", function, mutates_args=mutates)
+
+        @wraps(function)
+        def resolved(*arguments: Any) -> Any:
+            if arguments[-1] == AT_RUN_TIME:
+                arguments = (*arguments[:-1], choose(None, name, arguments[0]))
+            return function(*arguments)
+
+        self.registered = torch.library.custom_op(f"vimscale::{name}", resolved, mutates_args=mutates)
         self.register_fake = self.registered.register_fake
         self._eager: type[torch.autograd.Function]
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         selective_scan,
         selective_scan_with_state,
     )
+    from kernels.torch_op import AT_RUN_TIME
 else:
     from vimscale.kernels.add_norm import add_norm
     from vimscale.kernels.backend import counted
@@ -28,8 +29,10 @@ else:
         selective_scan,
         selective_scan_with_state,
     )
+    from vimscale.kernels.torch_op import AT_RUN_TIME
 
 __all__ = [
+    "AT_RUN_TIME",
     "Alone",
     "Context",
     "Precompiler",

@@ -130,4 +130,4 @@ def _loaded(model: str, step: int | None, raw: bool, own_code: bool) -> "Loaded"
     from vimscale.inference.loaded import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(model, device=device, step=step, raw=raw, own_code=own_code)
+    return load(model, device=device, step=step, raw=raw, run_own_code=own_code)

@@ -60,7 +60,7 @@ def load(
     device: str | torch.device = "cpu",
     step: int | None = None,
     raw: bool = False,
-    own_code: bool = False,
+    run_own_code: bool = False,
 ) -> Loaded:
     """Load a model: of a run (its name under runs/, its folder, or what `train` returned), of a checkpoint's folder, or
     of the folder of an export or an imported model. Of a self-distilled run it is the teacher.
@@ -69,7 +69,7 @@ def load(
         device: where the model computes, such as "cuda".
         step: of the checkpoint. Default: the newest one's.
         raw: take the weights themselves where there is a moving average.
-        own_code: import the Python files of an export that define a user's own kinds of layers. They run with your
+        run_own_code: import the Python files of an export that define a user's own kinds of layers. They run with your
             rights. Those of a run are always imported.
 
     Raises:
@@ -82,4 +82,4 @@ def load(
             f"{source} is a preset, which has no weights; name a run or an export."
             f" VisionMamba(PRESETS[{str(source)!r}]) has random weights"
         )
-    return Loaded(open_model(source, step=step, raw=raw, own_code=own_code), torch.device(device))
+    return Loaded(open_model(source, step=step, raw=raw, own_code=run_own_code), torch.device(device))

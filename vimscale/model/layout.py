@@ -48,10 +48,10 @@ class Layout:
         here = sorted(position for position in token_at if 0 <= position < self.tokens)
         pieces, done = [], 0
         if len(here) < len(token_at):  # nothing of `extra`, so that it has a gradient whatever the part holds
-            pieces.append(extra[:0].to(image.dtype).expand(len(image), -1, -1))
+            pieces.append(extra[:0].to(image.dtype).expand(image.shape[0], -1, -1))
         for inserted, position in enumerate(here):
             pieces.append(image[:, done : position - inserted])
-            pieces.append(token_at[position].to(image.dtype).expand(len(image), 1, -1))
+            pieces.append(token_at[position].to(image.dtype).expand(image.shape[0], 1, -1))
             done = position - inserted
         return torch.cat([*pieces, image[:, done:]], dim=1)
 

@@ -33,6 +33,8 @@ class Source:
     has rounded them. All others stay fp32, and the format computes in fp32."""
     any_size: bool = False
     """Let the exported program take images of any size whose sides patches fill, if the format can."""
+    aoti: bool = False
+    """Also compile the program for this CPU, if the format can."""
 
 
 class Format(ABC):
