@@ -76,7 +76,7 @@ def test_a_run_exports_the_same_without_its_data(site: Path, to: str) -> None:
     _train(site)
     _said("export", "small", "--to", to, "--output", "here")
     (site.parent / "data").rename(site.parent / "elsewhere")
-    assert "the same logits on 8 images" in _said("export", "small", "--to", to, "--output", "there")
+    assert "the same logits and features for 8 images" in _said("export", "small", "--to", to, "--output", "there")
     for name in ("config.json", "model.safetensors" if to == "safetensors" else "model.pth"):
         assert (site / "there" / name).read_bytes() == (site / "here" / name).read_bytes()
     if to == "safetensors":

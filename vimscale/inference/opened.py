@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,6 @@ from vimscale.objectives.build import build
 from vimscale.recipe.objective import ClassificationOptions
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder, step_of
-from vimscale.storage import files
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Opened:
     """Whether `manifest.classes` are names; False: an imported model whose class names are unknown."""
     identity: str
     """sha256 that identifies the weights."""
+    about: dict[str, Any]
+    """Where the weights come from, for human readers: of a run, its name and step; else what the export says."""
     notes: tuple[str, ...] = ()
     """How a published file was read, for human readers."""
 
@@ -94,7 +96,8 @@ def open_model(source: str | Path, *, step: int | None = None, raw: bool = False
 def _of_run(run: RunFolder, step: int | None, raw: bool) -> Opened:
     learner, recipe, manifest, at = restored(run, raw=raw, step=step)
     content = (run.newest_checkpoint(at) / "manifest.json").read_bytes() + (b"raw" if raw else b"")
-    return Opened(learner, manifest, recipe, run.path, at, True, hashlib.sha256(content).hexdigest())
+    about = {"run": recipe.name, "step": at, "weights": "ema" if recipe.optim.ema and not raw else "raw"}
+    return Opened(learner, manifest, recipe, run.path, at, True, hashlib.sha256(content).hexdigest(), about)
 
 
 def _of_export(folder: Path, own_code: bool) -> Opened:
@@ -105,11 +108,12 @@ def _of_export(folder: Path, own_code: bool) -> Opened:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} does not hold an exported model: {error}") from None
     about = tree.get("about")
-    named = not (isinstance(about, dict) and "published" in about and about.get("unnamed", True))
+    about = about if isinstance(about, dict) else {}
+    named = not ("published" in about and about.get("unnamed", True))
     manifest = Manifest(name=folder.absolute().name[:60], classes=classes, shards=(), mean=mean, std=std)
     learner = Learner(build(ClassificationOptions(), model.config), model).eval()
     content = b"".join((folder / name).read_bytes() for name in (starting.CONFIG, starting.WEIGHTS))
-    return Opened(learner, manifest, None, folder, None, named, hashlib.sha256(content).hexdigest())
+    return Opened(learner, manifest, None, folder, None, named, hashlib.sha256(content).hexdigest(), about)
 
 
 def _of_published(file: Path) -> Opened:
@@ -117,7 +121,7 @@ def _of_published(file: Path) -> Opened:
     learner = Learner(build(ClassificationOptions(), model.config), model).eval()
     with file.open("rb") as content:
         identity = hashlib.file_digest(content, "sha256").hexdigest()
-    return Opened(learner, manifest, None, file, None, not about["unnamed"], identity, tuple(notes))
+    return Opened(learner, manifest, None, file, None, not about["unnamed"], identity, about, tuple(notes))
 
 
 def restored(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, Recipe, Manifest, int]:
@@ -135,17 +139,3 @@ def restored(run: RunFolder, *, raw: bool, step: int | None) -> tuple[Learner, R
                 for name, tensor in tensors.items():
                     tensor.copy_(reader.read(of, name, 0, tensor.numel()).view(tensor.shape))
     return learner, recipe, manifest, at
-
-
-def export_objective(run: RunFolder, file: Path, *, raw: bool, step: int | None) -> None:
-    """Write the parameters and buffers of an objective's own modules as safetensors, by their names in `modules`.
-    Arguments and errors are those of `restore`.
-
-    Raises:
-        CheckpointError: the objective has none.
-    """
-    learner, recipe, _, _ = restored(run, raw=raw, step=step)
-    tensors = {name: value.contiguous() for name, value in learner.added.state_dict().items()}
-    if not tensors:
-        raise CheckpointError(f"run {run.path}: objective {recipe.objective.kind} has no modules of its own to export")
-    files.save_tensors(file, tensors)

@@ -62,6 +62,8 @@ class Format(ABC):
 FORMATS = {
     "safetensors": "vimscale.export.formats.own:Own",
     "hustvl": "vimscale.export.formats.hustvl:Hustvl",
+    "arm": "vimscale.export.formats.hustvl:Arm",
+    "mambar": "vimscale.export.formats.hustvl:MambaR",
     "hf": "vimscale.export.formats.hf:HuggingFace",
     "timm": "vimscale.export.formats.timm:Timm",
     "onnx": "vimscale.export.formats.onnx:Onnx",
