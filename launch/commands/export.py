@@ -126,14 +126,17 @@ def import_published(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A published checkpoint of Vim, Mamba-R or ARM, pretrained too: .pth, .safetensors or an .index.json."
+            help="A published checkpoint of Vim, Mamba-R or ARM, pretrained too: .pth, .safetensors or an .index.json;"
+            " or the folder of an export in any format that keeps its weights, such as hf."
         ),
     ],
     model: Annotated[
         str | None,
         typer.Option(help="Name of a published model, or JSON of its arguments. Default: what the file says."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: the file's name.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: the file's name; NAME_imported of a folder.")
+    ] = None,
     ema: Annotated[bool, typer.Option(help="Take the moving average, if the file has one.")] = False,
     image_size: Annotated[
         int | None, typer.Option(help="Resize the position embedding for images of this size.")
@@ -143,9 +146,20 @@ def import_published(
     """Read published weights, write them as a model of this package, load that again, and compare what both compute."""
     from vimscale.export import parity, published, staging
     from vimscale.export.formats.base import Source
+    from vimscale.inference.opened import open_model
 
-    imported, manifest, about, notes = published.read(file, model, ema=ema, image_size=image_size)
-    target = output or file.with_suffix("")
+    target = output or (file.with_name(f"{file.name}_imported") if file.is_dir() else file.with_suffix(""))
+    if file.is_dir() and not (file / "model.pth").is_file():
+        if model is not None or ema or image_size is not None:
+            raise CheckpointError(f"{file} is an export: --model, --ema and --image-size are for published files")
+        opened = open_model(file)
+        if opened.recipe is not None:
+            raise CheckpointError(f"{file} is a run, which `vimscale export` writes; import is for others' weights")
+        imported, manifest, about = opened.model, opened.manifest, opened.about
+        notes = [*opened.notes]
+    else:
+        of = file / "model.pth" if file.is_dir() else file
+        imported, manifest, about, notes = published.read(of, model, ema=ema, image_size=image_size)
     staging.check(target)
     console = Console()
     for note in notes:

@@ -12,6 +12,7 @@ from vimscale.checkpoint.restore import restore
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import published, safetensors, starting
+from vimscale.export.formats import base
 from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model import VisionMamba
 from vimscale.objectives.base import Learner
@@ -74,15 +75,16 @@ def open_model(source: str | Path, *, step: int | None = None, raw: bool = False
         if step is not None and step != step_of(path.name):
             raise CheckpointError(f"{path} is the checkpoint of another step than --step {step}; leave one out")
         return _of_run(RunFolder(path.absolute().parent.parent), step_of(path.name), raw)
-    if (path / starting.CONFIG).is_file() and not (path / "recipe.yaml").is_file():
+    is_folder = path.is_dir() and not (path / "recipe.yaml").is_file()
+    file = path / "model.pth" if is_folder else path
+    name = base.written_in(path) if is_folder else None
+    if file.is_file() or name is not None or (is_folder and (path / starting.CONFIG).is_file()):
         if step is not None or raw:
-            raise CheckpointError(f"{path} is an export, which has one set of weights: --step and --raw are for runs")
-        return _of_export(path, own_code)
-    file = path / "model.pth" if path.is_dir() and not (path / "recipe.yaml").is_file() else path
-    if file.is_file():
-        if step is not None or raw:
-            raise CheckpointError(f"{path} is not a run, so it has one set of weights: leave out --step and --raw")
-        return _of_published(file)
+            what = "a file" if path.is_file() else "an export"
+            raise CheckpointError(f"{path} is {what}, which has one set of weights: --step and --raw are for runs")
+        if file.is_file():
+            return _of_published(file)
+        return _of_export(path, own_code) if name in (None, "safetensors") else _of_format(path, name)
     try:
         run = RunFolder.of(str(source))
     except CheckpointError as error:
@@ -109,11 +111,25 @@ def _of_export(folder: Path, own_code: bool) -> Opened:
         raise CheckpointError(f"{folder} does not hold an exported model: {error}") from None
     about = tree.get("about")
     about = about if isinstance(about, dict) else {}
-    named = not ("published" in about and about.get("unnamed", True))
     manifest = Manifest(name=folder.absolute().name[:60], classes=classes, shards=(), mean=mean, std=std)
     learner = Learner(build(ClassificationOptions(), model.config), model).eval()
     content = b"".join((folder / name).read_bytes() for name in (starting.CONFIG, starting.WEIGHTS))
-    return Opened(learner, manifest, None, folder, None, named, hashlib.sha256(content).hexdigest(), about)
+    return Opened(learner, manifest, None, folder, None, _named(about), hashlib.sha256(content).hexdigest(), about)
+
+
+def _of_format(folder: Path, name: str) -> Opened:
+    """Open an export in a format whose folder other programs open, too."""
+    read = base.of(name).read(folder)
+    learner = Learner(build(ClassificationOptions(), read.model.config), read.model).eval()
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
+        digest.update(file.read_bytes())
+    return Opened(learner, read.manifest, None, folder, None, _named(read.about), digest.hexdigest(), read.about)
+
+
+def _named(about: dict[str, Any]) -> bool:
+    """Whether an export's classes are names, and not the numbers of published weights."""
+    return not ("published" in about and about.get("unnamed", True))
 
 
 def _of_published(file: Path) -> Opened:

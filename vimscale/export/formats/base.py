@@ -13,6 +13,7 @@ from torch import Tensor
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, suggest
 from vimscale.model import VisionMamba
+from vimscale.storage import untrusted
 
 Outputs = dict[str, Tensor]
 """fp32 `features` (b, features), what the head reads, and `logits` (b, classes) if the model has a head."""
@@ -58,6 +59,18 @@ class Format(ABC):
     def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
         """Open what `write` wrote as its users do: a function of normalized images (b, 3, h, w)."""
 
+    def read(self, folder: Path) -> Source:
+        """Read back what `write` wrote as a model of ours, bit by bit. `vimscale import`, `vimscale.load` and all
+        commands that take a model open such folders.
+
+        Raises:
+            CheckpointError: the folder does not hold one, or the format is for other programs only.
+        """
+        raise CheckpointError(
+            f"{folder} is for other programs, and its weights cannot be read back; use the run, or its export --to"
+            " safetensors"
+        )
+
 
 FORMATS = {
     "safetensors": "vimscale.export.formats.own:Own",
@@ -70,6 +83,21 @@ FORMATS = {
     "torch": "vimscale.export.formats.torch_program:TorchProgram",
 }
 """What --to takes -> where its class is."""
+
+
+def written_in(folder: Path) -> str | None:
+    """Which format the export in a folder has, whoever wrote it; None: none that says so."""
+    for file, key in (("parity.json", "format"), ("config.json", "model_type")):
+        try:
+            tree = untrusted.loads(untrusted.read(folder / file))
+        except (OSError, ValueError):
+            continue
+        found = tree.get(key) if isinstance(tree, dict) else None
+        if key == "format" and found in FORMATS:
+            return found
+        if key == "model_type" and isinstance(found, str) and found.startswith("vimscale"):
+            return "hf"  # saved again by transformers
+    return None
 
 
 def of(name: str) -> Format:
