@@ -119,7 +119,7 @@ def _of_export(folder: Path, own_code: bool) -> Opened:
 
 def _of_format(folder: Path, name: str) -> Opened:
     """Open an export in a format whose folder other programs open, too."""
-    read = base.of(name).read(folder)
+    read = base.unchecked(name).read(folder)
     learner = Learner(build(ClassificationOptions(), read.model.config), read.model).eval()
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):

@@ -101,17 +101,27 @@ def written_in(folder: Path) -> str | None:
 
 
 def of(name: str) -> Format:
-    """The format `name`.
+    """The format `name`, to write.
 
     Raises:
         CheckpointError: there is none, or what it needs is not installed.
+    """
+    found = unchecked(name)
+    missing = [package for package in found.needs if find_spec(package) is None]
+    if missing:
+        pip = " ".join(dict.fromkeys(f"'{found.needs[package]}'" for package in missing))
+        raise CheckpointError(f"--to {name} needs {', '.join(missing)}, not installed here: pip install {pip}")
+    return found
+
+
+def unchecked(name: str) -> Format:
+    """The format `name`, to read, which needs no other package.
+
+    Raises:
+        CheckpointError: there is none.
     """
     if name not in FORMATS:
         raise CheckpointError(f"--to {name} is not a format{suggest(name, FORMATS)}")
     module, _, title = FORMATS[name].partition(":")
     found: type[Format] = getattr(import_module(module), title)
-    missing = [package for package, of in found.needs.items() if find_spec(package) is None]
-    if missing:
-        pip = " ".join(dict.fromkeys(f"'{found.needs[package]}'" for package in missing))
-        raise CheckpointError(f"--to {name} needs {', '.join(missing)}, not installed here: pip install {pip}")
     return found()
