@@ -136,7 +136,7 @@ def test_every_kind_of_layer_in_every_format(tmp_path: Path, to: str, kind: str)
     _source(tmp_path / "model", **KINDS[kind])
     command = ("export", tmp_path / "model", "--to", to)
     if not _fits(to, kind):
-        with pytest.raises(CheckpointError, match=r"code cannot express this model\n  [^\n]+"):
+        with pytest.raises(CheckpointError, match=r"code cannot express"):
             _said(*command)
         assert not (tmp_path / f"model_{to}").exists()
         return
