@@ -74,6 +74,9 @@ def export(
     any_size: Annotated[
         bool, typer.Option("--any-size", help="Let the exported program take images of other sizes, if it can.")
     ] = False,
+    aoti: Annotated[
+        bool, typer.Option("--aoti", help="With --to torch: also compile the program for this CPU, by AOTInductor.")
+    ] = False,
     data: ImagesOption = None,
     own_code: OwnCodeOption = False,
 ) -> None:
@@ -87,6 +90,10 @@ def export(
         raise CheckpointError("--directions adds scans and --prune-directions removes some; give one of them")
     if teacher and prune_directions is not None:
         raise CheckpointError("--prune-directions removes paths of the student; leave out --teacher")
+    if aoti and to != "torch":
+        raise CheckpointError(
+            f"--aoti compiles a program of --to torch; leave it out, or give that instead of --to {to}"
+        )
     to_format = base.of(to)
     opened = open_model(model, step=step, raw=raw, own_code=own_code)
     target = output or _default_target(opened, to, expanded=directions is not None)
@@ -108,7 +115,7 @@ def export(
         network = parity.without_head(network)
     classes = () if parity.headless(network) else opened.manifest.classes
     about = opened.about | ({"weights": "teacher"} if teacher else {})
-    source = base.Source(network, replace(opened.manifest, classes=classes), about, half is not None, any_size)
+    source = base.Source(network, replace(opened.manifest, classes=classes), about, half is not None, any_size, aoti)
     to_format.check(source)
 
     def extra(folder: Path) -> None:

@@ -257,6 +257,16 @@ def test_an_export_that_differs_fails_and_deletes_nothing(tmp_path: Path) -> Non
         assert json.loads((tmp_path / "out_failed/parity.json").read_text())["passed"] is False
 
 
+def test_every_program_in_a_folder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _source(tmp_path / "model")
+    monkeypatch.setattr(Own, "others", lambda self, folder: {"a.bin": Broken().reopen(folder)})
+    with pytest.raises(RunFailed, match="does not compute the same"):
+        _said("export", tmp_path / "model", "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out/parity.json").read_text())
+    assert report["outputs"]["logits"]["absolute"] == 0
+    assert report["others"]["a.bin"]["outputs"]["logits"]["relative"] == pytest.approx(0.5)
+
+
 def test_a_diverged_model_is_not_written(tmp_path: Path) -> None:
     model = _model()
     model.norm.weight.data[0] = torch.nan
@@ -292,6 +302,8 @@ def test_unknown_formats_and_missing_packages(tmp_path: Path, monkeypatch: pytes
     _source(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"--to onxn is not a format; did you mean onnx\?"):
         _said("export", tmp_path / "model", "--to", "onxn")
+    with pytest.raises(CheckpointError, match="--aoti compiles a program of --to torch"):
+        _said("export", tmp_path / "model", "--aoti")
     monkeypatch.setattr(Own, "needs", {"nowhere": "nowhere>=2", "torch": "torch"})
     with pytest.raises(CheckpointError, match="needs nowhere, not installed here: pip install 'nowhere>=2'"):
         _said("export", tmp_path / "model")

@@ -6,6 +6,7 @@ Axes: b images; images are (b, 3, h, w), normalized, and fp32 like all outputs.
 import importlib.metadata
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,6 +72,8 @@ class Report:
     folder: Path
     """Where the export is."""
     comparison: Comparison
+    others: dict[str, Comparison]
+    """Of further programs in the folder, by the names of their files."""
     tolerance: float
     """Largest relative difference that is allowed."""
     half: Comparison | None
@@ -81,7 +84,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return all(found.relative <= self.tolerance for found in self.comparison.outputs.values())
+        all_of_them = [self.comparison, *self.others.values()]
+        return all(found.relative <= self.tolerance for each in all_of_them for found in each.outputs.values())
 
     def lines(self) -> list[str]:
         """For people."""
@@ -92,6 +96,7 @@ class Report:
             lines = [f"loaded again, it gives the same {' and '.join(found.outputs)} for {images}"]
         else:
             lines = [f"loaded again, it differs for {images}: {_text(found)}; allowed: {self.tolerance:.0e}"]
+        lines += [f"{file} differs: {_text(other)}" for file, other in self.others.items()]
         if self.half is not None:
             lines.append(f"the weights of products are in bf16, which itself changes: {_text(self.half)}")
         return [*lines, *filter(None, [self.probe.note])]
@@ -146,9 +151,10 @@ def written(
         to.write(made.folder, source)
         extra(made.folder)
         found = compared(expected, outputs(to.reopen(made.folder), probe.images))
+        others = {file: compared(expected, outputs(run, probe.images)) for file, run in to.others(made.folder).items()}
         names = staging.contents(made.folder)
         size = sum((made.folder / each).stat().st_size for each in names)
-        report = Report(target, found, to.tolerance, rounding, probe, names, size)
+        report = Report(target, found, others, to.tolerance, rounding, probe, names, size)
         if not report.passed and target.is_dir() and any(target.iterdir()):
             made.target = made.target.with_name(f"{made.target.name}_failed")
             report = replace(report, folder=target.with_name(made.target.name))
@@ -157,7 +163,7 @@ def written(
 
 
 def _tree(name: str, to: Format, report: Report) -> dict[str, Any]:
-    packages = ["torch", *to.needs]
+    packages = [re.split(r"[^\w.-]", pip)[0] for pip in ("torch", *to.needs.values())]
     versions = {package: importlib.metadata.version(package) for package in packages}
     real = report.comparison.images - NOISE
     return {
@@ -165,6 +171,7 @@ def _tree(name: str, to: Format, report: Report) -> dict[str, Any]:
         "passed": report.passed,
         "tolerance": report.tolerance,
         **_comparison_tree(report.comparison),
+        "others": {file: _comparison_tree(other) for file, other in report.others.items()},
         "images": {"noise": NOISE, "real": real, "set": report.probe.set},
         "bf16": None if report.half is None else _comparison_tree(report.half),
         "note": report.probe.note,

@@ -34,6 +34,8 @@ class Source:
     has rounded them. All others stay fp32, and the format computes in fp32."""
     any_size: bool = False
     """Let the exported program take images of any size whose sides patches fill, if the format can."""
+    aoti: bool = False
+    """Also compile the program for this CPU, if the format can."""
 
 
 class Format(ABC):
@@ -58,6 +60,10 @@ class Format(ABC):
     @abstractmethod
     def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
         """Open what `write` wrote as its users do: a function of normalized images (b, 3, h, w)."""
+
+    def others(self, folder: Path) -> dict[str, Callable[[Tensor], Outputs]]:
+        """Open the further programs in the folder, which compute the same as that of `reopen`, by their files."""
+        return {}
 
     def read(self, folder: Path) -> Source:
         """Read back what `write` wrote as a model of ours, bit by bit. `vimscale import`, `vimscale.load` and all
