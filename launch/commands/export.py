@@ -149,6 +149,7 @@ def import_published(
         int | None, typer.Option(help="Resize the position embedding for images of this size.")
     ] = None,
     data: ImagesOption = None,
+    own_code: OwnCodeOption = False,
 ) -> None:
     """Read published weights, write them as a model of this package, load that again, and compare what both compute."""
     from vimscale.export import parity, published, staging
@@ -159,7 +160,7 @@ def import_published(
     if file.is_dir() and not (file / "model.pth").is_file():
         if model is not None or ema or image_size is not None:
             raise CheckpointError(f"{file} is an export: --model, --ema and --image-size are for published files")
-        opened = open_model(file)
+        opened = open_model(file, own_code=own_code)
         if opened.recipe is not None:
             raise CheckpointError(f"{file} is a run, which `vimscale export` writes; import is for others' weights")
         imported, manifest, about = opened.model, opened.manifest, opened.about

@@ -55,7 +55,15 @@ class Opened:
         return Preprocessing(self.model.config.size, self.manifest.mean, self.manifest.std)
 
 
-def open_model(source: str | Path, *, step: int | None = None, raw: bool = False, own_code: bool = False) -> Opened:
+def open_model(
+    source: str | Path,
+    *,
+    step: int | None = None,
+    raw: bool = False,
+    own_code: bool = False,
+    published_as: str | None = None,
+    ema: bool = False,
+) -> Opened:
     """Open a run (its name under runs/, or its folder), a checkpoint's folder, the folder of an export or of an
     imported model, or a file of published weights.
 
@@ -64,9 +72,11 @@ def open_model(source: str | Path, *, step: int | None = None, raw: bool = False
         raw: take the weights themselves where there is a moving average.
         own_code: import the Python files of an export that define a user's own kinds of layers. They run with your
             rights. Those of a run are always imported.
+        published_as: of a published file, the name of its model, or JSON of its arguments; default: what it says.
+        ema: of a published file, take the moving average, if it has one.
 
     Raises:
-        CheckpointError: there is no such model, or `step` or `raw` is given for one that is not a run's.
+        CheckpointError: there is no such model, or an argument is given for one of another sort.
     """
     path = Path(source)
     if path.name == starting.WEIGHTS and path.with_name(starting.CONFIG).is_file():
@@ -78,12 +88,14 @@ def open_model(source: str | Path, *, step: int | None = None, raw: bool = False
     is_folder = path.is_dir() and not (path / "recipe.yaml").is_file()
     file = path / "model.pth" if is_folder else path
     name = base.written_in(path) if is_folder else None
+    if (published_as is not None or ema) and not file.is_file():
+        raise CheckpointError(f"{path} is not a published file, and --model and --ema are for those")
     if file.is_file() or name is not None or (is_folder and (path / starting.CONFIG).is_file()):
         if step is not None or raw:
             what = "a file" if path.is_file() else "an export"
             raise CheckpointError(f"{path} is {what}, which has one set of weights: --step and --raw are for runs")
         if file.is_file():
-            return _of_published(file)
+            return _of_published(file, published_as, ema)
         return _of_export(path, own_code) if name in (None, "safetensors") else _of_format(path, name)
     try:
         run = RunFolder.of(str(source))
@@ -132,8 +144,8 @@ def _named(about: dict[str, Any]) -> bool:
     return not ("published" in about and about.get("unnamed", True))
 
 
-def _of_published(file: Path) -> Opened:
-    model, manifest, about, notes = published.read(file)
+def _of_published(file: Path, model_name: str | None, ema: bool) -> Opened:
+    model, manifest, about, notes = published.read(file, model_name, ema=ema)
     learner = Learner(build(ClassificationOptions(), model.config), model).eval()
     with file.open("rb") as content:
         identity = hashlib.file_digest(content, "sha256").hexdigest()
