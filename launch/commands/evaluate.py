@@ -102,6 +102,11 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
     own_code: OwnCodeOption = False,
+    published_as: Annotated[
+        str | None,
+        typer.Option("--model", help="Of a published file: the name of its model, or JSON of its arguments."),
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Of a published file: its moving average.")] = False,
 ) -> None:
     """Evaluate a trained model on a data set. Their classes are matched by name."""
     from vimscale.evaluation.matching import NoMatch
@@ -116,7 +121,8 @@ def evaluate(
     if to is not None:
         display.check_folder(to)
     changes = _changes(model, overrides or [], data)
-    opened = open_model(model, step=step, raw=raw, own_code=own_code)
+    how: dict[str, Any] = {"raw": raw, "own_code": own_code, "published_as": published_as, "ema": ema}
+    opened = open_model(model, step=step, **how)
     kept = features if features is not None or opened.recipe is None else opened.source / "features"
     probes = Probes(
         knn=knn,
@@ -150,7 +156,7 @@ def evaluate(
         for note in notes:
             print_line(console, note)
         if workers > 1:
-            work = partial(jobs.opened_and_run, job, model, step=opened.step, raw=raw, own_code=own_code)
+            work = partial(jobs.opened_and_run, job, model, step=opened.step, **how)
             row, tally = plain_ranks.run(work, workers)
         else:
             tally = Tally()

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,7 +16,9 @@ from vimscale.checkpoint.load import TrainState
 from vimscale.checkpoint.save import write_state
 from vimscale.data.dataset import Dataset
 from vimscale.data.training_set import TrainingSet
-from vimscale.errors import DataError, RecipeError
+from vimscale.errors import CheckpointError, DataError, RecipeError
+from vimscale.export import starting
+from vimscale.export.formats import base
 from vimscale.launch.commands.app import app
 from vimscale.launch.supervise.progress import figures
 from vimscale.model import VimConfig, VisionMamba
@@ -76,12 +79,44 @@ def test_a_run_exports_the_same_without_its_data(site: Path, to: str) -> None:
     _train(site)
     _said("export", "small", "--to", to, "--output", "here")
     (site.parent / "data").rename(site.parent / "elsewhere")
-    assert "the same logits on 8 images" in _said("export", "small", "--to", to, "--output", "there")
+    assert "the same logits and features for 8 images" in _said("export", "small", "--to", to, "--output", "there")
     for name in ("config.json", "model.safetensors" if to == "safetensors" else "model.pth"):
         assert (site / "there" / name).read_bytes() == (site / "here" / name).read_bytes()
     if to == "safetensors":
         config = json.loads((site / "there/config.json").read_text())
         assert (config["classes"], config["mean"]) == (list(NAMES), [0.1, 0.2, 0.3])
+
+
+HELD = [pytest.param(to, marks=pytest.mark.slow) for to in base.FORMATS if to not in ("safetensors", "arm", "mambar")]
+
+
+@pytest.mark.parametrize("to", ["safetensors", *HELD])
+def test_a_run_and_its_exports_are_used_without_the_training_set(site: Path, to: str) -> None:
+    try:
+        base.of(to)
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    _train(site)
+    _said("export", "small", "--to", to)
+    (site.parent / "data/val").rename(site.parent / "val")
+    shutil.rmtree(site.parent / "data")
+    said = _said("export", "small", "--to", to)
+    assert "compared with noise only, because data ../data/val: " in said
+    export = f"runs/small/export{'' if to == 'safetensors' else f'_{to}'}"
+    if to != "safetensors" and type(base.of(to)).read is base.Format.read and to != "hustvl":
+        with pytest.raises(CheckpointError, match="is for other programs"):
+            _said("evaluate", export, "--data", "../val")
+        return
+    PIL.Image.new("RGB", (32, 32), "gray").save("gray.png")
+    found = []
+    for model in ("small", export):
+        said = _said("evaluate", model, "--data", "../val")
+        _said("features", model, "--data", "../val", "--to", f"{model.replace('/', '_')}.npy")
+        found.append((said.partition(": ")[2], _said("predict", model, "gray.png"), model.replace("/", "_")))
+    (first, second) = found
+    assert first[:2] == second[:2]
+    assert any(name in first[1] for name in NAMES)
+    assert Path(f"{first[2]}.npy").read_bytes() == Path(f"{second[2]}.npy").read_bytes()
 
 
 def test_an_evaluation_needs_only_the_validation_set_wherever_it_is(site: Path) -> None:
@@ -107,8 +142,18 @@ def test_a_checkpoint_without_training_set_reads_the_data(site: Path) -> None:
     _said("export", "small")
     assert json.loads((site / "runs/small/export/config.json").read_text())["classes"] == list(NAMES)
     (site.parent / "data").rename(site.parent / "elsewhere")
-    with pytest.raises(DataError, match=r"\.\./data/train is not there"):
+    early = r"of an early version, .*(?s:.)*\.\./data/train is not there.*\n  put the set there, or change data\.train"
+    with pytest.raises(DataError, match=early):
         _said("export", "small")
+    with pytest.raises(CheckpointError, match=early):
+        starting.read(site / "runs/small")
+
+
+def test_a_run_starts_another_one_without_its_data(site: Path) -> None:
+    _train(site)
+    shutil.rmtree(site.parent / "data")
+    source = starting.read(site / "runs/small")
+    assert (source.classes, source.mean) == (NAMES, (0.1, 0.2, 0.3))
 
 
 @pytest.mark.parametrize(("classes", "reported"), [(4, False), (5, False), (6, True)])

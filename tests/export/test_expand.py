@@ -241,7 +241,7 @@ def test_pretraining_checkpoints_of_arm_become_encoders(tmp_path: Path) -> None:
 def test_the_command_line_imports_expands_and_starts_from_them(shell: Shell) -> None:
     _file(shell.folder / "checkpoint-1599.pth", _pretrained())
     told = shell.run("import", "checkpoint-1599.pth")
-    assert "it gives the same features on 8 images" in told
+    assert "it gives the same features for 8 images" in told
     told = shell.run("export", "checkpoint-1599", "--directions", "cross*5")
     assert "fwd*5 to cross*5; the new scans of every layer start as copies" in told
     model = safetensors.load(shell.folder / "checkpoint-1599_expanded")

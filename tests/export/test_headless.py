@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vimscale
+from tests.support.models import computes_the_same
 from vimscale.data.shards.manifest import Manifest
-from vimscale.errors import CheckpointError
 from vimscale.export import published, safetensors, starting
 from vimscale.model import VimConfig, VisionMamba
 
@@ -28,15 +28,11 @@ def _model(config: VimConfig) -> VisionMamba:
 def test_an_export_gives_the_same_features(tmp_path: Path, manifest: Manifest) -> None:
     model = _model(BARE)
     safetensors.write(tmp_path / "out", model, manifest, {})
-    assert safetensors.largest_difference(tmp_path / "out", model) == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["classes"] == []
     loaded, preprocessing = vimscale.load(tmp_path / "out")
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images, features=True), model(images, features=True))
     assert preprocessing.mean == DATA.mean
-    model.norm.weight.data[0] = torch.nan
-    with pytest.raises(CheckpointError, match="values that are not finite"):
-        safetensors.largest_difference(tmp_path / "out", model)
 
 
 def test_a_classifier_starts_from_an_encoder_without_a_head(tmp_path: Path) -> None:
@@ -67,8 +63,8 @@ def test_the_published_code_gets_no_classes(tmp_path: Path) -> None:
     published.write(tmp_path / "out", model, DATA)
     assert json.loads((tmp_path / "out/config.json").read_text())["num_classes"] == 0
     assert json.loads((tmp_path / "out/preprocessing.json").read_text())["classes"] == []
-    assert published.largest_difference(tmp_path / "out", model) == 0
     manifest, _, _ = published.manifest_for(tmp_path / "out/model.pth", 0)
     imported = published.load(tmp_path / "out")
+    assert computes_the_same(imported, model)
     safetensors.write(tmp_path / "again", imported, manifest, {})
-    assert safetensors.largest_difference(tmp_path / "again", imported) == 0
+    assert computes_the_same(safetensors.load(tmp_path / "again"), imported)

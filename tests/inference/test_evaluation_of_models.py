@@ -141,9 +141,16 @@ def test_a_published_file_is_evaluated_as_by_the_published_code(case: str, tmp_p
     report = _reported(str(tmp_path / "vim"), "--data", data)
     _check(report, lambda images: published.forward(state, complete(given), images), 32, photos)
     assert any("matched by position, class 0 to class 0, class 9 to class 9" in note for note in report["notes"])
+    named = ("--model", str(tmp_path / "arguments.json"))
+    direct = _reported(str(file), "--data", data, *named)
+    assert direct["figures"] == report["figures"]
     if case == "v2_midcls_div2":  # keys and shapes do not show a stride
-        direct = _reported(str(file), "--data", data)
-        assert direct["figures"] == report["figures"]
+        assert _reported(str(file), "--data", data)["figures"] == report["figures"]
+    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.save({"model": zeros, "model_ema": state}, file)
+    assert _reported(str(file), "--data", data, *named)["figures"]["loss"] == pytest.approx(np.log(10))
+    assert _reported(str(file), "--data", data, *named, "--ema")["figures"] == report["figures"]
+    assert "--model and --ema are for those" in _refused("evaluate", str(tmp_path / "vim"), "--ema", "--data", data)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Rebuild the model of a checkpoint, with the manifest of the set that it was trained on."""
 
-from vimscale.checkpoint.load import TrainState, consolidated, read_train_state
+from vimscale.checkpoint.load import consolidated, read_train_state
 from vimscale.data.shards.manifest import Manifest
 from vimscale.data.training_set import TrainingSet
 from vimscale.model import VisionMamba
@@ -26,22 +26,9 @@ def restore(run: RunFolder, *, raw: bool, step: int | None) -> tuple[VisionMamba
     recipe = run.recipe()
     folder = run.newest_checkpoint(step)
     train_state = read_train_state(folder)
-    manifest = trained_on(train_state, recipe)
+    manifest = TrainingSet.recorded(train_state.training_set, recipe)
     model = VisionMamba(recipe.shape(len(manifest.classes)))
     model.backward = model.config.backward_at(train_state.step)
     weights = consolidated(folder, "ema" if train_state.ema and not raw else "weight")
     model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(OF_OBJECTIVE)})
     return model.eval(), recipe, manifest, train_state.step
-
-
-def trained_on(train_state: TrainState, recipe: Recipe) -> Manifest:
-    """Name, classes, mean and standard deviation of the training set, as the checkpoint records them.
-
-    Raises:
-        DataError: an old checkpoint does not record them, and the training set cannot be read.
-    """
-    about = train_state.training_set
-    if not about:
-        return TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
-    classes, mean, std = (tuple(about[key]) for key in ("classes", "mean", "std"))
-    return Manifest(name=about["name"], classes=classes, shards=(), mean=mean, std=std)

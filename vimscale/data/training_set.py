@@ -77,6 +77,26 @@ class TrainingSet:
                 )
         return cls(datasets)
 
+    @staticmethod
+    def recorded(about: dict[str, Any], recipe: Recipe) -> Manifest:
+        """Return name, classes, mean and std of the set that a checkpoint was trained on, without the set. `about`:
+        what it keeps of `TrainingSet.about`; checkpoints of early versions keep nothing, and need the set.
+
+        Raises:
+            DataError: such a checkpoint's training set cannot be read.
+        """
+        if not about:
+            try:
+                return TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
+            except DataError as error:
+                raise DataError(
+                    "the checkpoint is of an early version, which did not keep its classes, mean and std, so they are"
+                    f" read from its training set, and {error}\n  put the set there, or change data.train in the run's"
+                    " recipe.yaml"
+                ) from None
+        classes, mean, std = (tuple(about[key]) for key in ("classes", "mean", "std"))
+        return Manifest(name=about["name"], classes=classes, shards=(), mean=mean, std=std)
+
     @property
     def manifest(self) -> Manifest:
         """The first data set's manifest: its classes, which are everyone's if the objective learns them, and the mean

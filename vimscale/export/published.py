@@ -15,7 +15,7 @@ from torch import Tensor
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, brief
 from vimscale.export import starting, unwrap
-from vimscale.export.safetensors import difference, preprocessing
+from vimscale.export.safetensors import preprocessing, stored
 from vimscale.model import VisionMamba
 from vimscale.model.published.arguments import DEFAULTS, PUBLISHED, complete, family
 from vimscale.model.published.weights import from_published, guess, named, published_config, to_published
@@ -28,14 +28,14 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _ARGUMENTS, _PREPROCESSING = "config.json", "preprocessing.json"
 
 
-def write(folder: Path, model: VisionMamba, manifest: Manifest) -> None:
-    """Write `model`, trained on the set of `manifest`, to `folder`.
+def write(folder: Path, model: VisionMamba, manifest: Manifest, *, half: bool = False) -> None:
+    """Write `model`, trained on the set of `manifest`, to `folder`. `half`: see `safetensors.stored`.
 
     Raises:
         CheckpointError: the published code cannot express the model.
         OSError: names the file; what was there before stays.
     """
-    arguments, state = published_config(model), to_published(model)
+    arguments, state = published_config(model), to_published(model, stored(model, half=half))
     about = preprocessing(manifest) | ({} if model.config.num_classes else {"classes": []})
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
@@ -202,8 +202,3 @@ _FROM_ARGS = {
     "global_pool": "global_pool",
 }
 """Options of the published training command -> constructor arguments."""
-
-
-def largest_difference(folder: Path, model: VisionMamba) -> float:
-    """Load what `write` wrote; returns the largest difference of its logits from those of `model`."""
-    return difference(load(folder), model)

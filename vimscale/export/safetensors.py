@@ -29,15 +29,14 @@ from vimscale.storage import files, own_code
 _SHOWN, _NAME, _LONGEST = 5, 60, 1000
 
 
-def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str, Any]) -> None:
-    """Write `model` to `folder`. `about`: where the weights come from, for human readers.
+def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str, Any], *, half: bool = False) -> None:
+    """Write `model` to `folder`. `about`: where the weights come from, for human readers. `half`: see `stored`.
 
     Raises:
         OSError: names the file; what was there before stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    files.save_tensors(folder / "model.safetensors", tensors)
+    files.save_tensors(folder / "model.safetensors", stored(model, half=half))
     for own in model.config.kinds:
         own_code.copy(own.kind, folder)
     shape = model.config.with_own_classes(own_code.without_folder)
@@ -48,6 +47,15 @@ def write(folder: Path, model: VisionMamba, manifest: Manifest, about: dict[str,
     if isinstance(model, PublishedVim):
         config["published"] = model.arguments
     files.write(folder / "config.json", json.dumps(config, indent=1) + "\n")
+
+
+def stored(model: VisionMamba, *, half: bool) -> dict[str, Tensor]:
+    """The model's tensors as a file holds them. `half`: those of `product_weights` in bf16."""
+    products = model.product_weights() if half else set()
+    return {
+        name: (value.bfloat16() if name in products else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
 
 
 def preprocessing(manifest: Manifest) -> dict[str, Any]:
@@ -91,20 +99,6 @@ def load(folder: Path, *, run_own_code: bool = False) -> VisionMamba:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not hold an exported model: {str(error)[:_LONGEST]}") from None
     return model.eval()
-
-
-def load_all(folder: Path) -> tuple[VisionMamba, Manifest, dict[str, Any]]:
-    """The model that `write` wrote, as `load` with the folder's own code, and the `manifest` and `about` that it got.
-
-    Raises:
-        CheckpointError: the folder does not hold one that a recipe could train.
-    """
-    source = starting.read(folder)
-    tree = starting.read_config(folder)
-    classes, mean, std = starting.preprocessing_of(tree)
-    manifest = Manifest(name=folder.name[:60], classes=classes, shards=(), mean=mean, std=std)
-    assert not source.is_run
-    return load(folder, run_own_code=True), manifest, starting.object_of(tree, "about")
 
 
 def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -218,27 +212,3 @@ def _renormalised(state: dict[str, Tensor], source: starting.Source, manifest: M
     shift = (weight.double() * ((mean - old_mean) / old_std)).sum(dim=(1, 2, 3))
     scaled = weight.double() * (std / old_std)
     return {"patch_embed.weight": scaled.to(weight.dtype), "patch_embed.bias": (bias + shift).to(bias.dtype)}
-
-
-def largest_difference(folder: Path, model: VisionMamba) -> float:
-    """Load what `write` wrote; returns the largest difference of its outputs from those of `model`."""
-    return difference(load(folder, run_own_code=True), model)
-
-
-def difference(one: VisionMamba, other: VisionMamba) -> float:
-    """The largest difference between the logits of two models on eight images, with the same random numbers; or
-    between what their heads would read, if they have none.
-
-    Raises:
-        CheckpointError: they are not finite.
-    """
-    channels = one.arguments["channels"] if isinstance(one, PublishedVim) else 3
-    outputs = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for model in (one, other):
-            torch.manual_seed(0)
-            images = torch.randn(8, channels, *model.config.size)
-            outputs.append(model(images, features=model.head is None))
-    if not all(bool(one.isfinite().all()) for one in outputs):
-        raise CheckpointError("the model gives values that are not finite for images of noise: its run diverged")
-    return float((outputs[0] - outputs[1]).abs().max())

@@ -395,15 +395,16 @@ def _of_run(folder: Path) -> Source:
     recipe = run.recipe()
     if not checkpoints(run.checkpoints):
         raise CheckpointError(f"model.weights {folder} is a run without a checkpoint; launch that one first")
+    newest = checkpoints(run.checkpoints)[0]
     try:
-        manifest = TrainingSet.open(recipe.data, labels=recipe.objective.classifies).manifest
+        about = json.loads((newest / "trainer.json").read_bytes()).get("training_set", {})
+        manifest = TrainingSet.recorded(about, recipe)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CheckpointError(f"model.weights {newest}: trainer.json is damaged") from None
     except UserError as error:
-        raise CheckpointError(
-            f"model.weights {folder} is a run whose training set, which has its class names, is not available:"
-            f" {_short(error)}; export the run on a machine that has it, and give that folder"
-        ) from None
+        raise CheckpointError(f"model.weights {folder}: {error}") from None
     config = recipe.shape(len(manifest.classes))
-    backward = config.backward_at(step_of(checkpoints(run.checkpoints)[0].name))
+    backward = config.backward_at(step_of(newest.name))
     classes = manifest.classes if config.num_classes else ()
     return Source(folder, config, classes, manifest.mean, manifest.std, backward)
 

@@ -148,9 +148,11 @@ def opened_and_run(
     step: int | None = None,
     raw: bool = False,
     own_code: bool = False,
+    published_as: str | None = None,
+    ema: bool = False,
 ) -> tuple[dict[str, float], Tally]:
     """Open a model, and return what `run` does and fills. Errors and the other arguments are those of `open_model`."""
-    opened = open_model(source, step=step, raw=raw, own_code=own_code)
+    opened = open_model(source, step=step, raw=raw, own_code=own_code, published_as=published_as, ema=ema)
     tally = Tally()
     known: dict[str, Any] = {"named": opened.named, "identity": opened.identity, "tally": tally}
     return run(job, opened.learner, opened.manifest, device, rank, world, **known), tally

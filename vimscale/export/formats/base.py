@@ -13,6 +13,7 @@ from torch import Tensor
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, suggest
 from vimscale.model import VisionMamba
+from vimscale.storage import untrusted
 
 Outputs = dict[str, Tensor]
 """fp32 `features` (b, features), what the head reads, and `logits` (b, classes) if the model has a head."""
@@ -60,10 +61,28 @@ class Format(ABC):
     def reopen(self, folder: Path) -> Callable[[Tensor], Outputs]:
         """Open what `write` wrote as its users do: a function of normalized images (b, 3, h, w)."""
 
+    def others(self, folder: Path) -> dict[str, Callable[[Tensor], Outputs]]:
+        """Open the further programs in the folder, which compute the same as that of `reopen`, by their files."""
+        return {}
+
+    def read(self, folder: Path) -> Source:
+        """Read back what `write` wrote as a model of ours, bit by bit. `vimscale import`, `vimscale.load` and all
+        commands that take a model open such folders.
+
+        Raises:
+            CheckpointError: the folder does not hold one, or the format is for other programs only.
+        """
+        raise CheckpointError(
+            f"{folder} is for other programs, and its weights cannot be read back; use the run, or its export --to"
+            " safetensors"
+        )
+
 
 FORMATS = {
     "safetensors": "vimscale.export.formats.own:Own",
     "hustvl": "vimscale.export.formats.hustvl:Hustvl",
+    "arm": "vimscale.export.formats.hustvl:Arm",
+    "mambar": "vimscale.export.formats.hustvl:MambaR",
     "hf": "vimscale.export.formats.hf:HuggingFace",
     "timm": "vimscale.export.formats.timm:Timm",
     "onnx": "vimscale.export.formats.onnx:Onnx",
@@ -72,18 +91,43 @@ FORMATS = {
 """What --to takes -> where its class is."""
 
 
+def written_in(folder: Path) -> str | None:
+    """Which format the export in a folder has, whoever wrote it; None: none that says so."""
+    for file, key in (("parity.json", "format"), ("config.json", "model_type")):
+        try:
+            tree = untrusted.loads(untrusted.read(folder / file))
+        except (OSError, ValueError):
+            continue
+        found = tree.get(key) if isinstance(tree, dict) else None
+        if key == "format" and found in FORMATS:
+            return found
+        if key == "model_type" and isinstance(found, str) and found.startswith("vimscale"):
+            return "hf"  # saved again by transformers
+    return None
+
+
 def of(name: str) -> Format:
-    """The format `name`.
+    """The format `name`, to write.
 
     Raises:
         CheckpointError: there is none, or what it needs is not installed.
+    """
+    found = unchecked(name)
+    missing = [package for package in found.needs if find_spec(package) is None]
+    if missing:
+        pip = " ".join(dict.fromkeys(f"'{found.needs[package]}'" for package in missing))
+        raise CheckpointError(f"--to {name} needs {', '.join(missing)}, not installed here: pip install {pip}")
+    return found
+
+
+def unchecked(name: str) -> Format:
+    """The format `name`, to read, which needs no other package.
+
+    Raises:
+        CheckpointError: there is none.
     """
     if name not in FORMATS:
         raise CheckpointError(f"--to {name} is not a format{suggest(name, FORMATS)}")
     module, _, title = FORMATS[name].partition(":")
     found: type[Format] = getattr(import_module(module), title)
-    missing = [package for package, of in found.needs.items() if find_spec(package) is None]
-    if missing:
-        pip = " ".join(dict.fromkeys(f"'{found.needs[package]}'" for package in missing))
-        raise CheckpointError(f"--to {name} needs {', '.join(missing)}, not installed here: pip install {pip}")
     return found()

@@ -14,6 +14,8 @@ from vimscale.model.presets import ClassToken, Pool, VimConfig
 
 Family = Literal["vim", "mambar", "arm"]
 Arguments = dict[str, Any]
+FORMATS: dict[Family, str] = {"vim": "hustvl", "mambar": "mambar", "arm": "arm"}
+"""What `vimscale export --to` calls the layout of each family."""
 
 _COMMON: Arguments = {
     "img_size": 224,
@@ -401,23 +403,26 @@ def grid(arguments: Arguments) -> tuple[int, int]:
 # ---- from a VimConfig back to arguments
 
 
-def arguments_of(config: VimConfig) -> Arguments:
-    """Return the published constructor's arguments for a model of ours.
+def arguments_of(config: VimConfig, of: Family | None = None) -> Arguments:
+    """Return the published constructor's arguments for a model of ours. `of`: the family; default: whichever it is.
 
     Raises:
-        CheckpointError: no published constructor makes such a model; the message says why.
+        CheckpointError: no published constructor, or none of that family, makes such a model; the message says why.
     """
     kinds = {layer.kind for layer in config.layers}
     kind: Family = "vim"
-    if config.pooling == "registers":
+    if of is not None:
+        kind = of
+    elif config.pooling == "registers":
         kind = "mambar"
     elif kinds == {"cross"} or config.mlp != "none":
         kind = "arm"
     if obstacles := _obstacles(config, kind):
+        fix = next((name for other, name in FORMATS.items() if not _obstacles(config, other)), "safetensors")
         raise CheckpointError(
             f"the published {kind} code cannot express this model\n"
             + "\n".join(f"  {obstacle}" for obstacle in obstacles)
-            + "\n  export it as safetensors instead"
+            + f"\n  export it --to {fix} instead"
         )
     arguments: Arguments = {
         "img_size": config.image_size,

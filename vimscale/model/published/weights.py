@@ -16,7 +16,16 @@ from vimscale.errors import CheckpointError
 from vimscale.model.layout import layout
 from vimscale.model.mixer import Mamba
 from vimscale.model.presets import VimConfig
-from vimscale.model.published.arguments import PUBLISHED, Arguments, arguments_of, complete, config_of, family
+from vimscale.model.published.arguments import (
+    FORMATS,
+    PUBLISHED,
+    Arguments,
+    Family,
+    arguments_of,
+    complete,
+    config_of,
+    family,
+)
 from vimscale.model.published.quirks import PublishedVim, build
 from vimscale.model.tokens import resized
 from vimscale.model.vim import VisionMamba
@@ -70,30 +79,33 @@ def _by_name(name: str) -> Arguments:
     return PUBLISHED[name]
 
 
-def to_published(model: VisionMamba) -> dict[str, Tensor]:
-    """Copy the model's state dict to the names and shapes that the published code loads strictly.
+def to_published(model: VisionMamba, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copy the model's state dict to the names and shapes that the published code loads strictly. `own`: other tensors
+    of the same names and shapes.
 
     Raises:
         CheckpointError: no published code expresses this model.
     """
-    own = model.state_dict()
+    own = model.state_dict() if own is None else own
     return {slot.key: slot.read(own).clone() for slot in _slots(model)}
 
 
-def published_config(model: VisionMamba) -> Arguments:
-    """Return all the published constructor's arguments for this model.
+def published_config(model: VisionMamba, of: Family | None = None) -> Arguments:
+    """Return all the published constructor's arguments for this model. `of`: the family; default: whichever it is.
 
     Raises:
-        CheckpointError: no published code expresses this model.
+        CheckpointError: no published code, or none of that family, expresses this model.
     """
     if isinstance(model, PublishedVim):
+        if of is not None and (found := family(model.arguments)) != of:
+            raise CheckpointError(f"this model is of the published {found} code, not {of}: use --to {FORMATS[found]}")
         return dict(model.arguments)
     if model.backward != 1:
         raise CheckpointError(
             f"the backward paths of this model have a factor of {model.backward:.2g}, which the published code cannot"
             " express: train to the end of backward_ramp"
         )
-    return arguments_of(model.config)
+    return arguments_of(model.config, of)
 
 
 # ---- which slice of our parameters each published tensor is
