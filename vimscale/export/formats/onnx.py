@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET, IR_VERSION = 18, 8
-"""The exporter's own operator set, so that nothing is converted; onnxruntime has both since 1.14 (February 2023)."""
+"""The exporter's own operator set, so that nothing is converted; onnxruntime 1.15 opens them."""
 
 _SCAN = """
 <opset_import: ["" : 18], domain: "vimscale">
