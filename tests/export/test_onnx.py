@@ -181,6 +181,16 @@ def test_bf16_weights_make_the_file_smaller_and_change_no_bit(tmp_path: Path) ->
     assert sizes[0] - sizes[1] > 1.9 * products
 
 
+@pytest.mark.slow
+def test_weights_beyond_protobufs_limit_are_in_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vimscale.export.formats.onnx._EXTERNAL", 1000)
+    of = source({"depth": 1, "directions": "bi"})
+    Onnx().write(tmp_path, of)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data", "config.json"}
+    assert (tmp_path / "model.onnx.data").stat().st_size > (tmp_path / "model.onnx").stat().st_size / 2
+    assert_equal(tmp_path, of.model, torch.randn(2, 3, 24, 24))
+
+
 _ALONE = """
 import importlib.util, sys
 sys.path.append({site!r})
@@ -208,8 +218,8 @@ def test_the_program_in_the_docs_runs_with_nothing_but_onnxruntime_numpy_and_pil
             if path.exists() and not (site / path.name).exists():
                 (site / path.name).symlink_to(path)
     (tmp_path / "photo.jpg").write_bytes(image(3, 40, 48))
-    page = Path(__file__).parents[2] / "docs/exports_onnx.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs/exports.md").read_text().partition("## ONNX\n")[2]
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = _ALONE.format(site=str(site), image="photo.jpg", program=blocks[0])
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False

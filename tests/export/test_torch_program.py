@@ -20,7 +20,7 @@ from vimscale.export.formats.torch_program import COMPILED, KERNELS, PLAIN, Torc
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.presets import Stage
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/exports_torch.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs/exports.md").read_text().partition("## torch.export\n")[2]
 CLASSES = ("ant", "bee", "cat", "dog", "emu")
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from vimscale import __version__
-from vimscale.export import portable
 from vimscale.export.formats.base import Format, Outputs, Source
+from vimscale.export.portable import limits
 from vimscale.export.portable.modeling import Encoder
 from vimscale.export.safetensors import preprocessing
 from vimscale.model import VimConfig
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET, IR_VERSION = 18, 8
-"""The exporter's own operator set, so that nothing is converted; onnxruntime has both since 1.14 (February 2023)."""
+"""The exporter's own operator set, so that nothing is converted; onnxruntime 1.15 opens them."""
 
 _SCAN = """
 <opset_import: ["" : 18], domain: "vimscale">
@@ -84,7 +84,7 @@ class Onnx(Format):
 
     def check(self, source: Source) -> None:
         """Raise CheckpointError for a model that `portable` does not have."""
-        portable.check(source.model, "onnx")
+        limits.check(source.model, "onnx")
 
     def write(self, folder: Path, source: Source) -> None:
         """Write `folder`/model.onnx, with model.onnx.data beyond 2 GB of weights, and config.json.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vimscale.errors import CheckpointError
-from vimscale.export import portable
 from vimscale.export.formats.base import Format, Outputs, Source
+from vimscale.export.portable import limits
 from vimscale.export.portable.modeling import Encoder
 from vimscale.export.safetensors import preprocessing
 from vimscale.model import VimConfig, VisionMamba
@@ -41,7 +41,7 @@ class TorchProgram(Format):
 
     def check(self, source: Source) -> None:
         """Raise CheckpointError for a model that `portable` does not have, or that cannot be compiled here."""
-        portable.check(source.model, "torch")
+        limits.check(source.model, "torch")
         if source.aoti and source.any_size:
             raise CheckpointError("--aoti compiles for images of one size: leave out --any-size, or --aoti")
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
