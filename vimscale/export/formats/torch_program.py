@@ -4,6 +4,7 @@ Axes: b images, l tokens, e inner width, n state; images are (b, 3, h, w), alrea
 """
 
 import copy
+import io
 import json
 import math
 import os
@@ -89,6 +90,10 @@ class TorchProgram(Format):
                 return program(images)
 
         return run
+
+    def others(self, folder: Path) -> dict[str, Callable[[Tensor], Outputs]]:
+        """Open kernels.pt2, and aoti.pt2 if it is there."""
+        return {file: self.reopen(folder, file) for file in (KERNELS, COMPILED) if (folder / file).is_file()}
 
 
 # ---- models to programs
@@ -194,8 +199,9 @@ def _side(config: VimConfig, i: int) -> int:
 
 
 def _save(program: ExportedProgram, path: Path) -> None:
-    with files.naming(path), path.open("wb") as file:
-        torch.export.save(program, file)
+    content = io.BytesIO()  # torch ends the process if it cannot write
+    torch.export.save(program, content)
+    files.write(path, content.getvalue())
 
 
 def _compile(program: ExportedProgram, path: Path) -> None:
