@@ -185,6 +185,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # Inductor and g++ take minutes where others compute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++, and there is no g++ here")
 def test_the_compiled_program_runs_in_python_and_in_cpp(tmp_path: Path) -> None:
     model = model_of("bi@column shared")
