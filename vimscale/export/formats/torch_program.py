@@ -148,9 +148,18 @@ def _exported(model: nn.Module, source: Source) -> ExportedProgram:
         shapes |= {at: step * Dim(name, min=1) + (least - step) for at, name in ((2, "i"), (3, "j"))}
     height, width = (_side(config, 3), _side(config, 5)) if source.any_size else config.size
     example = torch.zeros(2, 3, height, width)
-    return torch.export.export(
+    program = torch.export.export(
         _Program(model.eval(), weights), (example,), dynamic_shapes={"images": shapes}, strict=False
     )
+    if source.any_size:  # with open sizes, some of torch's decompositions guard against a single image
+        try:
+            program.module()(example[:1])
+        except (AssertionError, RuntimeError) as error:
+            raise CheckpointError(
+                "--any-size: torch.export writes a program for this model that refuses a batch of one; leave out"
+                f" --any-size ({str(error).splitlines()[0]})"
+            ) from None
+    return program
 
 
 def _with_kernels(source: Source) -> ExportedProgram:
