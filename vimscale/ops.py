@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         selective_scan,
         selective_scan_with_state,
     )
+    from kernels.ssd import bidirectional_ssd, bidirectional_ssd_with_state, ssd_scan, ssd_scan_with_state
 else:
     from vimscale.kernels.add_norm import add_norm
     from vimscale.kernels.backend import counted
@@ -28,6 +29,7 @@ else:
         selective_scan,
         selective_scan_with_state,
     )
+    from vimscale.kernels.ssd import bidirectional_ssd, bidirectional_ssd_with_state, ssd_scan, ssd_scan_with_state
 
 __all__ = [
     "Alone",
@@ -37,6 +39,8 @@ __all__ = [
     "bidirectional_conv1d",
     "bidirectional_scan",
     "bidirectional_scan_with_state",
+    "bidirectional_ssd",
+    "bidirectional_ssd_with_state",
     "bimamba_inner",
     "causal_conv1d",
     "conv_over",
@@ -45,5 +49,7 @@ __all__ = [
     "scan_over",
     "selective_scan",
     "selective_scan_with_state",
+    "ssd_scan",
+    "ssd_scan_with_state",
     "summed",
 ]
