@@ -147,9 +147,9 @@ def _ssd(
     h, p, n), empty unless `with_state`.
     """
     inputs = SsdInputs(x, dt, A_log, B, C, D, dt_bias, initial, image)
-    if backend == "cpu":
-        return fused_module("ssd", backend).forward(inputs, reverse, with_state)
     with torch.autocast(x.device.type, enabled=False):
+        if backend == "cpu":
+            return fused_module("ssd", backend).forward(inputs, reverse, with_state)
         y, final = _reference_forward(inputs, reverse)
     return y, final if with_state else A_log.new_empty(0)
 
@@ -280,7 +280,7 @@ def bidirectional_ssd_with_state(
     return _run_both(x, dt, A_log, B, C, D, z, dt_bias, initial_state, fuse, reset, with_state=True, backend=backend)
 
 
-def _choose(requested: Backend | None, op: str, x: Tensor) -> str:
+def choose_ssd(requested: Backend | None, op: str, x: Tensor) -> str:
     """`choose`, until there is a Triton kernel: the reference stands in where nobody asked for one."""
     if requested == "triton":
         raise ValueError(f"{op}: there is no Triton kernel of this scan yet; leave backend out, or use reference")
@@ -327,7 +327,7 @@ def _run(
         {"reset": (reset, "b l")},
         alike=("x", "dt", "B", "C", "z"),
     )
-    name = _choose(backend, op, x)
+    name = choose_ssd(backend, op, x)
     A_log, D = wide(A_log, x), wide(D, x)
     optional = [None if t is None else wide(t, x) for t in (dt_bias, initial_state)]
     if not j:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
-    from kernels.context import Alone, Context, conv_over, gathered, scan_over, summed
+    from kernels.context import Alone, Context, conv_over, gathered, scan_over, ssd_over, summed
     from kernels.precompile import Precompiler
     from kernels.selective_scan import (
         bidirectional_scan,
@@ -21,7 +21,7 @@ else:
     from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
-    from vimscale.kernels.context import Alone, Context, conv_over, gathered, scan_over, summed
+    from vimscale.kernels.context import Alone, Context, conv_over, gathered, scan_over, ssd_over, summed
     from vimscale.kernels.precompile import Precompiler
     from vimscale.kernels.selective_scan import (
         bidirectional_scan,
@@ -49,6 +49,7 @@ __all__ = [
     "scan_over",
     "selective_scan",
     "selective_scan_with_state",
+    "ssd_over",
     "ssd_scan",
     "ssd_scan_with_state",
     "summed",

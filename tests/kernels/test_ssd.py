@@ -251,6 +251,14 @@ def test_slices_and_expanded_tensors_are_read_in_place_or_copied() -> None:
     assert torch.equal(bidirectional_ssd(**strange, backend="cpu"), expected)
 
 
+def test_autocast_does_not_reach_the_products() -> None:
+    tensors = {name: t.float() for name, t in _inputs(k=(2,)).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = _gradients(bidirectional_ssd, tensors, torch.float32, backend="cpu")
+    outside = _gradients(bidirectional_ssd, tensors, torch.float32, backend="cpu")
+    assert all(torch.equal(t, outside[name]) for name, t in inside.items())
+
+
 def test_errors_name_what_does_not_fit() -> None:
     tensors = _inputs()
     with pytest.raises(ValueError, match=r"B has shape \(2, 8, 4\); it must be \(b, l, n\), here \(2, 9, n\)"):
