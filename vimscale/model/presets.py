@@ -478,7 +478,7 @@ def _sizes() -> dict[str, VimConfig]:
         presets[f"vim_{name}"] = config
         presets[f"vim_{name}_reg"] = dataclasses.replace(config, registers=16 if depth > 24 else 12)
     for name, depth in (("tiny", 24), ("small", 24), ("base", 24), ("large", 48)):  # parameters close to Vim's
-        presets[f"ssd_{name}"] = dataclasses.replace(presets[f"vim_{name}"], directions=f"ssd*{depth}", ssd_state=128)
+        presets[f"ssd_{name}"] = dataclasses.replace(presets[f"vim_{name}"], directions=f"ssd*{depth}")
     # Mamba-R (arXiv:2405.14858): the head reads the registers
     for name, registers, reduce in (("tiny", 12, 1), ("small", 12, 2), ("base", 12, 4), ("large", 16, 8)):
         presets[f"mambar_{name}"] = dataclasses.replace(
