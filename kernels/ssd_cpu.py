@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import kernel, numbers, run
+from .cpu import kernel, numbers, run, zeros
 from .selective_scan import _begins
+from .simd import LANES, Variable, emitted
 from .ssd import SsdInputs
 
 CHUNK, DENSE = 64, 256
@@ -30,94 +31,133 @@ CHUNK, DENSE = 64, 256
 # -- inside a chunk ----------------------------------------------------------------------------------------------------
 
 
+# Rows of (q, q) matrices are `pitch` numbers apart, a multiple of LANES. A row of decays is zero where the scan has not
+# been yet, so that loops run over complete vectors: the triangle is never masked.
+
+
+@emitted
+def _weigh_row(code, W, at, G, scores_at, row, factor, first, last):
+    """One more token: decay the row, and write its products with the scores."""
+    with code.loop(first, last, LANES) as s:
+        row[s] = row[s] * factor
+        W[at + s] = G[scores_at + s] * row[s]
+
+
+@emitted
+def _weigh_row_more(code, W, at, G, scores_at, row, factor, first, last):
+    """`_weigh_row`, added to what the other direction has written."""
+    with code.loop(first, last, LANES) as s:
+        row[s] = row[s] * factor
+        W[at + s] = W[at + s] + G[scores_at + s] * row[s]
+
+
+@emitted
+def _clear(code, W, at, first, last):
+    with code.loop(first, last, LANES) as s:
+        W[at + s] = code.vector(0)
+
+
+@emitted
+def _unweigh_row(code, dW, at, G, dG, scores_at, row, dt, factor, products, row_at, first, last):
+    """One token of the backward pass: its products, and its part of dG."""
+    with code.loop(first, last, LANES) as s:
+        decay = row[s] * factor
+        row[s] = decay
+        upstream = dW[at + s]
+        products[row_at + s] = upstream * G[scores_at + s] * decay
+        dG[scores_at + s] = dG[scores_at + s] + upstream * (decay * dt[s])
+
+
+@emitted
+def _cross_row(code, products, row_at, column, dt, sums, first, last):
+    """Add a row of products to the sums of columns, and add up those that cross the token."""
+    total = Variable(code.vector(0))
+    with code.loop(first, last, LANES) as s:
+        column[s] = column[s] + products[row_at + s]
+        total.set(column[s].fma(dt[s], total.get()))
+    sums[code.index(0)] = total.get()
+
+
 @kernel
 def _weigh(first, last, G, decay, step, D, backwards, W):
-    """W (h, j b c, q, q) from the scores G (j b c, q, q): an item is a head of one of the j b c chunks."""
-    directions, images, heads, chunks, q = decay.shape
+    """W (h, j b c, q, pitch) from the scores G (j b c, q, pitch): an item is a head of one of the j b c chunks."""
+    directions, images, heads, chunks, _ = decay.shape
     together = len(G) < directions * images * chunks
-    row = np.empty(q, np.float32)
+    row = zeros(1, G.shape[2])
     for item in range(first, last):
         m, h = item // heads, item % heads
         image, c = m // chunks % images, m % chunks
-        scores, w = G[m], W[h, m]
-        for t in range(q):
-            for s in range(q):
-                w[t, s] = np.float32(0)
         for k in range(directions):
             if not together and k != m // (images * chunks):
                 continue
-            d, dt = decay[k, image, h, c], step[k, image, h, c]
-            for i in range(q):
-                t = q - 1 - i if backwards[k] else i
-                low, high = (t + 1, q) if backwards[k] else (0, t)
-                factor = d[t]
-                for s in range(low, high):
-                    row[s] *= factor
-                for s in range(low, high):
-                    w[t, s] = scores[t, s] * row[s]
-                row[t] = dt[t]
-                w[t, t] += scores[t, t] * dt[t] + D[k, h]
+            _fill(W, G, decay[k, image, h, c], step[k, image, h, c], D[k, h], backwards[k], together, row, h, m)
 
 
 @kernel
-def _weigh_backward(first, last, G, decay, step, D, backwards, W, dG, ddt, dlog, dD):
-    """From the gradient of W, in place: W again, the gradients of G, dt and the logarithms of decays, and of D for each
-    chunk. An item is one of the j b c chunks, so that dG is summed over heads in one order.
+def _fill(W, G, d, dt, skip, backwards, together, row, h, m):
+    """What one direction of one head adds to W."""
+    _, rows, q, pitch = W.shape
+    row[:] = np.float32(0)
+    for i in range(q):
+        t = q - 1 - i if backwards else i
+        edge = t // LANES * LANES
+        low, high = (edge, pitch) if backwards else (0, edge + LANES)
+        at, scores_at = ((h * rows + m) * q + t) * pitch, (m * q + t) * pitch
+        if together and backwards:
+            _weigh_row_more((W, at, G, scores_at, row, d[t], low, high))
+        else:
+            _weigh_row((W, at, G, scores_at, row, d[t], low, high))
+            _clear((W, at, 0, low))
+            _clear((W, at, high, pitch))
+        row[0, t] = dt[t]
+        W[h, m, t, t] += G[m, t, t] * dt[t] + skip
+
+
+@kernel
+def _weigh_backward(first, last, G, decay, step, D, backwards, W, dW, dG, ddt, dlog, dD):
+    """From dW: W again, the gradients of G, dt and the logarithms of decays, and of D for each chunk. An item is one of
+    the j b c chunks, so that dG is summed over heads in one order.
     """
     directions, images, heads, chunks, q = decay.shape
+    pitch = G.shape[2]
     together = len(G) < directions * images * chunks
-    row, column, diagonal = np.empty(q, np.float32), np.empty(q, np.float32), np.empty(q, np.float32)
-    products = np.empty((q, q), np.float32)
+    row, column, dt, lanes = zeros(1, pitch), zeros(1, pitch), zeros(1, pitch), zeros(1, LANES)
+    products = zeros(q, pitch)
     for m in range(first, last):
         image, c = m // chunks % images, m % chunks
-        scores, dscores = G[m], dG[m]
-        for t in range(q):
-            for s in range(q):
-                dscores[t, s] = np.float32(0)
+        dG[m] = np.float32(0)
         for h in range(heads):
-            w = W[h, m]
-            trace = np.float32(0)
-            for t in range(q):
-                diagonal[t] = w[t, t]
-                trace += diagonal[t]
-                w[t, t] = np.float32(0)
             for k in range(directions):
                 if not together and k != m // (images * chunks):
                     continue
-                d, dt = decay[k, image, h, c], step[k, image, h, c]
+                d, steps, back = decay[k, image, h, c], step[k, image, h, c], backwards[k]
+                _fill(W, G, d, steps, D[k, h], back, together, row, h, m)
+                row[:] = np.float32(0)
+                column[:] = np.float32(0)
+                dt[0, :q] = steps
+                trace = np.float32(0)
+                for i in range(q):
+                    t = q - 1 - i if back else i
+                    edge = t // LANES * LANES
+                    low, high = (edge, pitch) if back else (0, edge + LANES)
+                    at, scores_at = ((h * len(G) + m) * q + t) * pitch, (m * q + t) * pitch
+                    _unweigh_row((dW, at, G, dG, scores_at, row, dt, d[t], products, t * pitch, low, high))
+                    row[0, t] = np.float32(1)
+                    dG[m, t, t] += dW[h, m, t, t] * steps[t]
+                    trace += dW[h, m, t, t]
                 dD[k, image, h, c] = trace
-                for i in range(q):
-                    t = q - 1 - i if backwards[k] else i
-                    low, high = (t + 1, q) if backwards[k] else (0, t)
-                    factor = d[t]
-                    for s in range(low, high):
-                        row[s] *= factor
-                    for s in range(low, high):
-                        upstream, weight = w[t, s], row[s] * dt[s]
-                        products[t, s] = upstream * scores[t, s] * row[s]
-                        dscores[t, s] += upstream * weight
-                        w[t, s] = scores[t, s] * weight
-                    row[t] = np.float32(1)
-                    dscores[t, t] += diagonal[t] * dt[t]
-                    w[t, t] += scores[t, t] * dt[t] + D[k, h]
-                    if not together:
-                        for s in range(high + 1, q):
-                            w[t, s] = np.float32(0)
-                        for s in range(low - 1):
-                            w[t, s] = np.float32(0)
                 # the decay of token t is a factor of all products from its side of it to the other
-                for s in range(q):
-                    column[s] = np.float32(0)
                 for i in range(q):
-                    t = i if backwards[k] else q - 1 - i
-                    low, high = (t + 1, q) if backwards[k] else (0, t)
-                    for s in range(low, high):
-                        column[s] += products[t, s]
+                    t = i if back else q - 1 - i
+                    edge = t // LANES * LANES
+                    low, high = (edge, pitch) if back else (0, edge + LANES)
+                    dt[0, t] = np.float32(0)
+                    _cross_row((products, t * pitch, column, dt, lanes, low, high))
                     crossing = np.float32(0)
-                    for s in range(low, high):
-                        crossing += column[s] * dt[s]
+                    for lane in range(LANES):
+                        crossing += lanes[0, lane]
                     dlog[k, image, h, c, t] = crossing
-                    ddt[k, image, h, c, t] = column[t] + diagonal[t] * scores[t, t]
+                    ddt[k, image, h, c, t] = column[0, t] + dW[h, m, t, t] * G[m, t, t]
 
 
 # -- the scan ----------------------------------------------------------------------------------------------------------
@@ -145,7 +185,7 @@ class _Chunks(NamedTuple):
     across: Tensor
     """(k, b, h, c), the decay over the chunk."""
     scores: Tensor
-    """(j b c, q, q)."""
+    """(j b c, q, pitch); zero from q on."""
 
 
 def _sizes(length: int) -> tuple[int, int]:
@@ -174,8 +214,18 @@ def _chunked(inputs: SsdInputs, reverse: Sequence[bool]) -> _Chunks:
         upto, after = _sums(marks, reverse)
         entering, leaving = entering.masked_fill(upto > 0, 0), leaving.masked_fill(after > 0, 0)
     across = torch.stack([t[..., 0] if r else t[..., -1] for t, r in zip(entering, reverse, strict=True)])
-    scores = torch.bmm(C.flatten(0, 1), B.flatten(0, 1).mT)
+    scores = _matrices(len(B) * B.shape[1], q, like=x)
+    torch.bmm(C.flatten(0, 1), B.flatten(0, 1).mT, out=scores[..., :q])
     return _Chunks(x, B, C, raw, step, decay, entering, leaving, across, scores)
+
+
+def _matrices(*shape: int, like: Tensor) -> Tensor:
+    """An empty buffer for matrices (..., q, q) with rows of `pitch` numbers, which are zero from q on."""
+    q = shape[-1]
+    pitch = -(-q // LANES) * LANES
+    matrices = like.new_empty(*shape, pitch)
+    matrices[..., q:] = 0
+    return matrices
 
 
 def _in_chunks(t: Tensor) -> Tensor:
@@ -207,9 +257,10 @@ def forward(inputs: SsdInputs, reverse: Sequence[bool], with_state: bool) -> tup
     """As the op: y (b, l, h, p) and the final states, empty unless `with_state`."""
     _, b, length, h, p = inputs.x.shape
     chunks = _chunked(inputs, reverse)
-    W = chunks.scores.new_empty(h, *chunks.scores.shape)
-    _run_weigh(chunks, inputs.D, reverse, W)
     _, rows, q, _, _ = chunks.x.shape
+    W = chunks.scores.new_empty(h, *chunks.scores.shape)
+    run(_weigh, h * len(chunks.scores), *_arrays(chunks, inputs.D, reverse), numbers(W))
+    W = W[..., :q]
     y = chunks.x.new_empty(rows, q, h, p)
     states = _states(inputs, chunks, reverse, with_state)
     for i in range(h):
@@ -267,10 +318,6 @@ def _times(t: Tensor, factors: Tensor, k: int, i: int) -> Tensor:
     return _of(t, k) * factors[k, :, i].flatten(0, 1).unsqueeze(-1)
 
 
-def _run_weigh(chunks: _Chunks, D: Tensor, reverse: Sequence[bool], W: Tensor) -> None:
-    run(_weigh, W.shape[0] * W.shape[1], *_arrays(chunks, D, reverse), numbers(W))
-
-
 def _arrays(chunks: _Chunks, D: Tensor, reverse: Sequence[bool]) -> tuple[Any, ...]:
     tensors = (chunks.scores, chunks.decay, chunks.step, D)
     return *(numbers(t.contiguous()) for t in tensors), np.array(reverse)
@@ -282,16 +329,18 @@ def backward(
     """As the op: dx, ddt, dB, dC, dparameters and dinitial."""
     length = inputs.x.shape[2]
     chunks = _chunked(inputs, reverse)
-    _, rows, _, h, _ = chunks.x.shape
+    _, rows, q, h, _ = chunks.x.shape
     dy = _in_chunks(dy.unsqueeze(0))[0]
-    W = chunks.scores.new_empty(h, *chunks.scores.shape)
+    dW, W = _matrices(h, len(chunks.scores), q, like=dy), chunks.scores.new_empty(h, *chunks.scores.shape)
     for i in range(h):
         for j, x in enumerate(chunks.x):
-            torch.bmm(dy[:, :, i], x[:, :, i].mT, out=W[i, j * rows : (j + 1) * rows])
+            torch.bmm(dy[:, :, i], x[:, :, i].mT, out=dW[i, j * rows : (j + 1) * rows, :, :q])
     dscores = chunks.scores.new_empty(chunks.scores.shape)
     dstep, dlog, dD = (chunks.step.new_empty(chunks.step.shape[:axes]) for axes in (5, 5, 4))
     arrays = _arrays(chunks, inputs.D, reverse)
-    run(_weigh_backward, len(dscores), *arrays, *(numbers(t) for t in (W, dscores, dstep, dlog, dD)))
+    run(_weigh_backward, len(dscores), *arrays, *(numbers(t) for t in (W, dW, dscores, dstep, dlog, dD)))
+    del dW
+    W, dscores = W[..., :q], dscores[..., :q]
 
     dx = chunks.x.new_empty(chunks.x.shape)
     for i in range(h):

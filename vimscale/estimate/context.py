@@ -81,7 +81,8 @@ def _scans(
     halo = ways * (context - 1) * batch * (config.d_conv - 1) * convolved * number
     if layer.kind == "ssd":  # a state and a decay for each head
         summaries = context * k * batch * (e * config.ssd_state + e // config.d_head) * 4
-        return Exchanged(halo=halo, summaries=summaries, calls=2), Exchanged(halo=halo, summaries=summaries, calls=2)
+        back = Exchanged(halo=halo, summaries=2 * summaries, calls=2)  # the gradient of what was gathered is reduced
+        return Exchanged(halo=halo, summaries=summaries, calls=2), back
     states = context * k * batch * e * n * 4
     steps = context * k * batch * e * 4
     return Exchanged(halo=halo, summaries=states + steps, calls=2), Exchanged(halo=halo, summaries=states, calls=2)
