@@ -24,6 +24,7 @@ from .checks import wide, without_autocast
 from .scan_inputs import ScanInputs
 from .scan_segments import Ends
 from .selective_scan import CHUNK, _rows, _with_rows, decay_rates, empty_states, of_logarithm
+from .ssd import _ssd, choose_ssd
 from .torch_op import torch_op
 
 
@@ -331,3 +332,27 @@ def scan_over(
         tensors = (x, dt, dt_proj.to(x.dtype), A_log, B, C, D, dt_bias)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return _Scan.apply(*tensors, context, reverse, name, learns)
+
+
+def ssd_over(
+    context: Context, x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    reverse: Sequence[bool], backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The state-space-dual scan of a stretch x (j, b, l, h, p) with dt (k, b, l, h), B, C (j, b, l, n), A_log, D and
+    dt_bias (k, h), where j is k or 1: the sum over the directions y (b, l, h, p), and the state after the whole
+    sequence (k, b, h, p, n). A first scan finds what each stretch adds to the state.
+    """
+    with without_autocast(x):
+        name = choose_ssd(backend, "ssd_over", x)
+        A_log, D, dt_bias = (wide(t, x) for t in (A_log, D, dt_bias))
+        _, end = _ssd(x, dt, A_log, B, C, D, dt_bias, None, None, reverse, True, name)
+        steps = F.softplus(dt.to(A_log.dtype) + dt_bias[:, None, None]).sum(2)  # (k, b, h)
+        decay = (steps * -A_log.exp().unsqueeze(1)).exp()
+        both = _ordered(gathered(context, torch.cat([end.flatten(3), decay.unsqueeze(-1)], dim=-1)), reverse)
+        entering, state = [], torch.zeros_like(end)
+        for added, passed in zip(both[..., :-1].unbind(2), both[..., -1:].unbind(2), strict=True):
+            entering.append(state)
+            state = added.view(end.shape) + passed.unsqueeze(-1) * state
+        initial = _of_rank(torch.stack(entering, dim=2), reverse, context)
+        y, _ = _ssd(x, dt, A_log, B, C, D, dt_bias, initial, None, reverse, False, name)
+        return y, state

@@ -391,9 +391,9 @@ def bidirectional_scan_with_state(
     """`bidirectional_scan`, and the final states (2, b, e, n)."""
     op = "bidirectional_scan"
     pairs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_state": initial_state}
-    stacked = {name: _stacked(name, pair) for name, pair in pairs.items()}
+    each = {name: stacked(op, name, pair) for name, pair in pairs.items()}
     scale = fused_scale(op, fuse, 2)
-    return _run(op, (False, True), z=z, reset=reset, scale=scale, backend=backend, **stacked)
+    return _run(op, (False, True), z=z, reset=reset, scale=scale, backend=backend, **each)
 
 
 def fused_scale(op: str, fuse: str, directions: int) -> float:
@@ -403,15 +403,14 @@ def fused_scale(op: str, fuse: str, directions: int) -> float:
     return 1 / directions if fuse == "mean" else 1.0
 
 
-def _stacked(name: str, pair: Pair | None) -> Any:
+def stacked(op: str, name: str, pair: Pair | None) -> Any:
+    """The pair as one tensor."""
     if pair is None or isinstance(pair, Tensor):
         return pair
     forward, backward = pair
     if forward.shape != backward.shape or forward.dtype != backward.dtype or forward.device != backward.device:
         shown = " and ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in pair)
-        raise ValueError(
-            f"bidirectional_scan: the pair {name} is {shown}; both must have the same shape, dtype and device"
-        )
+        raise ValueError(f"{op}: the pair {name} is {shown}; both must have the same shape, dtype and device")
     return torch.stack([forward, backward])
 
 

@@ -150,7 +150,7 @@ def test_steps_wait_for_the_exchanges_and_share_the_work() -> None:
 
 
 def test_ranks_send_the_bytes_that_the_plan_says() -> None:
-    shape = ["model.depth=4", "model.directions=bi shared attn fwd@snake", "model.d_head=32", "batch=2", "steps=60"]
+    shape = ["model.depth=5", "model.directions=bi shared attn fwd@snake ssd", "model.d_head=32", "batch=2", "steps=60"]
     cases = [
         ["parallel.recompute=none"],
         ["parallel.recompute=block", "model.registers=2", "model.pool=registers"],

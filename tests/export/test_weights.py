@@ -54,6 +54,7 @@ def test_every_field_of_a_model_is_in_one_of_three_groups() -> None:
 
 WINDOWS = {"directions": "bi@window*2"}
 ATTENTION = {"directions": "bi attn", "d_head": 8}
+DUAL = {"directions": "ssd*2", "d_head": 8}
 REGISTERS = {"registers": 4, "pool": "registers", "register_reduce": 2, "cls_token": "none"}
 STAGES = {"stages": (Stage(depth=1, d_model=16), Stage(depth=1, d_model=16)), "cls_token": "none"}
 GATED = OwnKind(name="gate", kind=f"{Path(__file__).parents[2]}/examples/own_layer.py:GatedConv")
@@ -72,6 +73,8 @@ CHANGES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "fuse": [({}, {"fuse": "sum"}), ({"directions": "pair*2"}, {"fuse": "sum"}), ({}, {"fuse": "gate"})],
     "window": [(WINDOWS, {"window": 2})],
     "d_head": [(ATTENTION, {"d_head": 16})],
+    "ssd_state": [(DUAL, {"ssd_state": 8})],
+    "ssd_form": [(DUAL, {"ssd_form": "shared"})],
     "mlp": [({}, {"mlp": "swiglu"})],
     "norm": [({}, {"norm": "layer"})],
     "norm_eps": [({}, {"norm_eps": 1e-6})],
@@ -116,6 +119,8 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "windows that nobody walks": ({}, {"window": 3}),
     "a kind that no layer is": ({}, {"kinds": (GATED,)}),
     "heads without attention": ({}, {"d_head": 8}),
+    "states without ssd layers": ({}, {"ssd_state": 8, "ssd_form": "shared"}),
+    "states of other scans": (DUAL, {"d_state": 8}),
     "a pool by its default": ({}, {"pool": "cls"}),
     "one stage": ({"cls_token": "none"}, {"stages": (Stage(depth=2, d_model=16),)}),
     "drop-path": ({}, {"drop_path": 0.3}),

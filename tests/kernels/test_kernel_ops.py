@@ -18,9 +18,11 @@ from vimscale.ops import (
     add_norm,
     bidirectional_conv1d,
     bidirectional_scan_with_state,
+    bidirectional_ssd_with_state,
     bimamba_inner,
     causal_conv1d,
     selective_scan_with_state,
+    ssd_scan_with_state,
 )
 
 # a function, its tensors, its other arguments, and which of its outputs the loss uses
@@ -47,6 +49,29 @@ def _scans(b: int) -> Iterator[Call]:
         tensors = {name: t for name, t in tensors.items() if name not in left_out}
         reset = {"reset": RESET[:b]} if given[3] else {}
         yield scan, tensors | reset, arguments, next(outputs)
+
+
+def _dual_scans(b: int) -> Iterator[Call]:
+    heads, p = 2, 3
+    one, both = ssd_scan_with_state, bidirectional_ssd_with_state
+    modes = cycle([(one, (), (), {"reverse": True}), (both, (2,), (2,), {}), (both, (2,), (), {}), (one, (), (), {})])
+    outputs = cycle([(0,), (0, 1), (1,)])
+    for given in product(YES_NO, repeat=4):
+        scan, k, j, arguments = next(modes)
+        tensors = {
+            "x": _draw(*j, b, L, heads, p),
+            "dt": _draw(*k, b, L, heads, seed=1),
+            "A_log": _draw(*k, heads, seed=2),
+            "B": _draw(*j, b, L, N, seed=3),
+            "C": _draw(*j, b, L, N, seed=4),
+            "D": _draw(*k, heads, seed=5),
+            "z": _draw(b, L, heads, p, seed=6),
+            "dt_bias": _draw(*k, heads, seed=7),
+            "initial_state": _draw(*k, b, heads, p, N, seed=8),
+        }
+        left_out = {name for name, here in zip(("z", "dt_bias", "initial_state"), given, strict=False) if not here}
+        tensors = {name: t for name, t in tensors.items() if name not in left_out}
+        yield scan, tensors | ({"reset": RESET[:b]} if given[3] else {}), arguments, next(outputs)
 
 
 def _convolutions(b: int) -> Iterator[Call]:
@@ -87,13 +112,18 @@ def _mixers(b: int) -> Iterator[Call]:
         yield bimamba_inner, tensors | ({"reset": RESET[:b]} if packed else {}), arguments, (0,)
 
 
-CALLS = {"scans": _scans, "convolutions": _convolutions, "norms": _norms, "mixers": _mixers}
+CALLS = {"scans": _scans, "dual scans": _dual_scans, "convolutions": _convolutions, "norms": _norms, "mixers": _mixers}
 OPS = {
     "scans": {"selective_scan", "combine"},
+    "dual scans": {"ssd", "combine"},
     "convolutions": {"causal_conv1d"},
     "norms": {"add_norm"},
     "mixers": {"bimamba_inner"},
 }
+
+
+CASES = [(family, backend) for family in CALLS for backend in ("reference", *FUSED)]
+CASES.remove(("dual scans", "triton"))  # there is no such kernel yet
 
 
 def _awkward(shape: torch.Size, kind: int) -> Tensor:
@@ -154,15 +184,13 @@ def _run_all(family: str, backend: str) -> OpRules:
     return rules
 
 
-@pytest.mark.parametrize("backend", ["reference", *FUSED])
-@pytest.mark.parametrize("family", CALLS)
+@pytest.mark.parametrize(("family", "backend"), CASES)
 def test_ops_follow_torchs_rules_and_equal_the_reference_with_any_optional_arguments(family: str, backend: str) -> None:
     _run_all(family, backend)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", *FUSED])
-@pytest.mark.parametrize("family", CALLS)
+@pytest.mark.parametrize(("family", "backend"), CASES)
 def test_ops_pass_opcheck_with_any_optional_arguments(family: str, backend: str) -> None:
     for op, *arguments in _run_all(family, backend).calls.values():
         learns = not op._opname.endswith("_backward")

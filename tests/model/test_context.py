@@ -80,6 +80,9 @@ CASES = {
     "registers": {"registers": 3},
     "pooled registers": {"registers": 4, "pool": "registers", "register_reduce": 2},
     "two taps": {"d_conv": 2},
+    "ssd": {"directions": "ssd ssd@snake", "ssd_state": 4},
+    "ssd shared": {"directions": "ssd*2", "ssd_state": 4, "ssd_form": "shared", "backward_gate": True},
+    "ssd concat": {"directions": "ssd*2", "ssd_state": 4, "fuse": "concat"},
 }
 
 
@@ -97,6 +100,7 @@ def test_any_number_of_ranks_and_recomputation(ranks: int, recompute: str) -> No
 def test_factors_on_backward_paths() -> None:
     _check(dataclasses.replace(BASE, directions="bi shared"), 2, backward=[0.5, 0.25])
     _check(dataclasses.replace(BASE, directions="bi shared"), 2, backward=[0.0, 0.0])
+    _check(dataclasses.replace(BASE, directions="ssd*2", ssd_state=4), 2, backward=[0.5, 0.0])
 
 
 def test_images_of_several_sizes_and_maps_are_refused() -> None:

@@ -45,6 +45,16 @@ FAMILY: dict[str, VimConfig] = {
     "hierarchical": dataclasses.replace(
         SMALL, cls_token="none", stages=(Stage(depth=2, d_model=16, directions="fwd bi"), Stage(depth=2, d_model=32))
     ),
+    "ssd": dataclasses.replace(SMALL, directions="ssd ssd@column bi", ssd_state=4),
+    "ssd with one convolution": dataclasses.replace(
+        SMALL, depth=2, directions="ssd*2", ssd_state=4, ssd_form="shared", ssm_norm="layer", fuse="gate"
+    ),
+    "quasiseparable ssd": dataclasses.replace(
+        SMALL, depth=2, directions="ssd*2", ssd_state=4, ssd_form="quasiseparable", layer_scale=0.1
+    ),
+    "concatenated ssd": dataclasses.replace(
+        SMALL, depth=2, directions="ssd*2", ssd_state=4, fuse="concat", backward_gate=True
+    ),
     "gated": dataclasses.replace(SMALL, depth=6, directions="bi shared pair*2 fwd cross", backward_gate=True),
 }
 
@@ -127,6 +137,10 @@ def test_flops_agree_with_a_count_of_the_matrix_products(member: VimConfig) -> N
             inside = e * (2 * 9 * n + 2 * member.d_conv)
         elif part.layer.kind == "attn":
             inside = 4 * part.tokens * part.d_model
+        elif part.layer.kind == "ssd":
+            n, sets = member.ssd_state, 1 if member.ssd_form == "shared" else paths
+            convolved = e + 2 * n * (2 if member.ssd_form == "quasiseparable" else 1)
+            inside = paths * 5 * e * n + sets * 2 * member.d_conv * convolved
         ours -= part.tokens * inside
     assert abs(ours - counter.get_total_flops()) <= 0.01 * ours
 

@@ -25,6 +25,7 @@ def _faults(*changes: str) -> list[str]:
         ("parallel.context=2", "model.patch_size=8", "model.stride=4"),
         ("parallel.context=2", "phases=[{step: 0, image_size: 24}, {step: 20, batch: 128}]"),
         ("parallel.context=15", "model.d_conv=1"),
+        ("parallel.context=2", "model.directions=ssd*2 ssd@snake*2"),
     ],
 )
 def test_models_whose_tokens_can_be_cut_may_share_images(changes: tuple[str, ...]) -> None:
@@ -44,6 +45,11 @@ def test_models_whose_tokens_can_be_cut_may_share_images(changes: tuple[str, ...
             ["model.cls_token=none", "model.stages=[{depth: 2, d_model: 64}, {depth: 2, d_model: 64}]"],
             "stages merge tokens",
             "parallel.context=1",
+        ),
+        (
+            ["model.directions=ssd*4", "model.ssd_form=quasiseparable"],
+            "quasiseparable ssd layers",
+            "use another ssd_form or parallel.context=1",
         ),
         (["augment.buckets=3"], "augment.buckets 3 packs images", "use augment.buckets=1"),
         (["parallel.context=6"], "model.image_size 32 x 32 makes 17 tokens, 2 on one of 6 ranks", "parallel.context=5"),

@@ -75,8 +75,14 @@ def _scans(
     """What a layer of scans exchanges in its forward and its backward pass."""
     e, n, k = config.expand * d, config.d_state, len(layer.paths)
     # both scans of a shared layer read one convolution
-    ways = 1 if layer.kind == "shared" else len({reverse for _, reverse in layer.paths})
-    halo = ways * (context - 1) * batch * (config.d_conv - 1) * e * number
+    one = layer.kind == "shared" or (layer.kind == "ssd" and config.ssd_form == "shared")
+    ways = 1 if one else len({reverse for _, reverse in layer.paths})
+    convolved = e + (2 * config.ssd_state if layer.kind == "ssd" else 0)
+    halo = ways * (context - 1) * batch * (config.d_conv - 1) * convolved * number
+    if layer.kind == "ssd":  # a state and a decay for each head
+        summaries = context * k * batch * (e * config.ssd_state + e // config.d_head) * 4
+        back = Exchanged(halo=halo, summaries=2 * summaries, calls=2)  # the gradient of what was gathered is reduced
+        return Exchanged(halo=halo, summaries=summaries, calls=2), back
     states = context * k * batch * e * n * 4
     steps = context * k * batch * e * 4
     return Exchanged(halo=halo, summaries=states + steps, calls=2), Exchanged(halo=halo, summaries=states, calls=2)

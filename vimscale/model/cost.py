@@ -23,8 +23,8 @@ class Cost:
     parameters: int
     flops: int
     """Operations of a forward pass; a multiply-add counts as two. They include matrix products, convolutions and the
-    scan (9 operations per state: exp, three products, two multiply-adds, shared work included), but not norms and
-    activations, which are below 1 %.
+    scan (9 operations per state: exp, three products, two multiply-adds, shared work included; 5 in `ssd` layers, as a
+    recurrence), but not norms and activations, which are below 1 %.
     """
 
 
@@ -89,6 +89,8 @@ def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, i
     scale = d if config.layer_scale is not None else 0
     if layer.kind == "attn":
         return 4 * d * d + scale, tokens * (8 * d * d + 4 * tokens * d)
+    if layer.kind == "ssd":
+        return _ssd_mixer(config, layer, d, tokens)
     e, n, r, w = config.expand * d, config.d_state, config.dt_rank(d), config.d_conv
     paths = len(layer.paths)
     k = 1 if layer.kind == "shared" else paths
@@ -99,6 +101,22 @@ def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, i
     count += {False: 0, True: width, "layer": 2 * width}[config.ssm_norm]
     conv_and_projections = 2 * w * e + 2 * e * (r + 2 * n) + 2 * r * e
     return count, tokens * (4 * d * e + 2 * width * d + k * conv_and_projections + paths * 9 * e * n)
+
+
+def _ssd_mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, int]:
+    e, n, w, paths = config.expand * d, config.ssd_state, config.d_conv, len(layer.paths)
+    h, hydra = e // config.d_head, config.ssd_form == "quasiseparable"
+    two = 2 if hydra else 1
+    convolved, sets = e + 2 * n * two, 1 if config.ssd_form == "shared" else paths
+    wide = e + convolved + h * two
+    width = e * paths if config.fuse == "concat" else e
+    count = wide * d + width * d + sets * convolved * (w + 1) + 3 * h * (1 if hydra else paths)
+    count += h * e if hydra else 0
+    count += paths * e if config.fuse == "gate" else 0
+    count += 2 * width if config.ssm_norm == "layer" else width
+    count += d if config.layer_scale is not None else 0
+    products = 2 * (wide * d + width * d + sets * convolved * w + (h * e if hydra else 0))
+    return count, tokens * (products + paths * 5 * e * n)
 
 
 def _own_mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, int]:

@@ -35,7 +35,13 @@ Factor = float | Tensor
 """A tensor () is on the model's device and never read on the host: a CUDA graph can be replayed with other values."""
 
 PATH_PARAMETERS = ("conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D")
-"""Parameters of a `Mamba` that have a leading axis of paths."""
+"""Parameters of a `Mamba` that have a leading axis of paths, unless both directions use one set."""
+
+
+def init_steps(dt_bias: Tensor) -> None:
+    """Make softplus(dt_bias) log-uniform in [1e-3, 1e-1] (arXiv:2312.00752, appendix E)."""
+    step = torch.exp(torch.rand_like(dt_bias) * math.log(100) + math.log(1e-3))
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
 class OutProj(nn.Linear):
@@ -70,23 +76,24 @@ def layer_scaled(out: Tensor, layer_scale: nn.Parameter | None) -> Tensor:
     return out if layer_scale is None else out * layer_scale.to(out.dtype)
 
 
-class Mamba(nn.Module):
-    """u (b, l, d) -> (b, l, d). Each path convolves and scans the same input projection with its own parameters, which
-    are slices of one tensor with a leading axis k, forward first. All paths have the gate silu(z) in common. A layer of
-    kind `shared` has one set of parameters for both directions, except for A.
+class Scans(nn.Module):
+    """u (b, l, d) -> (b, l, d). Each path scans one input projection, with parameters that are slices of tensors with a
+    leading axis k, forward first. All paths have the gate silu(z) in common. What a scan is, a subclass defines.
 
     A_log, D, the biases and the states are fp32 whatever the dtype of the activations.
     """
 
     optional: Tensor
+    in_proj: nn.Linear
+    path_parameters: tuple[str, ...]
+    """Parameters with a leading axis of paths."""
+    always_normed = False
+    """Whether the gated sum of the paths has a norm whatever `ssm_norm` says."""
 
     def __init__(self, config: VimConfig, layer: Layer, d: int, *, paired: bool = False):
         """`paired`: this is the second layer of a pair, which scans backward."""
         super().__init__()
-        e, n, r = config.expand * d, config.d_state, config.dt_rank(d)
         self.config = config
-        self.one_set = layer.kind == "shared"
-        """Whether both directions use one set of parameters."""
         self.paths = tuple((order, reverse or paired) for order, reverse in layer.paths)
         self.order = self.paths[0][0]
         """Order of the layer's tokens; a path of another order permutes them for itself."""
@@ -96,43 +103,48 @@ class Mamba(nn.Module):
         """Paths that can be dropped: backward_gate, backward_ramp and backward_drop apply to them."""
         optional = torch.tensor([i in self.backward_paths for i in range(len(self.paths))])
         self.register_buffer("optional", optional, persistent=False)  # on the device, so that no step waits for a copy
-        k = 1 if self.one_set else len(self.paths)
-        self.in_proj = nn.Linear(d, 2 * e, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(k, e, config.d_conv))
-        self.conv_bias = nn.Parameter(torch.empty(k, e))
-        self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, e))  # to dt, B and C
-        self.dt_proj = nn.Parameter(torch.empty(k, e, r))
-        self.dt_bias = nn.Parameter(torch.empty(k, e))
-        self.A_log = nn.Parameter(torch.empty(len(self.paths), e, n))
-        self.D = nn.Parameter(torch.empty(k, e))
+        self._add_parameters(layer, d)
+        e = config.expand * d
         self.fuse = config.fuse if len(self.paths) > 1 else "sum"
         width = e * (len(self.paths) if self.fuse == "concat" else 1)
         self.fuse_logits = nn.Parameter(torch.empty(len(self.paths), e)) if self.fuse == "gate" else None
         self.backward_gate = nn.Parameter(torch.empty(1)) if config.backward_gate and self.backward_paths else None
-        self.ssm_norm = nn.Parameter(torch.empty(width)) if config.ssm_norm else None
+        self.ssm_norm = nn.Parameter(torch.empty(width)) if config.ssm_norm or self.always_normed else None
         self.ssm_norm_bias = nn.Parameter(torch.empty(width)) if config.ssm_norm == "layer" else None
         self.out_proj = OutProj(width, d, summands=len(config.layers))
         self.layer_scale = new_layer_scale(config, d)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Initialize as published. init "fixed" does not repeat the published bug, in which backward steps start at
-        softplus(0) instead of in [1e-3, 1e-1].
+    def _add_parameters(self, layer: Layer, d: int) -> None:
+        """Add in_proj and the parameters of the paths."""
+        raise NotImplementedError
+
+    def _scan(
+        self,
+        xz: Tensor,
+        own: tuple[Tensor, ...],
+        group: list[int],
+        factors: Tensor | None,
+        groups: int,
+        tokens: Tokens,
+        recompute: bool,
+    ) -> Tensor:
+        """Scan the paths `group`, which are adjacent and have one order, with their parameters `own`, and return their
+        gated sum or mean (b, l, e). The factors on paths multiply C and D, which costs nothing, instead of y: y = C h +
+        D x is linear in both.
         """
-        for weight, fan_in in (
-            (self.conv_weight, self.conv_weight.shape[-1]),
-            (self.conv_bias, self.conv_weight.shape[-1]),
-            (self.x_proj, self.x_proj.shape[-1]),
-            (self.dt_proj, self.dt_proj.shape[-1]),
-        ):
-            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
-        # softplus(bias) is log-uniform in [1e-3, 1e-1] (arXiv:2312.00752, appendix E): invert it
-        step = torch.exp(torch.rand_like(self.dt_bias) * math.log(100) + math.log(1e-3))
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-        if self.config.init == "published" and not self.one_set:
-            self.dt_bias[list(self.backward_paths)] = 0
-        self.A_log.copy_(torch.arange(1, self.A_log.shape[-1] + 1).log().expand_as(self.A_log))
-        nn.init.ones_(self.D)
+        raise NotImplementedError
+
+    def _gate(self, xz: Tensor) -> Tensor:
+        """Return z (b, l, e), a slice of the input projection."""
+        raise NotImplementedError
+
+    def _probed(self, xz: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """Return the steps of the first path and its final states, for one row."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _init_shared(self) -> None:
+        """Initialize what does not depend on the scan."""
         for ones in (self.ssm_norm, self.backward_gate):
             if ones is not None:
                 nn.init.ones_(ones)
@@ -158,13 +170,7 @@ class Mamba(nn.Module):
         xz = self.in_proj(permute(u))
         if probe is not None:
             self._record(probe, xz.detach()[:1], tokens.context)
-        if self.one_set:
-            inner = partial(self._scan_one_set, active=active, factors=factors, tokens=tokens)
-            y = checkpoint(inner, xz, use_reentrant=False, preserve_rng_state=False) if recompute else inner(xz)
-        elif self.fuse in ("gate", "concat"):
-            y = self._fuse_paths(xz, active, factors, tokens, recompute)
-        else:
-            y = self._add_paths(xz, active, factors, tokens, recompute)
+        y = self._scan_paths(xz, active, factors, tokens, recompute)
         return layer_scaled(restore(self.out_proj(self._normalized(y, xz))), self.layer_scale)
 
     @property
@@ -179,7 +185,7 @@ class Mamba(nn.Module):
         wide, shape, eps = y if y.dtype == torch.float64 else y.float(), y.shape[-1:], self.config.norm_eps
         if self.ssm_norm_bias is None:
             return F.rms_norm(wide, shape, self.ssm_norm, eps).to(y.dtype)
-        gate = F.silu(xz.chunk(2, dim=-1)[1])
+        gate = F.silu(self._gate(xz))
         normed = F.layer_norm(wide, shape, self.ssm_norm, self.ssm_norm_bias, eps).to(y.dtype)
         return (normed.unflatten(-1, (-1, gate.shape[-1])) * gate.unsqueeze(-2)).flatten(-2)
 
@@ -189,11 +195,18 @@ class Mamba(nn.Module):
         if len(active) == len(self.paths) and full and self.backward_gate is None:
             return None
         mean = 1 / len(self.paths) if self.fuse == "mean" else 1.0
-        factors = torch.full((len(active),), mean, device=self.D.device)
+        factors = torch.full((len(active),), mean, device=self.optional.device)
         gate = backward if self.backward_gate is None else backward * self.backward_gate
         if len(active) < len(self.paths):  # the gate of a dropped path still gets a gradient, of zero: see `forward`
             return factors + 0 * gate
         return torch.where(self.optional, factors * gate, factors)
+
+    def _scan_paths(
+        self, xz: Tensor, active: list[int], factors: Tensor | None, tokens: Tokens, recompute: bool
+    ) -> Tensor:
+        """Scan and fuse the active paths: (b, l, e or k e)."""
+        fused = self._fuse_paths if self.fuse in ("gate", "concat") else self._add_paths
+        return fused(xz, active, factors, tokens, recompute)
 
     def _fuse_paths(
         self, xz: Tensor, active: list[int], factors: Tensor | None, tokens: Tokens, recompute: bool
@@ -227,16 +240,80 @@ class Mamba(nn.Module):
         return total
 
     def _parameters_of(self, groups: list[list[int]]) -> list[tuple[Tensor, ...]]:
-        """Return PATH_PARAMETERS for each group of adjacent paths. If the groups have all paths, they are parts of one
-        split, whose gradient is one concatenation; that of a slice is copied into zeros.
+        """Return the path parameters for each group of adjacent paths. If the groups have all paths, they are parts of
+        one split, whose gradient is one concatenation; that of a slice is copied into zeros.
         """
-        every: list[Tensor] = [getattr(self, name) for name in PATH_PARAMETERS]
+        every: list[Tensor] = [getattr(self, name) for name in self.path_parameters]
         sizes = [len(group) for group in groups]
         if sizes == [len(self.paths)]:
             return [tuple(every)]
         if sum(sizes) == len(self.paths):
             return list(zip(*(t.split(sizes) for t in every), strict=True))
         return [tuple(t[group[0] : group[-1] + 1] for t in every) for group in groups]
+
+    @torch.no_grad()
+    def _record(self, probe: Probe, xz: Tensor, context: Context | None) -> None:
+        """Record the steps and final states of the first path in `probe`, for one row xz (1, l, ...)."""
+        step, state = self._probed(xz, context)
+        least, most = step.min(), step.max()
+        if context is not None:
+            of_all = context.gather(torch.stack([least, most]))
+            least, most = of_all[:, 0].min(), of_all[:, 1].max()
+        probe["dt_min"], probe["dt_max"], probe["state"] = least, most, state.abs().max()
+        if self.backward_gate is not None:
+            probe["gate"] = self.backward_gate.float()[0].clone()
+
+
+class Mamba(Scans):
+    """Each path convolves and scans the same input projection with its own parameters (Mamba-1). A layer of kind
+    `shared` has one set of parameters for both directions, except for A.
+    """
+
+    def _add_parameters(self, layer: Layer, d: int) -> None:
+        config = self.config
+        e, n, r = config.expand * d, config.d_state, config.dt_rank(d)
+        self.one_set = layer.kind == "shared"
+        """Whether both directions use one set of parameters."""
+        self.path_parameters = ("A_log",) if self.one_set else PATH_PARAMETERS
+        k = 1 if self.one_set else len(self.paths)
+        self.in_proj = nn.Linear(d, 2 * e, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(k, e, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(k, e))
+        self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, e))  # to dt, B and C
+        self.dt_proj = nn.Parameter(torch.empty(k, e, r))
+        self.dt_bias = nn.Parameter(torch.empty(k, e))
+        self.A_log = nn.Parameter(torch.empty(len(self.paths), e, n))
+        self.D = nn.Parameter(torch.empty(k, e))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialize as published. init "fixed" does not repeat the published bug, in which backward steps start at
+        softplus(0) instead of in [1e-3, 1e-1].
+        """
+        for weight, fan_in in (
+            (self.conv_weight, self.conv_weight.shape[-1]),
+            (self.conv_bias, self.conv_weight.shape[-1]),
+            (self.x_proj, self.x_proj.shape[-1]),
+            (self.dt_proj, self.dt_proj.shape[-1]),
+        ):
+            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        init_steps(self.dt_bias)
+        if self.config.init == "published" and not self.one_set:
+            self.dt_bias[list(self.backward_paths)] = 0
+        self.A_log.copy_(torch.arange(1, self.A_log.shape[-1] + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+        self._init_shared()
+
+    def _scan_paths(
+        self, xz: Tensor, active: list[int], factors: Tensor | None, tokens: Tokens, recompute: bool
+    ) -> Tensor:
+        if not self.one_set:
+            return super()._scan_paths(xz, active, factors, tokens, recompute)
+        inner = partial(self._scan_one_set, active=active, factors=factors, tokens=tokens)
+        return checkpoint(inner, xz, use_reentrant=False, preserve_rng_state=False) if recompute else inner(xz)
+
+    def _gate(self, xz: Tensor) -> Tensor:
+        return xz.chunk(2, dim=-1)[1]
 
     def _scan(
         self,
@@ -248,9 +325,6 @@ class Mamba(nn.Module):
         tokens: Tokens,
         recompute: bool,
     ) -> Tensor:
-        """Scan the paths `group`, which are adjacent and have one order, with their parameters `own`. The factors on
-        paths multiply C and D, which costs nothing, instead of y: y = C h + D x is linear in both.
-        """
         fuse: Literal["mean", "sum"] = "mean" if self.fuse == "mean" and factors is None else "sum"
         if fuse == "mean" and groups > 1:  # the kernel's mean is over this group alone
             fuse, factors = "sum", torch.full((len(group),), 1 / len(self.paths), device=self.D.device)
@@ -322,9 +396,7 @@ class Mamba(nn.Module):
         assert isinstance(y, Tensor)
         return y
 
-    @torch.no_grad()
-    def _record(self, probe: Probe, xz: Tensor, context: Context | None) -> None:
-        """Record the steps and final states of the first path in `probe`, for one row xz (1, l, 2e)."""
+    def _probed(self, xz: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         reverse = self.paths[0][1]
         x, _, low_dt, B, C = self._scan_inputs(xz, context, reverse=reverse and not self.one_set)
         dt = self._wide_dt(low_dt)
@@ -335,14 +407,7 @@ class Mamba(nn.Module):
             dt_proj, A_log, D, bias = (t[:1] for t in (self.dt_proj, self.A_log, self.D, self.dt_bias))
             x, low_dt, B, C = (t[None] for t in (x, low_dt, B, C))
             _, state = scan_over(context, x, low_dt, dt_proj, A_log, B, C, D, bias, [reverse])
-        step = F.softplus(dt.float() + self.dt_bias[0])
-        least, most = step.min(), step.max()
-        if context is not None:
-            of_all = context.gather(torch.stack([least, most]))
-            least, most = of_all[:, 0].min(), of_all[:, 1].max()
-        probe["dt_min"], probe["dt_max"], probe["state"] = least, most, state.abs().max()
-        if self.backward_gate is not None:
-            probe["gate"] = self.backward_gate.float()[0].clone()
+        return F.softplus(dt.float() + self.dt_bias[0]), state
 
 
 class Attention(nn.Module):

@@ -76,15 +76,15 @@ class VimConfig:
     depth: int = 24
     """Number of layers."""
     d_state: int = 16
-    """Size of the scan's state per inner channel."""
+    """Size of the scan's state per inner channel; `ssd_state` is that of `ssd` layers."""
     d_conv: int = 4
     """Taps of the causal convolution before each scan."""
     expand: int = 2
     """Inner width of the mixer, in units of d_model."""
     directions: str = "bi*24"
     """What each layer is: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared,
-    pair, cross, attn, those of `kinds`; orders: row, column, snake, window (see vimscale.model.schedule). In a recipe,
-    directions and depth follow each other: give one of them.
+    pair, cross, ssd, attn, those of `kinds`; orders: row, column, snake, window (see vimscale.model.schedule). In a
+    recipe, directions and depth follow each other: give one of them.
     """
     kinds: tuple[OwnKind, ...] = ()
     """Kinds of layers that a user's own classes define, for `directions`. In a recipe, by name:
@@ -99,7 +99,12 @@ class VimConfig:
     window: int = 7
     """Side of the windows of the order `window`, in tokens."""
     d_head: int = 64
-    """Width of a head in `attn` layers."""
+    """Width of a head in `attn` and `ssd` layers."""
+    ssd_state: int = 64
+    """States per channel in `ssd` layers."""
+    ssd_form: Literal["separate", "shared", "quasiseparable"] = "separate"
+    """What the directions of `ssd` layers share. separate: the input projection; shared: also convolution, x, B and C;
+    quasiseparable: x, A and a convolution that looks both ways, but not B, C and dt (arXiv:2407.09941)."""
     mlp: Literal["none", "swiglu"] = "none"
     """swiglu: a gated MLP of width 8/3 d_model follows each mixer (ARM's block, arXiv:2406.07537)."""
     norm: Literal["rms", "layer"] = "rms"
@@ -156,9 +161,7 @@ class VimConfig:
         object.__setattr__(self, "layers", tuple(layers))
         widths = self.widths if computable else ()
         faults += self._tile_faults(layers) if computable else []
-        heads = {d % self.d_head for layer, d in zip(layers, widths, strict=False) if layer.kind == "attn"}
-        if heads - {0}:
-            faults.append(f"attn layers need a d_model that is a multiple of d_head {self.d_head}")
+        faults += self._head_faults(layers, widths)
         if self.fuse in ("gate", "concat") and (found := {"pair", "shared"} & {layer.kind for layer in layers}):
             faults.append(f"{' and '.join(sorted(found))} layers combine paths by fuse mean or sum, not {self.fuse}")
         if self.mlp != "none" and any(layer.kind == "pair" for layer in layers):
@@ -171,6 +174,14 @@ class VimConfig:
         if not self.stages:
             return [("", self.directions, self.depth)]
         return [(f"stages[{i}].", s.directions or f"bi*{s.depth}", s.depth) for i, s in enumerate(self.stages)]
+
+    def _head_faults(self, layers: list[Layer], widths: tuple[int, ...]) -> Iterator[str]:
+        for kind, factor, name in (("attn", 1, "a d_model"), ("ssd", self.expand, "an expand x d_model")):
+            of_kind = [factor * d for layer, d in zip(layers, widths, strict=False) if layer.kind == kind]
+            if any(width % self.d_head for width in of_kind):
+                yield f"{kind} layers need {name} that is a multiple of d_head {self.d_head}"
+            if of_kind and kind == "ssd" and self.ssd_form == "quasiseparable" and self.fuse in ("gate", "concat"):
+                yield f"quasiseparable ssd layers combine paths by fuse mean or sum, not {self.fuse}"
 
     def _kind_faults(self) -> list[str]:
         names = [own.name for own in self.kinds]
@@ -439,6 +450,7 @@ _RANGES = {
     "expand": (1, 2**8),
     "window": (1, 2**15),
     "d_head": (1, 2**16),
+    "ssd_state": (1, 2**12),
     "registers": (0, 2**16),
     "register_reduce": (1, 2**16),
 }
@@ -465,6 +477,8 @@ def _sizes() -> dict[str, VimConfig]:
         config = VimConfig(d_model=d, depth=depth, directions=f"bi*{depth}")
         presets[f"vim_{name}"] = config
         presets[f"vim_{name}_reg"] = dataclasses.replace(config, registers=16 if depth > 24 else 12)
+    for name, depth in (("tiny", 24), ("small", 24), ("base", 24), ("large", 48)):  # parameters close to Vim's
+        presets[f"ssd_{name}"] = dataclasses.replace(presets[f"vim_{name}"], directions=f"ssd*{depth}")
     # Mamba-R (arXiv:2405.14858): the head reads the registers
     for name, registers, reduce in (("tiny", 12, 1), ("small", 12, 2), ("base", 12, 4), ("large", 16, 8)):
         presets[f"mambar_{name}"] = dataclasses.replace(

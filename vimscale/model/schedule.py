@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
-Kind = Literal["fwd", "bwd", "bi", "shared", "pair", "cross", "attn"]
+Kind = Literal["fwd", "bwd", "bi", "shared", "pair", "cross", "ssd", "attn"]
 """fwd: one scan from the first token to the last. bwd: one scan from the last to the first. bi: both, each with its own
 parameters (Vim's v2). shared: both over one convolution and one set of projections, each with its own A (Vim's v1).
 pair: two adjacent layers in parallel on the same input, one forward and one backward. cross: four scans, forward and
-backward over rows and over columns (ARM). attn: softmax attention, for hybrids.
+backward over rows and over columns (ARM). ssd: both directions of Mamba-2's scan. attn: softmax attention, for hybrids.
 """
 Order = Literal["row", "column", "snake", "window"]
 """Order in which a scan visits the image's tokens: row by row, column by column, rows in alternating direction, or

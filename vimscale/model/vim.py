@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vimscale.model import schedule, stem, tiles
-from vimscale.model.block import Block, Head, Merge, Norm, Recompute
+from vimscale.model import schedule, tiles
+from vimscale.model.block import Block, Head, Merge, Norm, Recompute, new_stem
 from vimscale.model.intermediate import FeatureExtractor, Tap, index_of
 from vimscale.model.layout import Grid, Layout, layout
-from vimscale.model.mixer import PATH_PARAMETERS, Factor, Mamba, Probe
+from vimscale.model.mixer import Factor, Mamba, Probe, Scans
 from vimscale.model.own import OwnMixer
 from vimscale.model.presets import VimConfig
 from vimscale.model.stretch import Stretch
@@ -54,7 +54,7 @@ class VisionMamba(FeatureExtractor):
         Gradients are those of the sum of what all ranks compute from them.
         """
         d = config.widths[0]
-        self.patch_embed = stem.new(config, d)
+        self.patch_embed = new_stem(config, d)
         self.cls_token = nn.Parameter(torch.empty(config.cls_tokens, d)) if config.cls_tokens else None
         self.registers = nn.Parameter(torch.empty(config.registers, d)) if config.registers else None
         self.pos_embed = nn.Parameter(torch.empty(config.tokens, d)) if config.pos_embed is True else None
@@ -428,9 +428,9 @@ class VisionMamba(FeatureExtractor):
         slices: dict[str, list[tuple[Fraction, Fraction]]] = {}
         for i, block in enumerate(self.blocks):
             mixer = block.mixer
-            if not isinstance(mixer, Mamba):
+            if not isinstance(mixer, Scans):
                 continue
-            for name in ("A_log",) if mixer.one_set else PATH_PARAMETERS:
+            for name in mixer.path_parameters:
                 k = len(mixer.paths)
                 parts = [(Fraction(path, k), Fraction(path + 1, k)) for path in mixer.backward_paths]
                 if parts:
