@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 import vimscale
 from tests.support.image_sets import image
 from tests.support.models import export
+from tests.support.published import arguments_of, random_state
 from vimscale.errors import CheckpointError, DataError
 from vimscale.inference.predict import image_files
 from vimscale.launch.commands.app import app
@@ -100,3 +101,18 @@ def test_models_without_classes_are_refused(site: Path) -> None:
     export(site / "tiles", tiles=32, image_size=32, pos_embed="coordinates")
     with pytest.raises(CheckpointError, match="takes bags of tiles"):
         list(vimscale.predict(vimscale.load("tiles"), ["photos/a.jpg"]))
+
+
+def test_a_published_file_its_import_and_that_exported_again_predict_the_same(site: Path) -> None:
+    torch.save({"model": random_state(arguments_of("v2")[0])}, "vim.pth")
+    runner = CliRunner()
+    for command in (["import", "vim.pth"], ["export", "vim", "--to", "hustvl"], ["export", "vim", "--to", "hf"]):
+        done = runner.invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    found = {}
+    for source in ("vim.pth", "vim", "vim_hustvl", "vim_hf"):
+        loaded = vimscale.load(source)
+        (one,) = vimscale.predict(loaded, ["photos/a.jpg"], top=5)
+        image = loaded.preprocessing("photos/a.jpg")
+        found[source] = (one.top, loaded.model(image[None], features=True).tolist())
+    assert all(each == found["vim.pth"] for each in found.values())
