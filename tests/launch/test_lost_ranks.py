@@ -24,7 +24,7 @@ PROCESSES = ("--workers", "2", "--no-ray")
 
 @pytest.mark.parametrize("how", [PROCESSES, pytest.param(RAY, marks=pytest.mark.slow)], ids=["processes", "ray"])
 def test_a_stopped_rank_is_noticed_and_replaced(shell: Shell, how: tuple[str, ...]) -> None:
-    process = shell.popen("launch", "small.yaml", *LONG, *how, "--hang-after", "3")
+    process = shell.popen("launch", "small.yaml", *LONG, *how, "--hang-after", "6")
     shell.reaches(process, "small", 100)
     os.kill(shell.process_of("small", 1), signal.SIGSTOP)
     output = shell.finish(process)
