@@ -95,7 +95,7 @@ def _serve() -> None:
 
 
 def _interpreter(request: dict[str, Any]) -> int:
-    """Start a script in an interpreter of its own; returns the process's id."""
+    """Start a script in another interpreter; returns the process's id."""
     script = ["-m", request["module"]] if "module" in request else ["-c", request["code"]]
     command = [sys.executable, *script, *request["argv"][1:]]
     with open(request["out"], "w") as out, open(request["err"], "w") as err:

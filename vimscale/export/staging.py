@@ -110,7 +110,7 @@ def replacing(target: Path) -> Iterator[Staging]:
         raise
     except CheckpointError:
         raise
-    except Exception as error:  # libraries of formats report a full disk in words of their own
+    except Exception as error:  # libraries of formats report a full disk in their own words
         full = _full(staging)
         if full is None:
             raise

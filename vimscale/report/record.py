@@ -282,7 +282,7 @@ def _short(value: Any) -> str:
 def _recipe(folder: RunFolder, tree: dict[str, Any]) -> tuple[Recipe | None, str]:
     """The typed recipe; or None, and why. Files of the user's own that a recipe names are not imported."""
     if any(own_code.split(text) is not None for text in _texts(tree)):
-        return None, "the recipe names Python files of its own, which a report does not run"
+        return None, "the recipe names Python files, which a report does not run"
     try:
         return recipes.load(folder.path / "recipe.yaml"), ""
     except RecipeError as error:
