@@ -193,3 +193,26 @@ def test_presets_have_about_as_many_parameters_as_vims(size: str) -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(("kind", "path"), [("ssd_fwd", 0), ("ssd_bwd", 1)])
+def test_one_direction_is_a_path_of_both(kind: str, path: int) -> None:
+    both, one = _model(directions="ssd*2", fuse="sum"), _model(directions=f"{kind}*2")
+    state = {
+        name: t[path : path + 1] if name.split(".")[-1] in _mixer(both).path_parameters else t
+        for name, t in both.state_dict().items()
+    }
+    one.load_state_dict(state)
+    for block in both.blocks:  # the other path contributes nothing
+        block.mixer.D.data[1 - path] = 0
+        e, n = block.mixer.widths[0], block.mixer.states
+        block.mixer.conv_weight.data[1 - path, e + n :] = 0  # C
+        block.mixer.conv_bias.data[1 - path, e + n :] = 0
+    images = _images()
+    torch.testing.assert_close(one(images), both(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ssd_fwd", "ssd_bwd"])
+def test_one_direction_of_a_quasiseparable_layer_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="write ssd, not ssd_fwd or ssd_bwd"):
+        dataclasses.replace(BASE, directions=f"{kind}*2", ssd_form="quasiseparable")

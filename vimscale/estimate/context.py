@@ -75,11 +75,11 @@ def _scans(
     """What a layer of scans exchanges in its forward and its backward pass."""
     e, n, k = config.expand * d, config.d_state, len(layer.paths)
     # both scans of a shared layer read one convolution
-    one = layer.kind == "shared" or (layer.kind == "ssd" and config.ssd_form == "shared")
+    one = layer.kind == "shared" or (layer.is_ssd and config.ssd_form == "shared")
     ways = 1 if one else len({reverse for _, reverse in layer.paths})
-    convolved = e + (2 * config.ssd_state if layer.kind == "ssd" else 0)
+    convolved = e + (2 * config.ssd_state if layer.is_ssd else 0)
     halo = ways * (context - 1) * batch * (config.d_conv - 1) * convolved * number
-    if layer.kind == "ssd":  # a state and a decay for each head
+    if layer.is_ssd:  # a state and a decay for each head
         summaries = context * k * batch * (e * config.ssd_state + e // config.d_head) * 4
         back = Exchanged(halo=halo, summaries=2 * summaries, calls=2)  # the gradient of what was gathered is reduced
         return Exchanged(halo=halo, summaries=summaries, calls=2), back

@@ -60,6 +60,7 @@ def _scans(config: VimConfig, value: Any) -> Any:
     return value if _kinds(config) - {"attn"} else None
 
 
+_SSD = {"ssd", "ssd_fwd", "ssd_bwd"}
 MEANING: dict[str, Callable[[VimConfig], Any]] = {
     "patch_size": lambda c: c.patch_size,
     "stem": lambda c: c.stem,
@@ -70,14 +71,14 @@ MEANING: dict[str, Callable[[VimConfig], Any]] = {
     "kinds": lambda c: [
         (own.name, own_code.identity(own.kind), own.options) for own in c.kinds if own.name in _kinds(c)
     ],
-    "d_state": lambda c: c.d_state if _kinds(c) - {"attn", "ssd"} else None,
+    "d_state": lambda c: c.d_state if _kinds(c) - {"attn", *_SSD} else None,
     "d_conv": lambda c: _scans(c, c.d_conv),
     "expand": lambda c: _scans(c, c.expand),
     "fuse": lambda c: c.fuse if any(len(x.paths) > 1 or x.kind == "pair" for x in c.layers) else None,
     "window": lambda c: c.window if any(layer.order == "window" for layer in c.layers) else None,
-    "d_head": lambda c: c.d_head if _kinds(c) & {"attn", "ssd"} else None,
-    "ssd_state": lambda c: c.ssd_state if "ssd" in _kinds(c) else None,
-    "ssd_form": lambda c: c.ssd_form if "ssd" in _kinds(c) else None,
+    "d_head": lambda c: c.d_head if _kinds(c) & {"attn", *_SSD} else None,
+    "ssd_state": lambda c: c.ssd_state if _kinds(c) & _SSD else None,
+    "ssd_form": lambda c: c.ssd_form if _kinds(c) & _SSD else None,
     "mlp": lambda c: c.mlp,
     "norm": lambda c: c.norm,
     "norm_eps": lambda c: c.norm_eps,

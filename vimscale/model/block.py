@@ -111,7 +111,7 @@ class Block(nn.Module):
         elif layer.kind == "attn":
             self.mixer = Attention(config, d)
         else:
-            self.mixer = Ssd(config, layer, d) if layer.kind == "ssd" else Mamba(config, layer, d, paired=paired)
+            self.mixer = Ssd(config, layer, d) if layer.is_ssd else Mamba(config, layer, d, paired=paired)
         self.mlp_norm = Norm(config, d) if config.mlp == "swiglu" else None
         self.mlp = SwiGLU(config, d) if config.mlp == "swiglu" else None
 

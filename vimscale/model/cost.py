@@ -89,7 +89,7 @@ def _mixer(config: VimConfig, layer: Layer, d: int, tokens: int) -> tuple[int, i
     scale = d if config.layer_scale is not None else 0
     if layer.kind == "attn":
         return 4 * d * d + scale, tokens * (8 * d * d + 4 * tokens * d)
-    if layer.kind == "ssd":
+    if layer.is_ssd:
         return _ssd_mixer(config, layer, d, tokens)
     e, n, r, w = config.expand * d, config.d_state, config.dt_rank(d), config.d_conv
     paths = len(layer.paths)

@@ -98,7 +98,7 @@ class Scans(nn.Module):
         self.order = self.paths[0][0]
         """Order of the layer's tokens; a path of another order permutes them for itself."""
         self.backward_paths = tuple(
-            i for i, (_, reverse) in enumerate(self.paths) if reverse and (paired or layer.kind != "bwd")
+            i for i, (_, reverse) in enumerate(self.paths) if reverse and (paired or len(self.paths) > 1)
         )
         """Paths that can be dropped: backward_gate, backward_ramp and backward_drop apply to them."""
         optional = torch.tensor([i in self.backward_paths for i in range(len(self.paths))])

@@ -12,9 +12,7 @@ from vimscale.model import schedule
 from vimscale.model.schedule import Layer
 
 Fuse = Literal["mean", "sum", "gate", "concat"]
-"""How a layer combines its paths. mean, sum; gate: a convex combination, learned per channel; concat: side by side,
-into a wider output projection.
-"""
+"""How a layer combines its paths. gate: a convex combination, learned per channel; concat: a wider out_proj."""
 ClassToken = Literal["none", "first", "middle", "both"]
 Pool = Literal["cls", "mean", "last", "max", "registers"]
 
@@ -82,9 +80,9 @@ class VimConfig:
     expand: int = 2
     """Inner width of the mixer, in units of d_model."""
     directions: str = "bi*24"
-    """What each layer is: "bi*24", "fwd*12 bi*12", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared,
-    pair, cross, ssd, attn, those of `kinds`; orders: row, column, snake, window (see vimscale.model.schedule). In a
-    recipe, directions and depth follow each other: give one of them.
+    """What each layer is: "bi*24", "(fwd bwd)*12", "(bi bi@column)*12". Kinds: fwd, bwd, bi, shared, pair, cross, ssd,
+    ssd_fwd, ssd_bwd, attn, those of `kinds`; orders: row, column, snake, window (vimscale.model.schedule). In a recipe,
+    directions and depth follow each other: give one of them.
     """
     kinds: tuple[OwnKind, ...] = ()
     """Kinds of layers that a user's own classes define, for `directions`. In a recipe, by name:
@@ -177,11 +175,13 @@ class VimConfig:
 
     def _head_faults(self, layers: list[Layer], widths: tuple[int, ...]) -> Iterator[str]:
         for kind, factor, name in (("attn", 1, "a d_model"), ("ssd", self.expand, "an expand x d_model")):
-            of_kind = [factor * d for layer, d in zip(layers, widths, strict=False) if layer.kind == kind]
+            of_kind = [factor * d for x, d in zip(layers, widths, strict=False) if kind in (x.kind, "ssd" * x.is_ssd)]
             if any(width % self.d_head for width in of_kind):
                 yield f"{kind} layers need {name} that is a multiple of d_head {self.d_head}"
             if of_kind and kind == "ssd" and self.ssd_form == "quasiseparable" and self.fuse in ("gate", "concat"):
                 yield f"quasiseparable ssd layers combine paths by fuse mean or sum, not {self.fuse}"
+        if self.ssd_form == "quasiseparable" and any(x.is_ssd and x.kind != "ssd" for x in layers):
+            yield "quasiseparable layers scan both directions; write ssd, not ssd_fwd or ssd_bwd"
 
     def _kind_faults(self) -> list[str]:
         names = [own.name for own in self.kinds]
@@ -454,8 +454,7 @@ _RANGES = {
     "registers": (0, 2**16),
     "register_reduce": (1, 2**16),
 }
-"""Smallest and largest value of each size: far beyond anything that has been trained, and small enough to compute with.
-"""
+"""Smallest and largest value of each size: far beyond anything trained, and small enough to compute with."""
 _MOST_TOKENS = 2**24
 
 

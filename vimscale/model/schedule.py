@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
-Kind = Literal["fwd", "bwd", "bi", "shared", "pair", "cross", "ssd", "attn"]
+Kind = Literal["fwd", "bwd", "bi", "shared", "pair", "cross", "ssd", "ssd_fwd", "ssd_bwd", "attn"]
 """fwd: one scan from the first token to the last. bwd: one scan from the last to the first. bi: both, each with its own
 parameters (Vim's v2). shared: both over one convolution and one set of projections, each with its own A (Vim's v1).
 pair: two adjacent layers in parallel on the same input, one forward and one backward. cross: four scans, forward and
-backward over rows and over columns (ARM). ssd: both directions of Mamba-2's scan. attn: softmax attention, for hybrids.
+backward over rows and over columns (ARM). ssd: both directions of Mamba-2's scan; ssd_fwd, ssd_bwd: one of them.
+attn: softmax attention, for hybrids.
 """
 Order = Literal["row", "column", "snake", "window"]
 """Order in which a scan visits the image's tokens: row by row, column by column, rows in alternating direction, or
@@ -41,8 +42,15 @@ class Layer:
             return ()
         if self.kind == "cross":
             return ("row", False), ("row", True), ("column", False), ("column", True)
-        directions = {"fwd": (False,), "pair": (False,), "bwd": (True,)}.get(self.kind, (False, True))
+        directions = {"fwd": (False,), "pair": (False,), "bwd": (True,)}.get(
+            self.kind.removeprefix("ssd_"), (False, True)
+        )
         return tuple((self.order, reverse) for reverse in directions)
+
+    @property
+    def is_ssd(self) -> bool:
+        """Whether the layer's scans are Mamba-2's."""
+        return self.kind in ("ssd", "ssd_fwd", "ssd_bwd")
 
     @property
     def is_own(self) -> bool:

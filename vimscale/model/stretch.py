@@ -16,7 +16,7 @@ from vimscale.model.layout import Grid, Layout, layout
 from vimscale.model.presets import VimConfig
 from vimscale.ops import Context, gathered
 
-_KINDS, _ORDERS = ("fwd", "bwd", "bi", "shared", "pair", "ssd", "attn"), ("row", "snake")
+_KINDS, _ORDERS = ("fwd", "bwd", "bi", "shared", "pair", "ssd", "ssd_fwd", "ssd_bwd", "attn"), ("row", "snake")
 
 
 def faults(config: VimConfig, size: int, images: Mapping[tuple[int, int], str]) -> list[str]:
@@ -30,7 +30,7 @@ def faults(config: VimConfig, size: int, images: Mapping[tuple[int, int], str]) 
     if strange:
         what = f"{', '.join(dict.fromkeys(strange))} layers cannot be cut into ranges of tokens"
         found.append(f"{what}; use {', '.join(_KINDS)} in order {' or '.join(_ORDERS)}, or parallel.context=1")
-    if config.ssd_form == "quasiseparable" and any(layer.kind == "ssd" for layer in config.layers):
+    if config.ssd_form == "quasiseparable" and any(layer.is_ssd for layer in config.layers):
         found.append("quasiseparable ssd layers cannot be cut; use another ssd_form or parallel.context=1")
     if config.stages:
         found.append("stages merge tokens that several ranks would hold; leave them out or use parallel.context=1")

@@ -16,7 +16,7 @@ def check(model: VisionMamba, to: str) -> None:
     if config.kinds:
         names = ", ".join(own.name for own in config.kinds)
         raise CheckpointError(f"--to {to} cannot hold layers of your own kinds ({names}): use --to safetensors")
-    if any(layer.kind == "ssd" for layer in config.layers):
+    if any(layer.is_ssd for layer in config.layers):
         raise CheckpointError(f"--to {to} cannot hold layers of kind ssd yet: use --to safetensors")
     if config.tiles is not None:
         raise CheckpointError(
