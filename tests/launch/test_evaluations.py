@@ -50,7 +50,8 @@ def test_figures_are_those_of_the_ranks_and_training_is_not_touched(shell: Shell
     assert events.count(b"eval/knn_top1") == 2
 
 
-@pytest.mark.parametrize("how", [PROCESSES, pytest.param(RAY, marks=pytest.mark.slow)], ids=["processes", "ray"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
 def test_the_run_trains_on_and_keeps_its_checkpoints_while_an_evaluation_takes_long(
     shell: Shell, how: tuple[str, ...]
 ) -> None:

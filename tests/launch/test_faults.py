@@ -75,7 +75,7 @@ def _assert_faults_leave_no_trace(
     ("how", "more", "faults"),
     [
         pytest.param(PROCESSES, (), [Fault("kill rank", "save", 12, rank=1)], id="save", marks=pytest.mark.slow),
-        pytest.param(PROCESSES, (), [Fault("damage", "step", 20)], id="launcher-and-damage"),
+        pytest.param(PROCESSES, (), [Fault("damage", "step", 20)], id="launcher-and-damage", marks=pytest.mark.slow),
         pytest.param(RAY, (), [Fault("kill rank", "save", 12, rank=0)], id="ray-save", marks=pytest.mark.slow),
         pytest.param(PROCESSES, SHARED, [Fault("kill rank", "step", 9, rank=1)], id="shared", marks=pytest.mark.slow),
     ],
