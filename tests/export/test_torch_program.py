@@ -109,8 +109,16 @@ def test_every_kind_of_layer_is_exported(tmp_path: Path, directions: str, fields
 def test_one_program_takes_images_of_any_size(tmp_path: Path, fields: dict[str, Any]) -> None:
     source = source_of(model_of("bi@window cross", **fields), any_size=True)
     assert_written(tmp_path, source, sizes=((32, 32), (16, 48), (64, 24)))
+    for file in (PLAIN, KERNELS):
+        run = TorchProgram().reopen(tmp_path, file)
+        with pytest.raises(RuntimeError, match=r"the height of images must be 8 \+ k 8 pixels"):
+            run(torch.zeros(1, 3, 36, 32))
+        with pytest.raises(RuntimeError, match=r"the width of images must be 8 \+ k 8 pixels"):
+            run(torch.zeros(1, 3, 32, 33))
+        with pytest.raises(AssertionError, match=r"size\(\)\[2\] >= 16"):
+            run(torch.zeros(1, 3, 8, 32))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["any_size"] == {"least": 8, "step": fields.get("stride", 8)}
+    assert config["any_size"] == {"least": 16, "step": 8}
 
 
 @pytest.mark.slow
