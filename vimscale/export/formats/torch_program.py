@@ -227,12 +227,16 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 
 def _compile(program: ExportedProgram, path: Path) -> None:
-    """Compile a program by AOTInductor. It runs with as many threads as torch has there."""
+    """Compile a program by AOTInductor. It runs with as many threads as torch has there, and checks its inputs only if
+    the environment variable AOTI_RUNTIME_CHECK_INPUTS is 1 there: those checks then allow a batch of one.
+    """
     from torch._inductor.exc import CppCompileError
 
     try:
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"cpp.dynamic_threads": True}
+            program,
+            package_path=str(path),
+            inductor_configs={"cpp.dynamic_threads": True, "aot_inductor.check_lowerbound": False},
         )
     except CppCompileError as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
