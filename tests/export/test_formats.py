@@ -126,6 +126,9 @@ def test_an_export_of_every_format_computes_the_same(tmp_path: Path, to: str, di
     elif to != "safetensors":
         with pytest.raises(CheckpointError, match="is for other programs"):
             open_model(out)
+        for program in (path for path in out.iterdir() if path.suffix in base.PROGRAMS):
+            with pytest.raises(CheckpointError, match=r"is a program of .*, and its weights cannot be read back"):
+                open_model(program)
 
 
 @pytest.mark.slow
@@ -307,6 +310,28 @@ def test_unknown_formats_and_missing_packages(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Own, "needs", {"nowhere": "nowhere>=2", "torch": "torch"})
     with pytest.raises(CheckpointError, match="needs nowhere, not installed here: pip install 'nowhere>=2'"):
         _said("export", tmp_path / "model")
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _source(tmp_path / "model")
+    (tmp_path / "of_another_torch.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Own, "needs", {"of_another_torch": "of_another_torch"})
+    with pytest.raises(CheckpointError, match=r"here \(operator torchvision::nms does not exist\); install what"):
+        _said("export", tmp_path / "model")
+
+
+def test_the_file_of_weights_in_an_export_stands_for_its_folder(tmp_path: Path) -> None:
+    model = _source(tmp_path / "model")
+    for to in ("safetensors", "hf"):
+        _said("export", tmp_path / "model", "--to", to)
+        file = tmp_path / f"model_{to}/model.safetensors"
+        _said("import", file, "--output", tmp_path / "back")
+        back = safetensors.load(tmp_path / "back").state_dict()
+        assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
+        shutil.copy(file, tmp_path / "alone.safetensors")
+        with pytest.raises(CheckpointError, match=r"alone\.safetensors holds weights .* give the folder of both"):
+            _said("import", tmp_path / "alone.safetensors")
 
 
 def test_a_published_layout_names_the_one_that_fits(tmp_path: Path) -> None:

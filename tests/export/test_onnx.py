@@ -149,16 +149,20 @@ def test_every_kind_of_layer_gives_our_outputs(tmp_path: Path, case: str, any_si
     Onnx().write(tmp_path, of)
     sides = json.loads((tmp_path / "config.json").read_text())["any_size"]
     sizes = [(24, 24)]
+    step = {"overlapping patches, no head": 2, "stages, conv stem": 8}.get(case, 4)
+    least = max(step, 4)
     if any_size:
-        step = {"overlapping patches, no head": 2, "stages, conv stem": 8}.get(case, 4)
-        assert sides == {"least": max(step, 4), "step": step}
-        sizes += [(16, 40), (sides["least"], 24)]
+        assert sides == {"least": least, "step": step}
+        sizes += [(16, 40), (least, 24)]
     else:
         assert sides is None
         assert "TopK" not in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     for size in sizes:
         for batch in (1, 5):
             assert_equal(tmp_path, of.model, torch.randn(batch, 3, *size))
+    for size in ((24, 24 + step // 2), (24 + 3 * step // 2, 24)) if any_size else ():
+        with pytest.raises(Exception, match=f"the sides of images must be {least} . k {step} pixels"):
+            Onnx().reopen(tmp_path)(torch.zeros(1, 3, *size))
 
 
 @pytest.mark.slow

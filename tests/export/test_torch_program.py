@@ -12,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
+from vimscale.export import safetensors
 from vimscale.export.formats.base import Outputs, Source
 from vimscale.export.formats.torch_program import COMPILED, KERNELS, PLAIN, TorchProgram
+from vimscale.launch.commands.app import app
 from vimscale.model import VimConfig, VisionMamba, schedule
 from vimscale.model.presets import Stage
 
@@ -62,7 +65,7 @@ def assert_written(folder: Path, source: Source, sizes: tuple[tuple[int, int], .
     form = TorchProgram()
     form.check(source)
     form.write(folder, source)
-    written = (PLAIN, KERNELS, *([COMPILED] if source.aoti else []))
+    written = (PLAIN, KERNELS)
     assert sorted(path.name for path in folder.iterdir()) == sorted((*written, "config.json"))
     for file in written:
         run = form.reopen(folder, file)
@@ -109,8 +112,16 @@ def test_every_kind_of_layer_is_exported(tmp_path: Path, directions: str, fields
 def test_one_program_takes_images_of_any_size(tmp_path: Path, fields: dict[str, Any]) -> None:
     source = source_of(model_of("bi@window cross", **fields), any_size=True)
     assert_written(tmp_path, source, sizes=((32, 32), (16, 48), (64, 24)))
+    for file in (PLAIN, KERNELS):
+        run = TorchProgram().reopen(tmp_path, file)
+        with pytest.raises(RuntimeError, match=r"the height of images must be 8 \+ k 8 pixels"):
+            run(torch.zeros(1, 3, 36, 32))
+        with pytest.raises(RuntimeError, match=r"the width of images must be 8 \+ k 8 pixels"):
+            run(torch.zeros(1, 3, 32, 33))
+        with pytest.raises(AssertionError, match=r"size\(\)\[2\] >= 16"):
+            run(torch.zeros(1, 3, 8, 32))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["any_size"] == {"least": 8, "step": fields.get("stride", 8)}
+    assert config["any_size"] == {"least": 16, "step": 8}
 
 
 @pytest.mark.slow
@@ -184,14 +195,28 @@ sys.meta_path.insert(0, Refuse())
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # Inductor and g++ take minutes where others compute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++, and there is no g++ here")
-def test_the_compiled_program_runs_in_python_and_in_cpp(tmp_path: Path) -> None:
+def test_the_compiled_program_runs_in_python_and_in_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
     model = model_of("bi@column shared")
-    folder = tmp_path / "exported"
-    folder.mkdir()
-    assert_written(folder, source_of(model, aoti=True))
-    (source,) = re.findall(r"```cpp\n(.*?)```", PAGE, re.DOTALL)
+    folder, source = tmp_path / "exported", source_of(model)
+    safetensors.write(tmp_path / "model", model, source.manifest, source.about)
+    command = ["export", str(tmp_path / "model"), "--to", "torch", "--aoti", "--output", str(folder)]
+    said = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert said.output.startswith("AOTInductor compiles 2 layers")
+    report = json.loads((folder / "parity.json").read_text())
+    assert (said.exit_code, report["passed"]) == (0, True)
+    assert list(report["others"]) == [KERNELS, COMPILED]
+    run = TorchProgram().reopen(folder, COMPILED)
+    for b in (1, 5):
+        images = torch.randn(b, 3, 32, 32)
+        assert_same(run(images), outputs_of(model, images))
+    with pytest.raises(RuntimeError, match="unmatched dim value at 2, expected: 32, but got: 40"):
+        run(torch.zeros(1, 3, 40, 32))
+    with pytest.raises(RuntimeError, match="unmatched stride value"):
+        run(images.contiguous(memory_format=torch.channels_last))
+    (program,) = re.findall(r"```cpp\n(.*?)```", PAGE, re.DOTALL)
     commands = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[-1].replace("python", sys.executable)
-    (tmp_path / "main.cpp").write_text(source)
+    (tmp_path / "main.cpp").write_text(program)
     done = subprocess.run(
         ["sh", "-ec", commands.replace("224", "32")], capture_output=True, text=True, cwd=tmp_path, check=False
     )

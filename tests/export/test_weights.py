@@ -16,6 +16,9 @@ from vimscale.data.images.augment import normalise
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export import published, safetensors, starting
+from vimscale.export.formats.base import Format, Source
+from vimscale.export.formats.hf import HuggingFace
+from vimscale.export.formats.timm import Timm
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.presets import OwnKind, Stage
 from vimscale.recipe import recipe as recipes
@@ -260,6 +263,20 @@ def _published(folder: Path) -> Path:
     return folder / "theirs"
 
 
+def _exported(form: Format) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "theirs").mkdir()
+        form.write(folder / "theirs", Source(_model(), _manifest(), {}))
+        return folder / "theirs"
+
+    return write
+
+
+def _program(folder: Path) -> Path:
+    (folder / "model.onnx").write_bytes(b"\x08\x0a")
+    return folder / "model.onnx"
+
+
 def _cut(folder: Path) -> Path:
     path = _folder_of_weights(folder) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
@@ -284,6 +301,9 @@ NO_WEIGHTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "the file": (lambda folder: _folder_of_weights(folder) / "model.safetensors", "it is a file; give the folder"),
     "the folder above": (lambda folder: _folder_of_weights(folder).parent, "no config.json; perhaps .*/good is meant"),
     "for the published code": (_published, "for the published code; `vimscale import .*model.pth`"),
+    "for transformers": (_exported(HuggingFace()), "an export --to hf; `vimscale import .*theirs` makes one that"),
+    "for timm": (_exported(Timm()), "an export --to timm, and its weights cannot be read back; give the run"),
+    "a program": (_program, "a program of ONNX, and its weights cannot be read back; give the run"),
     "cut short": (_cut, "model.safetensors has .* bytes, not the .* that its header says"),
     "fewer names": (_config(classes=["a"]), "names 1 classes, its model has 4"),
     "no names": (_config(classes=None), "classes is null, not a list of names"),

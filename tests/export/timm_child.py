@@ -9,20 +9,9 @@ from pathlib import Path
 sys.path += sys.argv[2:]
 assert importlib.util.find_spec("vimscale") is None
 
-import torch  # noqa: E402
-
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # built for CUDA, its operators do not load next to a CPU torch: declare them, as no transform runs them
-    for name in [each for each in sys.modules if each.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import timm  # noqa: E402
 import timm.optim  # noqa: E402
+import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 for here in sorted(Path(sys.argv[1]).iterdir()):

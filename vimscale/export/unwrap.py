@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vimscale.errors import CheckpointError, brief
+from vimscale.export.formats.base import PROGRAMS
 from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
 from vimscale.storage import untrusted
 
@@ -25,6 +26,7 @@ _ATTENTION_MASK, _ARM = "mask", "ar_token"
 """A buffer of 0 and -inf in ARM's pretraining checkpoints, which is no weight; and a key that only they have."""
 _COUNTERS = {"n_averaged", "num_updates", "updates", "decay"}
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa|teacher)($|[._])", re.IGNORECASE)
+_OURS = re.compile(r"(model\.)?blocks\.\d+\.mixer\.")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DEEPEST, _SHOWN, _NAME, _LONGEST = 5, 4, 60, 200
 _LARGEST_INDEX = 64 << 20
@@ -65,6 +67,11 @@ def _open(path: Path) -> tuple[Any, Callable[[Any], Tensor], argparse.Namespace 
             return load_file(path), lambda value: value, None
         if (found := _other_format(head)) is not None:
             raise CheckpointError(f"{path} {found}")
+        if path.suffix in PROGRAMS:
+            raise CheckpointError(
+                f"{path} is {PROGRAMS[path.suffix]}, and its weights cannot be read back; use the run that it is of, or"
+                " that run's export --to safetensors or hf"
+            )
         archive = Archive(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -240,6 +247,11 @@ def _choose(path: Path, content: dict[Any, Any], ema: bool) -> tuple[_Found, lis
             longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
             found.append(_Found(tree, at, prefix, longer))
     if not found:  # not a published model: later checks say what it is instead
+        if any(isinstance(key, str) and _OURS.match(key) for key in content):
+            raise CheckpointError(
+                f"{path} holds weights under vimscale's own names, and what model they are of is in the config.json"
+                " that was written with them; give the folder of both"
+            )
         names = ("model_ema", "model", "state_dict") if ema else ("model", "state_dict", "model_ema")
         inner = next((name for name in names if isinstance(content.get(name), dict)), None)
         return _Found(content if inner is None else content[inner], () if inner is None else (inner,), "", ()), []

@@ -94,9 +94,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def not_ours(folder: Path) -> str | None:
     """What the folder is instead, if people often give such a thing."""
+    from vimscale.export.formats.base import PROGRAMS, readable, written_in
+
     if not folder.exists():
         return "it is not there"
     if folder.is_file():
+        if folder.suffix in PROGRAMS:
+            return f"it is {PROGRAMS[folder.suffix]}, and its weights cannot be read back; give the run that it is of"
         if folder.suffix in (".pth", ".pt", ".bin", ".ckpt"):
             return f"it is a file; `vimscale import {folder}` makes a folder of a published checkpoint"
         return "it is a file; give the folder that it is in"
@@ -108,6 +112,11 @@ def not_ours(folder: Path) -> str | None:
         exports = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         near = f"; perhaps {folder / exports[0]} is meant" if exports else ""
         return f"it has no {CONFIG}{near}"
+    to = written_in(folder)
+    if to is not None and to != "safetensors":
+        if not readable(to):
+            return f"it is an export --to {to}, and its weights cannot be read back; give the run that it is of"
+        return f"it is an export --to {to}; `vimscale import {folder}` makes one that a run starts from"
     if not (folder / WEIGHTS).is_file():
         return f"it has no {WEIGHTS}"
     return None

@@ -1,18 +1,19 @@
 """What formats have in common: what they are given, what they must be able to do, and which there are."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, suggest
-from vimscale.model import VisionMamba
+from vimscale.model import VimConfig, VisionMamba
 from vimscale.storage import untrusted
 
 Outputs = dict[str, Tensor]
@@ -74,7 +75,7 @@ class Format(ABC):
         """
         raise CheckpointError(
             f"{folder} is for other programs, and its weights cannot be read back; use the run, or its export --to"
-            " safetensors"
+            " safetensors or hf"
         )
 
 
@@ -89,11 +90,21 @@ FORMATS = {
     "torch": "vimscale.export.formats.torch_program:TorchProgram",
 }
 """What --to takes -> where its class is."""
+PROGRAMS = {".onnx": "a program of ONNX", ".pt2": "a program of torch.export"}
+"""Suffixes of files that formats write and nothing reads back -> what they are."""
+
+
+def sides(config: VimConfig) -> tuple[int, int]:
+    """Return the smallest side of an image, in pixels, that patches fill and stages can merge, and the step to the next
+    larger one.
+    """
+    step = config.step * math.prod(stage.downsample for stage in config.stages[1:])
+    return config.patch_size - config.step + step, step
 
 
 def written_in(folder: Path) -> str | None:
     """Which format the export in a folder has, whoever wrote it; None: none that says so."""
-    for file, key in (("parity.json", "format"), ("config.json", "model_type")):
+    for file, key in (("parity.json", "format"), ("config.json", "model_type"), ("config.json", "architecture")):
         try:
             tree = untrusted.loads(untrusted.read(folder / file))
         except (OSError, ValueError):
@@ -103,17 +114,35 @@ def written_in(folder: Path) -> str | None:
             return found
         if key == "model_type" and isinstance(found, str) and found.startswith("vimscale"):
             return "hf"  # saved again by transformers
+        if key == "architecture" and found == "vimscale":
+            return "timm"
     return None
+
+
+def readable(name: str) -> bool:
+    """Whether the weights in an export of this format can be read back."""
+    return _class_of(name).read is not Format.read
 
 
 def of(name: str) -> Format:
     """The format `name`, to write.
 
     Raises:
-        CheckpointError: there is none, or what it needs is not installed.
+        CheckpointError: there is none, or what it needs is not installed or cannot be imported.
     """
     found = unchecked(name)
-    missing = [package for package in found.needs if find_spec(package) is None]
+    missing = []
+    for package in found.needs:
+        try:
+            import_module(package)
+        except (ImportError, OSError, RuntimeError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == package:
+                missing.append(package)
+                continue
+            raise CheckpointError(
+                f"--to {name} needs {package}, which cannot be imported here ({str(error).splitlines()[0]}); install"
+                f" what it imports, in builds for torch {torch.__version__}"
+            ) from error
     if missing:
         pip = " ".join(dict.fromkeys(f"'{found.needs[package]}'" for package in missing))
         raise CheckpointError(f"--to {name} needs {', '.join(missing)}, not installed here: pip install {pip}")
@@ -128,6 +157,10 @@ def unchecked(name: str) -> Format:
     """
     if name not in FORMATS:
         raise CheckpointError(f"--to {name} is not a format{suggest(name, FORMATS)}")
+    return _class_of(name)()
+
+
+def _class_of(name: str) -> type[Format]:
     module, _, title = FORMATS[name].partition(":")
     found: type[Format] = getattr(import_module(module), title)
-    return found()
+    return found

@@ -38,7 +38,7 @@ _CROP = 0.875
 class HuggingFace(Format):
     """config.json, model.safetensors, preprocessor_config.json, the code of the model, and a model card."""
 
-    needs = {"transformers": "transformers>=5"}  # noqa: RUF012
+    needs = {"transformers": "transformers>=5.23"}  # noqa: RUF012
     tolerance = 1e-5
 
     def check(self, source: Source) -> None:

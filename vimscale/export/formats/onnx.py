@@ -6,7 +6,6 @@ Axes: b images, l tokens, d model width, e inner width, n state; images are (b, 
 import ast
 import json
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vimscale import __version__
-from vimscale.export.formats.base import Format, Outputs, Source
+from vimscale.export.formats.base import Format, Outputs, Source, sides
 from vimscale.export.portable import limits
 from vimscale.export.portable.modeling import Encoder
 from vimscale.export.safetensors import preprocessing
@@ -101,13 +100,15 @@ class Onnx(Format):
             _simplified(model)
         _named(model, source.model.state_dict())
         _typed(model, config, source.any_size)
+        if source.any_size:
+            _check_sides(model, *sides(config))
         if source.half:
             _halved(model)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         with files.naming(path):
             ir.save(model, path, external_data="model.onnx.data" if size > _EXTERNAL else None)
         onnx.checker.check_model(path, full_check=True)
-        least, step = _sides(config)
+        least, step = sides(config)
         about = {"format": 1, **preprocessing(source.manifest), "size": config.size}
         about |= {"any_size": {"least": least, "step": step} if source.any_size else None}
         about |= {"opset": OPSET, "about": source.about}
@@ -153,7 +154,7 @@ def _exported(source: Source) -> "ir.Model":
     height, width = config.size
     shapes: dict[int, Any] = {0: torch.export.Dim("batch")}
     if source.any_size:  # any two different sides serve for tracing
-        least, step = _sides(config)
+        least, step = sides(config)
         height, width = least + 2 * step, least + 4 * step
         shapes |= {at: step * torch.export.Dim(name, min=2) + (least - step) for at, name in ((2, "i"), (3, "j"))}
     with torch.no_grad():
@@ -177,12 +178,6 @@ def _exported(source: Source) -> "ir.Model":
         function = ir.serde.deserialize_function(onnx.parser.parse_function(_SCAN.format(name=name, way=way)))
         model.functions[function.identifier()] = function
     return model
-
-
-def _sides(config: VimConfig) -> tuple[int, int]:
-    """Return the smallest side of an image that patches fill and stages can merge, and the step to the next one."""
-    step = config.step * math.prod(stage.downsample for stage in config.stages[1:])
-    return config.patch_size - config.step + step, step
 
 
 def _sorted(keys: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
@@ -306,6 +301,39 @@ def _typed(model: "ir.Model", config: VimConfig, any_size: bool) -> None:
         assert value.name is not None
         value.shape = ir.Shape(["batch", *widths[value.name]])
         value.metadata_props.clear()
+
+
+def _check_sides(model: "ir.Model", least: int, step: int) -> None:
+    """Let the model fail for images with a side that is not `least` + k `step`. ONNX has no assertion: the remainders
+    of the sides are indices into [0], so that others than 0 are out of bounds; the node's name says why. What they give
+    is part of a shape [0, 0, 0, 0], which leaves the images as they are.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    (images,) = graph.inputs
+    uses = list(images.uses())
+    first = graph[0]
+
+    def constant(name: str, *numbers: int) -> "ir.Value":
+        value = ir.val(f"sides/{name}", const_value=ir.tensor(np.array(numbers), name=f"sides/{name}"))
+        graph.register_initializer(value)
+        return value
+
+    def add(op: str, *inputs: "ir.Value", name: str | None = None, **attributes: int) -> "ir.Value":
+        node = ir.node(op, list(inputs), attributes, name=name or f"sides/{op}")
+        node.outputs[0].name = f"sides/{op}:out0"
+        graph.insert_before(first, node)
+        return node.outputs[0]
+
+    zero = constant("zero", 0)
+    above = add("Sub", add("Shape", images, start=2, end=4), constant("least", least))
+    remainders = add("Mod", above, constant("step", step))
+    rule = f"the sides of images must be {least} + k {step} pixels"
+    shape = add("Concat", zero, zero, add("Gather", zero, remainders, name=rule), axis=0)
+    checked = add("Reshape", images, shape)
+    for node, index in uses:
+        node.replace_input_with(index, checked)
 
 
 def _halved(model: "ir.Model") -> None:

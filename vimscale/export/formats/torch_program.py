@@ -6,7 +6,7 @@ Axes: b images, l tokens, e inner width, n state; images are (b, 3, h, w), alrea
 import copy
 import io
 import json
-import math
+import operator
 import os
 import shutil
 import sys
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vimscale.errors import CheckpointError
-from vimscale.export.formats.base import Format, Outputs, Source
+from vimscale.export.formats.base import Format, Outputs, Source, sides
 from vimscale.export.portable import limits
 from vimscale.export.portable.modeling import Encoder
 from vimscale.export.safetensors import preprocessing
-from vimscale.model import VimConfig, VisionMamba
+from vimscale.model import VisionMamba
 from vimscale.ops import AT_RUN_TIME, bimamba_inner
 from vimscale.storage import files
 
@@ -66,11 +66,12 @@ class TorchProgram(Format):
             _save(_with_kernels(source), folder / KERNELS)
             if source.aoti:
                 _compile(plain, folder / COMPILED)
+        least, step = sides(config)
         about = {
             "format": 1,
             **preprocessing(source.manifest),
             "size": config.size,
-            "any_size": {"least": _side(config, 1), "step": _step(config)} if source.any_size else None,
+            "any_size": {"least": least + step, "step": step} if source.any_size else None,
             "torch": torch.__version__,
             "about": source.about,
         }
@@ -143,10 +144,11 @@ def _exported(model: nn.Module, source: Source) -> ExportedProgram:
     if isinstance(model, _Outputs):
         weights = {f"model.{name}" for name in weights}
     shapes: dict[int, Any] = {0: Dim("batch")}
-    if source.any_size:
-        step, least = _step(config), _side(config, 1)
-        shapes |= {at: step * Dim(name, min=1) + (least - step) for at, name in ((2, "i"), (3, "j"))}
-    height, width = (_side(config, 3), _side(config, 5)) if source.any_size else config.size
+    height, width = config.size
+    if source.any_size:  # any two different sides serve for tracing; torch specializes for one row or column
+        least, step = sides(config)
+        height, width = least + 2 * step, least + 4 * step
+        shapes |= {at: step * Dim(name, min=2) + (least - step) for at, name in ((2, "i"), (3, "j"))}
     example = torch.zeros(2, 3, height, width)
     program = torch.export.export(
         _Program(model.eval(), weights), (example,), dynamic_shapes={"images": shapes}, strict=False
@@ -159,7 +161,28 @@ def _exported(model: nn.Module, source: Source) -> ExportedProgram:
                 "--any-size: torch.export writes a program for this model that refuses a batch of one; leave out"
                 f" --any-size ({str(error).splitlines()[0]})"
             ) from None
+        _check_sides(program, least, step)
     return program
+
+
+def _check_sides(program: ExportedProgram, least: int, step: int) -> None:
+    """Let the program raise an error for images with a side that is not `least` + k `step`. (torch drops such a check
+    while it traces, because it assumes that `dynamic_shapes` hold, but does not check those.)
+    """
+    graph = program.graph
+    (images,) = (node for node in graph.nodes if node.name == "images")
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        for axis in (2, 3):
+            value: Any = images.meta["val"].shape[axis]
+            node = graph.call_function(torch.ops.aten.sym_size.int, (images, axis))
+            node.meta["val"] = value
+            for function, operand in ((operator.sub, least), (operator.mod, step), (operator.eq, 0)):
+                value = function(value, operand)
+                node = graph.call_function(function, (node, operand))
+                node.meta["val"] = value
+            message = f"the {('height', 'width')[axis - 2]} of images must be {least} + k {step} pixels"
+            graph.call_function(torch.ops.aten._assert_scalar.default, (node, message)).meta["val"] = None
+    program.graph_module.recompile()
 
 
 def _with_kernels(source: Source) -> ExportedProgram:
@@ -194,16 +217,6 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) 
     return (y.flip(0) if reverse else y).transpose(0, 1)
 
 
-def _step(config: VimConfig) -> int:
-    """Pixels from one side of an image to the next larger one that patches and the merges between stages divide."""
-    return config.step * math.prod(stage.downsample for stage in config.stages[1:])
-
-
-def _side(config: VimConfig, i: int) -> int:
-    """Return the i-th smallest of these sides."""
-    return config.patch_size - config.step + i * _step(config)
-
-
 # ---- files
 
 
@@ -214,12 +227,16 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 
 def _compile(program: ExportedProgram, path: Path) -> None:
-    """Compile a program by AOTInductor. It runs with as many threads as torch has there."""
+    """Compile a program by AOTInductor. It runs with as many threads as torch has there, and checks its inputs only if
+    the environment variable AOTI_RUNTIME_CHECK_INPUTS is 1 there: those checks then allow a batch of one.
+    """
     from torch._inductor.exc import CppCompileError
 
     try:
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"cpp.dynamic_threads": True}
+            program,
+            package_path=str(path),
+            inductor_configs={"cpp.dynamic_threads": True, "aot_inductor.check_lowerbound": False},
         )
     except CppCompileError as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
