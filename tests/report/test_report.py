@@ -143,12 +143,14 @@ def test_a_last_line_that_is_being_written_does_not_count_and_damaged_lines_do(t
 def test_a_run_is_running_while_a_launch_holds_its_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "held", 20)
     (folder / "environment.json").write_text(json.dumps({"host": platform.node()}))
-    assert record.read(str(folder)).status == "stopped"
+    assert record.read(str(folder)).status == "died"
     launch = record.RunFolder(folder)
     launch.hold("end that one")
     assert record.read(str(folder)).status == "running"
     launch.release()
-    assert record.read(str(folder)).status == "stopped"
+    (folder / "checkpoints" / "step_00000020").mkdir()
+    (folder / "checkpoints" / "step_00000020" / "manifest.json").write_text("{}")
+    assert record.read(str(folder)).status == "stopped", "it saved its last step"
     (folder / "environment.json").write_text(json.dumps({"host": "another"}))
     assert record.read(str(folder)).status == "running"
 
