@@ -231,10 +231,9 @@ class Line(NamedTuple):
         chosen = set()
         for name in (name for name in order if name in parts or name == "bar"):
             size = _BAR[0] + 1 if name == "bar" else 2 + cell_len(parts[name])
-            if size > left:
-                break
-            left -= size
-            chosen.add(name)
+            if size <= left:
+                left -= size
+                chosen.add(name)
         found = Text(no_wrap=True, overflow="crop", end="")
         if "bar" in chosen:
             cells = min(_BAR[0] + left, _BAR[1])
