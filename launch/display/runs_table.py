@@ -31,6 +31,8 @@ _POINTS = 12
 """Cells of a sparkline."""
 _LONGEST = 32
 """Cells of a run's name, if the table is too wide."""
+_SHORTEST = 8
+"""Cells of a run's name, at least."""
 _GAP = 2
 
 
@@ -129,6 +131,8 @@ class RunsTable:
         widths[columns[0]] = min(widths[columns[0]], _LONGEST)
         while sum(widths.values()) + _GAP * (len(widths) - 1) > width and max(widths, key=lambda c: c.rank).rank:
             del widths[max(widths, key=lambda c: c.rank)]
+        others = sum(list(widths.values())[1:]) + _GAP * (len(widths) - 1)
+        widths[columns[0]] = min(widths[columns[0]], max(width - others, _SHORTEST))
         table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim")
         for column, size in widths.items():
             table.add_column(
