@@ -295,3 +295,16 @@ def test_a_busy_port_is_one_message(served: tuple[Server, Path]) -> None:
     server, _ = served
     with pytest.raises(LaunchError, match="choose another one"):
         Server(server.reports, server.server_port, None)
+
+
+def test_the_page_names_what_the_ranks_computed_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine", 20)
+    gpu = {"kind": "gpu", "name": "NVIDIA H100 80GB HBM3", "memory": 85_000_000_000, "cpu": "EPYC", "driver": "580.1"}
+    gpu |= {"cuda": "13.0", "ranks": 8, "hosts": ["one", "two"]}
+    cpu = {"kind": "cpu", "name": "Xeon", "memory": 25_000_000_000, "ranks": 2, "hosts": HOSTILE}
+    (folder / "environment.json").write_text(json.dumps({"devices": [gpu, cpu, 7]}))
+    text = _text(folder)
+    assert "8 x NVIDIA H100 80GB HBM3, 85 GB, driver 580.1, CUDA 13.0, CPU EPYC, on one, two" in text
+    assert "2 ranks on Xeon, 25 GB" in text
+    (folder / "environment.json").write_text(json.dumps({"devices": [cpu | {"name": HOSTILE}]}))
+    assert HOSTILE not in _text(folder)
