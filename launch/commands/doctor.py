@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vimscale.errors import LaunchError
+from vimscale.runtime import devices
 
 from ..hardware import cpus, gpus, memory
 from ..processes import num_ranks
@@ -71,7 +72,10 @@ def check(runs: Path) -> list[Finding]:
             findings.append(probe())
         except FileNotFoundError as error:  # only Linux has /proc and /dev/shm, and some sandboxes hide them
             findings.append(Finding(Path(error.filename).name, "note", f"unknown: there is no {error.filename} here"))
-    return [*findings, _will_run(runs, [finding.what for finding in findings if finding.state == "broken"])]
+    broken = [finding.what for finding in findings if finding.state == "broken"]
+    if not {"torch", "GPUs"} & {*broken} and gpus():
+        findings += _prospects()
+    return [*findings, _will_run(runs, broken)]
 
 
 def show(findings: list[Finding], console: Console) -> int:
@@ -90,9 +94,7 @@ def show(findings: list[Finding], console: Console) -> int:
 
 
 def _cpu() -> Finding:
-    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    name = names[0] if names else platform.machine()
-    return Finding("CPU", "ok", f"{name}, {cpus()} of {os.cpu_count()} cores usable")
+    return Finding("CPU", "ok", f"{devices.cpu_name()}, {cpus()} of {os.cpu_count()} cores usable")
 
 
 def _memory() -> Finding:
@@ -113,10 +115,8 @@ def _shared_memory() -> Finding:
 
 
 def _gpus() -> Finding:
-    nvidia = Path("/proc/driver/nvidia/version")
-    if nvidia.exists():
-        version = re.findall(r"\s(\d+\.\d+(?:\.\d+)?)\s", nvidia.read_text())
-        driver, nodes = f"NVIDIA driver {version[0] if version else '?'}", len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if (version := devices.nvidia_driver()) is not None:
+        driver, nodes = f"NVIDIA driver {version}", len(list(Path("/dev").glob("nvidia[0-9]*")))
     elif Path("/dev/kfd").exists():
         driver, nodes = "AMD driver", 1
     else:
@@ -125,11 +125,11 @@ def _gpus() -> Finding:
     if torch is None:
         return Finding("GPUs", "note", f"{driver}; unknown, since torch does not import: {why}")
     try:
-        devices = [torch.cuda.get_device_properties(number) for number in range(gpus())]
+        found = [torch.cuda.get_device_properties(number) for number in range(gpus())]
     except RuntimeError as error:  # NVML counts devices even if the driver is too old for this torch to open them
         fix = "Update the driver, or install a torch build for an older CUDA: https://pytorch.org/get-started"
         return Finding("GPUs", "broken", f"{driver}: {error}".splitlines()[0], fix)
-    names = [f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in devices]
+    names = [f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in found]
     variable = next((name for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if name in os.environ), "")
     return gpu_finding(driver, nodes, _build(torch), names, variable)
 
@@ -158,6 +158,21 @@ def gpu_finding(driver: str, nodes: int, build: str, names: list[str], hidden_by
         return Finding("GPUs", "broken", f"{driver}, but torch is a {build} build and cannot use it", fix)
     fix = f"Check that nvidia-smi or rocm-smi lists them, and that the driver is new enough for {build}."
     return Finding("GPUs", "broken", f"{driver}, and torch is a {build} build, but it sees no device", fix)
+
+
+def _prospects() -> list[Finding]:
+    """What runs get from this machine's GPUs. Not run on a GPU."""
+    import torch
+
+    from vimscale.estimate.prospects import Gpu, prospects
+
+    numbers, here = range(gpus()), []
+    for number in numbers:
+        properties = torch.cuda.get_device_properties(number)
+        rocm = properties.gcnArchName.partition(":")[0] if torch.version.hip else ""
+        here.append(Gpu(properties.name, rocm or f"sm_{properties.major}{properties.minor}", properties.total_memory))
+    peers = all(torch.cuda.can_device_access_peer(a, b) for a in numbers for b in numbers if a != b)
+    return [Finding(p.what, "ok" if p.good else "note", p.found, p.fix) for p in prospects(here, peers)]
 
 
 def within(version: str, bounds: str) -> bool:
@@ -397,9 +412,8 @@ def _will_run(runs: Path, broken: list[str]) -> Finding:
     if broken:
         found = f"nothing, because of: {', '.join(broken)}"
         return Finding("will run", "broken", found, "Fix that, then run again: vimscale doctor")
-    devices = gpus()
-    ranks = num_ranks.in_words(num_ranks.usual(cpus(), devices))
-    kind, backend = ("GPUs", "nccl") if devices else ("CPUs", "gloo")
+    ranks = num_ranks.in_words(num_ranks.usual(cpus(), gpus()))
+    kind, backend = ("GPUs", "nccl") if gpus() else ("CPUs", "gloo")
     command = "vimscale launch vim_digits_cpu" + (f" --runs {shlex.quote(str(runs))}" if runs != Path("runs") else "")
     return Finding(
         "will run", "ok", f"{ranks} on {kind} under Ray, ZeRO 0-3 over {backend}, fp32 and bf16\ntry: {command}"

@@ -1,10 +1,13 @@
-"""`vimscale submit`, `jobs`, `logs`, `stop` and `resume`: jobs on a cluster."""
+"""`vimscale submit`, `jobs`, `logs`, `stop` and `resume`: jobs on a cluster; `vimscale top`: runs and jobs, live."""
 
 import contextlib
 import dataclasses
 import json
 import shlex
+import sys
 import time
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +23,9 @@ from ..processes.signals import Stopped
 from .arguments import JsonOption, OnOption, Overrides, RecipeArgument, WithOption
 
 if TYPE_CHECKING:
+    from ..display.runs_table import RunsTable
     from ..jobs.backend import Backend
+    from ..jobs.overview import Overview
 
 JobArgument = Annotated[str, typer.Argument(help="The job's name, which is its run's name.")]
 FollowOption = Annotated[
@@ -31,6 +36,8 @@ FollowOption = Annotated[
 ]
 
 _EXIT = {"finished": 0, "stopped": 3}
+_REFRESH_S = 2.0
+"""Interval at which `top` looks again."""
 
 jobs = typer.Typer()
 
@@ -74,6 +81,54 @@ def list_jobs(
         took = duration((job.ended or time.time()) - job.began) if job.began else ""
         table.add_row(job.id, job.state, began, took, job.message)
     Console(markup=False, emoji=False).print(table if found else f"no jobs on {on}")
+
+
+@jobs.command()
+def top(
+    runs: Annotated[
+        Path | None, typer.Argument(help="Folder of runs. Default: `runs` of the cluster file, here runs/.")
+    ] = None,
+    on: Annotated[str, typer.Option("--on", help="Cluster whose jobs are listed. Default: this machine.")] = "local",
+    changes: WithOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show all runs and jobs, live; q ends it. Without a terminal, print them once."""
+    from ..jobs.overview import Overview
+
+    cluster = clusters.load(on, changes or ())
+    overview = Overview(cluster, runs)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(one) for one in overview.read()], indent=1))
+    elif once or not console.is_terminal or console.is_dumb_terminal or not sys.stdin.isatty():
+        console.print(_top(overview))
+    else:
+        with contextlib.suppress(Stopped):
+            _follow(overview, console)
+
+
+def _top(overview: "Overview", height: int | None = None, footer: str = "") -> "RunsTable":
+    from ..display.runs_table import RunsTable
+
+    found = overview.read()
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(one.state for one in found).items())
+    title = f"{overview.where}: {counts or 'no runs'}"
+    problem = f"its jobs are not known: {overview.problem}" if overview.problem else footer
+    return RunsTable(title, found, problem, height=height)
+
+
+def _follow(overview: "Overview", console: Console) -> None:
+    """Show the table until a key says to end. It stays when it ends."""
+    from rich.live import Live
+
+    from ..display.keys import Keys
+
+    with Keys() as keys:
+        with Live(_top(overview), console=console, screen=True, auto_refresh=False) as live:
+            while keys.read(_REFRESH_S) not in ("q", "Q", "\x04"):
+                live.update(_top(overview, console.height, f"q: quit   {time.strftime('%H:%M:%S')}"), refresh=True)
+        console.print(_top(overview, console.height))
 
 
 @jobs.command()

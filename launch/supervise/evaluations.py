@@ -36,7 +36,7 @@ class Evaluations:
 
     def _resume(self) -> None:
         """Queue the checkpoints that an earlier launch did not come to. Rows that ranks wrote count as evaluations."""
-        there = {row["step"]: row for row in self._folder.rows() if row["kind"] == "eval"}
+        there = {row["step"]: row for row in self._folder.rows("eval")}
         names = [path.name for path in checkpoints(self._folder.checkpoints)]
         for step in sorted(map(step_of, evaluations.waiting(self._folder, self._recipe.evaluate.every, names))):
             if step in there:

@@ -227,6 +227,8 @@ class _Watch:
             elif report["kind"] == "heartbeat":
                 self._watchdog.heard(report["rank"], report)
                 self.reached[report["rank"]] = report["step"]
+                if report["rank"] == 0:
+                    self._progress.heard(report)
             else:
                 saved = saved or report["kind"] == "checkpoint"
                 self._progress.show(report)

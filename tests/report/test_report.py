@@ -143,12 +143,14 @@ def test_a_last_line_that_is_being_written_does_not_count_and_damaged_lines_do(t
 def test_a_run_is_running_while_a_launch_holds_its_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "held", 20)
     (folder / "environment.json").write_text(json.dumps({"host": platform.node()}))
-    assert record.read(str(folder)).status == "stopped"
+    assert record.read(str(folder)).status == "died"
     launch = record.RunFolder(folder)
     launch.hold("end that one")
     assert record.read(str(folder)).status == "running"
     launch.release()
-    assert record.read(str(folder)).status == "stopped"
+    (folder / "checkpoints" / "step_00000020").mkdir()
+    (folder / "checkpoints" / "step_00000020" / "manifest.json").write_text("{}")
+    assert record.read(str(folder)).status == "stopped", "it saved its last step"
     (folder / "environment.json").write_text(json.dumps({"host": "another"}))
     assert record.read(str(folder)).status == "running"
 
@@ -293,3 +295,16 @@ def test_a_busy_port_is_one_message(served: tuple[Server, Path]) -> None:
     server, _ = served
     with pytest.raises(LaunchError, match="choose another one"):
         Server(server.reports, server.server_port, None)
+
+
+def test_the_page_names_what_the_ranks_computed_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine", 20)
+    gpu = {"kind": "gpu", "name": "NVIDIA H100 80GB HBM3", "memory": 85_000_000_000, "cpu": "EPYC", "driver": "580.1"}
+    gpu |= {"cuda": "13.0", "ranks": 8, "hosts": ["one", "two"]}
+    cpu = {"kind": "cpu", "name": "Xeon", "memory": 25_000_000_000, "ranks": 2, "hosts": HOSTILE}
+    (folder / "environment.json").write_text(json.dumps({"devices": [gpu, cpu, 7]}))
+    text = _text(folder)
+    assert "8 x NVIDIA H100 80GB HBM3, 85 GB, driver 580.1, CUDA 13.0, CPU EPYC, on one, two" in text
+    assert "2 ranks on Xeon, 25 GB" in text
+    (folder / "environment.json").write_text(json.dumps({"devices": [cpu | {"name": HOSTILE}]}))
+    assert HOSTILE not in _text(folder)

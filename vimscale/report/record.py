@@ -106,7 +106,7 @@ class Record:
         """The length of the run; None if it depends on data that no checkpoint describes."""
         if self.result is not None:
             return self.result["steps"]
-        if type(given := self.tree.get("steps")) is int:
+        if type(given := self.environment.get("steps", self.tree.get("steps"))) is int:
             return given
         samples = self.about.get("samples")
         if self.recipe is None or type(samples) is not int or samples < 1:
@@ -118,15 +118,12 @@ class Record:
 
     @property
     def status(self) -> str:
-        """finished, running, failed, stopped or empty."""
+        """finished, running, failed, stopped, died or empty."""
         if self.result is not None:
             return "finished"
         if is_active(self.folder.path, self.environment.get("host")):
             return "running"
-        if not self.rows.get("train"):
-            return "failed" if self.failures else "empty"
-        ended = max((self.at_of(failure) or 0.0 for failure in self.failures), default=0.0)
-        return "failed" if ended and ended > _changed(self.folder.path) - _RECENT_S else "stopped"
+        return ended_as(self.folder, self.last, self.failures)
 
     # ---- what it was
 
@@ -158,10 +155,6 @@ class Record:
         except (ValueError, UserError):
             return None
 
-    @staticmethod
-    def at_of(failure: dict[str, Any]) -> float | None:
-        return moment(failure.get("time"))
-
     @cached_property
     def times(self) -> tuple[list[int], list[float]]:
         """(steps, seconds since the epoch) of the progress lines that have a time."""
@@ -192,7 +185,7 @@ class Record:
             exception = f"{failure['exception']}: " if failure.get("exception") else ""
             saved = failure.get("saved")
             text = f"{message} {exception}{failure.get('message')}; the newest checkpoint was step {saved}"
-            found.append(Event("failure", text, step, self.at_of(failure)))
+            found.append(Event("failure", text, step, moment(failure.get("time"))))
         for row in self.rows.get("guard", ()):
             step, at, first = row["step"], time_at(row["step"]), row.get("first")
             if row.get("action") == "rollback":
@@ -235,8 +228,8 @@ def read(run: str) -> Record:
     other: list[Event] = []
     if damaged:
         other.append(Event("damage", f"{damaged:,} lines of metrics.jsonl cannot be read", None, None))
-    failures = _json(folder.path / "failures.json", list, other)
-    environment = _json(folder.path / "environment.json", dict, other)
+    failures = read_json(folder.path / "failures.json", list, other)
+    environment = read_json(folder.path / "environment.json", dict, other)
     try:
         origin = folder.origin()
     except CheckpointError as error:
@@ -248,7 +241,7 @@ def read(run: str) -> Record:
         )
     saved = list(_saved(folder))
     newest = next((one for one in saved if one.fault is None and one.step is not None), None)
-    state = _json(folder.checkpoints / newest.name / "trainer.json", dict, other) if newest else {}
+    state = read_json(folder.checkpoints / newest.name / "trainer.json", dict, other) if newest else {}
     failures = [failure for failure in failures if isinstance(failure, dict)]
     return Record(
         folder, folder.path.resolve().name, tree, text, recipe, refused, rows, damaged, environment, folder.result(),
@@ -321,7 +314,7 @@ def _is_sound(row: dict[str, Any]) -> bool:
     return row["kind"] != "train" or None not in (number(row["loss"]), number(row["lr"]))
 
 
-def _json(path: Path, kind: type, faults: list[Event]) -> Any:
+def read_json(path: Path, kind: type, faults: list[Event]) -> Any:
     """The content of a JSON file of this kind; empty if it is missing, or damaged, which is noted in `faults`."""
     try:
         found = untrusted.loads(untrusted.read(path), finite=False)
@@ -378,7 +371,7 @@ def is_active(folder: Path, host: object) -> bool:
     """Whether a launch uses a run's folder. On this machine its lock tells; asking must not take the lock, since a
     launch that starts would refuse. `host`: the machine of the run; of another one, the age of the last row tells.
     """
-    if host != platform.node() and time.time() - _changed(folder) < _RECENT_S:
+    if host != platform.node() and time.time() - changed(folder) < _RECENT_S:
         return True
     try:
         held = Path("/proc/locks").read_text()
@@ -388,7 +381,21 @@ def is_active(folder: Path, host: object) -> bool:
     return re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+\d+\s+\S+:{inode}\s", held) is not None
 
 
-def _changed(folder: Path) -> float:
+def ended_as(folder: RunFolder, last: int, failures: list[dict[str, Any]]) -> str:
+    """How a run that is neither active nor finished ended, `last` being its last step: failed, if it did after it lost
+    ranks; stopped, if it saved that step, as it does on request; empty, without a step; or died: it was killed, or
+    crashed.
+    """
+    if not last:
+        return "failed" if failures else "empty"
+    lost = max((moment(failure.get("time")) or 0.0 for failure in failures), default=0.0)
+    if lost and lost > changed(folder.path) - _RECENT_S:
+        return "failed"
+    saved = run_folder.checkpoints(folder.checkpoints)
+    return "stopped" if saved and run_folder.step_of(saved[0].name) >= last else "died"
+
+
+def changed(folder: Path) -> float:
     """When a run last wrote a row."""
     try:
         return (folder / "metrics.jsonl").stat().st_mtime

@@ -25,7 +25,16 @@ _LOG_FROM = 30
 """Values whose largest is this many times the smallest get a logarithmic axis."""
 _FIGURES = 12
 """Most figures of an objective that are drawn."""
-_KNOWN = ("grad_norm", "images_per_s", "data_wait", "read_mb_per_s", "fetched_mb_per_s", "cache_hits", "memory_gb")
+_KNOWN = (
+    "grad_norm",
+    "images_per_s",
+    "data_wait",
+    "read_mb_per_s",
+    "fetched_mb_per_s",
+    "cache_hits",
+    "memory_gb",
+    "gpu_busy",
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,8 @@ def pictures(records: Sequence[Record]) -> Pictures:
         _chart(sources, "data_wait", "speed", "time spent waiting for data", "0.0 %", ("lines", "data_wait", "line")),
         _chart(sources, "memory_gb", "speed", "memory of rank 0 at its peak, GB", "0.00",
                ("lines", "memory_gb", "line")),
+        _chart(sources, "gpu_busy", "speed", "time that the GPU of rank 0 computes", "0 %",
+               ("lines", "gpu_busy", "line")),
         _chart(sources, "read_mb_per_s", "speed", "data read, MB/s", "0,0.0", ("lines", "read_mb_per_s", "line")),
         _chart(sources, "fetched_mb_per_s", "speed", "data fetched from remote stores, MB/s", "0,0.0",
                ("lines", "fetched_mb_per_s", "line")),

@@ -22,6 +22,8 @@ _EVENTS = 200
 """Most events in a table; the newest."""
 _FINDS, _IMAGES, _SIDE = 6, 8, 128
 """Most findings of the guard that are shown, images of each, and their largest side in pixels."""
+_DEVICES = 16
+"""Most kinds of devices that are listed."""
 _LETTERS = 600
 """Most characters of a message."""
 
@@ -286,9 +288,29 @@ def environment(records: Sequence[Record]) -> str:
             ("command", _command(env.get("command"))),
             ("packages", ", ".join(f"{name} {version}" for name, version in _packages(record))),
             ("ranks", record.world or "unknown"),
+            *(("computes on", _device(device)) for device in _devices(env)),
         ]
         parts.append(_titled(label, records) + pairs(rows))
     return "".join(parts)
+
+
+def _devices(env: dict[str, Any]) -> list[dict[str, Any]]:
+    found = env.get("devices")
+    return [device for device in found[:_DEVICES] if isinstance(device, dict)] if isinstance(found, list) else []
+
+
+def _device(device: dict[str, Any]) -> str:
+    """What some ranks compute on: `2 x NVIDIA H100, 85 GB, driver 580.1, CUDA 13.0; CPU ...; on host`."""
+    size = number(device.get("memory"))
+    parts = [f"{device.get('ranks')} x {device.get('name')}"] + ([f"{size / 1e9:.0f} GB"] if size is not None else [])
+    versions = {"driver": "driver", "cuda": "CUDA", "rocm": "ROCm"}
+    parts += [f"{word} {device[key]}" for key, word in versions.items() if device.get(key)]
+    hosts = device.get("hosts")
+    parts += [f"CPU {device['cpu']}"] if device.get("cpu") else []
+    parts += [f"on {', '.join(map(str, hosts))}"] if isinstance(hosts, list) else []
+    if device.get("kind") == "cpu":
+        parts[0] = f"{device.get('ranks')} ranks on {device.get('name')}"
+    return ", ".join(parts)[:_LETTERS]
 
 
 def _command(words: object) -> str:

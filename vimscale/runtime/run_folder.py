@@ -195,12 +195,23 @@ class RunFolder:
             log.warning("%s is damaged and not used; launch the run again to rewrite it", self._result)
         return None
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Read the valid rows of metrics.jsonl; the run may still be writing it."""
+    def rows(self, kind: str = "") -> list[dict[str, Any]]:
+        """Read the valid rows of metrics.jsonl, of one kind if given; the run may still be writing it."""
         if not self.metrics.exists():
             return []
-        found = (read_row(line) for line in self.metrics.read_bytes().split(b"\n")[:-1])
-        return [row for row in found if row is not None]
+        lines = self.metrics.read_bytes().split(b"\n")[:-1]
+        found = (read_row(line) for line in lines if kind.encode() in line)
+        return [row for row in found if row is not None and kind in ("", row["kind"])]
+
+    def add_to_environment(self, found: dict[str, Any]) -> None:
+        """Add what only ranks know to environment.json, if a launch wrote one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._environment.exists():
+            known = json.loads(self._environment.read_bytes())
+            files.write(self._environment, json.dumps(known | found, indent=1) + "\n")
 
     def finish(self, result: dict[str, Any]) -> None:
         """Raises:

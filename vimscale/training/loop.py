@@ -34,7 +34,7 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         run.objective.begin(run.engine.model, run.step, run.steps)
     agree = distributed.Agreement(spec.patience_s)
     run.saver = Saver(run.folder.checkpoints, run.recipe.checkpoint, run.recipe.name, emit, run.unevaluated)
-    emit({"kind": "started", "step": run.step, "steps": run.steps})
+    emit({"kind": "started", "step": run.step, "steps": run.steps, **run.describe()})
     run.open_stream()
     run.kernels.finish()
 

@@ -11,6 +11,8 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +183,7 @@ def _drop_after(path: Path, step: int, *, trained: bool) -> None:
 
 
 _TAKEN = frozenset({"kind", "step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "read_mb_per_s"})
-_TAKEN |= {"memory_gb", "fetched_mb_per_s", "cache_hits", "epoch", "time"}
+_TAKEN |= {"memory_gb", "gpu_busy", "fetched_mb_per_s", "cache_hits", "epoch", "time"}
 """Names in a line that an objective's figures cannot have."""
 
 
@@ -273,6 +275,8 @@ class Meter:
             "memory_gb": _memory_bytes() / 1e9,
             "time": round(time.time(), 1),
         }
+        if (busy := _gpu_busy()) is not None:
+            row["gpu_busy"] = busy
         if totals["hits"] + totals["misses"]:
             row["fetched_mb_per_s"] = totals["fetched"] / elapsed / 1e6
             row["cache_hits"] = totals["hits"] / (totals["hits"] + totals["misses"])
@@ -310,3 +314,20 @@ def _memory_bytes() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _gpu_busy() -> float | None:
+    """The fraction of the last moments in which this rank's GPU computed, by its driver; None if nothing reads it."""
+    return torch.cuda.utilization() / 100 if _reads_utilization() else None
+
+
+@cache
+def _reads_utilization() -> bool:
+    if not torch.cuda.is_available() or find_spec("amdsmi" if torch.version.hip else "pynvml") is None:
+        return False
+    try:
+        torch.cuda.utilization()
+    except Exception as error:  # of a library that may be missing; a part of a GPU (MIG), for one, has no such figure
+        log.info("the driver does not say how busy the GPU is: %s", error)
+        return False
+    return True

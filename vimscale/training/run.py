@@ -25,7 +25,7 @@ from vimscale.guard.judge import Guard
 from vimscale.model import VimConfig
 from vimscale.objectives.base import Objective
 from vimscale.recipe.recipe import Recipe
-from vimscale.runtime import evaluations
+from vimscale.runtime import devices, evaluations
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
@@ -183,9 +183,29 @@ class Run:
             if self.recipe.evaluate.asynchronous:
                 self.metrics.add_evaluations(self.step)
         epoch = self.recipe.consumed(self.step) / self.train_set.samples
-        self.emit({**rows[-1], "kind": "step", "steps": self.steps, "epoch": epoch, "figures": figures})
+        losses = [row["loss"] for row in rows]
+        known = {"steps": self.steps, "epoch": epoch, "figures": figures, "losses": losses}
+        self.emit({**rows[-1], "kind": "step", **known})
         if self.metrics is not None and probes:
             self.metrics.write({"kind": "layers", "step": self.step, **_columns(probes)})
+
+    def describe(self) -> dict[str, Any]:
+        """Write what the ranks compute on, and how long the run is, into its environment.json. Returns, on rank 0, what
+        the launcher shows: the rank's `device`, `threads` and data `workers`, and the `best` evaluation so far, by the
+        figure `headline`. All ranks call it.
+        """
+        found = devices.of_all_ranks(self.engine.device)
+        if self.spec.rank > 0:
+            return {}
+        try:
+            self.folder.add_to_environment({"ranks": self.spec.world, "steps": self.steps, "devices": found})
+        except OSError as error:
+            log.warning("environment.json lacks the devices of the ranks: %s", error.strerror)
+        headline = self.recipe.objective.headline
+        earlier = [row for row in self.folder.rows("eval") if row["step"] <= self.step and headline in row]
+        best = (min if headline == "loss" else max)(earlier, key=lambda row: row[headline], default=None)
+        shown = {"device": found[0], "threads": self.spec.threads, "workers": self.recipe.data.workers}
+        return shown | {"headline": headline, "best": best}
 
     def unevaluated(self, names: Iterable[str]) -> set[str]:
         """Those of the checkpoints `names` that the launcher has yet to evaluate."""
