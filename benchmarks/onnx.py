@@ -10,6 +10,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vimscale.export.portable.modeling import Encoder
 from vimscale.model import VimConfig, VisionMamba
 
 SIZES = {197: 224, 1025: 512}
+KINDS = ("bi", "ssd", "ssd, shared")
 
 
 def exported(config: VimConfig, folder: Path) -> tuple[VisionMamba, dict[str, Any]]:
@@ -49,8 +51,10 @@ def exported(config: VimConfig, folder: Path) -> tuple[VisionMamba, dict[str, An
 
 
 @torch.no_grad()
-def row(tokens: int, depth: int, rounds: int) -> dict[str, Any]:
-    config = VimConfig(depth=depth, directions=f"bi*{depth}", image_size=SIZES[tokens])
+def row(kind: str, tokens: int, depth: int, rounds: int) -> dict[str, Any]:
+    form = "shared" if kind == "ssd, shared" else "separate"
+    directions = f"{kind.partition(',')[0]}*{depth}"
+    config = VimConfig(depth=depth, directions=directions, ssd_form=form, image_size=SIZES[tokens])
     with tempfile.TemporaryDirectory() as folder:
         model, taken = exported(config, Path(folder))
         session = Onnx().reopen(Path(folder))
@@ -65,11 +69,16 @@ def row(tokens: int, depth: int, rounds: int) -> dict[str, Any]:
     wanted = model(images)
     error = float((session(images)["logits"] - wanted).abs().max() / wanted.abs().max())
     times = measure.cpu_in_turn(runs, rounds)  # one thread: as long as it takes on an idle machine
-    return {"l": tokens, "layers": depth, "error": error} | taken | {f"{name}_s": s for name, s in times.items()}
+    return (
+        {"kind": kind, "l": tokens, "layers": depth, "error": error}
+        | taken
+        | {f"{name}_s": s for name, s in times.items()}
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--depth", type=int, default=2, help="layers of the models that are timed")
     parser.add_argument("--export", type=int, default=24, help="layers of a model that is exported only; 0: none")
@@ -77,12 +86,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = ("onnxruntime", "vimscale", "plain torch")
-    print(f"CPU ms, 1 image, {options.depth} bi layers of Vim-Ti's widths", "", sep="\n")
-    print(f"{'tokens':>8}" + "".join(f"{name:>16}" for name in names))
+    print(f"CPU ms, 1 image, {options.depth} layers of Vim-Ti's widths", "", sep="\n")
+    print(f"{'layers':12}{'tokens':>8}" + "".join(f"{name:>16}" for name in names))
     rows = []
-    for tokens in SIZES:
-        rows.append(row(tokens, options.depth, options.rounds))
-        print(f"{tokens:8}" + "".join(f"{rows[-1][f'{name}_s'] * 1e3:16.1f}" for name in names))
+    for kind, tokens in product(options.kinds, SIZES):
+        rows.append(row(kind, tokens, options.depth, options.rounds))
+        print(f"{kind:12}{tokens:8}" + "".join(f"{rows[-1][f'{name}_s'] * 1e3:16.1f}" for name in names), flush=True)
     result: dict[str, Any] = {"onnxruntime": _version(), "rows": rows}
     measure.write(result, options.out)
     if options.export:

@@ -51,6 +51,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "stages": (Stage(depth=1, d_model=16), Stage(depth=2, d_model=32, directions="bi fwd")),
     },
     "headless": {"num_classes": 0, "registers": 2},
+    "ssd": {"directions": "ssd ssd@column", "d_head": 8, "ssd_state": 4},
+    "ssd shared": {"directions": "ssd*2", "ssd_form": "shared", "d_head": 8, "ssd_state": 4, "backward_gate": True},
+    "ssd quasiseparable": {"directions": "ssd*2", "ssd_form": "quasiseparable", "d_head": 8, "ssd_state": 4},
+    "ssd one direction": {"directions": "ssd_fwd ssd_bwd@snake", "d_head": 8, "ssd_state": 4, "registers": 2},
     "overlapping": {"stride": 4, "image_size": (32, 24), "cls_token": "none", "pool": "last"},
 }
 PUBLISHED = {"hustvl": ("vim", "shared", "overlapping"), "mambar": ("mambar",), "arm": ("arm",)}
@@ -147,6 +151,16 @@ def test_every_kind_of_layer_in_every_format(tmp_path: Path, to: str, kind: str)
     assert json.loads((tmp_path / f"model_{to}/parity.json").read_text())["passed"] is True
 
 
+@pytest.mark.parametrize("kind", ["ssd", "ssd quasiseparable"])
+def test_ssd_layers_come_back_from_hf_bit_by_bit(tmp_path: Path, kind: str) -> None:
+    _installed("hf")
+    model = _source(tmp_path / "model", **KINDS[kind])
+    _said("export", tmp_path / "model", "--to", "hf")
+    _said("import", tmp_path / "model_hf", "--output", tmp_path / "back")
+    again = safetensors.load(tmp_path / "back").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["--no-head", "--half bf16", "--no-head --half bf16", "--any-size"])
 @pytest.mark.parametrize("to", base.FORMATS)
@@ -160,6 +174,20 @@ def test_every_option_in_every_format(tmp_path: Path, to: str, options: str) -> 
     assert (report["bf16"] is not None) == ("bf16" in options) == ("are in bf16, which itself changes" in said)
     if "bf16" in options:
         assert 0 < report["bf16"]["outputs"]["features"]["relative"] < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("ssd")])
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_ssd_layers_of_any_size(tmp_path: Path, to: str, kind: str) -> None:
+    _installed(to)
+    model = _source(tmp_path / "model", **KINDS[kind])
+    _said("export", tmp_path / "model", "--to", to, "--any-size")
+    run = base.of(to).reopen(tmp_path / f"model_{to}")
+    for height, width in ((16, 16), (24, 40), (136, 144)):  # 5, 16 and 307 tokens, or one or two more
+        images = torch.randn(1, 3, height, width)
+        wanted = model(images)
+        assert (run(images)["logits"] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import published
@@ -14,6 +15,7 @@ from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.published.arguments import complete
 from vimscale.model.published.quirks import PublishedVim, build
 from vimscale.model.published.weights import PUBLISHED, from_published, guess, named, published_config, to_published
+from vimscale.model.tokens import Tokens
 
 
 def _close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
@@ -314,3 +316,45 @@ def test_a_model_within_its_backward_ramp_is_not_exported() -> None:
     model.backward = 0.5
     with pytest.raises(CheckpointError, match=r"have a factor of 0.5"):
         to_published(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "whose"),
+    [("mixer.norm_b.weight", "Dino-Mamba's"), ("norm_mlp.weight", "Adventurer's"), ("mixer.D", "no published vision")],
+)
+def test_weights_with_layers_of_mamba2_are_named_and_refused(key: str, whose: str) -> None:
+    state = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4), "norm_f.weight": torch.ones(8)}
+    state |= {"layers.0.mixer.conv1d.weight": torch.zeros(24, 1, 4), "layers.0.mixer.A_log": torch.zeros(2)}
+    state[f"layers.0.{key}"] = torch.ones(8)
+    with pytest.raises(CheckpointError, match=f"{whose}.*docs/published.md"):
+        guess(state)
+
+
+@torch.no_grad()
+def test_the_mixer_of_adventurer_and_mamba_ssm_is_our_forward_ssd_layer() -> None:
+    """A loop over tokens, written from the definition of MambaCustom (wangf3014/Adventurer), with its names."""
+    torch.manual_seed(0)
+    e, n, h = 16, 4, 2
+    shapes = {"in_proj.weight": (2 * e + 2 * n + h, 8), "conv1d.weight": (e + 2 * n, 1, 4), "conv1d.bias": (e + 2 * n,)}
+    shapes |= {"dt_bias": (h,), "A_log": (h,), "D": (h,), "norm.weight": (e,), "out_proj.weight": (8, e)}
+    theirs = {key: 0.5 * torch.randn(shape) for key, shape in shapes.items()}
+    config = VimConfig(d_model=8, depth=1, directions="ssd_fwd", d_head=8, ssd_state=n, image_size=16, patch_size=4)
+    model = VisionMamba(config)
+    mixer = model.blocks[0].mixer
+    names = {"conv1d.weight": "conv_weight", "conv1d.bias": "conv_bias", "norm.weight": "ssm_norm"}
+    own = {names.get(key, key): value for key, value in theirs.items()}
+    mixer.load_state_dict({name: own[name].reshape(value.shape) for name, value in mixer.state_dict().items()})
+
+    u = torch.randn(2, 17, 8)
+    z, xBC, dt = F.linear(u, theirs["in_proj.weight"]).split([e, e + 2 * n, h], dim=-1)
+    padded = F.pad(xBC.mT, (3, 0))
+    xBC = F.silu(F.conv1d(padded, theirs["conv1d.weight"], theirs["conv1d.bias"], groups=e + 2 * n)).mT
+    x, B, C = xBC.split([e, n, n], dim=-1)
+    x, step = x.unflatten(-1, (h, -1)), F.softplus(dt + theirs["dt_bias"])
+    state, ys = torch.zeros(2, h, e // h, n), []
+    for t in range(17):
+        decay = (step[:, t] * -theirs["A_log"].exp()).exp()[..., None, None]
+        state = decay * state + torch.einsum("bh,bhp,bn->bhpn", step[:, t], x[:, t], B[:, t])
+        ys.append(torch.einsum("bhpn,bn->bhp", state, C[:, t]) + theirs["D"][:, None] * x[:, t])
+    y = F.rms_norm(torch.stack(ys, 1).flatten(2) * F.silu(z), (e,), theirs["norm.weight"], 1e-5)
+    _close(mixer(u, Tokens(config, (((4, 4),),), 17, u.device)), F.linear(y, theirs["out_proj.weight"]), 1e-5, "y")

@@ -106,7 +106,9 @@ def test_the_folder_has_what_timm_reads(tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder / "timm_vimscale").iterdir()) == [
         "__init__.py",
         "layers.py",
+        "mixers.py",
         "modeling.py",
+        "orders.py",
     ]
 
 

@@ -24,7 +24,9 @@ PREFIX = "model."
 """Of the names of tensors: transformers' models hold the encoder as `model`."""
 CODE = (
     "layers.py",
+    "mixers.py",
     "modeling.py",
+    "orders.py",
     "configuration_vimscale.py",
     "modeling_vimscale.py",
     "image_processing_vimscale.py",

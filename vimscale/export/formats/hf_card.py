@@ -18,9 +18,9 @@ with torch.no_grad():
     {result}
 ```
 
-The folder needs `torch` and `transformers`, nothing else: the code of the model is in `layers.py` and `modeling.py`, in
-plain torch. Where vimscale is installed, its kernels run the scans instead of a loop; `model.model.inner = None` does
-without them.
+The folder needs `torch` and `transformers`, nothing else: the code of the model is in `modeling.py`, `layers.py`,
+`mixers.py` and `orders.py`, in plain torch. Where vimscale is installed, its kernels run the scans instead;
+`model.model.inner = None` does without them.
 
 - `trust_remote_code=True` runs the Python files of this folder: read them first.
 - `last_hidden_state` has {tokens} in the order of the sequence{prefix}. `pooler_output` is

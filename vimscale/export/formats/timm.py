@@ -14,7 +14,9 @@ from vimscale.export.portable import limits
 from vimscale.storage import files
 
 PACKAGE = "timm_vimscale"
-CODE = {"timm_vimscale.py": "__init__.py", "layers.py": "layers.py", "modeling.py": "modeling.py"}
+CODE = {"timm_vimscale.py": "__init__.py"} | {
+    name: name for name in ("layers.py", "mixers.py", "modeling.py", "orders.py")
+}
 
 
 class Timm(Format):

@@ -23,10 +23,11 @@ from torch.export import Dim, ExportedProgram
 from vimscale.errors import CheckpointError
 from vimscale.export.formats.base import Format, Outputs, Source, sides
 from vimscale.export.portable import limits
+from vimscale.export.portable.mixers import kernels
 from vimscale.export.portable.modeling import Encoder
 from vimscale.export.safetensors import preprocessing
-from vimscale.model import VisionMamba
-from vimscale.ops import AT_RUN_TIME, bimamba_inner
+from vimscale.model import VimConfig, VisionMamba
+from vimscale.ops import AT_RUN_TIME
 from vimscale.storage import files
 
 PLAIN, KERNELS, COMPILED = "model.pt2", "kernels.pt2", "aoti.pt2"
@@ -188,7 +189,7 @@ def _check_sides(program: ExportedProgram, least: int, step: int) -> None:
 def _with_kernels(source: Source) -> ExportedProgram:
     """The program whose scans and norms are vimscale's ops, which choose their backend when it runs."""
     if source.any_size:  # our own model lays out tokens on the host
-        model: nn.Module = _encoder(source, inner=bimamba_inner)
+        model: nn.Module = _encoder(source, inner=kernels())
     else:
         model = _Outputs(copy.deepcopy(source.model))
     program = _exported(model, source)

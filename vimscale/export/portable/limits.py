@@ -16,8 +16,6 @@ def check(model: VisionMamba, to: str) -> None:
     if config.kinds:
         names = ", ".join(own.name for own in config.kinds)
         raise CheckpointError(f"--to {to} cannot hold layers of your own kinds ({names}): use --to safetensors")
-    if any(layer.is_ssd for layer in config.layers):
-        raise CheckpointError(f"--to {to} cannot hold layers of kind ssd yet: use --to safetensors")
     if config.tiles is not None:
         raise CheckpointError(
             f"--to {to} cannot hold a model of bags of tiles (model.tiles {config.tiles}): use --to safetensors"

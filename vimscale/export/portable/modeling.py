@@ -1,5 +1,5 @@
 """A Vision Mamba in plain torch (2.4 or later), for programs that do not have vimscale: exports carry a copy of this
-file and of layers.py.
+file, of layers.py, mixers.py and orders.py.
 
 Axes: b images, l tokens (class tokens and registers included), d model width. Images are (b, 3, h, w), already
 normalized. Parameters have the names and shapes of vimscale's own model. Products run in the dtype of their weights;
@@ -17,38 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import (
-    Attention,
-    Block,
-    Coordinates,
-    Inner,
-    Mamba,
-    Merge,
-    Norm,
-    Orders,
-    Scan,
-    Slots,
-    SwiGLU,
-    conv_stem,
-    parse,
-    patches,
-    scan,
-    seconds_of_pairs,
-    sincos,
-    slots_of,
-)
+from .layers import Block, Coordinates, Merge, Norm, SwiGLU, conv_stem, patches
+from .mixers import Attention, Kernels, Scan, Scans, scan
+from .orders import Orders, Slots, parse, seconds_of_pairs, sincos, slots_of
 
 
 class Encoder(nn.Module):
     """Images (b, 3, h, w) -> tokens, features and logits."""
 
-    def __init__(self, config: dict[str, Any], scan: Scan = scan, *, inner: Inner | None = None, backward: float = 1.0):
+    def __init__(
+        self, config: dict[str, Any], scan: Scan = scan, *, inner: Kernels | None = None, backward: float = 1.0
+    ):
         """Build a model with freshly drawn parameters.
 
         Args:
             config: the `model` section of an export's config.json.
-            scan: what computes the scans.
-            inner: what computes all between the projections of a mixer, if anything does; see `Inner`.
+            scan: what computes the scans of Mamba-1.
+            inner: what computes scans and all around them instead, if anything does; see `kernels`.
             backward: factor on the backward paths, the `backward` of an export's config.json.
 
         Raises:
@@ -237,35 +222,16 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Coordinates):
             nn.init.ones_(module.scale)
-        elif isinstance(module, Mamba):
-            self._init_mamba(module)
+        elif isinstance(module, Scans):
+            module.init_weights()
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
             module.reset_parameters()
-        if isinstance(module, Attention | Mamba):
+        if isinstance(module, Attention | Scans):
             _init_out(module.out_proj, len(self.blocks))
             if module.layer_scale is not None:
                 nn.init.constant_(module.layer_scale, self.config["layer_scale"])
         elif isinstance(module, SwiGLU):
             _init_out(module.w3, len(self.blocks))
-
-    def _init_mamba(self, mixer: Mamba) -> None:
-        taps = mixer.conv_weight.shape[-1]
-        fans = ((mixer.conv_weight, taps), (mixer.conv_bias, taps))
-        for weight, fan_in in (*fans, (mixer.x_proj, mixer.x_proj.shape[-1]), (mixer.dt_proj, mixer.dt_proj.shape[-1])):
-            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
-        # softplus(bias) is log-uniform in [1e-3, 1e-1] (arXiv:2312.00752, appendix E): invert it
-        step = torch.exp(torch.rand_like(mixer.dt_bias) * math.log(100) + math.log(1e-3))
-        mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-        if self.config["init"] == "published" and not mixer.shared:
-            mixer.dt_bias[[i for i, optional in enumerate(mixer.optional) if optional]] = 0
-        mixer.A_log.copy_(torch.arange(1, mixer.A_log.shape[-1] + 1).log().expand_as(mixer.A_log))
-        nn.init.ones_(mixer.D)
-        for ones in (mixer.ssm_norm, mixer.backward_gate):
-            if ones is not None:
-                nn.init.ones_(ones)
-        for zeros in (mixer.ssm_norm_bias, mixer.fuse_logits):
-            if zeros is not None:
-                nn.init.zeros_(zeros)
 
 
 def _init_out(linear: nn.Linear, summands: int) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .configuration_vimscale import VimscaleConfig
-from .layers import Inner
+from .mixers import kernels
 from .modeling import Encoder
 
 _WIDE = {
@@ -122,14 +122,3 @@ class VimscaleForImageClassification(VimscalePreTrainedModel):
         if kind == "single_label_classification":
             return F.cross_entropy(logits, labels.long().view(-1))
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-
-
-def kernels() -> Inner | None:
-    """Return vimscale's kernels if it is installed: they are several times faster than the loop, in both directions.
-    Set `model.model.inner = None` to do without.
-    """
-    try:
-        from vimscale.ops import bimamba_inner
-    except ImportError:
-        return None
-    return bimamba_inner

@@ -11,8 +11,9 @@ import torch
 from timm.models import build_model_with_cfg, register_model  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor, nn
 
-from .layers import Inner, slots_of
+from .mixers import kernels
 from .modeling import Encoder
+from .orders import slots_of
 
 _POOLS = {"avg": "mean", "token": "cls", "mean": "mean", "cls": "cls", "max": "max", "last": "last"}
 
@@ -113,15 +114,6 @@ def _pooled_by(name: str) -> dict[str, Any]:
     if name not in _POOLS:
         raise ValueError(f"global_pool {name!r} is unknown; known: {', '.join(_POOLS)}")
     return {"pool": _POOLS[name], "register_reduce": 1}
-
-
-def kernels() -> Inner | None:
-    """Return vimscale's kernels if it is installed: they are several times faster than the loop, in both directions."""
-    try:
-        from vimscale.ops import bimamba_inner
-    except ImportError:
-        return None
-    return bimamba_inner
 
 
 @register_model

@@ -287,6 +287,8 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
         norm = state["norm_f.weight"]
     except KeyError as error:
         raise CheckpointError(f"{_NOT_PUBLISHED}: it has no {error}") from None
+    if A.dim() == 1:
+        raise CheckpointError(f"{_mamba2(state)}: docs/published.md says what is missing")
     for key, rank in _RANKS.items():
         if key in state and (state[key].dim() != rank or 0 in state[key].shape):
             raise CheckpointError(f"{_NOT_PUBLISHED}: {key} is {tuple(state[key].shape)}")
@@ -325,6 +327,15 @@ def guess(state: Mapping[str, Tensor]) -> tuple[Arguments, list[str]]:
     if family(arguments) != "mambar":
         arguments["stride"] = stride
     return complete(arguments), assumed
+
+
+def _mamba2(state: Mapping[str, Tensor]) -> str:
+    """Say whose weights these are, with Mamba-2's one A per head, and why no model of ours computes what they do."""
+    if "layers.0.mixer.norm_b.weight" in state:
+        return "these are Dino-Mamba's weights, and its layers normalize each direction by itself, which ours do not"
+    if "layers.0.norm_mlp.weight" in state:
+        return "these are Adventurer's weights, and its layers put the mean of all tokens first, which ours do not"
+    return "these weights have layers of Mamba-2, and no published vision model with them can be imported yet"
 
 
 _RANKS = {
