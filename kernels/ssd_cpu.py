@@ -156,10 +156,12 @@ def backward(
     arguments += *_more_arguments(inputs, chunks, reverse, with_states), array(dfinal, 5)
     run(ssd_loops_cpu.backward, j * b * groups, *arguments, *(numbers(t) for t in written))
 
-    own = dscores.sum(0)[..., : chunks.step.shape[-1]]
-    dC = torch.bmm(own, chunks.B.flatten(0, 1)) + dC.sum(0)
-    dB = torch.bmm(own.mT, chunks.C.flatten(0, 1)) + dB.sum(0)
+    own = (dscores[0] if groups == 1 else dscores.sum(0))[..., : chunks.step.shape[-1]]
+    through_states = dB, dC
+    dB, dC = torch.bmm(own.mT, chunks.C.flatten(0, 1)), torch.bmm(own, chunks.B.flatten(0, 1))
     if with_states:
+        for t, more in zip((dB, dC), through_states, strict=True):
+            t += more.sum(0)
         dstep += of_left
         # a token's decay is a factor of `entering` of the tokens from it on, and of `leaving` of those before it
         for k, backwards in enumerate(reverse):
