@@ -45,8 +45,8 @@ def _multiply(W, at, across, down, X, first, last, Y, y_at, low, high):
         _tile((W, at, across, down, X, column, X.shape[1], first, last, Y, start, Y.shape[1]))
 
 
-# A row of decays is zero where the scan has not been yet, so that loops run over complete vectors: the triangle is never
-# masked.
+# A row of decays is zero where the scan has not been yet, so that loops run over complete vectors: the triangle is
+# never masked.
 
 
 @emitted
@@ -235,8 +235,8 @@ def backward(
     first, last, x, x_strides, B, B_strides, C, C_strides, dy, G, decay, step, entering, leaving, across, D, initial,
     backwards, shape, with_states, dfinal, dx, dG, dB, dC, ddt, dlog, dD, of_used, of_left, dacross, dinitial,
 ):  # fmt: skip
-    """The gradients: dx (j, b, l, h, p); of the scores dG (g, j b c, q, pitch), and what B and C receive through states,
-    dB and dC (g, j b c, q, n); of dt and of the logarithms of decays inside chunks (k, b, h, c, q), and of D (k, b, h,
+    """The gradients: dx (j, b, l, h, p); of the scores dG (g, j b c, q, pitch); what B and C receive through states, dB
+    and dC (g, j b c, q, n); of dt and of the logarithms of decays inside chunks (k, b, h, c, q), and of D (k, b, h,
     c); of the logarithms of `entering`, `leaving` and `across`; dinitial (k, b, h, p, n). Those of states are empty
     unless there are states. An item is a group of heads of one of the j b sets of x, B and C, so that sums over heads
     have one order.

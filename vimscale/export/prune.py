@@ -46,8 +46,8 @@ def _has_half(config: VimConfig, i: int) -> bool:
 
 def pruned(model: VisionMamba, layers: list[int]) -> VisionMamba:
     """The model with forward paths only in `layers`; a pair loses its second layer. Where the two paths were averaged,
-    the output projection of the remaining path is halved, unless a norm precedes it: a norm undoes any factor, up to its
-    epsilon.
+    the output projection of the remaining path is halved, unless a norm precedes it: a norm undoes any factor, up to
+    its epsilon.
 
     Raises:
         CheckpointError: a layer's norm spans paths with separate weights, or two layers.
