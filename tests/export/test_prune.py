@@ -10,6 +10,7 @@ from vimscale.errors import CheckpointError
 from vimscale.export import expand, prune
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.presets import Stage
+from vimscale.model.ssd import Ssd
 
 CONFIG = VimConfig(
     num_classes=5,
@@ -80,8 +81,10 @@ def test_ssd_layers_keep_one_direction_and_grow_it_back(form: Any, fuse: Any) ->
     larger = expand.expanded(smaller, "ssd ssd@column ssd")
     for i in (0, 2):
         mixer, source = larger.blocks[i].mixer, model.blocks[i].mixer
+        assert isinstance(mixer, Ssd)
         for name in mixer.path_parameters:
             assert torch.equal(getattr(mixer, name), getattr(source, name)[[0, 0]])
+        assert mixer.backward_gate is not None
         mixer.backward_gate.data.zero_()
     torch.testing.assert_close(larger(images), model(images), rtol=1e-4, atol=1e-5)
 

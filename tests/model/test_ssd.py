@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimscale.errors import UserError
+from vimscale.errors import RecipeError
 from vimscale.launch.commands.app import app
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.cost import parameters
@@ -208,7 +208,7 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
     ],
 )
 def test_a_recipe_that_does_not_fit_gets_one_message(change: str, message: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(RecipeError) as refused:
         app(["show", "vim_digits_cpu", "model.directions=ssd*4", change], standalone_mode=False)
     assert len(refused.value.faults) == 1
     assert message in str(refused.value)
