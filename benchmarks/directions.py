@@ -43,6 +43,8 @@ PYRAMID = VimConfig(
 AGAIN = {"bi*24, recompute scan": "scan", "bi*24, recompute block": "block"}
 MODELS = {
     **{text: replace(SMALL, directions=text) for text in SCHEDULES},
+    "ssd*24": replace(SMALL, directions="ssd*24"),
+    "ssd*24, shared": replace(SMALL, directions="ssd*24", ssd_form="shared"),
     "stages 192/384/768": PYRAMID,
     **dict.fromkeys(AGAIN, replace(SMALL, directions="bi*24")),
 }
@@ -210,6 +212,7 @@ def main() -> None:
         default=Path("benchmarks/results/directions"),
         help="path of the .json and .png files, without the suffix",
     )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="the first is the baseline")
     parser.add_argument("--only", choices=["objectives"], help="measure the objectives, into objectives.json")
     options = parser.parse_args()
     if options.only:
@@ -221,7 +224,8 @@ def main() -> None:
     if len(batches) != len(options.sizes):
         parser.error(f"--batch has {len(batches)} values for {len(options.sizes)} sizes; give one per size")
     print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
-    sizes = [one_size(MODELS, size, batch, options.rounds) for size, batch in zip(options.sizes, batches, strict=True)]
+    models = {name: MODELS[name] for name in options.models}
+    sizes = [one_size(models, size, batch, options.rounds) for size, batch in zip(options.sizes, batches, strict=True)]
     measure.write(
         {"d_model": SMALL.d_model, "rounds": options.rounds, "sizes": sizes}, options.out.with_suffix(".json")
     )

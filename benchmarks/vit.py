@@ -1,4 +1,4 @@
-"""Vim-Ti against a transformer of DeiT-Ti's dimensions as images grow: `python -m benchmarks.vit`.
+"""Vim-Ti and its `ssd` models against a transformer of DeiT-Ti's dimensions as images grow: `python -m benchmarks.vit`.
 
 Measures training (forward and backward) with batches of about the same number of pixels, and inference with one image:
 time, in turn, and peak memory. At 224 pixels it also measures a training step of the original architecture with
@@ -26,7 +26,7 @@ from vimscale.model import PRESETS, VisionMamba
 
 Row = dict[str, Any]
 SIZES = (224, 384, 512, 768, 1024, 1248, 1536, 2048)
-TINY = PRESETS["vim_tiny"]
+TINY, SSD = PRESETS["vim_tiny"], PRESETS["ssd_tiny"]
 SLOW_ROUNDS = 3
 """Most rounds of what takes 20 s per image."""
 
@@ -69,28 +69,37 @@ class ViT(nn.Module):
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "Vim-Ti": lambda image_size: VisionMamba(replace(TINY, image_size=image_size)),
+    "ssd-Ti": lambda image_size: VisionMamba(replace(SSD, image_size=image_size)),
+    "ssd-Ti, shared": lambda image_size: VisionMamba(replace(SSD, image_size=image_size, ssd_form="shared")),
     "DeiT-Ti": ViT,
 }
+BASELINE = "DeiT-Ti"
 
 
-def compare(what: str, runs: dict[str, Callable[[], object]], image_size: int, batch: int, rounds: int) -> Row:
-    """Seconds and peak memory of both models at one size."""
-    seconds = measure.in_turn(runs, rounds)
+def compare(
+    what: str, runs: dict[str, Callable[[], object]], image_size: int, batch: int, rounds: int, shared: bool
+) -> Row:
+    """Seconds and peak memory of the models at one size, and their ratios to the transformer's."""
+    if shared:
+        for run in runs.values():
+            run()
+    seconds = (measure.cpu_in_turn if shared else measure.in_turn)(runs, rounds)
     peaks = {name: measure.peak_bytes(run) for name, run in runs.items()}
     row = {"what": what, "image_size": image_size, "batch": batch, "seconds": seconds, "peak_extra_bytes": peaks}
-    figures = "".join(f"{seconds[name] * 1e3:12.0f}{peaks[name] / 2**20:10.0f} MiB" for name in MODELS)
-    times, memory = (of["Vim-Ti"] / of["DeiT-Ti"] for of in (seconds, peaks))
-    print(f"{what:10}{image_size:8}{batch:7}{figures}{times:9.2f}{memory:9.2f}", flush=True)
+    times, memory = ({name: of[name] / of[BASELINE] for name in MODELS} for of in (seconds, peaks))
+    for name in MODELS:
+        print(f"{what:10}{image_size:8}{batch:7}  {name:16}{seconds[name] * 1e3:10.0f}", end="")
+        print(f"{peaks[name] / 2**20:10.0f} MiB{times[name]:9.2f}{memory[name]:9.2f}", flush=True)
     return row | {"time_ratio": times, "memory_ratio": memory}
 
 
-def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
-    """Compare both models at each size. Skips a training step that is likely to take more than `memory_gib`, judged by
-    the previous size: with fused attention, memory grows in proportion to the pixels.
+def sizes(image_sizes: list[int], rounds: int, memory_gib: float, shared: bool) -> list[Row]:
+    """Compare the models at each size; `shared`: in processor time of one thread. Skips a training step that is likely
+    to take more than `memory_gib`, judged by the previous size: with fused attention, memory grows in proportion to the
+    pixels.
     """
-    print(f"\nmedian of {rounds} rounds; ratios: Vim-Ti / DeiT-Ti")
-    print(f"{'':10}{'pixels':>8}{'batch':>7}{'Vim-Ti, ms':>12}{'memory':>14}{'DeiT-Ti':>12}{'memory':>14}", end="")
-    print(f"{'time':>9}{'memory':>9}")
+    print(f"\nmedian of {rounds} rounds; ratios: to {BASELINE}")
+    print(f"{'':10}{'pixels':>8}{'batch':>7}  {'model':16}{'ms':>10}{'memory':>14}{'time':>9}{'memory':>9}")
     rows: list[Row] = []
     bytes_per_pixel = 0.0
     for image_size in image_sizes:
@@ -101,7 +110,7 @@ def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
         if bytes_per_pixel * pixels <= memory_gib * 2**30:
             samples = measure.random_batch(image_size, batch)
             steps = {name: measure.training_step(model, model.parameters(), samples) for name, model in models.items()}
-            rows.append(compare("training", steps, image_size, batch, rounds))
+            rows.append(compare("training", steps, image_size, batch, rounds, shared))
             bytes_per_pixel = max(rows[-1]["peak_extra_bytes"].values()) / pixels
         else:
             likely = bytes_per_pixel * pixels / 2**30
@@ -109,7 +118,7 @@ def sizes(image_sizes: list[int], rounds: int, memory_gib: float) -> list[Row]:
         for batch in (8, 1) if image_size == 224 else (1,):
             images, _ = measure.random_batch(image_size, batch)
             runs = {name: measure.inference(model.eval(), images) for name, model in models.items()}
-            rows.append(compare("inference", runs, image_size, batch, rounds))
+            rows.append(compare("inference", runs, image_size, batch, rounds, shared))
     return rows
 
 
@@ -192,6 +201,8 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=SIZES, help="image sizes, in pixels; none: only the original"
     )
+    parser.add_argument("--only-sizes", action="store_true", help="leave out the original architecture, which is slow")
+    parser.add_argument("--shared", action="store_true", help="processor time of one thread, where others use the CPU")
     parser.add_argument("--memory", type=float, default=16, help="most GiB for a training step")
     parser.add_argument(
         "--out",
@@ -200,16 +211,21 @@ def main() -> None:
         help="path of the .json and .png files, without the suffix",
     )
     options = parser.parse_args()
+    if options.shared:
+        torch.set_num_threads(1)
     print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
-    result: Row = {"rounds": options.rounds}
-    if find_spec("mamba_ssm"):
+    result: Row = {"rounds": options.rounds, "processor_time": options.shared}
+    if options.only_sizes:
+        print("\nthe original architecture is left out")
+    elif find_spec("mamba_ssm"):
         result["original"] = [original(options.rounds, size) for size in (1, 8)]
     else:
         print("\nmamba-ssm is not installed: skipping the original architecture")
-    result["rows"] = sizes(sorted(options.sizes), options.rounds, options.memory)
+    result["rows"] = sizes(sorted(options.sizes), options.rounds, options.memory, options.shared)
     measure.write(result, options.out.with_suffix(".json"))
-    where = f"{measure.device_and_precision()}, patches of {TINY.patch_size} pixels"
-    title = f"Vim-Ti and a transformer of DeiT-Ti's dimensions on {where}"
+    unit = ", processor time" if options.shared else ""
+    where = f"{measure.device_and_precision()}{unit}, patches of {TINY.patch_size} pixels"
+    title = f"Vim-Ti, ssd-Ti and a transformer of DeiT-Ti's dimensions on {where}"
     draw(result["rows"], title, options.out.with_suffix(".png"))
 
 

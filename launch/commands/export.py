@@ -223,6 +223,8 @@ def _pruned(opened: "Opened", threshold: float, data: str | None) -> "VisionMamb
     console = Console()
     title = f"{len(layers)} of {len(model.config.optional)} backward paths are pruned"
     print_line(console, f"{title}: {smaller.config.directions}")
+    if kept := prune.without_half(model.config):
+        print_line(console, f"  kept whatever their gates are: {kept}")
     for when, one in (("before", model), ("after", smaller)):
         size = f"{parameters(one.config):,} parameters, {flops(one.config) / 1e9:.3f} GFLOPs per image"
         print_line(console, f"  {when:7}{size}; {_figures(opened, one, data)}")

@@ -68,7 +68,7 @@ def plan(
             "flops": planner.flops,
             "steps": planner.steps,
             "checkpoint": planner.checkpoint,
-            "times": None if planner.target.device is None else basis(planner.target.device),
+            "times": None if planner.target.device is None else basis(planner.target.device, planner.config),
             "notes": notes,
             "here": dataclasses.asdict(here),
             "options": [dataclasses.asdict(option) | {"total": option.need.total} for option in options],
@@ -178,7 +178,7 @@ def of_run(record: "Record", cluster: clusters.Cluster) -> "Planned | str":
     if target.device is None:
         grown = {name: int(HEAP * size) for name, size in parts.items()}
         return Planned("CPUs", world, micro, accumulation, grown, int(RANK), None, "no plan knows the speed of CPUs")
-    return Planned(target.name, world, micro, accumulation, parts, 0, step_s, basis(target.device))
+    return Planned(target.name, world, micro, accumulation, parts, 0, step_s, basis(target.device, planner.config))
 
 
 def _target(cluster: clusters.Cluster) -> "Target":
@@ -280,7 +280,7 @@ def summary(planner: "Planner", here: "Outlook", notes: list[str]) -> Table:
             f" {here.host_s:.3f} s of the host unless CUDA graphs replay them; {here.other_s:.3f} s"
             f" {'without' if replays else 'with'} graphs"
         )
-        rows["these times"] = f"{basis(target.device)}; assumed: communication, checkpoints"
+        rows["these times"] = f"{basis(target.device, planner.config)}; assumed: communication, checkpoints"
         cost = "" if here.money is None else f", costs {here.money:,.0f}"
         length = length if planner.steps else "one step"
         rows["run"] = f"{length}: {here.days:.2f} days, {here.rank_hours:,.0f} GPU hours{cost}"

@@ -116,6 +116,8 @@ def test_copies_average_the_same_scan_in_every_direction(after: str) -> None:
         ("shared*2", "bi*2"),
         ("attn*2", "bi*2"),
         ("fwd*2", "bi attn"),
+        ("fwd*2", "ssd*2"),
+        ("ssd_fwd*2", "ssd@column*2"),
     ],
 )
 def test_what_cannot_be_copied_is_refused(before: str, after: str) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimscale.errors import RecipeError
+from vimscale.launch.commands.app import app
 from vimscale.model import PRESETS, VimConfig, VisionMamba
 from vimscale.model.cost import parameters
 from vimscale.model.ssd import Ssd
@@ -193,6 +195,23 @@ def test_presets_have_about_as_many_parameters_as_vims(size: str) -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.d_head=24", "ssd layers need an expand x d_model that is a multiple of d_head 24"),
+        ("model.ssd_state=0", "ssd_state is 0; it must be at least 1"),
+        ("model.ssd_state=5000", "ssd_state is 5000; it must be at most 4,096"),
+        ("model.directions=ssd_pair*4", "'ssd_pair' is not a kind of layer"),
+        ("model.directions=ssd_cross*4", "'ssd_cross' is not a kind of layer"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_gets_one_message(change: str, message: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        app(["show", "vim_digits_cpu", "model.directions=ssd*4", change], standalone_mode=False)
+    assert len(refused.value.faults) == 1
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(("kind", "path"), [("ssd_fwd", 0), ("ssd_bwd", 1)])

@@ -7,6 +7,7 @@ measured row is from what the table says. docs/plan.md has the residuals.
 from dataclasses import dataclass
 
 from vimscale.estimate.devices import Device
+from vimscale.model import VimConfig
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,17 @@ def rates_of(device: Device) -> Rates:
     return RATES.get(device.name, RATES[NEAREST])
 
 
-def basis(device: Device) -> str:
-    """Where the times of a plan for this device come from, in words."""
-    if device.name in RATES:
-        return f"calibrated: {RATES[device.name].run}; what has become faster since is not in it"
-    return (
-        f"predicted, not calibrated: nobody measured {device.name}, so the fractions of the data sheet that an"
-        f" {NEAREST} reaches, and its host's times, stand for it ({RATES[NEAREST].run})"
-    )
+def basis(device: Device, config: VimConfig | None = None) -> str:
+    """Where the times of a plan for this device come from, in words; `config`: the model, if that is known."""
+    measured = RATES[NEAREST].run
+    if device.name not in RATES:
+        return (
+            f"predicted, not calibrated: nobody measured {device.name}, so the fractions of the data sheet that an"
+            f" {NEAREST} reaches, and its host's times, stand for it ({measured})"
+        )
+    if config is not None and any(layer.is_ssd for layer in config.layers):
+        return (
+            "predicted, not calibrated: nobody measured ssd layers, so their products count at the rate of others"
+            f" ({measured})"
+        )
+    return f"calibrated: {measured}; what has become faster since is not in it"

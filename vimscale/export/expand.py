@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from vimscale.model import VisionMamba
 
-_SCANS = ("fwd", "bwd", "bi", "cross")
-"""shared is not among them: its backward scan reads the forward convolution."""
+_SCANS = {"fwd", "bwd", "bi", "cross"}, {"ssd_fwd", "ssd_bwd", "ssd"}
+"""Kinds that expand to one another. shared is not among them: its backward scan reads the forward convolution. So does
+ssd_bwd of form shared.
+"""
 
 
 def sources(old: Layer, new: Layer) -> tuple[int, ...] | None:
@@ -28,7 +30,7 @@ def sources(old: Layer, new: Layer) -> tuple[int, ...] | None:
     in the same direction, if there is one; else the first. None if `new` cannot be made by copying: it lacks a path of
     `old`, or is not made of scans.
     """
-    if old.kind not in _SCANS or new.kind not in _SCANS or not set(old.paths) <= set(new.paths):
+    if not any({old.kind, new.kind} <= kinds for kinds in _SCANS) or not set(old.paths) <= set(new.paths):
         return None
     reverses = [reverse for _, reverse in old.paths]
     return tuple(
@@ -45,7 +47,7 @@ def faults(old: VimConfig, new: VimConfig) -> list[str]:
     if bad:
         found.append(
             f"directions: {', '.join(bad)} cannot be expanded by copying; a layer keeps its scans and gets more: fwd or"
-            " bwd to bi or cross, bi to cross, in the same order"
+            " bwd to bi or cross, bi to cross, ssd_fwd or ssd_bwd to ssd, in the same order"
         )
     elif changed(old, new) and new.fuse not in ("mean", "gate"):
         found.append(f"fuse: {new.fuse} would multiply what copies give; set model.fuse=mean")
@@ -66,13 +68,14 @@ def note(old: VimConfig, new: VimConfig) -> str:
 def state(own: "Mapping[str, Tensor]", old: VimConfig, new: VimConfig) -> "dict[str, Tensor]":
     """Return the weights `own` of a model `old` with the paths of `new`, which has no `faults`."""
     from vimscale.model.mixer import PATH_PARAMETERS  # imports torch
+    from vimscale.model.ssd import PATH_PARAMETERS_OF
 
     expanded = dict(own)
     for i in changed(old, new):
         paths = sources(old.layers[i], new.layers[i])
         assert paths is not None
         prefix = f"blocks.{i}.mixer."
-        for name in PATH_PARAMETERS:
+        for name in PATH_PARAMETERS_OF[new.ssd_form] if new.layers[i].is_ssd else PATH_PARAMETERS:
             expanded[prefix + name] = own[prefix + name][list(paths)]
         if new.fuse == "gate":
             D = expanded[f"{prefix}D"]

@@ -18,6 +18,7 @@ from vimscale.model.schedule import Layer
 from vimscale.model.tokens import Tokens
 from vimscale.ops import (
     Context,
+    add_norm,
     bidirectional_scan,
     bimamba_inner,
     causal_conv1d,
@@ -182,9 +183,9 @@ class Scans(nn.Module):
         """Normalize the output of the paths (b, l, e or k e) as `config.ssm_norm` says; LayerNorm precedes the gate."""
         if self.ssm_norm is None:
             return y
-        wide, shape, eps = y if y.dtype == torch.float64 else y.float(), y.shape[-1:], self.config.norm_eps
         if self.ssm_norm_bias is None:
-            return F.rms_norm(wide, shape, self.ssm_norm, eps).to(y.dtype)
+            return add_norm(y, None, self.ssm_norm, eps=self.config.norm_eps)[0]
+        wide, shape, eps = y if y.dtype == torch.float64 else y.float(), y.shape[-1:], self.config.norm_eps
         gate = F.silu(self._gate(xz))
         normed = F.layer_norm(wide, shape, self.ssm_norm, self.ssm_norm_bias, eps).to(y.dtype)
         return (normed.unflatten(-1, (-1, gate.shape[-1])) * gate.unsqueeze(-2)).flatten(-2)

@@ -26,6 +26,13 @@ from vimscale.ops import (
     ssd_scan_with_state,
 )
 
+PATH_PARAMETERS_OF: dict[str, tuple[str, ...]] = {
+    "separate": ("conv_weight", "conv_bias", "dt_bias", "A_log", "D"),
+    "shared": ("dt_bias", "A_log", "D"),
+    "quasiseparable": (),
+}
+"""Parameters that have a leading axis of paths, by `ssd_form`."""
+
 
 class Ssd(Scans):
     """in_proj gives the gate z, x, B, C and dt. Each path convolves (x, B, C) and scans, as `config.ssd_form` says; an
@@ -52,11 +59,7 @@ class Ssd(Scans):
         self.A_log = nn.Parameter(torch.empty(scans, h))
         self.D = nn.Parameter(torch.empty(scans, h))
         self.D_proj = nn.Linear(e, h, bias=False) if self.form == "quasiseparable" else None
-        self.path_parameters = {
-            "separate": ("conv_weight", "conv_bias", "dt_bias", "A_log", "D"),
-            "shared": ("dt_bias", "A_log", "D"),
-            "quasiseparable": (),
-        }[self.form]
+        self.path_parameters = PATH_PARAMETERS_OF[self.form]
 
     @torch.no_grad()
     def init_weights(self) -> None:
