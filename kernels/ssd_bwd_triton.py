@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .large import cdiv, is_large, token_number
-from .scan_rows_triton import OPTIONS, mask_of
+from .large import cdiv, is_large
+from .scan_rows_triton import mask_of
 from .ssd import SsdInputs
 from .ssd_decay_triton import (
     DecayGradients,
@@ -27,6 +27,7 @@ from .ssd_decay_triton import (
     decays,
     decays_backward,
     number_at_edge,
+    options,
     ssd_case,
 )
 from .ssd_mix_triton import in_rows, load_tile, mix, score_tile, tile_of
@@ -62,13 +63,17 @@ def ssd_pairs_kernel(
         dy += b * dy_b + start_t * dy_l
         first = load_tile(C, C_l, tl.arange(0, BLOCK), left_t, n, T, LARGE)
         scores = score_tile(first, C, C_l, left_t, B, B_l, left_s, n, T, BLOCK, BLOCKS, LARGE)
-        distance = (t - s) * T + slot[:, None] - slot[None, :]
-        seen = tl.where(reverse, -distance, distance) >= 0
+        sign = tl.where(reverse, -1, 1)
+        seen = (sign * (t * T + slot))[:, None] >= (sign * (s * T + slot))[None, :]
         if image is not None:
             image += b * length
             number_t = tl.load(image + start_t + slot, mask=slot < left_t, other=-1)
             number_s = tl.load(image + start_s + slot, mask=slot < left_s, other=-1)
             seen &= number_t[:, None] == number_s[None, :]
+        # a token does not decay on the way to itself
+        own = (t == s) & (slot[:, None] == slot[None, :])
+        own_score = tl.sum(tl.where(own, scores, 0.0), 0)
+        scores = tl.where(seen & (own == 0), scores, 0.0)
         gradient = tl.zeros((T, T), tl.float32)
         for head in range(h):
             line = row * h + head
@@ -82,15 +87,16 @@ def ssd_pairs_kernel(
                 tl.load(high + of_t)[:, None], tl.load(low + of_t)[:, None],
                 tl.load(high + of_s)[None, :], tl.load(low + of_s)[None, :],
             )  # fmt: skip
-            decayed = dweights * tl.where(seen, decay, 0.0)
+            decayed = dweights * decay
             gradient += decayed * size[None, :]
             products = decayed * scores
-            apart = tl.where(distance != 0, products, 0.0)
-            tl.store(columns + (line * TILES + at_t) * slots + start_s + slot, tl.sum(apart, 0))
-            tl.store(rows + (line * TILES + at_s) * slots + start_t + slot, tl.sum(apart * size[None, :], 1))
+            tl.store(columns + (line * TILES + at_t) * slots + start_s + slot, tl.sum(products, 0))
+            tl.store(rows + (line * TILES + at_s) * slots + start_t + slot, tl.sum(products * size[None, :], 1))
             if t == s:
-                tl.store(diagonal + of_s, tl.sum(tl.where(distance == 0, products, 0.0), 0))
-                tl.store(trace + of_s, tl.sum(tl.where(distance == 0, dweights, 0.0), 0))
+                of_own = tl.sum(tl.where(slot[:, None] == slot[None, :], dweights, 0.0), 0)
+                tl.store(diagonal + of_s, of_own * own_score)
+                tl.store(trace + of_s, of_own)
+        gradient = tl.where(seen, gradient, 0.0)
         dscores += (((row * chunks + chunk) * TILES + at_t) * TILES + at_s) * T * T
         tl.store(dscores + slot[:, None] * T + slot[None, :], rounded(gradient, dscores.dtype.element_ty))
 
@@ -119,7 +125,7 @@ def _of_scores(
     chunk = tile // TILES
     first = chunk * TILES
     found = tl.zeros((T, BLOCK), tl.float32)
-    for i in tl.static_range(PER):
+    for i in range(PER):
         k = group * PER + i
         reverse = (backwards >> k) & 1 == 1
         later = reverse != LEAVING
@@ -226,15 +232,27 @@ def backward(
         )  # fmt: skip
         constants = {
             "TILES": shape.tiles, "T": shape.T, "P": width(p), "BLOCK": block,
-            "LARGE": is_large((1, 1, 1), shape.T, x.stride(2), dy.stride(2), B.stride(2), C.stride(2)), **OPTIONS,
+            "LARGE": is_large((1, 1, 1), shape.T, x.stride(2), dy.stride(2), B.stride(2), C.stride(2)),
         }  # fmt: skip
         ssd_pairs_kernel[(shape.tiles**2 * shape.chunks * b * k,)](
-            x, dy, B, C, *sums[:3], image, dscores, *per_pair, *sizes, *strides, BLOCKS=cdiv(n, block), **constants
+            x,
+            dy,
+            B,
+            C,
+            *sums[:3],
+            image,
+            dscores,
+            *per_pair,
+            *sizes,
+            *strides,
+            BLOCKS=cdiv(n, block),
+            **constants,
+            **options(x.dtype, 8),
         )
         dB, dC = (t.new_empty(t.shape) for t in (B, C))
         ssd_scores_kernel[(2 * cdiv(n, block) * cdiv(length, shape.T) * b * j,)](
             dscores, x, dy, B, C, *sums, image, before, after, entered, left, dB, dC, *sizes, *strides, PER=k // j,
-            **constants,
+            **constants, **options(x.dtype, stages=1),
         )  # fmt: skip
         of_states = None if before is None else (entered, left, across)
         ddt, dparameters = decays_backward(inputs, reverse, shape, sums.step, per_pair, of_states)
@@ -245,8 +263,8 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """Pairs of tiles, and dB and dC of one direction, for `kernels.aot`. "_packed" has image numbers and states."""
     states = ["image", "before", "after", "entered", "left"]
     return [
-        ssd_case(dtype, ssd_pairs_kernel, {}, "", ["image"], bytes=2 * dtype.itemsize),
-        ssd_case(dtype, ssd_pairs_kernel, {}, "_packed", bytes=2 * dtype.itemsize),
-        ssd_case(dtype, ssd_scores_kernel, {}, "", states, bytes=2 * dtype.itemsize),
-        ssd_case(dtype, ssd_scores_kernel, {}, "_packed", bytes=2 * dtype.itemsize),
+        ssd_case(dtype, ssd_pairs_kernel, {}, "", ["image"], options(dtype, 8), bytes=2 * dtype.itemsize),
+        ssd_case(dtype, ssd_pairs_kernel, {}, "_packed", (), options(dtype, 8), bytes=2 * dtype.itemsize),
+        ssd_case(dtype, ssd_scores_kernel, {}, "", states, options(dtype, stages=1), bytes=2 * dtype.itemsize),
+        ssd_case(dtype, ssd_scores_kernel, {}, "_packed", (), options(dtype, stages=1), bytes=2 * dtype.itemsize),
     ]

@@ -15,7 +15,7 @@ the chunk in reverse, and the state that leaves it has q = the sum over the chun
 # The tools take Triton's language for Python:
 # mypy: disable-error-code="no-untyped-def, assignment"
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .triton_tiles import LOG2_E, rounded, sigmoid, softplus
 
 # Tokens of a chunk: a shorter sequence is one chunk, and needs no states. Per token, longer chunks have more decays and
 # fewer states to write and read. A program of the decays handles HEADS heads of one chunk.
-CHUNK, HEADS = 256, 8
+CHUNK, HEADS = 256, 4
 
 
 class Shape(NamedTuple):
@@ -213,12 +213,15 @@ def ssd_decay_bwd_kernel(
     tl.store(parts + 2 * h + head, tl.sum(draw, 0), mask=head < h)
 
 
+def options(dtype: torch.dtype, warps: int = 4, stages: int = 2) -> dict[str, Any]:
+    """Of launches with products. fp32 has none on matrix units, and needs more lanes to hold what it multiplies."""
+    return {"num_warps": warps if dtype.itemsize == 2 else 8, "num_stages": stages, **OPTIONS}
+
+
 def decays(inputs: SsdInputs, reverse: Sequence[bool], shape: Shape) -> Decays:
     k, b, length, h = inputs.dt.shape
     like = inputs.A_log
-    found = Decays(
-        *(like.new_empty(k, b, h, shape.slots) for _ in range(3)), like.new_empty(k, b, h, shape.chunks, 2)
-    )
+    found = Decays(*(like.new_empty(k, b, h, shape.slots) for _ in range(3)), like.new_empty(k, b, h, shape.chunks, 2))
     grid = (cdiv(h, HEADS) * shape.chunks * b * k,)
     tokens = shape.tiles * shape.T
     ssd_decay_fwd_kernel[grid](
@@ -266,7 +269,7 @@ def decays_backward(
 
 def ssd_case(
     dtype: torch.dtype, kernel: Any, constants: dict[str, Any], variant: str = "", absent: Sequence[str] = (),
-    **facts: Any,
+    launch: Mapping[str, Any] | None = None, **facts: Any,
 ) -> CompileCase:  # fmt: skip
     """A kernel of the scan as a model with heads of 64 channels and 64 states launches it in `dtype`."""
     T = 64 if dtype.itemsize == 2 else 32
@@ -289,7 +292,8 @@ def ssd_case(
     facts = {"tokens": T, "channels": 64, "bytes": 0, **facts}
     return CompileCase(
         kernel=kernel, variant=variant, signature=signature,
-        constexprs={name: given[name] for name in kernel.arg_names if name in given}, options={"num_warps": 4, **OPTIONS},
+        constexprs={name: given[name] for name in kernel.arg_names if name in given},
+        options={"num_warps": 4, **OPTIONS, **(launch or {})},
         loose=loose, **facts,
     )  # fmt: skip
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .compile_case import CompileCase
 from .large import cdiv, is_large, token_number
-from .scan_rows_triton import OPTIONS, mask_of
+from .scan_rows_triton import mask_of
 from .ssd import SsdInputs
-from .ssd_decay_triton import Decays, Shape, decay_at_edge, decay_between, number_at_edge, ssd_case
+from .ssd_decay_triton import Decays, Shape, decay_at_edge, decay_between, number_at_edge, options, ssd_case
 from .ssd_state_triton import shared_stride, width
 from .triton_tiles import product, rounded
 
@@ -57,7 +57,7 @@ def score_tile(
     first, queries, queries_l, queries_tokens, keys, keys_l, keys_tokens, n,
     T: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Scores (T, T) of rows of `queries` and `keys`, both (tokens, n). `first` is the first block of states of `queries`."""
+    """Scores (T, T) of rows of `queries` and `keys`, (tokens, n). `first` is the first block of states of `queries`."""
     state = tl.arange(0, BLOCK)
     other = load_tile(keys, keys_l, state, keys_tokens, n, T, LARGE)
     found = product(first, tl.trans(other), tl.zeros((T, T), tl.float32))
@@ -97,7 +97,7 @@ def ssd_mix_kernel(
         image += b * length
         own_image = tl.load(image + start + slot, mask=slot < tokens, other=-1)
     y = tl.zeros((T, P), tl.float32)
-    for i in tl.static_range(PER):
+    for i in range(PER):
         k = group * PER + i
         reverse = (backwards >> k) & 1 == 1
         line = (k * images + b) * h + head
@@ -105,8 +105,9 @@ def ssd_mix_kernel(
         own_low = tl.load(low + line * slots + start + slot)
         own_queries = queries + k * queries_j
         own_block = load_tile(own_queries, queries_l, tl.arange(0, BLOCK), tokens, n, T, LARGE)
-        summed = tl.zeros((T, P), tl.float32)
+        summed = tl.zeros((T, P), tl.float32) if GRADIENT else y
         later = reverse != GRADIENT
+        sign = tl.where(later, 1, -1)
         begin = tl.where(later, tile, first)
         end = tl.where(later, tl.minimum(first + TILES, tiles), tile + 1)
         for other in range(begin, end):
@@ -124,8 +125,7 @@ def ssd_mix_kernel(
             else:
                 decay = decay_between(own_high[:, None], own_low[:, None], its_high[None, :], its_low[None, :])
                 decay *= tl.load(step + cell)[None, :]
-            distance = (other - tile) * T + slot[None, :] - slot[:, None]
-            seen = tl.where(later, distance, -distance) >= 0
+            seen = (sign * (other * T + slot))[None, :] >= (sign * (tile * T + slot))[:, None]
             if image is not None:
                 seen &= own_image[:, None] == tl.load(image + at + slot, mask=slot < others, other=-1)[None, :]
             v = load_tile(values + k * values_j + at * values_l, values_l, channel, others, p, T, LARGE)
@@ -141,14 +141,16 @@ def ssd_mix_kernel(
             place = states + (((k * images + b) * chunks + chunk) * h + head) * p * n
             for block in tl.static_range(BLOCKS):
                 inside = (channel < p)[:, None] & (block * BLOCK + state < n)[None, :]
-                of_block = tl.load(place + channel[:, None] * n + block * BLOCK + state[None, :], mask=inside, other=0.0)
+                of_block = tl.load(
+                    place + channel[:, None] * n + block * BLOCK + state[None, :], mask=inside, other=0.0
+                )
                 block_queries = load_tile(own_queries, queries_l, block * BLOCK + state, tokens, n, T, LARGE)
                 passed = product(block_queries, tl.trans(rounded(of_block, block_queries.dtype)), passed)
             summed += factor[:, None] * passed
         if GRADIENT:
-            summed *= tl.load(step + line * slots + start + slot)[:, None]
+            summed = y + summed * tl.load(step + line * slots + start + slot)[:, None]
         own = load_tile(values + k * values_j + start * values_l, values_l, channel, tokens, p, T, LARGE)
-        y += summed + tl.load(D + k * h + head) * own.to(tl.float32)
+        y = summed + tl.load(D + k * h + head) * own.to(tl.float32)
     # (groups, b, l, h, p)
     out += ((row * length + start) * h + head) * p
     cell = token_number(slot, LARGE)[:, None] * h * p + channel[None, :]
@@ -171,7 +173,8 @@ def mix(
         shared_stride(queries), *queries.stride()[1:3], shared_stride(keys), *keys.stride()[1:3],
         shared_stride(values), *values.stride()[1:4], PER=len(reverse) // groups, TILES=shape.tiles, T=shape.T,
         P=width(p), BLOCK=block, BLOCKS=cdiv(n, block), GRADIENT=gradient,
-        LARGE=is_large((1, 1, 1), shape.T, queries.stride(2), keys.stride(2), values.stride(2), h * p), **OPTIONS,
+        LARGE=is_large((1, 1, 1), shape.T, queries.stride(2), keys.stride(2), values.stride(2), h * p),
+        **options(values.dtype),
     )  # fmt: skip
     return out
 
@@ -182,7 +185,7 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     return [
         ssd_case(
             dtype, ssd_mix_kernel, {"PER": per, "GRADIENT": gradient}, ("_gradient" if gradient else "") + packed,
-            absent[packed], bytes=2 * dtype.itemsize,
+            absent[packed], options(dtype), bytes=2 * dtype.itemsize,
         )
         for gradient, per in ((False, 2), (True, 1))
         for packed in absent

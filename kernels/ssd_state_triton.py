@@ -15,7 +15,7 @@ from torch import Tensor
 from .compile_case import CompileCase
 from .large import cdiv, is_large, token_number
 from .scan_rows_triton import OPTIONS, mask_of
-from .ssd_decay_triton import CHUNK, Decays, Shape, decay_at_edge, number_at_edge, ssd_case
+from .ssd_decay_triton import CHUNK, Decays, Shape, decay_at_edge, number_at_edge, options, ssd_case
 from .triton_tiles import product, rounded
 
 # Numbers of a state that a program carries from chunk to chunk.
@@ -73,9 +73,7 @@ def ssd_state_kernel(
         )  # fmt: skip
         found = product(x, rounded(B * factor[:, None], x.dtype), found)
     added += ((row * chunks + chunk) * h + head) * p * n
-    tl.store(
-        added + channel[:, None] * n + state[None, :], found, mask=(channel < p)[:, None] & (state < n)[None, :]
-    )
+    tl.store(added + channel[:, None] * n + state[None, :], found, mask=(channel < p)[:, None] & (state < n)[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "backwards"])
@@ -140,7 +138,7 @@ def added_states(
         values, keys, *decays, image, added, shape.length, shape.chunks, h, p, n, b, mask_of(reverse),
         shared_stride(values), *values.stride()[1:4], shared_stride(keys), *keys.stride()[1:3],
         TILES=shape.tiles, T=shape.T, P=width(p), BLOCK=block, ENTERING=entering,
-        LARGE=is_large((1, 1, 1), shape.T, values.stride(2), keys.stride(2)), **OPTIONS,
+        LARGE=is_large((1, 1, 1), shape.T, values.stride(2), keys.stride(2)), **options(values.dtype),
     )  # fmt: skip
     return added
 
@@ -181,8 +179,13 @@ def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """
     state = 4 * 64 / CHUNK
     return [
-        ssd_case(dtype, ssd_state_kernel, {"ENTERING": False}, bytes=dtype.itemsize + state),
-        ssd_case(dtype, ssd_state_kernel, {"ENTERING": True}, "_gradient", bytes=dtype.itemsize + state),
+        *(
+            ssd_case(
+                dtype, ssd_state_kernel, {"ENTERING": entering}, variant, (), options(dtype),
+                bytes=dtype.itemsize + state,
+            )
+            for entering, variant in ((False, ""), (True, "_gradient"))
+        ),
         ssd_case(
             dtype, ssd_pass_kernel, {"CARRIED": CARRIED}, "", ["before", "across", "initial"], tokens=CHUNK,
             channels=CARRIED // 64, bytes=2 * state,

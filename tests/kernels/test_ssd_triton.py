@@ -1,0 +1,213 @@
+"""The Triton kernels of the state-space-dual scan against the reference; without a GPU, Triton's interpreter runs them,
+in small chunks of small tiles.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.kernel_checks import DEVICE, assert_close, poison, record_launches
+from tests.kernels.ssd_checks import BOUND, agrees, inputs, with_both
+from vimscale.kernels import large, ssd_decay_triton, ssd_mix_triton
+from vimscale.ops import bidirectional_ssd, ssd_scan, ssd_scan_with_state
+
+MODES = ["forward", "reverse", "both", "alike"]
+Cut = Callable[[int, int], None]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Cut:
+    """Sets the tokens of tiles and of chunks."""
+
+    def set_sizes(tile: int, chunk: int) -> None:
+        monkeypatch.setattr(ssd_mix_triton, "TILE", tile)
+        monkeypatch.setattr(ssd_mix_triton, "SMALL_TILE", tile)
+        monkeypatch.setattr(ssd_decay_triton, "CHUNK", chunk)
+
+    return set_sizes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 39])
+def test_one_chunk_equals_the_reference(length: int, mode: str, cut: Cut) -> None:
+    cut(16, 48)
+    agrees("triton", (2, length, 2, 5, 7), torch.float32, mode, ("initial_state",))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [32, 49])
+def test_states_pass_between_chunks(length: int, mode: str, cut: Cut) -> None:
+    cut(16, 32)
+    agrees("triton", (1, length, 3, 6, 9), torch.float32, mode, packed=length == 49)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["reverse", "both", "alike"])
+def test_16_bits_round_as_the_other_kernels_do(mode: str, dtype: torch.dtype, cut: Cut) -> None:
+    cut(16, 32)
+    agrees("triton", (1, 41, 2, 16, 16), dtype, mode, ("dt_bias",), packed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("p", "n"), [(16, 256), (128, 16), (64, 64), (100, 130), (128, 256)])
+def test_every_size_of_heads_and_states(p: int, n: int, dtype: torch.dtype, cut: Cut) -> None:
+    cut(16, 32)
+    agrees("triton", (1, 34, 2, p, n), dtype, "both", packed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [197, 300])
+def test_the_tiles_and_chunks_of_a_gpu(length: int, mode: str) -> None:
+    agrees("triton", (1, length, 2, 16, 16), torch.float32, mode, packed=True)
+    agrees("triton", (1, length, 1, 64, 64), torch.bfloat16, mode)
+
+
+def test_one_chunk_without_states_takes_two_launches_and_five_for_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, cut: Cut
+) -> None:
+    """Both directions of y in one, and no state in memory; sequences of more chunks take 4 and 9."""
+    cut(16, 48)
+    launches = record_launches(monkeypatch)
+
+    def kernels(length: int) -> tuple[list[str], list[str]]:
+        tensors = {name: t.float().to(DEVICE["triton"]) for name, t in inputs((1, length, 2, 4, 4), (2,)).items()}
+        del tensors["initial_state"]
+        x = tensors["x"].requires_grad_()
+        launches.clear()
+        y = bidirectional_ssd(**tensors, backend="triton")
+        forward = [launch.kernel for launch in launches]
+        torch.autograd.grad(y, x, torch.ones_like(y))
+        return forward, [launch.kernel for launch in launches][len(forward) :]
+
+    forward, backward = kernels(40)
+    assert forward == ["ssd_decay_fwd_kernel", "ssd_mix_kernel"]
+    assert backward == [
+        "ssd_decay_fwd_kernel", "ssd_mix_kernel", "ssd_pairs_kernel", "ssd_scores_kernel", "ssd_decay_bwd_kernel",
+    ]  # fmt: skip
+    assert [len(each) for each in kernels(49)] == [4, 9]
+
+
+@pytest.mark.parametrize("exponent", [-50.0, -1.0, -1e-6])
+def test_strong_and_weak_decays(exponent: float, cut: Cut) -> None:
+    cut(16, 64)
+    tensors = {name: t for name, t in inputs((1, 150, 1, 8, 4), (2,)).items() if name != "initial_state"}
+    tensors["dt"] = torch.zeros_like(tensors["dt"])  # steps of log 2
+    tensors["dt_bias"] = torch.zeros_like(tensors["dt_bias"])
+    tensors["A_log"] = torch.full_like(tensors["A_log"], -exponent / torch.tensor(2.0).log()).log()
+    exact = with_both(tensors, torch.float64, backend="reference")
+    ours = with_both({n: t.to(DEVICE["triton"]) for n, t in tensors.items()}, torch.float32, backend="triton")
+    assert all(t.isfinite().all() for t in ours.values())
+    assert_close(ours, exact, torch.float32, BOUND[torch.float32])
+
+
+def test_a_weak_decay_after_strong_ones_keeps_its_digits(cut: Cut) -> None:
+    """A difference of fp32 sums would have an error of 5e-4 in the exponent here."""
+    cut(16, 256)
+    length, strong = 120, 100
+    tensors = {name: t for name, t in inputs((1, length, 1, 4, 4)).items() if name != "initial_state"}
+    tensors["dt"] = torch.where(torch.arange(length) < strong, 50.0, -14.0)[None, :, None].double()
+    tensors |= {"dt_bias": torch.zeros(1).double(), "A_log": torch.full((1,), 4.0).double()}
+    y, final = ssd_scan_with_state(**tensors)
+    ours, our_final = ssd_scan_with_state(
+        **{name: t.float().to(DEVICE["triton"]) for name, t in tensors.items()}, backend="triton"
+    )
+    late = {"final": our_final, "y": ours[:, strong:]}
+    assert_close(late, {"final": final, "y": y[:, strong:]}, torch.float32, BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("j", [(2,), ()])
+def test_both_directions_equal_two_flipped_runs_of_one(j: tuple[int, ...], cut: Cut) -> None:
+    cut(16, 32)
+    tensors = {name: t.float().to(DEVICE["triton"]) for name, t in inputs((1, 37, 2, 8, 6), (2,), j).items()}
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    both = bidirectional_ssd(**leaves, backend="triton")
+    dy = torch.randn(both.shape, generator=torch.Generator().manual_seed(1)).to(both)
+    ours = dict(zip(leaves, torch.autograd.grad(both, list(leaves.values()), dy), strict=True))
+
+    flipped = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    shared = set() if j else {"x", "B", "C"}
+    first, second = ({n: t if n in shared else t[k] for n, t in flipped.items()} for k in (0, 1))
+    second = {n: t.flip(1) if n in ("x", "dt", "B", "C") else t for n, t in second.items()}
+    y = ssd_scan(**first, backend="triton") + ssd_scan(**second, backend="triton").flip(1)
+    theirs = dict(zip(flipped, torch.autograd.grad(y, list(flipped.values()), dy), strict=True))
+    assert_close(ours | {"y": both.detach()}, theirs | {"y": y.detach()}, torch.float32, BOUND[torch.float32])
+
+
+def test_kernels_for_a_gpu_and_a_cpu_agree(cut: Cut) -> None:
+    cut(16, 32)
+    tensors = inputs((2, 35, 2, 8, 16), (2,))
+    cpu = with_both(tensors, torch.float32, backend="cpu")
+    gpu = with_both({n: t.to(DEVICE["triton"]) for n, t in tensors.items()}, torch.float32, backend="triton")
+    assert_close(gpu, cpu, torch.float32, BOUND[torch.float32])
+
+
+def test_the_large_form_and_strange_strides_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, cut: Cut) -> None:
+    cut(16, 32)
+    tensors = {name: t.to(DEVICE["triton"]) for name, t in inputs((2, 35, 2, 8, 6), (2,)).items()}
+    usual = with_both(tensors, torch.float32, backend="triton")
+    strange = tensors | {name: tensors[name].mT.contiguous().mT for name in ("x", "B", "C", "dt")}
+    monkeypatch.setattr(large, "OFFSETS", 0)
+    again = with_both(strange, torch.float32, backend="triton")
+    assert all(torch.equal(t, again[name]) for name, t in usual.items())
+
+
+@pytest.mark.parametrize(("p", "n"), [(129, 4), (4, 257)])
+def test_sizes_that_no_program_holds_are_refused(p: int, n: int) -> None:
+    tensors = {name: t.float().to(DEVICE["triton"]) for name, t in inputs((1, 2, 1, p, n)).items()}
+    with pytest.raises(ValueError, match=rf"heads of {p} channels with {n} states; .* at most 128 channels and 256"):
+        ssd_scan(**tensors, backend="triton")
+
+
+def _mamba(tensors: dict[str, Tensor], chunk: int) -> Tensor:
+    """mamba-ssm's Triton scan, which takes x (b, l, h, p), dt (b, l, h), A (h) and B, C (b, l, groups, n)."""
+    combined = pytest.importorskip(
+        "mamba_ssm.ops.triton.ssd_combined", reason="needs mamba-ssm (make bench installs it)", exc_type=ImportError
+    )
+    x, dt, A_log, B, C, D, dt_bias, initial = tensors.values()
+    return combined.mamba_chunk_scan_combined(
+        x, dt, -A_log.exp(), B.unsqueeze(2), C.unsqueeze(2), chunk, D=D, dt_bias=dt_bias, initial_states=initial,
+        dt_softplus=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_direction_equals_mamba_ssms_scan(cut: Cut) -> None:
+    cut(16, 32)
+    tensors = {name: t.float().to(DEVICE["triton"]) for name, t in inputs((1, 64, 2, 16, 16)).items()}
+    results: list[dict[str, Tensor]] = []
+    for scan in (lambda t: ssd_scan(**t, backend="triton"), lambda t: _mamba(t, 32)):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        y = scan(leaves)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        found = torch.autograd.grad(y, list(leaves.values()), dy)
+        results.append({"y": y.detach()} | dict(zip(leaves, found, strict=True)))
+    assert_close(results[0], results[1], torch.float32, BOUND[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 2, 64, 64), (3, 197, 6, 64, 64), (1, 1030, 2, 64, 128), (1, 300, 2, 128, 256)]
+)
+def test_a_gpu_equals_the_reference(shape: tuple[int, ...], mode: str, dtype: torch.dtype) -> None:
+    agrees("triton", shape, dtype, mode, packed=True)
+    agrees("triton", shape, dtype, mode, ("initial_state", "dt_bias"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bits_again() -> None:
+    tensors = {name: t.cuda() for name, t in inputs((8, 600, 6, 64, 64), (2,)).items()}
+    first, second = (with_both(tensors, torch.bfloat16, backend="triton") for _ in range(2))
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
