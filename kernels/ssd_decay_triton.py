@@ -181,23 +181,26 @@ def ssd_decay_bwd_kernel(
         of_row += tl.load(rows + part, mask=exists & earlier, other=0.0)
         of_column += tl.load(columns + part, mask=exists & later, other=0.0)
     direct = of_column + tl.load(diagonal + cell, mask=here, other=0.0)
-    dq = of_row - size * of_column
-    at_edge = tl.zeros((HEADS,), tl.float64)
+    # a token's decay is a factor of what passes it: of decays to the tokens from it on, from those before it
+    towards = of_row - size * of_column
+    away = tl.zeros((SLOTS, HEADS), tl.float32)
     if left is not None:
         part = line * BLOCKS * slots + chunk * Q + slot
-        of_entered = _sum_parts(entered, part, here, slots, BLOCKS)
-        of_left = _sum_parts(left, part, here, slots, BLOCKS)
-        direct += of_left
-        of_left *= size
-        dq += of_entered - of_left
-        # forwards, q of what leaves the chunk is the sum over it; in reverse, minus q of what enters
-        at_edge = tl.sum(tl.where(reverse, of_entered, of_left).to(tl.float64), 0)
+        towards += _sum_parts(entered, part, here, slots, BLOCKS)
+        direct += _sum_parts(left, part, here, slots, BLOCKS)
+        # what leaves from the token before; a sum less its last term would lose small ones
+        shift = tl.where(reverse, 1, -1)
+        inside = (slot + shift >= 0) & (slot + shift < Q) & (chunk * Q + slot + shift < length) & (head < h)
+        away += _sum_parts(left, part + shift, inside, slots, BLOCKS) * tl.load(
+            step + cell + shift, mask=inside, other=0.0
+        )
+    ahead = tl.where(reverse, away, towards).to(tl.float64)
+    behind = tl.where(reverse, towards, away).to(tl.float64)
+    dlog = tl.cumsum(ahead, 0, reverse=True) + tl.cumsum(behind, 0)
+    if across is not None:
         part = ((row * chunks + chunk) * h + head) * PARTS
-        at_edge += tl.sum(_sum_parts(across, part, head < h, 1, PARTS).to(tl.float64), 0)
-    dq = dq.to(tl.float64)
-    upto = tl.cumsum(dq, 0)
-    after = tl.sum(dq, 0)[None, :] - upto
-    dlog = (tl.where(reverse, -after, after + dq) + at_edge[None, :]).to(tl.float32)
+        dlog += _sum_parts(across, part, head < h, 1, PARTS)
+    dlog = dlog.to(tl.float32)
     dlog = tl.where(here, dlog, 0.0)
     draw = (dlog * A + direct) * sigmoid(raw)
     draw = tl.where(here, draw, 0.0)

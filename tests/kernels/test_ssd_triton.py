@@ -2,7 +2,13 @@
 in small chunks of small tiles.
 """
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -99,8 +105,8 @@ def test_one_chunk_without_states_takes_two_launches_and_five_for_the_gradient(
 
 @pytest.mark.parametrize("exponent", [-50.0, -1.0, -1e-6])
 def test_strong_and_weak_decays(exponent: float, cut: Cut) -> None:
-    cut(16, 64)
-    tensors = {name: t for name, t in inputs((1, 150, 1, 8, 4), (2,)).items() if name != "initial_state"}
+    cut(16, 32)
+    tensors = {name: t for name, t in inputs((1, 70, 1, 8, 4), (2,)).items() if name != "initial_state"}
     tensors["dt"] = torch.zeros_like(tensors["dt"])  # steps of log 2
     tensors["dt_bias"] = torch.zeros_like(tensors["dt_bias"])
     tensors["A_log"] = torch.full_like(tensors["A_log"], -exponent / torch.tensor(2.0).log()).log()
@@ -111,7 +117,7 @@ def test_strong_and_weak_decays(exponent: float, cut: Cut) -> None:
 
 
 def test_a_weak_decay_after_strong_ones_keeps_its_digits(cut: Cut) -> None:
-    """A difference of fp32 sums would have an error of 5e-4 in the exponent here."""
+    """A difference of fp32 sums would be off by 1e-2 in the exponent here."""
     cut(16, 256)
     length, strong = 120, 100
     tensors = {name: t for name, t in inputs((1, length, 1, 4, 4)).items() if name != "initial_state"}
@@ -168,27 +174,48 @@ def test_sizes_that_no_program_holds_are_refused(p: int, n: int) -> None:
         ssd_scan(**tensors, backend="triton")
 
 
-def _mamba(tensors: dict[str, Tensor], chunk: int) -> Tensor:
-    """mamba-ssm's Triton scan, which takes x (b, l, h, p), dt (b, l, h), A (h) and B, C (b, l, groups, n)."""
-    combined = pytest.importorskip(
-        "mamba_ssm.ops.triton.ssd_combined", reason="needs mamba-ssm (make bench installs it)", exc_type=ImportError
-    )
-    x, dt, A_log, B, C, D, dt_bias, initial = tensors.values()
-    return combined.mamba_chunk_scan_combined(
-        x, dt, -A_log.exp(), B.unsqueeze(2), C.unsqueeze(2), chunk, D=D, dt_bias=dt_bias, initial_states=initial,
-        dt_softplus=True,
-    )  # fmt: skip
+@pytest.fixture
+def mamba_scan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """mamba-ssm's Triton scan with the arguments of `ssd_scan`. Its package imports a CUDA extension, which the scan
+    does not need; and without a GPU, there are no times to tune its kernels by: each takes its first configuration.
+    """
+    spec = find_spec("mamba_ssm")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("needs mamba-ssm (make bench installs it)")
+    package = ModuleType("mamba_ssm")
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", package)
+    if not torch.cuda.is_available():
+        from triton.runtime.autotuner import Autotuner
+
+        def run(self: Any, *args: Any, **options: Any) -> Any:
+            self.best_config = self.configs[0]
+            return self.fn.run(*args, **{**options, **self.best_config.all_kwargs()})
+
+        monkeypatch.setattr(Autotuner, "run", run)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def scan(
+        x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial_state: Tensor
+    ) -> Tensor:
+        return mamba_chunk_scan_combined(
+            x, dt, -A_log.exp(), B.unsqueeze(2), C.unsqueeze(2), 32, D=D, dt_bias=dt_bias,
+            initial_states=initial_state, dt_softplus=True,
+        )  # fmt: skip
+
+    return scan
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_direction_equals_mamba_ssms_scan(cut: Cut) -> None:
+def test_one_direction_equals_mamba_ssms_scan(mamba_scan: Callable[..., Tensor], cut: Cut) -> None:
     cut(16, 32)
-    tensors = {name: t.float().to(DEVICE["triton"]) for name, t in inputs((1, 64, 2, 16, 16)).items()}
+    tensors = {name: t.float().to(DEVICE["triton"]) for name, t in inputs((1, 40, 2, 16, 16)).items()}
     results: list[dict[str, Tensor]] = []
-    for scan in (lambda t: ssd_scan(**t, backend="triton"), lambda t: _mamba(t, 32)):
+    for scan in (partial(ssd_scan, backend="triton"), mamba_scan):
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-        y = scan(leaves)
+        y = scan(**leaves)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
         found = torch.autograd.grad(y, list(leaves.values()), dy)
         results.append({"y": y.detach()} | dict(zip(leaves, found, strict=True)))
