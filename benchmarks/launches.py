@@ -33,7 +33,7 @@ from vimscale.runtime.distributed import RankSpec
 
 Row = dict[str, Any]
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
-LAYERS = {kind: (kind, "") for kind in ("bi", "fwd", "bwd", "shared", "cross", "attn")} | {
+LAYERS = {kind: (kind, "") for kind in ("bi", "fwd", "bwd", "shared", "cross", "ssd", "attn")} | {
     "pair": ("pair*2", ""),
     "bi, drop-path": ("bi", "model.drop_path=0.1"),
 }

@@ -59,6 +59,7 @@ DEVICES = {
 
 # the kinds of instructions in the table; SASS names first, then GCN
 _KINDS = {
+    "matrix": r"H(G)?MMA|UTC\w*MMA|v_s?mfma",
     "exponential": r"MUFU|v_(exp|log|rcp|rsq|sqrt)",
     "arithmetic": r"F(FMA|MUL|ADD)2?$|v_(pk_)?(fma|fmac|mul|add|sub)_f32",
     "shuffle": r"SHFL|ds_(bpermute|swizzle|permute)|v_permlane",

@@ -24,7 +24,7 @@ from .checks import wide, without_autocast
 from .scan_inputs import ScanInputs
 from .scan_segments import Ends
 from .selective_scan import CHUNK, _rows, _with_rows, decay_rates, empty_states, of_logarithm
-from .ssd import _ssd, choose_ssd
+from .ssd import _ssd
 from .torch_op import torch_op
 
 
@@ -343,7 +343,7 @@ def ssd_over(
     sequence (k, b, h, p, n). A first scan finds what each stretch adds to the state.
     """
     with without_autocast(x):
-        name = choose_ssd(backend, "ssd_over", x)
+        name = choose(backend, "ssd_over", x)
         A_log, D, dt_bias = (wide(t, x) for t in (A_log, D, dt_bias))
         _, end = _ssd(x, dt, A_log, B, C, D, dt_bias, None, None, reverse, True, name)
         steps = F.softplus(dt.to(A_log.dtype) + dt_bias[:, None, None]).sum(2)  # (k, b, h)

@@ -4,7 +4,7 @@
 
 Axes: k directions (one or two), b images, l tokens, h heads, p channels of a head, n states per channel; j is k, or 1
 where all directions read the same x, B and C. A head has one dt, one A and one D. Capital A B C D are the matrices of
-the paper. The kernels for a CPU are in ssd_cpu.py; there are none for a GPU yet.
+the paper. The kernels for a CPU are in ssd_cpu.py, those for a GPU in ssd_triton.py.
 """
 
 from collections.abc import Sequence
@@ -148,7 +148,7 @@ def _ssd(
     """
     inputs = SsdInputs(x, dt, A_log, B, C, D, dt_bias, initial, image)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "cpu":
+        if backend != "reference":
             return fused_module("ssd", backend).forward(inputs, reverse, with_state)
         y, final = _reference_forward(inputs, reverse)
     return y, final if with_state else A_log.new_empty(0)
@@ -173,7 +173,7 @@ def _ssd_backward(
     """
     inputs = SsdInputs(x, dt, A_log, B, C, D, dt_bias, initial, image)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "cpu":
+        if backend != "reference":
             *gradients, dinitial = fused_module("ssd", backend).backward(inputs, dy, dfinal, reverse)
         else:
             *gradients, dinitial = _reference_backward(inputs, dy, dfinal, reverse)
@@ -280,14 +280,6 @@ def bidirectional_ssd_with_state(
     return _run_both(x, dt, A_log, B, C, D, z, dt_bias, initial_state, fuse, reset, with_state=True, backend=backend)
 
 
-def choose_ssd(requested: Backend | None, op: str, x: Tensor) -> str:
-    """`choose`, until there is a Triton kernel: the reference stands in where nobody asked for one."""
-    if requested == "triton":
-        raise ValueError(f"{op}: there is no Triton kernel of this scan yet; leave backend out, or use reference")
-    name = choose(requested, op, x)
-    return "reference" if name == "triton" else name
-
-
 def _run_both(
     x: Pair, dt: Pair, A_log: Pair, B: Pair, C: Pair, D: Pair, z: Tensor | None, dt_bias: Pair | None,
     initial_state: Pair | None, fuse: str, reset: Tensor | None, *, with_state: bool, backend: Backend | None,
@@ -327,7 +319,7 @@ def _run(
         {"reset": (reset, "b l")},
         alike=("x", "dt", "B", "C", "z"),
     )
-    name = choose_ssd(backend, op, x)
+    name = choose(backend, op, x)
     A_log, D = wide(A_log, x), wide(D, x)
     optional = [None if t is None else wide(t, x) for t in (dt_bias, initial_state)]
     if not j:

@@ -14,6 +14,25 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(t, dtype: tl.constexpr):
+    """fp32 numbers in `dtype`, to nearest even; Triton's interpreter would truncate to bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = t.to(tl.int32, bitcast=True)
+        t = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return t.to(dtype)
+
+
+@triton.jit
+def product(a, b, total):
+    """total + a b, in fp32; without tf32. Triton's interpreter would multiply the bits of bf16 numbers as integers."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -7,6 +7,7 @@ out of time keeps the rows that it has finished.
     steps      forward, backward, AdamW of Vim and ViT: kernels, wall and host times; eager and as one CUDA graph
     originals  the same of the original Vim on CUDA kernels, if mamba-ssm and causal-conv1d are installed
     scans      the scan against mamba-ssm's CUDA scan, if that is installed
+    dual       the state-space-dual scan, against mamba-ssm's, and steps of ssd_small next to ViT-S
     layers     convolution and norm against causal-conv1d and torch
     ceilings   bytes copied, bf16 products and exponentials per second
     work       what the steps ask of a device, counted without one: the calibration of `vimscale plan` needs it
@@ -42,7 +43,16 @@ from typing import Any
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent.parent / "results"
-LIMITS = {"trainer": 180, "steps": 240, "originals": 120, "scans": 90, "layers": 60, "ceilings": 45, "work": 300}
+LIMITS = {
+    "trainer": 180,
+    "steps": 240,
+    "originals": 120,
+    "scans": 90,
+    "dual": 240,
+    "layers": 60,
+    "ceilings": 45,
+    "work": 300,
+}
 """Seconds of each part, in the order in which they run."""
 GRACE = 10
 """Seconds that a part has to obey a signal."""
@@ -76,6 +86,13 @@ def _scans(calls: int) -> Iterator[Row]:
     return ops.scans("cuda", calls)
 
 
+def _dual(calls: int) -> Iterator[Row]:
+    from benchmarks.gpu import ops, steps
+
+    yield from ops.dual_scans("cuda", calls)
+    yield from steps.rows(steps.DUAL, "cuda", calls)
+
+
 def _layers(calls: int) -> Iterator[Row]:
     from benchmarks.gpu import ops
 
@@ -99,6 +116,7 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "steps": _steps,
     "originals": _originals,
     "scans": _scans,
+    "dual": _dual,
     "layers": _layers,
     "ceilings": _ceilings,
     "work": _work,

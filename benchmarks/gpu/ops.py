@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.gpu import times
 from vimscale.kernels.cases import BENCH_SHAPES, scan_case
-from vimscale.ops import add_norm, bidirectional_conv1d, bidirectional_scan, selective_scan
+from vimscale.ops import add_norm, bidirectional_conv1d, bidirectional_scan, bidirectional_ssd, selective_scan, ssd_scan
 
 Row = dict[str, Any]
 Shape = tuple[int, int, int, int]
@@ -26,6 +26,14 @@ SCANS: tuple[Shape, ...] = (
     (1, 16384, 768, 16),
 )
 """(b, l, e, n): Vim-S, Vim-B and Vim-Ti at 224 pixels, one image of each size, and few images of many tokens."""
+DualShape = tuple[int, int, int, int, int]
+DUAL_SCANS: tuple[DualShape, ...] = (
+    (128, 197, 12, 64, 64),
+    (24, 1025, 12, 64, 64),
+    (4, 6085, 12, 64, 64),
+    (2, 16385, 12, 64, 64),
+)
+"""(b, l, h, p, n) of ssd_small at 224, 512, 1,248 and 2,048 pixels."""
 CONVOLUTION = (64, 197, 768)
 NORM = (64, 197, 384)
 
@@ -71,6 +79,50 @@ def scans(device: str, calls: int, shapes: Sequence[Shape] = SCANS) -> Iterator[
             b, length, e, n = shape
             directions = 2 if "both" in row["name"] else 1
             yield {"b": b, "l": length, "e": e, "n": n, "directions": directions} | row
+
+
+def dual_scans(device: str, calls: int, shapes: Sequence[DualShape] = DUAL_SCANS) -> Iterator[Row]:
+    """The state-space-dual scan: one direction, both with their own x, B and C, both sharing them, and mamba-ssm's
+    Triton scan of one direction.
+    """
+    theirs = _mamba_dual()
+    for shape in shapes:
+        runs: dict[str, Op] = {
+            "vimscale": (ssd_scan, _dual_inputs(shape, device, (), ())),
+            "vimscale, both directions": (bidirectional_ssd, _dual_inputs(shape, device, (2,), (2,))),
+            "vimscale, both share x, B, C": (bidirectional_ssd, _dual_inputs(shape, device, (2,), ())),
+        }
+        if theirs is not None:
+            runs["mamba-ssm Triton"] = (theirs, _dual_inputs(shape, device, (), ()))
+        for row in _timed(f"dual scan (b, l, h, p, n) = {shape}", runs, calls):
+            b, length, h, p, n = shape
+            directions = 2 if "both" in row["name"] else 1
+            yield {"b": b, "l": length, "h": h, "p": p, "n": n, "directions": directions} | row
+
+
+def _dual_inputs(shape: DualShape, device: str, k: tuple[int, ...], j: tuple[int, ...]) -> list[Tensor]:
+    """x, dt, A_log, B, C and D in bf16, with steps around 0.05; `k` and `j` are leading axes of directions."""
+    b, length, h, p, n = shape
+    sizes = (*j, b, length, h, p), (*k, b, length, h), (*j, b, length, n), (*j, b, length, n)
+    x, dt, B, C = (torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes)
+    A_log, D = torch.zeros(*k, h, device=device), torch.ones(*k, h, device=device)
+    return [t.requires_grad_() for t in (x, dt - 3, A_log, B, C, D)]
+
+
+def _mamba_dual() -> Callable[..., Tensor] | None:
+    """mamba-ssm's Triton scan with the arguments of `ssd_scan`; None, and a line that says why, without it."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError as error:
+        print(f"skipped mamba-ssm: {error}", flush=True)
+        return None
+
+    def scan(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        return mamba_chunk_scan_combined(
+            x, dt, -A_log.exp(), B.unsqueeze(2), C.unsqueeze(2), 256, D=D, dt_softplus=True
+        )
+
+    return scan
 
 
 def mamba_ssm() -> Callable[..., Tensor] | None:

@@ -20,10 +20,19 @@ from vimscale.estimate import work
 from vimscale.model import PRESETS, VisionMamba
 
 Row = dict[str, Any]
-PRESET = {"Vim-Ti": "vim_tiny", "Vim-S": "vim_small", "Vim-B": "vim_base"}
+PRESET = {"Vim-Ti": "vim_tiny", "Vim-S": "vim_small", "Vim-B": "vim_base", "SSD-S": "ssd_small"}
 KINDS = {
-    "scan backward": ("selective_scan_bwd", "scan_segments_bwd", "selective_scan_pack", "selective_scan_unpack"),
-    "scan forward": ("selective_scan", "scan_segments"),
+    "scan backward": (
+        "selective_scan_bwd",
+        "scan_segments_bwd",
+        "selective_scan_pack",
+        "selective_scan_unpack",
+        "ssd_pairs",
+        "ssd_scores",
+        "ssd_decay_bwd",
+    ),
+    # the dual scan's gradient of x and states are launches of its forward kernels
+    "scan forward": ("selective_scan", "scan_segments", "ssd_"),
     "convolution": ("causal_conv1d",),
     "gate": ("scan_gate",),
     "norm": ("add_norm", "layer_norm"),
@@ -49,7 +58,7 @@ class Case:
     """One row of the table of steps."""
 
     model: str
-    """Vim-Ti, Vim-S, Vim-B, ViT-S, or "original Vim-Ti" or "original Vim-S"."""
+    """Vim-Ti, Vim-S, Vim-B, SSD-S, ViT-S, or "original Vim-Ti" or "original Vim-S"."""
     image_size: int
     batch: int
     directions: str | None = None
@@ -79,6 +88,16 @@ CASES = (
     Case("Vim-S", 1248, 4),
     Case("ViT-S", 1248, 4),
     Case("Vim-S", 2048, 2),
+    Case("ViT-S", 2048, 2),
+)
+DUAL = (
+    Case("SSD-S", 224, 128),
+    Case("ViT-S", 224, 128),
+    Case("SSD-S", 512, 24),
+    Case("ViT-S", 512, 24),
+    Case("SSD-S", 1248, 4),
+    Case("ViT-S", 1248, 4),
+    Case("SSD-S", 2048, 2),
     Case("ViT-S", 2048, 2),
 )
 ORIGINALS = (Case("original Vim-S", 224, 128), Case("original Vim-Ti", 224, 128), Case("original Vim-S", 1248, 4))

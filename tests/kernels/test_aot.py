@@ -26,6 +26,9 @@ CEILINGS = {
     "scan_segments_bwd": 0.9,
 }
 
+# Kernels whose main loop multiplies on matrix units in 16 bits.
+PRODUCTS = {f"ssd_{name}{packed}" for name in ("mix", "mix_gradient", "pairs") for packed in ("", "_packed")}
+
 # Least loads per iteration that are for the next one (sm_90, 16 bits): x, dt and one of the rows of B and C; backward
 # also ds and the kept state. A warp must issue at least LEAD instructions before it needs one of them, and in the
 # median some before it needs one of the others, which the first-level cache has.
@@ -46,6 +49,10 @@ SPILLED = {
     ("sm_80", "selective_scan_bwd_packed_segments"): 16,
     ("gfx942", "selective_scan_bwd_packed_segments"): 32,
 }
+# The dual scan, by target, in 16 bits. What spills is what a program holds while products run: on sm_90 and sm_100
+# nothing. fp32 has no matrix units, and operands in registers instead.
+DUAL_SPILLED = {"sm_90": 0, "sm_100": 0, "sm_80": 192, "gfx942": 832}
+DUAL_SPILLED_FP32 = 832
 # LARGE forms hold 64-bit token numbers; only launches that need them pay for them.
 LARGE_SPILLED = 128
 
@@ -71,6 +78,10 @@ def _check(rows: list[dict[str, Any]]) -> None:
         name = f"{row['target']} {row['kernel']} {row['dtype']} {row['width']}"
         usual = row["kernel"].removesuffix("_large")
         allowed = SPILLED.get((row["target"], usual), 0) + (LARGE_SPILLED if usual != row["kernel"] else 0)
+        if usual.startswith("ssd_"):
+            allowed += DUAL_SPILLED_FP32 if row["dtype"] == "float32" else DUAL_SPILLED[row["target"]]
+        if usual in PRODUCTS and row["dtype"] != "float32" and row["mix"]["matrix"] <= 0:
+            faults.append(f"{name}: no instruction of the matrix units")
         if row["spilled"] > allowed:
             faults.append(f"{name}: spills {row['spilled']} bytes, allowed {allowed}")
         ceiling = CEILINGS.get(row["kernel"]) if row["target"] == "sm_90" and row["dtype"] != "float32" else None

@@ -123,7 +123,6 @@ OPS = {
 
 
 CASES = [(family, backend) for family in CALLS for backend in ("reference", *FUSED)]
-CASES.remove(("dual scans", "triton"))  # there is no such kernel yet
 
 
 def _awkward(shape: torch.Size, kind: int) -> Tensor:

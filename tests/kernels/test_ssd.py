@@ -8,34 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.kernel_checks import assert_close, poison
+from tests.kernels.kernel_checks import FUSED, assert_close, poison
+from tests.kernels.ssd_checks import BOUND, SHAPE, agrees, inputs, with_both
 from vimscale.kernels import ssd_cpu
-from vimscale.ops import bidirectional_ssd, bidirectional_ssd_with_state, ssd_scan, ssd_scan_with_state
-
-SHAPE = 2, 9, 3, 5, 4  # b, l, h, p, n
-
-
-def _inputs(
-    shape: tuple[int, ...] = SHAPE, k: tuple[int, ...] = (), j: tuple[int, ...] | None = None
-) -> dict[str, Tensor]:
-    """Random inputs in fp64 with steps around 0.1; `k` and `j` are the leading axes of directions."""
-    b, length, h, p, n = shape
-    j = k if j is None else j
-    g = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=g, dtype=torch.float64)
-
-    return {
-        "x": draw(*j, b, length, h, p),
-        "dt": draw(*k, b, length, h) - 2,
-        "A_log": draw(*k, h) / 2 + 0.5,
-        "B": draw(*j, b, length, n),
-        "C": draw(*j, b, length, n),
-        "D": draw(*k, h),
-        "dt_bias": draw(*k, h) / 3,
-        "initial_state": draw(*k, b, h, p, n),
-    }
+from vimscale.ops import bidirectional_ssd, ssd_scan, ssd_scan_with_state
 
 
 def _quadratic(
@@ -86,7 +62,7 @@ def _gradients(
 
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_output_and_every_gradient_equal_the_papers_quadratic_form(length: int) -> None:
-    tensors = _inputs((2, length, 3, 5, 4))
+    tensors = inputs((2, length, 3, 5, 4))
     theirs = _gradients(_quadratic, tensors)
     reverse = _gradients(lambda **t: ssd_scan(**_flipped(t), reverse=True).flip(1), tensors)
     for ours in (_gradients(ssd_scan, tensors), reverse):
@@ -96,7 +72,7 @@ def test_output_and_every_gradient_equal_the_papers_quadratic_form(length: int) 
 
 @pytest.mark.parametrize(("k", "j"), BOTH_WAYS)
 def test_both_directions_equal_two_flipped_forms(k: tuple[int], j: tuple[int, ...]) -> None:
-    tensors = _inputs(k=k, j=j)
+    tensors = inputs(k=k, j=j)
     ours, theirs = _gradients(bidirectional_ssd, tensors), _gradients(lambda **t: _both(t), tensors)
     for name, t in ours.items():
         torch.testing.assert_close(t, theirs[name], rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
@@ -106,7 +82,7 @@ def test_both_directions_equal_two_flipped_forms(k: tuple[int], j: tuple[int, ..
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_pass_gradcheck(reverse: bool) -> None:
-    tensors = _inputs((1, 3, 2, 2, 2))
+    tensors = inputs((1, 3, 2, 2, 2))
     leaves = [t.requires_grad_() for t in tensors.values()]
     arguments = {"reset": torch.tensor([[False, False, True]]), "reverse": reverse}
 
@@ -117,15 +93,15 @@ def test_gradients_pass_gradcheck(reverse: bool) -> None:
 
 
 def test_gate_multiplies_the_sum_of_the_directions() -> None:
-    tensors = _inputs(k=(2,))
+    tensors = inputs(k=(2,))
     z = torch.randn(tensors["x"].shape[1:], dtype=torch.float64)
     torch.testing.assert_close(bidirectional_ssd(**tensors, z=z), bidirectional_ssd(**tensors) * F.silu(z))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_final_state_continues_the_scan(reverse: bool, backend: Any) -> None:
-    tensors = {name: t.float() for name, t in _inputs().items()}
+    tensors = {name: t.float() for name, t in inputs().items()}
     y, final = ssd_scan_with_state(**tensors, reverse=reverse, backend=backend)
     parts = [{n: t[:, at] if n in ("x", "dt", "B", "C") else t for n, t in tensors.items()} for at in (FIRST, REST)]
     state, pieces = tensors["initial_state"], []
@@ -142,7 +118,7 @@ FIRST, REST = slice(4), slice(4, None)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("mark", range(SHAPE[1]))
 def test_images_of_a_packed_row_do_not_see_each_other(mark: int, backend: Any) -> None:
-    tensors = {name: t.float() for name, t in _inputs(k=(2,)).items() if name != "initial_state"}
+    tensors = {name: t.float() for name, t in inputs(k=(2,)).items() if name != "initial_state"}
     reset = torch.zeros(SHAPE[:2], dtype=torch.bool)
     reset[:, mark] = True
     packed = bidirectional_ssd(**tensors, reset=reset, backend=backend)
@@ -157,39 +133,13 @@ def test_images_of_a_packed_row_do_not_see_each_other(mark: int, backend: Any) -
 SHAPES = [(2, 1, 2, 8, 4), (2, 63, 3, 5, 7), (1, 197, 2, 64, 16), (1, 300, 2, 16, 64)]
 
 
-def _with_both(tensors: dict[str, Tensor], dtype: torch.dtype, **arguments: Any) -> dict[str, Tensor]:
-    """y, the final state, and the gradient of every input; both outputs contribute to each gradient."""
-    activations = {"x", "dt", "B", "C", "z"}
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rounded = {name: t.to(dtype if name in activations else wide).requires_grad_() for name, t in tensors.items()}
-    function = bidirectional_ssd_with_state if tensors["dt"].ndim == 4 else ssd_scan_with_state
-    y, final = function(**rounded, **arguments)
-    g = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=g).bfloat16().to(y.dtype)
-    dfinal = torch.randn(final.shape, generator=g).to(final.dtype)
-    found = torch.autograd.grad([y, final], list(rounded.values()), [dy, dfinal])
-    named = {f"d{name}": t for name, t in zip(rounded, found, strict=True)}
-    return {"y": y.detach(), "final": final.detach(), **named}
-
-
-def _agrees(shape: tuple[int, ...], dtype: torch.dtype, mode: str, left_out: tuple[str, ...], packed: bool) -> None:
-    k, j = {"both": ((2,), (2,)), "alike": ((2,), ())}.get(mode, ((), ()))
-    tensors = {name: t for name, t in _inputs(shape, k, j).items() if name not in left_out}
-    tensors = {name: t.bfloat16().double() if t.ndim > 2 else t for name, t in tensors.items()}
-    arguments: dict[str, Any] = {"reverse": mode == "reverse"} if not k else {}
-    if packed:
-        arguments["reset"] = torch.rand(shape[:2], generator=torch.Generator().manual_seed(2)) < 1 / 20
-    exact = _with_both(tensors, torch.float64, backend="reference", **arguments)
-    assert_close(_with_both(tensors, dtype, backend="cpu", **arguments), exact, dtype)
-
-
 @pytest.mark.parametrize("mode", ["forward", "reverse", "both", "alike"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_equal_the_reference(shape: tuple[int, ...], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
     for left_out, packed in ((("initial_state",), False), ((), False), (("dt_bias",), True)):
-        _agrees(shape, torch.float32, mode, left_out, packed)
-    _agrees(shape, torch.bfloat16, mode, (), True)
+        agrees("cpu", shape, torch.float32, mode, left_out, packed)
+    agrees("cpu", shape, torch.bfloat16, mode, (), True)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse", "both", "alike"])
@@ -199,41 +149,41 @@ def test_states_pass_between_chunks(length: int, mode: str, monkeypatch: pytest.
     monkeypatch.setattr(ssd_cpu, "DENSE", 15)
     poison(monkeypatch)
     for left_out, packed in ((("initial_state",), False), ((), False), ((), True)):
-        _agrees((2, length, 2, 6, 5), torch.float32, mode, left_out, packed)
+        agrees("cpu", (2, length, 2, 6, 5), torch.float32, mode, left_out, packed)
 
 
 @pytest.mark.parametrize("exponent", [-50.0, -1.0, -1e-6])
 def test_strong_and_weak_decays_over_many_tokens(exponent: float) -> None:
-    tensors = {name: t for name, t in _inputs((1, 2000, 1, 8, 4), (2,)).items() if name != "initial_state"}
+    tensors = {name: t for name, t in inputs((1, 2000, 1, 8, 4), (2,)).items() if name != "initial_state"}
     tensors["dt"] = torch.zeros_like(tensors["dt"])  # steps of log 2
     tensors["dt_bias"] = torch.zeros_like(tensors["dt_bias"])
     tensors["A_log"] = torch.full_like(tensors["A_log"], -exponent / torch.tensor(2.0).log()).log()
-    exact = _with_both(tensors, torch.float64, backend="reference")
-    ours = _with_both(tensors, torch.float32, backend="cpu")
+    exact = with_both(tensors, torch.float64, backend="reference")
+    ours = with_both(tensors, torch.float32, backend="cpu")
     assert all(t.isfinite().all() for t in ours.values())
-    assert_close(ours, exact, torch.float32)
+    assert_close(ours, exact, torch.float32, BOUND[torch.float32])
 
 
 def test_a_weak_decay_after_strong_ones_keeps_its_digits() -> None:
-    tensors = {name: t for name, t in _inputs((1, 200, 1, 4, 4)).items() if name != "initial_state"}
+    tensors = {name: t for name, t in inputs((1, 200, 1, 4, 4)).items() if name != "initial_state"}
     tensors["dt"] = torch.where(torch.arange(200) < 150, 50.0, -14.0)[None, :, None].double()
     tensors |= {"dt_bias": torch.zeros(1).double(), "A_log": torch.zeros(1).double()}
     _, exact = ssd_scan_with_state(**tensors)
     y, final = ssd_scan_with_state(**{name: t.float() for name, t in tensors.items()}, backend="cpu")
-    assert_close({"final": final}, {"final": exact}, torch.float32)
+    assert_close({"final": final}, {"final": exact}, torch.float32, BOUND[torch.float32])
     late = ssd_scan(**tensors)[:, 150:]
-    assert_close({"y": y[:, 150:]}, {"y": late}, torch.float32)
+    assert_close({"y": y[:, 150:]}, {"y": late}, torch.float32, BOUND[torch.float32])
 
 
 @pytest.mark.parametrize("length", [197, 300])
 def test_the_number_of_threads_does_not_change_a_bit(length: int) -> None:
-    tensors = _inputs((3, length, 3, 64, 64), (2,))
+    tensors = inputs((3, length, 3, 64, 64), (2,))
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(_with_both(tensors, torch.float32, backend="cpu"))
+            results.append(with_both(tensors, torch.float32, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -241,7 +191,7 @@ def test_the_number_of_threads_does_not_change_a_bit(length: int) -> None:
 
 
 def test_slices_and_expanded_tensors_are_read_in_place_or_copied() -> None:
-    tensors = {name: t.float() for name, t in _inputs(k=(2,)).items()}
+    tensors = {name: t.float() for name, t in inputs(k=(2,)).items()}
     expected = bidirectional_ssd(**tensors, backend="cpu")
     joined = torch.cat([tensors["x"].flatten(3), tensors["B"], tensors["C"]], dim=-1)
     x, B, C = joined.split([15, 4, 4], dim=-1)
@@ -252,7 +202,7 @@ def test_slices_and_expanded_tensors_are_read_in_place_or_copied() -> None:
 
 
 def test_autocast_does_not_reach_the_products() -> None:
-    tensors = {name: t.float() for name, t in _inputs(k=(2,)).items()}
+    tensors = {name: t.float() for name, t in inputs(k=(2,)).items()}
     with torch.autocast("cpu", torch.bfloat16):
         inside = _gradients(bidirectional_ssd, tensors, torch.float32, backend="cpu")
     outside = _gradients(bidirectional_ssd, tensors, torch.float32, backend="cpu")
@@ -260,12 +210,10 @@ def test_autocast_does_not_reach_the_products() -> None:
 
 
 def test_errors_name_what_does_not_fit() -> None:
-    tensors = _inputs()
+    tensors = inputs()
     with pytest.raises(ValueError, match=r"B has shape \(2, 8, 4\); it must be \(b, l, n\), here \(2, 9, n\)"):
         ssd_scan(**(tensors | {"B": tensors["B"][:, :8]}))
     with pytest.raises(ValueError, match=r"A_log has shape \(3, 4\); it must be \(h\)"):
         ssd_scan(**(tensors | {"A_log": torch.zeros(3, 4)}))
-    with pytest.raises(ValueError, match="there is no Triton kernel of this scan yet"):
-        ssd_scan(**tensors, backend="triton")
     with pytest.raises(ValueError, match="bidirectional_ssd: the pair x is"):
-        bidirectional_ssd(**(_inputs(k=(2,)) | {"x": (tensors["x"], tensors["x"].float())}))
+        bidirectional_ssd(**(inputs(k=(2,)) | {"x": (tensors["x"], tensors["x"].float())}))

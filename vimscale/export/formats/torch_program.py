@@ -26,7 +26,7 @@ from vimscale.export.portable import limits
 from vimscale.export.portable.mixers import kernels
 from vimscale.export.portable.modeling import Encoder
 from vimscale.export.safetensors import preprocessing
-from vimscale.model import VimConfig, VisionMamba
+from vimscale.model import VisionMamba
 from vimscale.ops import AT_RUN_TIME
 from vimscale.storage import files
 
