@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # two test processes: each launches two ranks, and small machines have two cores
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all compiled lint bench
+.PHONY: demo test test-all compiled lint docs bench
 
 demo: $(READY)
 	$(VENV)/bin/vimscale launch vim_digits_cpu
@@ -31,6 +31,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(READY)
+	$(VENV)/bin/python docs/build.py
+	@echo "The site is in site/: open site/index.html."
 
 bench: $(READY)
 	$(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[bench]'

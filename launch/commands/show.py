@@ -43,8 +43,18 @@ def presets() -> None:
 
 def schema(
     of: Annotated[Literal["recipe", "cluster"], typer.Argument(help="The kind of file.")] = "recipe",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/recipe.md: every key of a recipe and what it means.")
+    ] = False,
 ) -> None:
     """Print the JSON schema of recipes or cluster files, for editors."""
+    if markdown:
+        from vimscale.recipe import markdown as recipe_page
+
+        if of != "recipe":
+            raise LaunchError("--markdown describes recipes; leave out cluster, or --markdown")
+        print(recipe_page.page(), end="")
+        return
     described = Recipe if of == "recipe" else clusters.Cluster
     print(json.dumps(described.model_json_schema(), indent=1))
 

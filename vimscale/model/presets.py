@@ -108,6 +108,7 @@ class VimConfig:
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm before every mixer and MLP, and before the head."""
     norm_eps: float = 1e-5
+    """What norms add to the mean square, so that they do not divide by zero."""
     ssm_norm: bool | Literal["layer"] = False
     """true: RMSNorm on the gated output of the scans, before the output projection. layer: LayerNorm on the output of
     the scans, before the gate (FastVim's Vim with LayerNorm).

@@ -60,6 +60,7 @@ class DistillationOptions(ObjectiveOptions):
     prototypes_from: Step = 1
     """The step, counted from 1, that updates the prototypes for the first time. Published: after one epoch."""
     student_temperature: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Temperature of the student's outputs; above that of the teacher."""
     teacher_temperature: Annotated[float, Field(gt=0, le=10)] = 0.04
     """Lower ones make sharper targets. Above 0.07 training is unstable, as published."""
     teacher_temperature_from: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -197,6 +198,7 @@ class ContrastiveOptions(ObjectiveOptions):
     depth: Count = 12
     """Layers of the text tower."""
     heads: Count = 8
+    """Attention heads of the text tower."""
     context: Annotated[Whole, Field(ge=3, le=2**16)] = 77
     """Tokens that the text tower reads, start and end included."""
     causal: Flag = True

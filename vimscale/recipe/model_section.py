@@ -87,6 +87,7 @@ class Model(Section):
     """A preset, or the architecture of `weights`, and what to change in it. Keys that are left out keep its values."""
 
     preset: str = "vim_small"
+    """Name of the model to start from; `vimscale presets` lists them."""
     weights: Address | None = None
     """Folder of an exported or imported model, or of a run, to start from. Without a preset, the model is that of the
     weights, with the changes that this section makes. It must compute the same.

@@ -58,6 +58,7 @@ class Recipe(Section):
     name: Annotated[str, AfterValidator(check_name)]
     """Name of the run's folder under runs/."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random: weights, data order, augmentation, masks."""
     steps: Step | None = None
     """Length of the run in optimizer steps; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None

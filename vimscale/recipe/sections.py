@@ -47,6 +47,7 @@ class Source(Section):
     """One data set of a mixture."""
 
     data: Address
+    """Folder or address of the data set."""
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Its fraction of the images is this weight over the sum of all weights."""
 
@@ -55,6 +56,7 @@ class Reweight(Section):
     """New weights of a mixture, from a step on."""
 
     step: Step
+    """The step from which these weights hold."""
     weights: tuple[Annotated[float, Field(le=1e9)], ...]
     """One weight per source; 0 leaves the source out."""
 
@@ -67,6 +69,7 @@ class Data(Section):
     reweight: tuple[Reweight, ...] = ()
     """Changes of a mixture's weights, each from a given step on."""
     val: Address | None = None
+    """The data set to evaluate on. default: none, and no evaluations."""
     workers: Annotated[Whole, Field(ge=0, le=1024)] = 0
     """Processes per rank that read and decode ahead; with 0, the rank itself reads between steps."""
     window: Count = 16
@@ -293,6 +296,7 @@ class Phase(Section):
     """What changes at a step of progressive training; everything else stays as it is."""
 
     step: Annotated[Whole, Field(ge=0, le=10**9)]
+    """The step that the phase starts at."""
     image_size: Size | None = None
     """Size of training images. default: the phase before, and at first model.image_size."""
     batch: Count | None = None
@@ -305,15 +309,21 @@ class Optim(Section):
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw"] = "adamw"
+    """The optimizer."""
     lr: Annotated[float, Field(gt=0, lt=1e38)] = 1e-3
     """Peak learning rate, for `batch` images per step."""
     min_lr: Annotated[float, Field(ge=0, lt=1e38)] = 1e-5
+    """Lowest learning rate of the schedule."""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.05
+    """Decoupled weight decay: a step shrinks the weights by the learning rate times this."""
     weight_decay_end: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """What weight_decay changes to over the run, along a cosine. default: it stays."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's average of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of AdamW's average of squared gradients."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """What AdamW adds to the root of the averaged squares, so that it does not divide by zero."""
     warmup: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """Steps of linear warm-up."""
     warmup_from: Annotated[float, Field(ge=0, lt=1e38)] | None = None
@@ -431,6 +441,7 @@ class Guard(Section):
     lower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate for `lower_steps` steps after a rollback."""
     lower_steps: Annotated[Whole, Field(ge=0, le=10**9)] = 0
+    """Steps after a rollback with `lower_lr`."""
 
 
 class Evaluate(Section):

@@ -10,8 +10,9 @@ import pytest
 
 from tests.support.image_sets import image
 from tests.test_layout import FLOORS
+from vimscale.recipe import markdown as recipe_page
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FOLDERS = "vimscale|launch|kernels|tests|benchmarks|recipes|cluster|examples|docs"
 
@@ -40,6 +41,17 @@ def test_the_tour_lists_the_floors_that_the_layout_test_enforces() -> None:
     text = (ROOT / "docs/one-image.md").read_text()
     block = text.partition("<!-- floors -->\n```\n")[2].partition("\n```\n<!-- /floors -->")[0]
     assert block.splitlines() == [", ".join(floor) for floor in FLOORS]
+
+
+def test_the_page_of_recipes_says_what_the_classes_say() -> None:
+    fix = "run `vimscale schema --markdown > docs/recipe.md`"
+    assert (ROOT / "docs/recipe.md").read_text() == recipe_page.page(), fix
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    rows = [line for line in recipe_page.page().splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    assert [row for row in rows if row.endswith("|  |")] == []
 
 
 @pytest.mark.slow
