@@ -73,9 +73,11 @@ def test_how_a_run_ended_is_told_from_what_it_left(tmp_path: Path) -> None:
     assert _only(tmp_path).note == "resumes from 10"
     _save(folder, 20)
     assert _only(tmp_path).state == "stopped"
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    (folder / "failures.json").write_text(json.dumps([{"time": now, "cause": "memory"}]))
-    assert (_only(tmp_path).state, _only(tmp_path).note) == ("failed", "memory; resumes from 20")
+    failed = {"message": "rank 0: the loss is nan", "exit_code": 1}
+    (folder / "environment.json").write_text(json.dumps({"host": platform.node(), "failed": failed}))
+    assert (_only(tmp_path).state, _only(tmp_path).note) == ("failed", "rank 0: the loss is nan; resumes from 20")
+    (folder / "environment.json").write_text(json.dumps({"host": platform.node(), "failed": {"message": ["x"]}}))
+    assert _only(tmp_path).state == "stopped", "what no launcher wrote does not count"
     (folder / "result.json").write_text(json.dumps({"status": "done", "step": 20, "steps": 20}))
     assert _only(tmp_path).state == "finished"
 
