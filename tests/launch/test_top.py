@@ -197,6 +197,16 @@ def test_runs_beyond_the_height_are_counted() -> None:
     assert "and 81 more" in text
 
 
+def test_why_runs_failed_is_below_the_table_at_any_width() -> None:
+    runs = [Glance(f"run{i}", "failed", f"rank 0: the loss is nan {i}; " + "x" * 400) for i in range(30)]
+    for width in (40, 140):
+        text = _rendered(runs, width, height=24)
+        assert "run4 failed: rank 0: the loss is nan 4" in text
+        assert "run5 failed" not in text
+        assert max(map(len, text.splitlines())) <= width
+        assert len(text.splitlines()) <= 24
+
+
 def test_a_name_cannot_control_the_terminal() -> None:
     assert "\x1b" not in _rendered([Glance("a\x1b[2Jb", "finished")], 80)
 
