@@ -158,9 +158,10 @@ def import_published(
     from vimscale.export import parity, published, staging
     from vimscale.export.formats import base
     from vimscale.inference.opened import open_model
+    from vimscale.recipe.formats import written_in
     from vimscale.recipe.pretrained import WEIGHTS
 
-    if file.name == WEIGHTS and base.written_in(file.parent) is not None:
+    if file.name == WEIGHTS and written_in(file.parent) is not None:
         file = file.parent
     target = output or (file.with_name(f"{file.name}_imported") if file.is_dir() else file.with_suffix(""))
     if file.is_dir() and not (file / "model.pth").is_file():

@@ -33,6 +33,8 @@ _LONGEST = 32
 """Cells of a run's name, if the table is too wide."""
 _SHORTEST = 8
 """Cells of a run's name, at least."""
+_NOTES = 5
+"""Most lines below the table that say why runs are in their state."""
 _GAP = 2
 
 
@@ -82,7 +84,6 @@ _COLUMNS = (
     _Column("guard", lambda one: f"{one.guard}" if one.guard else "", 9),
     _Column("ranks", lambda one: f"{one.ranks}" if one.ranks else "", 10),
     _Column("GB/rank", lambda one: f"{one.memory_gb:.2f}" if one.memory_gb else "", 11),
-    _Column("note", lambda one: "" if one.state == "stalled" else one.note, 7, right=False),
 )
 
 
@@ -101,7 +102,7 @@ def spark(values: Sequence[float]) -> str:
 
 
 class RunsTable:
-    """The table, with a line above it and one below; as many runs as the height allows."""
+    """The table, with a line above it; notes on runs and a line below it; as many runs as the height allows."""
 
     def __init__(self, title: str, runs: Sequence[Glance], footer: str = "", *, height: int | None = None):
         """`height`: of the terminal; default: no limit."""
@@ -109,14 +110,20 @@ class RunsTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         runs, more = list(self._runs), 0
-        if self._height is not None and len(runs) > self._height - 4:
-            more = len(runs) - max(self._height - 5, 1)
+        notes = [one for one in runs if one.note and one.state != "stalled"][:_NOTES]
+        room = len(runs) + 4 if self._height is None else self._height - len(notes)
+        if len(runs) > room - 4:
+            more = len(runs) - max(room - 5, 1)
             runs = runs[: len(runs) - more]
         lines = [Text(self._title, "bold", no_wrap=True, overflow="ellipsis")]
         if runs:
             lines.append(self._table(runs, options.max_width, ascii_only=options.ascii_only))  # type: ignore[arg-type]
         if more:
             lines.append(Text(f"and {more:,} more", "dim"))
+        for one in notes:
+            text = Text(shortened(one.name, _LONGEST), no_wrap=True, overflow="ellipsis")
+            text.append(f" {one.state}", _COLOURS.get(one.state, "")).append(f": {shortened(one.note, 500)}", "dim")
+            lines.append(text)
         if self._footer:
             lines.append(Text(self._footer, "dim", no_wrap=True, overflow="ellipsis"))
         yield Group(*lines)

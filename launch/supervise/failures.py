@@ -1,15 +1,18 @@
-"""The record of a run's failures, runs/NAME/failures.json, and the decision whether to try again."""
+"""The record of a run's failures, runs/NAME/failures.json; whether to try again; and why a launch gave up."""
 
+import contextlib
 import itertools
 import json
 import logging
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vimscale.errors import RunFailed, UserError, shortened
 from vimscale.runtime.run_folder import RunFolder, checkpoints, set_aside, step_of
 from vimscale.storage import files
 
@@ -86,6 +89,25 @@ def _earlier(path: Path) -> list[Any]:
         log.warning("%s is damaged and set aside as %s: %s", path, aside.name, error)
         return []
     return found
+
+
+@contextlib.contextmanager
+def noted(folder: RunFolder) -> Iterator[None]:
+    """Record in environment.json why a launch fails. The next launch replaces the file."""
+    try:
+        yield
+    except Exception as error:
+        text, code = f"{type(error).__name__}: {error}", 1
+        if isinstance(error, UserError | RunFailed):
+            text, code = str(error), error.exit_code
+        message = shortened("; ".join(line.strip() for line in text.splitlines() if line.strip()), 450)
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        failed = {"time": now, "message": message, "exit_code": code}
+        try:
+            folder.add_to_environment({"failed": failed})
+        except (OSError, ValueError) as problem:
+            log.warning("environment.json does not say why the run failed: %s", problem)
+        raise
 
 
 def first_cause(failures: list[Ending]) -> Ending:

@@ -89,7 +89,8 @@ class Progress:
         self.phase(name)
 
     def note(self, level: str, message: str) -> None:
-        self._console.print(message, style=_STYLES.get(level), highlight=False, markup=False, soft_wrap=True)
+        # not print's style=, which would colour the live line below, too
+        self._console.print(Text(message, _STYLES.get(level, "")), soft_wrap=True)
 
     def show(self, event: dict[str, Any]) -> None:
         match event["kind"]:

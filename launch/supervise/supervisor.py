@@ -16,7 +16,7 @@ from vimscale.runtime.run_folder import RunFolder, checkpoints
 from ..processes.rank import Ending, Event, stacks_file
 from ..processes.signals import Stopped, StopSignal
 from .evaluations import Evaluations
-from .failures import Failures, first_cause
+from .failures import Failures, first_cause, noted
 from .progress import Progress
 from .watchdog import Watchdog
 
@@ -98,7 +98,8 @@ def supervise(
         RunFailed: the run cannot continue; the message names the first cause.
     """
     failures = Failures(folder, policy.restarts, policy.within)
-    with stop.installed(), contextlib.closing(evaluations) if evaluations is not None else contextlib.nullcontext():
+    closing = contextlib.closing(evaluations) if evaluations is not None else contextlib.nullcontext()
+    with stop.installed(), noted(folder), closing:
         while True:
             if evaluations is not None:
                 evaluations.pause()  # the ranks come first where there is little room

@@ -24,6 +24,7 @@ from vimscale.inference.opened import open_model
 from vimscale.launch.commands.app import app
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.presets import Stage
+from vimscale.recipe.formats import PROGRAMS, READ_BACK
 
 SMALL: dict[str, Any] = {
     "num_classes": 10,
@@ -103,6 +104,11 @@ def _example(to: str) -> str:
     return PUBLISHED.get(to, ("vim",))[0]
 
 
+def test_what_is_said_of_formats_that_are_read_back_is_true() -> None:
+    read = {name: type(base.unchecked(name)).read is not base.Format.read for name in base.FORMATS}
+    assert read | {"safetensors": True} == READ_BACK
+
+
 @pytest.mark.parametrize("to", base.FORMATS)
 def test_an_export_of_every_format_computes_the_same(tmp_path: Path, to: str, digits: Path) -> None:
     _installed(to)
@@ -130,7 +136,7 @@ def test_an_export_of_every_format_computes_the_same(tmp_path: Path, to: str, di
     elif to != "safetensors":
         with pytest.raises(CheckpointError, match="is for other programs"):
             open_model(out)
-        for program in (path for path in out.iterdir() if path.suffix in base.PROGRAMS):
+        for program in (path for path in out.iterdir() if path.suffix in PROGRAMS):
             with pytest.raises(CheckpointError, match=r"is a program of .*, and its weights cannot be read back"):
                 open_model(program)
 

@@ -112,6 +112,21 @@ def test_a_terminal_without_unicode_gets_words() -> None:
 # ---- events
 
 
+def test_a_warning_does_not_color_the_line_below_it() -> None:
+    said = io.StringIO()
+    variables = {"TERM": "xterm-256color"}
+    shown = Progress(Console(file=said, width=100, force_terminal=True, color_system="standard", _environ=variables))
+    shown.show(_step(300))
+    said.truncate(said.seek(0))
+    shown.note("warning", "the disk is full")
+    warned = said.getvalue()
+    shown.close()
+    yellow = "\x1b[33m"
+    assert f"{yellow}the disk is full" in warned
+    assert "loss 0.4321" in warned
+    assert warned.count(yellow) == 1
+
+
 def test_a_file_gets_plain_lines() -> None:
     shown, said = _plain()
     for step in (1, 10):

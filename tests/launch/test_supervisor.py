@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.support.group import StubGroup
-from vimscale.errors import LaunchError, RecipeError, RunFailed
+from vimscale.errors import LaunchError, RecipeError, RunFailed, UserError
 from vimscale.launch.processes.num_ranks import sizes
 from vimscale.launch.processes.rank import Ending, Event
 from vimscale.launch.processes.signals import StopSignal
@@ -167,6 +167,26 @@ def test_a_start_that_fails_three_times_ends_the_run(runs: RunFolder) -> None:
 def test_failures_of_different_kinds_at_one_step_are_not_the_same(runs: RunFolder, other: Ending) -> None:
     groups = [Scripted([_heartbeat(46), ending]) for ending in (_died(), other, _died(), other)]
     assert _supervise(runs, *groups, Scripted([DONE]))[0] == 0
+
+
+def test_why_a_launch_failed_stays_in_the_folder(runs: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    (runs.path / "environment.json").write_text('{"host": "a"}')
+    _supervise(runs, Scripted([_heartbeat(5), _died()]), Scripted([DONE]))
+    assert json.loads((runs.path / "environment.json").read_text()) == {"host": "a"}, "it recovered"
+    for cause, code, kind in (("run", 1, RunFailed), ("user", 2, UserError)):
+        with pytest.raises(kind):
+            _supervise(runs, Scripted([Ending(0, "failed", cause=cause, message="no step is good\n  use less lr")]))
+        found = json.loads((runs.path / "environment.json").read_text())
+        assert (found["host"], found["failed"]["message"]) == ("a", "no step is good; use less lr")
+        assert found["failed"]["exit_code"] == code
+    with pytest.raises(RunFailed):
+        _supervise(runs, Scripted([Ending(0, "failed", cause="error", message="ValueError: 3")]))
+    message = json.loads((runs.path / "environment.json").read_text())["failed"]["message"]
+    assert message == f"rank 0: ValueError: 3; traceback: {runs.errors}"
+    (runs.path / "environment.json").write_text("{")
+    with pytest.raises(RunFailed, match="ValueError: 3"):
+        _supervise(runs, Scripted([Ending(0, "failed", cause="error", message="ValueError: 3")]))
+    assert "does not say why" in caplog.text
 
 
 def test_a_launch_starts_its_own_count_and_keeps_the_record(runs: RunFolder) -> None:

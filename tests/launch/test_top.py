@@ -73,9 +73,11 @@ def test_how_a_run_ended_is_told_from_what_it_left(tmp_path: Path) -> None:
     assert _only(tmp_path).note == "resumes from 10"
     _save(folder, 20)
     assert _only(tmp_path).state == "stopped"
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    (folder / "failures.json").write_text(json.dumps([{"time": now, "cause": "memory"}]))
-    assert (_only(tmp_path).state, _only(tmp_path).note) == ("failed", "memory; resumes from 20")
+    failed = {"message": "rank 0: the loss is nan", "exit_code": 1}
+    (folder / "environment.json").write_text(json.dumps({"host": platform.node(), "failed": failed}))
+    assert (_only(tmp_path).state, _only(tmp_path).note) == ("failed", "rank 0: the loss is nan; resumes from 20")
+    (folder / "environment.json").write_text(json.dumps({"host": platform.node(), "failed": {"message": ["x"]}}))
+    assert _only(tmp_path).state == "stopped", "what no launcher wrote does not count"
     (folder / "result.json").write_text(json.dumps({"status": "done", "step": 20, "steps": 20}))
     assert _only(tmp_path).state == "finished"
 
@@ -193,6 +195,16 @@ def test_runs_beyond_the_height_are_counted() -> None:
     text = _rendered([Glance(f"run{i}", "finished") for i in range(100)], 80, height=24)
     assert len(text.splitlines()) <= 24
     assert "and 81 more" in text
+
+
+def test_why_runs_failed_is_below_the_table_at_any_width() -> None:
+    runs = [Glance(f"run{i}", "failed", f"rank 0: the loss is nan {i}; " + "x" * 400) for i in range(30)]
+    for width in (40, 140):
+        text = _rendered(runs, width, height=24)
+        assert "run4 failed: rank 0: the loss is nan 4" in text
+        assert "run5 failed" not in text
+        assert max(map(len, text.splitlines())) <= width
+        assert len(text.splitlines()) <= 24
 
 
 def test_a_name_cannot_control_the_terminal() -> None:

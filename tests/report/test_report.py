@@ -111,6 +111,20 @@ def test_a_page_holds_what_became_of_the_run(tmp_path: Path) -> None:
     assert "vim_digits" in text
 
 
+def test_why_a_run_failed_is_at_the_top_and_in_the_timeline(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine", 100)
+    failed = {"time": "2026-11-27T07:39:19+0000", "message": f"rank 0: {HOSTILE}", "exit_code": 1}
+    (folder / "environment.json").write_text(json.dumps({"host": platform.node(), "failed": failed}))
+    found = record.read(str(folder))
+    assert (found.status, found.failed) == ("failed", f"rank 0: {HOSTILE}")
+    assert [event.kind for event in found.events] == ["end"]
+    text = _page(folder)
+    assert text.count("failed: rank 0: &lt;/script&gt;") == 2
+    assert "<img src=x" not in text
+    (folder / "result.json").write_text(json.dumps({"status": "done", "step": 100, "steps": 100}))
+    assert record.read(str(folder)).failed == ""
+
+
 def test_what_a_run_lacks_is_said_with_the_key_that_brings_it(tmp_path: Path) -> None:
     text = _page(write_run(tmp_path / "new", 0))
     for expected in ("No step has finished yet", "evaluate.every", "log.every", "checkpoint.every", "guard.spike"):

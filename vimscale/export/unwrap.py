@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vimscale.errors import CheckpointError, brief
-from vimscale.export.formats.base import PROGRAMS
 from vimscale.export.pickles import Archive, Damaged, Opaque, Refused, Stored
+from vimscale.recipe.formats import PROGRAMS
 from vimscale.storage import untrusted
 
 _ANCHOR = "patch_embed.proj.weight"

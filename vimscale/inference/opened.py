@@ -17,6 +17,7 @@ from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model import VisionMamba
 from vimscale.objectives.base import Learner
 from vimscale.objectives.build import build
+from vimscale.recipe.formats import written_in
 from vimscale.recipe.objective import ClassificationOptions
 from vimscale.recipe.recipe import Recipe
 from vimscale.runtime.run_folder import RunFolder, step_of
@@ -87,7 +88,7 @@ def open_model(
         return _of_run(RunFolder(path.absolute().parent.parent), step_of(path.name), raw)
     is_folder = path.is_dir() and not (path / "recipe.yaml").is_file()
     file = path / "model.pth" if is_folder else path
-    name = base.written_in(path) if is_folder else None
+    name = written_in(path) if is_folder else None
     if (published_as is not None or ema) and not file.is_file():
         raise CheckpointError(f"{path} is not a published file, and --model and --ema are for those")
     if file.is_file() or name is not None or (is_folder and (path / starting.CONFIG).is_file()):

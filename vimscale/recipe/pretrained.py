@@ -8,6 +8,7 @@ from typing import Any
 
 from vimscale.errors import brief
 from vimscale.model.presets import PRESETS, VimConfig
+from vimscale.recipe.formats import PROGRAMS, READ_BACK, written_in
 from vimscale.recipe.typed_yaml import parse_mapping
 from vimscale.storage import untrusted
 
@@ -94,8 +95,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def not_ours(folder: Path) -> str | None:
     """What the folder is instead, if people often give such a thing."""
-    from vimscale.export.formats.base import PROGRAMS, readable, written_in
-
     if not folder.exists():
         return "it is not there"
     if folder.is_file():
@@ -114,7 +113,7 @@ def not_ours(folder: Path) -> str | None:
         return f"it has no {CONFIG}{near}"
     to = written_in(folder)
     if to is not None and to != "safetensors":
-        if not readable(to):
+        if not READ_BACK[to]:
             return f"it is an export --to {to}, and its weights cannot be read back; give the run that it is of"
         return f"it is an export --to {to}; `vimscale import {folder}` makes one that a run starts from"
     if not (folder / WEIGHTS).is_file():

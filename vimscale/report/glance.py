@@ -15,7 +15,7 @@ from typing import Any
 from vimscale.errors import UserError
 from vimscale.recipe.typed_yaml import parse_mapping
 from vimscale.report.pace import Pace, Trend, trend
-from vimscale.report.record import ended_as, is_active, moment, number, read_json
+from vimscale.report.record import ended_as, failure, is_active, moment, number, read_json
 from vimscale.runtime import run_folder
 from vimscale.runtime.run_folder import RunFolder, read_row
 from vimscale.storage import untrusted
@@ -97,11 +97,11 @@ class Runs:
         tail = self._tail(folder.metrics)
         environment = read_json(folder.path / "environment.json", dict, [])
         failures = read_json(folder.path / "failures.json", list, [])
-        failures = [failure for failure in failures if isinstance(failure, dict)]
+        failures = [one for one in failures if isinstance(one, dict)]
         lines = [row for row in tail.train if number(row.get("images_per_s")) is not None]
         times = [(row["step"], at) for row in lines if (at := number(row.get("time"))) is not None]
         started = moment(environment.get("started")) or 0.0
-        since = max([started, *(moment(failure.get("time")) or 0.0 for failure in failures)])
+        since = max([started, *(moment(one.get("time")) or 0.0 for one in failures)])
         pace = Pace()
         for step, at in times:
             if at >= since:
@@ -109,7 +109,7 @@ class Runs:
         last = tail.train[-1]["step"] if tail.train else 0
         losses = [found for row in tail.train[-_LOSSES:] if (found := number(row["loss"])) is not None]
         changed = max(tail.stamp[1] / 1e9, started)
-        state, note = self._state(folder, environment, failures, last, times, since)
+        state, note = self._state(folder, environment, last, times, since)
         steps = self._steps(folder, environment)
         newest = lines[-1] if lines else {}
         ranks = environment.get("ranks")
@@ -126,7 +126,6 @@ class Runs:
     def _state(
         folder: RunFolder,
         environment: dict[str, Any],
-        failures: list[dict[str, Any]],
         last: int,
         times: list[tuple[int, float]],
         since: float,
@@ -141,13 +140,13 @@ class Runs:
             usual = statistics.median(each) if each else 0.0
             stalls = silent > max(_STALLED[0], _STALLED[1] * usual)
             return "stalled" if stalls else "running", ""
-        state = ended_as(folder, last, failures)
+        state = ended_as(folder, environment, last)
         if state not in ("failed", "died"):
             return state, ""
         saved = run_folder.checkpoints(folder.checkpoints)
         note = f"resumes from {run_folder.step_of(saved[0].name):,}" if saved else "nothing saved"
         if state == "failed":
-            note = f"{failures[-1].get('cause')}; {note}"
+            note = f"{failure(environment)}; {note}"
         return state, note
 
     def _tail(self, path: Path) -> _Tail:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vimscale.errors import CheckpointError, RecipeError, UserError, brief
+from vimscale.errors import CheckpointError, RecipeError, UserError, brief, shortened
 from vimscale.model.presets import VimConfig
 from vimscale.recipe import recipe as recipes
 from vimscale.recipe.recipe import Recipe
@@ -123,7 +123,12 @@ class Record:
             return "finished"
         if is_active(self.folder.path, self.environment.get("host")):
             return "running"
-        return ended_as(self.folder, self.last, self.failures)
+        return ended_as(self.folder, self.environment, self.last)
+
+    @property
+    def failed(self) -> str:
+        """Why the last launch failed; empty if it did not."""
+        return failure(self.environment) if self.status == "failed" else ""
 
     # ---- what it was
 
@@ -196,6 +201,10 @@ class Record:
                 found.append(Event("skip", f"the guard leaves out the update of step {step}: {seen}", step, at))
         for row in self.rows.get("warning", ()):
             found.append(Event("warning", str(row.get("message")), row["step"], time_at(row["step"])))
+        if self.failed:
+            found.append(
+                Event("end", f"failed: {self.failed}", self.last, moment(self.environment["failed"].get("time")))
+            )
         if self.result is not None:
             found.append(
                 Event(
@@ -381,18 +390,23 @@ def is_active(folder: Path, host: object) -> bool:
     return re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+\d+\s+\S+:{inode}\s", held) is not None
 
 
-def ended_as(folder: RunFolder, last: int, failures: list[dict[str, Any]]) -> str:
-    """How a run that is neither active nor finished ended, `last` being its last step: failed, if it did after it lost
-    ranks; stopped, if it saved that step, as it does on request; empty, without a step; or died: it was killed, or
-    crashed.
+def ended_as(folder: RunFolder, environment: dict[str, Any], last: int) -> str:
+    """How a run that is neither active nor finished ended, `last` being its last step: failed, if its launcher said so;
+    stopped, if it saved that step, as it does on request; empty, without a step; or died: its launcher was killed.
     """
-    if not last:
-        return "failed" if failures else "empty"
-    lost = max((moment(failure.get("time")) or 0.0 for failure in failures), default=0.0)
-    if lost and lost > changed(folder.path) - _RECENT_S:
+    if failure(environment):
         return "failed"
+    if not last:
+        return "empty"
     saved = run_folder.checkpoints(folder.checkpoints)
     return "stopped" if saved and run_folder.step_of(saved[0].name) >= last else "died"
+
+
+def failure(environment: dict[str, Any]) -> str:
+    """Why the last launch failed, as environment.json says; empty if it does not."""
+    found = environment.get("failed")
+    message = found.get("message") if isinstance(found, dict) else None
+    return shortened(message, 450) if isinstance(message, str) else ""
 
 
 def changed(folder: Path) -> float:

@@ -53,6 +53,7 @@ def _state(folder: Path) -> tuple[object, ...]:
     """Sizes and times of what a report reads."""
     names = (
         "metrics.jsonl",
+        "environment.json",
         "failures.json",
         "result.json",
         "recipe.yaml",

@@ -56,10 +56,11 @@ def _bar(record: Record) -> str:
     status, steps, last = record.status, record.steps, record.last
     part = 0.0 if not steps else min(last / steps, 1.0)
     left = f"{last:,} of {steps:,} steps, {part:.0%}" if steps else f"{last:,} steps; the length is not known yet"
+    why = f'<div class="dim">failed: {escape(record.failed)}</div>' if record.failed else ""
     words = {"empty": "no step yet"}.get(status, status)
     return (
         f'<div class="run"><span class="badge {status}">{words}</span> <strong>{escape(record.name)}</strong>'
-        f' <span class="dim">{left}</span><div class="bar"><div style="width:{100 * part:.1f}%"></div></div></div>'
+        f' <span class="dim">{left}</span><div class="bar"><div style="width:{100 * part:.1f}%"></div></div>{why}</div>'
     )
 
 

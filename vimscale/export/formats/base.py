@@ -14,7 +14,6 @@ from torch import Tensor
 from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError, suggest
 from vimscale.model import VimConfig, VisionMamba
-from vimscale.storage import untrusted
 
 Outputs = dict[str, Tensor]
 """fp32 `features` (b, features), what the head reads, and `logits` (b, classes) if the model has a head."""
@@ -90,8 +89,6 @@ FORMATS = {
     "torch": "vimscale.export.formats.torch_program:TorchProgram",
 }
 """What --to takes -> where its class is."""
-PROGRAMS = {".onnx": "a program of ONNX", ".pt2": "a program of torch.export"}
-"""Suffixes of files that formats write and nothing reads back -> what they are."""
 
 
 def sides(config: VimConfig) -> tuple[int, int]:
@@ -100,28 +97,6 @@ def sides(config: VimConfig) -> tuple[int, int]:
     """
     step = config.step * math.prod(stage.downsample for stage in config.stages[1:])
     return config.patch_size - config.step + step, step
-
-
-def written_in(folder: Path) -> str | None:
-    """Which format the export in a folder has, whoever wrote it; None: none that says so."""
-    for file, key in (("parity.json", "format"), ("config.json", "model_type"), ("config.json", "architecture")):
-        try:
-            tree = untrusted.loads(untrusted.read(folder / file))
-        except (OSError, ValueError):
-            continue
-        found = tree.get(key) if isinstance(tree, dict) else None
-        if key == "format" and found in FORMATS:
-            return found
-        if key == "model_type" and isinstance(found, str) and found.startswith("vimscale"):
-            return "hf"  # saved again by transformers
-        if key == "architecture" and found == "vimscale":
-            return "timm"
-    return None
-
-
-def readable(name: str) -> bool:
-    """Whether the weights in an export of this format can be read back."""
-    return _class_of(name).read is not Format.read
 
 
 def of(name: str) -> Format:
