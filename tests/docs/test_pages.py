@@ -37,6 +37,13 @@ def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_no_heading_of_a_page_repeats(page: Path) -> None:
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.M), re.M)
+    # the site and GitHub number repeated anchors differently
+    assert [one for one in set(headings) if headings.count(one) > 1] == []
+
+
 def test_the_tour_lists_the_floors_that_the_layout_test_enforces() -> None:
     text = (ROOT / "docs/one-image.md").read_text()
     block = text.partition("<!-- floors -->\n```\n")[2].partition("\n```\n<!-- /floors -->")[0]

@@ -54,15 +54,15 @@ def test_the_api_page_has_every_public_name() -> None:
     assert (set(vimscale.__all__) | kernels) - {"PRESETS", "conv_over", "scan_over"} <= named
 
 
+@pytest.mark.slow
 def test_anchors_are_those_of_github(site: Path) -> None:
     for page in ("README.md", "docs/model.md", "docs/recovery.md", "docs/exports.md", "docs/pretraining.md"):
         html = site / ("index.html" if page == "README.md" else page.replace(".md", ".html"))
         ids = re.findall(r'<h\d id="([^"]+)"', html.read_text())
-        assert {name for name in ids if not re.search(r"_\d+$", name)} == _anchors(
-            ROOT / page
-        )  # _1: a repeated heading
+        assert sorted(ids) == sorted(_anchors(ROOT / page))
 
 
+@pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 30

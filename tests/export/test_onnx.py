@@ -207,7 +207,7 @@ exec({program!r})
 
 @pytest.mark.slow
 def test_the_program_in_the_docs_runs_with_nothing_but_onnxruntime_numpy_and_pillow(tmp_path: Path) -> None:
-    folder = tmp_path / "exported"
+    folder = tmp_path / "mine_onnx"
     folder.mkdir()
     of = source({})
     Onnx().write(folder, of)

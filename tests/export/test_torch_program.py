@@ -165,7 +165,7 @@ def test_kernels_are_chosen_where_the_program_runs(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_the_program_of_the_page_needs_nothing_of_ours(tmp_path: Path) -> None:
     model = model_of("bi")
-    folder = tmp_path / "exported"
+    folder = tmp_path / "mine_torch"
     folder.mkdir()
     TorchProgram().write(folder, source_of(model))
     pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
@@ -198,7 +198,7 @@ sys.meta_path.insert(0, Refuse())
 def test_the_compiled_program_runs_in_python_and_in_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
     model = model_of("bi@column shared")
-    folder, source = tmp_path / "exported", source_of(model)
+    folder, source = tmp_path / "mine_aoti", source_of(model)
     safetensors.write(tmp_path / "model", model, source.manifest, source.about)
     command = ["export", str(tmp_path / "model"), "--to", "torch", "--aoti", "--output", str(folder)]
     said = CliRunner().invoke(app, command, catch_exceptions=False)
