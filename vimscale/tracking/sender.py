@@ -15,7 +15,7 @@ _MOST = 5_000
 """Items that wait for a tracker; beyond that, the oldest are dropped."""
 _AT_ONCE = 200
 """Items that one call sends."""
-_PAUSES_S = (1.0, 2.0, 5.0, 15.0, 60.0)
+_PAUSES_S = (1.0, 2.0, 5.0, 15.0)
 """Pauses after the first failure in a row, the second and so on; after that, the last one."""
 _CLOSE_S: dict[Ending, float] = {"done": 20.0, "stopped": 3.0, "failed": 3.0}
 """Seconds that the end of a run waits for its last items to be sent. Whoever stops a run may kill it soon."""
