@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from typing import Any
 
 from vimscale.tracking.base import About, Ending, Figures, Item
@@ -18,13 +19,15 @@ class Mlflow:
     """An MLflow run, in an experiment named like the project."""
 
     def __init__(self, about: About):
-        # its own retries take minutes; `Sender` tries again with what is new by then
-        for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "30")):
-            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+        # its own retries take minutes and warn of each; `Sender` tries again with what is new by then
+        for name, value in (("HTTP_REQUEST_MAX_RETRIES", "0"), ("HTTP_REQUEST_TIMEOUT", "30")):
+            os.environ.setdefault(f"MLFLOW_{name}", value)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         self._client = MlflowClient()
+        self._params: list[Param] = []
         if about.id is not None:
             self.id = about.id
             self._client.update_run(self.id, status="RUNNING")
@@ -32,16 +35,18 @@ class Mlflow:
         found = self._client.get_experiment_by_name(about.project)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(about.project)
         self.id = self._client.create_run(experiment, tags=about.tags, run_name=about.name).info.run_id
-        params = [Param(key, _text(value)[:_VALUE]) for key, value in flat(about.config).items()]
-        for start in range(0, len(params), _PARAMS):
-            self._client.log_batch(self.id, params=params[start : start + _PARAMS])
+        # sent with the first items: a failure here would begin another run
+        self._params = [Param(key, _text(value)[:_VALUE]) for key, value in flat(about.config).items()]
 
     def send(self, items: list[Item]) -> None:
         from mlflow.entities import Metric
         from PIL import Image
 
+        while self._params:
+            self._client.log_batch(self.id, params=self._params[:_PARAMS])
+            del self._params[:_PARAMS]
         metrics = [
-            Metric(tag, value, int(item.time * 1000), item.step)
+            Metric(_allowed(tag), value, int(item.time * 1000), item.step)
             for item in items
             if isinstance(item, Figures)
             for tag, value in item.values.items()
@@ -63,6 +68,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def _allowed(tag: str) -> str:
+    """A name that MLflow takes: an objective may name a figure acc@5."""
+    return re.sub(r"[^\w./ -]", "_", tag)
 
 
 def _text(value: Any) -> str:

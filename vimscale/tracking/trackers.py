@@ -31,6 +31,9 @@ TRACKERS = {"wandb": "Wandb", "mlflow": "Mlflow", "trackio": "Trackio"}
 VARIABLES = {"wandb": ("WANDB_API_KEY", "WANDB_MODE"), "mlflow": ("MLFLOW_TRACKING_URI",)}
 """Environment variables of which a tracker needs one where no person has logged in."""
 
+_SAVED_EVERY_S = 1.0
+"""Seconds between notes of what was sent."""
+
 
 def check(recipe: Recipe) -> None:
     """Check before training that the trackers that the recipe names can be used, without importing them.
@@ -51,7 +54,7 @@ def check(recipe: Recipe) -> None:
 
 
 class Trackers:
-    """What a run reports to besides metrics.jsonl. It opens with the first row; nothing here ends or delays the run."""
+    """What a run reports to besides metrics.jsonl. Nothing here ends or delays the run."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, start: int, device: str):
         """`start`: the step that this process resumes from. `device`: what the ranks compute on."""
@@ -60,23 +63,34 @@ class Trackers:
         self._board: Board | None = None
         self._senders: list[Sender] = []
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Begin, before the first new row: send each tracker the rows up to `start` that it lacks."""
+        if self._opened:
+            return
         self._opened = True
         named = self._recipe.log.to
         self._board = Board(self._folder.tensorboard, self._start) if "tensorboard" in named else None
-        ids = Ids(self._folder.path / "trackers.json")
-        self._senders = [Sender(name, self._make(name, ids)) for name in named if name in TRACKERS]
+        state = State(self._folder.path / "trackers.json", self._start)
+        chosen = [name for name in named if name in TRACKERS]
+        rows = _figures(self._folder.rows()) if self._start and chosen else []
+        for name in chosen:
+            sender = Sender(name, self._make(name, state))
+            self._senders.append(sender)
+            sent = state.sent(name)
+            for figures in rows:
+                if sent.get(_kind(figures), 0) < figures.step <= self._start:
+                    sender.add(figures)
 
-    def _make(self, name: str, ids: "Ids") -> Callable[[], Tracker]:
+    def _make(self, name: str, state: "State") -> Callable[[], Tracker]:
         tags = describe(self._folder, self._device)
         config = yaml.safe_load(self._recipe.to_yaml())
         about = (self._recipe.name, self._recipe.log.project, self._folder.path.absolute())
 
         def make() -> Tracker:
             kind = getattr(importlib.import_module(f"vimscale.tracking.on_{name}"), TRACKERS[name])
-            tracker: Tracker = kind(About(*about, ids.read(name), self._start, config, tags))
-            ids.write(name, tracker.id)
-            return tracker
+            tracker: Tracker = kind(About(*about, state.id(name), self._start, config, tags))
+            state.begin(name, tracker.id)
+            return Noted(name, tracker, state)
 
         return make
 
@@ -90,8 +104,6 @@ class Trackers:
         self._add(Picture(step, time.time(), tag, png))
 
     def _add(self, item: Item) -> None:
-        if not self._opened:
-            self._open()
         if self._board is not None:
             self._board.add(item)
         for sender in self._senders:
@@ -120,35 +132,91 @@ class Trackers:
         self._board, self._senders = None, []
 
 
-class Ids:
-    """trackers.json in a run's folder: what each tracker calls the run."""
+class State:
+    """trackers.json in a run's folder: by tracker, what it calls the run, and the last step that it got of each kind of
+    row.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, start: int):
+        """`start`: the step that this process resumes from. What comes after it is sent again."""
         self._path = path
-        self._writing = threading.Lock()
-
-    def _all(self) -> dict[str, str]:
+        self._changing = threading.Lock()
+        self._warned = False
+        self._known: dict[str, dict[str, Any]] = {}
         try:
-            found = json.loads(self._path.read_bytes())
+            self._known = {name: _entry(found, start) for name, found in json.loads(path.read_bytes()).items()}
         except FileNotFoundError:
-            return {}
-        except ValueError:
-            log.warning("%s is damaged: the trackers begin a new run", self._path)
-            return {}
-        return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+            pass
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.warning("%s is damaged: the trackers begin a new run", path)
 
-    def read(self, name: str) -> str | None:
-        return self._all().get(name)
+    def id(self, name: str) -> str | None:
+        with self._changing:
+            return self._known[name]["id"] if name in self._known else None
 
-    def write(self, name: str, id: str) -> None:
-        with self._writing:
-            known = self._all()
-            if known.get(name) == id:
-                return
+    def sent(self, name: str) -> dict[str, int]:
+        """The last step that the tracker got of each kind of row."""
+        with self._changing:
+            return dict(self._known[name]["sent"]) if name in self._known else {}
+
+    def begin(self, name: str, id: str) -> None:
+        if self.id(name) != id:
+            with self._changing:
+                self._known[name] = {"id": id, "sent": {}}
+            self.save()
+
+    def add(self, name: str, items: list[Item]) -> None:
+        """Take note that the tracker got the items."""
+        with self._changing:
+            self._known[name]["sent"] |= {_kind(item): item.step for item in items if isinstance(item, Figures)}
+
+    def save(self) -> None:
+        with self._changing:
             try:
-                files.write(self._path, json.dumps(known | {name: id}, indent=1) + "\n")
-            except OSError as error:  # trying again would begin another run
-                log.warning("%s: the run cannot be continued in %s after a restart", files.refusal(error), name)
+                files.write(self._path, json.dumps(self._known, indent=1) + "\n")
+            except OSError as error:  # trying to connect again would begin another run
+                if not self._warned:
+                    log.warning("%s: a restart may begin new runs in trackers", files.refusal(error))
+                self._warned = True
+
+
+def _entry(found: dict[str, Any], start: int) -> dict[str, Any]:
+    return {"id": str(found["id"]), "sent": {kind: min(int(step), start) for kind, step in found["sent"].items()}}
+
+
+class Noted:
+    """A tracker that takes note of what it got."""
+
+    def __init__(self, name: str, tracker: Tracker, state: State):
+        self.id = tracker.id
+        self._name, self._tracker, self._state = name, tracker, state
+        self._saved = time.monotonic()
+
+    def send(self, items: list[Item]) -> None:
+        self._tracker.send(items)
+        self._state.add(self._name, items)
+        if time.monotonic() - self._saved > _SAVED_EVERY_S:
+            self._state.save()
+            self._saved = time.monotonic()
+
+    def close(self, ending: Ending) -> None:
+        self._state.save()
+        self._tracker.close(ending)
+
+
+def _kind(figures: Figures) -> str:
+    return next(iter(figures.values)).split("/")[0]
+
+
+def _figures(rows: list[dict[str, Any]]) -> list[Figures]:
+    """What rows of metrics.jsonl hold for trackers. A row without a time gets that of the next one that has it."""
+    found: list[Figures] = []
+    at = time.time()
+    for row in reversed(rows):
+        at = row.get("time", at)
+        if numbers := values(row):
+            found.append(Figures(row["step"], at, numbers))
+    return found[::-1]
 
 
 def describe(folder: RunFolder, device: str) -> dict[str, str]:

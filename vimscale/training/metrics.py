@@ -47,6 +47,7 @@ class Metrics:
 
     def _open(self) -> Appended:
         _drop_after(self._folder.metrics, self._start, trained=self._trained)
+        self.trackers.open()
         self._rows = Appended(self._folder.metrics)
         return self._rows
 
