@@ -27,7 +27,7 @@ FLOORS = [
         "vimscale.estimate",
     ],
     ["vimscale.objectives.published"],
-    ["vimscale.engine", "vimscale.objectives", "vimscale.checkpoint", "vimscale.prepare"],
+    ["vimscale.engine", "vimscale.objectives", "vimscale.checkpoint", "vimscale.prepare", "vimscale.tracking"],
     ["vimscale.runtime", "vimscale.data"],
     ["vimscale.recipe", "vimscale.model"],
     ["vimscale.ops", "vimscale.storage", "vimscale.errors", "vimscale.storage.addresses", "vimscale.runtime.heartbeat"],
@@ -167,6 +167,9 @@ def test_only_vimscale_train_reaches_up_into_launch() -> None:
         ),
         ("matplotlib", {"launch.display.plots"}),
         ("bokeh", {"vimscale.report.charts"}),
+        ("wandb", {"vimscale.tracking.on_wandb"}),
+        ("mlflow", {"vimscale.tracking.on_mlflow"}),
+        ("trackio", {"vimscale.tracking.on_trackio"}),
     ],
 )
 def test_a_framework_is_imported_only_where_it_is_used(library: str, only: set[str]) -> None:

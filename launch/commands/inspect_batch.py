@@ -1,6 +1,5 @@
 """`vimscale inspect-batch`: the batch of a bad step, as a table and as a picture."""
 
-import math
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +12,6 @@ from vimscale.storage import files
 
 from ..display.lines import print_line
 from .arguments import RunArgument
-
-_DRAWN = 128
-"""The most images in the picture: those with the largest loss."""
 
 
 def inspect_batch(
@@ -32,8 +28,8 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     Raises:
         CheckpointError: there is no such report.
     """
+    from vimscale.guard import picture as guard_picture
     from vimscale.guard import report as guard_report
-    from vimscale.prepare.inspection import contact_sheet
 
     path, report, images = guard_report.read(folder, step)
     names = _names(folder, report["samples"])
@@ -42,28 +38,19 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("rank", "micro-batch", "loss", "label", "key", "shard", "sample"):
         table.add_column(name, overflow="fold")
-    worst_first = sorted(range(len(images)), key=lambda i: _badness(report["samples"][i]["loss"]), reverse=True)
-    drawn = []
-    for i in worst_first:
+    for i in guard_picture.worst_first(report):
         sample = report["samples"][i]
         label = f"{sample['label']} {names[i]}"
         loss = f"{sample['loss']:.4g}"
         cells = (sample["rank"], sample["part"], loss, label, sample["key"], sample["shard"], sample["sample"])
         table.add_row(*map(str, cells))
-        drawn.append((images[i], f"{label}   loss {loss}", f"{sample['key']}   rank {sample['rank']}"))
     console.print()
     console.print(table)
-    title = f"step {report['step']}: {report['reason']}"
-    about = f"{len(images)} images before normalizing and mixing, largest loss first; {report['cause']}"
     picture = path / "batch.png"
-    drawing = contact_sheet.grid(title, about, drawn[:_DRAWN])
+    drawing = guard_picture.draw(report, images, names)
     with files.replacing(picture) as partial:
         drawing.save(partial, "PNG")
     print_line(console, f"\npicture: {picture}")
-
-
-def _badness(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _names(folder: RunFolder, samples: list[dict[str, Any]]) -> list[str]:

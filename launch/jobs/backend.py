@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from vimscale.errors import LaunchError, RecipeError, suggest
 from vimscale.recipe.recipe import Recipe
 from vimscale.storage import addresses
+from vimscale.tracking.trackers import missing_variables
 
 from ..cluster import Cluster
 from ..processes import num_ranks
@@ -140,17 +141,23 @@ def for_cluster(recipe: Recipe, cluster: Cluster) -> Recipe:
         "checkpoint.mirror": recipe.checkpoint.mirror,
     }
     named += [(key, address) for key, address in optional.items() if address is not None]
+    variables = {*cluster.secrets, *cluster.environment}
     faults = [
         f"{key}: takes {name} from the environment, but jobs get only the variables that the cluster file names; add"
         " it to the cluster's secrets"
         for key, address in named
         for name in addresses.variables(address)
-        if name not in cluster.secrets and name not in cluster.environment
+        if name not in variables
     ]
     faults += [
         f"{key} {address}: a job starts in its own folder; give the full path, as the nodes of the cluster see it"
         for key, address in named
         if not re.match(r"/|[a-z0-9+]+:", address)
+    ]
+    faults += [
+        f"log.to: {tracker} needs {names}, but jobs get only the variables that the cluster file names; add a secret to"
+        " its secrets, anything else to its environment"
+        for tracker, names in missing_variables(recipe.log.to, variables).items()
     ]
     if faults:
         raise RecipeError(f"recipe {recipe.name}", faults)

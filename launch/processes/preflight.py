@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vimscale.estimate.devices import DEVICES, key_of
 from vimscale.model.cost import costs, parameters
+from vimscale.tracking import trackers
 
 from ..hardware import cpus, gpus, memory
 from . import num_ranks
@@ -37,8 +38,9 @@ def check(recipe: "Recipe", folder: "RunFolder", workers: str | None, *, ray: bo
     `force`: do not check memory.
 
     Raises:
-        UserError: the data, weights, number of ranks or memory do not allow the run; says what would.
+        UserError: the trackers, data, weights, number of ranks or memory do not allow the run; says what would.
     """
+    trackers.check(recipe)
     train_set = check_inputs(recipe, folder)
     allowed = num_ranks.sizes(workers, recipe, cpus(), gpus(), "this machine")
     world = num_ranks.largest(allowed, cpus(), gpus())

@@ -134,11 +134,14 @@ class Evaluations:
             self.tend(alone=True)
             time.sleep(_POLL_S)
 
+        from vimscale.tracking.trackers import Trackers
         from vimscale.training.metrics import Metrics  # imports torch
 
-        metrics = Metrics(self._folder, step)
+        trackers = Trackers(self._folder, self._recipe, step, "cpu")
+        metrics = Metrics(self._folder, step, trackers)
         metrics.add_evaluations(step)
         metrics.close()
+        trackers.close("done")
         row = evaluations.read(self._folder, step) or {}
         self._folder.finish(result | {key: value for key, value in row.items() if key not in _ROW})
         kept = self._recipe.checkpoint

@@ -21,6 +21,7 @@ from vimscale.launch.supervise.progress import Progress
 from vimscale.recipe.recipe import Recipe, load
 from vimscale.runtime import evaluations, manifest
 from vimscale.runtime.run_folder import RunFolder, checkpoint_name, checkpoints
+from vimscale.tracking.trackers import Trackers
 from vimscale.training.metrics import Metrics
 
 ASYNCHRONOUS = ("evaluate.asynchronous=true", "evaluate.every=10", "checkpoint.every=10")
@@ -192,7 +193,7 @@ def test_a_rollback_forgets_the_evaluations_of_what_it_undoes(recipe: Recipe, ru
 
 
 def test_a_later_launch_does_what_is_left_and_takes_over_rows_of_ranks(recipe: Recipe, run: RunFolder) -> None:
-    metrics = Metrics(run, 25)
+    metrics = Metrics(run, 25, Trackers(run, recipe, 25, "cpu"))
     metrics.write({"kind": "eval", "step": 10, **(FOUND.figures or {})})
     metrics.close()
     evaluator = Scripted(FOUND, FOUND)
@@ -208,15 +209,15 @@ def test_a_later_launch_does_what_is_left_and_takes_over_rows_of_ranks(recipe: R
     assert [(row["step"], "asynchronous" in row) for row in run.rows()] == [(10, False), (20, True), (25, True)]
 
 
-def test_rank_0_adds_rows_once_and_none_of_steps_to_come(run: RunFolder) -> None:
+def test_rank_0_adds_rows_once_and_none_of_steps_to_come(recipe: Recipe, run: RunFolder) -> None:
     for step in (10, 20):
         evaluations.write(run, step, FOUND.figures or {})
-    metrics = Metrics(run, 0)
+    metrics = Metrics(run, 0, Trackers(run, recipe, 0, "cpu"))
     for step in (5, 12, 19):
         metrics.add_evaluations(step)
     metrics.close()
     assert [row["step"] for row in run.rows()] == [10]
-    metrics = Metrics(run, 15)
+    metrics = Metrics(run, 15, Trackers(run, recipe, 15, "cpu"))
     metrics.add_evaluations(22)
     metrics.close()
     assert [row["step"] for row in run.rows()] == [10, 20]

@@ -16,7 +16,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from vimscale.errors import CheckpointError, RunFailed
 from vimscale.guard import report as guard_report
 from vimscale.launch.processes import output
+from vimscale.recipe.recipe import load
 from vimscale.runtime.run_folder import RunFolder
+from vimscale.tracking.trackers import Trackers
 from vimscale.training.metrics import Metrics
 
 
@@ -29,6 +31,15 @@ def _files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _metrics(run: RunFolder, start: int, *, trained: bool = False) -> Metrics:
+    return Metrics(run, start, Trackers(run, load("vim_digits_cpu"), start, "cpu"), trained=trained)
+
+
+def _close(metrics: Metrics) -> None:
+    metrics.close()
+    metrics.trackers.close("done")
 
 
 def _row(step: int) -> dict:
@@ -56,13 +67,13 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_figures_wait_for_disk_space_and_the_run_does_not(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = Metrics(run, 0)
+    metrics = _metrics(run, 0)
     with _files_of_at_most(2000):
         for step in range(1, 200):
             metrics.write(_row(step))
     assert len(run.rows()) < 40
     metrics.write(_row(200))
-    metrics.close()
+    _close(metrics)
     assert _steps(run) == list(range(1, 201))
     scalars = [event for event in _events(run) if event.HasField("summary")]
     assert [(e.step, e.summary.value[0].tag) for e in scalars[-2:]] == [(200, "train/loss"), (200, "train/lr")]
@@ -73,27 +84,27 @@ def test_figures_wait_for_disk_space_and_the_run_does_not(run: RunFolder, caplog
 
 
 def test_a_run_that_ends_on_a_full_disk_says_what_is_lost(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = Metrics(run, 0)
+    metrics = _metrics(run, 0)
     with _files_of_at_most(100):
         metrics.write(_row(1))
         metrics.write(_row(2))
-        metrics.close()
+        _close(metrics)
     assert "metrics.jsonl lacks its last" in caplog.text
     assert [row["step"] for row in run.rows()] == [1]
 
 
 def _resume(run: RunFolder, step: int) -> None:
     """The first row of a resumed run drops what was written past its start."""
-    metrics = Metrics(run, step)
+    metrics = _metrics(run, step)
     metrics.write(_row(step + 1))
-    metrics.close()
+    _close(metrics)
 
 
 def test_a_launch_that_writes_no_row_changes_nothing(run: RunFolder) -> None:
     run.path.mkdir()
     run.metrics.write_text("".join(json.dumps(_row(step)) + "\n" for step in (1, 2, 3)) + "cut")
     before = run.metrics.read_bytes()
-    Metrics(run, 1).close()
+    _close(_metrics(run, 1))
     assert run.metrics.read_bytes() == before
     assert not run.tensorboard.exists()
 
@@ -101,37 +112,37 @@ def test_a_launch_that_writes_no_row_changes_nothing(run: RunFolder) -> None:
 def test_repeated_final_evaluations_leave_one_row(run: RunFolder) -> None:
     evaluation = {"kind": "eval", "step": 2, "images": 9, "top1": 0.5, "loss": 1.0}
     for start, trained in ((0, False), (2, True), (2, True)):
-        metrics = Metrics(run, start, trained=trained)
+        metrics = _metrics(run, start, trained=trained)
         for step in range(start + 1, 3):
             metrics.write(_row(step))
         metrics.write(evaluation)
-        metrics.close()
+        _close(metrics)
     assert [(row["kind"], row["step"]) for row in run.rows()] == [("train", 1), ("train", 2), ("eval", 2)]
-    metrics = Metrics(run, 2)  # of a longer run: step 2 is not evaluated again
+    metrics = _metrics(run, 2)  # of a longer run: step 2 is not evaluated again
     metrics.write(_row(3))
-    metrics.close()
+    _close(metrics)
     assert [row["kind"] for row in run.rows()] == ["train", "train", "eval", "train"]
 
 
 def test_a_resume_that_cannot_drop_later_rows_changes_nothing_and_says_so(run: RunFolder) -> None:
-    metrics = Metrics(run, 0)
+    metrics = _metrics(run, 0)
     for step in range(1, 101):
         metrics.write(_row(step))
-    metrics.close()
+    _close(metrics)
     with (
         _files_of_at_most(2000),
         pytest.raises(RunFailed, match=r"metrics\.jsonl could not be written: File too large"),
     ):
-        Metrics(run, 90).write(_row(91))
+        _metrics(run, 90).write(_row(91))
     assert _steps(run) == list(range(1, 101))
     assert [path.name for path in run.path.iterdir() if path.suffix == ".partial"] == []
 
 
 def test_tensorboard_knows_where_a_resumed_run_starts(run: RunFolder) -> None:
     for start in (0, 5):
-        metrics = Metrics(run, start)
+        metrics = _metrics(run, start)
         metrics.write(_row(start + 1))
-        metrics.close()
+        _close(metrics)
     (event,) = [event for event in _events(run) if event.HasField("session_log")]
     assert (event.step, event.session_log.status) == (6, SessionLog.START)
 

@@ -461,8 +461,27 @@ class Evaluate(Section):
     """Number of nearest images that vote."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Log(Section):
-    """How often the run reports progress."""
+    """How often the run reports progress, and where to. metrics.jsonl in its folder always has all figures."""
 
     every: Step = 20
     """Steps between progress lines. The loss of every step is kept in any case."""
+    to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers that get the figures too: tensorboard, wandb, mlflow, trackio; [] for none. Addresses and keys come from
+    their own environment variables, such as WANDB_API_KEY and MLFLOW_TRACKING_URI.
+    """
+    project: Annotated[str, Field(pattern=r"^[\w][\w.-]{0,99}$")] = "vimscale"
+    """The project of W&B and Trackio and the experiment of MLflow that the run belongs to."""
+    images: Flag = False
+    """Whether trackers also get pictures: the first batch after augmentation, and the batches that the guard finds bad.
+    """
+
+    @field_validator("to")
+    @classmethod
+    def _once(cls, to: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(to)) < len(to):
+            raise ValueError("a tracker is named twice; name each once")
+        return to

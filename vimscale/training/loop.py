@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vimscale.checkpoint.save import Saver
 from vimscale.engine import optim
+from vimscale.errors import RunFailed, UserError
 from vimscale.guard.judge import Micro, Record
 from vimscale.objectives.base import Inputs
 from vimscale.runtime import distributed
@@ -29,6 +30,17 @@ def train(spec: RankSpec, emit: Callable[[Event], None], stop: Callable[[], bool
         RunFailed: the loss stays bad, whatever the guard did, or a checkpoint cannot be written.
     """
     run = Run.open(spec, emit)
+    try:
+        result = _train(run, stop)
+    except (UserError, RunFailed):  # no restart would help
+        run.close("failed")
+        raise
+    run.close(result["status"])
+    return result
+
+
+def _train(run: Run, stop: Callable[[], bool]) -> dict[str, Any]:
+    spec, emit = run.spec, run.emit
     recovery.resume(run)
     with torch.no_grad():
         run.objective.begin(run.engine.model, run.step, run.steps)
@@ -107,6 +119,8 @@ def take_step(run: Run) -> dict[int, dict[str, Tensor]] | None:
 
     def taken(part: int) -> Inputs:
         images, targets, batch = run.prefetcher.take()
+        if run.pictures is not None:
+            run.pictures.look(step + 1, images)
         run.meter.add(batch)
         rows = cut.rows(spec.data_rank, part)
         mine = None if draws is None else draws[rows.start : rows.stop].to(engine.device, non_blocking=True)

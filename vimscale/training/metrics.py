@@ -1,13 +1,9 @@
-"""Figures of a run: what rank 0 writes as JSON lines and for TensorBoard, and how they are measured."""
+"""Figures of a run: what rank 0 writes as JSON lines and reports to trackers, and how they are measured."""
 
 import contextlib
 import json
 import logging
-import math
-import os
-import platform
 import resource
-import struct
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +21,8 @@ from vimscale.data.stream import Batch
 from vimscale.errors import CAUSES, DataError, RunFailed
 from vimscale.runtime import distributed, evaluations
 from vimscale.runtime.run_folder import RunFolder, read_row
+from vimscale.storage.appended import Appended
+from vimscale.tracking.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +33,25 @@ _NAMED_IN_LOG = 20
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl and to a TensorBoard event file. Neither ever ends or blocks a run: what cannot be
+    """Appends rows to metrics.jsonl, and reports them to trackers. Neither ever ends or blocks a run: what cannot be
     written is tried again with the next row. The first row drops what an interrupted run wrote past `start`, the step
     that this run resumes from; a launch that is stopped before its first row changes nothing.
     """
 
-    def __init__(self, folder: RunFolder, start: int, *, trained: bool = False):
+    def __init__(self, folder: RunFolder, start: int, trackers: Trackers, *, trained: bool = False):
         """`trained`: `start` is the last step. Only the evaluation after it is left to do, and it replaces an earlier
         one.
         """
         self._folder, self._start, self._trained = folder, start, trained
-        self._files: tuple[_Appended, _Board] | None = None
+        self.trackers = trackers
+        self._rows: Appended | None = None
         self._evaluated: set[int] | None = None
 
-    def _open(self) -> "tuple[_Appended, _Board]":
+    def _open(self) -> Appended:
         _drop_after(self._folder.metrics, self._start, trained=self._trained)
-        self._files = _Appended(self._folder.metrics), _Board(self._folder.tensorboard, self._start)
-        return self._files
+        self.trackers.open()
+        self._rows = Appended(self._folder.metrics)
+        return self._rows
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` has a step and a kind: train, eval, layers or guard.
@@ -59,11 +59,9 @@ class Metrics:
         Raises:
             RunFailed: on the first row, if the later rows of an interrupted run cannot be dropped.
         """
-        rows, board = self._files or self._open()
+        rows = self._rows or self._open()
         rows.add(json.dumps(row).encode() + b"\n")
-        for key, value in row.items():
-            if key not in ("step", "kind", "time") and isinstance(value, float) and math.isfinite(value):
-                board.add(f"{row['kind']}/{key}", value, row["step"])
+        self.trackers.write(row)
 
     def add_evaluations(self, step: int) -> None:
         """Write the rows of asynchronous evaluations up to `step` that are not there yet."""
@@ -76,73 +74,16 @@ class Metrics:
                 self._evaluated.add(at)
                 self.write(row)
 
-    def close(self) -> None:
-        for file in self._files or ():
-            file.close()
-
-
-class _Appended:
-    """An append-only file. Bytes that cannot be written stay in memory and are written first the next time."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._descriptor: int | None = None
-        self._left = bytearray()
-        self._warned = False
-
-    def add(self, data: bytes) -> None:
-        self._left += data
-        try:
-            if self._descriptor is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            while self._left:
-                del self._left[: os.write(self._descriptor, self._left)]
-        except OSError as error:
-            if not self._warned:
-                log.warning("%s could not be written: %s; tried again with each row", self._path, error.strerror)
-            self._warned = True
+    def go_back(self, step: int) -> None:
+        """Continue from an earlier step: the next row drops those past it."""
+        self.close()
+        self._start, self._trained, self._rows, self._evaluated = step, False, None, None
+        self.trackers.go_back(step)
 
     def close(self) -> None:
-        self.add(b"")
-        if self._left:
-            log.warning("%s lacks its last %d bytes, which could not be written", self._path, len(self._left))
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-class _Board:
-    """A TensorBoard event file. tensorboardX encodes the events. Its own writer is not used: it is a thread that dies
-    of the first error, and then `add` and `close` wait for it forever.
-    """
-
-    def __init__(self, folder: Path, start: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._file = _Appended(folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}")
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if start:  # hides what an earlier process wrote past it
-            session = SessionLog(status=SessionLog.START)
-            self._add(Event(wall_time=time.time(), step=start + 1, session_log=session))
-
-    def add(self, tag: str, value: float, step: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        self._add(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
-
-    def _add(self, event: Any) -> None:
-        """Add a record: length, its checksum, content, its checksum."""
-        from tensorboardX.record_writer import masked_crc32c
-
-        content = event.SerializeToString()
-        length = struct.pack("<Q", len(content))
-        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-        self._file.add(length + sums[0] + content + sums[1])
-
-    def close(self) -> None:
-        self._file.close()
+        """Close metrics.jsonl; the trackers stay open."""
+        if self._rows is not None:
+            self._rows.close()
 
 
 def _drop_after(path: Path, step: int, *, trained: bool) -> None:

@@ -18,7 +18,9 @@ from vimscale.guard.diagnose import diagnose
 from vimscale.guard.judge import Guard, Seen, pass_over
 from vimscale.runtime import distributed, evaluations
 from vimscale.runtime.heartbeat import heartbeat
+from vimscale.tracking.trackers import Trackers
 from vimscale.training.metrics import Curve, Metrics
+from vimscale.training.pictures import Pictures
 from vimscale.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,12 @@ def resume(run: Run) -> None:
         if rank == 0:
             log.info("resumed from %s", newest)
     if rank == 0:
-        run.metrics = Metrics(run.folder, run.step, trained=run.step == run.steps)
+        device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+        trackers = Trackers(run.folder, recipe, run.step, device)
+        if recipe.log.images:
+            manifest = run.train_set.manifest
+            run.pictures = Pictures(run.folder, trackers, manifest.mean, manifest.std)
+        run.metrics = Metrics(run.folder, run.step, trackers, trained=run.step == run.steps)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ def diagnose_bad_steps(run: Run, *, wait: bool) -> Incurable | None:
             context=run.spec.context,
         )
         path = guard_report.folder_of(run.folder, seen.step, guard.rollbacks)
+        if run.pictures is not None:
+            run.pictures.add_bad(seen.step)
         run.log_guard(
             "skip",
             {"step": seen.step, "row": seen.row, "loss": seen.loss, "grad_norm": seen.grad_norm},
@@ -111,8 +120,7 @@ def roll_back(run: Run, bad: Incurable) -> None:
         evaluations.forget_after(run.folder, run.step)
     run.open_stream()
     if run.metrics is not None:
-        run.metrics.close()
-        run.metrics = Metrics(run.folder, run.step)
+        run.metrics.go_back(run.step)
     first = seen.step - seen.row + 1
     run.log_guard(
         "rollback",

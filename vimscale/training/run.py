@@ -29,7 +29,10 @@ from vimscale.runtime import devices, evaluations
 from vimscale.runtime.distributed import RankSpec
 from vimscale.runtime.heartbeat import heartbeat
 from vimscale.runtime.run_folder import RunFolder
+from vimscale.tracking.base import Ending
+from vimscale.tracking.trackers import check
 from vimscale.training.metrics import Curve, Meter, Metrics
+from vimscale.training.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,8 @@ class Run:
     """Data that the run passes over, see `Order`."""
     metrics: Metrics | None = None
     """On rank 0."""
+    pictures: Pictures | None = None
+    """On rank 0, if the recipe asks for pictures."""
     curve: Curve = field(default_factory=Curve)
     warned: str | None = None
     """What the objective warned of at the last line."""
@@ -76,8 +81,10 @@ class Run:
         """Open the data and build the model, at step 0.
 
         Raises:
-            UserError: the data are not what the recipe needs, or the objective cannot be built.
+            UserError: the data are not what the recipe needs, the objective cannot be built, or a tracker is missing.
         """
+        if spec.rank == 0:
+            check(spec.recipe)
         recipe, device = spec.recipe, torch.device(spec.device)
         train_set = TrainingSet.open(recipe.data, labels=recipe.objective.classifies)
         val_set, knn_set = (
@@ -188,6 +195,13 @@ class Run:
         self.emit({**rows[-1], "kind": "step", **known})
         if self.metrics is not None and probes:
             self.metrics.write({"kind": "layers", "step": self.step, **_columns(probes)})
+        if self.pictures is not None:
+            self.pictures.send()
+
+    def close(self, ending: Ending) -> None:
+        """Tell the trackers how the run ends. The other ranks need not wait for it."""
+        if self.metrics is not None:
+            self.metrics.trackers.close(ending)
 
     def describe(self) -> dict[str, Any]:
         """Write what the ranks compute on, and how long the run is, into its environment.json. Returns, on rank 0, what

@@ -1,0 +1,1 @@
+"""What shows a run's figures as it trains: TensorBoard's files, W&B, MLflow, Trackio."""
