@@ -53,8 +53,8 @@ SPILLED = {
     ("sm_80", "selective_scan_bwd_packed_segments"): 16,
     ("gfx942", "selective_scan_bwd_packed_segments"): 32,
 }
-# The dual scan in 16 bits, the most observed in bf16 and fp16. What spills is what a program holds while products run: on sm_90 and sm_100
-# nothing. gfx942 wants smaller tiles.
+# The dual scan in 16 bits, the most observed in bf16 and fp16. A program spills what it holds while products run; on
+# sm_90 and sm_100 nothing. gfx942 wants smaller tiles.
 SPILLED |= {
     ("sm_80", "ssd_mix"): 8,
     ("sm_80", "ssd_mix_packed"): 184,
