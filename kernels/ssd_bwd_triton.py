@@ -211,13 +211,16 @@ def backward(
     block = min(64, width(n))
     with torch.cuda.device_of(x):
         sums = decays(inputs, reverse, shape)
-        before = after = entered = left = across = dinitial = None
+        before = after = entered = left = dinitial = None
+        of_states: tuple[Tensor, Tensor, Tensor] | None = None
         if shape.chunks > 1 or initial is not None or dfinal is not None:
             before = added_states(x, B, sums, image, reverse, shape, entering=False)
             pass_states(before, sums, image, initial, reverse, shape)
             after = added_states(dy, C, sums, image, reverse, shape, entering=True)
             dinitial, across = pass_states(after, sums, image, dfinal, reverse, shape, before=before)
+            assert across is not None, "with `before`, there are gradients across chunks"
             entered, left = (x.new_empty(k, b, h, cdiv(n, block), shape.slots, dtype=torch.float32) for _ in range(2))
+            of_states = entered, left, across
         dx = mix(B, C, dy, sums, image, D, after, reverse, shape, j, gradient=True)
 
         per_pair = DecayGradients(
@@ -254,7 +257,6 @@ def backward(
             dscores, x, dy, B, C, *sums, image, before, after, entered, left, dB, dC, *sizes, *strides, PER=k // j,
             **constants, **options(x.dtype, stages=1),
         )  # fmt: skip
-        of_states = None if before is None else (entered, left, across)
         ddt, dparameters = decays_backward(inputs, reverse, shape, sums.step, per_pair, of_states)
     return dx, ddt, dB, dC, dparameters, dinitial
 

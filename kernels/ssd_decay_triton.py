@@ -16,6 +16,7 @@ the chunk in reverse, and the state that leaves it has q = the sum over the chun
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -224,7 +225,8 @@ def options(dtype: torch.dtype, warps: int = 4, stages: int = 2) -> dict[str, An
 def decays(inputs: SsdInputs, reverse: Sequence[bool], shape: Shape) -> Decays:
     k, b, length, h = inputs.dt.shape
     like = inputs.A_log
-    found = Decays(*(like.new_empty(k, b, h, shape.slots) for _ in range(3)), like.new_empty(k, b, h, shape.chunks, 2))
+    step, high, low = (like.new_empty(k, b, h, shape.slots) for _ in range(3))
+    found = Decays(step, high, low, like.new_empty(k, b, h, shape.chunks, 2))
     grid = (cdiv(h, HEADS) * shape.chunks * b * k,)
     tokens = shape.tiles * shape.T
     ssd_decay_fwd_kernel[grid](
@@ -272,9 +274,11 @@ def decays_backward(
 
 def ssd_case(
     dtype: torch.dtype, kernel: Any, constants: dict[str, Any], variant: str = "", absent: Sequence[str] = (),
-    launch: Mapping[str, Any] | None = None, **facts: Any,
+    launch: Mapping[str, Any] | None = None, tokens: int | None = None, channels: int = 64, bytes: float = 0,
 ) -> CompileCase:  # fmt: skip
-    """A kernel of the scan as a model with heads of 64 channels and 64 states launches it in `dtype`."""
+    """A kernel of the scan as a model with heads of 64 channels and 64 states launches it in `dtype`. `tokens`: those
+    of a tile by default.
+    """
     T = 64 if dtype.itemsize == 2 else 32
     sizes = {
         "T": T, "TILES": CHUNK // T, "P": 64, "BLOCK": 64, "BLOCKS": 1, "PER": 1, "Q": CHUNK, "SLOTS": CHUNK,
@@ -292,21 +296,20 @@ def ssd_case(
         for argument in kernel.arg_names
     }  # fmt: skip
     loose = frozenset([*numbers[:5], "dt", "dt_k", "dt_b", "dt_l", "dt_h"])
-    facts = {"tokens": T, "channels": 64, "bytes": 0, **facts}
     return CompileCase(
         kernel=kernel, variant=variant, signature=signature,
         constexprs={name: given[name] for name in kernel.arg_names if name in given},
         options={"num_warps": 4, **OPTIONS, **(launch or {})},
-        loose=loose, **facts,
+        tokens=tokens or T, channels=channels, bytes=bytes, loose=loose,
     )  # fmt: skip
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:
     """Steps and decays, and their gradients, for `kernels.aot`. "_states" has those of states."""
     of_states = ["entered", "left", "across"]
-    facts = {"tokens": CHUNK, "channels": HEADS}
+    case = partial(ssd_case, dtype, tokens=CHUNK, channels=HEADS)
     return [
-        ssd_case(dtype, ssd_decay_fwd_kernel, {}, bytes=dtype.itemsize + 12, **facts),
-        ssd_case(dtype, ssd_decay_bwd_kernel, {}, "", of_states, bytes=2 * dtype.itemsize + 44, **facts),
-        ssd_case(dtype, ssd_decay_bwd_kernel, {}, "_states", bytes=2 * dtype.itemsize + 52, **facts),
+        case(ssd_decay_fwd_kernel, {}, bytes=dtype.itemsize + 12),
+        case(ssd_decay_bwd_kernel, {}, "", of_states, bytes=2 * dtype.itemsize + 44),
+        case(ssd_decay_bwd_kernel, {}, "_states", bytes=2 * dtype.itemsize + 52),
     ]

@@ -1,6 +1,7 @@
 """The GPU benchmark's pieces on a CPU: what it measures, keeps, draws and refuses."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -82,12 +83,15 @@ def test_times_without_a_gpu_are_those_of_the_clock() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models under the names of the table."""
     digits = dataclasses.replace(PRESETS["vim_digits"], num_classes=1000)
-    monkeypatch.setattr(steps, "PRESETS", {"vim_tiny": digits})
+    dual = dataclasses.replace(digits, depth=2, directions="ssd*2", d_head=32, ssd_state=16)
+    monkeypatch.setattr(steps, "PRESETS", {"vim_tiny": digits, "ssd_small": dual})
     monkeypatch.setattr(steps, "ViT", lambda size, d, heads: ViT(size, d=32, heads=2, depth=1))
 
 
 @pytest.mark.parametrize(
-    "case", [steps.Case("Vim-Ti", 32, 2, recompute="scan"), steps.Case("ViT-S", 32, 2)], ids=lambda case: case.model
+    "case",
+    [steps.Case("Vim-Ti", 32, 2, recompute="scan"), steps.Case("SSD-S", 32, 2), steps.Case("ViT-S", 32, 2)],
+    ids=lambda case: case.model,
 )
 def test_a_step_is_measured_and_described(case: steps.Case, small: None) -> None:
     (row,) = steps.rows((case,), "cpu", 1)
@@ -110,6 +114,8 @@ def test_kernels_are_sorted_into_kinds_by_their_names() -> None:
         "selective_scan_fwd_kernel": "scan forward",
         "selective_scan_bwd_kernel": "scan backward",
         "selective_scan_unpack_kernel": "scan backward",
+        "ssd_mix_kernel": "scan forward",
+        "ssd_pairs_kernel": "scan backward",
         "scan_gate_bwd_kernel": "gate",
         "causal_conv1d_fwd_kernel": "convolution",
         "add_norm_bwd_kernel": "norm",
@@ -148,6 +154,40 @@ def test_ops_are_timed_one_row_per_implementation() -> None:
     (ceiling,) = ops.ceilings("cpu", 1, elements=1024, side=32)
     assert ceiling["copy_bytes_per_s"] > 0
     assert ceiling["bf16_flops_per_s"] > 0
+
+
+def test_the_dual_part_runs_from_its_command_to_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None
+) -> None:
+    """All but the kernels: on a CPU, with small shapes."""
+    on_cpu = functools.partial(ops.dual_scans, "cpu", shapes=[(1, 9, 2, 4, 4)])
+    monkeypatch.setattr(ops, "dual_scans", lambda device, calls: on_cpu(calls))
+    monkeypatch.setattr(ops, "_mamba_dual", lambda: None)
+    cases = steps.Case("SSD-S", 32, 2), steps.Case("ViT-S", 32, 2)
+    monkeypatch.setattr(steps, "DUAL", cases)
+    monkeypatch.setattr(steps, "rows", lambda cases, device, calls, rows=steps.rows: rows(cases, "cpu", calls))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--parts", "dual", "--calls", "1"])
+    options = command._options()
+    assert (options.parts, options.calls) == (["dual"], 1)
+    assert command.main() == 2
+    command.append(command.PARTS["dual"](options.calls), tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    scans = [(row["name"], row["directions"]) for row in rows[:3]]
+    assert scans == [("vimscale", 1), ("vimscale, both directions", 2), ("vimscale, both share x, B, C", 2)]
+    assert all(row["both_ms"] > 0 and row["forward_ms"] > 0 for row in rows[:3])
+    assert [row["model"] for row in rows[3:]] == ["SSD-S", "ViT-S"]
+
+
+@pytest.mark.parametrize("case", steps.DUAL, ids=lambda case: case.title)
+def test_scans_of_the_dual_part_have_the_sizes_of_its_models(case: steps.Case) -> None:
+    if case.model == "ViT-S":
+        assert dataclasses.replace(case, model="SSD-S") in steps.DUAL
+        return
+    config = dataclasses.replace(PRESETS["ssd_small"], image_size=case.image_size)
+    heads = config.expand * config.d_model // config.d_head
+    tokens = (case.image_size // config.patch_size) ** 2 + 1
+    assert (case.batch, tokens, heads, config.d_head, config.ssd_state) in ops.DUAL_SCANS
 
 
 def test_the_trainers_row_leaves_the_first_ranges_out() -> None:
