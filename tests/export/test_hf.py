@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vimscale.data.shards.manifest import Manifest
 from vimscale.errors import CheckpointError
 from vimscale.export.formats import hf
 from vimscale.export.formats.base import Source
+from vimscale.export.portable import limits
 from vimscale.model import VisionMamba
 from vimscale.model.presets import OwnKind
 from vimscale.model.published.arguments import complete
@@ -155,6 +157,29 @@ def test_what_is_written_opens_again(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         _assert_near(hf.HuggingFace().reopen(tmp_path / "export")(images)["logits"], model(images))
+
+
+def test_what_was_loaded_is_not_drawn_again(tmp_path: Path) -> None:
+    """transformers 5.0 has every module drawn after loading, with marks on the parameters that a file gave."""
+    from vimscale.export.portable.modeling_vimscale import VimscaleForImageClassification
+
+    _export(tmp_path, {"directions": "bi ssd attn", "mlp": "swiglu", "registers": 2})
+    model = VimscaleForImageClassification.from_pretrained(tmp_path / "export")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = not name.startswith("model.head.")
+    for module in model.modules():
+        model._init_weights(module)
+    drawn = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert drawn == {"model.head.weight", "model.head.bias"}
+
+
+def test_the_file_that_transformers_opens_names_all_that_it_needs() -> None:
+    """transformers 5.0 copies only those to its cache, not what they import."""
+    folder = Path(limits.__file__).parent
+    named = set(re.findall(r"^from \.(\w+) import", (folder / "modeling_vimscale.py").read_text(), re.MULTILINE))
+    own = {"modeling_vimscale", "image_processing_vimscale"}
+    assert named == {name.removesuffix(".py") for name in hf.CODE} - own
 
 
 # ---- preprocessing

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .configuration_vimscale import VimscaleConfig
+from .layers import Block
 from .mixers import kernels
 from .modeling import Encoder
+from .orders import Orders  # noqa: F401 - transformers 5.0 copies only the files that this one names
 
 _WIDE = {
     *("A_log", "D", "dt_bias", "conv_weight", "conv_bias", "fuse_logits", "backward_gate", "layer_scale", "norm"),
@@ -30,7 +32,7 @@ class VimscalePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' name and type
+    _no_split_modules = [Block.__name__]  # noqa: RUF012 - transformers' name and type
 
     def __init__(self, config: VimscaleConfig, num_classes: int):
         super().__init__(config)
@@ -42,8 +44,14 @@ class VimscalePreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = names & _WIDE
         self.post_init()
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Draw the module's parameters, but keep those that were loaded: some transformers (5.0) call this for all."""
+        own = [p for m in (module, *module.children()) for p in m.parameters(recurse=False)]
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
         self.model.init_weights(module)
+        for parameter, values in loaded:
+            parameter.copy_(values)
 
     def _encode(
         self, pixel_values: Tensor, output_hidden_states: bool | None
