@@ -163,7 +163,7 @@ def test_what_was_loaded_is_not_drawn_again(tmp_path: Path) -> None:
     """transformers 5.0 has every module drawn after loading, with marks on the parameters that a file gave."""
     from vimscale.export.portable.modeling_vimscale import VimscaleForImageClassification
 
-    _export(tmp_path, {"directions": "bi ssd attn", "mlp": "swiglu", "registers": 2})
+    _export(tmp_path, {"directions": "ssd attn", "mlp": "swiglu", "registers": 2})
     model = VimscaleForImageClassification.from_pretrained(tmp_path / "export")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
