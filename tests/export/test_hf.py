@@ -1,6 +1,7 @@
 """Folders for transformers: opened without vimscale in a fresh process, fine-tuned, saved, and read back."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -157,6 +158,15 @@ def test_what_is_written_opens_again(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         _assert_near(hf.HuggingFace().reopen(tmp_path / "export")(images)["logits"], model(images))
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.delitem(sys.modules, "vimscale.export.portable.modeling_vimscale", raising=False)
+    with pytest.raises(ImportError, match=r"needs transformers 5 or newer, and here is 4\.57\.6"):
+        importlib.import_module("vimscale.export.portable.modeling_vimscale")
 
 
 def test_what_was_loaded_is_not_drawn_again(tmp_path: Path) -> None:

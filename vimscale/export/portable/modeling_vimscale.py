@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -16,6 +17,10 @@ from .layers import Block
 from .mixers import kernels
 from .modeling import Encoder
 from .orders import Orders  # noqa: F401 - transformers 5.0 copies only the files that this one names
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    # whether those leave loaded parameters alone when a head is new was never shown
+    raise ImportError(f"this model needs transformers 5 or newer, and here is {transformers.__version__}")
 
 _WIDE = {
     *("A_log", "D", "dt_bias", "conv_weight", "conv_bias", "fuse_logits", "backward_gate", "layer_scale", "norm"),
