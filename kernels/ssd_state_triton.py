@@ -154,6 +154,8 @@ def pass_states(
     """
     k, b, chunks, h, p, n = states.shape
     final = states.new_empty(k, b, h, p, n)
+    if initial is not None:
+        initial = initial.contiguous()  # a gradient may have any strides
     blocks = cdiv(p * n, CARRIED)
     across = None if before is None else states.new_empty(k, b, chunks, h, blocks)
     ssd_pass_kernel[(blocks * h * b * k,)](
