@@ -4,7 +4,7 @@ Axes: k directions, b images, l tokens, h heads, c chunks of CHUNK tokens, which
 
 The exponent of a decay is a difference of two sums over the chunk, q_t - q_s, so that a tile (t, s) of decays costs one
 exponential per element and no scan. In fp32 a difference of large sums has no digits left. Sums here are fp64, and are
-stored as two fp32 numbers, `high` and `low`: (high_t - high_s) + (low_t - low_s) is off by half a unit of its own last
+stored as two fp32 numbers, `high` and `low`: (high_t - high_s) + (low_t - low_s) is off by half a unit of its last
 digit, or 2^-48 of the sums if that is more. A pair of tokens that does not see each other is selected away, never
 multiplied by zero.
 

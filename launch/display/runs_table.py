@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -115,9 +115,9 @@ class RunsTable:
         if len(runs) > room - 4:
             more = len(runs) - max(room - 5, 1)
             runs = runs[: len(runs) - more]
-        lines = [Text(self._title, "bold", no_wrap=True, overflow="ellipsis")]
+        lines: list[RenderableType] = [Text(self._title, "bold", no_wrap=True, overflow="ellipsis")]
         if runs:
-            lines.append(self._table(runs, options.max_width, ascii_only=options.ascii_only))  # type: ignore[arg-type]
+            lines.append(self._table(runs, options.max_width, ascii_only=options.ascii_only))
         if more:
             lines.append(Text(f"and {more:,} more", "dim"))
         for one in notes:

@@ -75,7 +75,7 @@ def test_blocks_of_commands_name_their_language() -> None:
     assert bare == [], "give these blocks the language sh or console"
 
 
-def test_most_blocks_run() -> None:
+def test_more_blocks_are_to_run_than_are_marked() -> None:
     counts = Counter("marked" if block.mark else "run" for block in ALL if _is_command(block))
     assert counts["run"] > counts["marked"], counts
 

@@ -228,23 +228,33 @@ def test_a_plan_of_ssd_layers_is_marked_as_not_calibrated() -> None:
     assert calibration.basis(H100, PRESETS["ssd_small"]).startswith("predicted, not calibrated: nobody measured ssd")
 
 
-@pytest.mark.parametrize(("length", "tokens"), [(197, 197), (785, work.SSD_CHUNK)])
+@pytest.mark.parametrize(
+    ("backend", "length", "tokens"), [("cpu", 197, 197), ("cpu", 785, 64), ("triton", 197, 197), ("triton", 785, 256)]
+)
 @pytest.mark.parametrize("sets", [1, 2])
-def test_the_scan_of_ssd_layers_counts_as_products(length: int, tokens: int, sets: int) -> None:
+def test_the_scan_of_ssd_layers_counts_as_products(backend: str, length: int, tokens: int, sets: int) -> None:
     k, b, h, p, n = 2, 3, 6, 64, 32
     with torch.device("meta"):
         x, B, dt = torch.empty(sets, b, length, h, p), torch.empty(sets, b, length, n), torch.empty(k, b, length, h)
         A_log = D = torch.empty(k, h)
     forward = x, dt, A_log, B, B, D, None, None, None
     schema = torch.ops.vimscale.ssd.default
-    done = work.of_operation(schema, (*forward, [False, True], False, "cpu"), {}, (x[0], A_log))
+    done = work.of_operation(schema, (*forward, [False, True], False, backend), {}, (x[0], A_log))
     back = work.of_operation(
-        torch.ops.vimscale.ssd_backward.default, (*forward, x[0], None, [False, True], "cpu"), {}, (x, dt, B, B)
+        torch.ops.vimscale.ssd_backward.default, (*forward, x[0], None, [False, True], backend), {}, (x, dt, B, B)
     )
     scores, weights = 2 * sets * b * length * tokens * n, k * b * length * tokens * h * p
     states = 0 if length == tokens else 2 * k * b * length * h * p * n
     assert done is not None
     assert back is not None
-    assert done.product_flops == scores + weights + 2 * states
-    assert back.product_flops == 3 * scores + 2 * weights + 5 * states
+    per_head = k * b * length * tokens * h * n if backend == "triton" else 0
+    assert done.product_flops == (per_head or scores) + weights + 2 * states
+    assert back.product_flops == 3 * scores + per_head + 2 * weights + 5 * states
     assert done.other_bytes == back.other_bytes == 0
+
+
+def test_chunks_of_ssd_scans_are_those_of_the_kernels() -> None:
+    from vimscale.kernels import ssd_cpu, ssd_decay_triton
+
+    assert (work.SSD_DENSE, work.SSD_DENSE) == (ssd_cpu.DENSE, ssd_decay_triton.CHUNK)
+    assert work.SSD_CHUNK == {"cpu": ssd_cpu.CHUNK, "triton": ssd_decay_triton.CHUNK}

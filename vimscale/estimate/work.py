@@ -28,8 +28,8 @@ INSIDE = {
 """Launches of operations that make more than one."""
 UPDATE = 28
 """Bytes that AdamW reads and writes per element: weight, gradient and two moments in, weight and moments out."""
-SSD_DENSE, SSD_CHUNK = 256, 64
-"""Tokens that an `ssd` scan takes as one product, and those of a chunk of a longer sequence."""
+SSD_DENSE, SSD_CHUNK = 256, {"cpu": 64, "triton": 256}
+"""Tokens that an `ssd` scan takes as one product, and those of a chunk of a longer sequence, by backend."""
 _NO_WORK = {f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")}
 _OURS = {"selective_scan": "scan", "causal_conv1d": "convolution", "combine": "gate", "add_norm": "norm"}
 
@@ -130,7 +130,7 @@ def of_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
             (k, b, length, e), n = args[0].shape, args[2].shape[-1]
             return Work(launches=launches, scans=(Scan("backward" in name, k, b, length, e, n),))
         if name.removesuffix("_backward") == "vimscale::ssd":
-            flops = _ssd(name.endswith("_backward"), args[0], args[1], args[3])
+            flops = _ssd(name.endswith("_backward"), args[0], args[1], args[3], args[-1])
             return Work(launches=launches, product_flops=flops, product_bytes=touched)
         amount: dict[str, Any] = {f"{kind}_bytes": touched}
         return Work(launches=launches, **amount)
@@ -166,13 +166,18 @@ def _attention(name: str, tensors: list[Tensor]) -> float:
     return (5 if backward else 2) * 2.0 * b * heads * length * k.shape[-2] * d
 
 
-def _ssd(backward: bool, x: Tensor, dt: Tensor, B: Tensor) -> float:
+def _ssd(backward: bool, x: Tensor, dt: Tensor, B: Tensor, backend: str) -> float:
     """Of the scan that is products (arXiv:2405.21060, section 6): scores for each set of B and C, a triangle of weights
-    for each head and direction, and states between chunks. The backward pass computes scores and states again.
+    for each head and direction, and states between chunks. The backward pass computes scores and states again. In
+    Triton, y and dx compute a triangle of scores for each head and direction instead.
     """
     (j, b, length, h, p), n, k = x.shape, B.shape[-1], len(dt)
     dense = length <= SSD_DENSE
-    scores = 2.0 * j * b * length * (length if dense else SSD_CHUNK) * n
-    triangles = 1.0 * k * b * length * (length if dense else SSD_CHUNK) * h * p
+    tokens = length if dense else SSD_CHUNK.get(backend, SSD_CHUNK["triton"])
+    scores = 2.0 * j * b * length * tokens * n
+    again = 1.0 * k * b * length * tokens * h * n if backend == "triton" else 0.0
+    triangles = 1.0 * k * b * length * tokens * h * p
     states = 0.0 if dense else 2.0 * k * b * length * h * p * n
-    return 3 * scores + 2 * triangles + 5 * states if backward else scores + triangles + 2 * states
+    if backward:
+        return 3 * scores + again + 2 * triangles + 5 * states
+    return (again or scores) + triangles + 2 * states

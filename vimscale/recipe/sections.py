@@ -75,7 +75,7 @@ class Data(Section):
     window: Count = 16
     """Shards whose samples are shuffled with each other; the cache must have room for all of them."""
     lanes: Count = 1
-    """Equal parts of an epoch that each batch draws from in parallel, so that a node needs only the shards of its own
+    """Equal parts of an epoch that each batch draws from in parallel, so that a node needs only the shards of its
     parts. Set at least the number of nodes for remote data, 1 for a disk that all nodes share.
     """
     cache: Annotated[str, AfterValidator(_check_size)] = "100GB"

@@ -76,3 +76,11 @@ def values(row: dict[str, Any]) -> dict[str, float]:
             if isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each):
                 found[f"{row['kind']}/{key}{suffix}"] = float(each)
     return found
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from vimscale.tracking.base import About, Ending, Figures, Item
+from vimscale.tracking.base import About, Ending, Figures, Item, flat
 
 _METRICS, _PARAMS = 1000, 100
 """Most of each that a request may hold."""
@@ -60,14 +60,6 @@ class Mlflow:
 
     def close(self, ending: Ending) -> None:
         self._client.set_terminated(self.id, _STATUS[ending])
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _allowed(tag: str) -> str:

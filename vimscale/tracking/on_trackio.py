@@ -2,8 +2,7 @@
 
 import io
 
-from vimscale.tracking.base import About, Ending, Figures, Item
-from vimscale.tracking.on_mlflow import flat
+from vimscale.tracking.base import About, Ending, Figures, Item, flat
 
 
 class Trackio:
