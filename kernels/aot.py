@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=list(DEVICES), help="default: all of them")
     parser.add_argument("--dtype", action="append", choices=list(names), help="default: all of them")
     parser.add_argument("--width", action="append", type=int, help="inner width; default: the widths of the presets")
+    parser.add_argument("--kernel", action="append", help="name in the table; default: all of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args()
 
@@ -346,8 +347,12 @@ def main() -> None:
         for dtype in options.dtype or names:
             for width in options.width or PRESET_WIDTHS.values():
                 for case in cases(names[dtype], width, target):
+                    if options.kernel and case.name not in options.kernel:
+                        continue
                     rows.append(examine(case, target, names[dtype], width))
                     print(_line(rows[-1]), flush=True)
+    if not rows:
+        parser.error(f"--kernel {' '.join(options.kernel)}: no kernel has that name; without it, all are listed")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

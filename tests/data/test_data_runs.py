@@ -36,6 +36,7 @@ def test_a_run_with_every_option_ends_with_the_same_bits_after_a_kill_and_with_o
     assert np.allclose(alone, undisturbed, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_of_several_shapes_are_packed_and_trained_on(shell: Shell) -> None:
     packed = ("model.image_size=64", "augment.buckets=5", "steps=8", "data.val=null")
     two = _launch(shell, "two", *packed, *PROCESSES)
@@ -74,6 +75,7 @@ def test_too_many_bad_images_end_the_run_with_one_message(shell: Shell, digits: 
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_shard_damaged_during_the_run_is_named_with_its_offset(shell: Shell, digits: Path) -> None:
     shutil.copytree(digits / "train", shell.folder / "set")
     tar = shell.folder / "set" / "00002.tar"

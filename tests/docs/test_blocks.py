@@ -162,7 +162,9 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, home: Path, cache: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "block", [block for block in ALL if block.language == "console"], ids=lambda block: block.where
+    "block",
+    [block for block in ALL if block.language == "console" and not block.mark],
+    ids=lambda block: block.where,
 )
 def test_what_pages_print_is_what_commands_print(block: Block, tmp_path: Path, cache: Path) -> None:
     (words,) = commands(block)

@@ -120,7 +120,7 @@ MIXED = "model.directions=bi*2 fwd*2 shared cross pair*2 attn bi@column"
 @pytest.mark.parametrize(
     "changes",
     [
-        ("parallel.precision=bf16",),
+        pytest.param(("parallel.precision=bf16",), marks=pytest.mark.slow),
         pytest.param(("parallel.precision=bf16", MIXED, "model.d_head=32"), marks=pytest.mark.slow),
         pytest.param(("parallel.recompute=block/2", "augment.buckets=3", "parallel.zero=3"), marks=pytest.mark.slow),
         pytest.param(("model.backward_drop=0.3", "model.drop_path=0.1", "parallel.zero=0"), marks=pytest.mark.slow),

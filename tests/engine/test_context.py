@@ -86,7 +86,8 @@ def test_losses_and_gradients_are_those_of_one_rank(tmp_path: Path, world: int, 
     _check(tmp_path, single, world, context, "parallel.zero=0")
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
 def test_every_zero_stage(tmp_path: Path, zero: int) -> None:
     stage = [f"parallel.zero={zero}", "parallel.persist=0"]
     single = _found(tmp_path / "one", 1, *SHAPE, *stage)

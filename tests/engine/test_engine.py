@@ -133,6 +133,7 @@ except RunFailed as error:
     assert "holds cls_token in bfloat16 at ZeRO stage 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_bags_give_the_same_gradients_at_every_stage(tmp_path: Path) -> None:
     """At stage 3 parameters are sharded between passes, also while the embedding of a large bag is recomputed."""
     script = """

@@ -30,12 +30,16 @@ HELD = ("parameters", "weights", "optimizer", "ema", "gradients")
 SMALL = ["model.preset=vim_tiny", "model.depth=2", "model.image_size=96", "model.patch_size=16", "steps=60"]
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> list[list[dict[str, Any]]]:
-    """Stages 0 to 3, two micro-batches per step, two ranks; stage 3 also in bf16, with small parameters gathered."""
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(range(2, 4), id="2 and 3"), pytest.param(range(2), id="0 and 1", marks=pytest.mark.slow)],
+)
+def two_ranks(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+    """Two stages, two micro-batches per step, two ranks; stage 3 in bf16, with small parameters gathered, and not."""
     shape = ["batch=8", "parallel.micro_batch=2"]
-    cases = [[*shape, f"parallel.zero={zero}", "parallel.persist=0"] for zero in range(4)]
-    return measuring.both([*cases, [*shape, "parallel.zero=3", "parallel.precision=bf16"]], 2)
+    cases = [[*shape, f"parallel.zero={zero}", "parallel.persist=0"] for zero in request.param]
+    bf16 = [[*shape, "parallel.zero=3", "parallel.precision=bf16"]] if 3 in request.param else []
+    return measuring.both([*cases, *bf16], 2)
 
 
 @pytest.fixture(scope="module")

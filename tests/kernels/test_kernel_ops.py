@@ -161,12 +161,10 @@ def _results(
     return {f"output {i}": y.detach() for i, y in zip(used, outputs, strict=True)} | named
 
 
-def _run_all(family: str, backend: str) -> OpRules:
-    """Run every call, check torch's rules, and compare with the reference in fp64."""
+def _run(family: str, backend: str, every: int = 1) -> OpRules:
+    """Run every call, or one of `every`; check torch's rules, and compare with the reference in fp64."""
     rules = OpRules()
-    calls = list(CALLS[family](1 if backend == "triton" else 2))
-    if (family, backend) == ("mixers", "triton"):
-        calls = calls[::3]  # they consist of the other families' ops, and each takes a second in the interpreter
+    calls = list(CALLS[family](1 if backend == "triton" else 2))[::every]
     for number, call in enumerate(calls):
         for kind in [number // 3 % 3] if backend == "triton" else range(3):
             exact = _results(call, torch.float64, "reference", kind)
@@ -185,13 +183,13 @@ def _run_all(family: str, backend: str) -> OpRules:
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
 def test_ops_follow_torchs_rules_and_equal_the_reference_with_any_optional_arguments(family: str, backend: str) -> None:
-    _run_all(family, backend)
+    _run(family, backend, every=3 if backend == "triton" else 1)  # a second for each in the interpreter
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), CASES)
 def test_ops_pass_opcheck_with_any_optional_arguments(family: str, backend: str) -> None:
-    for op, *arguments in _run_all(family, backend).calls.values():
+    for op, *arguments in _run(family, backend).calls.values():
         learns = not op._opname.endswith("_backward")
         given = [
             a.detach().clone().nan_to_num_().requires_grad_(learns and a.is_floating_point())

@@ -48,6 +48,7 @@ def _same(shell: Shell, name: str, other: str) -> bool:
     return checkpoints.equal(ours, theirs) and shell.losses(name) == shell.losses(other)
 
 
+@pytest.mark.slow
 @BOTH
 def test_an_extended_run_has_the_bits_of_one_that_was_that_long_from_the_start(
     parent: Shell, tmp_path: Path, how: tuple[str, ...]

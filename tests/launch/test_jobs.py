@@ -84,6 +84,7 @@ def _wait_for_rows(head: Head, name: str, after: int = 0) -> None:
         time.sleep(2)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_job_on_ray_outlives_its_shell_and_is_stopped_and_resumed_from_other_shells(head: Head) -> None:
     shell = head.shell

@@ -22,7 +22,8 @@ RAY = ("--workers", "2")
 PROCESSES = ("--workers", "2", "--no-ray")
 
 
-@pytest.mark.parametrize("how", [PROCESSES, pytest.param(RAY, marks=pytest.mark.slow)], ids=["processes", "ray"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
 def test_a_stopped_rank_is_noticed_and_replaced(shell: Shell, how: tuple[str, ...]) -> None:
     process = shell.popen("launch", "small.yaml", *LONG, *how, "--hang-after", "6")
     shell.reaches(process, "small", 100)
@@ -51,7 +52,8 @@ def test_ranks_that_do_not_end_in_time_are_killed_and_the_message_says_so(shell:
     assert "resumed from" in shell.run("launch", "small.yaml", *LONG, *PROCESSES)
 
 
-@pytest.mark.parametrize("to", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "rank"])
 def test_slurms_warning_leads_to_a_checkpoint_and_a_stop(shell: Shell, to: str) -> None:
     process = shell.popen("launch", "small.yaml", *LONG, *PROCESSES)
     shell.reaches(process, "small", 20)

@@ -94,6 +94,7 @@ def _small_shm(size: str) -> tuple[str, ...]:
     return inside
 
 
+@pytest.mark.slow
 def test_shared_memory_that_is_too_small_for_data_workers_ends_the_run_in_one_message(shell: Shell) -> None:
     changes = ("data.workers=2", "batch=512", "model.image_size=64")
     inside = _small_shm("1m")

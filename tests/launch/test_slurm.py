@@ -160,6 +160,7 @@ def test_refusals_are_one_message_and_leave_nothing_behind(
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_job_trains_on_its_own_ray_and_when_stopped_saves_and_is_not_requeued(shell: Shell, slurm: Path) -> None:
     jobs = SlurmJobs(_cluster(shell))
     assert jobs.submit(_small(shell, "name=hit", *LONG)).state == "waiting"

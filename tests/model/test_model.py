@@ -252,6 +252,7 @@ def test_drop_path_drops_all_tokens_of_an_image_in_a_pack(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to a cached function, which dynamo traces
+@pytest.mark.slow
 def test_a_model_compiles_as_one_graph() -> None:
     model, images = _model(EVERY_KIND), _images(EVERY_KIND)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

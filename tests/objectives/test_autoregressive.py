@@ -261,5 +261,6 @@ def _run(folder: Path, world: int, fault: str, *changes: str) -> list[float]:
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
     assert _run(tmp_path / "two", 2, "", "steps=3") == pytest.approx(_run(tmp_path / "one", 1, "", "steps=3"), rel=1e-5)

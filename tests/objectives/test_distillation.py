@@ -372,6 +372,7 @@ PUBLISHED = (
 )
 
 
+@pytest.mark.slow
 def test_losses_and_figures_are_those_of_one_rank(tmp_path: Path) -> None:
     changes = (*PUBLISHED, *FULL, "steps=6", "checkpoint.every=6")
     one = _run(tmp_path / "one", 1, "", *changes)

@@ -207,6 +207,7 @@ def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp
         assert [row["loss"] for row in plain] == pytest.approx([row["loss"] for row in calm[:4]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_trains_resumes_evaluates_and_exports_through_the_command_line(shell: Shell) -> None:
     for name in ("own_objective.py", "own_objective.yaml"):
         shutil.copy(ROOT / "examples" / name, shell.folder)

@@ -66,7 +66,7 @@ def test_names_may_be_long_and_in_any_script(tmp_path: Path) -> None:
 
 def test_bytes_depend_on_neither_jobs_nor_folder(tmp_path: Path, images: Path) -> None:
     options = Options(per_shard=4, val=0.2, seed=3)
-    for jobs, folder in ((1, "a"), (3, "b")):
+    for jobs, folder in ((1, "a"), (2, "b")):
         prepare(str(images), tmp_path / folder / "set", options, Columns(), jobs=jobs)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     prepare(str(images), tmp_path / "c" / "set", Options(per_shard=4, val=0.2, seed=4), Columns())
@@ -103,13 +103,14 @@ def test_sizes_follow_the_options(tmp_path: Path, images: Path) -> None:
     assert manifest.skipped == {"image": 1, "small": 2, "aspect": 3}
 
 
-def test_the_killed_command_resumes_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_killed_command_resumes_to_the_same_bytes(tmp_path: Path, images: Path, times: int) -> None:
     prepare(str(images), tmp_path / "reference" / "set", Options(per_shard=3), Columns())
     command = [sys.executable, "-m", "vimscale.launch.commands.app", "data", "prepare", str(images), "set"]
     command += ["--per-shard", "3", "--jobs", "2"]
     partial = tmp_path / ".set.partial"
     kills, shards_seen = 0, 0
-    for _ in range(3):
+    for _ in range(times):
         process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE)
         while process.poll() is None and len(list(partial.glob("records/*.json"))) <= shards_seen:
             time.sleep(0.001)

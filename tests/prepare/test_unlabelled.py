@@ -51,7 +51,7 @@ WANTED = {"0": "a cat", "1": None, "2": "ein Hund, größer", "3": "two owls", "
 def test_a_plain_folder_becomes_a_set_without_labels(tmp_path: Path) -> None:
     source = _folder(tmp_path / "in")
     options = Options(per_shard=4)
-    (manifest,) = prepare(str(source), tmp_path / "set", options, Columns(), jobs=2).values()
+    (manifest,) = prepare(str(source), tmp_path / "set", options, Columns()).values()
     assert (manifest.classes, manifest.labels, manifest.samples, manifest.captions) == ((), (), 6, 4)
     assert manifest == Manifest.from_json((tmp_path / "set" / MANIFEST).read_bytes(), "set")
     assert _captions(tmp_path / "set") == WANTED
@@ -95,7 +95,7 @@ def test_tables_give_captions_and_need_no_labels(tmp_path: Path) -> None:
     datasets.Dataset.from_list(inside, features=features).save_to_disk(source / "saved")
     for name in ("t.tsv", "t.jsonl", "paths.parquet", "bytes.parquet", "saved"):
         folder = tmp_path / f"of {name}"
-        (manifest,) = prepare(str(source / name), folder, Options(), Columns(caption="title"), jobs=2).values()
+        (manifest,) = prepare(str(source / name), folder, Options(), Columns(caption="title")).values()
         assert (manifest.classes, manifest.captions) == ((), 4), name
         assert _captions(folder) == WANTED, name
     with pytest.raises(DataError, match=r"no column 'titel' \(did you mean title\?\).*name one with --caption"):
