@@ -32,6 +32,7 @@ def _run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_tile_features_are_those_of_the_model_from_shards_and_from_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     manifest = Manifest("ten", tuple("0123456789"), shards=(), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -1,6 +1,7 @@
 """Imports run downward, heavy libraries load only where they are used, and no file or package grows too large."""
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -39,6 +40,7 @@ def _sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
+@functools.cache
 def _imports(path: Path) -> set[str]:
     """Modules that a file imports anywhere in it, by absolute name; relative ones with leading dots."""
     names = set()

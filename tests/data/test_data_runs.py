@@ -58,6 +58,7 @@ def _damaged(digits: Path, folder: Path, count: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_few_bad_images_are_replaced_and_counted(shell: Shell, digits: Path) -> None:
     folder = _damaged(digits, shell.folder / "set", 1)
     output = shell.run("launch", "small.yaml", f"data.train={folder}", "epochs=1", *PROCESSES)

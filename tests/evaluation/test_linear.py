@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from vimscale.evaluation import heads, lars, linear
@@ -33,6 +32,8 @@ def _set(count: int, seed: int, classes: int = 6, **wide: int) -> Embedded:
 
 @pytest.mark.parametrize("l2", [1.0, 1e-3])
 def test_logistic_regression_is_that_of_scikit_learn(l2: float) -> None:
+    from sklearn.linear_model import LogisticRegression  # takes seconds
+
     some = _set(300, 0)
     x = some.head.double()
     weight, bias = linear.fitted(x, some.labels, 6, l2)
@@ -43,6 +44,8 @@ def test_logistic_regression_is_that_of_scikit_learn(l2: float) -> None:
 
 
 def test_logistic_regression_takes_the_factor_that_is_best_on_held_out_images() -> None:
+    from sklearn.linear_model import LogisticRegression  # takes seconds
+
     train, tested = _set(250, 0), _set(200, 1)
     found = linear.logistic(train, tested, "head", 6, CPU)
     apart = np.arange(250) % 5 == 0

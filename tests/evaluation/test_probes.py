@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from vimscale.data.dataset import Dataset
@@ -54,6 +53,8 @@ def test_neighbors_vote_as_computed_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_neighbors_vote_as_in_scikit_learn() -> None:
+    from sklearn.neighbors import KNeighborsClassifier  # takes seconds
+
     bank, labels = _clusters(400, 0, classes=8)
     queries, truth = _clusters(90, 1, classes=8)
     ks = [1, 10, 20, 200]

@@ -98,6 +98,7 @@ def _assert_equal(one: VisionMamba, other: VisionMamba) -> None:
 # ---- opened
 
 
+@pytest.mark.slow
 def test_transformers_opens_it_in_a_fresh_process_without_vimscale(tmp_path: Path) -> None:
     model = _export(tmp_path / "all/case", {"registers": 2})
     _run_child(tmp_path / "all", "outputs")

@@ -233,9 +233,8 @@ feature_files.write(vimscale.load(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), 
 """
 
 
-@pytest.mark.parametrize(
-    "name", ["out.npy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("out.parquet", "tars"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["out.npy", "out.parquet", "tars"])
 def test_a_killed_writer_continues_and_the_bytes_are_those_of_an_undisturbed_one(
     loaded: Loaded, digits: Path, tmp_path: Path, name: str
 ) -> None:

@@ -292,6 +292,7 @@ def test_a_scan_continues_from_the_final_state_of_another(reverse: bool, backend
     torch.testing.assert_close(y, torch.cat([y_second, y_first] if reverse else [y_first, y_second], dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
 def test_ops_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
     case = scan_case((2, 20, 24, 4), dtype, directions=2)
@@ -350,6 +351,7 @@ def test_a_nan_in_one_image_reaches_its_output_and_no_other() -> None:
     assert y[[0, 2]].isfinite().all()
 
 
+@pytest.mark.slow
 def test_kernels_run_without_a_writable_cache() -> None:
     code = """
 import torch, numba.core.caching
@@ -364,6 +366,7 @@ print(torch.allclose(selective_scan(*tensors, backend="cpu"), selective_scan(*te
     assert done.stderr.count("set NUMBA_CACHE_DIR") == 1
 
 
+@pytest.mark.slow
 def test_peak_memory_has_no_room_for_all_states_at_once() -> None:
     """Compares the peak memory of a forward and backward pass, as the kernel counts it, with the inputs."""
     code = """

@@ -113,6 +113,7 @@ def test_a_fork_may_begin_to_keep_a_moving_average(shell: Shell) -> None:
         torch.testing.assert_close(after[name.replace("weight/", "ema/", 1)], average)
 
 
+@pytest.mark.slow
 def test_a_fork_killed_at_any_point_of_its_start_leaves_no_run(parent: Shell, tmp_path: Path) -> None:
     """`into` ends after each of its writes in turn; what is left must be nothing, or all of it."""
     old = RunFolder(tmp_path / "runs/parent")

@@ -30,17 +30,11 @@ RAY = ("--workers", "2")
 FOUND = Evaluated({"images": 9, "top1": 0.5, "loss": 1.0})
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param(("--workers", "1", "--no-ray"), id="one-process"),
-        pytest.param(PROCESSES, id="processes", marks=pytest.mark.slow),
-        pytest.param(RAY, id="ray", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [PROCESSES, RAY], ids=["processes", "ray"])
 def test_figures_are_those_of_the_ranks_and_training_is_not_touched(shell: Shell, how: tuple[str, ...]) -> None:
     usual = ("steps=15", "evaluate.knn=digits:train", "checkpoint.keep=9")
-    shell.run("launch", "small.yaml", "name=ranks", *usual, *ASYNCHRONOUS[1:], *how[:2], "--no-ray")
+    shell.run("launch", "small.yaml", "name=ranks", *usual, *ASYNCHRONOUS[1:], *PROCESSES)
     output = shell.run("launch", "small.yaml", "name=apart", *usual, *ASYNCHRONOUS, *how)
     assert "evaluation at step 10: top-1" in output
     assert shell.losses("apart") == shell.losses("ranks")

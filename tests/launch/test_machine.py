@@ -56,6 +56,7 @@ def test_a_launch_in_a_foreign_job_with_a_long_tmpdir_trains_and_leaves_nothing(
     assert list(long_tmpdir.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_commands_with_data_workers_run_below_a_long_tmpdir(shell: Shell, long_tmpdir: Path) -> None:
     shell.env["TMPDIR"] = str(long_tmpdir)
     one, two = (shell.finish(shell.popen("data", "order", "small.yaml", "--workers", n)) for n in ("0", "2"))

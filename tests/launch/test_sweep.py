@@ -267,6 +267,7 @@ def test_every_curve_gets_a_plot_and_a_sentence(
     assert (tmp_path / "lr_range.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_range_test_ends_at_the_first_loss_that_is_not_finite_and_suggests_a_rate(shell: Shell) -> None:
     command = ("lr-range", "small.yaml", "--to", "1e20", "--from", "1e-4", "--steps", "40", "--workers", "1")
     output = shell.run(*command)

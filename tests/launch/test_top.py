@@ -220,6 +220,7 @@ def test_a_sparkline_goes_from_its_smallest_to_its_largest_value() -> None:
 # ---- as a user runs it
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_shown_as_such_and_then_as_it_resumes(shell: Shell) -> None:
     launch = shell.popen("launch", "small.yaml", "--no-ray", "--workers", "1", "steps=100000", "checkpoint.every=50000")
     shell.reaches(launch, "small", 6)

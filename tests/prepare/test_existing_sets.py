@@ -28,7 +28,7 @@ def test_indexing_the_shards_of_a_set_finds_what_its_manifest_says(made: Path, t
     index = {path.name: path.read_bytes() for path in made.glob("*.idx")}
     for path in (*made.glob("*.idx"), made / "manifest.json"):
         path.unlink()
-    folder, found, unread = adopt.index([str(made)], None, classes=before.classes, jobs=2)
+    folder, found, unread = adopt.index([str(made)], None, classes=before.classes)
     assert (folder, unread) == (made, [])
     assert {path.name: path.read_bytes() for path in made.glob("*.idx")} == index
     for key in ("shards", "labels", "sides", "mean", "std", "classes"):

@@ -49,9 +49,8 @@ def test_bytes_in_parquet_and_hugging_face_sets_keep_their_class_names(tmp_path:
     for split in loaded:
         (tmp_path / "files" / split).mkdir(parents=True)
         loaded[split].to_parquet(tmp_path / "files" / split / "0.parquet")
-    for kind, jobs in (("saved", 2), ("files", 1)):
-        options = Options(per_shard=4)
-        written = prepare(str(tmp_path / kind), tmp_path / f"from-{kind}", options, Columns(), jobs=jobs)
+    for kind in ("saved", "files"):
+        written = prepare(str(tmp_path / kind), tmp_path / f"from-{kind}", Options(per_shard=4), Columns())
         assert written["train"].classes == tuple(names)
         assert written["train"].labels == (3, 3, 3)
         assert int(samples_of(tmp_path / f"from-{kind}" / "train")["00000004"]["cls"]) == 1

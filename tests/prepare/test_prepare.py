@@ -103,14 +103,14 @@ def test_sizes_follow_the_options(tmp_path: Path, images: Path) -> None:
     assert manifest.skipped == {"image": 1, "small": 2, "aspect": 3}
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_killed_command_resumes_to_the_same_bytes(tmp_path: Path, images: Path, times: int) -> None:
+@pytest.mark.slow
+def test_the_killed_command_resumes_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
     prepare(str(images), tmp_path / "reference" / "set", Options(per_shard=3), Columns())
     command = [sys.executable, "-m", "vimscale.launch.commands.app", "data", "prepare", str(images), "set"]
     command += ["--per-shard", "3", "--jobs", "2"]
     partial = tmp_path / ".set.partial"
     kills, shards_seen = 0, 0
-    for _ in range(times):
+    for _ in range(3):
         process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE)
         while process.poll() is None and len(list(partial.glob("records/*.json"))) <= shards_seen:
             time.sleep(0.001)

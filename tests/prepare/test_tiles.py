@@ -335,6 +335,7 @@ def test_an_interrupted_command_resumes_to_the_same_bytes(tmp_path: Path) -> Non
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "set").glob("*.tar"))].count(0) == 0
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
     """The image has 157 MB of pixels. A row of its pieces and one tile are in memory, and the tiles as JPEGs."""
     code = """

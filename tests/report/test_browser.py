@@ -13,8 +13,7 @@ import pytest
 from tests.support.recorded import append, write_run
 
 pytest.importorskip("bokeh", reason="pages about runs need Bokeh: pip install 'vimscale[report]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
-from vimscale.report import page, record, serve  # noqa: E402  # they import Bokeh
+from vimscale.report import page, record, serve  # they import Bokeh
 
 pytestmark = pytest.mark.slow
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -25,6 +24,7 @@ def browser() -> Iterator[Any]:
     path = next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
         pytest.skip(f"no browser is installed: none of {', '.join(_NAMES)} is on the PATH")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started

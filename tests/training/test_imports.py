@@ -29,12 +29,13 @@ UNUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         ("parallel.zero=1",),
-        pytest.param(("parallel.zero=0",), marks=pytest.mark.slow),
-        pytest.param(("parallel.zero=2", "parallel.precision=bf16"), marks=pytest.mark.slow),
+        ("parallel.zero=0",),
+        ("parallel.zero=2", "parallel.precision=bf16"),
     ],
     ids=["zero1", "zero0", "zero2"],
 )
