@@ -166,20 +166,21 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     figure, (inference, training, memory) = pyplot.subplots(1, 3, figsize=(14, 4.8))
 
-    def lines(axes: Any, what: str, key: str, unit: float, style: str, suffix: str = "") -> None:
+    def lines(axes: Any, what: str, key: str, unit: float, style: str) -> None:
         largest = {row["image_size"]: row for row in rows if row["what"] == what}  # of two batches, the last: one image
         for i, name in enumerate(MODELS):
             points = [(size, row[key][name] / row["batch"] / unit) for size, row in largest.items()]
             if points:
-                axes.loglog(*zip(*points, strict=True), style, color=f"C{i}", label=name + suffix)
+                axes.loglog(*zip(*points, strict=True), style, color=f"C{i}", label=name)
 
     lines(inference, "inference", "seconds", 1, "o-")
     lines(training, "training", "seconds", 1, "o-")
-    lines(memory, "training", "peak_extra_bytes", 2**20, "o-", ", training")
-    lines(memory, "inference", "peak_extra_bytes", 2**20, "o--", ", inference")
+    lines(memory, "training", "peak_extra_bytes", 2**20, "o-")
+    lines(memory, "inference", "peak_extra_bytes", 2**20, "o--")
     inference.set(title="Inference", ylabel="s per image")
     training.set(title="Training (forward and backward)", ylabel="s per image")
     memory.set(title="Peak memory beyond the weights", ylabel="MiB per image")
@@ -189,7 +190,8 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel("side of the image, pixels")
         axes.grid(visible=True, which="major", alpha=0.3)
-        axes.legend()
+    inference.legend()
+    memory.legend([Line2D([], [], color="k", ls=style) for style in ("-", "--")], ["training", "inference"])
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
