@@ -21,9 +21,7 @@ from vimscale.runtime import run_folder
 from vimscale.runtime.run_folder import RunFolder
 
 ONE = ("--workers", "1", "--no-ray")
-BOTH = pytest.mark.parametrize(
-    "how", [ONE, pytest.param(("--workers", "1"), marks=pytest.mark.slow)], ids=["processes", "ray"]
-)
+BOTH = pytest.mark.parametrize("how", [ONE, ("--workers", "1")], ids=["processes", "ray"])
 USUAL = ("checkpoint.every=10", "checkpoint.keep=9", "optim.schedule=constant", "data.val=null")
 
 
@@ -67,6 +65,7 @@ def test_an_extended_run_has_the_bits_of_one_that_was_that_long_from_the_start(
     assert _same(parent, "parent", "calm")
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_fork_that_changes_nothing_has_the_bits_of_its_parent(
     parent: Shell, tmp_path: Path, how: tuple[str, ...]

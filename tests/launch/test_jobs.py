@@ -183,6 +183,7 @@ def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(she
     shell.nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_a_run_with_a_checkpoint(shell: Shell) -> None:
     endless = ("launch", "small.yaml", "steps=100000", "--no-ray", "--workers", "1")
     for limit in ("10s", "40s", "160s"):  # a machine too slow for one step in that time leaves no run behind

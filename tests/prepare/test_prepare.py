@@ -64,6 +64,7 @@ def test_names_may_be_long_and_in_any_script(tmp_path: Path) -> None:
     assert index_of(tmp_path / "set/00000.tar").read_bytes() == walk(tmp_path / "set/00000.tar")[0].tobytes()
 
 
+@pytest.mark.slow
 def test_bytes_depend_on_neither_jobs_nor_folder(tmp_path: Path, images: Path) -> None:
     options = Options(per_shard=4, val=0.2, seed=3)
     for jobs, folder in ((1, "a"), (2, "b")):
