@@ -23,12 +23,13 @@ from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
 
 
-def test_indexing_the_shards_of_a_set_finds_what_its_manifest_says(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_indexing_the_shards_of_a_set_finds_what_its_manifest_says(made: Path, tmp_path: Path, jobs: int) -> None:
     before = Dataset.open(str(made)).manifest
     index = {path.name: path.read_bytes() for path in made.glob("*.idx")}
     for path in (*made.glob("*.idx"), made / "manifest.json"):
         path.unlink()
-    folder, found, unread = adopt.index([str(made)], None, classes=before.classes)
+    folder, found, unread = adopt.index([str(made)], None, classes=before.classes, jobs=jobs)
     assert (folder, unread) == (made, [])
     assert {path.name: path.read_bytes() for path in made.glob("*.idx")} == index
     for key in ("shards", "labels", "sides", "mean", "std", "classes"):

@@ -37,7 +37,8 @@ def test_tables_of_paths_and_folders_give_the_same_samples(tmp_path: Path, image
     assert in_csv == in_parquet == in_folder
 
 
-def test_bytes_in_parquet_and_hugging_face_sets_keep_their_class_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_bytes_in_parquet_and_hugging_face_sets_keep_their_class_names(tmp_path: Path, jobs: int) -> None:
     names = ["sparrow", "2", "1"]
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
     rows = {
@@ -50,7 +51,8 @@ def test_bytes_in_parquet_and_hugging_face_sets_keep_their_class_names(tmp_path:
         (tmp_path / "files" / split).mkdir(parents=True)
         loaded[split].to_parquet(tmp_path / "files" / split / "0.parquet")
     for kind in ("saved", "files"):
-        written = prepare(str(tmp_path / kind), tmp_path / f"from-{kind}", Options(per_shard=4), Columns())
+        options = Options(per_shard=4)
+        written = prepare(str(tmp_path / kind), tmp_path / f"from-{kind}", options, Columns(), jobs=jobs)
         assert written["train"].classes == tuple(names)
         assert written["train"].labels == (3, 3, 3)
         assert int(samples_of(tmp_path / f"from-{kind}" / "train")["00000004"]["cls"]) == 1

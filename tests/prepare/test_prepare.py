@@ -67,7 +67,7 @@ def test_names_may_be_long_and_in_any_script(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bytes_depend_on_neither_jobs_nor_folder(tmp_path: Path, images: Path) -> None:
     options = Options(per_shard=4, val=0.2, seed=3)
-    for jobs, folder in ((1, "a"), (2, "b")):
+    for jobs, folder in ((1, "a"), (3, "b")):
         prepare(str(images), tmp_path / folder / "set", options, Columns(), jobs=jobs)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     prepare(str(images), tmp_path / "c" / "set", Options(per_shard=4, val=0.2, seed=4), Columns())

@@ -48,10 +48,11 @@ def _captions(folder: Path) -> dict[str, str | None]:
 WANTED = {"0": "a cat", "1": None, "2": "ein Hund, größer", "3": "two owls", "4": None, "5": "five"}
 
 
-def test_a_plain_folder_becomes_a_set_without_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_plain_folder_becomes_a_set_without_labels(tmp_path: Path, jobs: int) -> None:
     source = _folder(tmp_path / "in")
     options = Options(per_shard=4)
-    (manifest,) = prepare(str(source), tmp_path / "set", options, Columns()).values()
+    (manifest,) = prepare(str(source), tmp_path / "set", options, Columns(), jobs=jobs).values()
     assert (manifest.classes, manifest.labels, manifest.samples, manifest.captions) == ((), (), 6, 4)
     assert manifest == Manifest.from_json((tmp_path / "set" / MANIFEST).read_bytes(), "set")
     assert _captions(tmp_path / "set") == WANTED
@@ -79,7 +80,8 @@ def test_splits_have_labels_or_none(tmp_path: Path) -> None:
     assert [part.classes for part in written.values()] == [(), ()]
 
 
-def test_tables_give_captions_and_need_no_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tables_give_captions_and_need_no_labels(tmp_path: Path, jobs: int) -> None:
     pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
     pytest.importorskip("pyarrow.parquet")
     datasets = pytest.importorskip("datasets", reason="needs the extra dev")
@@ -95,7 +97,7 @@ def test_tables_give_captions_and_need_no_labels(tmp_path: Path) -> None:
     datasets.Dataset.from_list(inside, features=features).save_to_disk(source / "saved")
     for name in ("t.tsv", "t.jsonl", "paths.parquet", "bytes.parquet", "saved"):
         folder = tmp_path / f"of {name}"
-        (manifest,) = prepare(str(source / name), folder, Options(), Columns(caption="title")).values()
+        (manifest,) = prepare(str(source / name), folder, Options(), Columns(caption="title"), jobs=jobs).values()
         assert (manifest.classes, manifest.captions) == ((), 4), name
         assert _captions(folder) == WANTED, name
     with pytest.raises(DataError, match=r"no column 'titel' \(did you mean title\?\).*name one with --caption"):
