@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import BLOCK, COLUMNS, kernel, numbers, read, run, spread, tile, write
+from .cpu import BLOCK, COLUMNS, kernel, numbers, read_rows, run, spread, tile, write_rows
 from .simd import Variable, emitted, sigmoid
 
 # Tokens per tile, and tiles per work item. In the backward pass, each item has its own partial sum of the gradients of
@@ -185,7 +185,7 @@ def _read_between(x, strides, k, b, begin, end, first, last, e0, width, rows):
     rows[: begin - first] = np.float32(0)
     rows[end - first : last - first] = np.float32(0)
     at = k * strides[0] + b * strides[1] + begin * strides[2] + e0
-    read(x, at, strides[2], width, rows[begin - first : end - first])
+    read_rows((end - begin, width, BLOCK, x, at, strides[2], rows[begin - first :]))
 
 
 @kernel
@@ -210,7 +210,7 @@ def _forward(first_item, last_item, size, x, taps, image, reverse, silu, y):
                     if silu:
                         _silu((p, p + tokens, ys))
                     at = d * y[1][0] + b * y[1][1] + first * y[1][2] + e0
-                    write(ys[p : p + tokens], y[0], at, y[1][2], width)
+                    write_rows((tokens, width, BLOCK, ys[p:], y[0], at, y[1][2]))
             first = last
 
 
@@ -242,5 +242,6 @@ def _backward(first_item, last_item, size, x, taps, image, reverse, silu, dy, dx
                         _silu_backward((tokens + reach, pre, dys))
                     _to_rows((k, tokens, dys, taps, taps_at, padded, dxs))
                     _to_taps((k, p, p + tokens, xs, dys, dtaps[item], taps_at, padded))
-                write(dxs[:tokens], dx[0], b * dx[1][1] + first * dx[1][2] + e0, dx[1][2], width)
+                dx_at = b * dx[1][1] + first * dx[1][2] + e0
+                write_rows((tokens, width, BLOCK, dxs, dx[0], dx_at, dx[1][2]))
             first = last

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backend import counting
-from .simd import LANES
+from .simd import LANES, emitted
 
 # NaN and infinity must reach the outputs, so the two flags that assume they never occur stay off. numpy's error model
 # divides without a check for zero; a loop with such a check is not vectorized.
@@ -68,26 +68,20 @@ def tile(rows, block=BLOCK):
     return zeros(rows, block)
 
 
-@kernel
-def read(x, at, row, width, rows):
-    """Read rows of `width` channels, from index `at` on and `row` apart, into a tile. Sets the remaining channels of
-    the tile to zero, so that they add nothing to sums.
+@emitted
+def read_rows(code, rows, width, block, x, at, row, tile):
+    """Read rows of `width` channels, from index `at` on and `row` apart, into a tile of `block` channels. Sets the
+    remaining channels of the tile to zero, so that they add nothing to sums.
     """
-    for m in range(len(rows)):
-        source = x[at + m * row : at + m * row + width]
-        for j in range(width):
-            rows[m, j] = source[j]
-        for j in range(width, rows.shape[1]):
-            rows[m, j] = np.float32(0)
+    with code.loop(0, rows) as m, code.loop(0, block, LANES) as j:
+        tile[m * block + j] = x.load(at + m * row + j, width - j)
 
 
-@kernel
-def write(rows, y, at, row, width):
-    """The reverse of `read`: write the first `width` channels of a tile."""
-    for m in range(len(rows)):
-        target = y[at + m * row : at + m * row + width]
-        for j in range(width):
-            target[j] = rows[m, j]
+@emitted
+def write_rows(code, rows, width, block, tile, y, at, row):
+    """The reverse of `read_rows`: write the first `width` channels of a tile."""
+    with code.loop(0, rows) as m, code.loop(0, width, LANES) as j:
+        y.store(at + m * row + j, tile[m * block + j], width - j)
 
 
 def numbers(t: Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, numbers, spread
+from .cpu import BLOCK, COLUMNS, LOG2E, array, inline, kernel, numbers, read_rows, spread
 from .scan_inputs import ScanInputs
 from .simd import (
     LANES,
@@ -32,19 +32,6 @@ CHUNK = 16
 
 # States, or vectors of channels, that one loop over tokens advances: enough work between two steps of a recurrence.
 GROUP = 4
-
-
-@emitted
-def read_rows(code, tokens, width, block, x, at, row, tile):
-    """`cpu.read` without a cost per row that narrow blocks would notice."""
-    with code.loop(0, tokens) as m, code.loop(0, block, LANES) as j:
-        tile[m * block + j] = x.load(at + m * row + j, width - j)
-
-
-@emitted
-def write_rows(code, tokens, width, block, tile, y, at, row):
-    with code.loop(0, tokens) as m, code.loop(0, width, LANES) as j:
-        y.store(at + m * row + j, tile[m * block + j], width - j)
 
 
 @emitted

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, kernel, numbers, run, spread, tile
+from .cpu import BLOCK, kernel, numbers, read_rows, run, spread, tile
 from .scan_inputs import ScanInputs
 from .scan_loops_cpu import (
     CHUNK,
@@ -26,7 +26,6 @@ from .scan_loops_cpu import (
     place,
     position,
     read_parameters,
-    read_rows,
     read_steps,
     softplus,
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import scan_segments_cpu
 from .backend import counting
-from .cpu import BLOCK, array, kernel, leaves_threads_idle, numbers, read, run, spread, tile, write, zeros
+from .cpu import BLOCK, array, kernel, leaves_threads_idle, numbers, read_rows, run, spread, tile, write_rows, zeros
 from .scan_gate_cpu import combine, combine_backward
 from .scan_inputs import ScanInputs
 from .scan_loops_cpu import (
@@ -36,10 +36,8 @@ from .scan_loops_cpu import (
     place,
     position,
     read_parameters,
-    read_rows,
     read_steps,
     retreat,
-    write_rows,
 )
 from .scan_segments import Ends, chain
 from .simd import LANES
@@ -83,7 +81,7 @@ def _forward(first, last, size, x, dt, dt_proj, A, B, C, D, dt_bias, image, reve
             mark(image, b, start, length, reverse[k], begins[:tokens])
             kept_at = (((k * images + b) * chunks + c) * e + kept0) * n + e0 - kept0
             if len(states):
-                write(h, states, kept_at, kept_row, width)
+                write_rows((n, width, block, h, states, kept_at, kept_row))
             token = length - 1 - start if reverse[k] else start
             x_at, x_token = position(x[1], k, b, token, e0, reverse[k])
             dt_at, dt_token = position(dt[1], k, b, token, 0 if rank > 0 else e0, reverse[k])
@@ -182,7 +180,7 @@ def _backward(
                 if begins[m]:
                     h[:] = np.float32(0)
                 else:
-                    read(states, kept_at, width, width, h)
+                    read_rows((n, width, BLOCK, states, kept_at, width, h))
                 if run_end - m < CHUNK:
                     dB_i[:] = np.float32(0)
                     dC_i[:] = np.float32(0)

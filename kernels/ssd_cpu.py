@@ -6,8 +6,9 @@ directions read the same x, B and C.
 Inside a chunk, the scan is one product for each head: y = W x with W_ts = (C_t . B_s) decay(s to t) dt_s, lower
 triangular forward and upper triangular in reverse, and D on the diagonal (arXiv:2405.21060, section 6). A few rows of W
 are made at a time, and multiplied while they are in the cache. States pass between chunks; a sequence of up to DENSE
-tokens is one chunk and has none, unless a state enters or leaves it. A decay is a product of the decays of its tokens,
-each at most 1, or the exponential of a sum that starts at an end of a chunk: never of a difference of sums.
+tokens is one chunk and has none, unless a state enters or leaves it. Between tokens of a chunk, a decay is a product
+of the decays of the tokens, each at most 1; to or from an end of the chunk, the exponential of a sum that starts there:
+never of a difference of sums.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ssd_loops_cpu
-from .cpu import array, numbers, run, spread
+from .cpu import LOG2E, array, numbers, run, spread
 from .selective_scan import _begins
 from .simd import LANES
 from .ssd import SsdInputs
 
-CHUNK, DENSE = 64, 256
+CHUNK, DENSE = 48, 256
 FEW = 8
 """Items of the backward pass, below which heads are divided into groups."""
 
@@ -42,12 +43,6 @@ class _Chunks(NamedTuple):
     """(k, b, h, c, q), after the softplus."""
     decay: Tensor
     """(k, b, h, c, q); zero into a token that begins an image."""
-    entering: Tensor
-    """(k, b, h, c, q), the decay of what enters the chunk up to each token."""
-    leaving: Tensor
-    """(k, b, h, c, q), the decay from each token to the end of the chunk."""
-    across: Tensor
-    """(k, b, h, c), the decay over the chunk."""
     scores: Tensor
     """(j b c, q, pitch); zero from q on. The pitch is a multiple of LANES."""
 
@@ -64,24 +59,16 @@ def _chunked(inputs: SsdInputs, reverse: Sequence[bool]) -> _Chunks:
     raw = inputs.dt.float()
     if inputs.dt_bias is not None:
         raw = raw + inputs.dt_bias[:, None, None]
-    step = F.softplus(raw)
-    log = step * -inputs.A_log.exp()[:, None, None]
-    step, log = (F.pad(t.transpose(2, 3), (0, c * q - length)).unflatten(-1, (c, q)).contiguous() for t in (step, log))
-    decay = log.exp()
-    # sums from the start of the chunk to a token, and from the token after one to the end of the chunk
-    upto, after = _sums(log, reverse)
-    entering, leaving = upto.exp(), after.exp()
+    step = F.pad(F.softplus(raw).transpose(2, 3), (0, c * q - length)).contiguous()
+    decay = (step * -inputs.A_log.exp()[:, None, :, None]).exp_()
     if inputs.image is not None:
-        marks = torch.stack([_begins(inputs.image, r) for r in reverse]).unsqueeze(2).float()
-        marks = F.pad(marks, (0, c * q - length)).unflatten(-1, (c, q))  # (k, b, 1, c, q)
-        decay = decay.masked_fill(marks > 0, 0)
-        upto, after = _sums(marks, reverse)
-        entering, leaving = entering.masked_fill(upto > 0, 0), leaving.masked_fill(after > 0, 0)
-    across = torch.stack([t[..., 0] if r else t[..., -1] for t, r in zip(entering, reverse, strict=True)])
+        begins = torch.stack([_begins(inputs.image, r) for r in reverse])
+        decay.masked_fill_(F.pad(begins, (0, c * q - length)).unsqueeze(2), 0)
+    step, decay = (t.unflatten(-1, (c, q)) for t in (step, decay))
     scores = B.new_empty(len(B) * B.shape[1], q, -(-q // LANES) * LANES)
     scores[..., q:] = 0
     torch.bmm(C.flatten(0, 1), B.flatten(0, 1).mT, out=scores[..., :q])
-    return _Chunks(B, C, raw, step, decay, entering, leaving, across, scores)
+    return _Chunks(B, C, raw, step, decay, scores)
 
 
 def _in_chunks(t: Tensor) -> Tensor:
@@ -94,12 +81,6 @@ def _in_chunks(t: Tensor) -> Tensor:
     if c * q > length:
         t = F.pad(t, (0, 0, 0, c * q - length))
     return t.reshape(j, b * c, q, -1)
-
-
-def _sums(t: Tensor, reverse: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Of (k, ..., q), in scan order: sums over the tokens up to each one, and over those that follow it."""
-    upto = [own.flip(-1).cumsum(-1).flip(-1) if r else own.cumsum(-1) for own, r in zip(t, reverse, strict=True)]
-    return torch.stack(upto), torch.stack([_after(own, r) for own, r in zip(t, reverse, strict=True)])
 
 
 def _after(t: Tensor, reverse: bool) -> Tensor:
@@ -116,7 +97,8 @@ def _arguments(inputs: SsdInputs, chunks: _Chunks) -> list[Any]:
 
 def _more_arguments(inputs: SsdInputs, chunks: _Chunks, reverse: Sequence[bool], with_states: bool) -> list[Any]:
     j, _, length, _, p = inputs.x.shape
-    tensors = chunks.scores, chunks.decay, chunks.step, chunks.entering, chunks.leaving, chunks.across, inputs.D
+    rates = inputs.A_log.exp() * -LOG2E  # of the base-2 logarithms of decays
+    tensors = chunks.scores, chunks.decay, chunks.step, rates, inputs.D
     shape = j, length, p, inputs.B.shape[-1]
     return [*(array(t, t.ndim) for t in tensors), array(inputs.initial, 5), np.array(reverse), shape, with_states]
 
@@ -148,7 +130,7 @@ def backward(
     dx, dscores = new(*inputs.x.shape), new(groups, *chunks.scores.shape)
     dB, dC = (new(groups if with_states else 0, *t.flatten(0, 1).shape) for t in (chunks.B, chunks.C))
     dstep, dlog = (torch.zeros_like(chunks.step) for _ in range(2))
-    dD, dacross = (torch.zeros_like(chunks.across) for _ in range(2))
+    dD, dacross = (chunks.step.new_zeros(chunks.step.shape[:-1]) for _ in range(2))
     of_used, of_left = (torch.zeros_like(chunks.step[: len(reverse) * with_states]) for _ in range(2))
     dinitial = new(*((0,) * 5 if inputs.initial is None else inputs.initial.shape))
     written = dx, dscores, dB, dC, dstep, dlog, dD, of_used, of_left, dacross, dinitial

@@ -37,8 +37,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, cache: Path) -> Shell:
-    return new_shell(tmp_path, cache)
+def shell(tmp_path: Path, cache: Path) -> Iterator[Shell]:
+    """Provide a shell, and kill its processes after the test: one that ran out of time would leave its run behind."""
+    provided = new_shell(tmp_path, cache)
+    yield provided
+    provided.end()
 
 
 @pytest.fixture

@@ -466,7 +466,7 @@ def test_the_mirror_takes_what_the_run_folder_cannot(tmp_path: Path, address: st
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_after_a_kill_at_any_instant_the_newest_checkpoint_loads(shell: Shell, kills: int) -> None:
     rng = random.Random(kills)
     folder = shell.folder / "runs/small/checkpoints"

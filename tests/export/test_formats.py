@@ -143,8 +143,9 @@ def test_an_export_of_every_format_computes_the_same(tmp_path: Path, to: str, di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("to", base.FORMATS)
+@pytest.mark.parametrize("to", [to for to in base.FORMATS if to != "timm"])
 def test_every_kind_of_layer_in_every_format(tmp_path: Path, to: str, kind: str) -> None:
+    """timm opens the code that hf gets."""
     _installed(to)
     _source(tmp_path / "model", **KINDS[kind])
     command = ("export", tmp_path / "model", "--to", to)
@@ -183,7 +184,7 @@ def test_every_option_in_every_format(tmp_path: Path, to: str, options: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("ssd")])
+@pytest.mark.parametrize("kind", ["ssd shared", "ssd quasiseparable"])
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_ssd_layers_of_any_size(tmp_path: Path, to: str, kind: str) -> None:
     _installed(to)
@@ -390,7 +391,7 @@ def test_what_is_no_export_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", base.FORMATS)
+@pytest.mark.parametrize("to", ["safetensors", "hf", "onnx"])
 def test_a_full_disk_or_a_read_only_folder_ends_in_one_message(shell: Shell, to: str) -> None:
     _installed(to)
     _source(shell.folder / "model", **KINDS[_example(to)])

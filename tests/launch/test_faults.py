@@ -120,7 +120,7 @@ def disk(watched: Shell) -> Iterator[SmallDisk]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_disk_that_fills_at_any_instant_ends_the_run_with_its_message_or_not_at_all(
     watched: Shell, disk: SmallDisk, calm: Calm, seed: int
 ) -> None:

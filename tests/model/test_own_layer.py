@@ -195,7 +195,7 @@ def _run(folder: Path, fault: str, *changes: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_own_layers_are_trained_saved_and_restored_at_any_stage(mine: Path, tmp_path: Path, zero: int) -> None:
     changes = (f"model.kinds.sums.kind={mine}:Sums", "model.directions=bi sums", "parallel.persist=0")
     changes += (f"parallel.zero={zero}", "parallel.micro_batch=8", "steps=6", "checkpoint.every=3", "log.every=1")

@@ -63,7 +63,7 @@ def test_groups_of_two_ranks_that_share_images_change_nothing(tmp_path: Path, lo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_every_update_clamps_the_scale_on_all_ranks(tmp_path: Path, zero: int) -> None:
     """At first all cosines are alike and positive. A large bias makes every other pair match too well, which pushes the
     scale down; a small one makes every pair match too badly, which pushes it up.

@@ -175,7 +175,7 @@ def _run(folder: Path, fault: str, *changes: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_own_modules_and_buffers_are_trained_saved_and_restored_at_any_stage(tmp_path: Path, zero: int) -> None:
     changes = (
         f"objective.kind={OWN}:Counting",

@@ -28,7 +28,7 @@ INSIDE = {
 """Launches of operations that make more than one."""
 UPDATE = 28
 """Bytes that AdamW reads and writes per element: weight, gradient and two moments in, weight and moments out."""
-SSD_DENSE, SSD_CHUNK = 256, {"cpu": 64, "triton": 256}
+SSD_DENSE, SSD_CHUNK = 256, {"cpu": 48, "triton": 256}
 """Tokens that an `ssd` scan takes as one product, and those of a chunk of a longer sequence, by backend."""
 _NO_WORK = {f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")}
 _OURS = {"selective_scan": "scan", "causal_conv1d": "convolution", "combine": "gate", "add_norm": "norm"}
