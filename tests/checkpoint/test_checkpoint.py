@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import forks
+from tests.support import forks, later
 from tests.support.shell import Shell
 from vimscale.checkpoint import mirror, retention
 from vimscale.checkpoint.load import Reader, TrainState, consolidated, newest, read_train_state
@@ -30,7 +30,7 @@ from vimscale.recipe import recipe
 from vimscale.recipe.recipe import Checkpoint
 from vimscale.runtime import manifest, run_folder
 
-moto_server = pytest.importorskip("moto.server", reason="needs the extra dev")
+moto_server = later.module("moto.server")
 
 pytestmark = pytest.mark.usefixtures("alone")
 

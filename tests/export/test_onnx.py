@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import later
 from tests.support.image_sets import image
 from vimscale.data import digits
 from vimscale.data.shards.manifest import Manifest
@@ -23,9 +24,8 @@ from vimscale.inference.preprocessing import Preprocessing
 from vimscale.model import VimConfig, VisionMamba
 from vimscale.model.presets import Stage
 
-onnx = pytest.importorskip("onnx", reason="pip install onnx onnxscript onnxruntime")
-pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
-onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+onnx = later.module("onnx", "onnxscript", reason="pip install onnx onnxscript onnxruntime")
+onnxruntime = later.module("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
 
 BASE = VimConfig(
     num_classes=5, image_size=24, patch_size=4, d_model=32, depth=2, d_state=4, directions="bi*2", d_head=8

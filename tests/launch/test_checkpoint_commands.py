@@ -1,7 +1,6 @@
 """`vimscale checkpoints`: what it reports about real checkpoints, and what it removes."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,19 +201,13 @@ def test_pruning_leaves_the_newest_intact_one_and_the_one_to_roll_back_to(run: P
     assert _names(run) == ["step_00000020", "step_00000030", "step_00000033"]
 
 
-@pytest.fixture
-def watched(shell: Shell) -> Iterator[Shell]:
-    yield shell
-    shell.end()
-
-
 @pytest.mark.slow
-def test_a_run_in_progress_can_be_listed_but_not_pruned(watched: Shell) -> None:
+def test_a_run_in_progress_can_be_listed_but_not_pruned(shell: Shell) -> None:
     how = ("steps=100000", "checkpoint.every=5", "--no-ray", "--workers", "2")
-    process = watched.popen("launch", "small.yaml", *how)
-    watched.reaches(process, "small", 12)
-    assert "run folder runs/small is in use by a launch" in watched.run("checkpoints", "prune", "small", expect=2)
-    assert "resumes from it" in watched.run("checkpoints", "list", "small")
+    process = shell.popen("launch", "small.yaml", *how)
+    shell.reaches(process, "small", 12)
+    assert "run folder runs/small is in use by a launch" in shell.run("checkpoints", "prune", "small", expect=2)
+    assert "resumes from it" in shell.run("checkpoints", "list", "small")
     process.terminate()
-    assert "stopped on request; the same command resumes from step_" in watched.finish(process, expect=3)
-    assert "all intact" in watched.run("checkpoints", "verify", "small")
+    assert "stopped on request; the same command resumes from step_" in shell.finish(process, expect=3)
+    assert "all intact" in shell.run("checkpoints", "verify", "small")

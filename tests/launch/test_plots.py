@@ -9,12 +9,14 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
+from tests.support import later
 from vimscale.errors import LaunchError
 from vimscale.launch import cluster as clusters
 from vimscale.launch.commands import app, plan
-from vimscale.launch.display import plots
 from vimscale.prepare.inspection import contact_sheet, lettering
 from vimscale.recipe import recipe
+
+plots = later.module("vimscale.launch.display.plots", "matplotlib")
 
 TEXTS = ("Zoë's ½ naïve Straße", "Ωμέγα кошка", "猫 犬", "한국어", "عربى", "ő", "a\nb\x07\ud800", "\U0010fffe")
 

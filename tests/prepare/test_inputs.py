@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import later
 from tests.support.image_sets import image, samples_of
 from vimscale.data.shards.manifest import write_shard
 from vimscale.errors import DataError
@@ -15,9 +16,9 @@ from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
 
-datasets = pytest.importorskip("datasets", reason="needs the extra dev")
-pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
-pytest.importorskip("pyarrow.parquet")
+datasets = later.module("datasets")
+pa = later.module("pyarrow")
+parquet = later.module("pyarrow.parquet")
 
 
 def test_tables_of_paths_and_folders_give_the_same_samples(tmp_path: Path, images: Path) -> None:
@@ -25,7 +26,7 @@ def test_tables_of_paths_and_folders_give_the_same_samples(tmp_path: Path, image
     prepare(str(root), tmp_path / "folder", Options(), Columns())
     rows = [(str(path.relative_to(root)), path.relative_to(root).parts[0]) for path in sorted(root.rglob("*.jpg"))]
     (root / "table.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
-    pa.parquet.write_table(pa.table({"file": [r[0] for r in rows], "kind": [r[1] for r in rows]}), root / "t.parquet")
+    parquet.write_table(pa.table({"file": [r[0] for r in rows], "kind": [r[1] for r in rows]}), root / "t.parquet")
     manifest = prepare(str(root / "table.csv"), tmp_path / "csv", Options(), Columns())[""]
     prepare(str(root / "t.parquet"), tmp_path / "parquet", Options(), Columns(image="file", label="kind"))
     assert manifest.classes == ("cat", "dog", "owl")
@@ -109,11 +110,11 @@ def _junk(folder: Path) -> None:
 
 
 def _floats(folder: Path) -> None:
-    pa.parquet.write_table(pa.table({"image": [b"x"], "label": [0.5]}), folder / "in.parquet")
+    parquet.write_table(pa.table({"image": [b"x"], "label": [0.5]}), folder / "in.parquet")
 
 
 def _numbers(folder: Path) -> None:
-    pa.parquet.write_table(pa.table({"image": [1], "label": [1]}), folder / "in.parquet")
+    parquet.write_table(pa.table({"image": [1], "label": [1]}), folder / "in.parquet")
 
 
 WRONG = {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import later
 from tests.support.image_sets import image, samples_of
 from vimscale.data.images import decode
 from vimscale.data.shards.manifest import write_shard
@@ -14,9 +15,9 @@ from vimscale.prepare.inputs.rows import Columns
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
 
-datasets = pytest.importorskip("datasets", reason="needs the extra dev")
-pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
-pytest.importorskip("pyarrow.parquet")
+datasets = later.module("datasets")
+pa = later.module("pyarrow")
+parquet = later.module("pyarrow.parquet")
 
 NUMBERED = (*range(12), 11)
 
@@ -37,7 +38,7 @@ def _table(folder: Path, labels: list, extension: str = "jpg", name: str = "in.c
 
 
 def _parquet(folder: Path, labels: list) -> str:
-    pa.parquet.write_table(
+    parquet.write_table(
         pa.table({"image": [image(i) for i in range(len(labels))], "label": labels}), folder / "in.parquet"
     )
     return "in.parquet"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.support import later
 from tests.support.image_sets import files_of, image, samples_of
 from vimscale.data.shards.manifest import index_of
 from vimscale.errors import DataError
@@ -21,8 +22,8 @@ from vimscale.prepare.inspection import inspect
 from vimscale.prepare.make import prepare
 from vimscale.prepare.shapes import Options
 
-pa = pytest.importorskip("pyarrow", reason="needs the extra dev")
-pytest.importorskip("pyarrow.parquet")
+pa = later.module("pyarrow")
+parquet = later.module("pyarrow.parquet")
 
 
 def test_a_folder_of_classes_becomes_a_data_set(tmp_path: Path, images: Path) -> None:
@@ -47,7 +48,7 @@ def test_any_path_becomes_a_key_or_is_listed_as_skipped(tmp_path: Path) -> None:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in/b").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(image(0))
-    pa.parquet.write_table(pa.table({"path": names, "label": [0, 0, 0, 0, 0]}), tmp_path / "in/t.parquet")
+    parquet.write_table(pa.table({"path": names, "label": [0, 0, 0, 0, 0]}), tmp_path / "in/t.parquet")
     manifest = prepare(str(tmp_path / "in/t.parquet"), tmp_path / "set", Options(), Columns())[""]
     assert manifest.skipped == {"unreadable": 2}
     assert samples_of(tmp_path / "set").keys() == {"cache/a_1", "_c", "__x__"}

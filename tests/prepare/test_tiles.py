@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from launch.commands.app import app
+from tests.support import later
 from tests.support.image_sets import files_of, samples_of
 from tests.support.slides import PAPER, scene, write_pyramid
 from vimscale.data.images import bags, cutting, decode
@@ -27,7 +28,7 @@ from vimscale.prepare.inspection import contact_sheet, inspect, repair
 from vimscale.prepare.make import finished, prepare
 from vimscale.prepare.shapes import Options
 
-tifffile = pytest.importorskip("tifffile", reason="needs the extra dev")
+tifffile = later.module("tifffile")
 
 CELLS = [(0, 1), (2, 0), (2, 4)]
 SIDE = 64

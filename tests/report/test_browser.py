@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.support import later
 from tests.support.recorded import append, write_run
+from vimscale.report import record
 
-pytest.importorskip("bokeh", reason="pages about runs need Bokeh: pip install 'vimscale[report]'")
-from vimscale.report import page, record, serve  # they import Bokeh
+page = later.module("vimscale.report.page", "bokeh")
+serve = later.module("vimscale.report.serve", "bokeh")
 
 pytestmark = pytest.mark.slow
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -136,7 +138,7 @@ def test_a_legend_and_a_runs_box_hide_series(browser: Any, runs: list[Path], tmp
 def test_a_served_page_follows_the_run_and_keeps_its_zoom(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "growing", 50)
 
-    def collect() -> page.Content:
+    def collect() -> Any:
         return page.collect([record.read(str(folder))], ["not asked for"])
 
     with serve.Server(serve.Reports([folder], collect), 0, "secret") as server:

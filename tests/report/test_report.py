@@ -8,20 +8,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from launch.commands import app
+from tests.support import later
 from tests.support.recorded import append, write_run
 from tests.support.shell import Shell
 from vimscale.errors import CheckpointError, LaunchError, RecipeError, UserError
+from vimscale.report import decimate, record, series
 
-pytest.importorskip("bokeh", reason="pages about runs need Bokeh: pip install 'vimscale[report]'")
-from launch.commands import app
-from vimscale.report import decimate, page, record, series
-from vimscale.report.serve import Reports, Server
+page = later.module("vimscale.report.page", "bokeh")
+serve = later.module("vimscale.report.serve", "bokeh")
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>$$x$$"
 
@@ -256,13 +258,13 @@ def test_ctrl_c_ends_serving_with_code_0(shell: Shell) -> None:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
+def served(tmp_path: Path) -> Iterator[tuple[Any, Path]]:
     folder = write_run(tmp_path / "mine", 50)
 
-    def collect() -> page.Content:
+    def collect() -> Any:
         return page.collect([record.read(str(folder))], ["not asked for"])
 
-    with Server(Reports([folder], collect), 0, "secret") as server:
+    with serve.Server(serve.Reports([folder], collect), 0, "secret") as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server, folder
@@ -270,14 +272,14 @@ def served(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
         thread.join()
 
 
-def _get(server: Server, path: str, host: str | None = None) -> tuple[int, str]:
+def _get(server: Any, path: str, host: str | None = None) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
     connection.request("GET", path, headers={"Host": host} if host else {})
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
 
-def test_only_the_page_and_its_data_are_served_to_those_who_know_the_token(served: tuple[Server, Path]) -> None:
+def test_only_the_page_and_its_data_are_served_to_those_who_know_the_token(served: tuple[Any, Path]) -> None:
     server, _ = served
     assert urlsplit(server.address).hostname == "127.0.0.1"
     for path in ("/", "/secre/", "/secret", "/secret/../", "/secret/metrics.jsonl", "/secret//etc/passwd", "/data"):
@@ -289,7 +291,7 @@ def test_only_the_page_and_its_data_are_served_to_those_who_know_the_token(serve
     assert "connect-src &#x27;self&#x27;" in text
 
 
-def test_data_are_sent_when_the_run_has_grown(served: tuple[Server, Path]) -> None:
+def test_data_are_sent_when_the_run_has_grown(served: tuple[Any, Path]) -> None:
     server, folder = served
     code, text = _get(server, "/secret/data?have=nothing")
     first = json.loads(text)
@@ -305,10 +307,10 @@ def test_data_are_sent_when_the_run_has_grown(served: tuple[Server, Path]) -> No
     assert json.loads(_get(server, "/secret/data")[1])["form"] != first["form"]
 
 
-def test_a_busy_port_is_one_message(served: tuple[Server, Path]) -> None:
+def test_a_busy_port_is_one_message(served: tuple[Any, Path]) -> None:
     server, _ = served
     with pytest.raises(LaunchError, match="choose another one"):
-        Server(server.reports, server.server_port, None)
+        serve.Server(server.reports, server.server_port, None)
 
 
 def test_the_page_names_what_the_ranks_computed_on(tmp_path: Path) -> None:

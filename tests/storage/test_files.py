@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import later
 from tests.support.shell import Shell
-from vimscale.launch.display import plots
 from vimscale.storage import files
+
+plots = later.module("vimscale.launch.display.plots", "matplotlib")
 
 
 @pytest.fixture

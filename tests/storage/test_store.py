@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import fsspec
 import pytest
 
+from tests.support import later
 from tests.support.noise import BYTES, HASTY, ROOT, SAMPLE, SAMPLES, SHARDS, TWO_SHARDS, everything, moved
 from tests.support.web_server import WebServer, changed, cut, hang, page, redirected, status
 from vimscale.data.dataset import Dataset
@@ -22,7 +23,7 @@ from vimscale.errors import DataError
 from vimscale.storage.store import Bucket, Retry, open_store
 
 obstore = pytest.importorskip("obstore", reason="needs the extra dev")
-moto_server = pytest.importorskip("moto.server", reason="needs the extra dev")
+moto_server = later.module("moto.server")
 
 # ---- a web server
 
