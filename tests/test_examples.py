@@ -65,6 +65,7 @@ def test_tile_features_are_those_of_the_model_from_shards_and_from_images(tmp_pa
         assert torch.allclose(written["features"], expected, atol=1e-5)  # another number of threads
 
 
+@pytest.mark.slow
 def test_scan_agrees_with_the_reference() -> None:
     assert "largest difference from the reference" in _run("scan.py")
 

@@ -413,6 +413,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ranks_wait_longer_for_a_slow_mirror_than_for_each_other(tmp_path: Path) -> None:
     saver = Saver(tmp_path / "c", Checkpoint(mirror=str(tmp_path / "there")), "run", lambda event: None)
     saver.save({"weight/a@0": torch.zeros(2_000_000)}, _train_state(10))

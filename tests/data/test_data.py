@@ -236,7 +236,9 @@ def alone(small_set: Path) -> list[Global]:
     return _global(small_set, _recipe(*EVERYTHING), 1, 0, 9)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (4, 2), (6, 0), (8, 3)])
+@pytest.mark.parametrize(
+    ("world", "workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (4, 2), (6, 0), pytest.param(8, 3, marks=pytest.mark.slow)]
+)
 def test_global_batches_depend_on_neither_ranks_nor_workers_nor_restarts(
     small_set: Path, alone: list[Global], world: int, workers: int
 ) -> None:

@@ -138,7 +138,7 @@ def test_the_decoded_image_that_views_get_is_not_changed(mine: Path) -> None:
     assert not same[:, 0, 0].all()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "returned"),
     [

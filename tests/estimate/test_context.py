@@ -204,6 +204,7 @@ def test_plan_and_show_count_groups() -> None:
     assert "on 2 ranks" in said[1]
 
 
+@pytest.mark.slow
 def test_a_single_image_that_fits_no_device_may_fit_several() -> None:
     tight = dataclasses.replace(H100, memory=18 * 10**8)
     changes = [*SMALL, "model.image_size=4096", "model.depth=4"]

@@ -33,6 +33,7 @@ def _planner(name: str, *changes: str) -> Planner:
     return Planner(chosen, chosen.shape(10), Target("here", None, 10**12, Fabric(2, 1, 1), None), 0)
 
 
+@pytest.mark.slow
 def test_work_follows_the_tokens_and_passes_of_an_objective() -> None:
     assert _planner("classification").relative_work() == 1
     assert _planner("classification").flops == 3 * 32 * flops(_recipe("classification").shape(10))

@@ -123,6 +123,7 @@ OPS = {
 
 
 CASES = [(family, backend) for family in CALLS for backend in ("reference", *FUSED)]
+LONG = {("mixers", "triton"), ("dual scans", "triton")}
 
 
 def _awkward(shape: torch.Size, kind: int) -> Tensor:
@@ -181,7 +182,9 @@ def _run(family: str, backend: str, every: int = 1) -> OpRules:
     return rules
 
 
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(
+    ("family", "backend"), [pytest.param(*case, marks=pytest.mark.slow) if case in LONG else case for case in CASES]
+)
 def test_ops_follow_torchs_rules_and_equal_the_reference_with_any_optional_arguments(family: str, backend: str) -> None:
     _run(family, backend, every=3 if backend == "triton" else 1)  # a second for each in the interpreter
 

@@ -68,6 +68,7 @@ def test_tokens_can_be_2_to_the_31_elements_apart(backend: Backend) -> None:
     assert_close(results(map(far, near), backend), exact, dtype)
 
 
+@pytest.mark.slow
 def test_the_large_form_of_every_kernel_equals_the_reference_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several images, blocks of channels and tiles of tokens, all numbered along one axis of the grid."""
     monkeypatch.setattr(large, "OFFSETS", 0)

@@ -176,7 +176,9 @@ def test_numba_equals_the_reference_with_gradients(
         _agrees_with_fp64(shape, dtype, mode, options, "cpu", monkeypatch)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode == "both" else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
+)
 def test_triton_equals_the_reference_with_gradients(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public functions; test_selective_scan_triton.py covers shapes and corner cases."""
     _agrees_with_fp64((2, 11, 40, 4), torch.float32, mode, OPTIONS[-1], "triton", monkeypatch)

@@ -166,6 +166,7 @@ def test_kernels_for_a_gpu_and_a_cpu_agree(cut: Cut) -> None:
     assert_close(gpu, cpu, torch.float32, BOUND[torch.float32])
 
 
+@pytest.mark.slow
 def test_the_large_form_and_strange_strides_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, cut: Cut) -> None:
     cut(16, 32)
     tensors = {name: t.to(DEVICE["triton"]) for name, t in inputs((2, 35, 1, 8, 6), (2,)).items()}

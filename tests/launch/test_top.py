@@ -236,7 +236,7 @@ def test_a_killed_run_is_shown_as_such_and_then_as_it_resumes(shell: Shell) -> N
     assert "is not a folder" in shell.run("top", "elsewhere", expect=2)
 
 
-@pytest.mark.parametrize("end", [b"q", b"\x03"])
+@pytest.mark.parametrize("end", [b"q", pytest.param(b"\x03", marks=pytest.mark.slow)])
 def test_top_refreshes_in_a_terminal_and_ends_on_q_and_ctrl_c(tmp_path: Path, end: bytes) -> None:
     folder = write_run(tmp_path / "runs" / "mine", 50)
     ours, theirs = pty.openpty()
