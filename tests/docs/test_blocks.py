@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from launch.cluster import Cluster
 from tests.docs.blocks import PAGES, ROOT, SHELL, Block, blocks, command_faults, commands, tree_faults
-from tests.support import photos
+from tests.support import photos, published, slides
 from tests.support.image_sets import image
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -117,7 +118,9 @@ def _run(page: str, folder: Path, cache: Path) -> str:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """Return a folder with what pages name: two runs (`mine` of mine.yaml, and `tuned`), photos, sets, an image."""
+    """Return a folder with what pages name: two runs (`mine` of mine.yaml, and `tuned`), photos, slides, sets, an
+    image, a published file.
+    """
     from vimscale.data import digits
 
     folder = tmp_path_factory.mktemp("home")
@@ -134,6 +137,10 @@ def home(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     for name, kind in (("one.jpg", "JPEG"), ("two.png", "PNG")):
         (folder / "photos/0" / name).write_bytes(image(1, kind=kind))
     (folder / "digit.png").write_bytes(image(1, kind="PNG"))
+    for number in range(6):
+        pixels = slides.scene(2048, 1024, 1024, [(number % 2, 0)], seed=number)
+        slides.write_pyramid(folder / "slides" / str(number % 2) / f"{number}.tif", pixels)
+    torch.save({"model": published.random_state(published.arguments_of("v2")[0])}, folder / "vim_tiny.pth")
     for change in ("seed=0", "name=tuned seed=1"):
         _shell(f"vimscale launch mine.yaml {change} --no-ray", folder, cache)
     return folder
