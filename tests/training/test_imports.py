@@ -26,6 +26,7 @@ UNUSED = [
     *("torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.cpp_extension", "sympy", "networkx"),
     *("deepspeed.ops.op_builder.all_ops", "setuptools", "pkg_resources", "transformers", "datasets", "pandas"),
     *("pyarrow", "matplotlib", "ray", "rich", "typer", "webdataset", "fsspec", "obstore", "aiohttp"),
+    "mlflow",
 ]
 
 

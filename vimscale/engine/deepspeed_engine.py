@@ -1,4 +1,4 @@
-"""DeepSpeed: the only file, besides `eager`, that imports it.
+"""DeepSpeed: the only file, besides `eager`, that uses it.
 
 At every ZeRO stage, the engine shows a rank's part of the training state as *fragments*: slices of single parameters,
 with the fp32 weights and the optimizer's moments as flat tensors. Checkpoints and the moving average are written in
@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimscale.checkpoint.restore import OF_OBJECTIVE
 from vimscale.engine import layerwise, optim
-from vimscale.engine.eager import without_compiler
+from vimscale.engine.eager import deepspeed, without_compiler
 from vimscale.engine.flat import FlatLearner, NarrowPieces, layout
 from vimscale.engine.zero_layout import BUCKET
 from vimscale.errors import RecipeError, RunFailed

@@ -1,20 +1,36 @@
-"""Keep torch's compiler out of a process that compiles nothing.
+"""Keep out of a process what it does not use: torch's compiler if nothing is compiled, and MLflow.
 
 Optimizers and custom ops mark their functions as "not to be compiled" on first use, which imports torch._dynamo,
 torch._inductor, sympy and more: 1,500 modules, and most of the time that an engine takes to build.
 """
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import deepspeed.ops
-from deepspeed.runtime import compiler
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch._library.custom_ops import OPDEFS
 from torch.optim import Optimizer
 
 from vimscale.engine.optim import AdamW
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, whose tuner imports MLflow wherever it is installed: 3.5 s of every rank's start, and a thread."""
+    modules: dict[str, Any] = sys.modules
+    hidden = "mlflow" not in modules
+    if hidden:
+        modules["mlflow"] = None
+    try:
+        import deepspeed
+
+        return deepspeed
+    finally:
+        if hidden:
+            del modules["mlflow"]
+
+
+deepspeed = _import_deepspeed()
 
 
 def without_compiler() -> None:
@@ -25,6 +41,9 @@ def without_compiler() -> None:
     Recomputation and ZeRO-3 import the compiler all the same: torch's checkpoint and DeepSpeed's hooks ask for it by
     name.
     """
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
     for function in (
         Optimizer.add_param_group,
         Optimizer.zero_grad,
