@@ -4,8 +4,8 @@ Axes: k directions, b images, c chunks of q tokens, h heads, p channels of a hea
 directions read the same x, B and C; g groups of heads, whose gradients of B and C are separate sums.
 
 Local matrices have rows of P or N numbers (p or n, up to a multiple of WIDTH) or of `pitch` (q, up to a multiple of
-LANES). A product computes tiles of ROWS x WIDTH numbers in registers; rows and columns that pad a tile receive
-numbers that nothing reads.
+LANES). A product computes tiles of ROWS x WIDTH numbers in registers, or of ROWS x LANES where fewer columns are left;
+rows and columns that pad a tile receive numbers that nothing reads.
 """
 # numba infers the types of what it compiles:
 # mypy: disable-error-code="no-untyped-def"
