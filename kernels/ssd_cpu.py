@@ -97,7 +97,7 @@ def _arguments(inputs: SsdInputs, chunks: _Chunks) -> list[Any]:
 
 def _more_arguments(inputs: SsdInputs, chunks: _Chunks, reverse: Sequence[bool], with_states: bool) -> list[Any]:
     j, _, length, _, p = inputs.x.shape
-    rates = inputs.A_log.exp() * -LOG2E  # of the base-2 logarithms of decays
+    rates = inputs.A_log.exp() * -float(LOG2E)  # of the base-2 logarithms of decays
     tensors = chunks.scores, chunks.decay, chunks.step, rates, inputs.D
     shape = j, length, p, inputs.B.shape[-1]
     return [*(array(t, t.ndim) for t in tensors), array(inputs.initial, 5), np.array(reverse), shape, with_states]
