@@ -370,7 +370,6 @@ def backward(
                     count = min(q, length - start)
                     dt = step[k, image, h, c]
                     read_rows((count, p, P, x, x_at + start * x_strides[2], x_strides[2], X))
-                    X[count:] = np.float32(0)
                     read_rows((count, p, P, dy, ((image * length + start) * heads + h) * p, heads * p, DY))
                     _transpose((count, p, P, X, wide, X_T))
                     dD[k, image, h, c] = _within(

@@ -38,7 +38,7 @@ PRODUCTS = {
 # median some before it needs one of the others, which the first-level cache has.
 AHEAD = {"selective_scan_fwd": 3, "selective_scan_bwd": 5, "scan_segments_fwd": 3, "scan_segments_bwd": 3}
 LEAD = 200
-LEAD_OF_REST = {"selective_scan_fwd": 40, "selective_scan_bwd": 40, "scan_segments_fwd": 25, "scan_segments_bwd": 30}
+LEAD_OF_REST = {"selective_scan_fwd": 40, "selective_scan_bwd": 40, "scan_segments_fwd": 29, "scan_segments_bwd": 30}
 
 # Most bytes spilled per lane. sm_90: once per program, outside the loop. sm_100: this costs 3 to 5 loads and stores of
 # 278 instructions; half the channels per warp would spill nothing and issue 317. sm_80: once per program, for packed
@@ -151,5 +151,5 @@ def test_a_load_leads_to_the_first_instruction_that_needs_it_in_this_iteration_o
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_and_dtype_compiles(target: str, tmp_path: Path) -> None:
-    widths = () if target == "sm_90" else ("--width", "768")
+    widths = () if target == "sm_90" else ("--width", "768")  # each target takes minutes; sm_90 is the one that counts
     _check(_rows(tmp_path, "--target", target, *widths))

@@ -164,6 +164,25 @@ def test_strong_and_weak_decays_over_many_tokens(exponent: float) -> None:
     assert_close(ours, exact, torch.float32, BOUND[torch.float32])
 
 
+def test_nan_in_one_image_does_not_reach_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread computes both, in the same memory; 12 tokens are a full chunk and a part of one."""
+    monkeypatch.setattr(ssd_cpu, "CHUNK", 8)
+    monkeypatch.setattr(ssd_cpu, "DENSE", 7)
+    monkeypatch.setattr(ssd_cpu, "FEW", 1)  # otherwise each head is an item, with memory that others do not use
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tensors = inputs((2, 12, 2, 5, 4), (2,))
+        clean = with_both(tensors, torch.float32, backend="cpu")
+        tensors["x"][:, 0] = torch.nan
+        hurt = with_both(tensors, torch.float32, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert hurt["y"][0].isnan().any()
+    for name, axis in {"y": 0, "dx": 1, "ddt": 1, "dB": 1, "dC": 1}.items():
+        assert torch.equal(hurt[name].select(axis, 1), clean[name].select(axis, 1)), name
+
+
 def test_a_weak_decay_after_strong_ones_keeps_its_digits() -> None:
     tensors = {name: t for name, t in inputs((1, 200, 1, 4, 4)).items() if name != "initial_state"}
     tensors["dt"] = torch.where(torch.arange(200) < 150, 50.0, -14.0)[None, :, None].double()

@@ -50,6 +50,14 @@ def test_a_rank_imports_nothing_that_its_first_step_does_not_use(tmp_path: Path,
     assert [name for name in UNUSED if name in modules] == []
 
 
+def test_deepspeed_does_not_import_mlflow_and_a_run_still_can(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.py").write_text("")
+    code = "import sys, vimscale.engine.deepspeed_engine; print('mlflow' in sys.modules); import mlflow"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_the_command_line_imports_nothing_that_only_ranks_use() -> None:
     code = "import sys, vimscale.launch.commands.app; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
