@@ -17,16 +17,16 @@ demo: $(READY)
 	@echo "Next: source $(VENV)/bin/activate, then vimscale --help; docs/one-image.md shows how it works."
 
 # A fault that lint finds is printed at once, and ends make once the tests have run.
-test: compiled
+test: $(READY)
 	$(MAKE) -j 2 lint tests
 
-test-all: compiled
+test-all: $(READY)
 	$(MAKE) -j 2 lint tests-all
 
-tests: $(READY)
+tests: compiled
 	$(PYTEST)
 
-tests-all: $(READY)
+tests-all: compiled
 	$(PYTEST) -m "not gpu"
 
 compiled: $(READY)

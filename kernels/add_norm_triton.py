@@ -35,7 +35,7 @@ def forward(
     stats = weight.new_empty(m, 2)
     with torch.cuda.device_of(x):
         add_norm_fwd_kernel[(m,)](
-            x, residual, weight, bias, normed, total, stats, d, eps, kind == "layer", **_launch(d)
+            x, residual, weight, bias, normed, total, stats, d, eps, kind == "layer", **launch_of_rows(d)
         )
     return normed, total, stats
 
@@ -55,7 +55,7 @@ def backward(
     with torch.cuda.device_of(total):
         add_norm_bwd_kernel[(programs,)](
             total, weight, stats, dnormed, dtotal, dx, dresidual, parts, m, d, rows, kind == "layer", has_bias,
-            **_launch(d),
+            **launch_of_rows(d),
         )  # fmt: skip
     dweight, *dbias = parts.sum(0)
     return (
@@ -66,7 +66,7 @@ def backward(
     )
 
 
-def _launch(d: int) -> dict[str, int | bool]:
+def launch_of_rows(d: int) -> dict[str, int | bool]:
     width = triton.next_power_of_2(d)
     return {"WIDTH": width, "num_warps": min(max(width // WARP_ELEMENTS, 1), 16), "enable_fp_fusion": True}
 
@@ -139,7 +139,7 @@ def compile_cases(dtype: torch.dtype, d: int, target: str) -> list[CompileCase]:
     """RMSNorm without a bias, as the models launch it, and LayerNorm with one; both add to a residual stream."""
     activation = dict.fromkeys(("x", "normed", "dnormed", "dx"), TRITON_TYPE[dtype])
     integers = dict.fromkeys(("m", "d", "rows"), "i32")
-    options = _launch(d)
+    options = launch_of_rows(d)
     width = options.pop("WIDTH")
     with_dx = dtype != torch.float32
     cases = []

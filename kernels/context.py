@@ -23,7 +23,7 @@ from .causal_conv1d import split_parameters as split_conv
 from .checks import wide, without_autocast
 from .scan_inputs import ScanInputs
 from .scan_segments import Ends
-from .selective_scan import CHUNK, _rows, _with_rows, decay_rates, empty_states, of_logarithm
+from .selective_scan import CHUNK, _with_rows, decay_rates, empty_states, of_logarithm, rows
 from .ssd import _ssd
 from .torch_op import torch_op
 
@@ -305,7 +305,7 @@ def _scan_backward(
     else:
         known["log_A"] = True
     dx, ddt, dparameters, *_ = fused_module("selective_scan", backend).backward(
-        _with_rows(inputs), states, _rows(ds), dfinal.contiguous(), reverse, CHUNK[backend], **known
+        _with_rows(inputs), states, rows(ds), dfinal.contiguous(), reverse, CHUNK[backend], **known
     )
     if backend == "cpu":
         dparameters = of_logarithm(dparameters, inputs.A, True)

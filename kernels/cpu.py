@@ -68,6 +68,15 @@ def tile(rows, block=BLOCK):
     return zeros(rows, block)
 
 
+@inline
+def sum_lanes(lanes):
+    """The sum of LANES numbers (1, LANES)."""
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[0, lane]
+    return total
+
+
 @emitted
 def read_rows(code, rows, width, block, x, at, row, tile):
     """Read rows of `width` channels, from index `at` on and `row` apart, into a tile of `block` channels. Sets the

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .backend import fused_module
+from .recurrence import add_gradients, begins_image
 from .scan_inputs import ScanInputs
-from .selective_scan import _begins, _order, _walk, _with_rows, decay_rates
+from .selective_scan import _walk, _with_rows, decay_rates
 from .torch_op import torch_op
 
 
@@ -89,17 +90,13 @@ def _reference(inputs: ScanInputs, reverse: Sequence[bool], ds: Tensor | None) -
         found, steps = [], []
         for k, backwards in enumerate(reverse):
             walk = _walk(inputs, k, backwards)
-            order = _order(len(walk.decay), backwards)
             if ds is None:
-                found.append(walk.after[order[-1]])
+                found.append(walk.after[0 if backwards else -1])
             else:
-                q = torch.zeros_like(walk.decay[0])
-                for t in reversed(order):
-                    g = q + ds[k, :, t].to(q.dtype).unsqueeze(-1) * walk.C[:, t].unsqueeze(1)
-                    q = g * walk.decay[t]
-                found.append(q)
+                g = ds[k].to(walk.C.dtype).transpose(0, 1).unsqueeze(-1) * walk.C.transpose(0, 1).unsqueeze(2)
+                found.append(add_gradients(g, walk.decay, None, backwards))
             total = walk.step.sum(1)
             if inputs.image is not None:
-                total[_begins(inputs.image, backwards).any(1)] = -1
+                total[begins_image(inputs.image, backwards).any(1)] = -1
             steps.append(total)
         return Ends(torch.stack(found).unsqueeze(2), torch.stack(steps).unsqueeze(2))

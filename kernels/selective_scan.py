@@ -8,7 +8,6 @@ does not. The fused backends are in selective_scan_cpu.py and selective_scan_tri
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .backend import Backend, choose, fused_module
 from .checks import check_tensors, images_of, wide
+from .recurrence import add_gradients, add_states, begins_image
 from .scan_inputs import ScanInputs
 from .torch_op import torch_op
 
@@ -58,30 +58,10 @@ def _walk(inputs: ScanInputs, k: int, reverse: bool) -> _Walk:
 
     decay = (step.transpose(0, 1).unsqueeze(-1) * A).exp()
     if image is not None:
-        decay[_begins(image, reverse).transpose(0, 1)] = 0
+        decay[begins_image(image, reverse).transpose(0, 1)] = 0
     after = (step * x).transpose(0, 1).unsqueeze(-1) * B.transpose(0, 1).unsqueeze(2)
-    order = _order(len(after), reverse)
-    if initial is not None:
-        after[order[0]].addcmul_(decay[order[0]], initial)
-    for previous, t in pairwise(order):
-        after[t].addcmul_(decay[t], after[previous])
-
-    start = (torch.zeros_like(after[0]) if initial is None else initial).unsqueeze(0)
-    before = torch.cat([after[1:], start] if reverse else [start, after[:-1]])
+    before = add_states(after, decay, initial, reverse)
     return _Walk(x, B, C, raw, step, decay, before, after)
-
-
-def _order(length: int, reverse: bool) -> range:
-    return range(length - 1, -1, -1) if reverse else range(length)
-
-
-def _begins(image: Tensor, reverse: bool) -> Tensor:
-    """(b, l) bool: whether the previous token in scan order belongs to another image. Whatever precedes the sequence
-    is image 0.
-    """
-    if reverse:
-        return image != torch.cat([image[:, 1:], image[:, -1:]], dim=1)
-    return image != torch.cat([torch.zeros_like(image[:, :1]), image[:, :-1]], dim=1)
 
 
 def _reference_forward(inputs: ScanInputs, reverse: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -105,13 +85,7 @@ def _reference_backward(
         walk, wide_ds = _walk(inputs, k, backwards), ds[k].to(A.dtype)
 
         g = wide_ds.transpose(0, 1).unsqueeze(-1) * walk.C.transpose(0, 1).unsqueeze(2)  # (l, b, e, n)
-        order = _order(len(g), backwards)
-        if dfinal is not None:
-            g[order[-1]] += dfinal[k]
-        for following, t in pairwise(reversed(order)):
-            g[t].addcmul_(walk.decay[following], g[following])
-
-        dinitial = walk.decay[order[0]] * g[order[0]]
+        dinitial = add_gradients(g, walk.decay, None if dfinal is None else dfinal[k], backwards)
         dC[k] = torch.einsum("lben,ble->bln", walk.after, wide_ds)
         dB[k] = torch.einsum("lben,ble->bln", g, walk.step * walk.x)
         d_entering = torch.einsum("lben,bln->ble", g, walk.B)  # gradient of step * x
@@ -182,12 +156,12 @@ def _scan_backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     if backend == "triton":
         dx, ddt, dparameters, _, _, dinitial = fused_module("selective_scan", backend).backward(
-            _with_rows(inputs), states, _rows(ds), dfinal, reverse, chunk, log_A=log_A, dB=dB, dC=dC
+            _with_rows(inputs), states, rows(ds), dfinal, reverse, chunk, log_A=log_A, dB=dB, dC=dC
         )
         return dx, ddt, dparameters, dinitial
     inputs = inputs._replace(A=decay_rates(A, log_A))
     if backend == "cpu":
-        return cpu_scan_backward(_with_rows(inputs), states, _rows(ds), dfinal, dB, dC, reverse, log_A)
+        return cpu_scan_backward(_with_rows(inputs), states, rows(ds), dfinal, dB, dC, reverse, log_A)
     with torch.autocast(x.device.type, enabled=False):
         dx, ddt, dparameters, dinitial = _reference_backward(inputs, ds, dfinal, reverse, dB, dC)
         return dx, ddt, of_logarithm(dparameters, inputs.A, log_A), dinitial
@@ -258,7 +232,7 @@ def _combine(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     directions have in common.
     """
     if backend != "reference":
-        return fused_module("selective_scan", backend).combine(s.contiguous(), None if z is None else _rows(z), scale)
+        return fused_module("selective_scan", backend).combine(s.contiguous(), None if z is None else rows(z), scale)
     y = s.to(_sums(s)).sum(0) * scale
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(s.dtype)
 
@@ -275,7 +249,7 @@ def _combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None
     """
     if backend != "reference":
         module = fused_module("selective_scan", backend)
-        ds, _ = module.combine_backward(_rows(dy), s.contiguous(), None if z is None else _rows(z), scale, dz=dz)
+        ds, _ = module.combine_backward(rows(dy), s.contiguous(), None if z is None else rows(z), scale, dz=dz)
         return ds
     dy = dy.contiguous()  # elementwise results take the strides of their inputs
     if z is None or dz is None:
@@ -310,13 +284,13 @@ def _sums(s: Tensor) -> torch.dtype:
     return torch.promote_types(s.dtype, torch.float32)
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """t with a contiguous last axis, which the fused kernels require; the other axes keep any strides."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _with_rows(inputs: ScanInputs) -> ScanInputs:
-    return inputs._replace(**{name: _rows(getattr(inputs, name)) for name in ("x", "dt", "B", "C")})
+    return inputs._replace(**{name: rows(getattr(inputs, name)) for name in ("x", "dt", "B", "C")})
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ the paper. The kernels for a CPU are in ssd_cpu.py, those for a GPU in ssd_trito
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from .backend import Backend, choose, fused_module
 from .checks import check_tensors, images_of, wide
-from .selective_scan import Pair, _begins, _combine, _order, fused_scale, stacked
+from .recurrence import add_gradients, add_states, begins_image
+from .selective_scan import Pair, _combine, fused_scale, stacked
 from .torch_op import torch_op
 
 
@@ -80,16 +80,10 @@ def _walk(inputs: SsdInputs, k: int, reverse: bool) -> _Walk:
     step = F.softplus(raw)
     decay = (step * -A_log.exp()).exp()
     if inputs.image is not None:
-        decay = decay.masked_fill(_begins(inputs.image, reverse).unsqueeze(-1), 0)
+        decay = decay.masked_fill(begins_image(inputs.image, reverse).unsqueeze(-1), 0)
     decay = decay.transpose(0, 1)[..., None, None]
     after = torch.einsum("blh,blhp,bln->lbhpn", step, x, B).contiguous()
-    order = _order(len(after), reverse)
-    if initial is not None:
-        after[order[0]].addcmul_(decay[order[0]], initial)
-    for previous, t in pairwise(order):
-        after[t].addcmul_(decay[t], after[previous])
-    start = (torch.zeros_like(after[0]) if initial is None else initial).unsqueeze(0)
-    before = torch.cat([after[1:], start] if reverse else [start, after[:-1]])
+    before = add_states(after, decay, initial, reverse)
     return _Walk(x, B, C, raw, step, decay, before, after)
 
 
@@ -103,7 +97,7 @@ def _reference_forward(inputs: SsdInputs, reverse: Sequence[bool]) -> tuple[Tens
 
 
 def _reference_backward(
-    inputs: SsdInputs, dy: Tensor, dfinal: Tensor | None, reverse: Sequence[bool]
+    inputs: SsdInputs, dy: Tensor, dfinal: Tensor | None, dx: Tensor, dB: Tensor, dC: Tensor, reverse: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """With g_t the gradient that reaches h_t:  g_t = dy_t C_t^T + exp(dt_{t'} A) g_{t'}, where t' follows t in scan
     order. Rebuilds the states: only the inputs were saved, and memory is linear in l.
@@ -113,26 +107,20 @@ def _reference_backward(
     for k, backwards in enumerate(reverse):
         walk, A, D = _walk(inputs, k, backwards), -inputs.A_log[k].exp(), inputs.D[k]
         g = torch.einsum("blhp,bln->lbhpn", wide_dy, walk.C).contiguous()
-        order = _order(len(g), backwards)
-        if dfinal is not None:
-            g[order[-1]] += dfinal[k]
-        for following, t in pairwise(reversed(order)):
-            g[t].addcmul_(walk.decay[following], g[following])
-        dinitial = walk.decay[order[0]] * g[order[0]]
-        dC = torch.einsum("lbhpn,blhp->bln", walk.after, wide_dy)
+        dinitial = add_gradients(g, walk.decay, None if dfinal is None else dfinal[k], backwards)
+        own_dC = torch.einsum("lbhpn,blhp->bln", walk.after, wide_dy)
         d_entering = torch.einsum("lbhpn,bln->blhp", g, walk.B)  # gradient of step * x
-        dB = torch.einsum("lbhpn,blh,blhp->bln", g, walk.step, walk.x)
+        own_dB = torch.einsum("lbhpn,blh,blhp->bln", g, walk.step, walk.x)
         # decay = exp(step A), so the exponent receives (g_t . h_{t-1}) * decay
         d_exponent = (g.mul_(walk.before).sum((-2, -1)) * walk.decay[..., 0, 0]).transpose(0, 1)  # (b, l, h)
         ddt = (d_exponent * A + (d_entering * walk.x).sum(-1)) * torch.sigmoid(walk.raw)
-        dx = d_entering * walk.step.unsqueeze(-1) + D.unsqueeze(-1) * wide_dy
+        own_dx = d_entering * walk.step.unsqueeze(-1) + D.unsqueeze(-1) * wide_dy
         dA_log, dD = (d_exponent * walk.step).sum((0, 1)) * A, (wide_dy * walk.x).sum((0, 1, 3))
-        gradients.append((dx, ddt, dB, dC, torch.stack([dA_log, dD, ddt.sum((0, 1))]), dinitial))
-    dx, ddt, dB, dC, dparameters, dinitial = (torch.stack(each) for each in zip(*gradients, strict=True))
-    if len(inputs.x) < len(reverse):
-        dx, dB, dC = (t.sum(0, keepdim=True) for t in (dx, dB, dC))
-    dtype = inputs.x.dtype
-    return dx.to(dtype), ddt.to(dtype), dB.to(dtype), dC.to(dtype), dparameters, dinitial
+        gradients.append((own_dx, own_dB, own_dC, ddt, torch.stack([dA_log, dD, ddt.sum((0, 1))]), dinitial))
+    *inputs_of_all, ddt, dparameters, dinitial = (torch.stack(each) for each in zip(*gradients, strict=True))
+    for written, each in zip((dx, dB, dC), inputs_of_all, strict=True):
+        written.copy_(each if len(inputs.x) == len(reverse) else each.sum(0, keepdim=True))
+    return ddt.to(inputs.dt.dtype), dparameters.transpose(0, 1).contiguous(), dinitial
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
@@ -162,31 +150,28 @@ def _(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, *others: Any) -> tuple[Te
     return x.new_empty(x.shape[1:]), A_log.new_empty(state if with_state else (0,))
 
 
-@torch_op("ssd_backward", shown=6)
+@torch_op("ssd_backward", shown=3, mutates=("dx", "dB", "dC"))
 def _ssd_backward(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
-    initial: Tensor | None, image: Tensor | None, dy: Tensor, dfinal: Tensor | None, reverse: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns dx, ddt, dB, dC, the gradients of A_log, D and dt_bias (k, 3, h), and that of the initial state, empty if
-    this is None.
+    initial: Tensor | None, image: Tensor | None, dy: Tensor, dfinal: Tensor | None, dx: Tensor, dB: Tensor, dC: Tensor,
+    reverse: Sequence[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Writes dx, dB and dC, whose last axis is contiguous. Returns ddt, the gradients of A_log, D and dt_bias (3, k,
+    h), and that of the initial state, empty if this is None.
     """
     inputs = SsdInputs(x, dt, A_log, B, C, D, dt_bias, initial, image)
     with torch.autocast(x.device.type, enabled=False):
-        if backend != "reference":
-            *gradients, dinitial = fused_module("ssd", backend).backward(inputs, dy, dfinal, reverse)
-        else:
-            *gradients, dinitial = _reference_backward(inputs, dy, dfinal, reverse)
-    dx, ddt, dB, dC, dparameters = gradients
-    return dx, ddt, dB, dC, dparameters, A_log.new_empty(0) if initial is None else dinitial
+        backward = _reference_backward if backend == "reference" else fused_module("ssd", backend).backward
+        ddt, dparameters, dinitial = backward(inputs, dy, dfinal, dx, dB, dC, reverse)
+    return ddt, dparameters, A_log.new_empty(0) if initial is None else dinitial
 
 
 @_ssd_backward.register_fake
 def _(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *others: Any) -> tuple[Tensor, ...]:
     _, _, initial, *_ = others
     k, h = A_log.shape
-    gradients = (t.new_empty(t.shape) for t in (x, dt, B, C))
-    return *gradients, A_log.new_empty(k, 3, h), A_log.new_empty(0 if initial is None else initial.shape)
+    dinitial = A_log.new_empty(0 if initial is None else initial.shape)
+    return dt.new_empty(dt.shape), A_log.new_empty(3, k, h), dinitial
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -198,8 +183,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
     inputs = SsdInputs(*ctx.saved_tensors)
     dy = torch.zeros_like(inputs.x[0]) if dy is None else dy.to(inputs.x.dtype)
-    dx, ddt, dB, dC, dparameters, dinitial = _ssd_backward.inside(*inputs, dy, dfinal, ctx.reverse, ctx.backend)
-    dA_log, dD, dbias = dparameters.unbind(1)
+    dx, dB, dC = (t.new_empty(t.shape) for t in (inputs.x, inputs.B, inputs.C))
+    ddt, dparameters, dinitial = _ssd_backward.inside(*inputs, dy, dfinal, dx, dB, dC, ctx.reverse, ctx.backend)
+    dA_log, dD, dbias = dparameters.unbind()
     return (
         dx, ddt, dA_log, dB, dC, dD, None if inputs.dt_bias is None else dbias,
         None if inputs.initial is None else dinitial, None, None, None, None,

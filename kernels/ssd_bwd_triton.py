@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .large import cdiv, is_large
+from .large import cdiv, is_large, token_number
 from .scan_rows_triton import mask_of
 from .ssd import SsdInputs
 from .ssd_decay_triton import (
@@ -104,7 +104,8 @@ def ssd_pairs_kernel(
 @triton.jit
 def _of_scores(
     dscores, mine, mine_j, mine_b, mine_l, other, other_j, other_b, other_l, values, values_j, values_b, values_l,
-    values_h, step, high, low, total, image, states, sums, out, program, length, chunks, h, p, n, images, backwards,
+    values_h, step, high, low, total, image, states, sums, out, out_j, out_b, out_l, program, length, chunks, h, p, n,
+    images, backwards,
     PER: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     LEAVING: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +172,8 @@ def _of_scores(
                     passed *= tl.load(step + cell)[:, None]
                 found += passed
     # (groups, b, l, n)
-    out += (row * length + start) * n
-    cell = slot[:, None] * n + state[None, :]
+    out += group * out_j + b * out_b + start * out_l
+    cell = token_number(slot, LARGE)[:, None] * out_l + state[None, :]
     tl.store(out + cell, rounded(found, out.dtype.element_ty), mask=(slot < tokens)[:, None] & (state < n)[None, :])
 
 
@@ -180,6 +181,7 @@ def _of_scores(
 def ssd_scores_kernel(
     dscores, x, dy, B, C, step, high, low, total, image, before, after, entered, left, dB, dC, length, chunks, h, p, n,
     images, backwards, x_j, x_b, x_l, x_h, dy_b, dy_l, dy_h, B_j, B_b, B_l, C_j, C_b, C_l,
+    dB_j, dB_b, dB_l, dC_j, dC_b, dC_l,
     PER: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     LARGE: tl.constexpr,
 ):  # fmt: skip
@@ -188,20 +190,23 @@ def ssd_scores_kernel(
     if tl.program_id(0) % 2 == 0:
         _of_scores(
             dscores, C, C_j, C_b, C_l, B, B_j, B_b, B_l, dy, 0, dy_b, dy_l, dy_h, step, high, low, total, image,
-            before, entered, dC, program, length, chunks, h, p, n, images, backwards, PER, TILES, T, P, BLOCK, False,
-            LARGE,
+            before, entered, dC, dC_j, dC_b, dC_l, program, length, chunks, h, p, n, images, backwards, PER, TILES, T,
+            P, BLOCK, False, LARGE,
         )  # fmt: skip
     else:
         _of_scores(
             dscores, B, B_j, B_b, B_l, C, C_j, C_b, C_l, x, x_j, x_b, x_l, x_h, step, high, low, total, image,
-            after, left, dB, program, length, chunks, h, p, n, images, backwards, PER, TILES, T, P, BLOCK, True, LARGE,
+            after, left, dB, dB_j, dB_b, dB_l, program, length, chunks, h, p, n, images, backwards, PER, TILES, T, P,
+            BLOCK, True, LARGE,
         )  # fmt: skip
 
 
 def backward(
-    inputs: SsdInputs, dy: Tensor, dfinal: Tensor | None, reverse: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """As the op: dx, ddt, dB, dC, dparameters and dinitial, which is None if no state passes between chunks."""
+    inputs: SsdInputs, dy: Tensor, dfinal: Tensor | None, dx: Tensor, dB: Tensor, dC: Tensor, reverse: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the op: writes dx, dB and dC, and returns ddt, dparameters and dinitial, which is None if no state passes
+    between chunks.
+    """
     inputs = in_rows(inputs)
     x, _, _, B, C, D, _, initial, image = inputs
     dy = (dy if dy.stride(-1) == 1 else dy.contiguous()).unsqueeze(0)
@@ -221,7 +226,7 @@ def backward(
             assert across is not None, "with `before`, there are gradients across chunks"
             entered, left = (x.new_empty(k, b, h, cdiv(n, block), shape.slots, dtype=torch.float32) for _ in range(2))
             of_states = entered, left, across
-        dx = mix(B, C, dy, sums, image, D, after, reverse, shape, j, gradient=True)
+        mix(B, C, dy, sums, image, D, after, dx, reverse, shape, gradient=True)
 
         per_pair = DecayGradients(
             *(x.new_empty(k, b, h, shape.tiles, shape.slots, dtype=torch.float32) for _ in range(2)),
@@ -235,7 +240,7 @@ def backward(
         )  # fmt: skip
         constants = {
             "TILES": shape.tiles, "T": shape.T, "P": width(p), "BLOCK": block,
-            "LARGE": is_large((1, 1, 1), shape.T, x.stride(2), dy.stride(2), B.stride(2), C.stride(2)),
+            "LARGE": is_large((1, 1, 1), shape.T, *(t.stride(2) for t in (x, dy, B, C, dB, dC))),
         }  # fmt: skip
         ssd_pairs_kernel[(shape.tiles**2 * shape.chunks * b * k,)](
             x,
@@ -252,13 +257,12 @@ def backward(
             **constants,
             **options(x.dtype, 8),
         )
-        dB, dC = (t.new_empty(t.shape) for t in (B, C))
         ssd_scores_kernel[(2 * cdiv(n, block) * cdiv(length, shape.T) * b * j,)](
-            dscores, x, dy, B, C, *sums, image, before, after, entered, left, dB, dC, *sizes, *strides, PER=k // j,
-            **constants, **options(x.dtype, stages=1),
+            dscores, x, dy, B, C, *sums, image, before, after, entered, left, dB, dC, *sizes, *strides,
+            *dB.stride()[:3], *dC.stride()[:3], PER=k // j, **constants, **options(x.dtype, stages=1),
         )  # fmt: skip
         ddt, dparameters = decays_backward(inputs, reverse, shape, sums.step, per_pair, of_states)
-    return dx, ddt, dB, dC, dparameters, dinitial
+    return ddt, dparameters, dinitial
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import ssd_loops_cpu
 from .cpu import LOG2E, array, numbers, run, spread
-from .selective_scan import _begins
+from .recurrence import begins_image
 from .simd import LANES
 from .ssd import SsdInputs
 
@@ -62,7 +62,7 @@ def _chunked(inputs: SsdInputs, reverse: Sequence[bool]) -> _Chunks:
     step = F.pad(F.softplus(raw).transpose(2, 3), (0, c * q - length)).contiguous()
     decay = (step * -inputs.A_log.exp()[:, None, :, None]).exp_()
     if inputs.image is not None:
-        begins = torch.stack([_begins(inputs.image, r) for r in reverse])
+        begins = torch.stack([begins_image(inputs.image, r) for r in reverse])
         decay.masked_fill_(F.pad(begins, (0, c * q - length)).unsqueeze(2), 0)
     step, decay = (t.unflatten(-1, (c, q)) for t in (step, decay))
     scores = B.new_empty(len(B) * B.shape[1], q, -(-q // LANES) * LANES)
@@ -116,9 +116,9 @@ def forward(inputs: SsdInputs, reverse: Sequence[bool], with_state: bool) -> tup
 
 
 def backward(
-    inputs: SsdInputs, dy: Tensor, dfinal: Tensor | None, reverse: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the op: dx, ddt, dB, dC, dparameters and dinitial."""
+    inputs: SsdInputs, dy: Tensor, dfinal: Tensor | None, dx: Tensor, dB: Tensor, dC: Tensor, reverse: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the op: writes dx, dB and dC, and returns ddt, dparameters and dinitial."""
     j, b, length, h, _ = inputs.x.shape
     chunks = _chunked(inputs, reverse)
     with_states = dfinal is not None or inputs.initial is not None or chunks.step.shape[3] > 1
@@ -127,23 +127,27 @@ def backward(
     def new(*shape: int) -> Tensor:
         return chunks.scores.new_empty(shape)
 
-    dx, dscores = new(*inputs.x.shape), new(groups, *chunks.scores.shape)
-    dB, dC = (new(groups if with_states else 0, *t.flatten(0, 1).shape) for t in (chunks.B, chunks.C))
+    written = dx if dx.dtype == torch.float32 else new(*dx.shape)
+    dscores = new(groups, *chunks.scores.shape)
+    of_B, of_C = (new(groups if with_states else 0, *t.flatten(0, 1).shape) for t in (chunks.B, chunks.C))
     dstep, dlog = (torch.zeros_like(chunks.step) for _ in range(2))
     dD, dacross = (chunks.step.new_zeros(chunks.step.shape[:-1]) for _ in range(2))
     of_used, of_left = (torch.zeros_like(chunks.step[: len(reverse) * with_states]) for _ in range(2))
     dinitial = new(*((0,) * 5 if inputs.initial is None else inputs.initial.shape))
-    written = dx, dscores, dB, dC, dstep, dlog, dD, of_used, of_left, dacross, dinitial
+    sums = dscores, of_B, of_C, dstep, dlog, dD, of_used, of_left, dacross, dinitial
     arguments = *_arguments(inputs, chunks), array(dy.flatten(), 1)
     arguments += *_more_arguments(inputs, chunks, reverse, with_states), array(dfinal, 5)
-    run(ssd_loops_cpu.backward, j * b * groups, *arguments, *(numbers(t) for t in written))
+    run(ssd_loops_cpu.backward, j * b * groups, *arguments, *spread(written), *(numbers(t) for t in sums))
+    if written is not dx:
+        dx.copy_(written)
 
     own = (dscores[0] if groups == 1 else dscores.sum(0))[..., : chunks.step.shape[-1]]
-    through_states = dB, dC
-    dB, dC = torch.bmm(own.mT, chunks.C.flatten(0, 1)), torch.bmm(own, chunks.B.flatten(0, 1))
+    products = torch.bmm(own.mT, chunks.C.flatten(0, 1)), torch.bmm(own, chunks.B.flatten(0, 1))
+    for t, product, through_states in zip((dB, dC), products, (of_B, of_C), strict=True):
+        if with_states:
+            product += through_states.sum(0)
+        t.copy_(product.view(j, b, -1, t.shape[-1])[:, :, :length])
     if with_states:
-        for t, more in zip((dB, dC), through_states, strict=True):
-            t += more.sum(0)
         dstep += of_left
         # a token's decay is a factor of `entering` of the tokens from it on, and of `leaving` of those before it
         for k, backwards in enumerate(reverse):
@@ -153,12 +157,5 @@ def backward(
     A = -inputs.A_log.exp()
     dstep, dlog, step = (t.flatten(3)[..., :length].transpose(2, 3) for t in (dstep, dlog, chunks.step))
     ddt = (dstep + dlog * A[:, None, None]) * torch.sigmoid(chunks.raw)
-    dparameters = torch.stack([(dlog * step).sum((1, 2)) * A, dD.sum((1, 3)), ddt.sum((1, 2))], dim=1)
-    dB, dC = (_from_chunks(t, like) for t, like in ((dB, inputs.B), (dC, inputs.C)))
-    return dx.to(inputs.x.dtype), ddt.to(inputs.dt.dtype).contiguous(), dB, dC, dparameters, dinitial
-
-
-def _from_chunks(t: Tensor, like: Tensor) -> Tensor:
-    """(j b c, q, n) as (j, b, l, n) like the given tensor."""
-    j, b, length, n = like.shape
-    return t.view(j, b, -1, n)[:, :, :length].to(like.dtype).contiguous()
+    dparameters = torch.stack([(dlog * step).sum((1, 2)) * A, dD.sum((1, 3)), ddt.sum((1, 2))])
+    return ddt.to(inputs.dt.dtype).contiguous(), dparameters, dinitial

@@ -142,6 +142,12 @@ def _sum_parts(parts, cell, mask, pitch, COUNT: tl.constexpr):
     return found
 
 
+@triton.jit
+def _sum_tokens(numbers):
+    """Per head."""
+    return tl.sum(tl.sum(numbers, 1), 0)
+
+
 @triton.jit(do_not_specialize=["length", "chunks", "backwards"])
 def ssd_decay_bwd_kernel(
     dt, A_log, dt_bias, step, rows, columns, diagonal, trace, entered, left, across, ddt, parts, length, chunks, h,
@@ -151,6 +157,9 @@ def ssd_decay_bwd_kernel(
 ):  # fmt: skip
     """From the gradients of exponents to those of dt, A_log, D and dt_bias; `entered`, `left` and `across` are those of
     what enters, leaves and passes the chunk, in BLOCKS and PARTS partial sums.
+
+    A token's decay is a factor of every decay from a token before it to itself or one after it. Sums run inside a tile,
+    and those of tiles before and after are added whole: a difference of sums over the chunk would have lost digits.
     """
     Q: tl.constexpr = TILES * T
     program = tl.program_id(0)
@@ -158,8 +167,12 @@ def ssd_decay_bwd_kernel(
     chunk, row = program % chunks, (program // chunks).to(tl.int64)
     b, k = row % images, row // images
     reverse = (backwards >> k) & 1 == 1
-    slot = tl.arange(0, SLOTS)[:, None]
-    head = (block * HEADS + tl.arange(0, HEADS))[None, :]
+    # axes: tiles, tokens of a tile, heads; of `through`: tiles, those before and after them, heads
+    tile = tl.arange(0, SLOTS // T)[:, None, None]
+    other = tl.arange(0, SLOTS // T)[None, :, None]
+    token = tl.arange(0, T)[None, :, None]
+    slot = tile * T + token
+    head = (block * HEADS + tl.arange(0, HEADS))[None, None, :]
     here = (slot < Q) & (chunk * Q + slot < length) & (head < h)
     dt += k * dt_k + b * dt_b + chunk.to(tl.int64) * Q * dt_l
     raw = tl.load(dt + token_number(slot, LARGE) * dt_l + head * dt_h, mask=here, other=0.0).to(tl.float32)
@@ -171,50 +184,60 @@ def ssd_decay_bwd_kernel(
     line = row * h + head
     cell = line * slots + chunk * Q + slot
     size = tl.load(step + cell, mask=here, other=0.0)
+    # the token that a scan reads before this one, in the same tile
+    shift = tl.where(reverse, 1, -1)
+    follows = (token + shift >= 0) & (token + shift < T) & (slot < Q) & (chunk * Q + slot + shift < length) & (head < h)
+    size_before = tl.load(step + cell + shift, mask=follows, other=0.0)
+    # per token: what reaches it, what leaves it, what left the token before; per pair of tiles: what passes between
+    reaching = tl.zeros((SLOTS // T, T, HEADS), tl.float32)
+    leaving = tl.zeros((SLOTS // T, T, HEADS), tl.float32)
+    left_before = tl.zeros((SLOTS // T, T, HEADS), tl.float32)
+    through = tl.zeros((SLOTS // T, SLOTS // T, HEADS), tl.float32)
+    # tiles from this one to the other, as the scan goes
+    ahead = tl.where(reverse, tile - other, other - tile)
     # partial sums exist for the tiles that see each other
-    of_row = tl.zeros((SLOTS, HEADS), tl.float32)
-    of_column = tl.zeros((SLOTS, HEADS), tl.float32)
     for i in tl.static_range(TILES):
-        earlier = tl.where(reverse, i >= slot // T, i <= slot // T)
-        later = tl.where(reverse, i <= slot // T, i >= slot // T)
-        exists = here & ((chunk * TILES + i) * T < length)
+        exists = (chunk * TILES + i) * T < length
+        past = tl.where(reverse, i - tile, tile - i)
         part = (line * TILES + i) * slots + chunk * Q + slot
-        of_row += tl.load(rows + part, mask=exists & earlier, other=0.0)
-        of_column += tl.load(columns + part, mask=exists & later, other=0.0)
-    direct = of_column + tl.load(diagonal + cell, mask=here, other=0.0)
-    # a token's decay is a factor of what passes it: of decays to the tokens from it on, from those before it
-    towards = of_row - size * of_column
-    away = tl.zeros((SLOTS, HEADS), tl.float32)
+        of_row = tl.load(rows + part, mask=here & exists & (past >= 0), other=0.0)
+        of_column = tl.load(columns + part, mask=here & exists & (past <= 0), other=0.0)
+        reaching += of_row - tl.where(past == 0, size * of_column, 0.0)
+        leaving += of_column
+        left_before += tl.load(columns + part + shift, mask=follows & exists & (past < 0), other=0.0)
+        to_tile = tl.sum(of_row, 1)[None, :, :]
+        through += tl.where((past > 0) & (ahead > 0), to_tile, 0.0)
+    direct = leaving + tl.load(diagonal + cell, mask=here, other=0.0)
     if left is not None:
         part = line * BLOCKS * slots + chunk * Q + slot
-        towards += _sum_parts(entered, part, here, slots, BLOCKS)
-        direct += _sum_parts(left, part, here, slots, BLOCKS)
-        # what leaves from the token before; a sum less its last term would lose small ones
-        shift = tl.where(reverse, 1, -1)
-        inside = (slot + shift >= 0) & (slot + shift < Q) & (chunk * Q + slot + shift < length) & (head < h)
-        away += _sum_parts(left, part + shift, inside, slots, BLOCKS) * tl.load(
-            step + cell + shift, mask=inside, other=0.0
-        )
-    ahead = tl.where(reverse, away, towards).to(tl.float64)
-    behind = tl.where(reverse, towards, away).to(tl.float64)
-    dlog = tl.cumsum(ahead, 0, reverse=True) + tl.cumsum(behind, 0)
+        of_entered = _sum_parts(entered, part, here, slots, BLOCKS)
+        of_left = _sum_parts(left, part, here, slots, BLOCKS)
+        reaching += of_entered
+        direct += of_left
+        left_before += _sum_parts(left, part + shift, follows, slots, BLOCKS)
+        to_tile = tl.sum(of_entered, 1)[None, :, :]
+        from_tile = tl.sum(of_left * size, 1)[None, :, :]
+        through += tl.where(ahead > 0, to_tile, tl.where(ahead < 0, from_tile, 0.0))
+    left_before *= size_before
+    downwards = tl.where(reverse, left_before, reaching)
+    upwards = tl.where(reverse, reaching, left_before)
+    dlog = tl.cumsum(downwards, 1, reverse=True) + tl.cumsum(upwards, 1) + tl.sum(through, 1)[:, None, :]
     if across is not None:
         part = ((row * chunks + chunk) * h + head) * PARTS
         dlog += _sum_parts(across, part, head < h, 1, PARTS)
-    dlog = dlog.to(tl.float32)
     dlog = tl.where(here, dlog, 0.0)
     draw = (dlog * A + direct) * sigmoid(raw)
     draw = tl.where(here, draw, 0.0)
     ddt += (row * length + chunk * Q) * h
     tl.store(ddt + slot * h + head, rounded(draw, ddt.dtype.element_ty), mask=here)
-    # (b c, k, 3, h): A_log, D, dt_bias
-    parts += ((b * chunks + chunk) * (tl.num_programs(0) // (tl.cdiv(h, HEADS) * chunks * images)) + k) * 3 * h
+    # (b c, 3, k, h): A_log, D, dt_bias
+    each = tl.num_programs(0) // (tl.cdiv(h, HEADS) * chunks * images) * h
+    parts += (b * chunks + chunk) * 3 * each + k * h
     head = block * HEADS + tl.arange(0, HEADS)
     A = -tl.exp(tl.load(A_log + k * h + head, mask=head < h, other=0.0))
-    dD = tl.sum(tl.load(trace + cell, mask=here, other=0.0), 0)
-    tl.store(parts + head, tl.sum(dlog * size, 0) * A, mask=head < h)
-    tl.store(parts + h + head, dD, mask=head < h)
-    tl.store(parts + 2 * h + head, tl.sum(draw, 0), mask=head < h)
+    tl.store(parts + head, _sum_tokens(dlog * size) * A, mask=head < h)
+    tl.store(parts + each + head, _sum_tokens(tl.load(trace + cell, mask=here, other=0.0)), mask=head < h)
+    tl.store(parts + 2 * each + head, _sum_tokens(draw), mask=head < h)
 
 
 def options(dtype: torch.dtype, warps: int = 4, stages: int = 2) -> dict[str, Any]:
@@ -254,12 +277,12 @@ def decays_backward(
     inputs: SsdInputs, reverse: Sequence[bool], shape: Shape, step: Tensor, found: DecayGradients,
     of_states: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """ddt (k, b, l, h) and the gradients of A_log, D and dt_bias (k, 3, h). `of_states`: what reaches the exponents of
+    """ddt (k, b, l, h) and the gradients of A_log, D and dt_bias (3, k, h). `of_states`: what reaches the exponents of
     decays into a chunk and out of it (k, b, h, blocks, slots) and across it (k, b, c, h, parts).
     """
     k, b, length, h = inputs.dt.shape
     ddt = inputs.dt.new_empty(k, b, length, h)
-    parts = inputs.A_log.new_empty(b * shape.chunks, k, 3, h)
+    parts = inputs.A_log.new_empty(b * shape.chunks, 3, k, h)
     entered, left, across = of_states if of_states is not None else (None, None, None)
     grid = (cdiv(h, HEADS) * shape.chunks * b * k,)
     slots = triton.next_power_of_2(shape.tiles * shape.T)

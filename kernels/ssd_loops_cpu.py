@@ -12,7 +12,7 @@ rows and columns that pad a tile receive numbers that nothing reads.
 
 import numpy as np
 
-from .cpu import inline, kernel, read_rows, write_rows, zeros
+from .cpu import inline, kernel, read_rows, sum_lanes, write_rows, zeros
 from .simd import LANES, Variable, emitted, exp2
 
 ROWS, VECTORS = 6, 4 if LANES == 16 else 2
@@ -258,7 +258,7 @@ def _within(
         low, high = (edge, pitch) if back else (0, edge + LANES)
         steps[0, t] = np.float32(0)
         _cross_row((products, t * W.shape[1], column, steps, lanes, low, high))
-        dlog[t] = _total(lanes)
+        dlog[t] = sum_lanes(lanes)
         ddt[t] += column[0, t]
     return trace
 
@@ -304,18 +304,10 @@ def _to_inputs(code, count, sums, at, decay, factor, t, t_at, dt, dt_at, lanes):
     lanes[code.index(0)] = total.get()
 
 
-@inline
-def _total(lanes):
-    total = np.float32(0)
-    for lane in range(LANES):
-        total += lanes[0, lane]
-    return total
-
-
 @kernel
 def backward(
     first, last, x, x_strides, B, B_strides, C, C_strides, dy, G, decay, step, rates, D, initial, backwards, shape,
-    with_states, dfinal, dx, dG, dB, dC, ddt, dlog, dD, of_used, of_left, dacross, dinitial,
+    with_states, dfinal, dx, dx_strides, dG, dB, dC, ddt, dlog, dD, of_used, of_left, dacross, dinitial,
 ):  # fmt: skip
     """The gradients: dx (j, b, l, h, p); of the scores dG (g, j b c, q, pitch); what B and C receive through states, dB
     and dC (g, j b c, q, n); of dt and of the logarithms of decays inside chunks (k, b, h, c, q), and of D (k, b, h,
@@ -333,7 +325,6 @@ def backward(
     entered, weighted, factors = zeros(rows, width), zeros(rows, width), zeros(1, pitch)[0]
     into, out_of = zeros(1, pitch)[0], zeros(1, pitch)[0]
     before, after, turned = zeros(chunks * states if with_states else 0, P), zeros(states, P), zeros(P, N)
-    flat_dx = dx.reshape(-1)
     for item in range(first, last):
         group, s = item % groups, item // groups
         j, image = s // images, s % images
@@ -346,6 +337,7 @@ def backward(
                 if sets > 1 and k != j:
                     continue
                 back, x_at = backwards[k], j * x_strides[0] + image * x_strides[1] + h * x_strides[3]
+                dx_image = j * dx_strides[0] + image * dx_strides[1] + h * dx_strides[3]
                 if with_states:
                     for i in range(n):
                         for v in range(p):
@@ -387,18 +379,18 @@ def backward(
                         _scaled((count, n, width, B, B_at, B_strides[2], factors, weighted))
                         state = before[i * states : (i + 1) * states]
                         _dot((n * P, state, after, lanes))
-                        dacross[k, image, h, c] = _total(lanes) * across
+                        dacross[k, image, h, c] = sum_lanes(lanes) * across
                     for t0 in range(0, count, ROWS):
                         end = min(t0 + ROWS, count)
                         begin, stop = (0, end) if back else (t0, count)
-                        dx_at = (((j * images + image) * length + start + t0) * heads + h) * p
+                        dx_at = dx_image + (start + t0) * dx_strides[2]
                         sums[:] = np.float32(0)
                         if sets == 1 and k > 0:
-                            read_rows((end - t0, p, span, flat_dx, dx_at, heads * p, sums))
+                            read_rows((end - t0, p, span, dx, dx_at, dx_strides[2], sums))
                         _multiply(W, t0, 1, W.shape[1], DY, begin, stop, sums, 0, 0, P)
                         if with_states:
                             _multiply(weighted, t0 * width, width, 1, after, 0, n, sums, 0, 0, P)
-                        write_rows((end - t0, p, span, sums, flat_dx, dx_at, heads * p))
+                        write_rows((end - t0, p, span, sums, dx, dx_at, dx_strides[2]))
                     if with_states:
                         _transpose((n, p, P, state, N, turned))
                         for t0 in range(0, count, ROWS):
@@ -407,7 +399,7 @@ def backward(
                             for t in range(t0, min(t0 + ROWS, count)):
                                 at, dC_at = C_at + t * C_strides[2], ((group * dC.shape[1] + m) * q + t) * n
                                 _to_inputs((n, sums, (t - t0) * span, into[t], np.float32(1), C, at, dC, dC_at, lanes))
-                                of_used[k, image, h, c, t] = _total(lanes)
+                                of_used[k, image, h, c, t] = sum_lanes(lanes)
                         _transpose((n, p, P, after, N, turned))
                         for t0 in range(0, count, ROWS):
                             sums[:] = np.float32(0)
@@ -415,7 +407,7 @@ def backward(
                             for t in range(t0, min(t0 + ROWS, count)):
                                 at, dB_at = B_at + t * B_strides[2], ((group * dB.shape[1] + m) * q + t) * n
                                 _to_inputs((n, sums, (t - t0) * span, out_of[t], dt[t], B, at, dB, dB_at, lanes))
-                                of_left[k, image, h, c, t] = _total(lanes)
+                                of_left[k, image, h, c, t] = sum_lanes(lanes)
                         if i > 0 or len(dinitial):
                             _add_to_state(after, across, entered, DY, count, n)
                 if len(dinitial):

@@ -72,6 +72,7 @@ def score_tile(
 def ssd_mix_kernel(
     queries, keys, values, step, high, low, total, image, D, states, out, length, chunks, h, p, n, images, backwards,
     queries_j, queries_b, queries_l, keys_j, keys_b, keys_l, values_j, values_b, values_l, values_h,
+    out_j, out_b, out_l,
     PER: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, GRADIENT: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
@@ -152,31 +153,30 @@ def ssd_mix_kernel(
         own = load_tile(values + k * values_j + start * values_l, values_l, channel, tokens, p, T, LARGE)
         y = summed + tl.load(D + k * h + head) * own.to(tl.float32)
     # (groups, b, l, h, p)
-    out += ((row * length + start) * h + head) * p
-    cell = token_number(slot, LARGE)[:, None] * h * p + channel[None, :]
+    out += group * out_j + b * out_b + start * out_l + head * p
+    cell = token_number(slot, LARGE)[:, None] * out_l + channel[None, :]
     tl.store(out + cell, rounded(y, out.dtype.element_ty), mask=(slot < tokens)[:, None] & (channel < p)[None, :])
 
 
 def mix(
     queries: Tensor, keys: Tensor, values: Tensor, decays: Decays, image: Tensor | None, D: Tensor,
-    states: Tensor | None, reverse: Sequence[bool], shape: Shape, groups: int, *, gradient: bool,
-) -> Tensor:  # fmt: skip
-    """y (groups, b, l, h, p), each the sum of k / groups directions; queries and keys (j, b, l, n), values (j, b, l, h,
-    p), where j is k or 1, and states (k, b, c, h, p, n).
+    states: Tensor | None, out: Tensor, reverse: Sequence[bool], shape: Shape, *, gradient: bool,
+) -> None:  # fmt: skip
+    """Write `out` (groups, b, l, h, p), whose heads are contiguous: each group is the sum of k / groups directions.
+    queries and keys (j, b, l, n), values (j, b, l, h, p), where j is k or 1, and states (k, b, c, h, p, n).
     """
-    _, b, length, h, p = values.shape
+    groups, b, length, h, p = out.shape
     n = queries.shape[-1]
-    out = values.new_empty(groups, b, length, h, p)
     block = min(64, width(n))
     ssd_mix_kernel[(cdiv(length, shape.T) * h * b * groups,)](
         queries, keys, values, *decays, image, D, states, out, length, shape.chunks, h, p, n, b, mask_of(reverse),
         shared_stride(queries), *queries.stride()[1:3], shared_stride(keys), *keys.stride()[1:3],
-        shared_stride(values), *values.stride()[1:4], PER=len(reverse) // groups, TILES=shape.tiles, T=shape.T,
+        shared_stride(values), *values.stride()[1:4], *out.stride()[:3], PER=len(reverse) // groups,
+        TILES=shape.tiles, T=shape.T,
         P=width(p), BLOCK=block, BLOCKS=cdiv(n, block), GRADIENT=gradient,
-        LARGE=is_large((1, 1, 1), shape.T, queries.stride(2), keys.stride(2), values.stride(2), h * p),
+        LARGE=is_large((1, 1, 1), shape.T, queries.stride(2), keys.stride(2), values.stride(2), out.stride(2)),
         **options(values.dtype),
     )  # fmt: skip
-    return out
 
 
 def compile_cases(dtype: torch.dtype, e: int, target: str) -> list[CompileCase]:

@@ -49,7 +49,8 @@ def forward(inputs: SsdInputs, reverse: Sequence[bool], with_state: bool) -> tup
             states = added_states(x, B, sums, image, reverse, shape, entering=False)
             last, _ = pass_states(states, sums, image, initial, reverse, shape)
             final = last if with_state else final
-        y = mix(C, B, x, sums, image, D, states, reverse, shape, 1, gradient=False)
+        y = x.new_empty(1, *x.shape[1:])
+        mix(C, B, x, sums, image, D, states, y, reverse, shape, gradient=False)
     return y[0], final
 
 

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from kernels.add_norm import add_norm
     from kernels.backend import counted
     from kernels.bimamba_inner import bimamba_inner
+    from kernels.bissd_inner import bissd_inner
     from kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
     from kernels.context import Alone, Context, conv_over, gathered, scan_over, ssd_over, summed
     from kernels.precompile import Precompiler
@@ -21,6 +22,7 @@ else:
     from vimscale.kernels.add_norm import add_norm
     from vimscale.kernels.backend import counted
     from vimscale.kernels.bimamba_inner import bimamba_inner
+    from vimscale.kernels.bissd_inner import bissd_inner
     from vimscale.kernels.causal_conv1d import bidirectional_conv1d, causal_conv1d
     from vimscale.kernels.context import Alone, Context, conv_over, gathered, scan_over, ssd_over, summed
     from vimscale.kernels.precompile import Precompiler
@@ -45,6 +47,7 @@ __all__ = [
     "bidirectional_ssd",
     "bidirectional_ssd_with_state",
     "bimamba_inner",
+    "bissd_inner",
     "causal_conv1d",
     "conv_over",
     "counted",

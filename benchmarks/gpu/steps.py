@@ -35,7 +35,7 @@ KINDS = {
     "scan forward": ("selective_scan", "scan_segments", "ssd_"),
     "convolution": ("causal_conv1d",),
     "gate": ("scan_gate",),
-    "norm": ("add_norm", "layer_norm"),
+    "norm": ("add_norm", "gate_norm", "layer_norm"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "products": (
         "gemm",
@@ -221,7 +221,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name.startswith("vimscale::bimamba_inner"):
+        if name.startswith(work.COMPOSED):
             with self:  # its parts count, not itself
                 return torch._library.custom_ops.OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))

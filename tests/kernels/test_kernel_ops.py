@@ -20,6 +20,7 @@ from vimscale.ops import (
     bidirectional_scan_with_state,
     bidirectional_ssd_with_state,
     bimamba_inner,
+    bissd_inner,
     causal_conv1d,
     selective_scan_with_state,
     ssd_scan_with_state,
@@ -112,18 +113,47 @@ def _mixers(b: int) -> Iterator[Call]:
         yield bimamba_inner, tensors | ({"reset": RESET[:b]} if packed else {}), arguments, (0,)
 
 
-CALLS = {"scans": _scans, "dual scans": _dual_scans, "convolutions": _convolutions, "norms": _norms, "mixers": _mixers}
+def _dual_mixers(b: int) -> Iterator[Call]:
+    heads, p, taps = 2, 3, 3
+    e = heads * p
+    channels = e + 2 * N
+    directions = cycle([((False, True), (False, True)), ((False, True), (False,)), ((True,), (True,))])
+    for packed, fuse, recompute in product(YES_NO, ("sum", "mean"), YES_NO):
+        reverse, conv_reverse = next(directions)
+        k, c = len(reverse), len(conv_reverse)
+        tensors = {
+            "zxbcdt": _draw(b, L, e + channels + heads),
+            "conv_weight": _draw(c, channels, taps, seed=1),
+            "conv_bias": _draw(c, channels, seed=2),
+            "dt_bias": _draw(k, heads, seed=3),
+            "A_log": _draw(k, heads, seed=4),
+            "D": _draw(k, heads, seed=5),
+            "norm_weight": _draw(e, seed=6),
+        }
+        arguments = {"reverse": reverse, "conv_reverse": conv_reverse, "fuse": fuse, "recompute": recompute}
+        yield bissd_inner, tensors | ({"reset": RESET[:b]} if packed else {}), arguments, (0,)
+
+
+CALLS = {
+    "scans": _scans,
+    "dual scans": _dual_scans,
+    "convolutions": _convolutions,
+    "norms": _norms,
+    "mixers": _mixers,
+    "dual mixers": _dual_mixers,
+}
 OPS = {
     "scans": {"selective_scan", "combine"},
     "dual scans": {"ssd", "combine"},
     "convolutions": {"causal_conv1d"},
     "norms": {"add_norm"},
     "mixers": {"bimamba_inner"},
+    "dual mixers": {"bissd_inner"},
 }
 
 
 CASES = [(family, backend) for family in CALLS for backend in ("reference", *FUSED)]
-LONG = {("mixers", "triton"), ("dual scans", "triton")}
+LONG = {("mixers", "triton"), ("dual scans", "triton"), ("dual mixers", "triton")}
 
 
 def _awkward(shape: torch.Size, kind: int) -> Tensor:
@@ -142,7 +172,7 @@ def _results(
     function, tensors, arguments, used = call
     device = DEVICE.get(backend, "cpu")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    activations = {"x", "dt", "B", "C", "z", "xz"}
+    activations = {"x", "dt", "B", "C", "z", "xz", "zxbcdt"}
     leaves = {}
     for name, t in tensors.items():
         given = t

@@ -82,8 +82,7 @@ def test_every_size_of_heads_and_states(p: int, n: int, dtype: torch.dtype, cut:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("length", [197, 300])
 def test_the_tiles_and_chunks_of_a_gpu(length: int, mode: str) -> None:
-    # dA_log adds up differences of sums over pairs of tokens: 1.4e-5 for 197 tokens in reverse, 5e-6 forward
-    agrees("triton", (1, length, 2, 16, 16), torch.float32, mode, packed=True, loose={"dA_log": 2e-5})
+    agrees("triton", (1, length, 2, 16, 16), torch.float32, mode, packed=True)
     agrees("triton", (1, length, 1, 64, 64), torch.bfloat16, mode)
 
 

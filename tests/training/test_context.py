@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 from vimscale.data import stream
 from vimscale.data.dataset import Dataset
+from vimscale.data.images.choice import Choice
 from vimscale.data.prefetch import Prefetcher
 from vimscale.data.training_set import TrainingSet
 from vimscale.guard import report
@@ -56,7 +57,8 @@ def rank(number, world, context, folder):
         return classification.sums(logits, inputs.targets, inputs.weights)
     found = {"evaluation": evaluate(
         sums_of, objective, Dataset.open("digits:val"), train_set.manifest, size=(32, 32), batch=25,
-        device=torch.device("cpu"), rank=number, world=world, context=spec.context)}
+        choice=Choice.of(config, chosen.data), device=torch.device("cpu"), rank=number, world=world,
+        context=spec.context)}
 
     batches = stream.training(chosen, train_set, config, rank=number, world=world, start=0, steps=1)
     prefetcher = Prefetcher(batches, train_set.manifest, torch.device("cpu"))

@@ -109,7 +109,7 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name in OPDEFS and (self._leaves or name.startswith("vimscale::bimamba_inner")):
+        if name in OPDEFS and (self._leaves or name.startswith(work.COMPOSED)):
             with self:  # count what it allocates inside, too
                 out = OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         else:

@@ -22,6 +22,7 @@ INSIDE = {
     "aten::slice_backward": 2,
     "vimscale::add_norm_backward": 2,
     "vimscale::causal_conv1d_backward": 2,
+    "vimscale::gate_norm_backward": 2,
     "vimscale::selective_scan": 2,
     "vimscale::selective_scan_backward": 4,
 }
@@ -31,7 +32,15 @@ UPDATE = 28
 SSD_DENSE, SSD_CHUNK = 256, {"cpu": 48, "triton": 256}
 """Tokens that an `ssd` scan takes as one product, and those of a chunk of a longer sequence, by backend."""
 _NO_WORK = {f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")}
-_OURS = {"selective_scan": "scan", "causal_conv1d": "convolution", "combine": "gate", "add_norm": "norm"}
+_OURS = {
+    "selective_scan": "scan",
+    "causal_conv1d": "convolution",
+    "combine": "gate",
+    "add_norm": "norm",
+    "gate_norm": "norm",
+}
+COMPOSED = "vimscale::bimamba_inner", "vimscale::bissd_inner"
+"""How the names of operations begin that are made of others."""
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,12 @@ class Scans(nn.Module):
         xz = self.in_proj(permute(u))
         if probe is not None:
             self._record(probe, xz.detach()[:1], tokens.context)
-        y = self._scan_paths(xz, active, factors, tokens, recompute)
-        return layer_scaled(restore(self.out_proj(self._normalized(y, xz))), self.layer_scale)
+        y = self._mixed(xz, active, factors, tokens, recompute)
+        return layer_scaled(restore(self.out_proj(y)), self.layer_scale)
+
+    def _mixed(self, xz: Tensor, active: list[int], factors: Tensor | None, tokens: Tokens, recompute: bool) -> Tensor:
+        """Scan, fuse and normalize the active paths: what out_proj reads."""
+        return self._normalized(self._scan_paths(xz, active, factors, tokens, recompute), xz)
 
     @property
     def _gated(self) -> bool:

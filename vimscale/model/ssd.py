@@ -19,6 +19,7 @@ from vimscale.ops import (
     Context,
     bidirectional_conv1d,
     bidirectional_ssd,
+    bissd_inner,
     causal_conv1d,
     conv_over,
     ssd_over,
@@ -74,6 +75,30 @@ class Ssd(Scans):
 
     def _gate(self, xz: Tensor) -> Tensor:
         return xz[..., : self.widths[0]]
+
+    def _mixed(self, xz: Tensor, active: list[int], factors: Tensor | None, tokens: Tokens, recompute: bool) -> Tensor:
+        """As one op, unless paths have factors or orders, are fused otherwise, or ranks share the tokens."""
+        plain = self.form != "quasiseparable" and self._gated and self.fuse in ("sum", "mean")
+        alike = factors is None and all(order == self.order for order, _ in self.paths)
+        if not (plain and alike) or tokens.context is not None:
+            return super()._mixed(xz, active, factors, tokens, recompute)
+        assert self.ssm_norm is not None, "always_normed"
+        reverse = [backwards for _, backwards in self.paths]
+        return bissd_inner(
+            xz,
+            self.conv_weight,
+            self.conv_bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.ssm_norm,
+            reverse=reverse,
+            conv_reverse=reverse if self.form == "separate" else [False],
+            fuse="mean" if self.fuse == "mean" else "sum",
+            eps=self.config.norm_eps,
+            reset=tokens.reset,
+            recompute=recompute,
+        )
 
     def _scan(
         self,
