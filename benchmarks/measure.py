@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from vimscale.kernels.cases import ScanCase
 from vimscale.launch.processes.rank import before_torch
@@ -87,12 +87,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        with profile(profile_memory=True) as trace:  # torch.profiler's would import the compiler
             run()
     finally:
         torch.set_num_threads(threads)
     # the profiler's own table has a sum per operation, not the order
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in trace.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes), default=0)
 

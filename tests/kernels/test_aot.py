@@ -47,7 +47,7 @@ SPILLED = {
     ("sm_90", "selective_scan_bwd"): 32,
     ("sm_100", "selective_scan_bwd"): 96,
     ("sm_80", "selective_scan_bwd_packed"): 16,
-    ("gfx942", "selective_scan_bwd_packed"): 8,
+    ("gfx942", "selective_scan_bwd_packed"): 20,
     ("sm_90", "selective_scan_bwd_segments"): 32,
     ("sm_100", "selective_scan_bwd_segments"): 96,
     ("sm_80", "selective_scan_bwd_packed_segments"): 16,
@@ -57,14 +57,14 @@ SPILLED = {
 # sm_90 and sm_100 nothing. gfx942 wants smaller tiles.
 SPILLED |= {
     ("sm_80", "ssd_mix"): 8,
-    ("sm_80", "ssd_mix_packed"): 184,
+    ("sm_80", "ssd_mix_packed"): 192,
     ("sm_80", "ssd_mix_gradient_packed"): 32,
-    ("gfx942", "ssd_mix"): 60,
+    ("gfx942", "ssd_mix"): 72,
     ("gfx942", "ssd_mix_packed"): 816,
-    ("gfx942", "ssd_mix_gradient_packed"): 344,
+    ("gfx942", "ssd_mix_gradient_packed"): 368,
     ("gfx942", "ssd_pairs"): 296,
     ("gfx942", "ssd_pairs_packed"): 340,
-    ("gfx942", "ssd_scores_packed"): 92,
+    ("gfx942", "ssd_scores_packed"): 72,
 }
 # fp32 has no matrix units, and operands in registers instead.
 DUAL_SPILLED_FP32 = 832
