@@ -194,7 +194,8 @@ class _Inside(TorchDispatchMode):
         return out
 
 
-def test_our_ops_launch_as_often_as_the_plan_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> _Inside:
     inside = _Inside()
     run = GridExecutor.__call__
 
@@ -204,6 +205,10 @@ def test_our_ops_launch_as_often_as_the_plan_counts(monkeypatch: pytest.MonkeyPa
             return run(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
+    return inside
+
+
+def test_our_ops_launch_as_often_as_the_plan_counts(inside: _Inside) -> None:
     k, b, length, e, n, r = 2, 1, 9, 32, 16, 8
     shapes = {"conv_weight": (k, e, 4), "conv_bias": (k, e), "x_proj": (k, r + 2 * n, e), "dt_proj": (k, e, r)}
     shapes |= {"dt_bias": (k, e), "A_log": (k, e, n), "D": (k, e)}
@@ -221,6 +226,26 @@ def test_our_ops_launch_as_often_as_the_plan_counts(monkeypatch: pytest.MonkeyPa
     single = {name for name in inside.found if not name.startswith("vimscale::bimamba_inner")}
     assert len(single) == 8
     assert {name: inside.found[name] for name in single} == {name: {work.INSIDE.get(name, 1)} for name in single}
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_ssd_layers_launch_as_often_as_the_plan_counts(
+    inside: _Inside, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vimscale.kernels import ssd_decay_triton
+
+    monkeypatch.setattr(ssd_decay_triton, "CHUNK", 32)
+    k, h, p, n = 2, 2, 8, 8
+    channels = h * p + 2 * n
+    shapes = [(1, length, h * p + channels + h), (k, channels, 4), (k, channels), (k, h), (k, h), (k, h), (h * p,)]
+    tensors = [torch.rand(shape, requires_grad=True) for shape in shapes]
+    with inside, registered():
+        ops.bissd_inner(*tensors, recompute=False, backend="triton").sum().backward()
+    each = {"causal_conv1d", "ssd", "gate_norm"}
+    names = {f"vimscale::{name}{backward}" for name in each for backward in ("", "_backward")}
+    counts = {name: work.INSIDE.get(name, 1) for name in names}
+    counts |= {name: launches[length > 32] for name, launches in work.SSD_LAUNCHES.items()}
+    assert {name: inside.found[name] for name in names} == {name: {count} for name, count in counts.items()}
 
 
 def test_a_plan_of_ssd_layers_is_marked_as_not_calibrated() -> None:
@@ -241,7 +266,10 @@ def test_the_scan_of_ssd_layers_counts_as_products(backend: str, length: int, to
     schema = torch.ops.vimscale.ssd.default
     done = work.of_operation(schema, (*forward, [False, True], False, backend), {}, (x[0], A_log))
     back = work.of_operation(
-        torch.ops.vimscale.ssd_backward.default, (*forward, x[0], None, [False, True], backend), {}, (x, dt, B, B)
+        torch.ops.vimscale.ssd_backward.default,
+        (*forward, x[0], None, x, B, B, [False, True], backend),
+        {},
+        (dt, A_log),
     )
     scores, weights = 2 * sets * b * length * tokens * n, k * b * length * tokens * h * p
     states = 0 if length == tokens else 2 * k * b * length * h * p * n

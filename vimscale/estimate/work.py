@@ -31,6 +31,8 @@ UPDATE = 28
 """Bytes that AdamW reads and writes per element: weight, gradient and two moments in, weight and moments out."""
 SSD_DENSE, SSD_CHUNK = 256, {"cpu": 48, "triton": 256}
 """Tokens that an `ssd` scan takes as one product, and those of a chunk of a longer sequence, by backend."""
+SSD_LAUNCHES = {"vimscale::ssd": (2, 4), "vimscale::ssd_backward": (6, 10)}
+"""Launches of an `ssd` scan in one chunk, and in several."""
 _NO_WORK = {f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")}
 _OURS = {
     "selective_scan": "scan",
@@ -138,7 +140,8 @@ def of_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
         if kind == "scan":
             (k, b, length, e), n = args[0].shape, args[2].shape[-1]
             return Work(launches=launches, scans=(Scan("backward" in name, k, b, length, e, n),))
-        if name.removesuffix("_backward") == "vimscale::ssd":
+        if name in SSD_LAUNCHES:
+            launches = float(SSD_LAUNCHES[name][args[0].shape[2] > SSD_DENSE])
             flops = _ssd(name.endswith("_backward"), args[0], args[1], args[3], args[-1])
             return Work(launches=launches, product_flops=flops, product_bytes=touched)
         amount: dict[str, Any] = {f"{kind}_bytes": touched}
