@@ -144,7 +144,7 @@ def test_code_is_sent_and_the_run_folder_next_to_it_is_not(head: Head) -> None:
     with (shell.folder / "runs/old/weights").open("w") as sparse:
         sparse.truncate(5 << 30)
     began = time.monotonic()
-    follower = shell.popen("submit", "small.yaml", "steps=1500", "checkpoint.every=5", *head.on, "--follow")
+    follower = shell.popen("submit", "small.yaml", "steps=600", "checkpoint.every=5", *head.on, "--follow")
     assert follower.stdout is not None
     assert any(line.startswith("small: 2 ranks on the Ray") for line in follower.stdout)
     print(f"submit to the launcher's first line: {time.monotonic() - began:.1f} s")
@@ -156,7 +156,7 @@ def test_code_is_sent_and_the_run_folder_next_to_it_is_not(head: Head) -> None:
     assert any(path.name == "digits.csv.gz" for path in sent)
     assert sum(path.stat().st_size for path in sent) < 5e6
     shell.run("resume", "small", *head.on, "--follow")
-    shell.run("launch", "small.yaml", "steps=1500", "name=plain", "--no-ray", "--workers", "2")
+    shell.run("launch", "small.yaml", "steps=600", "name=plain", "--no-ray", "--workers", "2")
     assert shell.losses("small") == shell.losses("plain")
     assert "is finished" in shell.run("resume", "small", *head.on, expect=2)
 
@@ -164,7 +164,7 @@ def test_code_is_sent_and_the_run_folder_next_to_it_is_not(head: Head) -> None:
 @pytest.mark.slow
 def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(shell: Shell) -> None:
     on = ("--on", "local", "--with", "workers=2")
-    shell.run("submit", "small.yaml", "steps=1500", *on)
+    shell.run("submit", "small.yaml", "steps=600", *on)
     assert "small is running" in shell.run("submit", "small.yaml", *on, expect=2)
     while len(shell.rows("small")) < 3:
         assert json.loads(shell.run("jobs", *on, "--json"))[0]["state"] == "running"
@@ -174,9 +174,9 @@ def test_a_job_of_this_machine_outlives_its_shell_and_is_stopped_and_resumed(she
     )
     assert json.loads(shell.run("jobs", *on, "--json"))[0]["state"] == "stopped"
     shell.run("resume", "small", *on, "--follow")
-    shell.run("launch", "small.yaml", "steps=1500", "name=plain", "--no-ray", "--workers", "2")
+    shell.run("launch", "small.yaml", "steps=600", "name=plain", "--no-ray", "--workers", "2")
     assert shell.losses("small") == shell.losses("plain")
-    shell.run("submit", "small.yaml", "steps=1500", "name=killed", *on)
+    shell.run("submit", "small.yaml", "steps=600", "name=killed", *on)
     (pid,) = (pid for pid, command in shell.processes().items() if "local_child" in command)
     os.kill(pid, signal.SIGKILL)
     assert "failed" in shell.run("jobs", *on)
