@@ -40,7 +40,7 @@ def show(folder: RunFolder, step: int | None, console: Console) -> None:
         table.add_column(name, overflow="fold")
     for i in guard_picture.worst_first(report):
         sample = report["samples"][i]
-        label = f"{sample['label']} {names[i]}"
+        label = guard_picture.label_text(sample, names[i])
         loss = f"{sample['loss']:.4g}"
         cells = (sample["rank"], sample["part"], loss, label, sample["key"], sample["shard"], sample["sample"])
         table.add_row(*map(str, cells))

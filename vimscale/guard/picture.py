@@ -19,12 +19,17 @@ def worst_first(report: dict[str, Any]) -> list[int]:
     return sorted(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf, reverse=True)
 
 
+def label_text(sample: dict[str, Any], name: str) -> str:
+    """A sample's label and the name of its class, once if they are the same."""
+    return str(sample["label"]) if name in ("", str(sample["label"])) else f"{sample['label']} {name}"
+
+
 def draw(report: dict[str, Any], images: Sequence[Tensor], names: Sequence[str]) -> Image:
     """Draw a report's samples, the largest loss first: `images` (3, h, w) uint8 and the `names` of their classes."""
     drawn = []
     for i in worst_first(report)[:_DRAWN]:
         sample = report["samples"][i]
-        first = f"{sample['label']} {names[i]}   loss {sample['loss']:.4g}"
+        first = f"{label_text(sample, names[i])}   loss {sample['loss']:.4g}"
         drawn.append((images[i], first, f"{sample['key']}   rank {sample['rank']}"))
     title = f"step {report['step']}: {report['reason']}"
     about = f"{len(images)} images before normalizing and mixing, largest loss first; {report['cause']}"
