@@ -135,7 +135,6 @@ def launch(
             except Stopped:
                 raise _stopped(folder, console) from None
             cleanup.callback(ray.close)
-            cleanup.enter_context(stop.installed())  # again, since Ray takes SIGTERM for itself
             progress.phase("Ray")
             cpus, gpus = ray.resources()
             allowed = num_ranks.sizes(workers, chosen, cpus, gpus, "the Ray cluster")

@@ -90,8 +90,7 @@ def sweep(
         with stop.installed():
             with stop.at_once(ray_connection.kill_own):
                 ray = ray_connection.Ray(address)
-            # install the signals again, since Ray takes SIGTERM for itself
-            with contextlib.closing(ray), stop.installed():
+            with contextlib.closing(ray):
                 from ..sweeps import on_tune
 
                 on_tune.check_room(workers)

@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,8 +52,6 @@ class Ray:
         self._start()
 
     def _start(self) -> None:
-        import psutil
-
         self._temporary = Temporary("vimscale-ray-", RAY_SOCKETS)
         self._connect(
             "local",
@@ -62,17 +61,17 @@ class Ray:
             # one level down: Ray opens its folder, and all files in it, to every user of the machine
             _temp_dir=f"{self._temporary.path}/r",
         )
-        self._vital = {"gcs_server": None, "raylet": None}
-        for process in psutil.Process().children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if (name := process.name()) in self._vital:
-                    self._vital[name] = process.pid
 
     def _connect(self, address: str, **options: Any) -> None:
         import ray
 
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, **options, logging_level="error", log_to_driver=False)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray takes SIGTERM for itself
+            if address == "local":
+                self._find_vital()
         except (Stopped, SystemExit):  # Ray raises SystemExit on a SIGTERM while it starts
             self.abandon()
             raise Stopped from None
@@ -80,6 +79,15 @@ class Ray:
             where = "this machine" if address == "local" else address
             self.close()
             raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
+
+    def _find_vital(self) -> None:
+        import psutil
+
+        self._vital = {"gcs_server": None, "raylet": None}
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (name := process.name()) in self._vital:
+                    self._vital[name] = process.pid
 
     def close(self) -> None:
         """Shut our own Ray down, or disconnect from the existing one. May be called twice."""

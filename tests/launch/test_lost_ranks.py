@@ -110,6 +110,21 @@ def test_a_run_survives_the_death_of_its_own_ray(shell: Shell, victims: list[str
 
 
 @pytest.mark.slow
+def test_a_run_whose_ray_was_replaced_stops_on_sigterm(shell: Shell) -> None:
+    """Ray handles SIGTERM in its own way whenever it starts."""
+    process = shell.popen("launch", "small.yaml", *LONG, "steps=100000", *RAY)
+    shell.reaches(process, "small", 70)
+    named = {processes.program(pid): pid for pid in processes.with_descendants(process.pid)}
+    os.kill(named["gcs_server"], signal.SIGKILL)
+    shell.reaches(process, "small", len(shell.rows("small")) + 100)
+    process.terminate()
+    output = shell.finish(process, expect=3)
+    assert "restart 1" in output
+    assert "stopped on request; the same command resumes from step_" in output
+    shell.nothing_is_left(within=20)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 @pytest.mark.parametrize("when", ["before it is asked for room", "while ranks come up"])
 def test_a_ray_that_dies_while_a_group_starts_is_a_death_of_the_group(shell: Shell, victim: str, when: str) -> None:
