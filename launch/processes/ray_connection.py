@@ -67,18 +67,19 @@ class Ray:
 
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address, **options, logging_level="error", log_to_driver=False)
+            try:
+                ray.init(address, **options, logging_level="error", log_to_driver=False)
+            except Exception as error:  # not only Ray's own, such as when its raylet dies meanwhile
+                where = "this machine" if address == "local" else address
+                self.close()
+                raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray takes SIGTERM for itself
             if address == "local":
                 self._find_vital()
-        except (Stopped, SystemExit):  # Ray raises SystemExit on a SIGTERM while it starts
+        except (Stopped, SystemExit):  # Ray's handler raises SystemExit, perhaps once its C code has given up
             self.abandon()
             raise Stopped from None
-        except Exception as error:  # Ray also raises plain exceptions, such as when its raylet dies meanwhile
-            where = "this machine" if address == "local" else address
-            self.close()
-            raise LaunchError(f"Ray at {where} cannot be used: {error}") from None
 
     def _find_vital(self) -> None:
         import psutil
