@@ -149,5 +149,6 @@ def test_a_driver_that_launches_nothing_gets_every_launch_of_a_block() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert 0 < rows["block, bi"]["operations"] <= LIMITS["forward"] + LIMITS["backward"]
+    casts = 8  # of four weights to bf16, and of their gradients back; those of an engine need none
+    assert 0 < rows["block, bi"]["operations"] <= LIMITS["forward"] + LIMITS["backward"] + casts
     assert all(min(row["forward_us"], row["both_us"]) > 0 for row in rows.values())
