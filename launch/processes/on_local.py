@@ -150,7 +150,7 @@ class LocalGroup:
     def room(self) -> int:
         return self.size
 
-    def kill(self) -> None:
+    def kill(self, *, last: bool = False) -> None:
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # including its data workers

@@ -297,8 +297,10 @@ class RayGroup:
             devices = min(devices, self.size + _bundles_of(ray.available_resources(), self._gpu))
         return self._fitting(devices)
 
-    def kill(self) -> None:
-        if not self._ray.answer(self._release, False):
+    def kill(self, *, last: bool = False) -> None:
+        if last and self._ray.temporary is not None:
+            self._ray.abandon()  # a SIGTERM to the whole process group ends Ray's head too: it may answer no call now
+        elif not self._ray.answer(self._release, False):
             for pid in [location["pid"] for location in self._locations if location["pid"]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -113,10 +113,11 @@ class Ray:
         if self._temporary is None:
             self.close()
             return
-        self._vital = {}
-        kill_own()
-        self._temporary.remove()
+        if self._abandoned:
+            return
         self._abandoned = True
+        kill_own()
+        self._temporary.sweep()  # a worker whose raylet has ended is no descendant of ours
         atexit.register(_leave)
 
     def died(self) -> str | None:

@@ -31,8 +31,8 @@ class Temporary:
     def sweep(self) -> None:
         """Do now what happens if this process is killed: also kill the processes that use the folder."""
         assert self._broom.stdin is not None
-        self._broom.stdin.close()
-        self._broom.wait()
+        if not self._broom.stdin.closed:
+            self._broom.communicate(b"now\n")
 
 
 def private_folder(prefix: str, sockets: int) -> str:
@@ -81,9 +81,8 @@ def _start_broom(folder: str) -> subprocess.Popen:
     command line but have a log open. This process may have one open too, and is spared.
     """
     script = """
-        read -r nothing
+        read -r now || sleep 1
         [ -d "$1" ] || exit 0
-        sleep 1
         named() { grep -lsF "$1" /proc/[0-9]*/cmdline; find /proc/[0-9]*/fd -lname "$1/*" 2>/dev/null; }
         for pid in $(named "$1" | cut -d/ -f3 | sort -u); do
             [ "$pid" = $$ ] || [ "$pid" = "$2" ] || kill -9 "$pid" 2>/dev/null

@@ -4,6 +4,7 @@ It knows ranks and checkpoints, not tensors. The group knows how to start proces
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,8 +77,10 @@ class Group(Protocol):
         """Return how many ranks a new group would have in place of this one; 0 if it could not start."""
         ...
 
-    def kill(self) -> None:
-        """Kill what is left of the group. May be called at any time, and twice."""
+    def kill(self, *, last: bool = False) -> None:
+        """Kill what is left of the group. May be called at any time, and twice. `last`: this process exits with code 3
+        next, so that what the group runs on may end with it.
+        """
         ...
 
 
@@ -105,14 +108,17 @@ def supervise(
                 evaluations.pause()  # the ranks come first where there is little room
             group = make_group()
             try:
-                with stop.at_once():
+                with stop.at_once(functools.partial(_give_up, group, folder)):
                     group.start()
                 watch = _Watch(group, folder, stop, progress, policy, evaluations)
                 watch.until_it_ends()
             except Stopped:
+                group.kill(last=True)
                 return 3
-            finally:
+            except BaseException:
                 group.kill()
+                raise
+            group.kill(last=stop.asked and watch.untrained and not watch.endings)
             if stop.count > 1 and not watch.untrained:
                 raise RunFailed("ended at once, as requested; the same command resumes from the last checkpoint")
             failed = [ending for ending in watch.endings if ending.status == "failed"]
@@ -120,7 +126,7 @@ def supervise(
                 if watch.endings[0].status == "done":
                     done = evaluations is None or evaluations.finish(watch.endings[0].result, stop)
                     return 0 if done else 3
-                if watch.requested in (None, "stop") or not (room := group.room()):
+                if stop.asked or watch.requested is None or not (room := group.room()):
                     return 3
                 progress.note("info", f"continuing with {room} instead of {group.size} ranks")
                 progress.restart("regrouping")
@@ -155,6 +161,11 @@ def supervise(
             progress.phase("pause")
             if stop.asked:
                 return 3
+
+
+def _give_up(group: Group, folder: RunFolder) -> None:
+    group.kill(last=True)
+    folder.withdraw()
 
 
 class _Watch:

@@ -23,5 +23,5 @@ class StubGroup:
     def room(self) -> int:
         return self.size
 
-    def kill(self) -> None:
+    def kill(self, *, last: bool = False) -> None:
         self.killed = True
