@@ -21,6 +21,7 @@ from vimscale.recipe.recipe import Recipe
 
 PASSES = Path(__file__).parents[1] / "objectives/passes.py"
 TINY = ["model.d_model=32", "model.depth=8", "model.image_size=64", "batch=32", "model.drop_path=0", "steps=100"]
+FLAT = "model.depth=2"
 
 
 def _recipe(name: str, *changes: str) -> Recipe:
@@ -83,8 +84,8 @@ def test_estimates_of_an_objective_are_linear_in_images() -> None:
 
 
 def test_parameters_buffers_and_views_are_counted() -> None:
-    plain, taught = _planner("Some"), _planner("Taught")
-    config = _recipe("Taught").shape(10)
+    plain, taught = _planner("Some", FLAT), _planner("Taught", FLAT)
+    config = _recipe("Taught", FLAT).shape(10)
     assert config.num_classes == 0
     assert taught.buffers == 4 * parameters(config)
     assert plain.buffers == 0
@@ -97,8 +98,8 @@ def test_parameters_buffers_and_views_are_counted() -> None:
 
 
 def test_an_objective_that_looks_ahead_holds_the_images_of_a_step() -> None:
-    planner = _planner("Ahead", "parallel.micro_batch=4")
-    config = _recipe("Ahead").shape(10)
+    planner = _planner("Ahead", FLAT, "parallel.micro_batch=4")
+    config = _recipe("Ahead", FLAT).shape(10)
     assert planner._images(config, 4, 8) == 4 * 3 * 64 * 64 * (8 * 4 + 1)
     levels: Any = ["none"] * len(config.layers)
     few, many = (
@@ -110,7 +111,9 @@ def test_an_objective_that_looks_ahead_holds_the_images_of_a_step() -> None:
 
 @pytest.mark.parametrize("name", ["Some", "Taught"])
 def test_the_command_line_says_what_an_objective_costs(name: str) -> None:
-    done = CliRunner().invoke(app, ["show", "vim_digits_cpu", f"objective.kind={PASSES}:{name}", *TINY, "epochs=null"])
+    done = CliRunner().invoke(
+        app, ["show", "vim_digits_cpu", f"objective.kind={PASSES}:{name}", *TINY, FLAT, "epochs=null"]
+    )
     assert done.exit_code == 0, done.output
     assert "times the work of classification" in " ".join(done.output.split())
     assert ("buffers per rank" in done.output) == (name == "Taught")

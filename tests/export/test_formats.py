@@ -109,7 +109,9 @@ def test_what_is_said_of_formats_that_are_read_back_is_true() -> None:
     assert read | {"safetensors": True} == READ_BACK
 
 
-@pytest.mark.parametrize("to", base.FORMATS)
+@pytest.mark.parametrize(
+    "to", [pytest.param(f, marks=pytest.mark.slow) if f in ("onnx", "torch") else f for f in base.FORMATS]
+)  # test_onnx and test_torch_program export and run these
 def test_an_export_of_every_format_computes_the_same(tmp_path: Path, to: str, digits: Path) -> None:
     _installed(to)
     model = _source(tmp_path / "model", **KINDS[_example(to)])
