@@ -108,8 +108,8 @@ class Ray:
         """A folder that is removed with this launch, if all ranks are on this machine."""
         return self._temporary.path if self._temporary is not None else None
 
-    def abandon(self) -> None:
-        """Close at once, for a process that is about to exit with code 3: kill our own Ray."""
+    def abandon(self, exit_code: int = Stopped.exit_code) -> None:
+        """Close at once, for a process that is about to exit with this code: kill our own Ray."""
         if self._temporary is None:
             self.close()
             return
@@ -118,7 +118,7 @@ class Ray:
         self._abandoned = True
         kill_own()
         self._temporary.sweep()  # a worker whose raylet has ended is no descendant of ours
-        atexit.register(_leave)
+        atexit.register(_leave, exit_code)
 
     def died(self) -> str | None:
         """Return the vital process of our own Ray that has ended, or None.
@@ -179,11 +179,11 @@ def kill_own() -> None:
     psutil.wait_procs(killed, timeout=_END_S)
 
 
-def _leave() -> None:
+def _leave(exit_code: int) -> None:
     """Exit without the shutdown of a Ray that was killed, which takes 20 s."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(Stopped.exit_code)
+    os._exit(exit_code)
 
 
 def _has_ended(child: int) -> bool:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from vimscale.errors import LaunchError, RunFailed
 
 from ..processes.ray_connection import Ray
-from ..processes.signals import StopSignal
+from ..processes.signals import Stopped, StopSignal
 from . import trials, unattended
 from .trials import By, Trial
 
@@ -202,6 +203,9 @@ def run(
     """Run the trials in `open_`, as many at the same time as there are devices for. ASHA's rungs are at `every`,
     `every` x keep, ... steps; one setting in `keep` continues past each, and None lets all finish. `firsts`: for each
     trial, by name, the trial that is judged for it.
+
+    Raises:
+        RunFailed: our own Ray died. (If a stop was requested, that is its end.)
     """
     # turn off Tune's own reports, files and signal handling, which interfere with ours
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
@@ -230,8 +234,27 @@ def run(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    tuner.fit()
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception as error:
+            errors.append(error)
+
+    # in a thread: Tune's calls to a head that died return after 30 s, when Ray's C code ends the process
+    thread = threading.Thread(target=fit, daemon=True, name="tune")
+    thread.start()
+    while thread.is_alive() and connection.died() is None:
+        thread.join(_POLL_S)
+    died = connection.died()
+    if died is not None:
+        connection.abandon(Stopped.exit_code if stop.asked else RunFailed.exit_code)
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+    if died is not None and not stop.asked:
+        raise RunFailed(f"Ray's {died} on this machine died, and the trials with it; the same command continues")
+    if died is None and errors:
+        raise errors[0]
 
 
 def _name(trial: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -325,6 +326,25 @@ def test_a_sweep_that_is_stopped_saves_every_trial(shell: Shell) -> None:
         assert newest == run_folder.checkpoint_name(len(shell.losses(f"s/{name}")))
         assert not (folder / "stopped.json").exists()
     shell.nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [True, False], ids=["SIGTERM to all", "its head is killed"])
+def test_a_sweep_whose_ray_ends_says_so_and_continues(shell: Shell, stopped: bool) -> None:
+    command = (*SWEEP, "steps=2000", "optim.lr=1e-2,2e-3", "--keep", "1")
+    process = shell.popen(*command)
+    shell.reaches(process, "s/lr-1e-2", 20)
+    shell.reaches(process, "s/lr-2e-3", 20)
+    if stopped:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        os.kill(next(pid for pid, name in shell.processes().items() if "gcs_server" in name), signal.SIGKILL)
+    output = shell.finish(process, expect=3 if stopped else 1)
+    assert "the same command continues" in output
+    assert stopped == ("Ray's gcs_server on this machine died" not in output)
+    assert "GCS" not in output, "Ray's C code must not be the one that ends it"
+    shell.nothing_is_left()
+    assert run_folder.checkpoints(shell.folder / "runs/s/lr-1e-2/checkpoints")
 
 
 @pytest.mark.slow
