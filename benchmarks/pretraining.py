@@ -28,9 +28,15 @@ MODEL = (
     "model.pos_embed=sincos",
 )
 BOTH, FORWARD = ("model.directions=bi*6",), ("model.directions=fwd*6",)
+SSD = ("model.directions=ssd*6", "model.d_head=32")
+SSD_MLP = ("model.directions=ssd*3", "model.depth=3", "model.d_head=32", "model.ssd_form=shared", "model.expand=1",
+           "model.mlp=swiglu")  # fmt: skip
+SUPERVISED = ("objective={kind: classification, label_smoothing: 0.1}", "augment.crop_min=0.4")
 KINDS: dict[str, tuple[str, ...]] = {
     "random weights": (*BOTH, "objective.kind=masked", "objective.decoder_width=64"),
-    "supervised": (*BOTH, "objective={kind: classification, label_smoothing: 0.1}", "augment.crop_min=0.4"),
+    "supervised": (*BOTH, *SUPERVISED),
+    "supervised ssd": (*SSD, *SUPERVISED),
+    "supervised ssd mlp": (*SSD_MLP, *SUPERVISED),
     "masked": (*BOTH, "objective={kind: masked, decoder_width: 64}", "optim.lr=2e-3"),
     "autoregressive": (
         *FORWARD,

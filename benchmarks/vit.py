@@ -26,7 +26,7 @@ from vimscale.model import PRESETS, VisionMamba
 
 Row = dict[str, Any]
 SIZES = (224, 384, 512, 768, 1024, 1248, 1536, 2048)
-TINY, SSD = PRESETS["vim_tiny"], PRESETS["ssd_tiny"]
+TINY, SSD, SSD_MLP = PRESETS["vim_tiny"], PRESETS["ssd_tiny"], PRESETS["ssd_mlp_tiny"]
 SLOW_ROUNDS = 3
 """Most rounds of what takes 20 s per image."""
 
@@ -71,6 +71,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "Vim-Ti": lambda image_size: VisionMamba(replace(TINY, image_size=image_size)),
     "ssd-Ti": lambda image_size: VisionMamba(replace(SSD, image_size=image_size)),
     "ssd-Ti, shared": lambda image_size: VisionMamba(replace(SSD, image_size=image_size, ssd_form="shared")),
+    "ssd-MLP-Ti": lambda image_size: VisionMamba(replace(SSD_MLP, image_size=image_size)),
     "DeiT-Ti": ViT,
 }
 BASELINE = "DeiT-Ti"

@@ -7,7 +7,7 @@ out of time keeps the rows that it has finished.
     steps      forward, backward, AdamW of Vim and ViT: kernels, wall and host times; eager and as one CUDA graph
     originals  the same of the original Vim on CUDA kernels, if mamba-ssm and causal-conv1d are installed
     scans      the scan against mamba-ssm's CUDA scan, if that is installed
-    dual       the state-space-dual scan, against mamba-ssm's, and steps of ssd_small next to ViT-S
+    dual       the state-space-dual scan, against mamba-ssm's, and steps of ssd_small and ssd_mlp_small next to ViT-S
     layers     convolution and norm against causal-conv1d and torch
     ceilings   bytes copied, bf16 products and exponentials per second
     work       what the steps ask of a device, counted without one: the calibration of `vimscale plan` needs it

@@ -20,7 +20,13 @@ from vimscale.estimate import work
 from vimscale.model import PRESETS, VisionMamba
 
 Row = dict[str, Any]
-PRESET = {"Vim-Ti": "vim_tiny", "Vim-S": "vim_small", "Vim-B": "vim_base", "SSD-S": "ssd_small"}
+PRESET = {
+    "Vim-Ti": "vim_tiny",
+    "Vim-S": "vim_small",
+    "Vim-B": "vim_base",
+    "SSD-S": "ssd_small",
+    "SSD-MLP-S": "ssd_mlp_small",
+}
 KINDS = {
     "scan backward": (
         "selective_scan_bwd",
@@ -58,7 +64,7 @@ class Case:
     """One row of the table of steps."""
 
     model: str
-    """Vim-Ti, Vim-S, Vim-B, SSD-S, ViT-S, or "original Vim-Ti" or "original Vim-S"."""
+    """One of PRESET, ViT-S, or "original Vim-Ti" or "original Vim-S"."""
     image_size: int
     batch: int
     directions: str | None = None
@@ -92,12 +98,16 @@ CASES = (
 )
 DUAL = (
     Case("SSD-S", 224, 128),
+    Case("SSD-MLP-S", 224, 128),
     Case("ViT-S", 224, 128),
     Case("SSD-S", 512, 24),
+    Case("SSD-MLP-S", 512, 24),
     Case("ViT-S", 512, 24),
     Case("SSD-S", 1248, 4),
+    Case("SSD-MLP-S", 1248, 4),
     Case("ViT-S", 1248, 4),
     Case("SSD-S", 2048, 2),
+    Case("SSD-MLP-S", 2048, 2),
     Case("ViT-S", 2048, 2),
 )
 ORIGINALS = (Case("original Vim-S", 224, 128), Case("original Vim-Ti", 224, 128), Case("original Vim-S", 1248, 4))

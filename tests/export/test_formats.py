@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "headless": {"num_classes": 0, "registers": 2},
     "ssd": {"directions": "ssd ssd@column", "d_head": 8, "ssd_state": 4},
     "ssd shared": {"directions": "ssd*2", "ssd_form": "shared", "d_head": 8, "ssd_state": 4, "backward_gate": True},
+    "ssd mlp": {"directions": "ssd*2", "ssd_form": "shared", "d_head": 8, "ssd_state": 4, "expand": 1, "mlp": "swiglu"},
     "ssd quasiseparable": {"directions": "ssd*2", "ssd_form": "quasiseparable", "d_head": 8, "ssd_state": 4},
     "ssd one direction": {"directions": "ssd_fwd ssd_bwd@snake", "d_head": 8, "ssd_state": 4, "registers": 2},
     "overlapping": {"stride": 4, "image_size": (32, 24), "cls_token": "none", "pool": "last"},

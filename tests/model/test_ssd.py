@@ -181,6 +181,15 @@ def test_presets_have_about_as_many_parameters_as_vims(size: str) -> None:
     assert 0.9 < parameters(PRESETS[f"ssd_{size}"]) / parameters(PRESETS[f"vim_{size}"]) < 1.0
 
 
+VIT = {"tiny": 5.717e6, "small": 22.05e6, "base": 86.57e6, "large": 304.3e6}
+"""Parameters of DeiT (arXiv:2012.12877) and of ViT-L/16 (arXiv:2010.11929) at 224 pixels."""
+
+
+@pytest.mark.parametrize("size", VIT)
+def test_presets_with_mlps_have_about_as_many_parameters_as_vits(size: str) -> None:
+    assert 0.9 < parameters(PRESETS[f"ssd_mlp_{size}"]) / VIT[size] < 1.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

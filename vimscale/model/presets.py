@@ -479,6 +479,11 @@ def _sizes() -> dict[str, VimConfig]:
         presets[f"vim_{name}_reg"] = dataclasses.replace(config, registers=16 if depth > 24 else 12)
     for name, depth in (("tiny", 24), ("small", 24), ("base", 24), ("large", 48)):  # parameters close to Vim's
         presets[f"ssd_{name}"] = dataclasses.replace(presets[f"vim_{name}"], directions=f"ssd*{depth}")
+    # half of the scans, each at half the inner width and followed by an MLP: blocks, width and parameters of a ViT
+    for name, d, depth in (("tiny", 192, 12), ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24)):
+        presets[f"ssd_mlp_{name}"] = VimConfig(
+            d_model=d, depth=depth, directions=f"ssd*{depth}", ssd_form="shared", expand=1, mlp="swiglu"
+        )
     # Mamba-R (arXiv:2405.14858): the head reads the registers
     for name, registers, reduce in (("tiny", 12, 1), ("small", 12, 2), ("base", 12, 4), ("large", 16, 8)):
         presets[f"mambar_{name}"] = dataclasses.replace(
