@@ -150,19 +150,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pretraining"),
-                        help="path of the .json and .png files, without the suffix")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="path of the .json and .png files, without the suffix; default:"
+                        " benchmarks/results/pretraining for all kinds, nothing for some")  # fmt: skip
     options = parser.parse_args()
     folder = options.folder.resolve()
-    out = options.out.absolute()
+    complete = options.kinds == list(KINDS)
+    out = (options.out or Path("benchmarks/results/pretraining")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     prepare(folder)
     rows = [train(folder, kind, seed, options.steps) for seed in range(options.seeds) for kind in options.kinds]
-    if options.kinds == list(KINDS):
+    if complete:
         table(rows)
-        measure.write({"rows": rows}, out.with_suffix(".json"))
         draw(rows, out.with_suffix(".png"))
+    if complete or options.out is not None:
+        measure.write({"rows": rows}, out.with_suffix(".json"))
 
 
 if __name__ == "__main__":
