@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 from vimscale.model import schedule
 from vimscale.model.schedule import Layer
+from vimscale.storage import untrusted
 
 Fuse = Literal["mean", "sum", "gate", "concat"]
 """How a layer combines its paths. gate: a convex combination, learned per channel; concat: a wider out_proj."""
@@ -402,39 +402,15 @@ class VimConfig:
         kinds = values.pop("kinds", ())
         if not isinstance(kinds, tuple) or not all(isinstance(own, dict) for own in kinds):
             raise ValueError("kinds is not a list of kinds of layers")
-        faults = _type_faults(cls, values)
+        faults = untrusted.type_faults(cls, values)
         for i, stage in enumerate(stages):
-            faults += [f"stages[{i}].{fault}" for fault in _type_faults(Stage, stage)]
+            faults += [f"stages[{i}].{fault}" for fault in untrusted.type_faults(Stage, stage)]
         for i, own in enumerate(kinds):
-            faults += [f"kinds[{i}].{fault}" for fault in _type_faults(OwnKind, own)]
+            faults += [f"kinds[{i}].{fault}" for fault in untrusted.type_faults(OwnKind, own)]
         if faults:
             raise ValueError("\n".join(faults[:5]))
         own_kinds = tuple(OwnKind(**own) for own in kinds)
         return cls(**values, stages=tuple(Stage(**stage) for stage in stages), kinds=own_kinds)
-
-
-def _type_faults(kind: type, values: dict[str, Any]) -> list[str]:
-    """List the values, read from a file, that are not a field of the dataclass or not of the field's type."""
-    hints = get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind) if f.init}
-    return [f"{str(name)[:40]}: no such field" for name in values.keys() - known] + [
-        f"{name} is {reprlib.repr(value)}, which has the wrong type {type(value).__name__}"
-        for name, value in values.items()
-        if name in known and not _fits(value, hints[name])
-    ]
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if origin is not None:  # a union
-        return any(_fits(value, one) for one in arguments)
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < 1e9
-    return type(value) is hint
 
 
 _STAGE_RANGES = {"depth": (1, schedule.MOST_LAYERS), "d_model": (1, 2**16), "downsample": (1, 2**10)}

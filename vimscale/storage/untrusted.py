@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import stat
 import unicodedata
 from collections import Counter
@@ -11,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vimscale.errors import brief
 
@@ -160,6 +161,29 @@ def _check_depth(value: Any, at: str, left: int = _DEPTH) -> None:
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _check_depth(item, at, left - 1)
+
+
+def type_faults(kind: type, values: dict[str, Any]) -> list[str]:
+    """List the values, read from a file, that are not a field of the dataclass or not of the field's type."""
+    known, _ = _keys(kind)
+    return [f"{str(name)[:40]}: no such field" for name in values.keys() - known] + [
+        f"{name} is {reprlib.repr(value)}, which has the wrong type {type(value).__name__}"
+        for name, value in values.items()
+        if name in known and not _fits(value, known[name])
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if origin is not None:  # a union
+        return any(_fits(value, one) for one in arguments)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e9
+    return type(value) is hint
 
 
 def file_name(value: object) -> str:
