@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from . import causal_conv1d, selective_scan
 from .backend import Backend, choose, fused_module
-from .causal_conv1d import _conv, _conv_backward
+from .causal_conv1d import conv_backward_op, conv_op
 from .checks import check_tensors, images_of, wide, without_autocast
 from .context import Context, conv_over, scan_over
 from .scan_inputs import ScanInputs
-from .selective_scan import CHUNK, _combine, _combine_backward, _scan, _scan_backward, empty_states, fused_scale
+from .selective_scan import CHUNK, combine_backward_op, combine_op, empty_states, fused_scale, scan_backward_op, scan_op
 from .torch_op import torch_op
 
 
@@ -115,7 +115,7 @@ def _inner_over(
     x = conv_over(context, before, conv_weight, conv_bias, reverse, backend)
     low_dt, B, C = _parts(_project(x, x_proj), dt_proj, A_log)
     s, _ = scan_over(context, x, low_dt, dt_proj, A_log, B, C, D, dt_bias, reverse, backend)
-    return _combine(s, z if gated else None, scale, backend)
+    return combine_op(s, z if gated else None, scale, backend)
 
 
 @torch_op("bimamba_inner")
@@ -127,11 +127,11 @@ def _inner(
     and the scan's states, which are empty unless `keep`.
     """
     before, z = xz.chunk(2, dim=-1)
-    x = _conv.inside(before, conv_weight, conv_bias, image, reverse, True, backend)
+    x = conv_op.inside(before, conv_weight, conv_bias, image, reverse, True, backend)
     projected = _project(x, x_proj)
     inputs = _inputs(x, projected, dt_proj, A_log, D, dt_bias, image)
     s, states = _scan_projected(inputs, dt_proj, reverse, keep, backend)
-    y = _combine.inside(s, z if gated else None, scale, backend)
+    y = combine_op.inside(s, z if gated else None, scale, backend)
     if keep:
         return y, projected, x, s, states
     return y, projected, *(t.new_empty(0) for t in (x, s, states))
@@ -167,7 +167,7 @@ def _scan_projected(
         s, _, states = fused_module("selective_scan", backend).forward(inputs, reverse, chunk, dt_proj=dt_proj)
     else:
         inputs = inputs._replace(dt=_project(inputs.dt, dt_proj))
-        s, _, states = _scan.inside(*inputs, reverse, chunk, True, backend)
+        s, _, states = scan_op.inside(*inputs, reverse, chunk, True, backend)
     return s, states
 
 
@@ -200,15 +200,15 @@ def _inner_backward(
 
     rebuild = not x.numel()
     if rebuild:
-        x = _conv.inside(before, conv_weight, conv_bias, image, reverse, True, backend)
+        x = conv_op.inside(before, conv_weight, conv_bias, image, reverse, True, backend)
     inputs = _inputs(x, projected, dt_proj, A_log, D, dt_bias, image)
     if rebuild:
         s, states = _scan_projected(inputs, dt_proj, reverse, True, backend)
 
     if gated:
-        ds = _combine_backward.inside(dy, s, z, dz, scale, backend)
+        ds = combine_backward_op.inside(dy, s, z, dz, scale, backend)
     else:
-        ds = _combine_backward.inside(dy, s, None, None, scale, backend)
+        ds = combine_backward_op.inside(dy, s, None, None, scale, backend)
         dz.zero_()
     ds, low_dt = ds.expand_as(s), inputs.dt.flatten(1, 2)
     del s
@@ -217,7 +217,7 @@ def _inner_backward(
         dx, ddt, dscan, _ = selective_scan.cpu_scan_backward(inputs, states, ds, None, dB, dC, reverse, True, dt_proj)
     else:
         inputs = inputs._replace(dt=_project(inputs.dt, dt_proj))
-        dx, ddt, dscan, _ = _scan_backward.inside(
+        dx, ddt, dscan, _ = scan_backward_op.inside(
             *inputs, states, ds, None, dB, dC, reverse, CHUNK[backend], True, backend
         )
     del states
@@ -226,7 +226,7 @@ def _inner_backward(
     ddt_proj = torch.bmm(ddt.mT, low_dt)
     dx_proj = torch.bmm(dprojected.mT, x)
     dx = dx.baddbmm_(dprojected, x_proj).view(inputs.x.shape)
-    dconv = _conv_backward.inside(before, conv_weight, conv_bias, image, dx, dbefore, reverse, True, backend)
+    dconv = conv_backward_op.inside(before, conv_weight, conv_bias, image, dx, dbefore, reverse, True, backend)
     return dxz, dconv, dx_proj, ddt_proj, dscan
 
 

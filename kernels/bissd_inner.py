@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import causal_conv1d
 from .backend import Backend, choose, fused_module
-from .causal_conv1d import _conv, _conv_backward
+from .causal_conv1d import conv_backward_op, conv_op
 from .checks import check_tensors, images_of, wide, without_autocast
 from .selective_scan import fused_scale, rows
-from .ssd import SsdInputs, _ssd, _ssd_backward
+from .ssd import SsdInputs, ssd_backward_op, ssd_op
 from .torch_op import torch_op
 
 
@@ -91,7 +91,7 @@ def _inner(
     scans (b, l, e), which are empty unless `keep`.
     """
     z, before, dt = _parts(zxbcdt, norm_weight, D)
-    convolved = _conv.inside(before, conv_weight, conv_bias, image, conv_reverse, True, backend)
+    convolved = conv_op.inside(before, conv_weight, conv_bias, image, conv_reverse, True, backend)
     s = _scan(_inputs(convolved, dt, dt_bias, A_log, D, image, len(norm_weight)), reverse, backend)
     y, factors = _gate_norm.inside(s, z, norm_weight, scale, eps, backend)
     if keep:
@@ -123,7 +123,7 @@ def _inputs(
 
 def _scan(inputs: SsdInputs, reverse: Sequence[bool], backend: str) -> Tensor:
     """The sum over directions, (b, l, e)."""
-    s, _ = _ssd.inside(*inputs, reverse, False, backend)
+    s, _ = ssd_op.inside(*inputs, reverse, False, backend)
     return s.flatten(2)
 
 
@@ -155,18 +155,18 @@ def _inner_backward(
     e, h = len(norm_weight), D.shape[1]
     rebuild = not convolved.numel()
     if rebuild:
-        convolved = _conv.inside(before, conv_weight, conv_bias, image, conv_reverse, True, backend)
+        convolved = conv_op.inside(before, conv_weight, conv_bias, image, conv_reverse, True, backend)
     inputs = _inputs(convolved, dt, dt_bias, A_log, D, image, e)
     if rebuild:
         s = _scan(inputs, reverse, backend)
     ds, dnorm_weight = _gate_norm_backward.inside(dy, s, z, norm_weight, factors, dz, scale, backend)
     del s
     dconvolved = convolved.new_empty(convolved.shape)
-    ddt_of_each, dparameters, _ = _ssd_backward.inside(
+    ddt_of_each, dparameters, _ = ssd_backward_op.inside(
         *inputs, ds.unflatten(-1, (h, -1)), None, *_of_heads(dconvolved, e, h), reverse, backend
     )
     torch.sum(ddt_of_each, 0, out=ddt)
-    dconv = _conv_backward.inside(
+    dconv = conv_backward_op.inside(
         before, conv_weight, conv_bias, image, dconvolved, dbefore, conv_reverse, True, backend
     )
     return dzxbcdt, dconv, dparameters, dnorm_weight

@@ -107,15 +107,16 @@ def _implementation(backend: str) -> tuple[Callable[..., Tensor], Callable[..., 
 
 
 @torch_op("causal_conv1d")
-def _conv(
+def conv_op(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, reverse: Sequence[bool], silu: bool, backend: str
 ) -> Tensor:
+    """Returns y (directions, b, l, e)."""
     forward, _ = _implementation(backend)
     return forward(_dense(x), weight.contiguous(), bias.contiguous(), image, reverse, silu)
 
 
 @torch_op("causal_conv1d_backward", mutates=("dx",))
-def _conv_backward(
+def conv_backward_op(
     x: Tensor, weight: Tensor, bias: Tensor, image: Tensor | None, dy: Tensor, dx: Tensor, reverse: Sequence[bool],
     silu: bool, backend: str,
 ) -> Tensor:  # fmt: skip
@@ -133,12 +134,12 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@_conv.register_fake
+@conv_op.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(len(weight), *x.shape)
 
 
-@_conv_backward.register_fake
+@conv_backward_op.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     directions, e, k = weight.shape
     return weight.new_empty(directions * e * (k + 1))
@@ -152,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, image = ctx.saved_tensors
     dx = x.new_empty(x.shape)
-    dparameters = _conv_backward.inside(x, weight, bias, image, dy, dx, ctx.reverse, ctx.silu, ctx.backend)
+    dparameters = conv_backward_op.inside(x, weight, bias, image, dy, dx, ctx.reverse, ctx.silu, ctx.backend)
     return dx, *split_parameters(dparameters, weight), None, None, None, None
 
 
@@ -164,7 +165,7 @@ def split_parameters(dparameters: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return dweight.view(weight.shape), dbias.view(weight.shape[:2])
 
 
-_conv.register_autograd(_gradients, _setup_context)
+conv_op.register_autograd(_gradients, _setup_context)
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -230,6 +231,6 @@ def _convolve(
 ) -> Tensor:
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation {activation!r} is neither None nor 'silu'")
-    return _conv(
+    return conv_op(
         x, wide(weight, x), wide(bias, x), images_of(reset), reverse, activation == "silu", choose(backend, op, x)
     )  # (directions, b, l, e)

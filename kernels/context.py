@@ -18,13 +18,13 @@ from torch import Tensor
 
 from . import scan_segments, selective_scan
 from .backend import Backend, choose, fused_module
-from .causal_conv1d import _conv, _conv_backward
+from .causal_conv1d import conv_backward_op, conv_op
 from .causal_conv1d import split_parameters as split_conv
 from .checks import wide, without_autocast
 from .scan_inputs import ScanInputs
 from .scan_segments import Ends
-from .selective_scan import CHUNK, _with_rows, decay_rates, empty_states, of_logarithm, rows
-from .ssd import _ssd
+from .selective_scan import CHUNK, decay_rates, empty_states, of_logarithm, rows, with_rows
+from .ssd import ssd_op
 from .torch_op import torch_op
 
 
@@ -124,7 +124,7 @@ class _Conv(torch.autograd.Function):
         left, right = _halos(context, reverse, x[:, :h], x[:, x.shape[1] - h :])
         ctx.save_for_backward(x, weight, bias, left, right)
         padded = _padded(x, left, right, h)
-        y = _conv.inside(padded, weight, bias, None, reverse, silu, backend)[:, :, h : h + x.shape[1]]
+        y = conv_op.inside(padded, weight, bias, None, reverse, silu, backend)[:, :, h : h + x.shape[1]]
         return y if len(x) == 1 else y.contiguous()  # the projection would copy it, and keep both
 
     @staticmethod
@@ -134,7 +134,7 @@ class _Conv(torch.autograd.Function):
         h, length = weight.shape[-1] - 1, x.shape[1]
         padded = _padded(x, left, right, h)
         dpadded = padded.new_empty(padded.shape)
-        dparameters = _conv_backward.inside(
+        dparameters = conv_backward_op.inside(
             padded, weight, bias, None, F.pad(dy, (0, 0, h, h)), dpadded, ctx.reverse, ctx.silu, ctx.backend
         )
         # gradients go back where the halos came from
@@ -270,14 +270,14 @@ def _scan(
     """s (k, b, l, e) and the kept states, where `initial` enters the stretch and its segments add `end`, `steps`."""
     inputs = ScanInputs(x, dt, A_log, B, C, D, dt_bias, initial, None)
     if backend == "reference":
-        s, _, states = selective_scan._scan.inside(*inputs, reverse, chunk, True, backend)
+        s, _, states = selective_scan.scan_op.inside(*inputs, reverse, chunk, True, backend)
         return s, states
     known: dict[str, Any] = {"ends": Ends(end, steps)}
     if backend == "cpu":
         inputs, known = inputs._replace(A=decay_rates(A_log, True)), known | {"dt_proj": dt_proj}
     else:
         known["log_A"] = True
-    s, _, states = fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk, **known)
+    s, _, states = fused_module("selective_scan", backend).forward(with_rows(inputs), reverse, chunk, **known)
     return s, states
 
 
@@ -295,7 +295,7 @@ def _scan_backward(
     """dx, ddt (k, b, l, e) and the parameters' gradients; what reaches the initial state is another rank's."""
     inputs = ScanInputs(x, dt, A_log, B, C, D, dt_bias, initial, None)
     if backend == "reference":
-        dx, ddt, dparameters, _ = selective_scan._scan_backward.inside(
+        dx, ddt, dparameters, _ = selective_scan.scan_backward_op.inside(
             *inputs, states, ds, dfinal, dB, dC, reverse, CHUNK[backend], True, backend
         )
         return dx, ddt, dparameters
@@ -305,7 +305,7 @@ def _scan_backward(
     else:
         known["log_A"] = True
     dx, ddt, dparameters, *_ = fused_module("selective_scan", backend).backward(
-        _with_rows(inputs), states, rows(ds), dfinal.contiguous(), reverse, CHUNK[backend], **known
+        with_rows(inputs), states, rows(ds), dfinal.contiguous(), reverse, CHUNK[backend], **known
     )
     if backend == "cpu":
         dparameters = of_logarithm(dparameters, inputs.A, True)
@@ -345,7 +345,7 @@ def ssd_over(
     with without_autocast(x):
         name = choose(backend, "ssd_over", x)
         A_log, D, dt_bias = (wide(t, x) for t in (A_log, D, dt_bias))
-        _, end = _ssd(x, dt, A_log, B, C, D, dt_bias, None, None, reverse, True, name)
+        _, end = ssd_op(x, dt, A_log, B, C, D, dt_bias, None, None, reverse, True, name)
         steps = F.softplus(dt.to(A_log.dtype) + dt_bias[:, None, None]).sum(2)  # (k, b, h)
         decay = (steps * -A_log.exp().unsqueeze(1)).exp()
         both = _ordered(gathered(context, torch.cat([end.flatten(3), decay.unsqueeze(-1)], dim=-1)), reverse)
@@ -354,5 +354,5 @@ def ssd_over(
             entering.append(state)
             state = added.view(end.shape) + passed.unsqueeze(-1) * state
         initial = _of_rank(torch.stack(entering, dim=2), reverse, context)
-        y, _ = _ssd(x, dt, A_log, B, C, D, dt_bias, initial, None, reverse, False, name)
+        y, _ = ssd_op(x, dt, A_log, B, C, D, dt_bias, initial, None, reverse, False, name)
         return y, state

@@ -16,7 +16,7 @@ from torch import Tensor
 from .backend import fused_module
 from .recurrence import add_gradients, begins_image
 from .scan_inputs import ScanInputs
-from .selective_scan import _walk, _with_rows, decay_rates
+from .selective_scan import decay_rates, walk_of, with_rows
 from .torch_op import torch_op
 
 
@@ -34,7 +34,7 @@ def _ends(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, image: Tensor | None,
     ds: Tensor | None, dt_proj: Tensor | None, reverse: Sequence[bool], log_A: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = _with_rows(ScanInputs(x, dt, A, B, C, D, dt_bias, None, image))
+    inputs = with_rows(ScanInputs(x, dt, A, B, C, D, dt_bias, None, image))
     if backend == "triton":
         module = fused_module("scan_segments", backend)
         if ds is None:
@@ -89,7 +89,7 @@ def _reference(inputs: ScanInputs, reverse: Sequence[bool], ds: Tensor | None) -
     with torch.autocast(inputs.x.device.type, enabled=False):
         found, steps = [], []
         for k, backwards in enumerate(reverse):
-            walk = _walk(inputs, k, backwards)
+            walk = walk_of(inputs, k, backwards)
             if ds is None:
                 found.append(walk.after[0 if backwards else -1])
             else:

@@ -28,7 +28,7 @@ CHUNK = {"reference": 0, "cpu": 16, "triton": 8}
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """One direction of a scan, in A's dtype."""
 
     x: Tensor
@@ -49,7 +49,8 @@ class _Walk(NamedTuple):
     """(l, b, e, n), the state after each token. Token-major, so that each iteration of the loop is contiguous."""
 
 
-def _walk(inputs: ScanInputs, k: int, reverse: bool) -> _Walk:
+def walk_of(inputs: ScanInputs, k: int, reverse: bool) -> Walk:
+    """Direction `k` of a scan, token by token; `reverse`: from the last token to the first."""
     A, dt, image = inputs.A[k], inputs.dt[k], inputs.image
     x, B, C = (t[k].to(A.dtype) for t in (inputs.x, inputs.B, inputs.C))
     initial = None if inputs.initial is None else inputs.initial[k]
@@ -61,13 +62,13 @@ def _walk(inputs: ScanInputs, k: int, reverse: bool) -> _Walk:
         decay[begins_image(image, reverse).transpose(0, 1)] = 0
     after = (step * x).transpose(0, 1).unsqueeze(-1) * B.transpose(0, 1).unsqueeze(2)
     before = add_states(after, decay, initial, reverse)
-    return _Walk(x, B, C, raw, step, decay, before, after)
+    return Walk(x, B, C, raw, step, decay, before, after)
 
 
 def _reference_forward(inputs: ScanInputs, reverse: Sequence[bool]) -> tuple[Tensor, Tensor]:
     outputs, finals = [], []
     for k, backwards in enumerate(reverse):
-        walk = _walk(inputs, k, backwards)
+        walk = walk_of(inputs, k, backwards)
         outputs.append(torch.einsum("lben,bln->ble", walk.after, walk.C) + inputs.D[k] * walk.x)
         finals.append(walk.after[0 if backwards else -1])
     return torch.stack(outputs).to(inputs.x.dtype), torch.stack(finals)
@@ -82,7 +83,7 @@ def _reference_backward(
     x, _, A, _, _, D, *_ = inputs
     gradients = []
     for k, backwards in enumerate(reverse):
-        walk, wide_ds = _walk(inputs, k, backwards), ds[k].to(A.dtype)
+        walk, wide_ds = walk_of(inputs, k, backwards), ds[k].to(A.dtype)
 
         g = wide_ds.transpose(0, 1).unsqueeze(-1) * walk.C.transpose(0, 1).unsqueeze(2)  # (l, b, e, n)
         dinitial = add_gradients(g, walk.decay, None if dfinal is None else dfinal[k], backwards)
@@ -105,7 +106,7 @@ def _reference_backward(
 
 
 @torch_op("selective_scan", shown=2)
-def _scan(
+def scan_op(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, initial: Tensor | None,
     image: Tensor | None, reverse: Sequence[bool], chunk: int, log_A: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -114,10 +115,10 @@ def _scan(
     """
     inputs = ScanInputs(x, dt, A, B, C, D, dt_bias, initial, image)
     if backend == "triton":
-        return fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk, log_A=log_A)
+        return fused_module("selective_scan", backend).forward(with_rows(inputs), reverse, chunk, log_A=log_A)
     inputs = inputs._replace(A=decay_rates(A, log_A))
     if backend == "cpu":
-        return fused_module("selective_scan", backend).forward(_with_rows(inputs), reverse, chunk)
+        return fused_module("selective_scan", backend).forward(with_rows(inputs), reverse, chunk)
     with torch.autocast(x.device.type, enabled=False):
         s, final = _reference_forward(inputs, reverse)
     return s, final, A.new_empty(0)
@@ -128,7 +129,7 @@ def decay_rates(A: Tensor, log_A: bool) -> Tensor:
     return -torch.exp(A) if log_A else A
 
 
-@_scan.register_fake
+@scan_op.register_fake
 def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     k, b, _, e = x.shape
     *_, chunk, _, _ = others
@@ -144,7 +145,7 @@ def empty_states(shape: Sequence[int], A: Tensor, chunk: int) -> Tensor:
 
 
 @torch_op("selective_scan_backward", shown=4, mutates=("dB", "dC"))
-def _scan_backward(
+def scan_backward_op(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, initial: Tensor | None,
     image: Tensor | None, states: Tensor, ds: Tensor, dfinal: Tensor | None, dB: Tensor, dC: Tensor,
     reverse: Sequence[bool], chunk: int, log_A: bool, backend: str,
@@ -156,12 +157,12 @@ def _scan_backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     if backend == "triton":
         dx, ddt, dparameters, _, _, dinitial = fused_module("selective_scan", backend).backward(
-            _with_rows(inputs), states, rows(ds), dfinal, reverse, chunk, log_A=log_A, dB=dB, dC=dC
+            with_rows(inputs), states, rows(ds), dfinal, reverse, chunk, log_A=log_A, dB=dB, dC=dC
         )
         return dx, ddt, dparameters, dinitial
     inputs = inputs._replace(A=decay_rates(A, log_A))
     if backend == "cpu":
-        return cpu_scan_backward(_with_rows(inputs), states, rows(ds), dfinal, dB, dC, reverse, log_A)
+        return cpu_scan_backward(with_rows(inputs), states, rows(ds), dfinal, dB, dC, reverse, log_A)
     with torch.autocast(x.device.type, enabled=False):
         dx, ddt, dparameters, dinitial = _reference_backward(inputs, ds, dfinal, reverse, dB, dC)
         return dx, ddt, of_logarithm(dparameters, inputs.A, log_A), dinitial
@@ -171,7 +172,7 @@ def cpu_scan_backward(
     inputs: ScanInputs, states: Tensor, ds: Tensor, dfinal: Tensor | None, dB: Tensor, dC: Tensor,
     reverse: Sequence[bool], log_A: bool, dt_proj: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_scan_backward` on a CPU, where `inputs` hold A itself; with dt_proj, `inputs.dt` is still to be multiplied."""
+    """`scan_backward_op` on a CPU, where `inputs` hold A itself; with dt_proj, `inputs.dt` is still to be projected."""
     dx, ddt, dparameters, _, _, dinitial = fused_module("selective_scan", "cpu").backward(
         inputs, states, ds, dfinal, reverse, CHUNK["cpu"], dt_proj=dt_proj, dB=dB, dC=dC
     )
@@ -185,7 +186,7 @@ def of_logarithm(dparameters: Tensor, A: Tensor, log_A: bool) -> Tensor:
     return dparameters
 
 
-@_scan_backward.register_fake
+@scan_backward_op.register_fake
 def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
     k, e, n = A.shape
     initial = others[4]
@@ -204,7 +205,7 @@ def _scan_vjp(ctx: Any, ds: Tensor | None, dfinal: Tensor | None) -> tuple[Any, 
     inputs = ScanInputs(*tensors)
     ds = torch.zeros_like(inputs.x) if ds is None else ds.to(inputs.x.dtype)
     dB, dC = inputs.B.new_empty(inputs.B.shape), inputs.C.new_empty(inputs.C.shape)
-    dx, ddt, dparameters, dinitial = _scan_backward.inside(
+    dx, ddt, dparameters, dinitial = scan_backward_op.inside(
         *inputs, states, ds, dfinal, dB, dC, ctx.reverse, ctx.chunk, ctx.log_A, ctx.backend
     )
     dA, dD, dbias = split_parameters(dparameters, inputs.A)
@@ -223,11 +224,11 @@ def split_parameters(dparameters: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Te
     return dA.view(A.shape), dD.view(k, e), dbias.view(k, e)
 
 
-_scan.register_autograd(_scan_vjp, _scan_setup)
+scan_op.register_autograd(_scan_vjp, _scan_setup)
 
 
 @torch_op("combine")
-def _combine(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
+def combine_op(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     """scale silu(z) (sum of s over directions): (b, l, e) from s (k, b, l, e) and the gate z (b, l, e), which all
     directions have in common.
     """
@@ -237,13 +238,15 @@ def _combine(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(s.dtype)
 
 
-@_combine.register_fake
+@combine_op.register_fake
 def _(s: Tensor, z: Tensor | None, scale: float, backend: str) -> Tensor:
     return s.new_empty(s.shape[1:])
 
 
 @torch_op("combine_backward", mutates=("dz",))
-def _combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None, scale: float, backend: str) -> Tensor:
+def combine_backward_op(
+    dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None, scale: float, backend: str
+) -> Tensor:
     """Writes dz, which has a contiguous last axis. Returns the gradient of s, (b, l, e) because it is the same for each
     direction.
     """
@@ -260,7 +263,7 @@ def _combine_backward(dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None
     return (upstream * v * gate).to(s.dtype)
 
 
-@_combine_backward.register_fake
+@combine_backward_op.register_fake
 def _(dy: Tensor, s: Tensor, z: Tensor | None, dz: Tensor | None, scale: float, backend: str) -> Tensor:
     return s.new_empty(s.shape[1:])
 
@@ -273,10 +276,10 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _combine_vjp(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     s, z = ctx.saved_tensors
     dz = None if z is None else z.new_empty(z.shape)
-    return _combine_backward.inside(dy, s, z, dz, ctx.scale, ctx.backend).expand_as(s), dz, None, None
+    return combine_backward_op.inside(dy, s, z, dz, ctx.scale, ctx.backend).expand_as(s), dz, None, None
 
 
-_combine.register_autograd(_combine_vjp, _combine_setup)
+combine_op.register_autograd(_combine_vjp, _combine_setup)
 
 
 def _sums(s: Tensor) -> torch.dtype:
@@ -289,7 +292,8 @@ def rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _with_rows(inputs: ScanInputs) -> ScanInputs:
+def with_rows(inputs: ScanInputs) -> ScanInputs:
+    """`inputs` as the fused kernels require x, dt, B and C: with a contiguous last axis."""
     return inputs._replace(**{name: rows(getattr(inputs, name)) for name in ("x", "dt", "B", "C")})
 
 
@@ -417,6 +421,6 @@ def _run(
     if not k:
         tensors = [None if t is None else t.unsqueeze(0) for t in tensors]
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    s, final = _scan(*tensors, images_of(reset), reverse, CHUNK[name] if learns else 0, False, name)
-    y = s[0] if z is None and len(reverse) == 1 else _combine(s, z, scale, name)
+    s, final = scan_op(*tensors, images_of(reset), reverse, CHUNK[name] if learns else 0, False, name)
+    y = s[0] if z is None and len(reverse) == 1 else combine_op(s, z, scale, name)
     return y, final if k else final[0]

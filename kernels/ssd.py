@@ -17,7 +17,7 @@ from torch import Tensor
 from .backend import Backend, choose, fused_module
 from .checks import check_tensors, images_of, wide
 from .recurrence import add_gradients, add_states, begins_image
-from .selective_scan import Pair, _combine, fused_scale, stacked
+from .selective_scan import Pair, combine_op, fused_scale, stacked
 from .torch_op import torch_op
 
 
@@ -127,7 +127,7 @@ def _reference_backward(
 
 
 @torch_op("ssd", shown=2)
-def _ssd(
+def ssd_op(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
     initial: Tensor | None, image: Tensor | None, reverse: Sequence[bool], with_state: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -142,7 +142,7 @@ def _ssd(
     return y, final if with_state else A_log.new_empty(0)
 
 
-@_ssd.register_fake
+@ssd_op.register_fake
 def _(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     _, b, _, h, p = x.shape
     *_, with_state, _ = others
@@ -151,7 +151,7 @@ def _(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, *others: Any) -> tuple[Te
 
 
 @torch_op("ssd_backward", shown=3, mutates=("dx", "dB", "dC"))
-def _ssd_backward(
+def ssd_backward_op(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None,
     initial: Tensor | None, image: Tensor | None, dy: Tensor, dfinal: Tensor | None, dx: Tensor, dB: Tensor, dC: Tensor,
     reverse: Sequence[bool], backend: str,
@@ -166,7 +166,7 @@ def _ssd_backward(
     return ddt, dparameters, A_log.new_empty(0) if initial is None else dinitial
 
 
-@_ssd_backward.register_fake
+@ssd_backward_op.register_fake
 def _(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *others: Any) -> tuple[Tensor, ...]:
     _, _, initial, *_ = others
     k, h = A_log.shape
@@ -184,7 +184,7 @@ def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
     inputs = SsdInputs(*ctx.saved_tensors)
     dy = torch.zeros_like(inputs.x[0]) if dy is None else dy.to(inputs.x.dtype)
     dx, dB, dC = (t.new_empty(t.shape) for t in (inputs.x, inputs.B, inputs.C))
-    ddt, dparameters, dinitial = _ssd_backward.inside(*inputs, dy, dfinal, dx, dB, dC, ctx.reverse, ctx.backend)
+    ddt, dparameters, dinitial = ssd_backward_op.inside(*inputs, dy, dfinal, dx, dB, dC, ctx.reverse, ctx.backend)
     dA_log, dD, dbias = dparameters.unbind()
     return (
         dx, ddt, dA_log, dB, dC, dD, None if inputs.dt_bias is None else dbias,
@@ -192,7 +192,7 @@ def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-_ssd.register_autograd(_vjp, _setup)
+ssd_op.register_autograd(_vjp, _setup)
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def _run(
     if not k:
         dt, A_log, D = (t.unsqueeze(0) for t in (dt, A_log, D))
         optional = [None if t is None else t.unsqueeze(0) for t in optional]
-    y, final = _ssd(x, dt, A_log, B, C, D, *optional, images_of(reset), reverse, with_state, name)
+    y, final = ssd_op(x, dt, A_log, B, C, D, *optional, images_of(reset), reverse, with_state, name)
     if z is not None:
-        return _combine(y.flatten(2).unsqueeze(0), z.flatten(2), scale, name).view(y.shape), final
+        return combine_op(y.flatten(2).unsqueeze(0), z.flatten(2), scale, name).view(y.shape), final
     return y if scale == 1 else y * scale, final

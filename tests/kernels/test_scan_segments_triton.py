@@ -17,7 +17,7 @@ from vimscale.kernels import selective_scan_triton as scans
 from vimscale.kernels.backend import Backend
 from vimscale.kernels.scan_inputs import ScanInputs
 from vimscale.kernels.scan_segments import Ends
-from vimscale.kernels.selective_scan import _scan, _scan_backward
+from vimscale.kernels.selective_scan import scan_backward_op, scan_op
 from vimscale.kernels.torch_op import registered
 from vimscale.ops import bimamba_inner
 
@@ -239,11 +239,11 @@ def test_cut_scans_pass_opcheck(log_A: bool, monkeypatch: pytest.MonkeyPatch) ->
     case = Case(length=19, e=8, reverse=(False, True), log_A=log_A)
     *tensors, image = _inputs(case)
     settings = case.reverse, scans.CHUNK, log_A, "triton"
-    torch.library.opcheck(_scan.registered, (*(t.requires_grad_() for t in tensors), image, *settings))
+    torch.library.opcheck(scan_op.registered, (*(t.requires_grad_() for t in tensors), image, *settings))
     tensors = [t.detach() for t in tensors]
-    s, final, states = _scan.registered(*tensors, image, *settings)
+    s, final, states = scan_op.registered(*tensors, image, *settings)
     written = torch.zeros_like(tensors[3]), torch.zeros_like(tensors[4])
-    torch.library.opcheck(_scan_backward.registered, (*tensors, image, states, s, final, *written, *settings))
+    torch.library.opcheck(scan_backward_op.registered, (*tensors, image, states, s, final, *written, *settings))
 
 
 LONG = {(2, 4, 6084, 384, 16): 11, (2, 1, 16384, 768, 16): 22}

@@ -299,8 +299,8 @@ def test_a_scan_continues_from_the_final_state_of_another(reverse: bool, backend
 def test_ops_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
     case = scan_case((2, 20, 24, 4), dtype, directions=2)
     image, reverse, chunk = case.reset.cumsum(1, dtype=torch.int32), [False, True], module.CHUNK[backend]
-    scan, scan_backward = module._scan.registered, module._scan_backward.registered
-    combine, combine_backward = module._combine.registered, module._combine_backward.registered
+    scan, scan_backward = module.scan_op.registered, module.scan_backward_op.registered
+    combine, combine_backward = module.combine_op.registered, module.combine_backward_op.registered
     for log_A in (False, True):
         tensors = [t.detach() for t in case.tensors() if t is not case.z]
         tensors[2] = tensors[2].neg().log() if log_A else tensors[2]
