@@ -3,6 +3,7 @@
 import resource
 import shutil
 import socket
+import sys
 import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -103,6 +104,22 @@ def test_a_cache_folder_that_is_a_file_is_broken_and_names_the_variable(
     cache = _row(doctor.check(tmp_path), "data cache")
     assert cache.state == "broken"
     assert "XDG_CACHE_HOME" in cache.fix
+
+
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_modules_without_bytecode_are_named_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forbidden: bool
+) -> None:
+    (tmp_path / "torch.pyc").write_bytes(b"")
+    monkeypatch.setattr(torch.__spec__, "cached", str(tmp_path / "torch.pyc"))
+    assert _row(doctor.check(tmp_path), "torch").state == "ok"
+    (tmp_path / "torch.pyc").unlink()
+    monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+    row = _row(doctor.check(tmp_path), "torch")
+    assert row.state == "note"
+    assert "each process compiles it again" in row.found
+    command = "unset PYTHONDONTWRITEBYTECODE" if forbidden else f"-m compileall -q {Path(torch.__file__).parents[1]}"
+    assert row.fix.endswith(command)
 
 
 def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
