@@ -374,6 +374,17 @@ def bidirectional_scan_with_state(
     return _run(op, (False, True), z=z, reset=reset, scale=scale, backend=backend, **each)
 
 
+def gated(x: Tensor, z: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """x (b, l, e) times silu(z), with z (b, l, e) of the same dtype: the gate of the scans alone. One launch each way;
+    only x and z are kept for the backward pass. Computes in fp32 (fp64 if x is fp64).
+
+    Raises:
+        ValueError: the tensors' shapes, dtypes or devices differ, or the backend cannot run.
+    """
+    check_tensors("gated", {"x": (x, "b l e"), "z": (z, "b l e")}, alike=("x", "z"))
+    return combine_op(x.unsqueeze(0), z, 1.0, choose(backend, "gated", x))
+
+
 def fused_scale(op: str, fuse: str, directions: int) -> float:
     """The factor on the sum over directions."""
     if fuse not in ("sum", "mean"):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kernels.selective_scan import (
         bidirectional_scan,
         bidirectional_scan_with_state,
+        gated,
         selective_scan,
         selective_scan_with_state,
     )
@@ -29,6 +30,7 @@ else:
     from vimscale.kernels.selective_scan import (
         bidirectional_scan,
         bidirectional_scan_with_state,
+        gated,
         selective_scan,
         selective_scan_with_state,
     )
@@ -51,6 +53,7 @@ __all__ = [
     "causal_conv1d",
     "conv_over",
     "counted",
+    "gated",
     "gathered",
     "scan_over",
     "selective_scan",

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimscale.model.mixer import Attention, Factor, Mamba, OutProj, Probe
@@ -16,7 +15,7 @@ from vimscale.model.presets import VimConfig
 from vimscale.model.schedule import Layer
 from vimscale.model.ssd import Ssd
 from vimscale.model.tokens import Tokens
-from vimscale.ops import add_norm
+from vimscale.ops import add_norm, gated
 
 Recompute = Literal["none", "scan", "block"]
 """What a block keeps for the backward pass. none: all it needs; scan: all but convolution, dt and scan; block: only its
@@ -94,7 +93,7 @@ class SwiGLU(nn.Module):
         self.w3 = OutProj(hidden, d, summands=len(config.layers), bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return self.w3(gated(self.w2(x), self.w1(x)))
 
 
 class Block(nn.Module):
