@@ -28,7 +28,7 @@ LAUNCHES = {"shell", "watched", "calm", "trained", "runs", "head"}
 
 
 def pytest_collection() -> None:
-    """Search no garbage among the objects of imported modules, now or later: a third of collecting tests was that."""
+    """Exempt what imports make from garbage collection: looking through it was a third of collecting the tests."""
     gc.disable()
 
 
