@@ -1,6 +1,6 @@
 # Each target creates .venv and installs what it needs, again only when pyproject.toml or constraints.txt change.
-# --no-compile: most of the 26,000 modules are never imported, and Python compiles those that are, once: images of
-# containers often forbid it to keep the result, and every import would take twice as long.
+# --no-compile: most of the 26,000 modules are never imported, and Python compiles the others once, at their first
+# import. Containers often set the variable below: every process would compile them again, and import for twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV := .venv

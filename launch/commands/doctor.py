@@ -225,8 +225,8 @@ def _torch() -> Finding:
         return Finding("torch", "broken", f"{finding.found} does not import: {why}", fix)
     cached = torch.__spec__.cached if finding.state == "ok" else None
     if cached is not None and not Path(cached).exists():  # Python would have written it just now
-        compiles = f"{sys.executable} -m compileall -q {shlex.quote(str(Path(torch.__file__).parents[1]))}"
-        fix = "unset PYTHONDONTWRITEBYTECODE" if sys.dont_write_bytecode else compiles
+        compiles = [sys.executable, "-m", "compileall", "-q", str(Path(torch.__file__).parents[1])]
+        fix = "unset PYTHONDONTWRITEBYTECODE" if sys.dont_write_bytecode else shlex.join(compiles)
         found = f"{finding.found}; not compiled to bytecode: each process compiles it again"
         return Finding("torch", "note", found, fix)
     return finding
